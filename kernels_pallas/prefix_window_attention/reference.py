@@ -1,0 +1,60 @@
+"""Attention written as the formula reads: dense, float32, one T x S array of scores. The oracle of every fast path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attention_reference(
+    q: Float[Array, "B T H Dq"],
+    k: Float[Array, "B S KV Dq"],
+    v: Float[Array, "B S KV Dv"],
+    expiry: Int[Array, "B S"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """softmax(scale * q k^T + mask) v and its log-sum-exp, where key k is visible to the queries k <= q < expiry[k].
+
+    Query row t stands at key index t + S - T, so T < S continues a row whose first keys are already there. Query head h
+    reads KV head h // (H / KV). Scores and softmax are float32; `out` has the dtype of `v`, `lse` (natural
+    logarithm, scaled scores) is float32. A row without any visible key gives out 0 and lse -inf, and gradients 0.
+    """
+    q_index = jnp.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1])
+    k_index = jnp.arange(k.shape[1])[None, :]
+    return masked_attention(q, k, v, (k_index <= q_index) & (q_index < expiry[:, None, :]), scale=scale)
+
+
+def masked_attention(
+    q: Float[Array, "B T H Dq"],
+    k: Float[Array, "B S KV Dq"],
+    v: Float[Array, "B S KV Dv"],
+    allow: Bool[Array, "B T S"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """`attention_reference` for any mask, given as bool[B, T, S]."""
+    probabilities, lse = masked_softmax(q, k, allow, scale=scale)
+    grouped = probabilities.reshape(*k.shape[:1], k.shape[2], -1, *probabilities.shape[2:])
+    out = jnp.einsum("bkgts,bskd->btkgd", grouped, v.astype(jnp.float32))
+    return out.reshape(*q.shape[:3], v.shape[3]).astype(v.dtype), lse
+
+
+def masked_softmax(
+    q: Float[Array, "B T H Dq"], k: Float[Array, "B S KV Dq"], allow: Bool[Array, "B T S"], *, scale: float
+) -> tuple[Float[Array, "B H T S"], Float[Array, "B T H"]]:
+    """Attention probabilities, float32[B, H, T, S], and log-sum-exp, float32[B, T, H], of a dense mask."""
+    batch, length, heads, width = q.shape
+    grouped = q.astype(jnp.float32).reshape(batch, length, k.shape[2], -1, width)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(jnp.float32)) * scale
+    scores = scores.reshape(batch, heads, length, k.shape[1])
+    allow = allow[:, None]
+    # Both branches of each `where` stay finite: a NaN in the branch not taken would still reach the gradient.
+    peak = jnp.max(scores, axis=-1, keepdims=True, where=allow, initial=-jnp.inf)
+    any_key = jnp.isfinite(peak)
+    peak = jax.lax.stop_gradient(jnp.where(any_key, peak, 0.0))
+    weights = jnp.where(allow, jnp.exp(jnp.where(allow, scores - peak, 0.0)), 0.0)
+    total = jnp.where(any_key, jnp.sum(weights, axis=-1, keepdims=True), 1.0)
+    lse = jnp.where(any_key, peak + jnp.log(total), -jnp.inf)
+    return weights / total, jnp.moveaxis(lse[..., 0], 1, 2)

@@ -1,0 +1,309 @@
+"""The command line: names, verbs, errors in one line, exit codes.
+
+Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metajax import registry
+from metajax.config import Config, UserError, nearest, override, require
+from metajax.progress import say
+
+EXAMPLES = """examples:
+  python run.py                                     what there is
+  python run.py quickstart                          run a table: every row, then the comparison
+  python run.py quickstart --seeds 3                the same with the spread between seeds
+  python run.py quickstart/metadata --set training.steps=400 --seed 1
+  python run.py show quickstart/meta_tokens         what it is, before running it
+  python run.py show pydocs                         a corpus: documents, fields, sizes
+  python run.py generate quickstart/plain --prompt "Return the"
+  python run.py compare RUN RUN                     two runs side by side
+"""
+
+
+def main(arguments: Sequence[str], started: float | None = None) -> int:
+    """Run one command and return its exit code."""
+    started = time.monotonic() if started is None else started
+    try:
+        options = _parse(list(arguments))
+        registry.load()
+        return options.act(options, started) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command takes up from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see `python {self.prog} --help`")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    verbs = _verbs()
+    if not arguments or (arguments[0] not in verbs and not arguments[0].startswith("-")):
+        arguments = ["run", *arguments] if arguments else ["list"]
+    top = _Parser(
+        prog="run.py", description="metajax: experiments by name", epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+    )
+    sub = top.add_subparsers(dest="verb", required=True, metavar="NAME | VERB")
+    for name, (summary, add, act) in verbs.items():
+        parser = sub.add_parser(
+            name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+        )
+        add(parser)
+        parser.set_defaults(act=act)
+    return top.parse_args(arguments)
+
+
+def _verbs() -> dict[str, tuple[str, Any, Any]]:
+    return {
+        "run": ("run an experiment or a table (the verb itself can be left out)", _add_run, _run),
+        "table": ("the same, for a table", _add_run, _run),
+        "list": ("what there is: names, scales, expected minutes", _add_list, _list),
+        "show": ("an experiment before it runs, or a corpus", _add_show, _show),
+        "eval": ("evaluate a run's newest checkpoint again", _add_eval, _eval),
+        "generate": ("text from a run's newest checkpoint", _add_generate, _generate),
+        "runs": ("what has been run", _add_place, _runs),
+        "compare": ("runs side by side", _add_compare, _compare),
+    }
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=Path("cache"), metavar="DIR", help="tokenised corpora and compiled programs (cache)"
+    )
+    parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR", help="where relative data paths start (here)")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", default="cpu", metavar="SCALE", help="cpu, gpu or paper (cpu)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="set a field, such as model.layers=8"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (0)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="experiment or table")
+    _add_config(parser)
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED; for a table, the root of its runs",
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="a table: this many seeds, from --seed on (1)")
+    parser.add_argument("--rows", default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas")
+    _add_place(parser)
+
+
+def _add_list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="only names that contain this")
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME|CORPUS", help="experiment, table row, or a source such as pydocs or jsonl:FILE")
+    parser.add_argument(
+        "--rows", type=int, default=0, metavar="N", dest="count", help="decode N training rows, with their masks in colour"
+    )
+    _add_config(parser)
+    _add_place(parser)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument("--documents", type=int, default=None, metavar="N", help="held-out documents (as in the run)")
+    parser.add_argument("--conditions", default=None, metavar="LIST", help="none, right, empty, shuffled (as in the run)")
+    _add_place(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
+    parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="length of the continuation (64)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    _add_place(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="two or more runs")
+    _add_place(parser)
+
+
+# ----------------------------------------------------------------------------------------------------- verbs
+
+
+def _parse_changes(pairs: Sequence[str]) -> dict[str, str]:
+    for pair in pairs:
+        require("=" in pair, f"--set {pair}: expected FIELD=VALUE, such as --set model.layers=8")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _paths(options: argparse.Namespace) -> Any:
+    from metajax.data.pipeline import Paths
+
+    return Paths(cache=options.cache_dir, data=options.data_dir, runs=options.runs_dir)
+
+
+def _config(experiment: registry.Experiment, options: argparse.Namespace) -> Config:
+    changes: dict[str, Any] = _parse_changes(options.changes)
+    parent = changes.get("init.from")
+    if parent:
+        from metajax.reporting.records import find_run
+
+        found = find_run(parent, options.runs_dir)
+        inside = found.is_relative_to(options.runs_dir)
+        changes["init.from"] = str(found.relative_to(options.runs_dir) if inside else found.absolute())
+    return replace(override(experiment.build(options.scale), changes), seed=options.seed)
+
+
+def _start_jax(options: argparse.Namespace) -> None:
+    """Compiled programs are kept between runs; set before the first use of a device."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str((options.cache_dir / "jax").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _run(options: argparse.Namespace, started: float) -> int:
+    target = registry.find(options.name)
+    require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
+    if isinstance(target, registry.Experiment):
+        require(
+            options.seeds == 1 and options.rows is None, f"{target.name} is one experiment; --seeds and --rows are for tables"
+        )
+        config = _config(target, options)
+    else:
+        target.config(target.rows[0], options.scale)  # an unknown scale or field stops here, before anything is loaded
+    say(f"{options.name} at scale {options.scale}")
+    _start_jax(options)
+    from metajax.experiment import run_experiment
+    from metajax.reporting.records import default_workdir
+    from metajax.reporting.tables import choose_rows, markdown, run_table
+    from metajax.training.loop import NonFinite
+
+    paths, imports = _paths(options), time.monotonic() - started
+    try:
+        if isinstance(target, registry.Experiment):
+            workdir = options.workdir or default_workdir(config, options.runs_dir)
+            _print_report(run_experiment(config, workdir, paths, imports_seconds=imports), workdir)
+            return 0
+        root = options.workdir or options.runs_dir
+        rows = choose_rows(target, options.rows)
+        result = run_table(
+            target, options.scale, range(options.seed, options.seed + options.seeds), _parse_changes(options.changes), root,
+            lambda config, workdir: run_experiment(config, workdir, paths, imports_seconds=imports), rows,
+        )  # fmt: skip
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(result))
+    say(f"report: {root / target.name / options.scale / 'report.html'}")
+    return 0
+
+
+def _print_report(report: dict[str, Any], workdir: Path) -> None:
+    _print_evaluation(report["eval"])
+    say(f"report: {workdir / 'report.html'}")
+
+
+def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
+    for condition, values in results.items():
+        size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
+        print(f"held-out bits/byte, {condition} metadata: {values['bpb']:.4f}  {size}")
+
+
+def _list(options: argparse.Namespace, started: float) -> int:
+    from metajax.reporting.terminal import print_list
+
+    print_list(options.pattern)
+    return 0
+
+
+def _show(options: argparse.Namespace, started: float) -> int:
+    from metajax.data.sources import KINDS
+    from metajax.reporting import terminal
+
+    if options.name.partition(":")[0].partition("?")[0] in KINDS:
+        terminal.print_corpus(options.name, _paths(options), options.count)
+        return 0
+    try:
+        target = registry.find(options.name)
+    except UserError as error:
+        raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
+    if isinstance(target, registry.Table):
+        terminal.print_table_plan(target, options.scale)
+        return 0
+    config = _config(target, options)
+    terminal.print_experiment(target, config)
+    if options.count:
+        terminal.print_rows(config, _paths(options), options.count)
+    return 0
+
+
+def _open_run(options: argparse.Namespace, word: str) -> Any:
+    """(config, corpora, model) of a run's newest checkpoint."""
+    _start_jax(options)
+    from metajax.experiment import open_run
+    from metajax.reporting.records import find_run
+
+    workdir = find_run(word, options.runs_dir)
+    say(f"run: {workdir}")
+    return open_run(workdir, _paths(options))
+
+
+def _eval(options: argparse.Namespace, started: float) -> int:
+    opened = _open_run(options, options.run)
+    changes: dict[str, Any] = {}
+    if options.documents is not None:
+        changes["evaluation.documents"] = options.documents
+    if options.conditions is not None:
+        changes["evaluation.conditions"] = options.conditions
+    _print_evaluation(opened.evaluate(override(opened.config, changes)))
+    return 0
+
+
+def _generate(options: argparse.Namespace, started: float) -> int:
+    from metajax.inference.generation import generate
+
+    opened = _open_run(options, options.run)
+    text = generate(
+        opened.model, opened.config, opened.corpora.tokenizer, options.prompt, count=options.tokens,
+        context=options.context, temperature=options.temperature, seed=options.seed,
+    )  # fmt: skip
+    print(options.prompt + text)
+    return 0
+
+
+def _runs(options: argparse.Namespace, started: float) -> int:
+    from metajax.reporting.terminal import print_runs
+
+    print_runs(options.runs_dir)
+    return 0
+
+
+def _compare(options: argparse.Namespace, started: float) -> int:
+    from metajax.reporting.records import find_run
+    from metajax.reporting.terminal import print_comparison
+
+    require(len(options.runs) >= 2, "compare needs at least two runs")
+    print_comparison([find_run(word, options.runs_dir) for word in options.runs])
+    return 0

@@ -1,0 +1,200 @@
+"""The tokenised corpus: every document's body ids once, keyed by source and tokenizer alone.
+
+A cache folder holds
+  tokens.array_record   one record a document: its body ids, little-endian uint16 or uint32
+  lengths.npy           int32 [D], body tokens
+  bytes.npy             int32 [D], UTF-8 bytes of the text
+  origins.npy           int16 [D], bucket of the origin: which side of the split
+  metadata.parquet      one row a document: its metadata as a JSON object
+  manifest.json         source and tokenizer, counts, sha256 of the tokens
+so one corpus serves every ablation; metadata ids are a side table for each template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from metajax.config import UserError, require
+from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
+from metajax.data.metadata import render
+from metajax.data.tokenizers import Tokenizer
+from metajax.progress import progress
+
+CHUNK = 512  # documents tokenised at a time
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hex digits naming a cache entry made from these JSON-ready parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_documents(source: Source, on_bad_record: str) -> Iterator[tuple[int, Document | None]]:
+    """Every (record number, document); a bad record stops with its error, or counts as None with "skip"."""
+    for i in range(len(source)):
+        try:
+            yield i, source[i]
+        except BadRecord as error:
+            if on_bad_record == "stop":
+                raise BadRecord(f"{error}; --set data.on_bad_record=skip leaves such records out and counts them") from None
+            yield i, None
+
+
+class TokenCache:
+    """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
+        self.bytes = np.load(self.folder / "bytes.npy", mmap_mode="r")
+        self.origins = np.load(self.folder / "origins.npy", mmap_mode="r")
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self._tokens = grain.sources.ArrayRecordDataSource([str(self.folder / "tokens.array_record")])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        """Body ids of a document, int32."""
+        return np.frombuffer(self._tokens[document], self._dtype).astype(np.int32)
+
+    def __reduce__(self):
+        return TokenCache, (self.folder,)
+
+    @property
+    def key(self) -> str:
+        """Identity of the content: sha256 over the token ids and the metadata of all documents."""
+        return self.manifest["sha256"]
+
+    def documents(self, split: str, held_out: float) -> np.ndarray:
+        """Ids of the documents on one side of the split by origin, in corpus order; split is "train" or "held_out"."""
+        mask = np.asarray(self.origins) < round(held_out * BUCKETS)
+        return np.flatnonzero(mask if split == "held_out" else ~mask)
+
+    def metadata(self) -> Iterator[dict[str, str]]:
+        """The metadata of every document, in order."""
+        for batch in pq.ParquetFile(self.folder / "metadata.parquet").iter_batches():
+            for text in batch.column(0).to_pylist():
+                yield json.loads(text)
+
+
+def build_token_cache(source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str) -> TokenCache:
+    """The tokenised form of `source`, made now with a progress bar or opened when it is there.
+
+    Raises:
+      BadRecord: a corrupt record with on_bad_record "stop".
+      UserError: no document is left.
+    """
+    key = digest(source.fingerprint(), tokenizer.fingerprint(), on_bad_record)
+    folder = cache_dir / "tokens" / f"{source.spec.partition(':')[0]}-{key}"
+    if not (folder / "manifest.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+        try:
+            _write(source, tokenizer, work, on_bad_record)
+            os.replace(work, folder)
+        except OSError:
+            if not (folder / "manifest.json").exists():  # else another process was faster, with the same content
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return TokenCache(folder)
+
+
+def _write(source: Source, tokenizer: Tokenizer, folder: Path, on_bad_record: str) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocabulary.size <= 1 << 16 else "<u4")
+    writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
+    table = pq.ParquetWriter(folder / "metadata.parquet", pa.schema([("metadata", pa.string())]))
+    lengths, sizes, origins, bad, sha = [], [], [], 0, hashlib.sha256()
+    fields: set[str] = set()
+    with progress(f"tokenising {source.spec}", total=len(source)) as advance:
+        for documents, failed in _chunks(read_documents(source, on_bad_record)):
+            bad += failed
+            metadata = [json.dumps(d.metadata, sort_keys=True) for d in documents]
+            for document, ids, text in zip(documents, tokenizer.encode_batch([d.text for d in documents]), metadata, strict=True):
+                record = np.asarray(ids, dtype).tobytes()
+                writer.write(record)
+                sha.update(len(record).to_bytes(8, "little") + record + text.encode())
+                lengths.append(len(ids))
+                sizes.append(len(document.text.encode()))
+                origins.append(origin_bucket(document.origin))
+                fields.update(document.metadata)
+            table.write_table(pa.table({"metadata": metadata}, schema=table.schema))
+            advance(len(documents) + failed)
+    writer.close()
+    table.close()
+    require(len(lengths) > 0, f"{source.spec} holds no usable document ({bad} bad records skipped)")
+    np.save(folder / "lengths.npy", np.array(lengths, np.int32))
+    np.save(folder / "bytes.npy", np.array(sizes, np.int32))
+    np.save(folder / "origins.npy", np.array(origins, np.int16))
+    manifest = {
+        "source": source.manifest(),
+        "tokenizer": {"spec": tokenizer.spec, "fingerprint": tokenizer.fingerprint()},
+        "documents": len(lengths),
+        "tokens": int(np.sum(lengths, dtype=np.int64)),
+        "bytes": int(np.sum(sizes, dtype=np.int64)),
+        "bad_records_skipped": bad,
+        "metadata_fields": sorted(fields),
+        "dtype": dtype.str,
+        "sha256": sha.hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[tuple[list[Document], int]]:
+    """Documents in groups of CHUNK, with the number of bad records met in each."""
+    group: list[Document] = []
+    failed = 0
+    for _, document in documents:
+        if document is None:
+            failed += 1
+        else:
+            group.append(document)
+        if len(group) == CHUNK:
+            yield group, failed
+            group, failed = [], 0
+    if group or failed:
+        yield group, failed
+
+
+@dataclass(frozen=True)
+class MetadataTable:
+    """Every document's metadata string in one template as ids: ids int32 [N], offsets int64 [D + 1], present bool [D]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    present: np.ndarray
+
+
+def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
+    """The side table of a template beside the token cache, made once and memory-mapped."""
+    folder = cache.folder / "metadata" / digest(template, tokenizer.fingerprint())
+    if not (folder / "offsets.npy").exists():
+        texts = [render(template, fields) for fields in cache.metadata()]
+        encoded = tokenizer.encode_batch([text or "" for text in texts])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+        np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
+        np.save(work / "present.npy", np.array([text is not None for text in texts]))
+        np.save(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
+        try:
+            os.replace(work, folder)
+        except OSError:
+            shutil.rmtree(work)
+            if not (folder / "offsets.npy").exists():
+                raise UserError(f"cannot write the metadata table to {folder}") from None
+    return MetadataTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "present")))

@@ -1,0 +1,103 @@
+"""Corpora that metajax builds itself: written once below the cache directory, then read like any Parquet file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from metajax.config import UserError, require
+from metajax.data.documents import Document
+from metajax.data.files import Columns, Parquet, file_entry
+
+_DOCUMENTS, _MANIFEST = "documents.parquet", "manifest.json"
+_ROWS_IN_GROUP = 2048
+
+
+class BuiltCorpus(Parquet):
+    """A built corpus in its cache folder. Its fingerprint is that of the recipe and versions, not of the file's dates.
+
+    Raises UserError when the folder was damaged after it was written.
+    """
+
+    def __init__(self, spec: str, folder: Path):
+        self.folder = folder
+        self._manifest = _read_manifest(folder)
+        path = str(folder / _DOCUMENTS)
+        expected = self._manifest["files"][0]["sha256"]
+        require(
+            os.path.exists(path) and file_entry(path)["sha256"] == expected,
+            f"{path}: missing or changed since it was built; delete {folder} and it is built again",
+        )
+        super().__init__(spec, [path], f"{folder}{os.sep}", Columns("text", "origin"))
+
+    def fingerprint(self) -> str:
+        """The recipe's fingerprint, as its manifest holds it."""
+        return self._manifest["fingerprint"]
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest written beside the corpus: versions, counts, sha256."""
+        return {**self._manifest, "spec": self.spec}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: not a manifest; delete {folder} and the corpus is built again") from None
+
+
+def open_or_build(
+    spec: str, kind: str, key: str, cache_dir: Path, build: Callable[[], tuple[list[Document], dict[str, Any]]]
+) -> BuiltCorpus:
+    """The corpus in cache_dir/corpora/KIND-KEY12, built by `build() -> (documents, manifest)` when it is not there.
+
+    The manifest is renamed into place last, so a folder that has one is complete, whoever wrote it.
+    """
+    folder = Path(cache_dir) / "corpora" / f"{kind}-{key[:12]}"
+    if not (folder / _MANIFEST).exists():
+        documents, manifest = build()
+        require(len(documents) > 0, f"{spec}: no documents with enough words; name other modules or sources")
+        write_corpus(folder, documents, {"kind": kind, "fingerprint": key, **manifest})
+    return BuiltCorpus(spec, folder)
+
+
+def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str, Any]) -> None:
+    """Write documents.parquet and manifest.json (with record count, words and sha256) by rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({name for document in documents for name in document.metadata})
+    columns = {
+        "text": [d.text for d in documents],
+        "origin": [d.origin for d in documents],
+        **{name: [d.metadata.get(name) for d in documents] for name in names},
+    }
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    temporary = folder / f".{_DOCUMENTS}.{os.getpid()}"
+    pq.write_table(table, temporary, row_group_size=_ROWS_IN_GROUP, compression="zstd", write_page_checksum=True)
+    entry = {**file_entry(str(temporary)), "path": _DOCUMENTS}
+    os.replace(temporary, folder / _DOCUMENTS)
+    whole = {
+        **manifest,
+        "records": len(documents),
+        "words": sum(len(d.text.split()) for d in documents),
+        "content_sha256": content_sha256(documents),
+        "files": [entry],
+    }
+    temporary = folder / f".{_MANIFEST}.{os.getpid()}"
+    temporary.write_text(json.dumps(whole, indent=2) + "\n")
+    os.replace(temporary, folder / _MANIFEST)
+
+
+def content_sha256(documents: Sequence[Document]) -> str:
+    """sha256 of text, origin and metadata in order: the same whatever library version wrote the file."""
+    digest = hashlib.sha256()
+    for d in documents:
+        digest.update(json.dumps([d.text, d.origin, d.metadata], sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""Debian's package descriptions as a corpus: the package index joined with its English long descriptions.
+
+The system's own index holds one-line synopses where translations are switched off, so both files are fetched by apt into
+a private list directory and joined by Description-md5. Upstream paragraphs repeat through -dev, -doc and lib packages:
+packages are walked in name order and each paragraph is used once. There is no date in the index, and
+`popularity` counts packages that depend on this one: use, not quality of prose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from metajax.config import UserError, require
+from metajax.data.corpora import BuiltCorpus, open_or_build
+from metajax.data.documents import Document
+
+RECIPE = 1  # raise when a change below changes the documents
+MIN_WORDS = 20
+_APT_HELPER = "/usr/lib/apt/apt-helper"
+_REMEDY = "use another source, such as pydocs, or build the corpus on Debian and copy the cache's corpora folder"
+
+# Debian 12 main for amd64: the index has not moved since its last point release.
+PINNED = {
+    "release": "bookworm",
+    "architecture": "amd64",
+    "packages": "515e692f2c4121c6fcec444ef100cc18f79a991910615f3a88c8b7becfc94d2f",
+    "translation": "62f59c3cdca9786e4f7adf9002f9f5729a684adcb4667e58e448dec9b5a46c7f",
+}
+
+Stanza = dict[str, str]
+
+
+def open_debindex(spec: str, cache_dir: Path) -> BuiltCorpus:
+    """The corpus of this machine's Debian release, fetched (16 MB) and built on first use.
+
+    Raises UserError where there is no Debian, no apt, or no mirror that answers.
+    """
+    release, architecture = debian_release()
+    key = hashlib.sha256(json.dumps([RECIPE, release, architecture]).encode()).hexdigest()
+
+    def build() -> tuple[list[Document], dict[str, Any]]:
+        packages, translation = fetch(Path(cache_dir) / "debindex", release, architecture)
+        raw = {"packages": packages, "translation": translation}
+        documents = build_documents(packages.decode(), translation.decode())
+        return documents, describe(release, architecture, raw)
+
+    return open_or_build(spec, "debindex", key, cache_dir, build)
+
+
+def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[str, Any]:
+    """Manifest entries: release, raw files with sha256, and each difference from the pinned index, warned of as well.
+
+    The fingerprint is of the recipe and the raw files, so another point release is another corpus.
+    """
+    found = {"release": release, "architecture": architecture}
+    found |= {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
+    differences = [f"{name} is {found[name]}, pinned {pinned}" for name, pinned in PINNED.items() if found[name] != pinned]
+    if differences:
+        warnings.warn(
+            f"debindex differs from the pinned index, counts and losses will too: {'; '.join(differences)}", stacklevel=2
+        )
+    return {
+        "recipe": RECIPE,
+        "versions": {"release": release, "architecture": architecture},
+        "raw_files": {name: {"bytes": len(content), "sha256": found[name]} for name, content in raw.items()},
+        "pinned": PINNED,
+        "differences_from_pinned": differences,
+        "fingerprint": hashlib.sha256(json.dumps([RECIPE, *sorted(found.items())]).encode()).hexdigest(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ fetching
+
+
+def debian_release() -> tuple[str, str]:
+    """(code name, architecture) of this machine; UserError when it is not Debian or has no apt."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    codename = release.get("VERSION_CODENAME", "")
+    require(release.get("ID") == "debian" and bool(codename), f"debindex: this machine does not run a Debian release; {_REMEDY}")
+    require(bool(shutil.which("apt-get")) and os.path.exists(_APT_HELPER), f"debindex: apt is not installed; {_REMEDY}")
+    return codename, _run(["dpkg", "--print-architecture"]).decode().strip()
+
+
+def fetch(folder: Path, release: str, architecture: str) -> tuple[bytes, bytes]:
+    """(Packages, Translation-en) of `main`, decompressed, by apt into `folder`; the system's lists stay as they are."""
+    folder = folder.absolute()
+    for part in ("lists/partial", "cache/archives/partial"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    Console(stderr=True).print("debindex: fetching Debian's package index and descriptions (16 MB, once)", highlight=False)
+    options = {
+        "Acquire::Languages": "en",
+        "Dir::State::lists": folder / "lists",
+        "Dir::Cache": folder / "cache",
+        "APT::Sandbox::User": "root",  # the unprivileged apt user cannot write below the cache directory
+    }
+    flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    _run(["apt-get", *flags, "update", "-q", "--error-on=any"])
+    lists = folder / "lists"
+    packages = _list_file(lists, f"*_dists_{release}_main_binary-{architecture}_Packages*")
+    return packages, _list_file(lists, f"*_dists_{release}_main_i18n_Translation-en*")
+
+
+def _list_file(lists: Path, pattern: str) -> bytes:
+    found = sorted(lists.glob(pattern))
+    require(bool(found), f"debindex: apt fetched no {pattern} into {lists}; add Debian's main component to apt's sources")
+    return _run([_APT_HELPER, "cat-file", str(found[0])])
+
+
+def _run(command: list[str]) -> bytes:
+    done = subprocess.run(command, check=False, capture_output=True, env={**os.environ, "LC_ALL": "C"})
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(f"debindex: {command[0]} failed ({lines[0]}); check the network and apt's sources, or {_REMEDY}")
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- parsing
+
+
+def stanzas(text: str) -> Iterator[Stanza]:
+    """Stanzas of a Debian control file; continuation lines keep their leading space after a line feed."""
+    stanza: Stanza = {}
+    field = ""
+    for line in text.split("\n"):
+        if not line:
+            if stanza:
+                yield stanza
+            stanza = {}
+        elif line[0] in " \t":
+            stanza[field] += "\n" + line
+        else:
+            field, _, value = line.partition(":")
+            stanza[field] = value.strip()
+    if stanza:
+        yield stanza
+
+
+def description(field: str) -> tuple[str, list[str]]:
+    """(synopsis, paragraphs) of a Description field.
+
+    ` .` parts paragraphs; lines with two leading spaces or more are verbatim (lists, code), the others are joined.
+    """
+    synopsis, _, rest = field.partition("\n")
+    paragraphs, parts, verbatim = [], [], False
+    for line in [*rest.split("\n"), " ."]:
+        line = line[1:]
+        if line.strip() == ".":
+            paragraphs.append("".join(parts))
+            parts = []
+            continue
+        was_verbatim, verbatim = verbatim, line.startswith(" ")
+        if parts:
+            parts.append("\n" if verbatim or was_verbatim else " ")
+        parts.append(line.rstrip() if verbatim else line.strip())
+    return synopsis.strip(), [p for p in paragraphs if p.strip()]
+
+
+def package_names(field: str) -> set[str]:
+    """Names in a dependency field, without versions, architectures and qualifiers; alternatives all count."""
+    return {re.split(r"[\s(:\[]", item.strip(), maxsplit=1)[0] for item in re.split(r"[,|]", field) if item.strip()}
+
+
+def reverse_dependencies(packages: Iterable[Stanza]) -> Counter[str]:
+    """How many packages depend on, pre-depend on or recommend each package, by name or by what it provides."""
+    packages = list(packages)
+    providers: dict[str, set[str]] = {}
+    for package in packages:
+        for virtual in package_names(package.get("Provides", "")):
+            providers.setdefault(virtual, set()).add(package["Package"])
+    counts: Counter[str] = Counter()
+    for package in packages:
+        fields = [package.get(name, "") for name in ("Depends", "Pre-Depends", "Recommends")]
+        names = package_names(",".join(field for field in fields if field))
+        needed = names.union(*(providers.get(name, ()) for name in names))
+        counts.update(needed - {package["Package"]})
+    return counts
+
+
+def build_documents(packages: str, translation: str) -> list[Document]:
+    """Documents in package-name order: synopsis, then the paragraphs no earlier package had, if they make 20 words."""
+    texts = {s["Description-md5"]: s["Description-en"] for s in stanzas(translation)}
+    index = sorted(stanzas(packages), key=lambda s: s["Package"])
+    users = reverse_dependencies(index)
+    seen: set[str] = set()
+    documents = []
+    for stanza in index:
+        if stanza.get("Description-md5") not in texts:
+            continue
+        synopsis, paragraphs = description(texts[stanza["Description-md5"]])
+        fresh = []
+        for paragraph in paragraphs:
+            normal = " ".join(paragraph.split())
+            if normal not in seen:
+                seen.add(normal)
+                fresh.append(paragraph)
+        if sum(len(paragraph.split()) for paragraph in fresh) >= MIN_WORDS:
+            documents.append(_document(stanza, "\n\n".join([synopsis, *fresh]), users[stanza["Package"]]))
+    return documents
+
+
+def _document(stanza: Stanza, text: str, users: int) -> Document:
+    tags = [tag.strip() for tag in stanza.get("Tag", "").replace("\n", " ").split(",") if tag.strip()]
+    fields = {
+        "package": stanza["Package"],
+        "url": stanza.get("Homepage", ""),
+        "section": stanza.get("Section", ""),
+        "tags": ", ".join(tags),
+        "role": ", ".join(tag.removeprefix("role::") for tag in tags if tag.startswith("role::")),
+        "maintainer": re.sub(r"\s*<[^>]*>", "", stanza.get("Maintainer", "")).strip(),
+        "popularity": str((1 + users).bit_length() - 1),  # floor(log2(1 + users))
+    }
+    source = stanza.get("Source", stanza["Package"]).split()[0]
+    return Document(text, {k: v for k, v in fields.items() if v}, source)

@@ -1,0 +1,112 @@
+"""Document metadata as token ids: templates, delimiters, which documents keep theirs, and the shuffled control."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from metajax.config import Metadata, UserError, nearest
+from metajax.data.tokenizers import Tokenizer
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """The metadata fields a template names; UserError when it names none or does not parse."""
+    try:
+        names = tuple(name for _, name, _, _ in string.Formatter().parse(template) if name)
+    except ValueError as error:
+        raise UserError(f"metadata.template = {template!r}: {error}") from None
+    if not names:
+        raise UserError(f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
+    return names
+
+
+def render(template: str, metadata: Mapping[str, str]) -> str | None:
+    """The template with this document's fields, or None when the document lacks one of them."""
+    if any(name not in metadata for name in template_fields(template)):
+        return None
+    return template.format_map(metadata)
+
+
+def check_fields(template: str, available: set[str], corpus: str) -> None:
+    """UserError when no document of the corpus has a field that the template names."""
+    for name in template_fields(template):
+        if name not in available:
+            raise UserError(
+                f"metadata.template = {template!r}: {corpus} has no field {name!r}{nearest(name, available)}; "
+                f"it has {', '.join(sorted(available)) or 'none'}"
+            )
+
+
+@dataclass(frozen=True)
+class MetadataIds:
+    """The ids in front of every piece of a document, by document.
+
+    ids: int32 [N], the rendered strings of all documents end to end; offsets: int64 [D + 1]; owner: int32 [D], whose
+    string a document shows: its own, another's (the shuffled control), EMPTY for the empty pair, NOTHING for none.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    owner: np.ndarray
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    EMPTY, NOTHING = -1, -2
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        owner = int(self.owner[document])
+        if owner == self.NOTHING:
+            return np.zeros(0, np.int32)
+        own = self.ids[self.offsets[owner] : self.offsets[owner + 1]] if owner >= 0 else ()
+        return np.concatenate([self.before, own, self.after]).astype(np.int32)
+
+    def lengths(self) -> np.ndarray:
+        """Metadata tokens in front of each piece of each document, delimiters included; int64 [D]."""
+        own = np.diff(self.offsets)[np.maximum(self.owner, 0)] * (self.owner >= 0)
+        return np.where(self.owner == self.NOTHING, 0, own + len(self.before) + len(self.after))
+
+
+def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each (seed, document), by SplitMix64: the same whatever the order or the worker."""
+    with np.errstate(over="ignore"):
+        z = documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def owners(recipe: Metadata, condition: str, has_metadata: np.ndarray, documents: np.ndarray, seed: int) -> np.ndarray:
+    """Whose metadata each document shows: int32 [D], see `MetadataIds.owner`.
+
+    Args:
+      recipe: position, keep probability, what a dropped document shows.
+      condition: "training" (keep or drop by a hash of (seed, document)), or what evaluation shows: "none", "right",
+        "empty", "shuffled" (each document shows the next one's, so the strings as a set are the same).
+      has_metadata: bool [D]; documents whose template could be filled in.
+      documents: int [K]; the documents in use, in order; others show nothing.
+      seed: of the run.
+    """
+    owner = np.full(len(has_metadata), MetadataIds.NOTHING, np.int32)
+    if condition == "none" or (condition == "training" and recipe.position == "none"):
+        return owner
+    dropped = MetadataIds.EMPTY if recipe.when_dropped == "empty" and recipe.wrap == "special_tokens" else MetadataIds.NOTHING
+    owner[documents] = np.where(has_metadata[documents], documents, dropped)
+    if condition == "training":
+        owner[documents[uniform_hash(seed, documents) >= recipe.keep]] = dropped
+    elif condition == "empty":
+        owner[documents] = dropped
+    elif condition == "shuffled":
+        sharing = documents[has_metadata[documents]]
+        owner[sharing] = np.roll(sharing, 1)
+    return owner
+
+
+def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and after a metadata string."""
+    if recipe.wrap == "plain":
+        return (), ()
+    return (tokenizer.vocabulary.context_begin,), (tokenizer.vocabulary.context_end,)

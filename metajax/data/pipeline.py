@@ -1,0 +1,234 @@
+"""From a config to batches: batch = f(step, seed), the same for any number of hosts.
+
+Sources are tokenised once, packed as an index, assembled row by row, shuffled and repeated by grain, mixed, injected
+with meta-tokens, and only then is the host's slice of the global batch taken. Resuming is taking the stream from `step`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from metajax.config import Config, Metadata, require
+from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents
+from metajax.data.documents import is_held_out
+from metajax.data.meta_tokens import inject
+from metajax.data.metadata import MetadataIds, check_fields, delimiters, owners, uniform_hash
+from metajax.data.mixture import Mixture
+from metajax.data.packing import RowIndex, pack
+from metajax.data.rows import Row, RowSource, finish, padding_row, stack
+from metajax.data.sources import open_source
+from metajax.data.tokenizers import Tokenizer, open_tokenizer
+
+EVALUATION_SEED = 20_250_601  # held-out documents, their order and their meta-token slots are the same for every run
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where this machine keeps things; never part of an experiment."""
+
+    cache: Path = Path("cache")
+    data: Path | None = None
+    runs: Path = Path("runs")
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The tokenised sources of a config and the tokenizer they share."""
+
+    config: Config
+    tokenizer: Tokenizer
+    caches: tuple[TokenCache, ...]
+    paths: Paths
+
+    @property
+    def key(self) -> str:
+        """Identity of the data itself: changes when a source or the tokenizer does."""
+        return digest(self.tokenizer.fingerprint(), *(cache.key for cache in self.caches))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes a body token stands for, over all sources."""
+        return sum(c.manifest["bytes"] for c in self.caches) / max(1, sum(c.manifest["tokens"] for c in self.caches))
+
+
+def derive_seed(*parts: object) -> int:
+    """A 32-bit seed for one use, independent of every other use."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "little")
+
+
+def open_corpora(config: Config, paths: Paths) -> Corpora:
+    """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress."""
+    data = config.data
+    sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
+
+    def training_texts() -> Iterator[str]:
+        for source in sources:
+            for _, document in read_documents(source, data.on_bad_record):
+                if document is not None and not is_held_out(document.origin, data.held_out):
+                    yield document.text
+
+    tokenizer = open_tokenizer(
+        data.tokenizer,
+        cache_dir=paths.cache,
+        data_dir=paths.data,
+        corpus_fingerprint=digest([s.fingerprint() for s in sources], data.held_out, data.on_bad_record),
+        texts=training_texts,
+    )
+    caches = tuple(build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record) for s in sources)
+    return Corpora(config, tokenizer, caches, paths)
+
+
+# ------------------------------------------------------------------------------------------------------ rows
+
+
+def _metadata_ids(
+    corpora: Corpora, cache: TokenCache, recipe: Metadata | None, condition: str, documents: np.ndarray
+) -> MetadataIds | None:
+    if recipe is None or condition == "none" or (condition == "training" and recipe.position == "none"):
+        return None
+    check_fields(recipe.template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
+    table = build_metadata_table(cache, corpora.tokenizer, recipe.template)
+    owner = owners(recipe, condition, table.present, documents, corpora.config.seed)
+    return MetadataIds(table.ids, table.offsets, owner, *delimiters(recipe, corpora.tokenizer))
+
+
+def _index(
+    corpora: Corpora, cache: TokenCache, metadata: MetadataIds | None, condition: str, documents: np.ndarray, style: str
+) -> RowIndex:
+    """The packed row index, built once for each recipe, then memory-mapped and checked against its hash."""
+    config = corpora.config
+    capacity = row_capacity(config)
+    overhead = metadata.lengths()[documents] if metadata is not None else np.zeros(len(documents), np.int64)
+    recipe = hashlib.sha256(documents.tobytes() + overhead.astype(np.int64).tobytes()).hexdigest()
+    folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
+    if not (folder / "sha256").exists():
+        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in (("pieces", index.pieces), ("offsets", index.offsets)):
+            np.save(folder / f"{name}-{os.getpid()}.npy", array)
+            os.replace(folder / f"{name}-{os.getpid()}.npy", folder / f"{name}.npy")
+        (folder / "sha256").write_text(_index_hash(index))
+    index = RowIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "offsets")))
+    require(
+        _index_hash(index) == (folder / "sha256").read_text(),
+        f"the row index in {folder} is damaged ({condition} rows of {cache.folder.name}); delete that folder and run again",
+    )
+    return index
+
+
+def _index_hash(index: RowIndex) -> str:
+    return hashlib.sha256(index.pieces.tobytes() + index.offsets.tobytes()).hexdigest()
+
+
+def row_capacity(config: Config) -> int:
+    """Slots of a row that are left for text and metadata once the meta-tokens have theirs."""
+    return config.row_slots - meta_count(config)
+
+
+def meta_count(config: Config) -> int:
+    """M, the meta-tokens injected into every row."""
+    return config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
+
+
+def _rows(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray) -> RowSource:
+    config = corpora.config
+    metadata = _metadata_ids(corpora, cache, config.metadata, condition, documents)
+    index = _index(corpora, cache, metadata, condition, documents, config.data.packing)
+    weight = config.metadata.loss_weight if config.metadata else 0.0
+    return RowSource(index, cache.__getitem__, metadata, corpora.tokenizer.vocabulary, row_capacity(config), weight)
+
+
+def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
+    """What every row gets last: meta-tokens, then positions."""
+    if config.meta_tokens is not None:
+        row = inject(row, rng, meta=config.meta_tokens, count=meta_count(config), meta_id=meta_id)
+    return finish(row, attend_across_documents=config.data.attend_across_documents)
+
+
+def training_rows(corpora: Corpora) -> grain.MapDataset:
+    """Row n of the run, for every n: an endless random-access dataset that depends on the config and the seed alone."""
+    config, data = corpora.config, corpora.config.data
+    streams = []
+    for i, cache in enumerate(corpora.caches):
+        documents = cache.documents("train", data.held_out)
+        require(len(documents) > 0, f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all")
+        order = documents[np.argsort(uniform_hash(derive_seed("order", config.seed, i), documents), kind="stable")]
+        rows = grain.MapDataset.source(_rows(corpora, cache, "training", order))
+        streams.append(rows.shuffle(seed=derive_seed("shuffle", config.seed, i)).repeat())
+    equal = (1.0,) * len(streams)
+    switch = data.switch
+    mixture = Mixture(
+        data.weights or equal,
+        switch.step * data.batch_rows if switch else None,
+        switch.weights if switch else (),
+    )
+    mixed = grain.MapDataset.select_from_datasets(streams, mixture)
+    complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
+    return mixed.random_map(complete, seed=derive_seed("inject", config.seed))
+
+
+def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1) -> grain.MapDataset:
+    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, slots]."""
+    global_rows = corpora.config.data.batch_rows
+    require(global_rows % hosts == 0, f"data.batch_rows = {global_rows} does not divide by {hosts} hosts")
+    local = global_rows // hosts
+    rows = training_rows(corpora)
+
+    def local_row(n: int) -> Row:
+        step, i = divmod(n, local)
+        return rows[step * global_rows + host * local + i]
+
+    return grain.MapDataset.range(sys.maxsize - local).map(local_row).batch(local, batch_fn=stack)
+
+
+def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.DatasetIterator:
+    """An iterator over batches from step `start` on, reading ahead in threads, or in processes with workers > 0."""
+    stream = batches[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    if workers > 0:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(stream)
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out documents under one condition: batches, and what bits per byte is divided by."""
+
+    batches: list[Row]
+    documents: int
+    body_bytes: int
+    metadata_tokens: int
+
+
+def held_out(corpora: Corpora, condition: str) -> HeldOut:
+    """The held-out rows with metadata "none", "right", "empty" or "shuffled"; the same documents for every condition."""
+    config, data = corpora.config, corpora.config.data
+    rows, documents, body_bytes = [], 0, 0
+    for i, cache in enumerate(corpora.caches):
+        available = cache.documents("held_out", data.held_out)
+        require(
+            len(available) > 0,
+            f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out} or use a corpus of more origins",
+        )
+        order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
+        chosen = order[: -(-config.evaluation.documents // len(corpora.caches))]
+        source = _rows(corpora, cache, condition, chosen)
+        complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
+        rows += [complete(source[n], np.random.default_rng([EVALUATION_SEED, i, n])) for n in range(len(source))]
+        documents += len(chosen)
+        body_bytes += int(np.asarray(cache.bytes)[chosen].sum())
+    rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % data.batch_rows)
+    batches = [stack(rows[n : n + data.batch_rows]) for n in range(0, len(rows), data.batch_rows)]
+    return HeldOut(batches, documents, body_bytes, metadata_tokens=sum(int(b["is_metadata"].sum()) for b in batches))

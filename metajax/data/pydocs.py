@@ -1,0 +1,188 @@
+"""The corpus that needs no download: docstrings of the installed standard library, numpy, scipy and jax.
+
+Files are parsed, never imported. Kept are docstrings of at least 20 words, each text once, in the order standard library,
+numpy, scipy, jax, then path, then line. The corpus changes with the installed versions, which its manifest
+names: losses on different versions are not comparable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import PathFinder
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from metajax.config import UserError, nearest
+from metajax.data.corpora import BuiltCorpus, open_or_build
+from metajax.data.docstrings import Docstring, Module, is_public, public_names, read_module
+from metajax.data.documents import Document
+from metajax.data.files import file_stamp
+
+STDLIB = "stdlib"
+DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")
+RECIPE = 1  # raise when a change below changes the documents
+MIN_WORDS = 20
+_FILES_FOR_POOL = 400  # below this, starting processes costs more than it saves
+_SITE_FOLDERS = ("site-packages", "dist-packages")
+_LEFT_OUT = ("idle_test", "lib2to3")  # beside test*: the tests of IDLE, and a parser that left Python in 3.13
+
+
+@dataclass(frozen=True)
+class File:
+    """A Python file of a part, and the module that it is."""
+
+    part: str
+    path: str
+    module: str
+    is_package: bool
+
+
+def open_pydocs(spec: str, names: str, cache_dir: Path) -> BuiltCorpus:
+    """The corpus of the comma-separated parts in `names` ('' for all four), built on first use and cached.
+
+    A part is `stdlib` or any top-level module or package; raises UserError for one that is not installed.
+    """
+    parts = tuple(dict.fromkeys(p.strip() for p in names.split(",") if p.strip())) or DEFAULT_PARTS
+    files = [file for part in parts for file in python_files(part)]
+    versions = {"python": platform.python_version(), **_versions(parts, files)}
+    key = hashlib.sha256(json.dumps([RECIPE, parts, versions]).encode()).hexdigest()
+
+    def build() -> tuple[list[Document], dict[str, Any]]:
+        return build_documents(files, versions)
+
+    return open_or_build(spec, "pydocs", key, cache_dir, build)
+
+
+def python_files(part: str) -> list[File]:
+    """The .py files of a part in path order, without test folders; UserError when the part is not installed."""
+    library = sysconfig.get_path("stdlib")
+    if part == STDLIB:
+        return sorted(_walk(part, library, library), key=lambda file: file.path)
+    found = PathFinder.find_spec(part) if part.isidentifier() else None
+    compiled = part in sys.builtin_module_names or (found is not None and str(found.origin).endswith((".so", ".pyd")))
+    if compiled:
+        raise UserError(f"pydocs: {part!r} is compiled, so its docstrings cannot be read without importing it; leave it out")
+    if found is None:
+        known = sorted(sys.stdlib_module_names) + list(DEFAULT_PARTS)
+        raise UserError(
+            f"pydocs: {part!r} is not an installed top-level module{nearest(part, known)}; install it or leave it out"
+        )
+    if found.submodule_search_locations:
+        root = next(iter(found.submodule_search_locations))
+        return sorted(_walk(part, root, os.path.dirname(root)), key=lambda file: file.path)
+    return [File(part, found.origin, part, False)]
+
+
+def _walk(part: str, root: str, base: str) -> Iterator[File]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if not _left_out(f) and f not in _SITE_FOLDERS]
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                relative = os.path.relpath(path, base).removesuffix(".py").split(os.sep)
+                is_package = relative[-1] == "__init__"
+                yield File(part, path, ".".join(relative[:-1] if is_package else relative), is_package)
+
+
+def _left_out(folder: str) -> bool:
+    """Tests, mostly; `testing` is a public module of numpy, so it stays."""
+    return (folder.startswith("test") and folder != "testing") or folder in _LEFT_OUT
+
+
+def _versions(parts: Sequence[str], files: Sequence[File]) -> dict[str, str]:
+    """The version of each part outside the standard library; a digest of its files' dates where nothing states one."""
+    distributions = metadata.packages_distributions()
+    versions = {}
+    for part in parts:
+        if part in distributions:
+            versions[part] = metadata.version(distributions[part][0])
+        elif part != STDLIB and part not in sys.stdlib_module_names:
+            stamps = [f"{file.path} {file_stamp(file.path)}" for file in files if file.part == part]
+            versions[part] = f"unversioned {hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]}"
+    return versions
+
+
+def _read(file: File) -> Module:
+    return read_module(file.path, file.module, file.is_package)
+
+
+def _read_all(files: Sequence[File]) -> list[Module]:
+    console = Console(stderr=True)
+    if len(files) < _FILES_FOR_POOL:
+        return [_read(file) for file in files]
+    title = f"pydocs: reading docstrings of {len(files)} Python files (once)"
+    if not console.is_terminal:
+        console.print(title, highlight=False)
+    # Spawned, not forked: the parent may hold the threads of an accelerator runtime.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        results = pool.map(_read, files, chunksize=32)
+        return list(track(results, title, len(files), console=console, disable=not console.is_terminal))
+
+
+def build_documents(files: Sequence[File], versions: dict[str, str]) -> tuple[list[Document], dict[str, Any]]:
+    """Documents in order, each text once, and the manifest's versions, recipe and counts by part."""
+    modules = _read_all(files)
+    addresses = public_names(modules)
+    seen: set[str] = set()
+    documents, parts = [], {file.part: {"documents": 0, "words": 0} for file in files}
+    for file, module in zip(files, modules, strict=True):
+        for docstring in module.docstrings:
+            words = len(docstring.text.split())
+            if words < MIN_WORDS or docstring.text in seen:
+                continue
+            seen.add(docstring.text)
+            parts[file.part]["documents"] += 1
+            parts[file.part]["words"] += words
+            documents.append(_document(docstring, addresses, versions))
+    return documents, {"versions": versions, "recipe": RECIPE, "parts": parts}
+
+
+def _document(docstring: Docstring, addresses: dict[tuple[str, str], str], versions: dict[str, str]) -> Document:
+    module, name = docstring.module, docstring.name
+    fields = {
+        "package": module.split(".")[0],
+        "module": module,
+        "topic": ".".join(module.split(".")[:2]),
+        "name": f"{module}.{name}" if name else module,
+        "kind": docstring.kind,
+        "visibility": "public" if is_public(f"{module}.{name}" if name else module) else "private",
+        "url": derived_url(docstring, addresses, versions),
+    }
+    return Document(docstring.text, {k: v for k, v in fields.items() if v}, module)
+
+
+def derived_url(docstring: Docstring, addresses: dict[tuple[str, str], str], versions: dict[str, str]) -> str:
+    """The address of the documentation page, '' where none can be derived.
+
+    Derived by the sites' naming rules from the shortest public name; nothing checks that the page exists.
+    """
+    module, name = docstring.module, docstring.name
+    top, package = name.split(".")[0], module.split(".")[0]
+    if docstring.local or not is_public(name):
+        return ""
+    if package in sys.stdlib_module_names:
+        page = f"https://docs.python.org/{'.'.join(versions['python'].split('.')[:2])}/library/{module}.html"
+        return "" if not is_public(module) else f"{page}#{module}.{name}" if name else page
+    address = addresses.get((module, top), "") + name.removeprefix(top)
+    if not name or not address.startswith(package):
+        return ""
+    numpy_series = ".".join(versions.get("numpy", "").split(".")[:2])
+    pages = {
+        "numpy": f"https://numpy.org/doc/{numpy_series}/reference/generated/",
+        "scipy": f"https://docs.scipy.org/doc/scipy-{versions.get('scipy')}/reference/generated/",
+        "jax": "https://docs.jax.dev/en/latest/_autosummary/",
+    }
+    return f"{pages[package]}{address}.html" if package in pages else ""

@@ -1,0 +1,146 @@
+"""From a source's spec, KIND[:PATH][?text=COLUMN&origin=COLUMN], to a Source."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from etils import epath
+
+from metajax.config import UserError, nearest, require
+from metajax.data.documents import BadRecord, Document, Source
+from metajax.data.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
+
+_READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
+KINDS = ("pydocs", "debindex", *_READERS, "tfds")
+_OPTIONS = ("text", "origin")
+
+
+def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
+    """The documents that a spec names; UserError for an unknown kind or option, a missing file or an empty corpus.
+
+    PATH is relative to `data_dir`, else to the working directory, and may be a glob for jsonl, parquet and
+    arrayrecord. For tfds it is NAME[/CONFIG][:VERSION][@SPLIT]; for pydocs a comma-separated list of modules.
+    """
+    kind, path, columns = parse_spec(spec)
+    if kind == "pydocs":
+        from metajax.data.pydocs import open_pydocs
+
+        return open_pydocs(spec, path, cache_dir)
+    if kind == "debindex":
+        from metajax.data.debindex import open_debindex
+
+        return open_debindex(spec, cache_dir)
+    if kind == "tfds":
+        return TfdsText(spec, path, data_dir, columns)
+    root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
+    return _READERS[kind](spec, find_files(spec, path, root), root.rstrip("/") + "/", columns)
+
+
+def parse_spec(spec: str) -> tuple[str, str, Columns]:
+    """(kind, path, columns) of a spec; UserError for an unknown kind or option, or where a path is missing or unwanted."""
+    head, _, query = spec.partition("?")
+    kind, _, path = head.partition(":")
+    require(kind in KINDS, f"data source {spec!r}: unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for name, value in options.items():
+        require(name in _OPTIONS, f"data source {spec!r}: unknown option {name!r}{nearest(name, _OPTIONS)}; known: text, origin")
+        require(bool(value), f"data source {spec!r}: option {name!r} names no column")
+    if kind in ("pydocs", "debindex"):
+        require(not query, f"data source {spec!r}: {kind} has columns of its own; leave out ?{query}")
+        require(kind != "debindex" or not path, f"data source {spec!r}: debindex takes no path; write just debindex")
+    else:
+        wanted = "tfds:NAME[/CONFIG][:VERSION][@SPLIT]" if kind == "tfds" else f"{kind}:PATH"
+        require(bool(path), f"data source {spec!r}: a path is missing; write {wanted}")
+    return kind, path, Columns(**options)
+
+
+def find_files(spec: str, path: str, root: str) -> list[str]:
+    """The file at `path`, or the sorted files of a glob, below `root` unless absolute; UserError when there is none."""
+    whole = path if "://" in path else os.path.join(root, path)
+    if "://" in whole:
+        base, _, pattern = whole.partition("://")[2].partition("/")
+        bucket = epath.Path(f"{whole.partition('://')[0]}://{base}")
+        found = [os.fspath(p) for p in bucket.glob(pattern)] if glob.has_magic(pattern) else [whole] * epath.Path(whole).exists()
+    else:
+        found = glob.glob(whole, recursive=True) if glob.has_magic(whole) and not os.path.exists(whole) else [whole]
+        found = [p for p in found if os.path.isfile(p)]
+    require(bool(found), f"{whole}: no such file; {spec!r} looks below {root} (set the data directory, or give a full path)")
+    return sorted(found)
+
+
+class TfdsText:
+    """A text set of TensorFlow Datasets, prepared in a random-access format and read without TensorFlow."""
+
+    def __init__(self, spec: str, path: str, data_dir: Path | None, columns: Columns):
+        import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+
+        name, _, split = path.partition("@")
+        self.spec, self.name, self.split, self.columns = spec, name, split or "train", columns
+        folder = f" below {data_dir}" if data_dir is not None else ""
+        remedy = f"prepare it with tfds.builder({name!r}).download_and_prepare(file_format='array_record')"
+        try:
+            builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir), try_gcs=False)
+        except tfds.core.DatasetNotFoundError:
+            raise UserError(f"{spec}: no TFDS set {name!r} is prepared{folder} or known; {remedy}") from None
+        except ValueError as error:  # an unknown config or version, or a name that is none
+            raise UserError(f"{spec}: {str(error).splitlines()[0]} {remedy}") from None
+        self._folder = os.fspath(builder.data_dir)
+        require(epath.Path(self._folder, "dataset_info.json").exists(), f"{spec}: {self._folder} holds no prepared set; {remedy}")
+        splits = list(builder.info.splits)
+        base = re.split(r"[\[+]", self.split)[0]
+        require(base in splits, f"{spec}: unknown split {base!r}{nearest(base, splits)}; splits: {', '.join(splits)}")
+        features = list(builder.info.features)
+        for option, column in (("text", columns.text), ("origin", columns.origin)):
+            require(
+                not column or column in features,
+                f"{spec}: no feature {column!r} ({option}){nearest(column, features)}; features: {', '.join(features)}",
+            )
+        try:
+            self._records = builder.as_data_source(split=self.split)
+        except NotImplementedError:
+            raise UserError(f"{spec}: {self._folder} is in a format without random access; {remedy}") from None
+        except ValueError as error:  # a slice that cannot be read
+            raise UserError(f"{spec}: {str(error).splitlines()[0]}") from None
+        self._shards = [os.fspath(p) for p in builder.info.splits[base].filepaths]
+        self._version = str(builder.info.full_name)
+        require(len(self._records) > 0, f"{spec}: no records in split {self.split!r}; name another split")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Document:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)} in {self.spec}")
+        where = f"{self._folder} ({self.split}), record {i}"
+        try:
+            row = self._records[int(i)]
+        except RuntimeError as error:
+            raise BadRecord(f"{where}: cannot be read ({str(error).strip()})") from None
+        return to_document(row, self.columns, where)
+
+    def fingerprint(self) -> str:
+        """sha256 over name, version, split, columns and each shard's name, size and modification time."""
+        digest = hashlib.sha256(f"tfds {self._version} {self.split} {self.columns}\n".encode())
+        for path in self._shards:
+            digest.update(f"{os.path.basename(path)} {file_stamp(path)}\n".encode())
+        return digest.hexdigest()
+
+    def manifest(self) -> dict[str, Any]:
+        """Kind, version, split, records and the shards; sha256 of each file is computed now."""
+        described = [os.path.join(self._folder, name) for name in ("dataset_info.json", "features.json")]
+        return {
+            "kind": "tfds",
+            "spec": self.spec,
+            "versions": {"tfds": self._version},
+            "split": self.split,
+            "records": len(self),
+            "fingerprint": self.fingerprint(),
+            "files": [file_entry(path) for path in (*described, *self._shards)],
+        }

@@ -1,0 +1,129 @@
+"""One experiment from start to finish: train or resume, evaluate, sample, write the report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from metajax.config import Config, config_hash, to_dict
+from metajax.data.metadata import render, uniform_hash
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
+from metajax.evaluation.held_out import evaluate_held_out
+from metajax.inference.generation import generate
+from metajax.models.lm import param_count
+from metajax.planning.flops import flops_per_token
+from metajax.progress import progress, say
+from metajax.reporting.html import write_run_report
+from metajax.reporting.records import RunDirectory, check_data, read_config
+from metajax.training.checkpoints import read_parameters
+from metajax.training.loop import Phases, Trained, Trainer
+from metajax.training.program import Program
+
+PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
+
+
+def run_experiment(config: Config, workdir: Path, paths: Paths, *, imports_seconds: float = 0.0) -> dict[str, Any]:
+    """Run `config` in `workdir`, taking up whatever is there, and return its report.
+
+    Raises:
+      UserError: bad input, or a workdir that holds something else.
+      NonFinite: training broke down.
+    """
+    run = RunDirectory.open(workdir, config)
+    try:
+        done = run.read("report.json")
+        if done is not None:
+            say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
+            return done
+        began, phases = time.monotonic(), Phases({"imports": imports_seconds})
+        trained = Trainer(config, run, paths, phases).train()
+        report = _report(config, run, trained, time.monotonic() - began)
+        run.write("report.json", report)
+        write_run_report(workdir)
+        return report
+    finally:
+        run.close()
+
+
+def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float) -> dict[str, Any]:
+    model, vocab_size = trained.state.model, trained.program.vocab_size
+    return {
+        "name": config.name,
+        "scale": config.scale,
+        "seed": config.seed,
+        "hash": config_hash(config),
+        "steps": config.training.steps,
+        "parameters": param_count(model),
+        "flops_per_token": flops_per_token(config, vocab_size),
+        "counts": vars(trained.counts),
+        "bytes_per_token": trained.corpora.bytes_per_token,
+        "eval": evaluate(config, trained.program, trained.corpora, model),
+        "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens else None,
+        "startup": trained.startup | {"total": sum(trained.startup.values())},
+        "time": trained.time | {"total_seconds": seconds},
+        "restarted_from": trained.restarted_from,
+        "parent": config.init.from_ or None,
+        "warnings": run.warnings,
+        "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in trained.corpora.caches],
+        "config": to_dict(config),
+    }
+
+
+def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
+    """Held-out results under every condition of `config.evaluation`."""
+    results = {}
+    with progress(f"evaluating {config.name}", total=len(config.evaluation.conditions)) as advance:
+        for condition in config.evaluation.conditions:
+            results[condition] = evaluate_held_out(program, corpora, model, condition)
+            advance(1)
+    return results
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run's newest checkpoint, ready to be used."""
+
+    config: Config
+    corpora: Corpora
+    program: Program
+    model: Any
+
+    def evaluate(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Held-out results with the evaluation settings of `config`."""
+        return evaluate(config, self.program, replace(self.corpora, config=config), self.model)
+
+
+def open_run(workdir: Path, paths: Paths) -> OpenedRun:
+    """Open a run for evaluation or generation; its folder is not changed.
+
+    Raises:
+      UserError: no checkpoint, a damaged one only, or a tokenizer or corpus that is not the run's.
+    """
+    config = read_config(workdir)
+    corpora = open_corpora(config, paths)
+    check_data(workdir, corpora.key, corpora.tokenizer.fingerprint())
+    program = Program.build(config, corpora.tokenizer.vocabulary.size)
+    model = read_parameters(workdir, program.abstract_state().model)
+    return OpenedRun(config, corpora, program, model)
+
+
+def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:
+    """The model's continuation of the first held-out document, behind its metadata where training had it so."""
+    cache = corpora.caches[0]
+    available = cache.documents("held_out", config.data.held_out)
+    long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
+    document = int(long_enough[uniform_hash(EVALUATION_SEED, long_enough).argmin()])
+    body = cache[document].tolist()
+    prompt = corpora.tokenizer.decode(body[:PROMPT_TOKENS])
+    context = None
+    if config.metadata is not None and config.metadata.position == "prepend":
+        fields = next(m for i, m in enumerate(cache.metadata()) if i == document)
+        context = render(config.metadata.template, fields)
+    with jax.default_device(jax.local_devices()[0]):
+        text = generate(model, config, corpora.tokenizer, prompt, count=config.evaluation.sample_tokens, context=context)
+    truth = corpora.tokenizer.decode(body[PROMPT_TOKENS : PROMPT_TOKENS + config.evaluation.sample_tokens])
+    return {"context": context, "prompt": prompt, "continuation": text, "document": truth}

@@ -1,0 +1,97 @@
+"""Parts without a sequence in them: parameters with logical axes, linear maps, norms and the feed-forward network.
+
+Every parameter is float32 and carries `axes`, one logical name for each of its dimensions; vectors (norm scales and all
+biases) are ("norm",). Inputs set the compute dtype: weights are cast to it where they are used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from metajax.config import Model
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "swiglu": jax.nn.silu,
+}
+
+
+def normal_param(key: PRNGKeyArray, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2)."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def residual_std(cfg: Model) -> float:
+    """Initial standard deviation of projections into the residual stream: init_std / sqrt(2 layers) (GPT-2, section 2.3)."""
+    return cfg.init_std / (2 * cfg.layers) ** 0.5
+
+
+class Linear(nnx.Module):
+    """y = x w + b over the last axis, [..., inputs] -> [..., outputs]; without a bias `b` is None."""
+
+    def __init__(self, key: PRNGKeyArray, shape: tuple[int, int], *, std: float, bias: bool, axes: tuple[str, str]):
+        self.w = normal_param(key, shape, std, axes)
+        self.b = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=("norm",)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        # One row dimension: the weight gradient then contracts one dimension, which XLA's CPU backend does several times
+        # faster than two (it would materialise transposed copies, with the elementwise work before them done again).
+        y = x.reshape(-1, x.shape[-1]) @ self.w[...].astype(x.dtype)
+        y = y if self.b is None else y + self.b[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last axis, statistics in float32; a LayerNorm has a bias when `cfg.bias`."""
+
+    def __init__(self, cfg: Model):
+        self.kind, self.eps = cfg.norm, cfg.norm_eps
+        self.scale = nnx.Param(jnp.ones(cfg.width, jnp.float32), axes=("norm",))
+        biased = cfg.bias and cfg.norm == "layernorm"
+        self.bias = nnx.Param(jnp.zeros(cfg.width, jnp.float32), axes=("norm",)) if biased else None
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        wide = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.kind == "rmsnorm":
+            wide = wide.astype(x.dtype)  # as Llama and Hymba: rounded before the scale is applied
+        y = wide * self.scale[...].astype(wide.dtype)
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Feed-forward network: down(act(up(x))), or with "swiglu" down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, cfg: Model, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        wide = (cfg.width, cfg.mlp_width)
+        self.activation = cfg.activation
+        self.up = Linear(keys[0], wide, std=cfg.init_std, bias=cfg.bias, axes=("embed", "mlp"))
+        self.down = Linear(keys[1], wide[::-1], std=residual_std(cfg), bias=cfg.bias, axes=("mlp", "embed"))
+        gated = cfg.activation == "swiglu"
+        self.gate = Linear(keys[2], wide, std=cfg.init_std, bias=cfg.bias, axes=("embed", "mlp")) if gated else None
+
+    def __call__(self, x: Float[Array, "B T width"]) -> Float[Array, "B T width"]:
+        act = ACTIVATIONS[self.activation]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+def gather_rows(x: Array, slots: Array) -> Array:
+    """Rows of each sequence, [B, T, ...] at int32[B, M] -> [B, M, ...]; a slot >= T reads zeros."""
+    return jax.vmap(lambda row, s: row.at[s].get(mode="fill", fill_value=0))(x, slots)
+
+
+def scatter_add_rows(x: Array, slots: Array, rows: Array) -> Array:
+    """x [B, T, ...] with `rows` [B, M, ...] added at int32[B, M]; a slot >= T is dropped."""
+    return jax.vmap(lambda row, s, r: row.at[s].add(r, mode="drop"))(x, slots, rows)

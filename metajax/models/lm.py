@@ -1,0 +1,216 @@
+"""The decoder language model: embeddings, a scanned stack of equal blocks, a final norm and the head.
+
+A model is a pytree of float32 parameters. Positions, segments and meta-token slots are inputs, decided in the
+data; the forward pass is a pure function of the model and of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from metajax.config import MetaTokens, Model, Runtime, nearest, require
+from metajax.models.attention import CausalAttention, MetaAttention, Rows, Taps, make_rows
+from metajax.models.layers import Mlp, Norm, gather_rows, normal_param, scatter_add_rows
+from metajax.models.masks import meta_flags
+from metajax.models.rotary import rotary_table
+from metajax.parallel.rules import constrain
+
+# What `LM.__call__` can return besides the logits; all but "final" are stacked over the layers.
+CAPTURABLE = (
+    "residual",  # [L, B, T, width], the input of each block
+    "attention_out",  # [L, B, T, width], what causal attention adds to the residual stream
+    "meta_out",  # [L, B, T, width], what meta-attention adds, 0 where there is no meta-token; absent without meta-tokens
+    "mlp_out",  # [L, B, T, width], what the feed-forward network adds
+    "attention_lse",  # float32[L, B, T, heads]
+    "attention_probabilities",  # float32[L, B, heads, query, key], computed densely beside the model's own attention
+    "final",  # [B, T, width], after the final norm
+)
+UNDECAYED_AXES = frozenset({"norm"})  # norm scales and every bias; matrices and embeddings decay, as in nanoGPT
+RESIDUAL_AXES = ("batch", "length", None)
+
+
+class Block(nnx.Module):
+    """x += Attention(norm x); x += MetaAttention(norm x) at the meta-tokens; x += Mlp(norm x). "post" norms the sums instead.
+
+    The place of meta-attention is that of "Language Modeling with Learned Meta-Tokens" (arXiv 2509.16278, section 3); the place
+    of its norm is not stated in the paper.
+    """
+
+    def __init__(self, cfg: Model, meta_attention: str, implementation: str, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        self.pre_norm, self.meta_form = cfg.norm_position == "pre", meta_attention
+        self.attention = CausalAttention(cfg, implementation, keys[0])
+        self.attention_norm = Norm(cfg)
+        self.mlp = Mlp(cfg, keys[1])
+        self.mlp_norm = Norm(cfg)
+        has_meta = meta_attention != "none"
+        self.meta_attention = MetaAttention(cfg, implementation, keys[2]) if has_meta else None
+        self.meta_norm = Norm(cfg) if has_meta else None
+
+    def __call__(self, x: Float[Array, "B T width"], rows: Rows, taps: Taps) -> Float[Array, "B T width"]:
+        taps.record("residual", x)
+        change = self._change(x, self.attention_norm, lambda h: self.attention(h, rows, taps))
+        taps.record("attention_out", change)
+        x = x + change
+        if rows.slots is not None:
+            x = self._add_meta(x, rows, taps)
+        change = self._change(x, self.mlp_norm, self.mlp)
+        taps.record("mlp_out", change)
+        return constrain(x + change, RESIDUAL_AXES)
+
+    def _change(self, x: Array, norm: Norm, branch: Callable[[Array], Array]) -> Array:
+        """What a branch adds to the residual stream: branch(norm x), or norm(x + branch x) - x for post-norm."""
+        return branch(norm(x)) if self.pre_norm else norm(x + branch(x)) - x
+
+    def _add_meta(self, x: Array, rows: Rows, taps: Taps) -> Array:
+        if self.meta_form == "dense":
+            change = self._change(x, self.meta_norm, lambda h: self.meta_attention.dense(h, rows))
+            change = jnp.where(meta_flags(rows.slots, x.shape[1])[..., None], change, 0)
+            taps.record("meta_out", change)
+            return x + change
+        gathered = gather_rows(x, rows.slots)
+        change = self._change(gathered, self.meta_norm, lambda h: self.meta_attention.gathered(h, rows))
+        if taps.wants("meta_out"):
+            taps.record("meta_out", scatter_add_rows(jnp.zeros_like(x), rows.slots, change))
+        return scatter_add_rows(x, rows.slots, change)
+
+
+class LM(nnx.Module):
+    """A decoder LM assembled from `cfg`; `meta` adds meta-attention to every block.
+
+    vocab_size: rows of the embedding, padded as the caller wants. max_length: rows of a learned position table.
+    Initialisation: N(0, init_std), projections into the residual stream init_std / sqrt(2 layers), scales 1, biases 0.
+    """
+
+    def __init__(
+        self,
+        cfg: Model,
+        *,
+        vocab_size: int,
+        max_length: int,
+        meta: MetaTokens | None,
+        runtime: Runtime,
+        key: PRNGKeyArray,
+    ):
+        keys = jax.random.split(key, 4)
+        self.cfg, self.remat, self.unroll = cfg, runtime.remat, runtime.unroll or cfg.layers
+        self.meta_form = meta.attention if meta is not None else "none"
+        self.embedding = normal_param(keys[0], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
+        learned = cfg.position == "learned"
+        self.positions = normal_param(keys[1], (max_length, cfg.width), cfg.init_std, ("positions", "embed")) if learned else None
+        make_block = functools.partial(Block, cfg, self.meta_form, runtime.implementation)
+        self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], cfg.layers))
+        self.final_norm = Norm(cfg)
+        self.unembedding = None if cfg.tied else normal_param(keys[3], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        meta_slots: Int[Array, "B M"] | None = None,
+        capture: tuple[str, ...] = (),
+    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], dict[str, Array]]:
+        """Logits, float32[B, T, vocab]; with `capture`, (logits, {name: intermediate}) for names in `CAPTURABLE`.
+
+        positions: index of each token in its document, negative for none (no learned vector, rotary angle 0).
+        segment_ids: equal inside a document, 0 for padding; attention never leaves a run of equal ids.
+        meta_slots: sorted row indices of the meta-tokens, >= T where unused; read by models with meta-attention alone.
+        Raises UserError for an unknown capture, for missing slots and for rows longer than the position table.
+        """
+        x = self.embed(tokens, positions)
+        x, captured = self.decode(x, positions=positions, segment_ids=segment_ids, meta_slots=meta_slots, capture=capture)
+        logits = self.unembed(x)
+        return (logits, captured) if capture else logits
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+        """Token embeddings plus learned positions, where there are any, in the compute dtype."""
+        dtype = jnp.dtype(self.cfg.compute_dtype)
+        x = self.embedding[...][tokens]
+        if self.positions is not None:
+            table = self.positions[...]
+            require(
+                tokens.shape[1] <= table.shape[0],
+                f"rows of {tokens.shape[1]} tokens but learned positions for {table.shape[0]}; shorten the rows or use rotary positions",
+            )
+            # A position beyond the table reads NaN: a wrong input shows at once instead of borrowing the last row.
+            vectors = table.at[jnp.maximum(positions, 0)].get(mode="fill", fill_value=jnp.nan)
+            x = x + jnp.where(positions[..., None] >= 0, vectors, 0.0)
+        return constrain(x.astype(dtype), RESIDUAL_AXES)
+
+    def decode(
+        self,
+        x: Float[Array, "B T width"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        meta_slots: Int[Array, "B M"] | None = None,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
+        """All blocks and the final norm on embeddings `x`: (normalised residual stream, captured intermediates)."""
+        for name in capture:
+            require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
+        has_meta = self.meta_form != "none"
+        require(not has_meta or meta_slots is not None, "a model with meta-attention needs meta_slots (int32[B, M])")
+        rotary = rotary_table(self.cfg, positions) if self.cfg.position in ("rope", "ntk", "yarn") else None
+        rows = make_rows(segment_ids, rotary, meta_slots if has_meta and meta_slots.shape[1] else None)
+
+        def body(x: Array, block: Block) -> tuple[Array, dict[str, Array]]:
+            taps = Taps(capture)
+            x = block(x, rows, taps)
+            return x, taps.values
+
+        x, captured = jax.lax.scan(self._rematerialised(body), x, self.blocks, unroll=self.unroll)
+        x = self.final_norm(x)
+        return x, {**captured, "final": x} if "final" in capture else captured
+
+    def unembed(self, x: Float[Array, "B T width"]) -> Float[Array, "B T vocab"]:
+        """float32 logits of every row of the (tied or own) output matrix."""
+        matrix = self.embedding if self.unembedding is None else self.unembedding
+        flat = x.reshape(-1, x.shape[-1])  # one row dimension, as in `Linear`
+        logits = jnp.einsum("nd,vd->nv", flat, matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return logits.reshape(*x.shape[:2], -1)
+
+    def _rematerialised(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """`body` under the run's rematerialisation policy: none, full, or keep the results of weight products ("dots")."""
+        if self.remat == "none":
+            return body
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        # Inside a loop the compiler cannot merge forward and recomputation; unrolled whole it could, and undo the saving.
+        return jax.checkpoint(body, policy=policy, prevent_cse=self.unroll >= self.cfg.layers)
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def named_params(model: Any) -> dict[str, nnx.Param]:
+    """Parameters by dotted path ("blocks.mlp.up.w"), in the order of the pytree; blocks are stacked over the layers."""
+    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def decay_mask(model: Any) -> Any:
+    """The model's pytree with a bool for each parameter: weight decay applies to it. Decided by logical axes alone."""
+    return jax.tree.map(lambda p: p.replace(not UNDECAYED_AXES & set(p.get_metadata()["axes"])), model, is_leaf=_is_param)
+
+
+def param_count(model: Any) -> dict[str, int]:
+    """Parameters by part and "total"; `model` may be abstract (jax.eval_shape). A tied head is counted once."""
+    parts: dict[str, int] = {}
+    for path, param in named_params(model).items():
+        names = path.split(".")[:-1]  # the last name is the array inside a part
+        part = names[-1] if path.split(".")[-1] in ("scale", "bias") else (names[1] if names[:1] == ["blocks"] else path)
+        parts[part] = parts.get(part, 0) + param.size
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,105 @@
+"""Attention masks as one small predicate: the reference, the kernels, the FLOP counter and the caches all read it.
+
+Every mask here is one number for each key, its expiry: key k is visible to the queries k <= q < expiry[k]. The end of
+a document, a sliding window and an always-visible prefix differ in that number alone, so no kernel needs a T x T array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from metajax.config import require
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Causal attention inside segments, optionally in a sliding window and with an always-visible prefix.
+
+    window: a query sees itself and this many keys before it; None: all of its segment.
+    prefix: the first `prefix` keys of the row stay visible to every later query of the row, whatever its segment
+    (learned meta tokens in front of the text: Hymba, arXiv 2411.13676, section 2), trailing padding apart.
+
+    A segment is a run of equal ids; id 0 is padding, and a run of padding sees itself alone. A prefix needs padding
+    that is trailing, because one number for each key cannot skip a gap.
+    """
+
+    window: int | None = None
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.window is None or self.window >= 0, f"window = {self.window}: a number of earlier keys, not negative")
+        require(self.prefix >= 0, f"prefix = {self.prefix}: a number of keys, not negative")
+
+    def expiry(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """int32[B, T]: the first query index that no longer sees each key."""
+        end = segment_end(segment_ids)
+        index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+        if self.window is not None:
+            end = jnp.minimum(end, index + self.window + 1)
+        if self.prefix:
+            row_end = jnp.max(jnp.where(segment_ids != 0, index + 1, 0), axis=1, keepdims=True)
+            end = jnp.where((index < self.prefix) & (segment_ids != 0), row_end, end)
+        return end
+
+    @staticmethod
+    def allow(q_index: Array, k_index: Array, expiry: Array) -> Array:
+        """The predicate itself, bool, broadcast over its three integer arguments (`expiry` belongs to `k_index`)."""
+        return (k_index <= q_index) & (q_index < expiry)
+
+    def dense(self, segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+        """The whole mask, bool[B, query, key]. For the reference and for analyses: nothing fast builds this."""
+        index = jnp.arange(segment_ids.shape[1])
+        return self.allow(index[None, :, None], index[None, None, :], self.expiry(segment_ids)[:, None, :])
+
+    def pairs(self, segment_lengths: Sequence[int], padding: int = 0) -> int:
+        """Exact number of allowed (query, key) pairs in one row: its segments in order, then `padding` trailing pads."""
+        total = sum(segment_lengths)
+        prefix = min(self.prefix, total)
+        count = prefix * total - prefix * (prefix - 1) // 2
+        start = 0
+        for length in segment_lengths:
+            count += self._windowed_pairs(length - min(max(prefix - start, 0), length))
+            start += length
+        return count + self._windowed_pairs(padding)
+
+    def _windowed_pairs(self, length: int) -> int:
+        """Pairs among the last `length` tokens of a segment: its keys' lifetimes are min(tokens left, window + 1)."""
+        reach = length if self.window is None else min(length, self.window + 1)
+        return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def segment_end(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """int32[B, T]: one past the last index of the run of equal ids that each position belongs to."""
+    length = segment_ids.shape[1]
+    index = jnp.arange(1, length + 1, dtype=jnp.int32)
+    last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
+    return jax.lax.cummin(jnp.where(last, index, length), axis=1, reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------- inserted meta-tokens
+
+
+def gathered_expiry(segment_ids: Int[Array, "B T"], slots: Int[Array, "B M"]) -> Int[Array, "B M"]:
+    """Expiry among the gathered meta-tokens alone, int32[B, M] in gathered indices: causal, inside one segment.
+
+    slots: sorted row indices of the meta-tokens; a slot >= T is unused, sees nothing and is seen by none.
+    (Learned meta-tokens, arXiv 2509.16278: the meta mask P together with the causal mask.)
+    """
+    end = jax.vmap(lambda e, s: e.at[s].get(mode="fill", fill_value=0))(segment_end(segment_ids), slots)
+    return jax.vmap(jnp.searchsorted)(slots, end).astype(jnp.int32)
+
+
+def meta_flags(slots: Int[Array, "B M"], length: int) -> Bool[Array, "B T"]:
+    """bool[B, length]: which positions are meta-tokens."""
+    return jax.vmap(lambda s: jnp.zeros(length, bool).at[s].set(True, mode="drop"))(slots)
+
+
+def meta_dense(segment_ids: Int[Array, "B T"], slots: Int[Array, "B M"]) -> Bool[Array, "B T T"]:
+    """The meta mask over the whole row, bool[B, query, key]: query and key are both meta-tokens, causal, one segment."""
+    is_meta = meta_flags(slots, segment_ids.shape[1])
+    return Mask().dense(segment_ids) & is_meta[:, :, None] & is_meta[:, None, :]

@@ -1,0 +1,126 @@
+"""Rotary position embeddings: inverse frequencies of each scheme, cosine and sine tables, and the rotation.
+
+Frequencies follow from the configuration alone, so they are float64 NumPy, rounded once to float32; the tables are
+made in the forward pass from the positions of the batch and are never stored in a model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from metajax.config import Model, UserError
+
+Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+
+
+def default_frequencies(dim: int, base: float) -> np.ndarray:
+    """float32[dim / 2]: base^(-2i / dim), radians per position (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    return _powers(dim, base).astype(np.float32)
+
+
+def linear_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
+    """float32[dim / 2]: positions squeezed by `factor` (position interpolation, arXiv 2306.15595, equation 4)."""
+    return (_powers(dim, base) / factor).astype(np.float32)
+
+
+def ntk_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
+    """float32[dim / 2]: the base grown by factor^(dim / (dim - 2)) (NTK-aware scaling; YaRN, arXiv 2309.00071, section 3.1)."""
+    return default_frequencies(dim, base * factor ** (dim / (dim - 2)))
+
+
+def hymba_ntk_factor(length: float, original_length: float, extension: float = 2.0) -> float:
+    """The factor of `ntk_frequencies` that Hymba derives from its maximum length: extension * length / original - (extension - 1)."""
+    return extension * length / original_length - (extension - 1)
+
+
+def dynamic_ntk_frequencies(dim: int, base: float, original_length: int, longest: int | Int[Array, ""]) -> Float[Array, " half"]:
+    """float32[dim / 2] of dynamic NTK scaling after a row of `longest` tokens; `longest` may be traced.
+
+    Carry `longest` with `longest_seen`: the frequencies depend on the history of lengths through that number alone.
+    """
+    longest = jnp.maximum(jnp.asarray(longest, jnp.float32), original_length)
+    grown = base * hymba_ntk_factor(longest, original_length) ** (dim / (dim - 2))
+    return grown ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+
+
+def longest_seen(longest: int, length: int, original_length: int) -> int:
+    """The length that dynamic NTK scaling remembers: it only grows, and falls back below (not at) the original length."""
+    return original_length if length < original_length else max(longest, length)
+
+
+def yarn_range(dim: int, base: float, original_length: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> tuple[int, int]:
+    """(low, high), the frequency indices between which YaRN blends (arXiv 2309.00071, section 3.2, NTK-by-parts).
+
+    Faster than `beta_fast` turns over the original length: kept; slower than `beta_slow`: interpolated.
+    """
+
+    def index(turns: float) -> float:
+        return dim * math.log(original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    return max(math.floor(index(beta_fast)), 0), min(math.ceil(index(beta_slow)), dim - 1)
+
+
+def yarn_frequencies(
+    dim: int,
+    base: float,
+    original_length: int,
+    factor: float,
+    *,
+    extrapolation: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> np.ndarray:
+    """float32[dim / 2]: fast frequencies kept, slow ones divided by `factor`, a ramp between (YaRN, arXiv 2309.00071, section 3.2)."""
+    low, high = yarn_range(dim, base, original_length, beta_fast, beta_slow)
+    width = high - low if high != low else 0.001  # the ramp of a range of one index is a step
+    keep = (1 - np.clip((np.arange(dim // 2) - low) / width, 0, 1)) * extrapolation
+    powers = _powers(dim, base)
+    return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
+
+
+def yarn_magnitude(factor: float, attention_factor: float = 1.0) -> float:
+    """What cosine and sine are multiplied by: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
+    return (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) * attention_factor
+
+
+def rotary_angles(frequencies: Float[Array, " half"] | np.ndarray, positions: Int[Array, "B T"], magnitude: float = 1.0) -> Table:
+    """(cos, sin), float32[B, T, D / 2] each, multiplied by `magnitude`."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table:
+    """(cos, sin), float32[B, T, head_dim / 2] each, of the scheme that `cfg.position` names; UserError when it is not rotary.
+
+    A negative position means none: angle 0, the same as position 0. `cfg.rope_factor` is the growth factor of "ntk"
+    (see `hymba_ntk_factor`) and the context extension of "yarn".
+    """
+    dim, base = cfg.head_dim, cfg.rope_theta
+    positions = jnp.maximum(positions, 0)
+    match cfg.position:
+        case "rope":
+            return rotary_angles(default_frequencies(dim, base), positions)
+        case "ntk":
+            return rotary_angles(ntk_frequencies(dim, base, cfg.rope_factor), positions)
+        case "yarn":
+            frequencies = yarn_frequencies(dim, base, cfg.rope_original_length, cfg.rope_factor)
+            return rotary_angles(frequencies, positions, yarn_magnitude(cfg.rope_factor))
+        case _:
+            raise UserError(f"model.position = {cfg.position!r} has no rotary table; rotary schemes: rope, ntk, yarn")
+
+
+def apply_rotary(
+    x: Float[Array, "B T H D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T H D"]:
+    """Rotate the pairs (x[i], x[i + D/2]) of each head by their angles, in float32, and return the dtype of `x`."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _powers(dim: int, base: float) -> np.ndarray:
+    return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)

@@ -1,0 +1,76 @@
+"""The one table from logical axes to mesh axes, and the shardings that follow from it.
+
+Collisions are refused: an array whose two logical axes would land on one mesh axis is an error, not a guess.
+A dimension that the mesh axis does not divide stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from metajax.config import UserError, require
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": (),
+    "positions": (),
+    "heads": (),
+    "kv_heads": (),
+    "mlp": (),
+    "norm": (),
+    "length": (),
+    "layers": (),
+}
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The PartitionSpec of an array with logical `axes` on `mesh`; UserError for an unknown axis or a collision.
+
+    A stacked array has one leading dimension more than its axes say: it is the layer dimension.
+    """
+    axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
+    taken: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for logical, size in zip(axes, shape, strict=True):
+        require(logical is None or logical in RULES, f"no sharding rule for the logical axis {logical!r}")
+        names = tuple(n for n in RULES.get(logical or "length", ()) if n in mesh.shape)
+        for name in names:
+            if name in taken:
+                raise UserError(f"logical axes {taken[name]!r} and {logical!r} of one array both map to mesh axis {name!r}")
+            taken[name] = str(logical)
+        shards = 1
+        for name in names:
+            shards *= mesh.shape[name]
+        entries.append(names if names and size % shards == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings with the structure of `tree`, whose leaves are nnx.Params carrying `axes` (others are replicated)."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            spec = partition_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)
+            return leaf.replace(NamedSharding(mesh, spec))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of the batch over every data-like axis."""
+    return NamedSharding(mesh, PartitionSpec(tuple(n for n in RULES["batch"] if n in mesh.shape)))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pin `x` to the sharding of its logical axes on the mesh in use; without a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

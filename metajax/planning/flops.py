@@ -1,0 +1,83 @@
+"""Analytic training FLOPs: exact for the matrix products, and for the (query, key) pairs a mask allows.
+
+A multiply-add is two operations; the backward pass costs twice the forward pass; recomputation is not counted.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from metajax.config import Config
+
+# Peak dense bf16 operations per second of one chip, by jax's device kind (vendors' published figures).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
+    """Forward operations of the matrix products, by part, for one slot ("meta_attention": for one meta-token)."""
+    model = config.model
+    kv = model.num_kv_heads * model.head_dim
+    attention = 2 * model.width * (2 * model.width + 2 * kv)
+    mlp = 2 * model.width * model.mlp_width * (3 if model.activation == "swiglu" else 2)
+    parts = {"attention": model.layers * attention, "mlp": model.layers * mlp, "head": 2 * model.width * vocab_size}
+    if config.meta_tokens is not None and config.meta_tokens.attention != "none":
+        parts["meta_attention"] = model.layers * attention
+    return parts
+
+
+def pair_flops(config: Config) -> int:
+    """Forward operations of one allowed (query, key) pair in all heads of one attention: scores and weighted sum."""
+    return 4 * config.model.width
+
+
+def batch_pairs(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Allowed (query, key) pairs of a batch in one layer: (causal attention, meta-attention), padding left out."""
+    real = batch["segment_ids"] > 0
+    window = config.model.window
+    reach = batch["positions"] + 1 if window is None else np.minimum(batch["positions"], window) + 1
+    causal = int(reach[real].sum())
+    if "meta_slots" not in batch or config.meta_tokens is None or config.meta_tokens.attention == "none":
+        return causal, 0
+    segments = np.take_along_axis(batch["segment_ids"], batch["meta_slots"], axis=1)
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+    return causal, int(np.tril(same).sum())
+
+
+def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) -> int:
+    """Operations of one training step on this batch, all hosts' rows included when `batch` holds them all."""
+    slots = batch["tokens"].size
+    metas = batch["meta_slots"].size if "meta_slots" in batch else 0
+    parts = matmul_flops(config, vocab_size)
+    dense = sum(cost * (metas if name == "meta_attention" else slots) for name, cost in parts.items())
+    causal, meta = batch_pairs(config, batch)
+    return 3 * (dense + config.model.layers * pair_flops(config) * (causal + meta))
+
+
+def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
+    """Training operations a slot by part, for a row that is one document (the most attention a row can need)."""
+    slots = config.row_slots
+    metas = config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
+    window = config.model.window
+    reach = np.arange(1, slots + 1) if window is None else np.minimum(np.arange(slots), window) + 1
+    parts = {k: 3.0 * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
+    scale = 3.0 * config.model.layers * pair_flops(config) / slots
+    parts["attention_pairs"] = scale * float(reach.sum())
+    if "meta_attention" in parts:
+        parts["meta_attention"] += scale * metas * (metas + 1) / 2
+    return parts
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """Peak bf16 operations per second of these devices together, or None when the chip is not known."""
+    per_chip = PEAK_FLOPS.get(devices[0].device_kind)
+    return None if per_chip is None else per_chip * len(devices)

@@ -1,0 +1,199 @@
+"""Figures of the reports: matplotlib drawn to SVG text that stands inside a page, several to a page."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+Curve = tuple[Sequence[float], Sequence[float]]  # (steps, values)
+
+# Okabe and Ito's colours without the two that are faint or plain on white; then again with other strokes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+STROKES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+WIDTH = 6.2  # inches; with the font sizes below, text stays readable when the page scales the figure down to a phone
+RAW_POINTS = 600  # of a raw curve, so that a long run does not make a large page
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.labelcolor": "#30343b",
+    "xtick.color": "#8a8f98",
+    "ytick.color": "#8a8f98",
+    "xtick.labelcolor": "#30343b",
+    "ytick.labelcolor": "#30343b",
+    "text.color": "#14171c",
+    "text.parse_math": False,  # a row may have a dollar sign in its name
+    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
+    "svg.hashsalt": "metajax",  # the same numbers give the same file
+}
+
+
+@dataclass(frozen=True)
+class SpreadColumn:
+    """One panel of `seed_spread`: a value for each seed of each row. Panels of one quantity share their axis."""
+
+    title: str
+    quantity: str
+    values: Mapping[str, Sequence[float]]
+
+
+def loss_curves(series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Sequence[Curve]] | None = None) -> str:
+    """Training bits per byte against the step as SVG.
+
+    One seed: the measurements faint, their moving average on top. Several: the average of each seed thin, their mean thick.
+
+    Args:
+      series: row -> one curve for each seed.
+      held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.5 + 0.22 * ((len(series) - 1) // 2)), layout="constrained")
+        axes = figure.add_subplot()
+        lines, points, handles = [], [], []
+        for number, (name, curves) in enumerate(series.items()):
+            colour, stroke = _look(number)
+            lines += _draw_row(axes, [_finite(c) for c in curves], colour, stroke)
+            for steps, values in (held_out or {}).get(name, ()):
+                axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="white", zorder=4)
+                points += list(values)
+            handles.append(Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=name))
+        if points:
+            handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="held-out text"))
+        cut = _frame(axes, lines, points)
+        axes.set_xlabel("step" + cut)
+        axes.set_ylabel("training bits per byte")
+        axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if len(handles) > 1:
+            figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, handlelength=1.8, borderpad=0)
+        return _svg(figure, f"Training bits per byte against the step: {', '.join(series)}")
+
+
+def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> str:
+    """A panel for each column as SVG: a dot for each seed, a stroke at the mean, a dashed line at the baseline's mean."""
+    with matplotlib.rc_context(STYLE):
+        rows = list(columns[0].values)
+        height = 0.42 + 0.27 * len(rows)
+        figure = Figure(figsize=(WIDTH, height * len(columns) + 0.35), layout="constrained")
+        panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
+        limits = {c.quantity: _limits(columns, c.quantity) for c in columns}
+        for axes, column in zip(panels, columns, strict=True):
+            _draw_spread(axes, column, rows, baseline)
+            if limits[column.quantity] is not None:
+                axes.set_xlim(*limits[column.quantity])
+            axes.set_title(column.title, fontweight="bold")
+        panels[-1].set_xlabel("the axes do not start at 0", color="#5b616b", fontstyle="italic")
+        return _svg(figure, f"Spread over seeds of {', '.join(c.title for c in columns)} for {', '.join(rows)}")
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def _look(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], STROKES[number // len(COLOURS) % len(STROKES)]
+
+
+def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = (np.asarray(part, np.float64) for part in curve)
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a twentieth of the curve, narrower at its ends: no lag, no invented points."""
+    half = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    reach = np.minimum(half, np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]))
+    low, high = np.arange(len(values)) - reach, np.arange(len(values)) + reach + 1
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), RAW_POINTS)).astype(int))
+    return steps[chosen], values[chosen]
+
+
+def _draw_row(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, stroke: str) -> list[np.ndarray]:
+    """Draw the seeds of one row; returns the smoothed curves."""
+    curves = [curve for curve in curves if len(curve[0])]
+    smooth = [_smooth(values) for _, values in curves]
+    if len(curves) == 1:
+        axes.plot(*_thin(*curves[0]), color=colour, alpha=0.22, linewidth=0.9)
+        axes.plot(*_thin(curves[0][0], smooth[0]), color=colour, linestyle=stroke, linewidth=2)
+    elif curves:
+        for (steps, _), line in zip(curves, smooth, strict=True):
+            axes.plot(*_thin(steps, line), color=colour, alpha=0.45, linewidth=0.8)
+        shortest = min(len(line) for line in smooth)  # a seed may have been stopped early
+        mean = np.mean([line[:shortest] for line in smooth], axis=0)
+        axes.plot(*_thin(curves[0][0][:shortest], mean), color=colour, linestyle=stroke, linewidth=2)
+    return smooth
+
+
+def _frame(axes: Axes, lines: Sequence[np.ndarray], points: Sequence[float]) -> str:
+    """Set the y range so that the first, steep steps do not flatten the rest; returns what the axis label has to say."""
+    if not lines:
+        return ""
+    later = [line[len(line) // 12 :] for line in lines]
+    low, high = (f([*(f(line) for line in later), *points]) for f in (min, max))
+    margin = 0.06 * (high - low or abs(high) or 1.0)
+    axes.set_ylim(low - 2 * margin, high + margin)
+    cut = max(line.max() for line in lines) > high + margin
+    return " (the first steps lie above the frame)" if cut else ""
+
+
+def _limits(columns: Sequence[SpreadColumn], quantity: str) -> tuple[float, float] | None:
+    values = [v for c in columns if c.quantity == quantity for row in c.values.values() for v in row]
+    if not values:
+        return None
+    margin = 0.06 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 1.0
+    return min(values) - margin, max(values) + margin
+
+
+def _draw_spread(axes: Axes, column: SpreadColumn, rows: Sequence[str], baseline: str | None) -> None:
+    reference = column.values.get(baseline, ()) if baseline else ()
+    if len(reference):
+        axes.axvline(np.mean(reference), color="#9aa0a8", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for y, name in enumerate(rows):
+        values, colour = list(column.values[name]), _look(y)[0]
+        if len(values) > 1:
+            axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=1.2, alpha=0.5)
+            axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
+        marker = MARKERS[y // len(COLOURS) % len(MARKERS)]
+        axes.plot(values, [y] * len(values), marker, color=colour, markersize=5.5, alpha=0.85, markeredgecolor="white")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="x", color="#e7e9ec", linewidth=0.8)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(axis="x", useOffset=False)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as an <svg> element: no header, no metadata, scaled by the page, ids that no other figure has."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # the reader's browser draws the text, with its own fonts
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", text))
+    prefix = "f" + hashlib.sha256(text.encode()).hexdigest()[:8] + "-"
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', lambda m: m[1] + prefix, text)
+    opening = f'<svg role="img" aria-label="{escape(label)}"'
+    return re.sub(r'<svg width="[^"]+" height="[^"]+"', lambda m: opening, text, count=1).strip()

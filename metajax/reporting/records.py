@@ -1,0 +1,210 @@
+"""The run directory: what a run writes, who may write there, and how runs are found again.
+
+config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json, report.html.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+def default_workdir(config: Config, root: Path) -> Path:
+    """ROOT/NAME/SCALE/HASH8-sSEED."""
+    return root / config.name / config.scale / f"{config_hash(config)}-s{config.seed}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_config(workdir: Path) -> Config:
+    """The config a workdir was made for.
+
+    Raises:
+      UserError: no readable config.json there.
+    """
+    path = workdir / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a run: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); delete that file if the run can be made again") from None
+    return from_dict(Config, saved["config"])
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and git state: what a number may depend on besides the config."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "hosts": jax.process_count()},
+        "cpu_count": os.cpu_count(),
+        "git": _git_state(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git_state() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+@dataclass
+class RunDirectory:
+    """A workdir opened for one run, locked against a second process."""
+
+    path: Path
+    config: Config
+    warnings: list[str] = field(default_factory=list)
+    _lock: Any = None
+
+    @classmethod
+    def open(cls, path: Path, config: Config) -> RunDirectory:
+        """Create the workdir or return to it.
+
+        Raises:
+          UserError: it holds another experiment, something that is no run, or a process that is still running.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        present = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+        if (path / "config.json").exists():
+            saved = read_config(path)
+            _require_same(saved, config, path)
+        else:
+            require(
+                not present, f"{path} is not empty and is not a run (it holds {', '.join(present[:3])}); choose another --workdir"
+            )
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is running in {path}; wait for it or choose another --workdir") from None
+        run = cls(path, config, _lock=lock)
+        if (path / "config.json").exists():
+            run.warnings = list(run.read("warnings.json", []))
+        write_json(path / "config.json", {"hash": config_hash(config), "config": to_dict(config)})
+        write_json(path / "environment.json", environment())
+        return run
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+    def read(self, name: str, default: Any = None) -> Any:
+        """A JSON file of the run, or `default` when it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else default
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run atomically."""
+        write_json(self.path / name, value)
+
+    def warn(self, message: str) -> None:
+        """Record a warning so that it reaches report.json, also when this process dies first."""
+        self.warnings.append(message)
+        self.write("warnings.json", self.warnings)
+
+    def check_data(self, key: str, tokenizer: str) -> None:
+        """Record what the run is made of at its start; later, hold the data against it (see `check_data`)."""
+        if check_data(self.path, key, tokenizer) is None:
+            self.write("data.json", {"key": key, "tokenizer": tokenizer})
+
+
+def check_data(workdir: Path, key: str, tokenizer: str) -> dict[str, str] | None:
+    """The data a run began with, None when it has not begun.
+
+    Raises:
+      UserError: the tokenizer or the corpus is another one now.
+    """
+    path = workdir / "data.json"
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text())
+    require(
+        saved["tokenizer"] == tokenizer,
+        f"the tokenizer is not the one {workdir} was trained with ({tokenizer[:12]} now, {saved['tokenizer'][:12]} then); "
+        "restore it, or start a new run with another --workdir",
+    )
+    require(
+        saved["key"] == key,
+        f"the corpus has changed since {workdir} began ({key} now, {saved['key']} then: other files or library versions); "
+        "start a new run with another --workdir",
+    )
+    return saved
+
+
+def _require_same(saved: Config, config: Config, path: Path) -> None:
+    if (saved.name, saved.scale, saved.seed) != (config.name, config.scale, config.seed):
+        raise UserError(
+            f"{path} holds {saved.name} at scale {saved.scale} with seed {saved.seed}, "
+            f"not {config.name} at {config.scale} with seed {config.seed}; choose another --workdir"
+        )
+    if config_hash(saved) != config_hash(config):
+        changed = {k: v for k, v in difference(saved, config).items() if not k.startswith("runtime.")}
+        name, (then, now) = next(iter(changed.items()))
+        raise UserError(
+            f"{path} holds another configuration of {config.name} ({len(changed)} fields differ, first {name}: {then!r} there, {now!r} now); "
+            "choose another --workdir"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- finding runs
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Workdirs below `root`, oldest first."""
+    found = (p.parent for p in root.rglob("config.json") if "checkpoints" not in p.parts)
+    return sorted(found, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
+
+
+def find_run(word: str, root: Path) -> Path:
+    """The workdir that `word` means: a path, a unique prefix of HASH-sSEED, or an experiment's name (its newest run).
+
+    Raises:
+      UserError: none, or more than one.
+    """
+    if (Path(word) / "config.json").exists():
+        return Path(word)
+    runs = list_runs(root)
+    by_name = [run for run in runs if read_config(run).name == word]
+    if by_name:
+        return by_name[-1]
+    matches = [run for run in runs if run.name.startswith(word) or str(run.relative_to(root)).startswith(word)]
+    require(
+        len(matches) < 2,
+        f"{word!r} is the start of {len(matches)} runs: {', '.join(str(m) for m in matches[:4])}; give more of it",
+    )
+    if not matches:
+        names = [read_config(run).name for run in runs] + [run.name for run in runs]
+        raise UserError(f"no run {word!r} under {root}{nearest(word, names)}; `runs` lists what there is")
+    return matches[0]

@@ -1,0 +1,195 @@
+"""What the terminal shows: lists, an experiment before it runs, decoded rows, corpora, runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from metajax import registry
+from metajax.config import Config, config_hash, difference, flatten
+from metajax.reporting.records import list_runs, read_config
+
+console = Console()
+
+
+def _grid(*titles: str) -> Grid:
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        grid.add_column(title, overflow="fold")
+    return grid
+
+
+def print_list(pattern: str) -> None:
+    """Tables and experiments whose name contains `pattern`."""
+    grid = _grid("name", "kind", "scales", "minutes a row (cpu)", "what")
+    found = 0
+    for table in registry.tables().values():
+        if pattern in table.name:
+            grid.add_row(table.name, f"table of {len(table.rows)}", ", ".join(table.scales), _minutes(table), table.summary)
+            found += 1
+    for name, experiment in registry.experiments().items():
+        if pattern in name:
+            row = experiment.row
+            what = (
+                ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "the baseline" if row else experiment.summary
+            )
+            grid.add_row(name, "row" if row else "experiment", ", ".join(experiment.scales), _minutes(experiment), what)
+            found += 1
+    console.print(grid if found else f"nothing named like {pattern!r}")
+    console.print("\nrun one: python run.py NAME   look first: python run.py show NAME   all commands: python run.py --help")
+
+
+def _minutes(entry: registry.Table | registry.Experiment) -> str:
+    return f"{entry.minutes['cpu']:g}" if "cpu" in entry.minutes else "-"
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if hasattr(value, "__dataclass_fields__") else str(value)
+
+
+def print_table_plan(table: registry.Table, scale: str) -> None:
+    """A table before it runs: its rows and what each changes."""
+    console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
+    grid = _grid("row", "what changes", "published", "hash")
+    for row in table.rows:
+        changes = ", ".join(f"{k} = {v}" for k, v in row.changes.items()) or "(the baseline)"
+        published = ", ".join(f"{k} {v}" for k, v in (row.published or {}).items()) or "-"
+        grid.add_row(row.name, changes, published, config_hash(table.config(row, scale)))
+    console.print(grid)
+    console.print(f"about {table.minutes[scale]:g} minutes a row; run it: python run.py {table.name}")
+
+
+def print_experiment(experiment: registry.Experiment, config: Config) -> None:
+    """Resolved config, parameters by part, FLOPs a token, time estimate, published values."""
+    from metajax.data.tokenizers import vocabulary_of
+    from metajax.models.lm import param_count
+    from metajax.planning.flops import flops_per_token
+    from metajax.training.program import abstract_model
+
+    console.print(f"[bold]{config.name}[/bold] at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}")
+    grid = _grid("field", "value")
+    for name, value in flatten(config).items():
+        grid.add_row(name, "-" if value is None or value == "" else str(value))
+    console.print(grid)
+    vocabulary = vocabulary_of(config.data.tokenizer)
+    if vocabulary is None:
+        console.print(f"the tokenizer {config.data.tokenizer} is a file of yours: parameters and FLOPs follow once it is read")
+        return
+    counts, flops = param_count(abstract_model(config, vocabulary.size)), flops_per_token(config, vocabulary.size)
+    numbers = _grid("part", "parameters", "training FLOPs a slot")
+    for part in sorted(counts.keys() | flops.keys() - {"total"}):
+        numbers.add_row(part, f"{counts[part]:,}" if part in counts else "-", f"{flops[part]:,.0f}" if part in flops else "-")
+    console.print(numbers)
+    slots = config.training.steps * config.data.batch_rows * config.row_slots
+    console.print(f"{slots:,} slots in {config.training.steps:,} steps, {sum(flops.values()) * slots:.2e} training FLOPs")
+    published = experiment.row.published if experiment.row else None
+    console.print(
+        f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {dict(published) if published else 'nothing for this row'}"
+    )
+
+
+def print_rows(config: Config, paths: Any, count: int) -> None:
+    """The first `count` training rows decoded: metadata blue, meta-tokens magenta, no loss dim, padding left out."""
+    from metajax.data.pipeline import open_corpora, training_rows
+
+    corpora = open_corpora(config, paths)
+    rows = training_rows(corpora)
+    for n in range(count):
+        row = rows[n]
+        used = row["segment_ids"] > 0
+        text = Text()
+        for slot in np.flatnonzero(used):
+            token = int(row["tokens"][slot])
+            is_meta = token == corpora.tokenizer.vocabulary.meta
+            style = "magenta" if is_meta else "blue" if row["is_metadata"][slot] else ""
+            text.append(corpora.tokenizer.decode([token]), f"{style} dim" if row["loss_weights"][slot] == 0 else style)
+        console.print(
+            Text(f"row {n}: {int(used.sum())} of {len(used)} slots, {int((row['loss_weights'] > 0).sum())} with loss", "bold")
+        )
+        console.print(text)
+    console.print(Text("blue: metadata   magenta: meta-token   dim: no loss at this slot", "italic"))
+
+
+def print_corpus(spec: str, paths: Any, count: int) -> None:
+    """A corpus: documents, sizes, origins, and for each metadata field coverage, distinct values and entropy."""
+    from metajax.data.sources import open_source
+
+    source = open_source(spec, cache_dir=paths.cache, data_dir=paths.data)
+    values: dict[str, Counter[str]] = {}
+    origins: set[str] = set()
+    sizes = []
+    for i in range(len(source)):
+        document = source[i]
+        sizes.append(len(document.text.encode()))
+        origins.add(document.origin)
+        for name, value in document.metadata.items():
+            values.setdefault(name, Counter())[value] += 1
+    console.print(
+        f"[bold]{spec}[/bold]: {len(sizes):,} documents, {sum(sizes):,} bytes (median {int(np.median(sizes)):,}), {len(origins):,} origins"
+    )
+    grid = _grid("field", "documents", "distinct", "entropy (bits)", "most frequent")
+    for name, counter in sorted(values.items()):
+        share = np.array(list(counter.values())) / counter.total()
+        common = ", ".join(f"{value[:40]} ({n})" for value, n in counter.most_common(3))
+        grid.add_row(
+            name, f"{counter.total() / len(sizes):.1%}", f"{len(counter):,}", f"{-(share * np.log2(share)).sum():.2f}", common
+        )
+    console.print(grid)
+    for i in np.linspace(0, len(source) - 1, count).astype(int).tolist():
+        document = source[i]
+        console.print(Text(json.dumps(document.metadata), "blue"))
+        console.print(Text(document.text[:600]))
+    console.print_json(json.dumps(source.manifest()))
+
+
+def print_runs(root: Path) -> None:
+    """Every run under `root`, oldest first."""
+    grid = _grid("run", "experiment", "scale", "seed", "state", "held-out bits/byte")
+    for run in list_runs(root):
+        config = read_config(run)
+        report = _report(run)
+        state = "complete" if report else f"step {_last_step(run)} of {config.training.steps}"
+        scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in report["eval"].items()) if report else "-"
+        grid.add_row(run.name, config.name, config.scale, str(config.seed), state, scores)
+    console.print(grid if grid.row_count else f"no runs under {root}; start with: python run.py quickstart")
+
+
+def print_comparison(runs: list[Path]) -> None:
+    """Runs side by side: the fields that differ, then results."""
+    configs, reports = [read_config(run) for run in runs], [_report(run) for run in runs]
+    grid = _grid("", *(run.name for run in runs))
+    grid.add_row("experiment", *(c.name for c in configs))
+    grid.add_row("seed", *(str(c.seed) for c in configs))
+    fields = sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"})
+    for field in fields:
+        grid.add_row(field, *(str(flatten(c).get(field, "-")) for c in configs))
+    conditions = dict.fromkeys(k for report in reports if report for k in report["eval"])
+    for condition in conditions:
+        values = [report and report["eval"].get(condition) for report in reports]
+        grid.add_row(f"bits/byte, {condition} metadata", *(f"{v['bpb']:.4f}" if v else "-" for v in values))
+    for title, path in (
+        ("parameters", ("parameters", "total")),
+        ("body tokens", ("counts", "body")),
+        ("slots", ("counts", "slots")),
+    ):
+        grid.add_row(title, *(f"{report[path[0]][path[1]]:,}" if report else "not complete" for report in reports))
+    console.print(grid)
+
+
+def _report(run: Path) -> dict[str, Any] | None:
+    path = run / "report.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _last_step(run: Path) -> int:
+    from metajax.training.metrics import read_lines
+
+    lines = read_lines(run / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0

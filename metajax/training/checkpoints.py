@@ -1,0 +1,220 @@
+"""Orbax checkpoints that hold {path: array}, with hashes written after the commit and verified before a restore.
+
+Orbax commits atomically but does not notice a file that changed afterwards. So each host writes the SHA-256 of its share
+of the files once a save is committed, in the background; a save counts as complete when its hashes are there. A complete
+checkpoint that fails verification is moved aside, never deleted, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from metajax.config import UserError
+from metajax.progress import warn
+from metajax.training.state import State, from_arrays, to_arrays
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+class Checkpoints:
+    """The checkpoints of one run: DIR/checkpoints/STEP, DIR/hashes/STEP-pHOST.json, DIR/damaged/ for what failed.
+
+    Args:
+      workdir: of the run.
+      keep: newest checkpoints kept; the best by held-out bits per byte is kept besides.
+      on_warning: told what was wrong with a checkpoint that had to be set aside.
+    """
+
+    def __init__(self, workdir: Path, keep: int, on_warning: Callable[[str], None] = warn):
+        self.folder = (workdir / "checkpoints").absolute()
+        self.hashes = (workdir / "hashes").absolute()
+        self.damaged = (workdir / "damaged").absolute()
+        self.hashes.mkdir(parents=True, exist_ok=True)
+        self._warn = on_warning
+        self._host, self._hosts = jax.process_index(), jax.process_count()
+        if self._host == 0:
+            self._drop_incomplete()
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["bpb"], reverse=True, n=1)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hashes")
+        self._unhashed: int | None = None
+        self._jobs: list[Future] = []
+        self.blocked_seconds = 0.0
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def save(self, state: State, meta: dict[str, Any], bpb: float | None = None) -> None:
+        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready."""
+        started = time.monotonic()
+        self.finish()
+        step = int(jax.device_get(state.step))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=arguments, metrics=None if bpb is None else {"bpb": bpb}, force=True)
+        self._unhashed = step
+        self.blocked_seconds += time.monotonic() - started
+
+    def poll(self) -> None:
+        """Hash a save that has been committed since; cheap, called between steps."""
+        if self._unhashed is not None and not self._manager.is_saving_in_progress():
+            self._jobs.append(self._hasher.submit(self._write_hashes, self._unhashed))
+            self._unhashed = None
+
+    def finish(self) -> None:
+        """Wait until every save is committed and hashed; errors of the background work surface here."""
+        self._manager.wait_until_finished()
+        self.poll()
+        for job in self._jobs:
+            job.result()
+        self._jobs.clear()
+
+    def close(self) -> None:
+        """Finish, and let go of the threads."""
+        self.finish()
+        self._hasher.shutdown()
+        self._manager.close()
+
+    def _write_hashes(self, step: int) -> None:
+        folder = self.folder / str(step)
+        mine = _files(folder)[self._host :: self._hosts]
+        target = self.hashes / f"{step}-p{self._host}.json"
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}))
+        os.replace(temporary, target)
+        for old in self.hashes.glob("*.json"):
+            if not (self.folder / old.name.partition("-")[0]).exists():
+                old.unlink(missing_ok=True)
+
+    # ----------------------------------------------------------------------------------------------- reading
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def verify(self, step: int) -> str | None:
+        """None when every file is as it was committed, else what is wrong."""
+        return _verify(self.folder / str(step), self._hash_files(step))
+
+    def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest checkpoint that verifies as (state, meta), with the shardings of `abstract`; None if there are none.
+
+        Raises:
+          UserError: there are checkpoints and none of them is good.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            problem = self.verify(step)
+            if problem is None:
+                return self._read(step, abstract)
+            self._set_aside(step, problem)
+        if steps:
+            raise UserError(
+                f"no good checkpoint is left in {self.folder}; the damaged ones are in {self.damaged}. "
+                "Start over with another --workdir, or restore the folder from a copy"
+            )
+        return None
+
+    def _read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        arrays = to_arrays(abstract)
+        stored = self._manager.item_metadata(step)["state"]
+        shapes = {path: jax.ShapeDtypeStruct(item.shape, item.dtype) for path, item in stored.items()}
+        from_arrays(abstract, shapes, f"the checkpoint at step {step}")
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=arguments)
+        return from_arrays(abstract, restored["state"], f"the checkpoint at step {step}"), restored["meta"]
+
+    def _hash_files(self, step: int) -> list[Path]:
+        return sorted(self.hashes.glob(f"{step}-p*.json"))
+
+    def _drop_incomplete(self) -> None:
+        """Remove saves that were cut off before their hashes were written: they never counted."""
+        for folder in self.folder.glob("[0-9]*"):
+            files = self._hash_files(int(folder.name)) if folder.name.isdigit() else []
+            if not files or len(files) < json.loads(files[0].read_text())["hosts"]:
+                shutil.rmtree(folder)
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        self._warn(
+            f"the checkpoint at step {step} is damaged ({problem}); it is kept in {self.damaged} and the one before is used"
+        )
+        self.damaged.mkdir(exist_ok=True)
+        target = self.damaged / f"{step}-{time.time_ns()}"
+        if (self.folder / str(step)).exists():
+            os.replace(self.folder / str(step), target)
+        for file in self._hash_files(step):
+            os.replace(file, self.damaged / f"{target.name}-{file.name}")
+        self._manager.reload()
+
+
+def _verify(folder: Path, hash_files: list[Path]) -> str | None:
+    expected: dict[str, str] = {}
+    for file in hash_files:
+        try:
+            expected |= json.loads(file.read_text())["files"]
+        except (ValueError, KeyError):
+            return f"{file.name} is not readable"
+    if not folder.exists():
+        return "its folder is gone"
+    for name, sha in expected.items():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if _sha256(folder / name) != sha:
+            return f"{name} has changed since it was written"
+    extra = sorted(set(_files(folder)) - set(expected))
+    return f"{extra[0]} was not there when it was written" if extra else None
+
+
+def save_arrays(folder: Path, tree: Any) -> None:
+    """Write a pytree as {path: array} into a folder of its own, at once (replay bundles)."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), to_arrays(tree), force=True)
+
+
+def load_arrays(folder: Path, abstract: Any) -> Any:
+    """Read a pytree written by `save_arrays` in the layout of `abstract`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return from_arrays(abstract, checkpointer.restore(folder.absolute(), to_arrays(abstract)), str(folder))
+
+
+def read_parameters(workdir: Path, abstract_model: Any) -> Any:
+    """Parameters of the newest good checkpoint of a finished or running experiment, read without changing its folder.
+
+    Raises:
+      UserError: no checkpoint there, or none that verifies or fits `abstract_model`.
+    """
+    folder, hashes = (workdir / "checkpoints").absolute(), workdir / "hashes"
+    steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
+    for step in steps:
+        files = sorted(hashes.glob(f"{step}-p*.json"))
+        if files and _verify(folder / str(step), files) is None:
+            wanted = {f"model/{path}": leaf for path, leaf in to_arrays(abstract_model).items()}
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                arrays = checkpointer.restore(
+                    folder / str(step) / "state",
+                    args=ocp.args.PyTreeRestore(
+                        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+                    ),
+                )
+            return from_arrays(abstract_model, {k.removeprefix("model/"): v for k, v in arrays.items()}, f"{folder}/{step}")
+    raise UserError(f"{workdir} has no complete checkpoint yet; run the experiment first")

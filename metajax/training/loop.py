@@ -1,0 +1,259 @@
+"""Training: restore, step, log one step behind, save, evaluate. The same command again takes up where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from metajax.config import Config, UserError, config_hash
+from metajax.data.pipeline import Corpora, Paths, open_corpora, read_batches, training_batches
+from metajax.evaluation.held_out import evaluate_held_out
+from metajax.planning.flops import peak_flops, step_flops
+from metajax.progress import progress, say
+from metajax.reporting.records import RunDirectory, find_run
+from metajax.training.checkpoints import Checkpoints, load_arrays, read_parameters, save_arrays
+from metajax.training.metrics import Loggers, MetricsFile
+from metajax.training.optimizers import schedule
+from metajax.training.program import Program
+from metajax.training.state import State
+
+LN2 = math.log(2.0)
+
+
+class NonFinite(Exception):
+    """The loss or the gradient stopped being finite; the message names the replay bundle."""
+
+
+@dataclass
+class Phases:
+    """Seconds of each phase from the command to the first step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+@dataclass
+class Counts:
+    """What a run has read and how long it took, exact across restarts: saved with every checkpoint."""
+
+    slots: int = 0
+    loss_tokens: int = 0
+    body: int = 0
+    metadata: int = 0
+    meta_tokens: int = 0
+    padding: int = 0
+    flops: float = 0.0
+
+    def add(self, batch: dict[str, np.ndarray], flops: float) -> None:
+        self.slots += batch["tokens"].size
+        self.loss_tokens += int((batch["loss_weights"] > 0).sum())
+        self.body += int(batch["is_body"].sum())
+        self.metadata += int(batch["is_metadata"].sum())
+        self.meta_tokens += batch["meta_slots"].size if "meta_slots" in batch else 0
+        self.padding += int((batch["segment_ids"] == 0).sum())
+        self.flops += flops
+
+
+@dataclass
+class Trained:
+    """What training leaves for evaluation and the report."""
+
+    state: State
+    program: Program
+    corpora: Corpora
+    counts: Counts
+    startup: dict[str, float]
+    time: dict[str, float]
+    restarted_from: int
+
+
+class Trainer:
+    """One run of one config in one directory."""
+
+    def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases):
+        self.config, self.run, self.paths, self.phases = config, run, paths, phases
+        with phases.time("data"):
+            self.corpora = open_corpora(config, paths)
+            run.check_data(self.corpora.key, self.corpora.tokenizer.fingerprint())
+            self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count())
+            self.batches[0]  # packs the row index
+        self.vocab_size = self.corpora.tokenizer.vocabulary.size
+        self.rate = schedule(config.optimizer, config.training.steps)
+        self.waited = 0.0
+
+    def train(self) -> Trained:
+        """Run the steps that are left.
+
+        Raises:
+          NonFinite: a loss or gradient was not finite; a replay bundle has been written.
+        """
+        with self.phases.time("init"):
+            self.program = Program.build(self.config, self.vocab_size)
+            state = self.program.create_state()
+            self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self._warn)
+            state, self.counts, start = self._restore(state)
+        with self.phases.time("compile"):
+            step_fn = None
+            if start < self.config.training.steps:
+                step_fn = self.program.compile_step(state, self.program.put(self.batches[start]))
+        self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start)
+        self.loggers = Loggers(self.config, self.run.path)
+        began = time.monotonic()
+        try:
+            if step_fn is not None:
+                state = self._steps(state, step_fn, start)
+        finally:
+            self.metrics.close()
+            self.loggers.close()
+            self.checkpoints.close()
+        seconds = time.monotonic() - began
+        clock = {
+            "train_seconds": seconds,
+            "steps_here": self.config.training.steps - start,
+            "data_wait_share": self.waited / seconds if seconds else 0.0,
+            "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
+        }
+        return Trained(state, self.program, self.corpora, self.counts, dict(self.phases.seconds), clock, start)
+
+    def _warn(self, message: str) -> None:
+        say(f"warning: {message}")
+        self.run.warn(message)
+
+    def _restore(self, fresh: State) -> tuple[State, Counts, int]:
+        abstract = self.program.abstract_state()
+        found = self.checkpoints.restore(abstract)
+        if found is None:
+            if self.config.init.from_:
+                fresh = fresh.replace(model=read_parameters(find_run(self.config.init.from_, self.paths.runs), abstract.model))
+            return fresh, Counts(), 0
+        state, meta = found
+        if meta["config_hash"] != config_hash(self.config):
+            raise UserError(
+                f"the checkpoint in {self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir"
+            )
+        say(f"resuming at step {meta['step']} of {self.config.training.steps}")
+        return state, Counts(**meta["counts"]), meta["step"]
+
+    def _steps(self, state: State, step_fn: Any, start: int) -> State:
+        config, steps = self.config, self.config.training.steps
+        stream = self.program.feed(self._timed(read_batches(self.batches, start, config.runtime.workers), steps - start))
+        pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
+        self._clock = time.monotonic()
+        with (
+            progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance,
+            jax.set_mesh(self.program.mesh),
+        ):
+            advance(start)
+            for step, (batch, on_host) in enumerate(stream, start + 1):
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    self.phases.seconds["first_step"] = time.monotonic() - self._clock
+                if pending is not None:
+                    self._log(*pending, state)
+                pending = (step, metrics, on_host)
+                self.checkpoints.poll()
+                advance(1)
+                if step % config.runtime.save_every == 0 or step == steps or self._evaluates(step):
+                    self._log(*pending, state)
+                    pending = None
+                    self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
+                    self._clock = time.monotonic()
+        return state
+
+    def _timed(self, batches: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The next `count` batches; the time spent waiting for them is the input path's cost."""
+        batches = itertools.islice(batches, count)
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return every > 0 and step % every == 0 and step < self.config.training.steps
+
+    def _evaluate(self, state: State, step: int) -> float:
+        result = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])
+        self.metrics.write({"step": step, "held_out_bpb": result["bpb"]})
+        self.loggers.write(step, {"held_out_bpb": result["bpb"]})
+        return result["bpb"]
+
+    def _save(self, state: State, bpb: float | None) -> None:
+        meta = {"step": int(jax.device_get(state.step)), "config_hash": config_hash(self.config), "counts": vars(self.counts)}
+        self.checkpoints.save(state, meta, bpb)
+
+    def _log(self, step: int, metrics: Any, batch: dict[str, np.ndarray], state: State) -> None:
+        """Read a step's metrics, which also paces the host to one step behind the devices."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not values.pop("finite"):
+            raise NonFinite(self._replay_bundle(step, values, batch, state))
+        flops = step_flops(self.config, self.vocab_size, batch)
+        self.counts.add(batch, flops)
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        record = {"step": step, **values, "learning_rate": float(self.rate(step - 1))}
+        record["bpb"] = values["body_nll"] / LN2 / self.corpora.bytes_per_token
+        self.metrics.write(record)
+        if step % self.config.runtime.log_every == 0 or step == 1:
+            speed = {"tokens_per_second": batch["tokens"].size * jax.process_count() / seconds}
+            peak = peak_flops(list(self.program.mesh.devices.flat))
+            if peak is not None:
+                speed["mfu"] = flops * jax.process_count() / seconds / peak
+            self.loggers.write(step, record | speed)
+            say(_log_line(step, self.config.training.steps, record, speed, seconds))
+
+    def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
+        """Write the state before the step and its batch; the step kept that state because it was not finite."""
+        folder = self.run.path / f"replay-step-{step}"
+        folder.mkdir(exist_ok=True)
+        save_arrays(folder / "state", state.model)
+        np.savez(folder / "batch.npz", **batch)
+        (folder / "metrics.json").write_text(json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
+        return (
+            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
+            f"{folder}. Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
+        )
+
+
+def replay(folder: Path, config: Config, vocab_size: int) -> dict[str, float]:
+    """Loss and gradient norm of the step kept in a replay bundle, computed anew on one device."""
+    program = Program.build(config, vocab_size, jax.devices()[:1])
+    state = program.create_state().replace(model=load_arrays(folder / "state", program.abstract_state().model))
+    batch = program.put(dict(np.load(folder / "batch.npz")))
+    _, metrics = program.compile_step(state, batch)(state, batch)
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def _log_line(step: int, steps: int, record: dict[str, float], speed: dict[str, float], seconds: float) -> str:
+    left = (steps - step) * seconds
+    parts = [
+        f"step {step}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"bits/byte {record['bpb']:.4f}",
+        f"lr {record['learning_rate']:.2e}",
+        f"grad {record['grad_norm']:.3f}",
+        f"{speed['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "mfu" in speed:
+        parts.append(f"MFU {speed['mfu']:.1%}")
+    return "  ".join([*parts, f"ETA {int(left // 60)}:{int(left % 60):02d}"])

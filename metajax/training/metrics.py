@@ -1,0 +1,67 @@
+"""Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from metajax.config import Config, UserError, to_dict
+
+
+class MetricsFile:
+    """metrics.jsonl, one JSON object a line. Opening it at step s drops the lines after s, which will be made again."""
+
+    def __init__(self, path: Path, start_step: int):
+        kept = [line for line in read_lines(path) if line["step"] <= start_step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a")  # noqa: SIM115 - held for the life of the run
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file; a last line cut off by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Loggers:
+    """Where scalars go besides the file."""
+
+    def __init__(self, config: Config, workdir: Path):
+        self._tensorboard, self._wandb = None, None
+        if "tensorboard" in config.runtime.loggers:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+        if "wandb" in config.runtime.loggers:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("runtime.loggers names wandb, which is not installed; pip install wandb") from None
+            self._wandb = wandb.init(
+                project="metajax", name=f"{config.name}-s{config.seed}", dir=str(workdir), config=to_dict(config), resume="allow",
+                id=f"{workdir.parent.parent.name}-{workdir.name}".replace("/", "-"),
+            )  # fmt: skip
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()

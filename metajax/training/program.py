@@ -1,0 +1,90 @@
+"""Everything a run computes with, built from its config: mesh, model, optimiser, state and the compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from metajax.config import Config
+from metajax.models.lm import LM, decay_mask
+from metajax.parallel.mesh import make_mesh
+from metajax.parallel.rules import batch_sharding, param_shardings
+from metajax.training.optimizers import make_optimizer
+from metajax.training.state import State, initialiser
+from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step, eval_step
+
+
+def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
+    """The model of a config with fresh parameters."""
+    return LM(
+        config.model, vocab_size=vocab_size, max_length=config.row_slots, meta=config.meta_tokens, runtime=config.runtime, key=key
+    )
+
+
+def abstract_model(config: Config, vocab_size: int) -> LM:
+    """The model with shapes in place of parameters."""
+    return jax.eval_shape(lambda: build_model(config, vocab_size, jax.random.key(0)))
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a config compiles to on a mesh."""
+
+    config: Config
+    vocab_size: int
+    mesh: Mesh
+    tx: optax.GradientTransformation
+
+    @classmethod
+    def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
+        mesh = make_mesh(config.runtime.mesh, devices)
+        return cls(config, vocab_size, mesh, make_optimizer(config, decay_mask(abstract_model(config, vocab_size))))
+
+    def abstract_state(self) -> State:
+        """The state as shapes with their shardings: parameters by the rules, moments as their parameters, scalars whole."""
+        abstract = jax.eval_shape(self._create, jax.random.key(0))
+        shardings = param_shardings(abstract, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+    def create_state(self) -> State:
+        """A fresh state, initialised directly in its sharded layout, so that no device ever holds it whole."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
+
+    @property
+    def _create(self) -> Any:
+        return initialiser(lambda key: build_model(self.config, self.vocab_size, key), self.tx)
+
+    def compile_step(self, state: State, batch: Batch) -> Any:
+        """The train step compiled ahead of time for these shapes: it can never be compiled a second time."""
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        with jax.set_mesh(self.mesh):
+            return compile_train_step(self.config, self.tx, shardings, self.mesh).lower(state, batch).compile()
+
+    @cached_property
+    def eval_step(self) -> Any:
+        """The jitted evaluation step."""
+        return jax.jit(eval_step)
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This host's slice of a batch as global arrays, rows spread over the data axes."""
+        sharding = batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in DEVICE_FIELDS if name in batch}
+
+    def feed(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """(on the devices, on the host) for each batch, the next one always on its way while one is in use."""
+        ahead: tuple[Batch, dict[str, np.ndarray]] | None = None
+        for batch in batches:
+            current, ahead = ahead, (self.put(batch), batch)
+            if current is not None:
+                yield current
+        if ahead is not None:
+            yield ahead

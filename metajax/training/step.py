@@ -1,0 +1,95 @@
+"""The one jitted train step, and the evaluation step beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from metajax.config import Config
+from metajax.parallel.rules import batch_sharding
+from metajax.training.losses import weighted_sums
+from metajax.training.state import State
+
+MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
+DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body")  # what of a batch travels to the devices
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def apply_model(model: Any, batch: Batch) -> jax.Array:
+    """Logits [B, T, V] of a batch."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return model(inputs.pop("tokens"), **inputs)
+
+
+def _loss_and_grad(model: Any, batch: Batch, config: Config) -> tuple[Metrics, Any]:
+    """Sums over the batch, and the gradient of the loss sum, accumulated over micro-batches."""
+
+    def loss_sum(model: Any, micro: Batch) -> tuple[jax.Array, Metrics]:
+        logits = apply_model(model, micro)
+        total, parts = weighted_sums(logits, micro["targets"], micro["loss_weights"], micro["is_body"], config.optimizer.z_loss)
+        return total, parts | {"loss": total}
+
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    pieces = config.training.accumulate
+    if pieces == 1:
+        (_, sums), grads = value_and_grad(model, batch)
+        return sums, grads
+    # Rows go to micro-batches in strides, so that each micro-batch keeps the batch's spread over the devices.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(carry: Any, micro: Batch) -> tuple[Any, None]:
+        (_, sums), grads = value_and_grad(model, micro)
+        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+    zero = dict.fromkeys(("nll", "body_nll", "loss"), jnp.zeros(())), jax.tree.map(jnp.zeros_like, model)
+    (sums, grads), _ = jax.lax.scan(add, zero, micro_batches)
+    return sums, grads
+
+
+def train_step(state: State, batch: Batch, *, config: Config, tx: optax.GradientTransformation) -> tuple[State, Metrics]:
+    """One optimiser step: gradient of the token-weighted mean loss over the whole batch.
+
+    Metrics: loss (what is minimised), nll (nats a weighted token), body_nll (nats a body token), grad_norm before
+    clipping, finite. A step that is not finite leaves parameters and optimiser untouched and sets `halted`, so the
+    state that led to it is still there when the host, one step behind, notices.
+    """
+    sums, grads = _loss_and_grad(state.model, batch, config)
+    weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, updates)
+    metrics = {
+        "loss": sums["loss"] / weight,
+        "nll": sums["nll"] / weight,
+        "body_nll": sums["body_nll"] / jnp.maximum(jnp.sum(batch["is_body"]), 1),
+        "grad_norm": optax.global_norm(grads),
+    }
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    keep = finite & ~state.halted
+    new, old = (model, opt_state, state.step + 1), (state.model, state.opt_state, state.step)
+    model, opt_state, step = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
+    return State(model, opt_state, step, ~keep), metrics | {"finite": finite}
+
+
+def compile_train_step(
+    config: Config, tx: optax.GradientTransformation, shardings: State, mesh: Mesh
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The jitted step with donated state; parameters in and out keep their shardings, metrics are replicated."""
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        return train_step(state, batch, config=config, tx=tx)
+
+    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, None))
+
+
+def eval_step(model: Any, batch: Batch) -> Metrics:
+    """Sums over a held-out batch: nats over body tokens, and how many there are."""
+    logits = apply_model(model, batch)
+    _, parts = weighted_sums(logits, batch["targets"], batch["loss_weights"], batch["is_body"], 0.0)
+    return {"body_nll": parts["body_nll"], "body_tokens": jnp.sum(batch["is_body"])}

@@ -1,0 +1,77 @@
+"""Masks: the predicate against a brute-force reading of its definition, and the closed-form pair counts."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metajax.config import UserError
+from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
+
+rows = st.tuples(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 4))
+masks = st.builds(Mask, window=st.none() | st.integers(0, 6), prefix=st.integers(0, 6))
+
+
+def segment_ids(lengths, padding):
+    return np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(padding)]).astype(np.int32)
+
+
+def brute_force(mask, ids):
+    """allowed[q, k] from the sentences of the docstring, pair by pair."""
+    allowed = np.zeros((len(ids), len(ids)), bool)
+    for q in range(len(ids)):
+        for k in range(q + 1):
+            near = mask.window is None or q - k <= mask.window
+            prefix = k < mask.prefix and ids[q] != 0 and ids[k] != 0
+            allowed[q, k] = (ids[q] == ids[k] and near) or prefix
+    return allowed
+
+
+@given(rows, masks)
+@settings(max_examples=60, deadline=None)
+def test_dense_mask_and_pair_count_agree_with_brute_force(row, mask):
+    ids = segment_ids(*row)
+    expected = brute_force(mask, ids)
+    assert np.array_equal(mask.dense(jnp.asarray(ids)[None])[0], expected)
+    assert mask.pairs(row[0], row[1]) == expected.sum()
+
+
+def test_a_repeated_id_after_another_document_is_a_new_segment():
+    dense = np.asarray(Mask().dense(jnp.array([[1, 1, 2, 1, 1]]))[0])
+    assert not dense[3:, :2].any()
+    assert dense[4, 3]
+
+
+def test_prefix_is_visible_to_every_document_but_not_to_trailing_padding():
+    dense = np.asarray(Mask(window=0, prefix=2).dense(jnp.array([[1, 1, 2, 2, 3, 0]]))[0])
+    assert dense[2:5, :2].all()
+    assert not dense[5, :5].any()
+    assert dense[5, 5]
+
+
+@given(rows, st.data())
+@settings(max_examples=40, deadline=None)
+def test_gathered_expiry_is_the_dense_meta_mask_at_the_slots(row, data):
+    ids = segment_ids(*row)
+    used = data.draw(st.sets(st.integers(0, len(ids) - 1)))
+    slots = np.array(sorted(used) + [len(ids)] * 2, np.int32)
+    batch, slot_batch = jnp.asarray(ids)[None], jnp.asarray(slots)[None]
+    dense = np.asarray(meta_dense(batch, slot_batch)[0])
+    expiry = gathered_expiry(batch, slot_batch)
+    index = jnp.arange(len(slots))
+    gathered = np.asarray(Mask.allow(index[:, None], index[None], expiry[0][None]))
+    assert np.array_equal(gathered[:-2, :-2], dense[np.ix_(slots[:-2], slots[:-2])])
+    assert not gathered[-2:].any()
+    assert not gathered[:, -2:].any()
+    assert np.array_equal(np.flatnonzero(meta_flags(slot_batch, len(ids))[0]), sorted(used))
+    outside = np.setdiff1d(np.arange(len(ids)), sorted(used))
+    assert not dense[outside].any()
+    assert not dense[:, outside].any()
+
+
+def test_negative_sizes_are_refused():
+    with pytest.raises(UserError, match="window"):
+        Mask(window=-1)
+    with pytest.raises(UserError, match="prefix"):
+        Mask(prefix=-1)

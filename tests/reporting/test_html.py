@@ -1,0 +1,261 @@
+"""The pages of a run and of a table: escaping, self-containment, figures, and how a browser shows them."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash, to_dict
+from metajax.registry import Column, Row, Table
+from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
+from metajax.reporting.html import write_run_report
+from metajax.reporting.records import write_json
+from metajax.reporting.tables import run_table
+
+HOSTILE = '<script>alert("x")</script> & naïve café — 元素 🙂 </p>'
+CONDITIONS = ("none", "right", "shuffled")
+ROWS = (
+    Row("plain", {}),
+    Row("meta_tokens", {"meta_tokens": MetaTokens(rate=0.1)}),
+    Row("metadata", {"metadata.position": "prepend"}),
+)
+LEVEL = {"plain": 2.31, "meta_tokens": 2.35, "metadata": 2.27}
+
+
+def base(scale):
+    return Config(
+        name="lab",
+        data=Data(sources=("pydocs",)),
+        metadata=Metadata(position="none", template="{topic} {module}"),
+        training=Training(steps=200),
+        evaluation=Evaluation(conditions=CONDITIONS, documents=240),
+    )
+
+
+def make_table(rows=ROWS):
+    columns = tuple(Column(f"bits/byte, {c} metadata", f"eval.{c}.bpb") for c in CONDITIONS)
+    notes = ("Bits per byte of body text.", HOSTILE)
+    return Table("lab", f"three ways {HOSTILE}", "a paper <b>", base, rows, columns, "plain", {"cpu": 1}, ("cpu",), notes)
+
+
+def fake_run(config, workdir):
+    """Write what a complete run leaves behind, and return its report."""
+    row, rng = config.name.split("/")[-1], np.random.default_rng([config.seed, len(config.name)])
+    workdir.mkdir(parents=True, exist_ok=True)
+    steps = np.arange(1, config.training.steps + 1)
+    bpb = LEVEL[row] + 4.2 * np.exp(-steps / 14) + 0.9 * np.exp(-steps / 90) + rng.normal(0, 0.06, len(steps))
+    lines = [{"step": int(s), "loss": 3.0, "bpb": float(v), "grad_norm": 1.0} for s, v in zip(steps, bpb, strict=True)]
+    lines += [{"step": s, "held_out_bpb": LEVEL[row] + 0.9 * float(np.exp(-s / 90))} for s in (50, 100, 150)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 201, "bp')
+    write_json(workdir / "environment.json", ENVIRONMENT)
+    write_json(workdir / "config.json", {"hash": config_hash(config), "config": to_dict(config)})
+    report = {**REPORT, "name": config.name, "seed": config.seed, "hash": config_hash(config), "config": to_dict(config)}
+    noise = rng.normal(0, 0.008, 3)
+    report["eval"] = {
+        c: {"bpb": LEVEL[row] + 0.1 * i + float(noise[i]), "nats_per_token": 4.1, "body_tokens": 40_123, "body_bytes": 160_456,
+            "documents": 240, "metadata_tokens": 0 if c == "none" else 1_900}
+        for i, c in enumerate(CONDITIONS)
+    }  # fmt: skip
+    meta, metadata = 5_000 * 8 * (row == "meta_tokens"), 39_000 * (row == "metadata")
+    counts = {"slots": 409_600, "loss_tokens": 380_000, "metadata": metadata, "meta_tokens": meta, "padding": 0, "flops": 3.1e12}
+    report["counts"] = counts | {"body": 403_000 - meta - metadata}
+    report["sample"] = REPORT["sample"] | {"context": f"numpy {HOSTILE}" if row == "metadata" else None}
+    write_json(workdir / "report.json", report)
+    write_run_report(workdir)
+    return report
+
+
+ENVIRONMENT = {
+    "python": "3.11.2", "platform": "Linux-6.1-x86_64", "libraries": {"jax": "0.10.2", "flax": "0.12.8"},
+    "devices": {"kind": "cpu", "count": 1, "hosts": 1}, "cpu_count": 2, "git": {"commit": "0123abc", "dirty": True},
+    "command": ["run.py", "lab", "--set", HOSTILE], "started": "2025-06-01T12:00:00+00:00",
+}  # fmt: skip
+REPORT = {
+    "scale": "cpu", "steps": 200, "flops_per_token": {"attention": 1.0}, "bytes_per_token": 3.98,
+    "parameters": {"embedding": 262_144, "attention": 262_144, "mlp": 524_288, "attention_norm": 512, "total": 1_049_088},
+    "sample": {
+        "prompt": "Return the eigenvalues of a matrix" + HOSTILE, "continuation": " which is\n    the value of" + HOSTILE,
+        "document": " in ascending order.\n\n    Parameters\n    ----------\n    a : array_like" + HOSTILE,
+    },
+    "startup": {"imports": 3.1, "data": 1.2, "init": 0.8, "compile": 6.4, "first_step": 0.15, "total": 11.65},
+    "time": {"train_seconds": 41.2, "steps_here": 150, "data_wait_share": 0.013, "checkpoint_blocking_share": 0.021, "total_seconds": 58.0},
+    "restarted_from": 50, "parent": None, "warnings": ["the newest checkpoint was damaged " + HOSTILE],
+    "corpora": [{
+        "source": {"kind": "pydocs", "spec": "pydocs", "versions": {"numpy": "2.4"}}, "tokenizer": {"spec": "bpe:2048", "fingerprint": "ab"},
+        "documents": 21_345, "tokens": 2_100_000, "bytes": 8_358_000, "bad_records_skipped": 2, "sha256": "cd", "folder": "pydocs-1",
+    }],
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags, addresses and ids of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text()
+        self.tags, self.addresses, self.ids, self.words = [], [], [], []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+        self.ids += [v for k, v in attrs if k == "id"]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+
+def write_table(root, seeds):
+    table = make_table()
+    return run_table(table, "cpu", seeds, {}, root, fake_run, table.rows)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """(a run's page, the table's page with one seed, with three)."""
+    one, three = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("three")
+    result = write_table(one, [0])
+    write_table(three, [0, 1, 2])
+    run = next(row["runs"][0] for row in result["rows"] if row["name"] == "metadata")
+    return [one / run / "report.html", one / "lab/cpu/report.html", three / "lab/cpu/report.html"]
+
+
+def test_nothing_of_the_user_becomes_markup(pages):
+    for path in pages:
+        page = Page(path)
+        assert "script" not in page.tags
+        assert HOSTILE in page.text, "the text is to be shown as it was written"
+        assert page.tags.count("p") == len(re.findall(r"<p[ >]", page.source))
+
+
+def test_pages_fetch_nothing_and_their_links_lead_somewhere(pages):
+    for path in pages:
+        page = Page(path)
+        assert not re.search(r"url\((?!#)", page.source)
+        assert "@import" not in page.source
+        for address in page.addresses:
+            if address.startswith("#"):
+                assert address[1:] in page.ids
+            else:
+                assert not re.match(r"[a-z]+:|//|/", address), address
+                assert (path.parent / unquote(address)).exists(), address
+
+
+def test_ids_are_unique(pages):
+    for path in pages:
+        ids = Page(path).ids
+        assert ids, "clip paths have ids"
+        assert len(ids) == len(set(ids))
+
+
+def test_run_page_says_what_happened(pages):
+    text = Page(pages[0]).text
+    assert Page(pages[0]).tags.count("svg") == 1
+    for expected in (
+        "2.2",
+        "240 held-out documents",
+        "160,456 bytes",
+        "resumed at step 50",
+        "1.3% of training",
+        "compile",
+        "0123abc",
+    ):
+        assert expected in text
+    assert "273 ms" in text or "276 ms" in text  # (41.2 - 0.15) / 149
+
+
+def test_table_page_with_one_seed_ranks_nothing(pages):
+    page = Page(pages[1])
+    assert page.tags.count("svg") == 2
+    assert 'class="best"' not in page.source
+    assert "One seed makes no ranking" in page.text
+    assert "python run.py lab --scale cpu --seeds 3" in page.text
+    assert "metadata.position: none → prepend" in page.text
+    assert "this is the baseline" in page.text
+
+
+def test_table_page_marks_a_best_row_that_stands_clear(pages):
+    page = Page(pages[2])
+    assert page.source.count('class="best"') == len(CONDITIONS)
+    assert "3 seeds" in page.text
+    assert page.text.count("seed 2") == len(ROWS)
+
+
+def test_overlapping_ranges_have_no_best(tmp_path, monkeypatch):
+    for row in LEVEL:
+        monkeypatch.setitem(LEVEL, row, 2.3)
+    write_table(tmp_path, [0, 1, 2])
+    assert 'class="best"' not in (tmp_path / "lab/cpu/report.html").read_text()
+
+
+def test_table_without_its_baseline_shows_declared_changes(tmp_path):
+    table = make_table()
+    run_table(table, "cpu", [0], {}, tmp_path, fake_run, table.rows[2:])
+    assert "metadata.position = prepend" in Page(tmp_path / "lab/cpu/report.html").text
+
+
+def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():
+    steps = list(range(1, 40))
+    curve = (steps, [float("nan"), *np.linspace(8, 2, len(steps) - 1)])
+    names = [f"row {i} <$x^2$> & 元素" for i in range(14)]
+    drawn = [loss_curves({name: [curve] for name in names}) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert "row 3 &lt;$x^2$&gt; &amp; 元素" in drawn[0]
+    assert "nan" not in drawn[0].lower().replace("<$", "")
+    missing = seed_spread([SpreadColumn("a", "bpb", {name: [] for name in names})], "absent")
+    assert missing.startswith("<svg") and missing.endswith("</svg>")
+    assert loss_curves({"not started": [([], [])]}).startswith("<svg")
+
+
+# ---------------------------------------------------------------------------------------------------- browser
+
+PROBE = """<!doctype html><title>probe</title><iframe src="{page}" width="{width}" height="900" style="border:0"></iframe>
+<script>addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const boxes = [...page.querySelectorAll("svg")].map(s => s.getBoundingClientRect()).map(b => [b.width, b.height]);
+  const type = [...page.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height);
+  const root = page.documentElement;
+  const found = {{boxes, smallest: Math.min(...type), wide: root.scrollWidth, inner: root.clientWidth, high: root.scrollHeight}};
+  document.title = "done"; document.body.textContent = JSON.stringify(found);
+}});</script>"""
+
+
+def browse(chromium, profile, *arguments):
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={profile}"]
+    done = subprocess.run([chromium, *flags, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not console, console
+    return done.stdout
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_browser_shows_the_pages(pages, tmp_path, width):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    for number, path in enumerate(pages):
+        # A frame has the width it is given; a window of headless chromium is never narrower than 500 pixels.
+        probe = tmp_path / f"probe-{number}.html"
+        probe.write_text(PROBE.format(page=path.as_uri(), width=width))
+        dom = browse(chromium, tmp_path / "profile", "--dump-dom", f"--window-size={width + 20},950", probe.as_uri())
+        found = json.loads(re.search(r"<body>(\{.*?\})</body>", dom, re.DOTALL)[1])
+        assert len(found["boxes"]) == (1, 2, 2)[number]
+        assert all(w > 250 and h > 100 for w, h in found["boxes"])
+        assert found["inner"] == width
+        assert found["wide"] <= width, "the page itself does not scroll sideways"
+        assert found["smallest"] > 8
+        image = tmp_path / f"shot-{number}-{width}.png"
+        browse(chromium, tmp_path / "profile", f"--screenshot={image}", f"--window-size={max(width, 500)},1200", path.as_uri())
+        assert image.stat().st_size > 20_000
