@@ -260,14 +260,14 @@ def _show(options: argparse.Namespace, started: float) -> int:
 
 
 def _open_run(options: argparse.Namespace, word: str) -> Any:
-    """(config, corpora, model) of a run's newest checkpoint."""
+    """A run's newest checkpoint."""
     _start_jax(options)
     from metajax.experiment import open_run
     from metajax.reporting.records import find_run
 
     workdir = find_run(word, options.runs_dir)
     say(f"run: {workdir}")
-    return open_run(workdir, _paths(options))
+    return open_run(workdir)
 
 
 def _eval(options: argparse.Namespace, started: float) -> int:
@@ -277,7 +277,7 @@ def _eval(options: argparse.Namespace, started: float) -> int:
         changes["evaluation.documents"] = options.documents
     if options.conditions is not None:
         changes["evaluation.conditions"] = options.conditions
-    _print_evaluation(opened.evaluate(override(opened.config, changes)))
+    _print_evaluation(opened.evaluate(override(opened.config, changes), _paths(options)))
     return 0
 
 
@@ -286,7 +286,7 @@ def _generate(options: argparse.Namespace, started: float) -> int:
 
     opened = _open_run(options, options.run)
     text = generate(
-        opened.model, opened.config, opened.corpora.tokenizer, options.prompt, count=options.tokens,
+        opened.model, opened.config, opened.tokenizer, options.prompt, count=options.tokens,
         context=options.context, temperature=options.temperature, seed=options.seed,
     )  # fmt: skip
     print(options.prompt + text)

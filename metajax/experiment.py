@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import jax
 from metajax.config import Config, config_hash, to_dict
 from metajax.data.metadata import render, uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
+from metajax.data.tokenizers import Tokenizer
+from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.inference.generation import generate
 from metajax.models.lm import param_count
@@ -38,7 +40,10 @@ def run_experiment(config: Config, workdir: Path, paths: Paths, *, imports_secon
         done = run.read("report.json")
         if done is not None:
             say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
+            if not (workdir / "report.html").exists():
+                write_run_report(workdir)
             return done
+        run.begin()
         began, phases = time.monotonic(), Phases({"imports": imports_seconds})
         trained = Trainer(config, run, paths, phases).train()
         report = _report(config, run, trained, time.monotonic() - began)
@@ -85,30 +90,30 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run's newest checkpoint, ready to be used."""
+    """A run's newest checkpoint with the run's own tokenizer, ready to be used."""
 
     config: Config
-    corpora: Corpora
+    workdir: Path
+    tokenizer: Tokenizer
     program: Program
     model: Any
 
-    def evaluate(self, config: Config) -> dict[str, dict[str, Any]]:
-        """Held-out results with the evaluation settings of `config`."""
-        return evaluate(config, self.program, replace(self.corpora, config=config), self.model)
+    def evaluate(self, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
+        """Held-out results with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
+        corpora = open_corpora(config, paths)
+        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
+        return evaluate(config, self.program, corpora, self.model)
 
 
-def open_run(workdir: Path, paths: Paths) -> OpenedRun:
+def open_run(workdir: Path) -> OpenedRun:
     """Open a run for evaluation or generation; its folder is not changed.
 
     Raises:
-      UserError: no checkpoint, a damaged one only, or a tokenizer or corpus that is not the run's.
+      UserError: no checkpoint or tokenizer there, or damaged ones only.
     """
-    config = read_config(workdir)
-    corpora = open_corpora(config, paths)
-    check_data(workdir, corpora.key, corpora.tokenizer.fingerprint())
-    program = Program.build(config, corpora.tokenizer.vocabulary.size)
-    model = read_parameters(workdir, program.abstract_state().model)
-    return OpenedRun(config, corpora, program, model)
+    config, tokenizer = read_config(workdir), load_tokenizer(workdir)
+    program = Program.build(config, tokenizer.vocabulary.size)
+    return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:

@@ -51,11 +51,11 @@ class File:
 
 
 def open_pydocs(spec: str, names: str, cache_dir: Path) -> BuiltCorpus:
-    """The corpus of the comma-separated parts in `names` ('' for all four), built on first use and cached.
+    """The corpus of the parts in `names`, joined by + ('' for all four), built on first use and cached.
 
     A part is `stdlib` or any top-level module or package; raises UserError for one that is not installed.
     """
-    parts = tuple(dict.fromkeys(p.strip() for p in names.split(",") if p.strip())) or DEFAULT_PARTS
+    parts = tuple(dict.fromkeys(p.strip() for p in names.split("+") if p.strip())) or DEFAULT_PARTS
     files = [file for part in parts for file in python_files(part)]
     versions = {"python": platform.python_version(), **_versions(parts, files)}
     key = hashlib.sha256(json.dumps([RECIPE, parts, versions]).encode()).hexdigest()

@@ -26,7 +26,7 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     """The documents that a spec names; UserError for an unknown kind or option, a missing file or an empty corpus.
 
     PATH is relative to `data_dir`, else to the working directory, and may be a glob for jsonl, parquet and
-    arrayrecord. For tfds it is NAME[/CONFIG][:VERSION][@SPLIT]; for pydocs a comma-separated list of modules.
+    arrayrecord. For tfds it is NAME[/CONFIG][:VERSION][@SPLIT]; for pydocs a list of modules joined by +.
     """
     kind, path, columns = parse_spec(spec)
     if kind == "pydocs":

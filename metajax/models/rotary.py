@@ -32,7 +32,7 @@ def ntk_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
     return default_frequencies(dim, base * factor ** (dim / (dim - 2)))
 
 
-def hymba_ntk_factor(length: float, original_length: float, extension: float = 2.0) -> float:
+def hymba_ntk_factor(length: int | float | Array, original_length: int | float, extension: float = 2.0) -> float | Array:
     """The factor of `ntk_frequencies` that Hymba derives from its maximum length: extension * length / original - (extension - 1)."""
     return extension * length / original_length - (extension - 1)
 

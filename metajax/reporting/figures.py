@@ -23,7 +23,7 @@ Curve = tuple[Sequence[float], Sequence[float]]  # (steps, values)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STROKES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
-WIDTH = 6.2  # inches; with the font sizes below, text stays readable when the page scales the figure down to a phone
+WIDTH = 5.4  # inches; with the font sizes below, text stays readable when the page scales the figure down to a phone
 RAW_POINTS = 600  # of a raw curve, so that a long run does not make a large page
 STYLE = {
     "font.size": 10.5,
@@ -63,14 +63,14 @@ def loss_curves(series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Se
       held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.5 + 0.22 * ((len(series) - 1) // 2)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((len(series) - 1) // 2)), layout="constrained")
         axes = figure.add_subplot()
         lines, points, handles = [], [], []
         for number, (name, curves) in enumerate(series.items()):
             colour, stroke = _look(number)
             lines += _draw_row(axes, [_finite(c) for c in curves], colour, stroke)
             for steps, values in (held_out or {}).get(name, ()):
-                axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="white", zorder=4)
+                axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="#14171c", zorder=4)
                 points += list(values)
             handles.append(Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=name))
         if points:
@@ -115,11 +115,10 @@ def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve, narrower at its ends: no lag, no invented points."""
-    half = len(values) // 40
+    """Mean over a centred window of a twentieth of the curve, cut off at its ends, where one step must not stand alone."""
+    half, places = len(values) // 40, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    reach = np.minimum(half, np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]))
-    low, high = np.arange(len(values)) - reach, np.arange(len(values)) + reach + 1
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
 
 
@@ -148,7 +147,7 @@ def _frame(axes: Axes, lines: Sequence[np.ndarray], points: Sequence[float]) -> 
     """Set the y range so that the first, steep steps do not flatten the rest; returns what the axis label has to say."""
     if not lines:
         return ""
-    later = [line[len(line) // 12 :] for line in lines]
+    later = [line[len(line) // 6 :] for line in lines]
     low, high = (f([*(f(line) for line in later), *points]) for f in (min, max))
     margin = 0.06 * (high - low or abs(high) or 1.0)
     axes.set_ylim(low - 2 * margin, high + margin)

@@ -56,7 +56,7 @@ def write_run_report(workdir: Path) -> Path:
         report=report,
         sentence=_run_sentence(report, config),
         conditions=[_condition(name, result) for name, result in report["eval"].items()],
-        curve=Markup(loss_curves({report["name"]: [curve]}, {report["name"]: [held_out_curve]})),
+        curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]})),
         curve_caption="Bits per byte of each training batch (faint) and their moving average. Training text, so not comparable "
         "with the held-out numbers to the last digit.",
         budget=_budget("all", report["counts"]),
@@ -88,7 +88,8 @@ def write_table_report(
     reports = {row["name"]: [_read(Path(run) / "report.json") for run in row["runs"]] for row in result["rows"]}
     curves = {row["name"]: [_curves(Path(run)) for run in row["runs"]] for row in result["rows"]}
     first = {name: runs[0] for name, runs in reports.items()}
-    basis = first.get(result["baseline"], first[names[0]])
+    basis_row = result["baseline"] if result["baseline"] in first else names[0]
+    basis = first[basis_row]
     best = [_best(result, column) for column in result["columns"]]
     page = _templates.get_template("table.html").render(
         title=f"{result['name']} at scale {result['scale']}",
@@ -100,9 +101,10 @@ def write_table_report(
             for name, cells in zip(names, body, strict=True)
         ],
         any_best=any(best),
-        seed_note=seed_note,
-        three_seeds=f"python run.py {result['name']} --scale {result['scale']} --seeds 3",
-        differs_from=f"config, against {result['baseline']}" if result["baseline"] in first else "config, against the base",
+        seed_note=_code(seed_note),
+        differs_from=f"The config against {basis_row}'s"
+        if basis_row == result["baseline"]
+        else "The config against the table's base",
         rows=[_row(folder, row, result, first) for row in result["rows"]],
         curves=Markup(loss_curves(*({name: [pair[i] for pair in runs] for name, runs in curves.items()} for i in (0, 1)))),
         curve_caption=_curve_caption(len(result["seeds"])),
@@ -112,6 +114,7 @@ def write_table_report(
         samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
         corpora=[_corpus(manifest) for manifest in basis["corpora"]],
         held_out=_held_out(basis),
+        machine=_machine(_read(Path(result["rows"][names.index(basis_row)]["runs"][0]) / "environment.json")),
     )
     return _write(folder, page)
 
@@ -244,7 +247,7 @@ def _time_facts(report: dict[str, Any], config: Config) -> list[tuple[str, str]]
     facts = [("whole run, this process", _seconds(clock["total_seconds"])), ("training", _seconds(clock["train_seconds"]))]
     if clock["steps_here"] > 1:  # the first step is told apart: it waits for what the others find ready
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
-        facts.append(("a step, with saving", _seconds(step)))
+        facts.append(("a step, all included", _seconds(step)))
         facts.append(("slots a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
     return [
         *facts,
@@ -263,6 +266,17 @@ def _parameter_facts(parameters: dict[str, int]) -> list[tuple[str, str]]:
     total = parameters["total"]
     parts = sorted(((k, v) for k, v in parameters.items() if k != "total"), key=lambda item: -item[1])
     return [*((name.replace("_", " "), f"{count:,} ({count / total:.1%})") for name, count in parts), ("total", f"{total:,}")]
+
+
+def _code(text: str) -> Markup:
+    """Escaped text, with what stands between backticks as code."""
+    pieces = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _machine(found: dict[str, Any]) -> str:
+    facts = dict(_environment_facts(found))
+    return f"{facts['devices']}; jax {facts['jax']}, python {facts['python']}; git {facts['git']}"
 
 
 def _environment_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -289,12 +303,14 @@ def _row(folder: Path, row: dict[str, Any], result: dict[str, Any], first: dict[
         {"seed": seed, "href": quote(os.path.relpath(Path(run) / "report.html", folder))}
         for seed, run in zip(result["seeds"], row["runs"], strict=True)
     ]
-    made = {"name": row["name"], "links": links, "unchanged": "nothing"}
+    made = {"name": row["name"], "links": links, "unchanged": "nothing", "parameters": f"{row['parameters']:,} parameters"}
     if result["baseline"] not in first:  # the table was run without it: all there is, is what the row declares
         return made | {"changes": [f"{k} = {v}" for k, v in row["changes"].items()]}
     if row["name"] == result["baseline"]:
         return made | {"changes": [], "unchanged": "this is the baseline"}
     baseline, config = (from_dict(Config, first[name]["config"]) for name in (result["baseline"], row["name"]))
+    more = row["parameters"] / first[result["baseline"]]["parameters"]["total"] - 1
+    made["parameters"] += f", {more:+.1%} against {result['baseline']}" if more else f", as many as {result['baseline']}"
     changed = [
         (k, *v) for k, v in difference(baseline, config).items() if k not in ("name", "seed") and not k.startswith("runtime.")
     ]

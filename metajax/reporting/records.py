@@ -112,9 +112,12 @@ class RunDirectory:
         run = cls(path, config, _lock=lock)
         if (path / "config.json").exists():
             run.warnings = list(run.read("warnings.json", []))
-        write_json(path / "config.json", {"hash": config_hash(config), "config": to_dict(config)})
-        write_json(path / "environment.json", environment())
         return run
+
+    def begin(self) -> None:
+        """Write what the run is and where it runs; later starts of the same run refresh both."""
+        self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
+        self.write("environment.json", environment())
 
     def close(self) -> None:
         """Release the lock."""

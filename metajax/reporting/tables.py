@@ -73,7 +73,7 @@ def run_table(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", result)
-    (folder / "table.md").write_text(markdown(result))
+    (folder / "table.md").write_text(markdown(result), encoding="utf-8")
     write_table_report(folder, result, head=headers(result), body=body(result), seed_note=seed_note(result))
     return result
 
@@ -116,10 +116,11 @@ def body(result: dict[str, Any]) -> list[list[str]]:
 
 def seed_note(result: dict[str, Any]) -> str:
     """What the number of seeds allows to be said."""
-    n = len(result["seeds"])
+    n, command = len(result["seeds"]), f"`python run.py {result['name']} --scale {result['scale']} --seeds 3`"
     if n == 1:
-        return f"One seed makes no ranking: run `python run.py {result['name']} --seeds 3` for the spread between seeds."
-    return f"{n} seeds: mean, and the range over seeds in brackets; every seed is shared by all rows."
+        return f"One seed makes no ranking: run {command} for the spread between seeds; complete runs are not made again."
+    note = f"{n} seeds: mean, and the range over seeds in brackets; every seed is shared by all rows."
+    return note if n > 2 else f"{note} Three are the least for a ranking: run {command}; complete runs are not made again."
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -57,7 +57,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hashes")
         self._unhashed: int | None = None
         self._jobs: list[Future] = []

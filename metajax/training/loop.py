@@ -90,6 +90,7 @@ class Trainer:
         with phases.time("data"):
             self.corpora = open_corpora(config, paths)
             run.check_data(self.corpora.key, self.corpora.tokenizer.fingerprint())
+            self.corpora.tokenizer.save(run.path)
             self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count())
             self.batches[0]  # packs the row index
         self.vocab_size = self.corpora.tokenizer.vocabulary.size

@@ -68,7 +68,7 @@ def train_step(state: State, batch: Batch, *, config: Config, tx: optax.Gradient
         "loss": sums["loss"] / weight,
         "nll": sums["nll"] / weight,
         "body_nll": sums["body_nll"] / jnp.maximum(jnp.sum(batch["is_body"]), 1),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     keep = finite & ~state.halted

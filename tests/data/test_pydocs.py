@@ -95,7 +95,7 @@ def test_an_edited_package_without_a_version_is_another_corpus(package, tmp_path
 def test_email_and_json_are_built_the_same_twice(tmp_path):
     manifests = []
     for cache in ("a", "b"):
-        source = open_source("pydocs:email,json", cache_dir=tmp_path / cache, data_dir=None)
+        source = open_source("pydocs:email+json", cache_dir=tmp_path / cache, data_dir=None)
         manifests.append(json.loads(json.dumps(source.manifest())))
     assert manifests[0] == manifests[1]
     assert manifests[0]["versions"] == {"python": platform.python_version()}

@@ -82,7 +82,7 @@ def test_hymba(group):
 
 def test_dynamic_ntk_follows_the_longest_length_seen():
     dim, base, original = (int(field("dynamic0", n)) for n in ("dim", "base", "orig_max_position_embeddings"))
-    frequencies = jax.jit(lambda longest: rotary.dynamic_ntk_frequencies(dim, base, original, longest))
+    frequencies = jax.jit(lambda longest: rotary.dynamic_ntk_frequencies(dim, float(base), original, longest))
     longest = original
     for length, expected in zip(field("dynamic0", "successive_lengths"), field("dynamic0", "inv_freq_after_each"), strict=True):
         longest = rotary.longest_seen(longest, int(length), original)

@@ -61,6 +61,8 @@ def fake_run(config, workdir):
             "documents": 240, "metadata_tokens": 0 if c == "none" else 1_900}
         for i, c in enumerate(CONDITIONS)
     }  # fmt: skip
+    if row == "meta_tokens":
+        report["parameters"] = REPORT["parameters"] | {"meta_attention": 262_272, "total": 1_311_360}
     meta, metadata = 5_000 * 8 * (row == "meta_tokens"), 39_000 * (row == "metadata")
     counts = {"slots": 409_600, "loss_tokens": 380_000, "metadata": metadata, "meta_tokens": meta, "padding": 0, "flops": 3.1e12}
     report["counts"] = counts | {"body": 403_000 - meta - metadata}
@@ -170,7 +172,7 @@ def test_run_page_says_what_happened(pages):
         "0123abc",
     ):
         assert expected in text
-    assert "273 ms" in text or "276 ms" in text  # (41.2 - 0.15) / 149
+    assert "276 ms" in text  # (41.2 - 0.15) / 149
 
 
 def test_table_page_with_one_seed_ranks_nothing(pages):
@@ -181,6 +183,7 @@ def test_table_page_with_one_seed_ranks_nothing(pages):
     assert "python run.py lab --scale cpu --seeds 3" in page.text
     assert "metadata.position: none → prepend" in page.text
     assert "this is the baseline" in page.text
+    assert "1,311,360 parameters, +25.0% against plain" in page.text
 
 
 def test_table_page_marks_a_best_row_that_stands_clear(pages):

@@ -1,0 +1,243 @@
+"""The door as its user meets it: names, verbs, and one clear line with exit code 2 for every mistake."""
+
+import json
+import shutil
+
+import pytest
+
+from metajax.cli import main
+
+SMALL = [
+    "--set", "data.tokenizer=byte", "--set", "data.row_length=32", "--set", "data.batch_rows=4", "--set", "data.held_out=0.2",
+    "--set", "model.layers=2", "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.mlp_width=32",
+    "--set", "training.steps=4", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=5",
+    "--set", "evaluation.sample_tokens=4", "--set", "runtime.log_every=2", "--set", "runtime.save_every=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def command(tiny_corpus, paths, tmp_path, capsys):
+    """Run one command line on the tiny corpus; returns (exit code, standard output, standard error)."""
+
+    def run(*words, small=False, corpus=tiny_corpus):
+        source = ["--set", f"data.sources=jsonl:{corpus}?origin=module"] if small else []
+        places = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(paths.cache)] if words and words[0] not in ("list",) else []
+        code = main([*words, *(SMALL if small else []), *source, *places])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def one_error_line(result):
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------- what there is
+
+
+def test_bare_command_lists_what_there_is(command):
+    code, out, _ = command("list")
+    assert code == 0 and "quickstart/metadata" in out and "table of 3" in out
+    assert main([]) == 0
+
+
+def test_help_has_examples(capsys):
+    for words in (["--help"], ["run", "--help"], ["show", "--help"], ["generate", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+        assert "python run.py quickstart" in capsys.readouterr().out
+
+
+def test_show_resolves_an_experiment(command):
+    code, out, _ = command("show", "quickstart/meta_tokens", "--set", "model.layers=8")
+    assert code == 0
+    for text in ("meta_tokens.rate", "model.layers", "parameters", "training FLOPs", "about 2 minutes"):
+        assert text in out
+
+
+def test_show_decodes_rows(command):
+    code, out, _ = command("show", "quickstart/metadata", "--rows", "2", small=True)
+    assert code == 0 and "row 0: " in out and "<|context_begin|>" in out
+
+
+def test_show_a_corpus(command, tiny_corpus):
+    code, out, _ = command("show", f"jsonl:{tiny_corpus}?origin=module", "--rows", "1")
+    assert code == 0 and "entropy" in out and "module" in out
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_run_eval_generate_compare(command, tmp_path):
+    code, out, err = command("quickstart/metadata", small=True)
+    assert code == 0 and "held-out bits/byte, right metadata" in out, err
+    [workdir] = (tmp_path / "runs/quickstart/metadata/cpu").iterdir()
+    for name in ("config.json", "environment.json", "data.json", "metrics.jsonl", "report.json", "report.html", "tokenizer.json"):
+        assert (workdir / name).exists(), name
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["counts"]["metadata"] > 0 and report["counts"]["meta_tokens"] == 0
+    assert set(report["startup"]) == {"imports", "data", "init", "compile", "first_step", "total"}
+
+    code, out, _ = command("eval", "quickstart/metadata")
+    assert code == 0
+    for condition, values in report["eval"].items():
+        assert f"{condition} metadata: {values['bpb']:.4f}" in out, "evaluating again gives the same number"
+
+    code, out, _ = command("generate", workdir.name[:6], "--prompt", "abc", "--tokens", "3", "--context", "x")
+    assert code == 0 and out.startswith("abc")
+    assert command("quickstart/plain", small=True)[0] == 0
+    code, out, _ = command("compare", "quickstart/plain", "quickstart/metadata")
+    assert code == 0 and "metadata.position" in out and "prepend" in out
+    code, out, _ = command("runs")
+    assert code == 0 and out.count("complete") == 2
+
+    code, _, err = command("quickstart/plain", small=True)
+    assert code == 0 and "is complete" in err
+
+
+def test_a_table_from_one_command(command, tmp_path):
+    code, out, _ = command("quickstart", "--seeds", "2", "--rows", "plain,metadata", small=True)
+    assert code == 0 and "| plain |" in out and "2 seeds" in out
+    folder = tmp_path / "runs/quickstart/cpu"
+    result = json.loads((folder / "table.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["plain", "metadata"]
+    assert all(len(values) == 2 and None not in values for row in result["rows"] for values in row["values"].values())
+    assert (folder / "report.html").exists() and (folder / "table.md").exists()
+    before = json.loads((folder / "table.json").read_text())
+    code, _, err = command("table", "quickstart", "--seeds", "2", "--rows", "plain,metadata", small=True)
+    assert code == 0 and err.count("is complete") == 4
+    assert json.loads((folder / "table.json").read_text()) == before
+
+
+def test_init_from_a_run(command, tmp_path):
+    assert command("quickstart/plain", small=True)[0] == 0
+    code, _, err = command("quickstart/plain", "--set", "init.from=quickstart/plain", "--set", "optimizer.learning_rate=1e-9", small=True)
+    assert code == 0, err
+    parent, child = sorted((tmp_path / "runs/quickstart/plain/cpu").iterdir(), key=lambda p: p.stat().st_mtime)
+    reports = [json.loads((run / "report.json").read_text()) for run in (parent, child)]
+    assert reports[1]["parent"] == str(parent.relative_to(tmp_path / "runs"))
+    assert abs(reports[0]["eval"]["none"]["bpb"] - reports[1]["eval"]["none"]["bpb"]) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quikstart"], "unknown experiment 'quikstart'; did you mean 'quickstart'?"),
+        (["quickstart/plain", "--scale", "gpuu"], "unknown scale 'gpuu'; did you mean 'gpu'?"),
+        (["quickstart", "--scale", "paper"], "has no 'paper' scale"),
+        (["quickstart/plain", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
+        (["quickstart", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
+        (["quickstart/plain", "--set", "model.layers=three"], "model.layers = 'three': expected a whole number"),
+        (["quickstart/plain", "--set", "model.norm=rmsnrm"], "did you mean 'rmsnorm'?"),
+        (["quickstart/plain", "--set", "model.heads=3"], "model.width = 128 does not divide by model.heads = 3"),
+        (["quickstart/plain", "--set", "model.layers"], "expected FIELD=VALUE"),
+        (["quickstart/plain", "--seeds", "3"], "--seeds and --rows are for tables"),
+        (["quickstart", "--rows", "plane"], "no row 'plane'"),
+        (["quickstart/plain", "--seeed", "3"], "unrecognized arguments: --seeed"),
+        (["quickstart/plain", "--set", "data.sources=pydoc"], "unknown kind 'pydoc'; did you mean 'pydocs'?"),
+        (["quickstart/plain", "--set", "data.sources=jsonl:/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
+        (["quickstart/plain", "--set", "runtime.loggers=wand"], "did you mean 'wandb'?"),
+        (["show", "pydoc"], "did you mean 'pydocs'?"),
+        (["eval", "quickstart/plain"], "no run 'quickstart/plain'"),
+        (["compare", "quickstart/plain"], "at least two runs"),
+        (["quickstart/plain", "--set", "init.from=nothing"], "no run 'nothing'"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(command, words, message):
+    assert message in one_error_line(command(*words))
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def test_a_corrupt_record_is_named_and_can_be_skipped(command, tiny_corpus, tmp_path):
+    lines = tiny_corpus.read_text().splitlines()
+    corpus = write(tmp_path / "bad.jsonl", *lines[:60], '{"text": "cut off', *lines[60:])
+    error = one_error_line(command("quickstart/plain", small=True, corpus=corpus))
+    assert "bad.jsonl" in error and "61" in error and "data.on_bad_record=skip" in error
+    code, _, err = command("quickstart/plain", "--set", "data.on_bad_record=skip", small=True, corpus=corpus)
+    assert code == 0, err
+    [run] = [p.parent for p in (tmp_path / "runs").rglob("report.json")]
+    assert json.loads((run / "report.json").read_text())["corpora"][0]["bad_records_skipped"] == 1
+
+
+def test_an_empty_corpus(command, tmp_path):
+    assert "empty.jsonl" in one_error_line(command("quickstart/plain", small=True, corpus=write(tmp_path / "empty.jsonl")))
+
+
+def test_a_template_field_that_is_not_there(command):
+    error = one_error_line(command("quickstart/metadata", "--set", "metadata.template={modul}", small=True))
+    assert "no field 'modul'; did you mean 'module'?" in error
+
+
+def test_a_workdir_that_holds_something_else(command, tmp_path):
+    workdir = tmp_path / "here"
+    assert command("quickstart/plain", "--workdir", str(workdir), small=True)[0] == 0
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    error = one_error_line(command("quickstart/metadata", "--workdir", str(workdir), small=True))
+    assert "holds quickstart/plain" in error
+    error = one_error_line(command("quickstart/plain", "--workdir", str(workdir), "--set", "optimizer.learning_rate=0.1", small=True))
+    assert "first optimizer.learning_rate: 0.004 there, 0.1 now" in error
+    assert "with seed 0" in one_error_line(command("quickstart/plain", "--workdir", str(workdir), "--seed", "1", small=True))
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before, "nothing was overwritten"
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "thesis.txt", "precious")
+    assert "thesis.txt" in one_error_line(command("quickstart/plain", "--workdir", str(tmp_path / "other"), small=True))
+
+
+def test_a_tokenizer_or_corpus_that_is_not_the_runs(command, tiny_corpus, tmp_path):
+    corpus = tmp_path / "mine.jsonl"
+    shutil.copy(tiny_corpus, corpus)
+    train = ("quickstart/plain", "--set", "data.tokenizer=bpe:320")
+    assert command(*train, small=True, corpus=corpus)[0] == 0
+    write(corpus, *tiny_corpus.read_text().splitlines()[:-30])
+    error = one_error_line(command("eval", "quickstart/plain"))
+    assert "the tokenizer is not the one" in error
+
+
+def test_a_checkpoint_from_another_config(command, tmp_path):
+    assert command("quickstart/plain", "--workdir", str(tmp_path / "a"), small=True)[0] == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "report.json").unlink()
+    saved = json.loads((tmp_path / "b" / "config.json").read_text())
+    saved["config"]["optimizer"]["learning_rate"] = 0.1
+    (tmp_path / "b" / "config.json").write_text(json.dumps(saved))
+    changed = ("--set", "optimizer.learning_rate=0.1")
+    error = one_error_line(command("quickstart/plain", "--workdir", str(tmp_path / "b"), *changed, small=True))
+    assert "belongs to another configuration" in error
+
+
+def test_a_damaged_checkpoint_is_survived_and_reported(command, tmp_path):
+    workdir = tmp_path / "here"
+    assert command("quickstart/plain", "--workdir", str(workdir), small=True)[0] == 0
+    undisturbed = json.loads((workdir / "report.json").read_text())
+    (workdir / "report.json").unlink()
+    file = max((p for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, _, err = command("quickstart/plain", "--workdir", str(workdir), small=True)
+    assert code == 0 and "step 4 is damaged" in err and "resuming at step 2" in err
+    report = json.loads((workdir / "report.json").read_text())
+    assert len(report["warnings"]) == 1 and report["eval"] == undisturbed["eval"]
+
+
+def test_no_good_checkpoint_left_exits_with_2(command, tmp_path):
+    workdir = tmp_path / "here"
+    assert command("quickstart/plain", "--workdir", str(workdir), small=True)[0] == 0
+    (workdir / "report.json").unlink()
+    for file in (workdir / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[:-1])
+    assert "no good checkpoint is left" in one_error_line(command("quickstart/plain", "--workdir", str(workdir), small=True))

@@ -1,0 +1,132 @@
+"""The typed config: overrides, validation, serialisation and identity."""
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metajax import registry
+from metajax.config import (
+    Config,
+    MetaTokens,
+    Runtime,
+    Switch,
+    UserError,
+    config_hash,
+    difference,
+    flatten,
+    from_dict,
+    override,
+    to_dict,
+)
+
+BASE = Config(name="x")
+
+
+def test_round_trip_through_json():
+    config = override(BASE, {"meta_tokens": MetaTokens(rate=0.2), "data.sources": "pydocs,debindex", "data.switch": Switch(5, (1.0, 2.0))})
+    assert from_dict(Config, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("model.layers", "8", 8),
+        ("training.steps", "1e3", 1000),
+        ("optimizer.learning_rate", "1e-3", 1e-3),
+        ("model.bias", "true", True),
+        ("model.window", "none", None),
+        ("model.window", "64", 64),
+        ("optimizer.betas", "0.8,0.99", (0.8, 0.99)),
+        ("evaluation.conditions", "none", ("none",)),
+        ("init.from", "there", "there"),
+        ("model.norm", "rmsnorm", "rmsnorm"),
+    ],
+)
+def test_overrides_are_typed(path, text, value):
+    changed = override(BASE, {path: text})
+    assert flatten(changed)[path.replace("from", "from_")] == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modl.layers": "8"}, "unknown field modl; did you mean 'model'"),
+        ({"model.layer": "8"}, "unknown field model.layer; did you mean 'layers'"),
+        ({"model.layers.deep": "8"}, "model.layers has no fields of its own"),
+        ({"model.layers": "8.5"}, "expected a whole number"),
+        ({"model.bias": "yes"}, "expected true or false"),
+        ({"model.window": "wide"}, "expected a whole number or none"),
+        ({"optimizer.betas": "0.9"}, "expected 2 comma-separated values"),
+        ({"optimizer.learning_rate": "nan"}, "expected a number"),
+        ({"model.position": "rotary"}, "expected one of learned, rope, ntk, yarn, none"),
+        ({"training.accumulate": "3"}, "data.batch_rows = 8 does not divide by training.accumulate = 3"),
+        ({"training.steps": "10"}, "optimizer.warmup_steps = 20 is longer than the schedule of 10 steps"),
+        ({"data.weights": "1,2"}, "data.sources has 1 entries but data.weights has 2"),
+        ({"meta_tokens.rate": "0"}, "meta_tokens.inject = 'random' and meta_tokens.rate = 0.0 disagree"),
+        ({"evaluation.conditions": "right"}, "has no metadata template"),
+        ({"evaluation.conditions": "write"}, "did you mean 'right'"),
+        ({"model.position": "yarn"}, "needs model.rope_original_length"),
+        ({"model.heads": "128", "model.width": "128"}, "needs an even head width"),
+        ({"data.switch.step": "500", "data.switch.weights": "1"}, "is not before training.steps = 200"),
+        ({"runtime.loggers": "tensorbord"}, "did you mean 'tensorboard'"),
+    ],
+)
+def test_mistakes_name_the_fields(changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(").replace("[", r"\[")):
+        override(BASE, changes)
+
+
+def test_fields_that_must_agree_can_change_together():
+    assert override(BASE, {"model.width": "96", "model.heads": "3"}).model.head_dim == 32
+    assert override(BASE, {"meta_tokens.inject": "none", "meta_tokens.rate": "0"}).meta_tokens.rate == 0
+
+
+def test_a_sub_config_that_is_null_can_be_switched_on_by_a_field():
+    assert override(BASE, {"meta_tokens.rate": "0.2"}).meta_tokens == MetaTokens(rate=0.2)
+
+
+def every_field(cls, prefix=""):
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), hint)
+        yield from every_field(inner, f"{prefix}{name}.") if dataclasses.is_dataclass(inner) else [prefix + name]
+
+
+def test_hash_covers_what_changes_a_number_and_nothing_else():
+    same = [{"runtime.log_every": 3}, {"runtime.mesh": "data=1"}, {"runtime.implementation": "xla"}, {"runtime.loggers": "wandb"}]
+    other = [{"model.layers": 5}, {"optimizer.learning_rate": 1e-4}, {"data.tokenizer": "byte"}, {"init.from": "a"}, {"metadata.keep": 0.5}]
+    assert {config_hash(override(BASE, c)) for c in same} == {config_hash(BASE)}
+    assert len({config_hash(override(BASE, c)) for c in other} | {config_hash(BASE)}) == len(other) + 1
+    assert config_hash(dataclasses.replace(BASE, seed=7)) == config_hash(BASE)
+    assert len(config_hash(BASE)) == 8
+
+
+@given(st.sampled_from(sorted(f for f in every_field(Runtime))))
+def test_no_runtime_field_is_in_the_hash(name):
+    changed = {"log_every": 3, "save_every": 7, "keep": 5, "loggers": "wandb", "workers": 2, "mesh": "data=1", "remat": "full", "unroll": 1}
+    value = changed.get(name, "xla")
+    assert config_hash(override(BASE, {f"runtime.{name}": value})) == config_hash(BASE)
+
+
+def test_difference_names_the_fields():
+    assert difference(BASE, override(BASE, {"model.layers": 5})) == {"model.layers": (4, 5)}
+
+
+def test_at_most_about_sixty_fields_can_be_reached():
+    registry.load()
+    for name, experiment in registry.experiments().items():
+        count = len(flatten(experiment.build(experiment.scales[0])))
+        assert count <= 70, f"{name}: {count} fields"
+
+
+def test_experiments_resolve_at_all_their_scales():
+    registry.load()
+    hashes = {}
+    for name, experiment in registry.experiments().items():
+        for scale in experiment.scales:
+            config = experiment.build(scale)
+            assert (config.name, config.scale) == (name, scale)
+            hashes.setdefault((scale, config_hash(config)), []).append(name)
+    assert all(len(names) == 1 for names in hashes.values()), f"rows that are the same run: {hashes}"

@@ -1,0 +1,147 @@
+"""Checkpoints: round trip, what is kept, and damage of every kind."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metajax.config import UserError
+from metajax.training.checkpoints import Checkpoints, read_parameters
+from metajax.training.state import State, from_arrays, to_arrays
+
+WARNINGS: list[str] = []
+
+
+def make_state(value):
+    return State({"w": jnp.full((64, 8), value), "b": jnp.arange(3.0)}, {"mu": jnp.full(5, value)}, jnp.int32(value), jnp.zeros((), bool))
+
+
+def abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints at steps 1, 2 and 3 of a run that keeps three."""
+    checkpoints = Checkpoints(tmp_path, keep=3, on_warning=lambda m: None)
+    for step in (1, 2, 3):
+        checkpoints.save(make_state(step), {"step": step})
+    checkpoints.close()
+    return tmp_path
+
+
+def reopen(folder):
+    WARNINGS.clear()
+    return Checkpoints(folder, keep=3, on_warning=WARNINGS.append)
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_round_trip_is_exact(saved):
+    state, meta = reopen(saved).restore(abstract())
+    assert meta == {"step": 3} and not WARNINGS
+    for path, value in to_arrays(make_state(3)).items():
+        np.testing.assert_array_equal(to_arrays(state)[path], value)
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, bpb in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, None)):
+        checkpoints.save(make_state(step), {"step": step}, bpb)
+    checkpoints.finish()
+    assert checkpoints.steps() == [2, 4, 5]
+    checkpoints.close()
+
+
+def flip_a_bit(folder):
+    file = largest_file(folder)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(folder):
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def remove_a_file(folder):
+    largest_file(folder).unlink()
+
+
+def add_a_file(folder):
+    (folder / "state" / "stray").write_text("?")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, remove_a_file, add_a_file])
+def test_damage_is_noticed_kept_aside_and_the_one_before_used(saved, damage):
+    damage(saved / "checkpoints" / "3")
+    checkpoints = reopen(saved)
+    _, meta = checkpoints.restore(abstract())
+    assert meta == {"step": 2}
+    assert len(WARNINGS) == 1 and "step 3 is damaged" in WARNINGS[0]
+    assert any((saved / "damaged").iterdir()) and checkpoints.steps() == [1, 2]
+    checkpoints.save(make_state(3), {"step": 3, "again": True})
+    checkpoints.close()
+    assert reopen(saved).restore(abstract())[1] == {"step": 3, "again": True}
+
+
+def test_a_save_cut_off_before_its_hashes_never_counted(saved):
+    (saved / "hashes" / "3-p0.json").unlink()
+    _, meta = reopen(saved).restore(abstract())
+    assert meta == {"step": 2} and not WARNINGS
+
+
+def test_no_good_checkpoint_left_is_an_error_and_nothing_is_lost(saved):
+    for step in ("1", "2", "3"):
+        flip_a_bit(saved / "checkpoints" / step)
+    with pytest.raises(UserError, match="no good checkpoint is left"):
+        reopen(saved).restore(abstract())
+    assert len(WARNINGS) == 3
+    kept = [p for p in (saved / "damaged").iterdir() if p.is_dir()]
+    assert len(kept) == 3
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path):
+    assert reopen(tmp_path).restore(abstract()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.replace(model={**s.model, "extra": jnp.zeros(2)}), "lacks model/extra"),
+        (lambda s: s.replace(model={"w": s.model["w"]}), "has model/b, which this model does not have"),
+        (lambda s: s.replace(model={**s.model, "b": jnp.zeros(4)}), r"model/b has shape \(3,\), this model needs \(4,\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named(saved, change, message):
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), change(make_state(0)))
+    with pytest.raises(UserError, match=message):
+        reopen(saved).restore(other)
+    assert (saved / "checkpoints" / "3").exists()
+
+
+def test_parameters_alone_can_be_read_and_damage_is_skipped(saved):
+    like = abstract().model
+    assert float(read_parameters(saved, like)["w"][0, 0]) == 3.0
+    flip_a_bit(saved / "checkpoints" / "3")
+    before = sorted(str(p) for p in saved.rglob("*"))
+    assert float(read_parameters(saved, like)["w"][0, 0]) == 2.0
+    assert sorted(str(p) for p in saved.rglob("*")) == before, "reading changes nothing"
+    shutil.rmtree(saved / "checkpoints")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        read_parameters(saved, like)
+
+
+def test_paths_do_not_name_a_module_system(saved):
+    hashes = json.loads((saved / "hashes" / "3-p0.json").read_text())
+    assert hashes["files"]
+    arrays = to_arrays({"blocks": {"w": jnp.zeros(2)}, "count": (jnp.zeros(()),)})
+    assert sorted(arrays) == ["blocks/w", "count/0"]
+    with pytest.raises(UserError, match="lacks blocks/w"):
+        from_arrays({"blocks": {"w": jnp.zeros(2)}}, {}, "it")

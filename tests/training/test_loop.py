@@ -1,0 +1,166 @@
+"""A run from start to finish: resume, kill -9, what stops it, what it logs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metajax.config import MetaTokens, UserError, override
+from metajax.experiment import run_experiment
+from metajax.reporting.records import RunDirectory
+from metajax.training import loop
+from metajax.training.loop import NonFinite, replay
+from metajax.training.metrics import MetricsFile, read_lines
+
+ROOT = Path(__file__).parents[2]
+
+
+def curve(workdir):
+    return read_lines(workdir / "metrics.jsonl")
+
+
+class Cut(Exception):
+    pass
+
+
+def run_and_cut(config, workdir, paths, after, monkeypatch):
+    """Run until `after` steps have been logged, then break off as an exception would."""
+    original = loop.Trainer._log
+
+    def log(self, step, *rest):
+        original(self, step, *rest)
+        if step == after:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_log", log)
+        with pytest.raises(Cut):
+            run_experiment(config, workdir, paths)
+
+
+@pytest.mark.parametrize("changes", [{}, {"meta_tokens": MetaTokens()}, {"evaluation.every": 2}])
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_resumed_run_is_the_undisturbed_run(tiny_config, paths, tmp_path, monkeypatch, changes, after):
+    config = tiny_config(**{"runtime.save_every": 2, **changes})
+    whole = run_experiment(config, tmp_path / "whole", paths)
+    run_and_cut(config, tmp_path / "cut", paths, after, monkeypatch)
+    resumed = run_experiment(config, tmp_path / "cut", paths)
+    assert resumed["restarted_from"] == (4 if after == 5 else 0)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole"), "the loss curve is identical, number for number"
+    for name in ("eval", "counts", "sample", "parameters"):
+        assert resumed[name] == whole[name], name
+
+
+def test_resume_across_a_mixture_switch(tiny_config, tiny_corpus, paths, tmp_path, monkeypatch):
+    changes = {
+        "data.sources": (f"jsonl:{tiny_corpus}?origin=module", f"jsonl:{tiny_corpus}?origin=topic"),
+        "data.weights": (0.75, 0.25),
+        "data.switch": {"step": 3, "weights": (0.25, 0.75)},
+        "runtime.save_every": 2,
+    }
+    config = override(tiny_config(), changes)
+    whole = run_experiment(config, tmp_path / "whole", paths)
+    run_and_cut(config, tmp_path / "cut", paths, 5, monkeypatch)
+    assert run_experiment(config, tmp_path / "cut", paths)["eval"] == whole["eval"]
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_nan_stops_with_a_bundle_that_reproduces_the_step(tiny_config, paths, tmp_path):
+    config = tiny_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
+    with pytest.raises(NonFinite, match="replay-step-"):
+        run_experiment(config, tmp_path, paths)
+    [bundle] = tmp_path.glob("replay-step-*")
+    values = replay(bundle, config, 320)
+    assert not values["finite"]
+    steps = [line["step"] for line in curve(tmp_path)]
+    assert bundle.name == f"replay-step-{steps[-1] + 1}", "the step that broke is the first one not logged"
+    assert all(np.isfinite(line["loss"]) for line in curve(tmp_path))
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path):
+    first = RunDirectory.open(tmp_path, tiny_config())
+    with pytest.raises(UserError, match="another process is running"):
+        RunDirectory.open(tmp_path, tiny_config())
+    first.close()
+    RunDirectory.open(tmp_path, tiny_config()).close()
+
+
+def test_metrics_after_the_restored_step_are_dropped_and_a_torn_line_survived(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    file = MetricsFile(path, 2)
+    file.write({"step": 3, "again": True})
+    file.close()
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_tensorboard_and_offline_wandb(tiny_config, paths, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = tiny_config(**{"runtime.loggers": ("tensorboard", "wandb"), "runtime.log_every": 2})
+    run_experiment(config, tmp_path, paths)
+    [events] = (tmp_path / "tensorboard").glob("events*")
+    tags = events.read_bytes()
+    for tag in (b"loss", b"bpb", b"grad_norm", b"learning_rate", b"tokens_per_second"):
+        assert tag in tags
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_start_up_and_input_wait_are_reported(tiny_config, paths, tmp_path):
+    report = run_experiment(tiny_config(), tmp_path, paths, imports_seconds=1.5)
+    startup = report["startup"]
+    assert startup["imports"] == 1.5 and all(startup[name] > 0 for name in ("data", "init", "compile", "first_step"))
+    assert startup["total"] == pytest.approx(sum(v for k, v in startup.items() if k != "total"))
+    assert 0 <= report["time"]["data_wait_share"] < 1
+
+
+QUICKSTART = [
+    "quickstart",
+    *(
+        word
+        for change in (
+            "data.sources=pydocs:email+json+logging", "data.tokenizer=bpe:320", "data.row_length=64", "data.batch_rows=4", "data.held_out=0.2",
+            "model.layers=2", "model.width=32", "model.heads=2", "model.mlp_width=64", "training.steps=20", "optimizer.warmup_steps=2",
+            "evaluation.documents=8", "evaluation.sample_tokens=8", "runtime.save_every=5",
+        )
+        for word in ("--set", change)
+    ),
+]  # fmt: skip
+
+
+def quickstart(root, cache):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "run.py", *QUICKSTART, "--runs-dir", str(root), "--cache-dir", str(cache)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def results(root):
+    result = json.loads((root / "quickstart/cpu/table.json").read_text())
+    curves = [curve(root / Path(run).relative_to(root)) for row in result["rows"] for run in row["runs"]]
+    return [row["values"] for row in result["rows"]], [row["counts"] for row in result["rows"]], curves
+
+
+def test_kill_9_during_the_quickstart_changes_no_number(tmp_path):
+    whole = quickstart(tmp_path / "whole", tmp_path / "cache")
+    out, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, out
+    kill_at = random.Random(time.time_ns()).randrange(1, 60)  # steps logged over all three arms
+    broken = quickstart(tmp_path / "killed", tmp_path / "cache")
+    while broken.poll() is None:
+        if sum(len(curve(p.parent)) for p in (tmp_path / "killed").rglob("metrics.jsonl")) >= kill_at:
+            broken.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    broken.communicate()
+    again = quickstart(tmp_path / "killed", tmp_path / "cache")
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, f"killed at {kill_at}: {out}"
+    assert results(tmp_path / "killed") == results(tmp_path / "whole"), f"killed at {kill_at}"

@@ -1,0 +1,119 @@
+"""The same loss on 1 device and on 8 virtual ones, for every mesh shape; the rules table and its refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from metajax.config import UserError
+from metajax.parallel.mesh import parse_mesh
+from metajax.parallel.rules import partition_spec
+
+ROOT = Path(__file__).parents[2]
+MESH = AbstractMesh((2, 4), ("data", "fsdp"))
+
+PROGRAM = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import jax
+from metajax.config import Config, from_dict
+from metajax.data.pipeline import Paths, open_corpora, training_batches
+from metajax.training.program import Program
+from metajax.training.state import to_arrays
+
+config = from_dict(Config, json.loads(sys.argv[1]))
+corpora = open_corpora(config, Paths(cache=Path(sys.argv[2])))
+batches = training_batches(corpora)
+results = {}
+for mesh in ("data=1,fsdp=1", "data=1,fsdp=8", "data=8,fsdp=1", "data=2,fsdp=4"):
+    devices = jax.devices()[:1] if mesh == "data=1,fsdp=1" else jax.devices()
+    program = Program.build(replace(config, runtime=replace(config.runtime, mesh=mesh)), corpora.tokenizer.vocabulary.size, devices)
+    state = program.create_state()
+    arrays = to_arrays(state.model)
+    local = sum(a.addressable_shards[0].data.nbytes for a in arrays.values()) / sum(a.nbytes for a in arrays.values())
+    step_fn, losses = program.compile_step(state, program.put(batches[0])), []
+    for n in range(3):
+        state, metrics = step_fn(state, program.put(batches[n]))
+        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    results[mesh] = {"losses": losses, "local": local}
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_eight_devices_equal_one(tiny_config, paths, meta):
+    from metajax.config import MetaTokens, to_dict
+
+    config = tiny_config(meta_tokens=MetaTokens() if meta else None, **{"data.batch_rows": 8, "model.width": 32})
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(to_dict(config)), str(paths.cache)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    one = results.pop("data=1,fsdp=1")
+    for mesh, result in results.items():
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5, err_msg=mesh)
+    assert one["local"] == 1.0 and results["data=8,fsdp=1"]["local"] == 1.0
+    assert results["data=1,fsdp=8"]["local"] < 0.25, "parameters are spread over fsdp"
+
+
+def test_rules_by_hand():
+    assert partition_spec(("embed", "mlp"), (32, 64), MESH) == PartitionSpec(("fsdp",), None)
+    assert partition_spec(("embed", "mlp"), (3, 32, 64), MESH) == PartitionSpec(None, ("fsdp",), None), "stacked layers lead"
+    assert partition_spec(("batch", "length", None), (16, 8, 4), MESH) == PartitionSpec(("data", "fsdp"), None, None)
+    assert partition_spec(("embed",), (30,), MESH) == PartitionSpec(None), "4 does not divide 30: it stays whole"
+
+
+def test_rules_refuse_collisions_and_unknown_axes():
+    with pytest.raises(UserError, match="'embed' and 'embed' of one array both map to mesh axis 'fsdp'"):
+        partition_spec(("embed", "embed"), (32, 32), MESH)
+    with pytest.raises(UserError, match="no sharding rule for the logical axis 'emebd'"):
+        partition_spec(("emebd",), (32,), MESH)
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "message"),
+    [
+        ("data=3,fsdp=2", 8, "3 x 2 = 6, but there are 8 devices"),
+        ("data=-1,fsdp=-1", 8, "only one axis"),
+        ("dta=2", 8, "did you mean 'data'"),
+        ("data=two", 8, "whole number"),
+    ],
+)
+def test_mesh_errors_say_what_is_wrong(text, devices, message):
+    with pytest.raises(UserError, match=message):
+        parse_mesh(text, devices)
+
+
+def test_mesh_takes_what_is_left():
+    assert parse_mesh("data=2,fsdp=-1", 8) == {"data": 2, "fsdp": 4}
+    assert parse_mesh("", 1) == {"data": 1, "fsdp": 1}
+
+
+def test_every_parameter_of_the_model_has_rules():
+    from metajax.config import MetaTokens, Model, Runtime
+    from metajax.models.lm import LM
+
+    model = jax.eval_shape(
+        lambda: LM(
+            Model(layers=2, width=16, heads=2, mlp_width=32, bias=True, tied=False, position="learned"),
+            vocab_size=64, max_length=8, meta=MetaTokens(), runtime=Runtime(), key=jax.random.key(0),
+        )
+    )  # fmt: skip
+    params = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert len(params) > 20
+    for param in params:
+        assert len(partition_spec(param.get_metadata()["axes"], param.shape, MESH)) == jnp.ndim(param[...])
