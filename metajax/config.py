@@ -180,7 +180,6 @@ class Optimizer:
     horizon: int = 0  # step where cosine, linear or wsd end; 0: training.steps
     decay_share: float = 0.2  # wsd: the last share of the horizon decays
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # 0: no clipping
     z_loss: float = 0.0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from metajax.config import Config, config_hash, to_dict
 from metajax.data.metadata import render, uniform_hash
@@ -15,7 +14,7 @@ from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
 from metajax.data.tokenizers import Tokenizer
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
-from metajax.inference.generation import generate
+from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
 from metajax.planning.flops import flops_per_token
 from metajax.progress import progress, say
@@ -117,18 +116,18 @@ def open_run(workdir: Path) -> OpenedRun:
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:
-    """The model's continuation of the first held-out document, behind its metadata where training had it so."""
-    cache = corpora.caches[0]
+    """The model's continuation of a held-out document, behind its metadata where training had it so; cut to fit a row."""
+    cache, tokenizer = corpora.caches[0], corpora.tokenizer
     available = cache.documents("held_out", config.data.held_out)
     long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
-    document = int(long_enough[uniform_hash(EVALUATION_SEED, long_enough).argmin()])
-    body = cache[document].tolist()
-    prompt = corpora.tokenizer.decode(body[:PROMPT_TOKENS])
+    candidates = long_enough if len(long_enough) else available
+    document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
     context = None
     if config.metadata is not None and config.metadata.position == "prepend":
-        fields = next(m for i, m in enumerate(cache.metadata()) if i == document)
-        context = render(config.metadata.template, fields)
-    with jax.default_device(jax.local_devices()[0]):
-        text = generate(model, config, corpora.tokenizer, prompt, count=config.evaluation.sample_tokens, context=context)
-    truth = corpora.tokenizer.decode(body[PROMPT_TOKENS : PROMPT_TOKENS + config.evaluation.sample_tokens])
-    return {"context": context, "prompt": prompt, "continuation": text, "document": truth}
+        context = render(config.metadata.template, next(itertools.islice(cache.metadata(), document, None)))
+    body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
+    shown = min(PROMPT_TOKENS, room // 2)
+    prompt = tokenizer.decode(body[:shown])
+    count = min(config.evaluation.sample_tokens, room - len(tokenizer.encode(prompt)))
+    text = generate(model, config, tokenizer, prompt, count=count, context=context)
+    return {"context": context, "prompt": prompt, "continuation": text, "document": tokenizer.decode(body[shown : shown + count])}

@@ -8,7 +8,7 @@ import pytest
 from metajax.cli import main
 
 SMALL = [
-    "--set", "data.tokenizer=byte", "--set", "data.row_length=32", "--set", "data.batch_rows=4", "--set", "data.held_out=0.2",
+    "--set", "data.tokenizer=byte", "--set", "data.row_length=64", "--set", "data.batch_rows=4", "--set", "data.held_out=0.2",
     "--set", "model.layers=2", "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.mlp_width=32",
     "--set", "training.steps=4", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=5",
     "--set", "evaluation.sample_tokens=4", "--set", "runtime.log_every=2", "--set", "runtime.save_every=2",
@@ -20,9 +20,10 @@ def command(tiny_corpus, paths, tmp_path, capsys):
     """Run one command line on the tiny corpus; returns (exit code, standard output, standard error)."""
 
     def run(*words, small=False, corpus=tiny_corpus):
-        source = ["--set", f"data.sources=jsonl:{corpus}?origin=module"] if small else []
+        source = ["--set", f"data.sources=jsonl:{corpus}?origin=module"]
         places = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(paths.cache)] if words and words[0] not in ("list",) else []
-        code = main([*words, *(SMALL if small else []), *source, *places])
+        changes = [*SMALL, *source] if small else []
+        code = main([*words[:2], *changes, *words[2:], *places] if words[0] == "table" else [*words[:1], *changes, *words[1:], *places])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -188,7 +189,7 @@ def test_a_workdir_that_holds_something_else(command, tmp_path):
     error = one_error_line(command("quickstart/metadata", "--workdir", str(workdir), small=True))
     assert "holds quickstart/plain" in error
     error = one_error_line(command("quickstart/plain", "--workdir", str(workdir), "--set", "optimizer.learning_rate=0.1", small=True))
-    assert "first optimizer.learning_rate: 0.004 there, 0.1 now" in error
+    assert "first optimizer.learning_rate: 0.002 there, 0.1 now" in error
     assert "with seed 0" in one_error_line(command("quickstart/plain", "--workdir", str(workdir), "--seed", "1", small=True))
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before, "nothing was overwritten"
     (tmp_path / "other").mkdir()

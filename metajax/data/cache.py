@@ -12,6 +12,7 @@ so one corpus serves every ablation; metadata ids are a side table for each temp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from metajax.config import UserError, require
+from metajax.config import require
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
 from metajax.data.metadata import render
 from metajax.data.tokenizers import Tokenizer
@@ -51,6 +52,23 @@ def read_documents(source: Source, on_bad_record: str) -> Iterator[tuple[int, Do
             if on_bad_record == "stop":
                 raise BadRecord(f"{error}; --set data.on_bad_record=skip leaves such records out and counts them") from None
             yield i, None
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes its name `folder` at the end: it is there whole or not at all.
+
+    Where another process was faster its folder stays, for names say what the content is.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        yield work
+        with contextlib.suppress(OSError):
+            os.replace(work, folder)
+        require(folder.exists(), f"cannot write {folder}; check the space and the permissions there")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 class TokenCache:
@@ -101,17 +119,9 @@ def build_token_cache(source: Source, tokenizer: Tokenizer, *, cache_dir: Path, 
     """
     key = digest(source.fingerprint(), tokenizer.fingerprint(), on_bad_record)
     folder = cache_dir / "tokens" / f"{source.spec.partition(':')[0]}-{key}"
-    if not (folder / "manifest.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-        try:
+    if not folder.exists():
+        with whole_folder(folder) as work:
             _write(source, tokenizer, work, on_bad_record)
-            os.replace(work, folder)
-        except OSError:
-            if not (folder / "manifest.json").exists():  # else another process was faster, with the same content
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return TokenCache(folder)
 
 
@@ -183,18 +193,11 @@ class MetadataTable:
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
     """The side table of a template beside the token cache, made once and memory-mapped."""
     folder = cache.folder / "metadata" / digest(template, tokenizer.fingerprint())
-    if not (folder / "offsets.npy").exists():
+    if not folder.exists():
         texts = [render(template, fields) for fields in cache.metadata()]
         encoded = tokenizer.encode_batch([text or "" for text in texts])
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-        np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
-        np.save(work / "present.npy", np.array([text is not None for text in texts]))
-        np.save(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
-        try:
-            os.replace(work, folder)
-        except OSError:
-            shutil.rmtree(work)
-            if not (folder / "offsets.npy").exists():
-                raise UserError(f"cannot write the metadata table to {folder}") from None
+        with whole_folder(folder) as work:
+            np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
+            np.save(work / "present.npy", np.array([text is not None for text in texts]))
+            np.save(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
     return MetadataTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "present")))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metajax.config import Metadata, UserError, nearest
+from metajax.config import Metadata, UserError, nearest, require
 from metajax.data.tokenizers import Tokenizer
 
 
@@ -20,6 +20,10 @@ def template_fields(template: str) -> tuple[str, ...]:
         raise UserError(f"metadata.template = {template!r}: {error}") from None
     if not names:
         raise UserError(f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
+    try:
+        template.format_map(dict.fromkeys(names, ""))
+    except (ValueError, LookupError) as error:
+        raise UserError(f"metadata.template = {template!r}: {error}; a field is a name in braces, such as {{url}}") from None
     return names
 
 
@@ -98,9 +102,13 @@ def owners(recipe: Metadata, condition: str, has_metadata: np.ndarray, documents
     if condition == "training":
         owner[documents[uniform_hash(seed, documents) >= recipe.keep]] = dropped
     elif condition == "empty":
-        owner[documents] = dropped
+        owner[documents] = MetadataIds.EMPTY
     elif condition == "shuffled":
         sharing = documents[has_metadata[documents]]
+        require(
+            len(sharing) != 1,
+            "the shuffled control needs two documents with metadata to exchange it and found one; raise evaluation.documents",
+        )
         owner[sharing] = np.roll(sharing, 1)
     return owner
 

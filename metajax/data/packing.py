@@ -51,7 +51,7 @@ def pack(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capaci
     Raises:
       UserError: metadata leaves no room for body tokens in a row.
     """
-    if len(documents) and int(overhead.max()) > capacity - MIN_PIECE:
+    if len(documents) and int(overhead.max()) > max(0, capacity - MIN_PIECE):
         worst = int(np.argmax(overhead))
         raise UserError(
             f"document {int(documents[worst])} has {int(overhead[worst])} metadata tokens, which leaves no room for its body in a row "

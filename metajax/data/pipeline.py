@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import grain
 import numpy as np
 
 from metajax.config import Config, Metadata, require
-from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents
+from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents, whole_folder
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import MetadataIds, check_fields, delimiters, owners, uniform_hash
@@ -111,16 +110,19 @@ def _index(
     overhead = metadata.lengths()[documents] if metadata is not None else np.zeros(len(documents), np.int64)
     recipe = hashlib.sha256(documents.tobytes() + overhead.astype(np.int64).tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
-    if not (folder / "sha256").exists():
+    if not folder.exists():
         index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, array in (("pieces", index.pieces), ("offsets", index.offsets)):
-            np.save(folder / f"{name}-{os.getpid()}.npy", array)
-            os.replace(folder / f"{name}-{os.getpid()}.npy", folder / f"{name}.npy")
-        (folder / "sha256").write_text(_index_hash(index))
-    index = RowIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "offsets")))
+        with whole_folder(folder) as work:
+            np.save(work / "pieces.npy", index.pieces)
+            np.save(work / "offsets.npy", index.offsets)
+            (work / "sha256").write_text(_index_hash(index))
+    try:
+        index = RowIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "offsets")))
+        intact = _index_hash(index) == (folder / "sha256").read_text()
+    except (OSError, ValueError, EOFError):  # a file is missing, cut short or overwritten
+        intact = False
     require(
-        _index_hash(index) == (folder / "sha256").read_text(),
+        intact,
         f"the row index in {folder} is damaged ({condition} rows of {cache.folder.name}); delete that folder and run again",
     )
     return index

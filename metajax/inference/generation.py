@@ -40,6 +40,27 @@ def _sample(
     return jax.lax.fori_loop(0, count, body, tokens)
 
 
+def _layout(config: Config) -> tuple[np.ndarray | None, np.ndarray]:
+    """(slots of the meta-tokens or None, all other slots) of a generated row."""
+    slots = config.row_slots
+    if config.meta_tokens is None or not config.meta_tokens.rate:
+        return None, np.arange(slots)
+    meta_slots = meta_layout(slots, config.meta_tokens.rate)
+    return meta_slots, np.setdiff1d(np.arange(slots), meta_slots)
+
+
+def _head(tokenizer: Tokenizer, context: str | None) -> list[int]:
+    """BOS, and the metadata between its delimiters."""
+    vocabulary = tokenizer.vocabulary
+    metadata = [vocabulary.context_begin, *tokenizer.encode(context), vocabulary.context_end] if context is not None else []
+    return [vocabulary.bos, *metadata]
+
+
+def room_for_prompt(config: Config, tokenizer: Tokenizer, context: str | None) -> int:
+    """Tokens of a row that prompt and continuation can share behind `context`."""
+    return len(_layout(config)[1]) - len(_head(tokenizer, context))
+
+
 def generate(
     model: Any, config: Config, tokenizer: Tokenizer, prompt: str, *, count: int, context: str | None = None,
     temperature: float = 0.8, seed: int = 0,
@@ -54,16 +75,13 @@ def generate(
       UserError: prompt and continuation do not fit in a row.
     """
     vocabulary = tokenizer.vocabulary
-    head = [vocabulary.context_begin, *tokenizer.encode(context), vocabulary.context_end] if context is not None else []
-    ids = [vocabulary.bos, *head, *tokenizer.encode(prompt)]
-    slots = config.row_slots
-    meta_slots = meta_layout(slots, config.meta_tokens.rate) if config.meta_tokens and config.meta_tokens.rate else None
-    real = np.setdiff1d(np.arange(slots), [] if meta_slots is None else meta_slots)
+    ids = [*_head(tokenizer, context), *tokenizer.encode(prompt)]
+    meta_slots, real = _layout(config)
     require(
         len(ids) + count <= len(real),
         f"the prompt has {len(ids)} tokens and {count} are to follow, but a row of {config.name} holds {len(real)}; shorten either",
     )
-    tokens = np.full((1, slots), vocabulary.pad, np.int32)
+    tokens = np.full((1, config.row_slots), vocabulary.pad, np.int32)
     if meta_slots is not None:
         tokens[0, meta_slots] = vocabulary.meta
     tokens[0, real[: len(ids)]] = ids

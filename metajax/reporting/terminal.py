@@ -20,9 +20,10 @@ console = Console()
 
 
 def _grid(*titles: str) -> Grid:
+    """A plain table whose first column, a name to be copied, never wraps."""
     grid = Grid(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        grid.add_column(title, overflow="fold")
+    for i, title in enumerate(titles):
+        grid.add_column(title, overflow="fold", no_wrap=i == 0)
     return grid
 
 

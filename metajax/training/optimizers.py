@@ -49,7 +49,6 @@ def make_optimizer(config: Config, decay_mask: Any) -> optax.GradientTransformat
         schedule(optimizer, config.training.steps),
         b1=b1,
         b2=b2,
-        eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         mask=decay_mask,
     )

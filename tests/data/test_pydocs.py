@@ -109,7 +109,7 @@ def test_email_and_json_are_built_the_same_twice(tmp_path):
 
 def test_a_module_in_one_file_and_another_selection_is_another_corpus(tmp_path):
     heap = open_source("pydocs:heapq", cache_dir=tmp_path, data_dir=None)
-    both = open_source("pydocs:heapq,bisect", cache_dir=tmp_path, data_dir=None)
+    both = open_source("pydocs:heapq+bisect", cache_dir=tmp_path, data_dir=None)
     assert heap.fingerprint() != both.fingerprint()
     assert {both[i].origin for i in range(len(both))} == {"heapq", "bisect"}
 

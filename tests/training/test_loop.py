@@ -60,7 +60,7 @@ def test_a_resumed_run_is_the_undisturbed_run(tiny_config, paths, tmp_path, monk
 
 def test_resume_across_a_mixture_switch(tiny_config, tiny_corpus, paths, tmp_path, monkeypatch):
     changes = {
-        "data.sources": (f"jsonl:{tiny_corpus}?origin=module", f"jsonl:{tiny_corpus}?origin=topic"),
+        "data.sources": (f"jsonl:{tiny_corpus}?origin=module", f"jsonl:{tiny_corpus}?text=text&origin=module"),
         "data.weights": (0.75, 0.25),
         "data.switch": {"step": 3, "weights": (0.25, 0.75)},
         "runtime.save_every": 2,

@@ -1,0 +1,132 @@
+"""What the tests share: a tiny corpus, a tiny experiment on it, and shape checks in everything that computes."""
+
+import json
+import os
+from pathlib import Path
+
+# Many tests compile the same small programs: keep them between tests, workers and sessions.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jaxtyping
+import numpy as np
+import pytest
+
+jaxtyping.install_import_hook(
+    ["metajax.models", "metajax.ops", "metajax.training.losses", "kernels_pallas"], "beartype.beartype"
+)  # before any of them is imported
+
+from metajax.config import Config, Data, Evaluation, Model, Optimizer, Runtime, Training, override  # noqa: E402
+from metajax.data.pipeline import Paths  # noqa: E402
+
+WORDS = [
+    "array",
+    "axis",
+    "batch",
+    "cache",
+    "carry",
+    "check",
+    "code",
+    "copy",
+    "dtype",
+    "error",
+    "file",
+    "float",
+    "gradient",
+    "head",
+    "index",
+    "key",
+    "layer",
+    "length",
+    "list",
+    "loss",
+    "mask",
+    "matrix",
+    "mean",
+    "module",
+    "name",
+    "number",
+    "order",
+    "path",
+    "point",
+    "query",
+    "random",
+    "return",
+    "row",
+    "scale",
+    "segment",
+    "shape",
+    "slice",
+    "sort",
+    "source",
+    "state",
+    "step",
+    "string",
+    "sum",
+    "table",
+    "tensor",
+    "text",
+    "time",
+    "token",
+    "tree",
+    "type",
+    "update",
+    "value",
+    "vector",
+    "weight",
+    "window",
+]
+TOPICS = ("arrays", "files", "graphs", "language", "network", "numbers", "parsing", "random", "storage", "text", "time", "tools")
+
+
+def words(count, rng):
+    """`count` words as sentences of four to nine."""
+    text, left = [], count
+    while left > 0:
+        sentence = [WORDS[i] for i in rng.integers(len(WORDS), size=min(left, int(rng.integers(4, 10))))]
+        text.append(" ".join(sentence).capitalize() + ".")
+        left -= len(sentence)
+    return " ".join(text)
+
+
+def corpus_rows(documents=120, origins=30):
+    """Rows of text, module, topic and origin; texts of one letter up to several rows."""
+    rng = np.random.default_rng(20250601)
+    rows = []
+    for i in range(documents):
+        text = "abcdefgh"[i // 15] if i % 15 == 7 else words(int(rng.choice([2, 5, 12, 30, 60])), rng)
+        module = f"{WORDS[i % origins]}_{i % origins}"
+        rows.append(
+            {"text": text, "module": module, "topic": TOPICS[i % origins % len(TOPICS)], "origin": f"package{i % origins}"}
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """The path of a JSON lines file of 120 documents from 30 modules; the same in every session."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory):
+    """Where this session keeps caches and runs."""
+    home = tmp_path_factory.mktemp("home")
+    return Paths(cache=home / "cache", runs=home / "runs")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_corpus):
+    """tiny_config(**changes) -> Config on the tiny corpus; changes are those of `metajax.config.override`, dotted names too."""
+    base = Config(
+        name="tiny",
+        data=Data(sources=(f"jsonl:{tiny_corpus}?origin=module",), tokenizer="byte", row_length=32, batch_rows=4, held_out=0.2),
+        model=Model(layers=2, width=16, heads=2, mlp_width=32),
+        optimizer=Optimizer(warmup_steps=1),
+        training=Training(steps=6),
+        evaluation=Evaluation(documents=5),
+        runtime=Runtime(log_every=1),
+    )
+    return lambda **changes: override(base, changes)
