@@ -130,3 +130,12 @@ def tiny_config(tiny_corpus):
         runtime=Runtime(log_every=1),
     )
     return lambda **changes: override(base, changes)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where the environment says that a part is there (METAJAX_REQUIRE_BROWSER=1), a test that skips for want of it fails."""
+    report = (yield).get_result()
+    if report.skipped and item.get_closest_marker("browser") and os.environ.get("METAJAX_REQUIRE_BROWSER"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped although METAJAX_REQUIRE_BROWSER is set: {report.longrepr}"

@@ -21,9 +21,13 @@ def command(tiny_corpus, paths, tmp_path, capsys):
 
     def run(*words, small=False, corpus=tiny_corpus):
         source = ["--set", f"data.sources=jsonl:{corpus}?origin=module"]
-        places = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(paths.cache)] if words and words[0] not in ("list",) else []
+        places = (
+            ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(paths.cache)] if words and words[0] not in ("list",) else []
+        )
         changes = [*SMALL, *source] if small else []
-        code = main([*words[:2], *changes, *words[2:], *places] if words[0] == "table" else [*words[:1], *changes, *words[1:], *places])
+        code = main(
+            [*words[:2], *changes, *words[2:], *places] if words[0] == "table" else [*words[:1], *changes, *words[1:], *places]
+        )
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -118,7 +122,9 @@ def test_a_table_from_one_command(command, tmp_path):
 
 def test_init_from_a_run(command, tmp_path):
     assert command("quickstart/plain", small=True)[0] == 0
-    code, _, err = command("quickstart/plain", "--set", "init.from=quickstart/plain", "--set", "optimizer.learning_rate=1e-9", small=True)
+    code, _, err = command(
+        "quickstart/plain", "--set", "init.from=quickstart/plain", "--set", "optimizer.learning_rate=1e-9", small=True
+    )
     assert code == 0, err
     parent, child = sorted((tmp_path / "runs/quickstart/plain/cpu").iterdir(), key=lambda p: p.stat().st_mtime)
     reports = [json.loads((run / "report.json").read_text()) for run in (parent, child)]
@@ -134,7 +140,6 @@ def test_init_from_a_run(command, tmp_path):
     [
         (["quikstart"], "unknown experiment 'quikstart'; did you mean 'quickstart'?"),
         (["quickstart/plain", "--scale", "gpuu"], "unknown scale 'gpuu'; did you mean 'gpu'?"),
-        (["quickstart", "--scale", "paper"], "has no 'paper' scale"),
         (["quickstart/plain", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
         (["quickstart", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
         (["quickstart/plain", "--set", "model.layers=three"], "model.layers = 'three': expected a whole number"),
@@ -188,7 +193,9 @@ def test_a_workdir_that_holds_something_else(command, tmp_path):
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     error = one_error_line(command("quickstart/metadata", "--workdir", str(workdir), small=True))
     assert "holds quickstart/plain" in error
-    error = one_error_line(command("quickstart/plain", "--workdir", str(workdir), "--set", "optimizer.learning_rate=0.1", small=True))
+    error = one_error_line(
+        command("quickstart/plain", "--workdir", str(workdir), "--set", "optimizer.learning_rate=0.1", small=True)
+    )
     assert "first optimizer.learning_rate: 0.002 there, 0.1 now" in error
     assert "with seed 0" in one_error_line(command("quickstart/plain", "--workdir", str(workdir), "--seed", "1", small=True))
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before, "nothing was overwritten"

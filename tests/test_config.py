@@ -26,7 +26,9 @@ BASE = Config(name="x")
 
 
 def test_round_trip_through_json():
-    config = override(BASE, {"meta_tokens": MetaTokens(rate=0.2), "data.sources": "pydocs,debindex", "data.switch": Switch(5, (1.0, 2.0))})
+    config = override(
+        BASE, {"meta_tokens": MetaTokens(rate=0.2), "data.sources": "pydocs,debindex", "data.switch": Switch(5, (1.0, 2.0))}
+    )
     assert from_dict(Config, to_dict(config)) == config
 
 
@@ -96,7 +98,13 @@ def every_field(cls, prefix=""):
 
 def test_hash_covers_what_changes_a_number_and_nothing_else():
     same = [{"runtime.log_every": 3}, {"runtime.mesh": "data=1"}, {"runtime.implementation": "xla"}, {"runtime.loggers": "wandb"}]
-    other = [{"model.layers": 5}, {"optimizer.learning_rate": 1e-4}, {"data.tokenizer": "byte"}, {"init.from": "a"}, {"metadata.keep": 0.5}]
+    other = [
+        {"model.layers": 5},
+        {"optimizer.learning_rate": 1e-4},
+        {"data.tokenizer": "byte"},
+        {"init.from": "a"},
+        {"metadata.keep": 0.5},
+    ]
     assert {config_hash(override(BASE, c)) for c in same} == {config_hash(BASE)}
     assert len({config_hash(override(BASE, c)) for c in other} | {config_hash(BASE)}) == len(other) + 1
     assert config_hash(dataclasses.replace(BASE, seed=7)) == config_hash(BASE)
@@ -105,7 +113,16 @@ def test_hash_covers_what_changes_a_number_and_nothing_else():
 
 @given(st.sampled_from(sorted(f for f in every_field(Runtime))))
 def test_no_runtime_field_is_in_the_hash(name):
-    changed = {"log_every": 3, "save_every": 7, "keep": 5, "loggers": "wandb", "workers": 2, "mesh": "data=1", "remat": "full", "unroll": 1}
+    changed = {
+        "log_every": 3,
+        "save_every": 7,
+        "keep": 5,
+        "loggers": "wandb",
+        "workers": 2,
+        "mesh": "data=1",
+        "remat": "full",
+        "unroll": 1,
+    }
     value = changed.get(name, "xla")
     assert config_hash(override(BASE, {f"runtime.{name}": value})) == config_hash(BASE)
 

@@ -28,12 +28,12 @@ def _grid(*titles: str) -> Grid:
 
 
 def print_list(pattern: str) -> None:
-    """Tables and experiments whose name contains `pattern`."""
-    grid = _grid("name", "kind", "scales", "minutes a row (cpu)", "what")
+    """Tables, each with its rows below it, and single experiments whose name contains `pattern`."""
+    grid = _grid("name", "scales", "minutes a run", "what")
     found = 0
     for table in registry.tables().values():
         if pattern in table.name:
-            grid.add_row(table.name, f"table of {len(table.rows)}", ", ".join(table.scales), _minutes(table), table.summary)
+            grid.add_row(table.name, ", ".join(table.scales), _minutes(table), f"table of {len(table.rows)}: {table.summary}")
             found += 1
     for name, experiment in registry.experiments().items():
         if pattern in name:
@@ -41,14 +41,15 @@ def print_list(pattern: str) -> None:
             what = (
                 ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "the baseline" if row else experiment.summary
             )
-            grid.add_row(name, "row" if row else "experiment", ", ".join(experiment.scales), _minutes(experiment), what)
+            grid.add_row(name, ", ".join(experiment.scales), _minutes(experiment), what)
             found += 1
     console.print(grid if found else f"nothing named like {pattern!r}")
-    console.print("\nrun one: python run.py NAME   look first: python run.py show NAME   all commands: python run.py --help")
+    console.print("\nrun: python run.py NAME    look first: python run.py show NAME    help: python run.py --help")
 
 
 def _minutes(entry: registry.Table | registry.Experiment) -> str:
-    return f"{entry.minutes['cpu']:g}" if "cpu" in entry.minutes else "-"
+    """Expected minutes at each scale, in the order of the scales."""
+    return ", ".join(f"{entry.minutes[scale]:g}" for scale in entry.scales)
 
 
 def _short(value: Any) -> str:

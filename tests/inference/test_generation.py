@@ -74,5 +74,3 @@ def test_meta_layout_is_even_and_leaves_the_first_slot(slots, rate):
     layout = meta_layout(slots, rate)
     assert layout.min() >= 1 and layout.max() < slots and len(set(layout.tolist())) == len(layout)
     assert len(set(np.diff(layout).tolist())) <= 1
-
-

@@ -21,7 +21,9 @@ def dot_flops(jaxpr):
             total += 2 * int(np.prod(out)) * int(np.prod([eqn.invars[0].aval.shape[d] for d in contract]))
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         branches = eqn.params.get("branches", ())
-        for value in [branches[-1]] if branches else jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+        for value in (
+            [branches[-1]] if branches else jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns"))
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 total += times * dot_flops(inner)
@@ -30,7 +32,10 @@ def dot_flops(jaxpr):
 
 CASES = {
     "gpt2": (Model(layers=3, width=16, heads=2, mlp_width=48, position="learned"), None),
-    "llama": (Model(layers=2, width=16, heads=4, kv_heads=2, mlp_width=40, activation="swiglu", norm="rmsnorm", tied=False), None),
+    "llama": (
+        Model(layers=2, width=16, heads=4, kv_heads=2, mlp_width=40, activation="swiglu", norm="rmsnorm", tied=False),
+        None,
+    ),
     "meta_gathered": (Model(layers=2, width=16, heads=2, mlp_width=32), MetaTokens(rate=0.25)),
 }
 

@@ -16,7 +16,9 @@ WARNINGS: list[str] = []
 
 
 def make_state(value):
-    return State({"w": jnp.full((64, 8), value), "b": jnp.arange(3.0)}, {"mu": jnp.full(5, value)}, jnp.int32(value), jnp.zeros((), bool))
+    return State(
+        {"w": jnp.full((64, 8), value), "b": jnp.arange(3.0)}, {"mu": jnp.full(5, value)}, jnp.int32(value), jnp.zeros((), bool)
+    )
 
 
 def abstract():

@@ -96,7 +96,10 @@ def test_twelve_steps_of_nanogpt(name):
 
 def test_decay_reaches_matrices_and_embeddings_alone():
     model = jax.eval_shape(lambda: from_fresh())
-    marked = {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(decay_mask(model))}
+    marked = {
+        jax.tree_util.keystr(p, simple=True, separator="."): leaf
+        for p, leaf in jax.tree_util.tree_leaves_with_path(decay_mask(model))
+    }
     decayed = {name.removesuffix(".value") for name, flag in marked.items() if flag}
     assert {"embedding", "positions", "blocks.mlp.up.w", "blocks.attention.projections.query.w"} <= decayed
     assert not any("norm" in name or name.endswith(".b") for name in decayed)
@@ -110,8 +113,12 @@ def from_fresh():
 
 
 def test_no_clipping_when_the_norm_is_zero():
-    config = Config(name="x", optimizer=Optimizer(clip_norm=0.0, learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0))
+    config = Config(
+        name="x", optimizer=Optimizer(clip_norm=0.0, learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    )
     params = {"w": jnp.ones(3)}
     tx = make_optimizer(config, {"w": True})
     updates, _ = tx.update({"w": 100.0 * jnp.ones(3)}, tx.init(params), params)
-    np.testing.assert_allclose(optax.apply_updates(params, updates)["w"], np.zeros(3), atol=1e-6)  # Adam's first step is lr * sign
+    np.testing.assert_allclose(
+        optax.apply_updates(params, updates)["w"], np.zeros(3), atol=1e-6
+    )  # Adam's first step is lr * sign

@@ -55,7 +55,9 @@ def test_loss_is_the_weighted_mean_over_the_whole_batch(tiny_config, paths):
     config = tiny_config()
     program, batches = prepare(config, paths)
     state, batch = program.create_state(), batches[0]
-    batch = batch | {"loss_weights": batch["loss_weights"] * np.linspace(0, 1, batch["tokens"].size, dtype=np.float32).reshape(4, -1)}
+    batch = batch | {
+        "loss_weights": batch["loss_weights"] * np.linspace(0, 1, batch["tokens"].size, dtype=np.float32).reshape(4, -1)
+    }
     nll, _ = token_nll(apply_model(state.model, program.put(batch)), jnp.asarray(batch["targets"]))
     expected = float((nll * batch["loss_weights"]).sum() / batch["loss_weights"].sum())
     on_device = program.put(batch)

@@ -1,0 +1,41 @@
+"""Tables as data: rows derive from a base, names are looked up with the nearest match."""
+
+import pytest
+
+from metajax import registry
+from metajax.config import Config, UserError
+from metajax.registry import Column, Row, Table
+
+TABLE = Table(
+    name="demo", summary="s", paper="p", base=lambda scale: Config(name="demo"), baseline="a", minutes={"cpu": 1}, scales=("cpu",),
+    rows=(Row("a", {}), Row("b", {"model.layers": 8, "meta_tokens.rate": 0.2}, published={"accuracy": 1.0})),
+    columns=(Column("x", "eval.none.bpb"),),
+)  # fmt: skip
+
+
+def test_a_row_is_the_base_with_its_changes():
+    config = TABLE.config(TABLE.rows[1], "cpu")
+    assert (config.name, config.scale, config.model.layers, config.meta_tokens.rate) == ("demo/b", "cpu", 8, 0.2)
+    assert TABLE.config(TABLE.rows[0], "cpu").model.layers == 4
+
+
+def test_a_scale_that_is_not_there():
+    with pytest.raises(UserError, match="demo has no 'paper' scale; it has cpu"):
+        TABLE.config(TABLE.rows[0], "paper")
+    with pytest.raises(UserError, match="unknown scale 'papr'; did you mean 'paper'"):
+        TABLE.config(TABLE.rows[0], "papr")
+
+
+def test_names_are_unique_and_found_with_the_nearest_match():
+    registry.load()
+    assert registry.find("quickstart").baseline == "plain"
+    assert registry.find("quickstart/plain").row.name == "plain"
+    with pytest.raises(UserError, match="did you mean 'quickstart/plain'"):
+        registry.find("quickstart/plan")
+    with pytest.raises(UserError, match="registered twice"):
+        registry.experiment("quickstart", summary="again", minutes={"cpu": 1})(lambda scale: Config(name="x"))
+
+
+def test_a_table_needs_its_baseline():
+    with pytest.raises(UserError, match="the baseline 'z' is not one of its rows"):
+        registry.table("demo2", summary="s", rows=[Row("a", {})], columns=[], baseline="z", minutes={"cpu": 1})(TABLE.base)
