@@ -228,7 +228,8 @@ def _print_report(report: dict[str, Any], workdir: Path) -> None:
 def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
     for condition, values in results.items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
-        print(f"held-out bits/byte, {condition} metadata: {values['bpb']:.4f}  {size}")
+        shown = "no" if condition == "none" else condition
+        print(f"held-out bits/byte, {shown} metadata: {values['bpb']:.4f}  {size}")
 
 
 def _list(options: argparse.Namespace, started: float) -> int:

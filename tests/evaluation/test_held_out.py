@@ -1,0 +1,69 @@
+"""Held-out bits per byte: packed rows against one document at a time, and what is counted."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metajax.config import Metadata, MetaTokens
+from metajax.data.pipeline import EVALUATION_SEED, open_corpora
+from metajax.data.metadata import uniform_hash
+from metajax.evaluation.held_out import evaluate_held_out
+from metajax.training.losses import token_nll
+from metajax.training.program import Program
+
+METADATA = Metadata(position="none", template="{topic}")
+
+
+def prepare(config, paths):
+    corpora = open_corpora(config, paths)
+    program = Program.build(config, corpora.tokenizer.vocabulary.size, jax.devices()[:1])
+    return corpora, program, program.create_state().model
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_packed_rows_equal_one_document_at_a_time(tiny_config, paths, packing):
+    """With best fit no short document is cut, so its loss is that of the document alone; concat may cut it."""
+    config = tiny_config(**{"data.packing": packing, "data.row_length": 512, "evaluation.documents": 6})
+    corpora, program, model = prepare(config, paths)
+    cache, vocabulary = corpora.caches[0], corpora.tokenizer.vocabulary
+    available = cache.documents("held_out", config.data.held_out)
+    chosen = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")][:6]
+    assert cache.lengths[chosen].max() < 512
+    nats = 0.0
+    for document in chosen:
+        body = cache[int(document)]
+        tokens = jnp.asarray([[vocabulary.bos, *body[:-1]]], jnp.int32)
+        positions = jnp.arange(tokens.shape[1])[None]
+        logits = model(tokens, positions=positions, segment_ids=jnp.ones_like(tokens))
+        nats += float(token_nll(logits, jnp.asarray(body)[None])[0].sum())
+    result = evaluate_held_out(program, corpora, model, "none")
+    expected = nats / math.log(2) / int(np.asarray(cache.bytes)[chosen].sum())
+    if packing == "best_fit":
+        assert result["bpb"] == pytest.approx(expected, rel=1e-5)
+    assert result["body_tokens"] == int(np.asarray(cache.lengths)[chosen].sum())
+    assert result["documents"] == 6
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(tiny_config, paths):
+    config = tiny_config(metadata=METADATA, meta_tokens=MetaTokens(), **{"evaluation.conditions": "none,right,shuffled,empty"})
+    corpora, program, model = prepare(config, paths)
+    flat = jax.tree.map(jnp.zeros_like, model)
+    size = corpora.tokenizer.vocabulary.size
+    results = {c: evaluate_held_out(program, corpora, flat, c) for c in config.evaluation.conditions}
+    for result in results.values():
+        assert result["nats_per_token"] == pytest.approx(math.log(size), rel=1e-6)
+        assert result["bpb"] == pytest.approx(math.log2(size), rel=1e-6), "a byte is a token here"
+    assert results["none"]["metadata_tokens"] == 0
+    assert results["right"]["metadata_tokens"] > results["empty"]["metadata_tokens"] > 0
+
+
+def test_the_same_documents_and_tokens_in_every_condition(tiny_config, paths):
+    config = tiny_config(metadata=METADATA, **{"evaluation.conditions": "none,right,shuffled,empty"})
+    corpora, program, model = prepare(config, paths)
+    results = [evaluate_held_out(program, corpora, model, c) for c in config.evaluation.conditions]
+    for key in ("documents", "body_bytes", "body_tokens"):
+        assert len({r[key] for r in results}) == 1, key
+    assert len({r["bpb"] for r in results}) == 4, "the model sees something else in each"
