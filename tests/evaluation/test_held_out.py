@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from metajax.config import Metadata, MetaTokens
-from metajax.data.pipeline import EVALUATION_SEED, open_corpora
 from metajax.data.metadata import uniform_hash
+from metajax.data.pipeline import EVALUATION_SEED, open_corpora
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.training.losses import token_nll
 from metajax.training.program import Program

@@ -15,7 +15,7 @@ from etils import epath
 
 from metajax.config import UserError, nearest, require
 from metajax.data.documents import BadRecord, Document, Source
-from metajax.data.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
+from metajax.data.sources.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
 
 _READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
 KINDS = ("pydocs", "debindex", *_READERS, "tfds")
@@ -30,11 +30,11 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     """
     kind, path, columns = parse_spec(spec)
     if kind == "pydocs":
-        from metajax.data.pydocs import open_pydocs
+        from metajax.data.sources.pydocs import open_pydocs
 
         return open_pydocs(spec, path, cache_dir)
     if kind == "debindex":
-        from metajax.data.debindex import open_debindex
+        from metajax.data.sources.debindex import open_debindex
 
         return open_debindex(spec, cache_dir)
     if kind == "tfds":

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from metajax.config import UserError, require
 from metajax.data.documents import Document
-from metajax.data.files import Columns, Parquet, file_entry
+from metajax.data.sources.files import Columns, Parquet, file_entry
 
 _DOCUMENTS, _MANIFEST = "documents.parquet", "manifest.json"
 _ROWS_IN_GROUP = 2048

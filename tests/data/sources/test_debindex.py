@@ -4,9 +4,16 @@ import json
 import pytest
 
 from metajax.config import UserError
-from metajax.data import debindex
-from metajax.data.debindex import PINNED, build_documents, describe, description, package_names, reverse_dependencies, stanzas
-from metajax.data.sources import open_source
+from metajax.data.sources import debindex, open_source
+from metajax.data.sources.debindex import (
+    PINNED,
+    build_documents,
+    describe,
+    description,
+    package_names,
+    reverse_dependencies,
+    stanzas,
+)
 
 LONG = " ".join(f"word{i}" for i in range(25))
 

@@ -6,9 +6,8 @@ from importlib import metadata
 import pytest
 
 from metajax.config import UserError
-from metajax.data import pydocs
-from metajax.data.docstrings import Docstring, public_names, read_module
-from metajax.data.sources import open_source
+from metajax.data.sources import open_source, pydocs
+from metajax.data.sources.docstrings import Docstring, public_names, read_module
 
 TWENTY = " ".join(f"word{i}" for i in range(20))
 SOURCE = f'''"""Module {TWENTY}"""

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from metajax.config import UserError
 from metajax.data.documents import BadRecord, Document, is_held_out
-from metajax.data.files import Columns, line_index, to_document
 from metajax.data.sources import open_source, parse_spec
+from metajax.data.sources.files import Columns, line_index, to_document
 
 ROWS = [
     {

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import track
 
 from metajax.config import UserError, nearest
-from metajax.data.corpora import BuiltCorpus, open_or_build
-from metajax.data.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.documents import Document
-from metajax.data.files import file_stamp
+from metajax.data.sources.built import BuiltCorpus, open_or_build
+from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
+from metajax.data.sources.files import file_stamp
 
 STDLIB = "stdlib"
 DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")

@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 
 from metajax.config import UserError, require
-from metajax.data.corpora import BuiltCorpus, open_or_build
 from metajax.data.documents import Document
+from metajax.data.sources.built import BuiltCorpus, open_or_build
 
 RECIPE = 1  # raise when a change below changes the documents
 MIN_WORDS = 20
