@@ -23,7 +23,6 @@ from metajax.progress import progress, say
 from metajax.reporting.records import RunDirectory, find_run
 from metajax.training.checkpoints import Checkpoints, load_arrays, read_parameters, save_arrays
 from metajax.training.metrics import Loggers, MetricsFile
-from metajax.training.optimizers import schedule
 from metajax.training.program import Program
 from metajax.training.state import State
 
@@ -70,6 +69,35 @@ class Counts:
 
 
 @dataclass
+class Pace:
+    """Speed since it was last read; saving and evaluating stand outside."""
+
+    since: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    slots: int = 0
+    flops: float = 0.0
+
+    def add(self, slots: int, flops: float) -> None:
+        self.steps, self.slots, self.flops = self.steps + 1, self.slots + slots, self.flops + flops
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
+
+    def read(self, peak: float | None) -> tuple[dict[str, float], float]:
+        """({tokens_per_second, and mfu where the chips' peak is known}, seconds a step), and start anew."""
+        seconds, hosts = time.monotonic() - self.since, jax.process_count()
+        speed = {"tokens_per_second": self.slots * hosts / seconds}
+        if peak is not None:
+            speed["mfu"] = self.flops * hosts / seconds / peak
+        a_step = seconds / self.steps
+        self.since, self.steps, self.slots, self.flops = time.monotonic(), 0, 0, 0.0
+        return speed, a_step
+
+
+@dataclass
 class Trained:
     """What training leaves for evaluation and the report."""
 
@@ -94,7 +122,6 @@ class Trainer:
             self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count())
             self.batches[0]  # packs the row index
         self.vocab_size = self.corpora.tokenizer.vocabulary.size
-        self.rate = schedule(config.optimizer, config.training.steps)
         self.waited = 0.0
 
     def train(self) -> Trained:
@@ -154,7 +181,7 @@ class Trainer:
         config, steps = self.config, self.config.training.steps
         stream = self.program.feed(self._timed(read_batches(self.batches, start, config.runtime.workers), steps - start))
         pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
-        self._clock = time.monotonic()
+        self._pace = Pace()
         with (
             progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance,
             jax.set_mesh(self.program.mesh),
@@ -165,7 +192,7 @@ class Trainer:
                     state, metrics = step_fn(state, batch)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
-                    self.phases.seconds["first_step"] = time.monotonic() - self._clock
+                    self.phases.seconds["first_step"] = time.monotonic() - self._pace.since
                 if pending is not None:
                     self._log(*pending, state)
                 pending = (step, metrics, on_host)
@@ -174,8 +201,8 @@ class Trainer:
                 if step % config.runtime.save_every == 0 or step == steps or self._evaluates(step):
                     self._log(*pending, state)
                     pending = None
-                    self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
-                    self._clock = time.monotonic()
+                    with self._pace.paused():
+                        self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
         return state
 
     def _timed(self, batches: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
@@ -210,16 +237,11 @@ class Trainer:
             raise NonFinite(self._replay_bundle(step, values, batch, state))
         flops = step_flops(self.config, self.vocab_size, batch)
         self.counts.add(batch, flops)
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        record = {"step": step, **values, "learning_rate": float(self.rate(step - 1))}
-        record["bpb"] = values["body_nll"] / LN2 / self.corpora.bytes_per_token
+        self._pace.add(batch["tokens"].size, flops)
+        record = {"step": step, **values, "bpb": values["body_nll"] / LN2 / self.corpora.bytes_per_token}
         self.metrics.write(record)
         if step % self.config.runtime.log_every == 0 or step == 1:
-            speed = {"tokens_per_second": batch["tokens"].size * jax.process_count() / seconds}
-            peak = peak_flops(list(self.program.mesh.devices.flat))
-            if peak is not None:
-                speed["mfu"] = flops * jax.process_count() / seconds / peak
+            speed, seconds = self._pace.read(peak_flops(list(self.program.mesh.devices.flat)))
             self.loggers.write(step, record | speed)
             say(_log_line(step, self.config.training.steps, record, speed, seconds))
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from metajax.config import Config
 from metajax.parallel.rules import batch_sharding
 from metajax.training.losses import weighted_sums
+from metajax.training.optimizers import schedule
 from metajax.training.state import State
 
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
@@ -56,7 +57,7 @@ def train_step(state: State, batch: Batch, *, config: Config, tx: optax.Gradient
     """One optimiser step: gradient of the token-weighted mean loss over the whole batch.
 
     Metrics: loss (what is minimised), nll (nats a weighted token), body_nll (nats a body token), grad_norm before
-    clipping, finite. A step that is not finite leaves parameters and optimiser untouched and sets `halted`, so the
+    clipping, learning_rate, finite. A step that is not finite leaves parameters and optimiser untouched and sets `halted`, so the
     state that led to it is still there when the host, one step behind, notices.
     """
     sums, grads = _loss_and_grad(state.model, batch, config)
@@ -69,6 +70,7 @@ def train_step(state: State, batch: Batch, *, config: Config, tx: optax.Gradient
         "nll": sums["nll"] / weight,
         "body_nll": sums["body_nll"] / jnp.maximum(jnp.sum(batch["is_body"]), 1),
         "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedule(config.optimizer, config.training.steps)(state.step),
     }
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     keep = finite & ~state.halted

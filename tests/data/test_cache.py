@@ -11,7 +11,7 @@ import pytest
 
 from metajax.config import UserError
 from metajax.data.cache import build_metadata_table, build_token_cache, digest, read_documents, whole_folder
-from metajax.data.documents import BadRecord, is_held_out
+from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket
 from metajax.data.sources import open_source
 from metajax.data.tokenizers import Bytes, train_bpe
 
@@ -143,7 +143,8 @@ def test_split_by_whole_origins(corpus, tmp_path):
     table = [{"text": f"{i}", "origin": f"site{i % 40}"} for i in range(200)]
     cache = build(corpus(table), tmp_path)
     before = set()
-    for share in (0.1, 0.3, 0.6):
+    on_the_border = sorted(origin_bucket(f"site{i}") for i in range(40))[20] / BUCKETS
+    for share in (0.1, 0.3, on_the_border, 0.8):
         train, held_out = (cache.documents(split, share).tolist() for split in ("train", "held_out"))
         assert sorted(train + held_out) == list(range(200)) and held_out
         assert not {i % 40 for i in train} & {i % 40 for i in held_out}, "no origin on both sides"

@@ -48,6 +48,7 @@ def test_counts_are_exact(weights, n):
 def test_counts_by_hand():
     mixture = Mixture((0.5, 0.3, 0.2))
     assert [mixture.counts(n) for n in (10, 100, 1000)] == [[5, 3, 2], [50, 30, 20], [500, 300, 200]]
+    assert Mixture((0.1, 0.2, 0.7)).counts(100) == [10, 20, 70], "0.1 is a tenth, not the binary number nearest to it"
     assert [Mixture((2, 1))[n][0] for n in range(6)].count(0) == 4
     assert [Mixture((0.0, 1.0, 0.0))[n] for n in range(3)] == [(1, 0), (1, 1), (1, 2)]
     assert [Mixture((1.0,))[n] for n in range(3)] == [(0, 0), (0, 1), (0, 2)]

@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 
 from metajax.config import Metadata, MetaTokens, UserError, override
+from metajax.data import pipeline
 from metajax.data.documents import BadRecord
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import EVALUATION_SEED, Paths, held_out, open_corpora, read_batches, training_batches, training_rows
+from metajax.data.pipeline import (
+    EVALUATION_SEED,
+    Paths,
+    derive_seed,
+    held_out,
+    open_corpora,
+    read_batches,
+    training_batches,
+    training_rows,
+)
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {}
@@ -68,6 +78,7 @@ def epoch_rows(corpora):
 def test_shapes_and_types(full, paths):
     for length, slots in (("within", 48), ("added", 52)):
         batch = batches_of(full(**{"meta_tokens.length": length}), paths)[0]
+        assert set(batch["loss_weights"].flat) == {0.0, 0.5, 1.0}, "half is metadata.loss_weight"
         assert batch.pop("meta_slots").shape == (4, 4)
         assert {name: values.shape for name, values in batch.items()} == dict.fromkeys(batch, (4, slots))
         types = {name: values.dtype.name for name, values in batch.items()}
@@ -123,6 +134,26 @@ def test_a_fresh_cache_gives_the_same_batches_and_another_seed_others(full, path
     for step in (0, 5, 100):
         same(first[step], again[step])
         assert differ(first[step], other[step])
+
+
+def test_experiments_that_share_a_cache_do_not_share_rows(tiny_config, tmp_path):
+    metadata = [Metadata(template=template, keep=keep) for template in ("{topic}", "{module}") for keep in (0.5, 1.0)]
+    changes = [{}, {"data.packing": "best_fit"}, {"data.row_length": 40}, {"data.held_out": 0.3}, {"data.tokenizer": "bpe:320"}]
+    changes += [{"metadata": recipe, "data.row_length": 48} for recipe in metadata] + [{"seed": 1}]
+    configs = [tiny_config(**{"meta_tokens": MetaTokens(), **change}) for change in changes]
+    for i, config in enumerate(configs):
+        fresh, shared = (batches_of(config, Paths(cache=tmp_path / name)) for name in (f"{i}", "shared"))
+        for step in (0, 9):
+            same(fresh[step], shared[step])
+
+
+@pytest.mark.parametrize("use", ["order", "shuffle", "inject"])
+def test_the_seed_enters_each_choice(tiny_config, paths, monkeypatch, use):
+    """With the seed held back from all choices but one, that one still makes other batches."""
+    monkeypatch.setattr(pipeline, "derive_seed", lambda name, seed, *rest: derive_seed(name, seed if name == use else 0, *rest))
+    first, other = (batches_of(tiny_config(seed=seed, meta_tokens=MetaTokens()), paths) for seed in (0, 1))
+    assert all(differ(first[step], other[step]) for step in (0, 5))
+    assert (first[0]["meta_slots"] != other[0]["meta_slots"]).any() == (use == "inject")
 
 
 def test_the_switch_changes_the_counts_of_the_sources(tiny_config, tiny_corpus, paths, tmp_path):
