@@ -11,10 +11,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 Scale = Literal["cpu", "gpu", "paper"]
@@ -73,7 +75,8 @@ class Data:
                     len(weights) == len(self.sources),
                     f"data.sources has {len(self.sources)} entries but {name} has {len(weights)}; they must agree",
                 )
-                require(min(weights) >= 0 and sum(weights) > 0, f"{name} = {weights}: weights are >= 0 and not all 0")
+                usable = min(weights) >= 0 and 0 < sum(weights) < math.inf
+                require(usable, f"{name} = {weights}: weights are finite, >= 0 and not all 0")
         require(self.row_length >= 8, f"data.row_length = {self.row_length}: a row holds at least 8 tokens")
         require(self.batch_rows >= 1, f"data.batch_rows = {self.batch_rows}: a batch holds at least 1 row")
         require(0 < self.held_out < 1, f"data.held_out = {self.held_out}: a share between 0 and 1")
@@ -150,7 +153,7 @@ class MetaTokens:
 
     def count(self, row_length: int) -> int:
         """M, the fixed number of meta-tokens in a row of `row_length` tokens."""
-        return int(self.rate * row_length)
+        return math.floor(Fraction(str(self.rate)) * row_length)  # in floating point 0.29 of 100 would be 28
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,9 @@ class Evaluation:
     sample_tokens: int = 48  # length of the text sample in the report
 
     def __post_init__(self) -> None:
+        require(self.documents >= 1, f"evaluation.documents = {self.documents}: at least 1")
+        require(self.every >= 0, f"evaluation.every = {self.every}: not negative")
+        require(len(self.conditions) > 0, "evaluation.conditions is empty; `none` evaluates without metadata")
         known = ("none", "right", "empty", "shuffled")
         for condition in self.conditions:
             require(
@@ -264,6 +270,7 @@ class Config:
 
     def __post_init__(self) -> None:
         data, training, optimizer = self.data, self.training, self.optimizer
+        require(self.seed >= 0, f"seed = {self.seed}: not negative")
         require(
             data.batch_rows % training.accumulate == 0,
             f"data.batch_rows = {data.batch_rows} does not divide by training.accumulate = {training.accumulate}",

@@ -73,6 +73,10 @@ def test_overrides_are_typed(path, text, value):
         ({"model.position": "yarn"}, "needs model.rope_original_length"),
         ({"model.heads": "128", "model.width": "128"}, "needs an even head width"),
         ({"data.switch.step": "500", "data.switch.weights": "1"}, "is not before training.steps = 200"),
+        ({"data.sources": "a,b", "data.weights": "1,inf"}, "weights are finite"),
+        ({"evaluation.documents": "0"}, "at least 1"),
+        ({"evaluation.conditions": ""}, "evaluation.conditions is empty"),
+        ({"seed": "-1"}, "seed = -1: not negative"),
         ({"runtime.loggers": "tensorbord"}, "did you mean 'tensorboard'"),
     ],
 )
@@ -125,6 +129,11 @@ def test_no_runtime_field_is_in_the_hash(name):
     }
     value = changed.get(name, "xla")
     assert config_hash(override(BASE, {f"runtime.{name}": value})) == config_hash(BASE)
+
+
+def test_the_number_of_meta_tokens_is_an_exact_floor():
+    assert [MetaTokens(rate=r).count(100) for r in (0.29, 0.57, 0.1)] == [29, 57, 10]
+    assert MetaTokens(rate=0.1).count(1024) == 102, "the paper's M"
 
 
 def test_difference_names_the_fields():

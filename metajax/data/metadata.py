@@ -92,7 +92,7 @@ def owners(recipe: Metadata, condition: str, has_metadata: np.ndarray, documents
         "empty", "shuffled" (each document shows the next one's, so the strings as a set are the same).
       has_metadata: bool [D]; documents whose template could be filled in.
       documents: int [K]; the documents in use, in order; others show nothing.
-      seed: of the run.
+      seed: of this choice; documents of two sources are dropped independently when theirs differ.
     """
     owner = np.full(len(has_metadata), MetadataIds.NOTHING, np.int32)
     if condition == "none" or (condition == "training" and recipe.position == "none"):

@@ -97,7 +97,7 @@ def _metadata_ids(
         return None
     check_fields(recipe.template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
     table = build_metadata_table(cache, corpora.tokenizer, recipe.template)
-    owner = owners(recipe, condition, table.present, documents, corpora.config.seed)
+    owner = owners(recipe, condition, table.present, documents, derive_seed("keep", corpora.config.seed, cache.key))
     return MetadataIds(table.ids, table.offsets, owner, *delimiters(recipe, corpora.tokenizer))
 
 
