@@ -7,6 +7,7 @@ checkpoint that fails verification is moved aside, never deleted, and the one be
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -67,11 +68,14 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ saving
 
     def save(self, state: State, meta: dict[str, Any], bpb: float | None = None) -> None:
-        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready."""
+        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready.
+
+        `meta` is copied too: it is written in the background, while the caller goes on changing its own.
+        """
         started = time.monotonic()
         self.finish()
         step = int(jax.device_get(state.step))
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(meta))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(copy.deepcopy(meta)))
         self._manager.save(step, args=arguments, metrics=None if bpb is None else {"bpb": bpb}, force=True)
         self._unhashed = step
         self.blocked_seconds += time.monotonic() - started

@@ -51,6 +51,17 @@ def test_round_trip_is_exact(saved):
         np.testing.assert_array_equal(to_arrays(state)[path], value)
 
 
+def test_what_the_caller_changes_after_saving_is_not_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in range(1, 6):
+        meta = {"counts": {"slots": step}}
+        checkpoints.save(make_state(step), meta)
+        meta["counts"]["slots"] = -1
+    checkpoints.close()
+    checkpoints = reopen(tmp_path)
+    assert checkpoints.restore(abstract())[1] == {"counts": {"slots": 5}}
+
+
 def test_keeps_the_newest_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step, bpb in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, None)):
