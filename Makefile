@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # The log of a test run names its slowest tests; two workers because JAX already uses several threads in each.
 PYTEST := $(PY) -m pytest -n 2 --durations=10
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all test-next lint format clean
 
 quickstart: $(VENV)/.runtime
 	$(PY) run.py quickstart
@@ -15,6 +15,15 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) tests
+
+# The same suite on the newest releases of everything, where a Python newer than the pins allow is found.
+NEXT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python $(HOME)/.pyenv/versions/3.12*/bin/python) \
+  $(shell command -v python3.13 || command -v python3.12))
+test-next:
+	@test -n "$(NEXT_PYTHON)" || { echo "test-next skips: no Python 3.12 or 3.13 found; name one with NEXT_PYTHON=..."; exit 0; }
+	test -z "$(NEXT_PYTHON)" || $(NEXT_PYTHON) -m venv .venv-next
+	test -z "$(NEXT_PYTHON)" || sed -E 's/==.*//; /^-r/d' requirements.txt requirements-dev.txt | .venv-next/bin/python -m pip install -q -r /dev/stdin
+	test -z "$(NEXT_PYTHON)" || .venv-next/bin/python -m pytest -n 2 -m "not slow" -W error::DeprecationWarning:metajax tests
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -30,7 +39,7 @@ clean:
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metajax needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "cannot make $(VENV): install Python's venv (Debian: apt-get install python3-venv)"; exit 2; }
 
 $(VENV)/.runtime: requirements.txt | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt

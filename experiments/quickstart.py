@@ -20,6 +20,7 @@ PAPER = "first look: Learned Meta-Tokens and Beyond URLs against a plain model"
     ],
     columns=[
         Column("bits/byte, no metadata", "eval.none.bpb"),
+        Column("empty pair", "eval.empty.bpb"),
         Column("right metadata", "eval.right.bpb"),
         Column("shuffled metadata", "eval.shuffled.bpb"),
     ],
@@ -28,13 +29,13 @@ PAPER = "first look: Learned Meta-Tokens and Beyond URLs against a plain model"
     notes=[
         "Bits per byte of body text on held-out modules (lower is better); metadata and meta-tokens are context and never counted.",
         "All rows have the same row length, batch and steps, so meta-tokens and metadata are paid for out of the same budget.",
-        "Only the row named metadata saw metadata in training; for the others it is an unknown prefix. Shuffled metadata is "
-        "another document's: what it gains over none is not information about the document.",
+        "Only the row named metadata saw metadata in training, and an empty pair of delimiters before every tenth document; for the "
+        "others both are an unknown prefix. Shuffled metadata is another document's: what it gains is not information about the text.",
     ],
 )
 def quickstart(scale: str) -> Config:
     metadata = Metadata(position="none", template="{topic} {module}")
-    evaluation = Evaluation(conditions=("none", "right", "shuffled"), documents=240)
+    evaluation = Evaluation(conditions=("none", "empty", "right", "shuffled"), documents=240)
     if scale == "cpu":  # 0.4M tokens; batch and learning rate were chosen on the plain row alone
         return Config(
             name="quickstart",
@@ -74,5 +75,5 @@ def _paper(evaluation: Evaluation) -> Config:
         optimizer=Optimizer(learning_rate=6e-4, warmup_steps=700),
         training=Training(steps=20_000),
         evaluation=replace(evaluation, documents=5_000),
-        runtime=Runtime(save_every=500, log_every=20, unroll=1, remat="dots"),
+        runtime=Runtime(save_every=500, log_every=20, unroll=1, remat="full"),
     )

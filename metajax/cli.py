@@ -9,9 +9,10 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from metajax import registry
 from metajax.config import Config, UserError, nearest, override, require
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str], started: float | None = None) -> int:
     """Run one command and return its exit code."""
     started = time.monotonic() if started is None else started
     try:
-        options = _parse(list(arguments))
         registry.load()
+        options = _parse(list(arguments))
         return options.act(options, started) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,9 +54,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    verbs = _verbs()
-    if not arguments or (arguments[0] not in verbs and not arguments[0].startswith("-")):
-        arguments = ["run", *arguments] if arguments else ["list"]
+    verbs, names = _verbs(), [*registry.tables(), *registry.experiments()]
+    first = arguments[0] if arguments else "list"
+    if first in names:
+        arguments = ["run", *arguments]
+    elif not first.startswith("-"):
+        require(
+            first in verbs,
+            f"unknown command or experiment {first!r}{nearest(first, [*verbs, *names])}; `python run.py` shows all",
+        )
+        arguments = arguments or [first]
     top = _Parser(
         prog="run.py", description="metajax: experiments by name", epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -83,11 +91,24 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)")
     parser.add_argument(
-        "--cache-dir", type=Path, default=Path("cache"), metavar="DIR", help="tokenised corpora and compiled programs (cache)"
+        "--runs-dir", type=_local_folder, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)"
     )
-    parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR", help="where relative data paths start (here)")
+    parser.add_argument(
+        "--cache-dir",
+        type=_local_folder,
+        default=Path("cache"),
+        metavar="DIR",
+        help="tokenised corpora and compiled programs (cache)",
+    )
+    parser.add_argument(
+        "--data-dir", type=epath.Path, default=None, metavar="DIR", help="where relative data paths start, also gs://... (here)"
+    )
+
+
+def _local_folder(text: str) -> Path:
+    require("://" not in text, f"{text}: runs and caches live in a local folder; only --data-dir can be a bucket")
+    return Path(text)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +124,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=_local_folder,
         default=None,
         metavar="DIR",
         help="run here instead of RUNS/NAME/SCALE/HASH-sSEED; for a table, the root of its runs",
@@ -151,10 +172,27 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 # ----------------------------------------------------------------------------------------------------- verbs
 
 
-def _parse_changes(pairs: Sequence[str]) -> dict[str, str]:
+def _parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
+    """{field: text} of --set; a parent named in init.from becomes the run it stands for, said aloud."""
     for pair in pairs:
         require("=" in pair, f"--set {pair}: expected FIELD=VALUE, such as --set model.layers=8")
-    return dict(pair.split("=", 1) for pair in pairs)
+    changes = dict(pair.split("=", 1) for pair in pairs)
+    for field, instead in (("seed", "--seed N"), ("scale", "--scale SCALE"), ("name", "another entry in experiments/")):
+        require(field not in changes, f"--set {field}=...: use {instead}")
+    if changes.get("init.from"):
+        changes["init.from"] = _resolve_parent(changes["init.from"], runs)
+    return changes
+
+
+def _resolve_parent(word: str, runs: Path) -> str:
+    """The run that `word` means, relative to `runs`. A name means its newest run that has no parent of its own, so that the
+    same command twice names the same parent."""
+    from metajax.reporting.records import find_run, list_runs, read_config
+
+    fresh = [run for run in list_runs(runs) if read_config(run).name == word and not read_config(run).init.from_]
+    found = fresh[-1] if fresh else find_run(word, runs)
+    say(f"starting from the parameters of {found}")
+    return str(found.relative_to(runs) if found.is_relative_to(runs) else found.absolute())
 
 
 def _paths(options: argparse.Namespace) -> Any:
@@ -164,15 +202,8 @@ def _paths(options: argparse.Namespace) -> Any:
 
 
 def _config(experiment: registry.Experiment, options: argparse.Namespace) -> Config:
-    changes: dict[str, Any] = _parse_changes(options.changes)
-    parent = changes.get("init.from")
-    if parent:
-        from metajax.reporting.records import find_run
-
-        found = find_run(parent, options.runs_dir)
-        inside = found.is_relative_to(options.runs_dir)
-        changes["init.from"] = str(found.relative_to(options.runs_dir) if inside else found.absolute())
-    return replace(override(experiment.build(options.scale), changes), seed=options.seed)
+    changes = _parse_changes(options.changes, options.runs_dir)
+    return override(experiment.build(options.scale), {**changes, "seed": options.seed})
 
 
 def _start_jax(options: argparse.Namespace) -> None:
@@ -192,7 +223,8 @@ def _run(options: argparse.Namespace, started: float) -> int:
         )
         config = _config(target, options)
     else:
-        target.config(target.rows[0], options.scale)  # an unknown scale or field stops here, before anything is loaded
+        target.config(target.rows[0], options.scale)  # an unknown scale stops here, before anything is loaded
+        changes = _parse_changes(options.changes, options.runs_dir)
     say(f"{options.name} at scale {options.scale}")
     _start_jax(options)
     from metajax.experiment import run_experiment
@@ -200,23 +232,24 @@ def _run(options: argparse.Namespace, started: float) -> int:
     from metajax.reporting.tables import choose_rows, markdown, run_table
     from metajax.training.loop import NonFinite
 
-    paths, imports = _paths(options), time.monotonic() - started
+    paths = _paths(options)
+    startup = iter([{"started": started, "imports_seconds": time.monotonic() - started}])  # the command's first run pays it
     try:
         if isinstance(target, registry.Experiment):
             workdir = options.workdir or default_workdir(config, options.runs_dir)
-            _print_report(run_experiment(config, workdir, paths, imports_seconds=imports), workdir)
+            _print_report(run_experiment(config, workdir, paths, **next(startup)), workdir)
             return 0
         root = options.workdir or options.runs_dir
         rows = choose_rows(target, options.rows)
         result = run_table(
-            target, options.scale, range(options.seed, options.seed + options.seeds), _parse_changes(options.changes), root,
-            lambda config, workdir: run_experiment(config, workdir, paths, imports_seconds=imports), rows,
+            target, options.scale, range(options.seed, options.seed + options.seeds), changes, root,
+            lambda config, workdir: run_experiment(config, workdir, paths, **next(startup, {})), rows,
         )  # fmt: skip
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(result))
-    say(f"report: {root / target.name / options.scale / 'report.html'}")
+    say(f"report: {Path(result['folder']) / 'report.html'}")
     return 0
 
 
@@ -251,7 +284,11 @@ def _show(options: argparse.Namespace, started: float) -> int:
     except UserError as error:
         raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
     if isinstance(target, registry.Table):
-        terminal.print_table_plan(target, options.scale)
+        require(
+            not options.count,
+            f"{target.name} is a table; --rows shows rows of one experiment, such as {target.name}/{target.baseline}",
+        )
+        terminal.print_table_plan(target, options.scale, _parse_changes(options.changes, options.runs_dir))
         return 0
     config = _config(target, options)
     terminal.print_experiment(target, config)

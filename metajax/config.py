@@ -108,6 +108,10 @@ class Model:
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "mlp_width"):
             require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
+        for name in ("kv_heads", "window", "rope_original_length"):
+            require((getattr(self, name) or 0) >= 0, f"model.{name} = {getattr(self, name)}: not negative")
+        for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
+            require(0 < getattr(self, name) < math.inf, f"model.{name} = {getattr(self, name)}: a positive number")
         require(self.width % self.heads == 0, f"model.width = {self.width} does not divide by model.heads = {self.heads}")
         require(
             self.heads % self.num_kv_heads == 0,
@@ -188,8 +192,11 @@ class Optimizer:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"optimizer.learning_rate = {self.learning_rate}: above 0")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps = {self.warmup_steps}: not negative")
+        require(0 < self.learning_rate < math.inf, f"optimizer.learning_rate = {self.learning_rate}: a positive number")
+        for name in ("warmup_steps", "horizon", "weight_decay", "clip_norm", "z_loss"):
+            require(0 <= getattr(self, name) < math.inf, f"optimizer.{name} = {getattr(self, name)}: not negative")
+        require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction = {self.final_fraction}: a share of the peak")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas = {self.betas}: both 0 <= beta < 1")
         require(0 < self.decay_share <= 1, f"optimizer.decay_share = {self.decay_share}: a share of the horizon")
 
 
@@ -219,7 +226,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         require(self.documents >= 1, f"evaluation.documents = {self.documents}: at least 1")
-        require(self.every >= 0, f"evaluation.every = {self.every}: not negative")
+        for name in ("every", "sample_tokens"):
+            require(getattr(self, name) >= 0, f"evaluation.{name} = {getattr(self, name)}: not negative")
         require(len(self.conditions) > 0, "evaluation.conditions is empty; `none` evaluates without metadata")
         known = ("none", "right", "empty", "shuffled")
         for condition in self.conditions:
@@ -246,6 +254,8 @@ class Runtime:
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, f"runtime.{name} = {getattr(self, name)}: at least 1")
+        for name in ("workers", "unroll"):
+            require(getattr(self, name) >= 0, f"runtime.{name} = {getattr(self, name)}: not negative")
         for logger in self.loggers:
             known = ("tensorboard", "wandb")
             require(logger in known, f"runtime.loggers: unknown {logger!r}{nearest(logger, known)}; known: {', '.join(known)}")

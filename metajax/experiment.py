@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metajax.config import Config, config_hash, to_dict
+from metajax.config import Config, Runtime, config_hash, to_dict
 from metajax.data.metadata import render, uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
 from metajax.data.tokenizers import Tokenizer
@@ -27,13 +26,19 @@ from metajax.training.program import Program
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
 
 
-def run_experiment(config: Config, workdir: Path, paths: Paths, *, imports_seconds: float = 0.0) -> dict[str, Any]:
+def run_experiment(
+    config: Config, workdir: Path, paths: Paths, *, started: float | None = None, imports_seconds: float = 0.0
+) -> dict[str, Any]:
     """Run `config` in `workdir`, taking up whatever is there, and return its report.
+
+    Args:
+      started: time.monotonic() of the command, of which `imports_seconds` went into imports; None: now.
 
     Raises:
       UserError: bad input, or a workdir that holds something else.
       NonFinite: training broke down.
     """
+    started = time.monotonic() if started is None else started
     run = RunDirectory.open(workdir, config)
     try:
         done = run.read("report.json")
@@ -42,10 +47,9 @@ def run_experiment(config: Config, workdir: Path, paths: Paths, *, imports_secon
             if not (workdir / "report.html").exists():
                 write_run_report(workdir)
             return done
-        run.begin()
-        began, phases = time.monotonic(), Phases({"imports": imports_seconds})
+        phases = Phases(started, {"imports": imports_seconds})
         trained = Trainer(config, run, paths, phases).train()
-        report = _report(config, run, trained, time.monotonic() - began)
+        report = _report(config, run, trained, time.monotonic() - started)
         run.write("report.json", report)
         write_run_report(workdir)
         return report
@@ -67,7 +71,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": evaluate(config, trained.program, trained.corpora, model),
         "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens else None,
-        "startup": trained.startup | {"total": sum(trained.startup.values())},
+        "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
         "restarted_from": trained.restarted_from,
         "parent": config.init.from_ or None,
@@ -111,6 +115,7 @@ def open_run(workdir: Path) -> OpenedRun:
       UserError: no checkpoint or tokenizer there, or damaged ones only.
     """
     config, tokenizer = read_config(workdir), load_tokenizer(workdir)
+    config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
     program = Program.build(config, tokenizer.vocabulary.size)
     return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))
 
@@ -124,7 +129,7 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
     context = None
     if config.metadata is not None and config.metadata.position == "prepend":
-        context = render(config.metadata.template, next(itertools.islice(cache.metadata(), document, None)))
+        context = render(config.metadata.template, cache.metadata_of(document))
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
     shown = min(PROMPT_TOKENS, room // 2)
     prompt = tokenizer.decode(body[:shown])

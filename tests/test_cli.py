@@ -87,7 +87,7 @@ def test_run_eval_generate_compare(command, tmp_path):
         assert (workdir / name).exists(), name
     report = json.loads((workdir / "report.json").read_text())
     assert report["counts"]["metadata"] > 0 and report["counts"]["meta_tokens"] == 0
-    assert set(report["startup"]) == {"imports", "data", "init", "compile", "first_step", "total"}
+    assert set(report["startup"]) == {"imports", "data", "init", "compile", "first_step", "other", "total"}
 
     code, out, _ = command("eval", "quickstart/metadata")
     assert code == 0
@@ -105,17 +105,20 @@ def test_run_eval_generate_compare(command, tmp_path):
 
     code, _, err = command("quickstart/plain", small=True)
     assert code == 0 and "is complete" in err
+    assert command("show", "quickstart/metadata", "--set", "metadata.template={module}[/x]")[0] == 0, "brackets are no markup"
 
 
 def test_a_table_from_one_command(command, tmp_path):
     code, out, _ = command("quickstart", "--seeds", "2", "--rows", "plain,metadata", small=True)
     assert code == 0 and "| plain |" in out and "2 seeds" in out
-    folder = tmp_path / "runs/quickstart/cpu"
+    [folder] = (tmp_path / "runs/quickstart").glob("cpu-*")  # changed fields and fewer rows: not the table's own place
     result = json.loads((folder / "table.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["plain", "metadata"]
     assert all(len(values) == 2 and None not in values for row in result["rows"] for values in row["values"].values())
     assert (folder / "report.html").exists() and (folder / "table.md").exists()
     before = json.loads((folder / "table.json").read_text())
+    assert command("quickstart", "--rows", "plain,metadata", small=True)[0] == 0, "one seed again: the second is still shown"
+    assert json.loads((folder / "table.json").read_text())["seeds"] == [0, 1]
     code, _, err = command("table", "quickstart", "--seeds", "2", "--rows", "plain,metadata", small=True)
     assert code == 0 and err.count("is complete") == 4
     assert json.loads((folder / "table.json").read_text()) == before
@@ -127,6 +130,8 @@ def test_init_from_a_run(command, tmp_path):
         "quickstart/plain", "--set", "init.from=quickstart/plain", "--set", "optimizer.learning_rate=1e-9", small=True
     )
     assert code == 0, err
+    again = ("--set", "init.from=quickstart/plain", "--set", "optimizer.learning_rate=1e-9")
+    assert "is complete" in command("quickstart/plain", *again, small=True)[2], "the same command names the same parent"
     parent, child = sorted((tmp_path / "runs/quickstart/plain/cpu").iterdir(), key=lambda p: p.stat().st_mtime)
     reports = [json.loads((run / "report.json").read_text()) for run in (parent, child)]
     assert reports[1]["parent"] == str(parent.relative_to(tmp_path / "runs"))
@@ -139,7 +144,7 @@ def test_init_from_a_run(command, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["quikstart"], "unknown experiment 'quikstart'; did you mean 'quickstart'?"),
+        (["quikstart"], "unknown command or experiment 'quikstart'; did you mean 'quickstart'?"),
         (["quickstart/plain", "--scale", "gpuu"], "unknown scale 'gpuu'; did you mean 'gpu'?"),
         (["quickstart/plain", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
         (["quickstart", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
@@ -157,6 +162,14 @@ def test_init_from_a_run(command, tmp_path):
         (["eval", "quickstart/plain"], "no run 'quickstart/plain'"),
         (["compare", "quickstart/plain"], "at least two runs"),
         (["quickstart/plain", "--set", "init.from=nothing"], "no run 'nothing'"),
+        (["lits"], "did you mean 'list'?"),
+        (["evl", "quickstart/plain"], "did you mean 'eval'?"),
+        (["quickstart", "--rows", "metadta"], "did you mean 'metadata'?"),
+        (["quickstart/plain", "--set", "seed=7"], "use --seed N"),
+        (["quickstart/plain", "--set", "scale=gpu"], "use --scale"),
+        (["show", "quickstart", "--set", "model.layrs=3"], "unknown field model.layrs"),
+        (["quickstart/plain", "--workdir", "gs://bucket/run"], "local folder"),
+        (["quickstart/plain", "--set", "runtime.mesh=data=3"], "but there are 1 devices"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(command, words, message):
@@ -250,3 +263,70 @@ def test_no_good_checkpoint_left_exits_with_2(command, tmp_path):
         if file.is_file() and file.stat().st_size > 100:
             file.write_bytes(file.read_bytes()[:-1])
     assert "no good checkpoint is left" in one_error_line(command("quickstart/plain", "--workdir", str(workdir), small=True))
+
+
+def test_init_from_another_tokenizer_is_refused(command, tiny_corpus, tmp_path):
+    assert command("quickstart/plain", "--set", "data.tokenizer=bpe:320", small=True)[0] == 0
+    corpus = write(tmp_path / "other.jsonl", *tiny_corpus.read_text().splitlines()[:-40])
+    words = ("quickstart/plain", "--set", "data.tokenizer=bpe:320", "--set", "init.from=quickstart/plain")
+    assert "its tokenizer" in one_error_line(command(*words, small=True, corpus=corpus))
+
+
+def test_a_mistake_does_not_burn_the_workdir(command, tmp_path):
+    workdir = ("--workdir", str(tmp_path / "here"))
+    one_error_line(command("quickstart/plain", *workdir, "--set", "data.sources=jsonl:nowhere.jsonl", small=True))
+    assert command("quickstart/plain", *workdir, small=True)[0] == 0
+    assert "cannot be a run directory" in one_error_line(
+        command("quickstart/plain", "--workdir", str(tmp_path / "here" / "config.json"), small=True)
+    )
+
+
+def test_a_kill_inside_the_first_write_does_not_lock_the_user_out(command, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".config.json.77").write_text("{")
+    assert command("quickstart/plain", "--workdir", str(tmp_path / "here"), small=True)[0] == 0
+
+
+def test_a_table_wide_change_passes_by_rows_without_that_part(command, tmp_path):
+    code, _, err = command("quickstart", "--rows", "plain,meta_tokens", "--set", "meta_tokens.rate=0.2", small=True)
+    assert code == 0 and "quickstart/plain has no meta_tokens" in err
+    [plain] = (tmp_path / "runs/quickstart/plain/cpu").iterdir()
+    assert json.loads((plain / "report.json").read_text())["config"]["meta_tokens"] is None
+
+
+def test_reader_processes(command, tmp_path):
+    """In a process of its own, as a user's run: reader processes need a main module that can be imported again."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    changes = [
+        *SMALL,
+        "--set",
+        "data.sources=pydocs:email+json",
+        "--set",
+        "evaluation.conditions=none",
+        "--set",
+        "runtime.workers=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "run.py", "quickstart/plain", *changes, "--runs-dir", str(tmp_path / "r"), "--cache-dir", str(tmp_path / "c")],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert any((tmp_path / "c" / "jax").iterdir()), "compiled programs are kept by default"
+
+
+def test_the_readmes_example_registers_a_table():
+    from pathlib import Path
+
+    from metajax import registry
+
+    registry.load()
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert 0 < len(code.strip().splitlines()) <= 6
+    exec(code, {})
+    table = registry.tables()["rates"]
+    assert [table.config(row, "cpu").meta_tokens.rate for row in table.rows] == [0.05, 0.1, 0.2]

@@ -77,6 +77,10 @@ def test_overrides_are_typed(path, text, value):
         ({"evaluation.documents": "0"}, "at least 1"),
         ({"evaluation.conditions": ""}, "evaluation.conditions is empty"),
         ({"seed": "-1"}, "seed = -1: not negative"),
+        ({"model.kv_heads": "-1"}, "model.kv_heads = -1: not negative"),
+        ({"optimizer.betas": "2,3"}, "both 0 <= beta < 1"),
+        ({"optimizer.learning_rate": "inf"}, "a positive number"),
+        ({"runtime.unroll": "-2"}, "not negative"),
         ({"runtime.loggers": "tensorbord"}, "did you mean 'tensorboard'"),
     ],
 )

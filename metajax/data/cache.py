@@ -12,12 +12,8 @@ so one corpus serves every ablation; metadata ids are a side table for each temp
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from metajax.atomic import whole_folder
 from metajax.config import require
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
 from metajax.data.metadata import render
@@ -54,23 +51,6 @@ def read_documents(source: Source, on_bad_record: str) -> Iterator[tuple[int, Do
             yield i, None
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes its name `folder` at the end: it is there whole or not at all.
-
-    Where another process was faster its folder stays, for names say what the content is.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    try:
-        yield work
-        with contextlib.suppress(OSError):
-            os.replace(work, folder)
-        require(folder.exists(), f"cannot write {folder}; check the space and the permissions there")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 class TokenCache:
     """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes."""
 
@@ -87,8 +67,8 @@ class TokenCache:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
-        """Body ids of a document, int32."""
-        return np.frombuffer(self._tokens[document], self._dtype).astype(np.int32)
+        """Body ids of a document, in the width they are stored in."""
+        return np.frombuffer(self._tokens[document], self._dtype)
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
@@ -102,6 +82,16 @@ class TokenCache:
         """Ids of the documents on one side of the split by origin, in corpus order; split is "train" or "held_out"."""
         mask = np.asarray(self.origins) < round(held_out * BUCKETS)
         return np.flatnonzero(mask if split == "held_out" else ~mask)
+
+    def metadata_of(self, document: int) -> dict[str, str]:
+        """The metadata of one document; reads its row group alone."""
+        file, first = pq.ParquetFile(self.folder / "metadata.parquet"), 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if document < first + rows:
+                return json.loads(file.read_row_group(group).column(0)[document - first].as_py())
+            first += rows
+        raise IndexError(f"document {document} of {len(self)}")
 
     def metadata(self) -> Iterator[dict[str, str]]:
         """The metadata of every document, in order."""
@@ -188,6 +178,15 @@ class MetadataTable:
     ids: np.ndarray
     offsets: np.ndarray
     present: np.ndarray
+
+    def strings(self, documents: np.ndarray) -> np.ndarray:
+        """int64 [D]: the same number for the same string, for the given documents; 0 for the others."""
+        numbers: dict[bytes, int] = {}
+        out = np.zeros(len(self.present), np.int64)
+        for document in documents.tolist():
+            own = np.asarray(self.ids[self.offsets[document] : self.offsets[document + 1]]).tobytes()
+            out[document] = numbers.setdefault(own, len(numbers))
+        return out
 
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:

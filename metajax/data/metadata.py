@@ -83,16 +83,24 @@ def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def owners(recipe: Metadata, condition: str, has_metadata: np.ndarray, documents: np.ndarray, seed: int) -> np.ndarray:
+def owners(
+    recipe: Metadata,
+    condition: str,
+    has_metadata: np.ndarray,
+    documents: np.ndarray,
+    seed: int,
+    strings: np.ndarray | None = None,
+) -> np.ndarray:
     """Whose metadata each document shows: int32 [D], see `MetadataIds.owner`.
 
     Args:
       recipe: position, keep probability, what a dropped document shows.
       condition: "training" (keep or drop by a hash of (seed, document)), or what evaluation shows: "none", "right",
-        "empty", "shuffled" (each document shows the next one's, so the strings as a set are the same).
+        "empty", "shuffled" (each document shows another's, so the strings as a set are the same).
       has_metadata: bool [D]; documents whose template could be filled in.
       documents: int [K]; the documents in use, in order; others show nothing.
       seed: of this choice; documents of two sources are dropped independently when theirs differ.
+      strings: int [D]; equal for documents with equal metadata, so that shuffling gives each another string. None: all differ.
     """
     owner = np.full(len(has_metadata), MetadataIds.NOTHING, np.int32)
     if condition == "none" or (condition == "training" and recipe.position == "none"):
@@ -109,7 +117,10 @@ def owners(recipe: Metadata, condition: str, has_metadata: np.ndarray, documents
             len(sharing) != 1,
             "the shuffled control needs two documents with metadata to exchange it and found one; raise evaluation.documents",
         )
-        owner[sharing] = np.roll(sharing, 1)
+        # Sorted by string and rolled by the largest group, nobody meets the own string unless one string has the majority.
+        _, group, sizes = np.unique(sharing if strings is None else strings[sharing], return_inverse=True, return_counts=True)
+        grouped = sharing[np.argsort(group, kind="stable")]
+        owner[grouped] = np.roll(grouped, sizes.max() if len(sizes) else 0)
     return owner
 
 

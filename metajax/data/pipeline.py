@@ -16,9 +16,11 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
+from metajax.atomic import whole_folder
 from metajax.config import Config, Metadata, require
-from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents, whole_folder
+from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import MetadataIds, check_fields, delimiters, owners, uniform_hash
@@ -97,7 +99,8 @@ def _metadata_ids(
         return None
     check_fields(recipe.template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
     table = build_metadata_table(cache, corpora.tokenizer, recipe.template)
-    owner = owners(recipe, condition, table.present, documents, derive_seed("keep", corpora.config.seed, cache.key))
+    strings = table.strings(documents) if condition == "shuffled" else None
+    owner = owners(recipe, condition, table.present, documents, derive_seed("keep", corpora.config.seed, cache.key), strings)
     return MetadataIds(table.ids, table.offsets, owner, *delimiters(recipe, corpora.tokenizer))
 
 
@@ -129,7 +132,9 @@ def _index(
 
 
 def _index_hash(index: RowIndex) -> str:
-    return hashlib.sha256(index.pieces.tobytes() + index.offsets.tobytes()).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(index.pieces))
+    digest.update(np.ascontiguousarray(index.offsets))
+    return digest.hexdigest()
 
 
 def row_capacity(config: Config) -> int:
@@ -142,10 +147,10 @@ def meta_count(config: Config) -> int:
     return config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
 
 
-def _rows(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray) -> RowSource:
+def _rows(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str) -> RowSource:
     config = corpora.config
     metadata = _metadata_ids(corpora, cache, config.metadata, condition, documents)
-    index = _index(corpora, cache, metadata, condition, documents, config.data.packing)
+    index = _index(corpora, cache, metadata, condition, documents, packing)
     weight = config.metadata.loss_weight if config.metadata else 0.0
     return RowSource(index, cache.__getitem__, metadata, corpora.tokenizer.vocabulary, row_capacity(config), weight)
 
@@ -165,7 +170,7 @@ def training_rows(corpora: Corpora) -> grain.MapDataset:
         documents = cache.documents("train", data.held_out)
         require(len(documents) > 0, f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all")
         order = documents[np.argsort(uniform_hash(derive_seed("order", config.seed, i), documents), kind="stable")]
-        rows = grain.MapDataset.source(_rows(corpora, cache, "training", order))
+        rows = grain.MapDataset.source(_rows(corpora, cache, "training", order, data.packing))
         streams.append(rows.shuffle(seed=derive_seed("shuffle", config.seed, i)).repeat())
     equal = (1.0,) * len(streams)
     switch = data.switch
@@ -197,6 +202,8 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
     """An iterator over batches from step `start` on, reading ahead in threads, or in processes with workers > 0."""
     stream = batches[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers > 0:
+        if not flags.FLAGS.is_parsed():  # grain's reader processes read absl flags; ours come from elsewhere
+            flags.FLAGS(sys.argv[:1])
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(stream)
 
@@ -226,7 +233,7 @@ def held_out(corpora: Corpora, condition: str) -> HeldOut:
         )
         order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
         chosen = order[: -(-config.evaluation.documents // len(corpora.caches))]
-        source = _rows(corpora, cache, condition, chosen)
+        source = _rows(corpora, cache, condition, chosen, "best_fit")  # cuts only what no row can hold, in every condition
         complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
         rows += [complete(source[n], np.random.default_rng([EVALUATION_SEED, i, n])) for n in range(len(source))]
         documents += len(chosen)

@@ -74,8 +74,11 @@ class RowSource:
     def _piece(self, document: int, start: int, length: int) -> Row:
         """Inputs start : start + length of a document, its metadata after the BOS or in front of a later piece."""
         vocabulary, body = self.vocabulary, self.read(document)
-        sequence = np.concatenate([[vocabulary.bos], body, [vocabulary.eos]]).astype(np.int32)
-        tokens, targets = sequence[start : start + length], sequence[start + 1 : start + length + 1]
+        # Inputs start .. start + length and one more, for the targets: BOS is input 0, EOS the target after the last token.
+        inside = body[max(start - 1, 0) : start + length]
+        before, after = [vocabulary.bos][: start == 0], [vocabulary.eos][: start + length > len(body)]
+        sequence = np.concatenate([before, inside, after]).astype(np.int32)
+        tokens, targets = sequence[:-1], sequence[1:]
         weights = np.ones(length, np.float32)
         is_body = np.arange(start, start + length) < len(body)  # the target after the last body token is EOS
         meta = self.metadata[document] if self.metadata is not None else np.zeros(0, np.int32)

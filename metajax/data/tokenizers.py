@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Protocol
 import sentencepiece
 import tiktoken
 import tokenizers
-from rich.console import Console
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from metajax.atomic import write_text
 from metajax.config import UserError, nearest, require
+from metajax.progress import say
 
 KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf")
 FILE = "tokenizer.json"
@@ -133,7 +134,7 @@ class _Base:
     def save(self, folder: Path) -> Path:
         path = Path(folder) / FILE
         whole = {"kind": self.kind, "spec": self.spec, "fingerprint": self.fingerprint(), "content": self.content()}
-        _write(path, json.dumps(whole))
+        write_text(path, json.dumps(whole))
         return path
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -345,7 +346,7 @@ def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Call
     base = _bpe_base(spec)
     path = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}-{corpus_fingerprint[:12]}.json"
     if not path.exists():
-        _write(path, train_bpe(spec, texts())._library.to_str())
+        write_text(path, train_bpe(spec, texts())._library.to_str())
     return TrainedBpe(spec, _parse_library(path, f"delete {path}, and it is trained again"))
 
 
@@ -356,7 +357,7 @@ def train_bpe(spec: str, texts: Iterable[str]) -> TrainedBpe:
     library.decoder = tokenizers.decoders.ByteLevel()
     terminal = sys.stderr.isatty()
     if not terminal:
-        Console(stderr=True).print(f"training tokenizer {spec} (once for this corpus)", highlight=False)
+        say(f"training tokenizer {spec} (once for this corpus)")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=_bpe_base(spec),
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
@@ -410,11 +411,3 @@ def _read(path: Path, remedy: str) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such file; {remedy}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write by rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

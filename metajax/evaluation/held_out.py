@@ -28,7 +28,7 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):
-        sums = jax.device_get([program.eval_step(model, program.put(batch)) for batch in data.batches])
+        sums = jax.device_get([program.eval_step(model, program.put(program.local_rows(batch))) for batch in data.batches])
     nll, tokens = sum(float(s["body_nll"]) for s in sums), sum(int(s["body_tokens"]) for s in sums)
     return {
         "bpb": nll / math.log(2.0) / data.body_bytes,

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Config, require
+from metajax.config import Config, Metadata, require
+from metajax.data.metadata import delimiters
 from metajax.data.tokenizers import Tokenizer
 
 
@@ -19,12 +20,15 @@ def meta_layout(slots: int, rate: float) -> np.ndarray:
     return np.arange(period - 1, slots, period, dtype=np.int32) if period > 1 else np.arange(1, slots, dtype=np.int32)
 
 
-@partial(jax.jit, static_argnames=("count",))
+@partial(jax.jit, static_argnames=("count", "ask_real"))
 def _sample(
     model: Any, tokens: jax.Array, real: jax.Array, start: jax.Array, meta_slots: jax.Array | None,
-    banned: jax.Array, temperature: jax.Array, key: jax.Array, *, count: int,
+    banned: jax.Array, temperature: jax.Array, key: jax.Array, *, count: int, ask_real: bool,
 ) -> jax.Array:  # fmt: skip
-    """tokens [1, T] with `count` real slots from number `start` on filled in; `real` lists the real slots in order."""
+    """tokens [1, T] with `count` real slots from number `start` on filled in; `real` lists the real slots in order.
+
+    A token is asked for at the slot before it, or with `ask_real` at the real slot before it, as its training loss did.
+    """
     slots = tokens.shape[1]
     inputs = {"positions": jnp.arange(slots, dtype=jnp.int32)[None], "segment_ids": jnp.ones((1, slots), jnp.int32)}
     if meta_slots is not None:
@@ -32,7 +36,8 @@ def _sample(
 
     def body(i: jax.Array, tokens: jax.Array) -> jax.Array:
         slot = real[start + i]
-        logits = jnp.where(banned, -jnp.inf, model(tokens, **inputs)[0, slot - 1])
+        asked = real[start + i - 1] if ask_real else slot - 1
+        logits = jnp.where(banned, -jnp.inf, model(tokens, **inputs)[0, asked])
         drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / jnp.maximum(temperature, 1e-6))
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logits))
         return tokens.at[0, slot].set(token.astype(tokens.dtype))
@@ -49,16 +54,17 @@ def _layout(config: Config) -> tuple[np.ndarray | None, np.ndarray]:
     return meta_slots, np.setdiff1d(np.arange(slots), meta_slots)
 
 
-def _head(tokenizer: Tokenizer, context: str | None) -> list[int]:
-    """BOS, and the metadata between its delimiters."""
-    vocabulary = tokenizer.vocabulary
-    metadata = [vocabulary.context_begin, *tokenizer.encode(context), vocabulary.context_end] if context is not None else []
-    return [vocabulary.bos, *metadata]
+def _head(config: Config, tokenizer: Tokenizer, context: str | None) -> list[int]:
+    """BOS, and the metadata between the delimiters it had in training."""
+    if context is None:
+        return [tokenizer.vocabulary.bos]
+    before, after = delimiters(config.metadata or Metadata(), tokenizer)
+    return [tokenizer.vocabulary.bos, *before, *tokenizer.encode(context), *after]
 
 
 def room_for_prompt(config: Config, tokenizer: Tokenizer, context: str | None) -> int:
     """Tokens of a row that prompt and continuation can share behind `context`."""
-    return len(_layout(config)[1]) - len(_head(tokenizer, context))
+    return len(_layout(config)[1]) - len(_head(config, tokenizer, context))
 
 
 def generate(
@@ -75,7 +81,7 @@ def generate(
       UserError: prompt and continuation do not fit in a row.
     """
     vocabulary = tokenizer.vocabulary
-    ids = [*_head(tokenizer, context), *tokenizer.encode(prompt)]
+    ids = [*_head(config, tokenizer, context), *tokenizer.encode(prompt)]
     meta_slots, real = _layout(config)
     require(
         len(ids) + count <= len(real),
@@ -89,7 +95,7 @@ def generate(
     banned[vocabulary.eos] = False
     filled = _sample(
         model, jnp.asarray(tokens), jnp.asarray(real), jnp.asarray(len(ids)), None if meta_slots is None else jnp.asarray(meta_slots),
-        jnp.asarray(banned), jnp.asarray(temperature, jnp.float32), jax.random.key(seed), count=count,
+        jnp.asarray(banned), jnp.asarray(temperature, jnp.float32), jax.random.key(seed), count=count, ask_real=config.meta_tokens is not None and config.meta_tokens.loss == "real_only",
     )  # fmt: skip
     new = np.asarray(filled)[0, real[len(ids) : len(ids) + count]].tolist()
     return tokenizer.decode(new[: new.index(vocabulary.eos)] if vocabulary.eos in new else new)

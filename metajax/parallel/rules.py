@@ -28,13 +28,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 
+SECOND_CHOICE = ("mlp", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp where "embed" does not divide
+LARGE = 1 << 20  # elements; a larger parameter must be spread
+
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of an array with logical `axes` on `mesh`; UserError for an unknown axis or a collision.
 
     A stacked array has one leading dimension more than its axes say: it is the layer dimension.
     """
-    axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
+    axes = (*("layers",) * (len(shape) - len(axes)), *axes)
     taken: dict[str, str] = {}
     entries: list[tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
@@ -48,7 +51,19 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
         for name in names:
             shards *= mesh.shape[name]
         entries.append(names if names and size % shards == 0 else None)
+    if "fsdp" in taken and taken["fsdp"] != "batch" and mesh.shape["fsdp"] > 1 and ("fsdp",) not in entries:
+        _spread_elsewhere(entries, axes, shape, mesh.shape["fsdp"])
     return PartitionSpec(*entries)
+
+
+def _spread_elsewhere(
+    entries: list[tuple[str, ...] | None], axes: Sequence[str | None], shape: Sequence[int], shards: int
+) -> None:
+    """Where the width does not divide by fsdp, another whole axis of the parameter that does takes it."""
+    for logical in SECOND_CHOICE:
+        if logical in axes and shape[axes.index(logical)] % shards == 0:
+            entries[axes.index(logical)] = ("fsdp",)
+            return
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -57,6 +72,11 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Variable):
             spec = partition_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)
+            require(
+                leaf.size < LARGE or mesh.shape.get("fsdp", 1) == 1 or any(entry is not None for entry in spec),
+                f"a parameter of shape {leaf.shape} does not divide by fsdp = {mesh.shape.get('fsdp', 1)} and would be whole on every "
+                "device; choose a smaller fsdp in runtime.mesh, such as data=4,fsdp=64",
+            )
             return leaf.replace(NamedSharding(mesh, spec))
         return NamedSharding(mesh, PartitionSpec())
 

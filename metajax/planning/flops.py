@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from metajax.config import Config
+from metajax.models.masks import Mask
 
 # Peak dense bf16 operations per second of one chip, by jax's device kind (vendors' published figures).
 PEAK_FLOPS = {
@@ -67,13 +68,11 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """Training operations a slot by part, for a row that is one document (the most attention a row can need)."""
     slots = config.row_slots
     metas = config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
-    window = config.model.window
-    reach = np.arange(1, slots + 1) if window is None else np.minimum(np.arange(slots), window) + 1
     parts = {k: 3.0 * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
     scale = 3.0 * config.model.layers * pair_flops(config) / slots
-    parts["attention_pairs"] = scale * float(reach.sum())
+    parts["attention_pairs"] = scale * Mask(window=config.model.window).pairs([slots])
     if "meta_attention" in parts:
-        parts["meta_attention"] += scale * metas * (metas + 1) / 2
+        parts["meta_attention"] += scale * Mask().pairs([metas])
     return parts
 
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from metajax.atomic import write_text
 from metajax.config import Config, difference, flatten, from_dict
 from metajax.reporting.figures import Curve, SpreadColumn, loss_curves, seed_spread
 from metajax.training.metrics import read_lines
@@ -128,9 +129,7 @@ def _read(path: Path) -> Any:
 
 def _write(folder: Path, page: str) -> Path:
     """Put the page in its place whole."""
-    temporary = folder / f".report.html.{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, folder / "report.html")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

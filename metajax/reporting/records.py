@@ -19,7 +19,9 @@ from typing import Any
 
 import jax
 
+from metajax.atomic import write_text
 from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
+from metajax.progress import say
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -30,10 +32,8 @@ def default_workdir(config: Config, root: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write JSON, the old file or the new one whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_config(workdir: Path) -> Config:
@@ -95,29 +95,38 @@ class RunDirectory:
         Raises:
           UserError: it holds another experiment, something that is no run, or a process that is still running.
         """
-        path.mkdir(parents=True, exist_ok=True)
-        present = sorted(p.name for p in path.iterdir() if p.name != ".lock")
-        if (path / "config.json").exists():
-            saved = read_config(path)
-            _require_same(saved, config, path)
-        else:
-            require(
-                not present, f"{path} is not empty and is not a run (it holds {', '.join(present[:3])}); choose another --workdir"
-            )
-        lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            present = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+            if not (path / "config.json").exists():
+                kept = ", ".join(present[:3])
+                require(not present, f"{path} is not empty and is not a run (it holds {kept}); choose another --workdir")
+            lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"{path} cannot be a run directory ({error.strerror}); choose another --workdir") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is running in {path}; wait for it or choose another --workdir") from None
         run = cls(path, config, _lock=lock)
         if (path / "config.json").exists():
+            _require_same(read_config(path), config, path)
             run.warnings = list(run.read("warnings.json", []))
         return run
 
     def begin(self) -> None:
-        """Write what the run is and where it runs; later starts of the same run refresh both."""
+        """Write what the run is and where it runs; a later start refreshes both and warns of other library versions."""
+        here, before = environment(), self.read("environment.json")
+        if before is not None and before["libraries"] != here["libraries"]:
+            changed = [
+                f"{k} {before['libraries'].get(k)} -> {v}"
+                for k, v in here["libraries"].items()
+                if before["libraries"].get(k) != v
+            ]
+            self.warn(f"taken up with other versions ({', '.join(changed)}): numbers may differ from those of an undisturbed run")
+            say(f"warning: {self.warnings[-1]}")
         self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
-        self.write("environment.json", environment())
+        self.write("environment.json", here)
 
     def close(self) -> None:
         """Release the lock."""
@@ -186,8 +195,17 @@ def _require_same(saved: Config, config: Config, path: Path) -> None:
 
 def list_runs(root: Path) -> list[Path]:
     """Workdirs below `root`, oldest first."""
-    found = (p.parent for p in root.rglob("config.json") if "checkpoints" not in p.parts)
+    found = [p.parent for p in root.rglob("config.json") if "checkpoints" not in p.parts and _readable(p.parent)]
     return sorted(found, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
+
+
+def _readable(workdir: Path) -> bool:
+    try:
+        read_config(workdir)
+    except UserError as error:
+        say(f"warning: left out: {error}")
+        return False
+    return True
 
 
 def find_run(word: str, root: Path) -> Path:

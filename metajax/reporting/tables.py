@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metajax.config import Config, override, require
+from metajax.config import Config, nearest, override, require
 from metajax.progress import say
 from metajax.registry import Row, Table
 from metajax.reporting.html import write_table_report
@@ -25,7 +27,7 @@ def choose_rows(table: Table, words: str | None) -> tuple[Row, ...]:
         return tuple(row for row in table.rows if row.core)
     by_name = {row.name: row for row in table.rows}
     for word in words.split(","):
-        require(word in by_name, f"table {table.name} has no row {word!r}; rows: {', '.join(by_name)}")
+        require(word in by_name, f"table {table.name} has no row {word!r}{nearest(word, by_name)}; rows: {', '.join(by_name)}")
     return tuple(by_name[word] for word in words.split(","))
 
 
@@ -36,20 +38,27 @@ def run_table(
 
     Args:
       changes: dotted overrides applied to every row.
-      root: of the run directories; the table goes to ROOT/NAME/SCALE.
+      root: of the run directories; the table goes to ROOT/NAME/SCALE, to SCALE-HASH beside it with changes or fewer rows.
       run_one: (config, workdir) -> the run's report.
+
+    Seeds that an earlier table in the same place has are shown too: their runs are complete.
     """
+    folder = _folder(table, scale, changes, root, rows)
+    earlier = json.loads((folder / "table.json").read_text())["seeds"] if (folder / "table.json").exists() else []
+    seeds = sorted({*seeds, *earlier})
+    configs = {row.name: row_config(table, row, scale, changes) for row in rows}  # a mistake stops here, before any run
     runs: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
     folders: dict[str, list[Path]] = {row.name: [] for row in rows}
     jobs = [(row, seed) for seed in seeds for row in rows]
     for number, (row, seed) in enumerate(jobs, 1):
-        config = replace(override(table.config(row, scale), changes), seed=seed)
+        config = replace(configs[row.name], seed=seed)
         workdir = default_workdir(config, root)
         say(f"[{number}/{len(jobs)}] {config.name}, seed {seed}: {workdir}")
         runs[row.name].append(run_one(config, workdir))
         folders[row.name].append(workdir)
-    folder = root / table.name / scale
     result = {
+        "folder": str(folder),
+        "changes": {k: str(v) for k, v in changes.items()},
         "name": table.name,
         "scale": scale,
         "seeds": list(seeds),
@@ -76,6 +85,22 @@ def run_table(
     (folder / "table.md").write_text(markdown(result), encoding="utf-8")
     write_table_report(folder, result, head=headers(result), body=body(result), seed_note=seed_note(result))
     return result
+
+
+def _folder(table: Table, scale: str, changes: dict[str, Any], root: Path, rows: Sequence[Row]) -> Path:
+    if not changes and tuple(rows) == table.rows:
+        return root / table.name / scale
+    variant = json.dumps([{k: str(v) for k, v in changes.items()}, [row.name for row in rows]], sort_keys=True)
+    return root / table.name / f"{scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
+
+
+def row_config(table: Table, row: Row, scale: str, changes: dict[str, Any]) -> Config:
+    """The row with the table-wide changes; those of a sub-config that the row does without pass it by."""
+    config = table.config(row, scale)
+    absent = {field for field in changes if "." in field and getattr(config, field.partition(".")[0], config) is None}
+    for field in sorted(absent):
+        say(f"{config.name} has no {field.partition('.')[0]}: --set {field} passes it by")
+    return override(config, {field: value for field, value in changes.items() if field not in absent})
 
 
 def _lookup(report: dict[str, Any], path: str) -> float | None:
@@ -127,6 +152,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table as GitHub Markdown, with its notes."""
     head = headers(result)
     lines = [f"# {result['name']} at scale {result['scale']}", "", result["summary"] + ".", ""]
+    if result["changes"]:
+        lines += ["With " + ", ".join(f"{k} = {v}" for k, v in result["changes"].items()) + ".", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cells) + " |" for cells in body(result)]
     lines += ["", *(f"- {note}" for note in [*result["notes"], seed_note(result)])]

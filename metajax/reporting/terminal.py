@@ -15,13 +15,21 @@ from rich.text import Text
 from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
 from metajax.reporting.records import list_runs, read_config
+from metajax.reporting.tables import row_config
 
 console = Console()
 
 
-def _grid(*titles: str) -> Grid:
+class _Grid(Grid):
+    """A rich table whose cells are plain text: brackets in a value are no markup."""
+
+    def add_row(self, *cells: str) -> None:
+        super().add_row(*(Text(cell) for cell in cells))
+
+
+def _grid(*titles: str) -> _Grid:
     """A plain table whose first column, a name to be copied, never wraps."""
-    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    grid = _Grid(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
         grid.add_column(title, overflow="fold", no_wrap=i == 0)
     return grid
@@ -56,14 +64,14 @@ def _short(value: Any) -> str:
     return type(value).__name__ if hasattr(value, "__dataclass_fields__") else str(value)
 
 
-def print_table_plan(table: registry.Table, scale: str) -> None:
-    """A table before it runs: its rows and what each changes."""
+def print_table_plan(table: registry.Table, scale: str, changes: dict[str, str]) -> None:
+    """A table before it runs, with table-wide changes: its rows, what each changes, and the hash of its runs."""
     console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
     grid = _grid("row", "what changes", "published", "hash")
     for row in table.rows:
-        changes = ", ".join(f"{k} = {v}" for k, v in row.changes.items()) or "(the baseline)"
+        differs = ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "(the baseline)"
         published = ", ".join(f"{k} {v}" for k, v in (row.published or {}).items()) or "-"
-        grid.add_row(row.name, changes, published, config_hash(table.config(row, scale)))
+        grid.add_row(row.name, differs, published, config_hash(row_config(table, row, scale, changes)))
     console.print(grid)
     console.print(f"about {table.minutes[scale]:g} minutes a row; run it: python run.py {table.name}")
 

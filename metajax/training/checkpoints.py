@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +21,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from metajax.atomic import write_text
 from metajax.config import UserError
-from metajax.progress import warn
+from metajax.progress import say, warn
 from metajax.training.state import State, from_arrays, to_arrays
 
 
@@ -52,8 +52,6 @@ class Checkpoints:
         self.hashes.mkdir(parents=True, exist_ok=True)
         self._warn = on_warning
         self._host, self._hosts = jax.process_index(), jax.process_count()
-        if self._host == 0:
-            self._drop_incomplete()
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["bpb"], reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), cleanup_tmp_directories=True
@@ -103,10 +101,8 @@ class Checkpoints:
     def _write_hashes(self, step: int) -> None:
         folder = self.folder / str(step)
         mine = _files(folder)[self._host :: self._hosts]
-        target = self.hashes / f"{step}-p{self._host}.json"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}))
-        os.replace(temporary, target)
+        hashes = {"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}
+        write_text(self.hashes / f"{step}-p{self._host}.json", json.dumps(hashes))
         for old in self.hashes.glob("*.json"):
             if not (self.folder / old.name.partition("-")[0]).exists():
                 old.unlink(missing_ok=True)
@@ -124,15 +120,23 @@ class Checkpoints:
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest checkpoint that verifies as (state, meta), with the shardings of `abstract`; None if there are none.
 
+        The newest may lack its hashes because the process was killed while it wrote them: such a save never counted.
+
         Raises:
           UserError: there are checkpoints and none of them is good.
         """
         steps = self.steps()
+        if steps and not self._hash_files(steps[-1]):
+            say(f"the save at step {steps[-1]} was cut off before it was complete; it is kept in {self.damaged}")
+            self._set_aside(steps.pop())
         for step in reversed(steps):
             problem = self.verify(step)
             if problem is None:
                 return self._read(step, abstract)
-            self._set_aside(step, problem)
+            self._warn(
+                f"the checkpoint at step {step} is damaged ({problem}); it is kept in {self.damaged} and the one before is used"
+            )
+            self._set_aside(step)
         if steps:
             raise UserError(
                 f"no good checkpoint is left in {self.folder}; the damaged ones are in {self.damaged}. "
@@ -152,17 +156,7 @@ class Checkpoints:
     def _hash_files(self, step: int) -> list[Path]:
         return sorted(self.hashes.glob(f"{step}-p*.json"))
 
-    def _drop_incomplete(self) -> None:
-        """Remove saves that were cut off before their hashes were written: they never counted."""
-        for folder in self.folder.glob("[0-9]*"):
-            files = self._hash_files(int(folder.name)) if folder.name.isdigit() else []
-            if not files or len(files) < json.loads(files[0].read_text())["hosts"]:
-                shutil.rmtree(folder)
-
-    def _set_aside(self, step: int, problem: str) -> None:
-        self._warn(
-            f"the checkpoint at step {step} is damaged ({problem}); it is kept in {self.damaged} and the one before is used"
-        )
+    def _set_aside(self, step: int) -> None:
         self.damaged.mkdir(exist_ok=True)
         target = self.damaged / f"{step}-{time.time_ns()}"
         if (self.folder / str(step)).exists():
@@ -174,11 +168,17 @@ class Checkpoints:
 
 def _verify(folder: Path, hash_files: list[Path]) -> str | None:
     expected: dict[str, str] = {}
+    if not hash_files:
+        return "its hashes are missing"
     for file in hash_files:
         try:
-            expected |= json.loads(file.read_text())["files"]
-        except (ValueError, KeyError):
-            return f"{file.name} is not readable"
+            saved = json.loads(file.read_text())
+            expected |= saved["files"]
+            hosts = int(saved["hosts"])
+        except (ValueError, KeyError, TypeError):
+            return f"its hash file {file.name} is not readable"
+    if len(hash_files) < hosts:
+        return f"the hashes of {hosts - len(hash_files)} hosts are missing"
     if not folder.exists():
         return "its folder is gone"
     for name, sha in expected.items():

@@ -17,6 +17,7 @@ import numpy as np
 
 from metajax.config import Config, UserError, config_hash
 from metajax.data.pipeline import Corpora, Paths, open_corpora, read_batches, training_batches
+from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.planning.flops import peak_flops, step_flops
 from metajax.progress import progress, say
@@ -37,6 +38,7 @@ class NonFinite(Exception):
 class Phases:
     """Seconds of each phase from the command to the first step."""
 
+    started: float  # time.monotonic() of the command
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -44,6 +46,11 @@ class Phases:
         started = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def finish(self, first_step: float) -> None:
+        """The first step is done: its seconds, the total, and as `other` what no phase covers."""
+        total, self.seconds["first_step"] = time.monotonic() - self.started, first_step
+        self.seconds |= {"other": total - sum(self.seconds.values()), "total": total}
 
 
 @dataclass
@@ -117,10 +124,11 @@ class Trainer:
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
         with phases.time("data"):
             self.corpora = open_corpora(config, paths)
-            run.check_data(self.corpora.key, self.corpora.tokenizer.fingerprint())
-            self.corpora.tokenizer.save(run.path)
             self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count())
             self.batches[0]  # packs the row index
+            run.check_data(self.corpora.key, self.corpora.tokenizer.fingerprint())
+            run.begin()
+            self.corpora.tokenizer.save(run.path)
         self.vocab_size = self.corpora.tokenizer.vocabulary.size
         self.waited = 0.0
 
@@ -133,22 +141,24 @@ class Trainer:
         with self.phases.time("init"):
             self.program = Program.build(self.config, self.vocab_size)
             state = self.program.create_state()
-            self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self._warn)
-            state, self.counts, start = self._restore(state)
-        with self.phases.time("compile"):
-            step_fn = None
-            if start < self.config.training.steps:
-                step_fn = self.program.compile_step(state, self.program.put(self.batches[start]))
-        self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start)
-        self.loggers = Loggers(self.config, self.run.path)
-        began = time.monotonic()
-        try:
+        with contextlib.ExitStack() as closing:
+            with self.phases.time("init"):
+                self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self._warn)
+                closing.callback(self.checkpoints.close)
+                state, self.counts, start = self._restore(state)
+            with self.phases.time("compile"):
+                step_fn = None
+                if start < self.config.training.steps:
+                    step_fn = self.program.compile_step(state, self.program.put(self.batches[start]))
+            self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start)
+            closing.callback(self.metrics.close)
+            self.loggers = Loggers(self.config, self.run.path, start)
+            closing.callback(self.loggers.close)
+            began = time.monotonic()
             if step_fn is not None:
                 state = self._steps(state, step_fn, start)
-        finally:
-            self.metrics.close()
-            self.loggers.close()
-            self.checkpoints.close()
+            else:
+                self.phases.finish(0.0)
         seconds = time.monotonic() - began
         clock = {
             "train_seconds": seconds,
@@ -166,9 +176,11 @@ class Trainer:
         abstract = self.program.abstract_state()
         found = self.checkpoints.restore(abstract)
         if found is None:
-            if self.config.init.from_:
-                fresh = fresh.replace(model=read_parameters(find_run(self.config.init.from_, self.paths.runs), abstract.model))
-            return fresh, Counts(), 0
+            return (
+                (fresh.replace(model=self._parent_parameters(abstract.model)) if self.config.init.from_ else fresh),
+                Counts(),
+                0,
+            )
         state, meta = found
         if meta["config_hash"] != config_hash(self.config):
             raise UserError(
@@ -176,6 +188,16 @@ class Trainer:
             )
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
         return state, Counts(**meta["counts"]), meta["step"]
+
+    def _parent_parameters(self, abstract: Any) -> Any:
+        parent = find_run(self.config.init.from_, self.paths.runs)
+        theirs, ours = load_tokenizer(parent).fingerprint(), self.corpora.tokenizer.fingerprint()
+        if theirs != ours:
+            raise UserError(
+                f"init.from = {self.config.init.from_}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
+                "mean other tokens; use the same data.sources and data.tokenizer"
+            )
+        return read_parameters(parent, abstract)
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.config.training.steps
@@ -192,7 +214,7 @@ class Trainer:
                     state, metrics = step_fn(state, batch)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
-                    self.phases.seconds["first_step"] = time.monotonic() - self._pace.since
+                    self.phases.finish(time.monotonic() - self._pace.since)
                 if pending is not None:
                     self._log(*pending, state)
                 pending = (step, metrics, on_host)
@@ -254,7 +276,7 @@ class Trainer:
         (folder / "metrics.json").write_text(json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
         return (
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
-            f"{folder}. Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
+            f"{folder} (metajax.training.loop.replay reproduces it). Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
         )
 
 

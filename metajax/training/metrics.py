@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from metajax.atomic import write_text
 from metajax.config import Config, UserError, to_dict
 
 
@@ -15,9 +15,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int):
         kept = [line for line in read_lines(path) if line["step"] <= start_step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a")  # noqa: SIM115 - held for the life of the run
 
     def write(self, record: dict[str, Any]) -> None:
@@ -37,12 +35,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Loggers:
     """Where scalars go besides the file."""
 
-    def __init__(self, config: Config, workdir: Path):
+    def __init__(self, config: Config, workdir: Path, start_step: int):
         self._tensorboard, self._wandb = None, None
         if "tensorboard" in config.runtime.loggers:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         if "wandb" in config.runtime.loggers:
             try:
                 import wandb

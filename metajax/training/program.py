@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from metajax.config import Config
+from metajax.config import Config, require
 from metajax.models.lm import LM, decay_mask
 from metajax.parallel.mesh import make_mesh
 from metajax.parallel.rules import batch_sharding, param_shardings
@@ -45,6 +45,12 @@ class Program:
     @classmethod
     def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
         mesh = make_mesh(config.runtime.mesh, devices)
+        rows, shards = config.data.batch_rows // config.training.accumulate, mesh.size
+        require(
+            rows % shards == 0,
+            f"data.batch_rows / training.accumulate = {rows} rows do not spread over the {shards} devices of runtime.mesh; "
+            f"choose a multiple of {shards}",
+        )
         return cls(config, vocab_size, mesh, make_optimizer(config, decay_mask(abstract_model(config, vocab_size))))
 
     def abstract_state(self) -> State:
@@ -73,6 +79,11 @@ class Program:
     def eval_step(self) -> Any:
         """The jitted evaluation step."""
         return jax.jit(eval_step)
+
+    def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This host's slice of a whole batch."""
+        rows = len(batch["tokens"]) // jax.process_count()
+        return {name: values[jax.process_index() * rows :][:rows] for name, values in batch.items()}
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """This host's slice of a batch as global arrays, rows spread over the data axes."""

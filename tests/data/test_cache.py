@@ -9,8 +9,9 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
+from metajax.atomic import whole_folder
 from metajax.config import UserError
-from metajax.data.cache import build_metadata_table, build_token_cache, digest, read_documents, whole_folder
+from metajax.data.cache import build_metadata_table, build_token_cache, digest, read_documents
 from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket
 from metajax.data.sources import open_source
 from metajax.data.tokenizers import Bytes, train_bpe
@@ -43,7 +44,7 @@ def test_round_trip(corpus, tmp_path):
     for _ in range(2):
         assert len(cache) == len(TEXTS)
         for i, text in enumerate(TEXTS):
-            assert cache[i].dtype == np.int32 and cache[i].tolist() == list(text.encode())
+            assert cache[i].dtype == np.uint16 and cache[i].tolist() == list(text.encode())
         assert cache.lengths.tolist() == cache.bytes.tolist() == [len(text.encode()) for text in TEXTS]
         assert list(cache.metadata()) == [{"topic": "ab"[i % 2] * i} if i else {} for i in range(len(TEXTS))]
         cache = pickle.loads(pickle.dumps(cache))

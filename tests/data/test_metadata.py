@@ -115,6 +115,13 @@ def test_what_a_document_without_metadata_shows(wrap, when_dropped):
     np.testing.assert_array_equal(owners(recipe, "none", has, np.arange(3), 0), [NOTHING] * 3)
 
 
+def test_shuffling_gives_every_document_another_string():
+    strings = np.array([5, 5, 7, 9, 7, 5, 9, 7, 1, 2])
+    owner = owners(Metadata(), "shuffled", np.ones(10, bool), np.arange(10), 0, strings)
+    assert sorted(owner.tolist()) == list(range(10))
+    assert (strings[owner] != strings).all()
+
+
 @pytest.mark.parametrize("when_dropped", ["empty", "nothing"])
 def test_the_empty_condition_shows_the_pair_of_delimiters(when_dropped):
     """Also for a recipe whose dropped documents show nothing: the condition says what is asked for."""

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -202,8 +203,8 @@ def test_overlapping_ranges_have_no_best(tmp_path, monkeypatch):
 
 def test_table_without_its_baseline_shows_declared_changes(tmp_path):
     table = make_table()
-    run_table(table, "cpu", [0], {}, tmp_path, fake_run, table.rows[2:])
-    assert "metadata.position = prepend" in Page(tmp_path / "lab/cpu/report.html").text
+    result = run_table(table, "cpu", [0], {}, tmp_path, fake_run, table.rows[2:])
+    assert "metadata.position = prepend" in Page(Path(result["folder"]) / "report.html").text
 
 
 def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():

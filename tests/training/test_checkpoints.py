@@ -104,6 +104,24 @@ def test_damage_is_noticed_kept_aside_and_the_one_before_used(saved, damage):
     assert reopen(saved).restore(abstract())[1] == {"step": 3, "again": True}
 
 
+@pytest.mark.parametrize("content", ["", '{"hosts": 1}', None])
+def test_damaged_or_missing_hashes_of_an_older_checkpoint(saved, content):
+    flip_a_bit(saved / "checkpoints" / "3")
+    file = saved / "hashes" / "2-p0.json"
+    file.unlink() if content is None else file.write_text(content)
+    _, meta = reopen(saved).restore(abstract())
+    assert meta == {"step": 1} and len(WARNINGS) == 2
+    assert len([p for p in (saved / "damaged").iterdir() if p.is_dir()]) == 2, "nothing is deleted"
+
+
+def test_lost_hashes_lose_no_checkpoint(saved):
+    for file in (saved / "hashes").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="no good checkpoint is left"):
+        reopen(saved).restore(abstract())
+    assert len([p for p in (saved / "damaged").iterdir() if p.is_dir()]) == 3
+
+
 def test_a_save_cut_off_before_its_hashes_never_counted(saved):
     (saved / "hashes" / "3-p0.json").unlink()
     _, meta = reopen(saved).restore(abstract())

@@ -115,11 +115,35 @@ def test_tensorboard_and_offline_wandb(tiny_config, paths, tmp_path, monkeypatch
 
 
 def test_start_up_and_input_wait_are_reported(tiny_config, paths, tmp_path):
-    report = run_experiment(tiny_config(), tmp_path, paths, imports_seconds=1.5)
+    report = run_experiment(tiny_config(), tmp_path, paths, started=time.monotonic() - 2.0, imports_seconds=1.5)
     startup = report["startup"]
-    assert startup["imports"] == 1.5 and all(startup[name] > 0 for name in ("data", "init", "compile", "first_step"))
+    assert startup["imports"] == 1.5 and all(startup[name] > 0 for name in ("data", "init", "compile", "first_step", "other"))
     assert startup["total"] == pytest.approx(sum(v for k, v in startup.items() if k != "total"))
     assert 0 <= report["time"]["data_wait_share"] < 1
+
+
+def test_log_line_and_pace():
+    pace = loop.Pace(since=time.monotonic() - 10.0)
+    pace.add(1000, 2e12)
+    pace.add(1000, 2e12)
+    speed, seconds = pace.read(peak=1e12)
+    assert speed["tokens_per_second"] == pytest.approx(200, rel=0.01) and seconds == pytest.approx(5, rel=0.01)
+    assert speed["mfu"] == pytest.approx(0.4, rel=0.01)
+    assert pace.steps == pace.slots == 0
+    record = {"loss": 2.5, "bpb": 1.25, "learning_rate": 1e-3, "grad_norm": 0.5}
+    line = loop._log_line(10, 40, record, speed, seconds)
+    for part in (
+        "step 10/40",
+        "loss 2.5000",
+        "bits/byte 1.2500",
+        "lr 1.00e-03",
+        "grad 0.500",
+        "200 tokens/s",
+        "MFU 40.0%",
+        "ETA 2:30",
+    ):
+        assert part in line
+    assert "MFU" not in loop._log_line(10, 40, record, {"tokens_per_second": 1.0}, seconds)
 
 
 QUICKSTART = [
@@ -143,7 +167,8 @@ def quickstart(root, cache):
 
 
 def results(root):
-    result = json.loads((root / "quickstart/cpu/table.json").read_text())
+    [table] = (root / "quickstart").glob("cpu-*/table.json")
+    result = json.loads(table.read_text())
     curves = [curve(root / Path(run).relative_to(root)) for row in result["rows"] for run in row["runs"]]
     return [row["values"] for row in result["rows"]], [row["counts"] for row in result["rows"]], curves
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from metajax.config import UserError
 from metajax.parallel.mesh import parse_mesh
-from metajax.parallel.rules import partition_spec
+from metajax.parallel.rules import param_shardings, partition_spec
 
 ROOT = Path(__file__).parents[2]
 MESH = AbstractMesh((2, 4), ("data", "fsdp"))
@@ -74,6 +74,13 @@ def test_rules_by_hand():
     assert partition_spec(("embed", "mlp"), (3, 32, 64), MESH) == PartitionSpec(None, ("fsdp",), None), "stacked layers lead"
     assert partition_spec(("batch", "length", None), (16, 8, 4), MESH) == PartitionSpec(("data", "fsdp"), None, None)
     assert partition_spec(("embed",), (30,), MESH) == PartitionSpec(None), "4 does not divide 30: it stays whole"
+    assert partition_spec(("embed", "mlp"), (30, 64), MESH) == PartitionSpec(None, ("fsdp",)), "the next axis takes fsdp"
+
+
+def test_a_large_parameter_is_never_left_whole_on_every_device():
+    large = nnx.Param(jax.ShapeDtypeStruct((1599, 1601), "float32"), axes=("embed", "mlp"))
+    with pytest.raises(UserError, match="would be whole on every device"):
+        param_shardings({"w": large}, MESH)
 
 
 def test_rules_refuse_collisions_and_unknown_axes():

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metajax.atomic import whole_folder
 from metajax.config import UserError, require
 from metajax.data.documents import Document
 from metajax.data.sources.files import Columns, Parquet, file_entry
@@ -57,12 +58,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def open_or_build(
     spec: str, kind: str, key: str, cache_dir: Path, build: Callable[[], tuple[list[Document], dict[str, Any]]]
 ) -> BuiltCorpus:
-    """The corpus in cache_dir/corpora/KIND-KEY12, built by `build() -> (documents, manifest)` when it is not there.
-
-    The manifest is renamed into place last, so a folder that has one is complete, whoever wrote it.
-    """
+    """The corpus in cache_dir/corpora/KIND-KEY12, built by `build() -> (documents, manifest)` when it is not there."""
     folder = Path(cache_dir) / "corpora" / f"{kind}-{key[:12]}"
-    if not (folder / _MANIFEST).exists():
+    if not folder.exists():
         documents, manifest = build()
         require(len(documents) > 0, f"{spec}: no documents with enough words; name other modules or sources")
         write_corpus(folder, documents, {"kind": kind, "fingerprint": key, **manifest})
@@ -70,8 +68,7 @@ def open_or_build(
 
 
 def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str, Any]) -> None:
-    """Write documents.parquet and manifest.json (with record count, words and sha256) by rename."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write documents.parquet and manifest.json (with record count, words and sha256), the folder whole or not at all."""
     names = sorted({name for document in documents for name in document.metadata})
     columns = {
         "text": [d.text for d in documents],
@@ -79,20 +76,17 @@ def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str
         **{name: [d.metadata.get(name) for d in documents] for name in names},
     }
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    temporary = folder / f".{_DOCUMENTS}.{os.getpid()}"
-    pq.write_table(table, temporary, row_group_size=_ROWS_IN_GROUP, compression="zstd", write_page_checksum=True)
-    entry = {**file_entry(str(temporary)), "path": _DOCUMENTS}
-    os.replace(temporary, folder / _DOCUMENTS)
-    whole = {
-        **manifest,
-        "records": len(documents),
-        "words": sum(len(d.text.split()) for d in documents),
-        "content_sha256": content_sha256(documents),
-        "files": [entry],
-    }
-    temporary = folder / f".{_MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(whole, indent=2) + "\n")
-    os.replace(temporary, folder / _MANIFEST)
+    with whole_folder(folder) as work:
+        path = work / _DOCUMENTS
+        pq.write_table(table, path, row_group_size=_ROWS_IN_GROUP, compression="zstd", write_page_checksum=True)
+        whole = {
+            **manifest,
+            "records": len(documents),
+            "words": sum(len(d.text.split()) for d in documents),
+            "content_sha256": content_sha256(documents),
+            "files": [{**file_entry(str(path)), "path": _DOCUMENTS}],
+        }
+        (work / _MANIFEST).write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def content_sha256(documents: Sequence[Document]) -> str:

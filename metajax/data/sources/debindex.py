@@ -21,11 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from metajax.config import UserError, require
 from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, open_or_build
+from metajax.progress import say
 
 RECIPE = 1  # raise when a change below changes the documents
 MIN_WORDS = 20
@@ -102,7 +101,7 @@ def fetch(folder: Path, release: str, architecture: str) -> tuple[bytes, bytes]:
     folder = folder.absolute()
     for part in ("lists/partial", "cache/archives/partial"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    Console(stderr=True).print("debindex: fetching Debian's package index and descriptions (16 MB, once)", highlight=False)
+    say("debindex: fetching Debian's package index and descriptions (16 MB, once)")
     options = {
         "Acquire::Languages": "en",
         "Dir::State::lists": folder / "lists",

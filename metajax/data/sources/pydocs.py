@@ -22,7 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from metajax.config import UserError, nearest
@@ -30,6 +29,7 @@ from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.sources.files import file_stamp
+from metajax.progress import console
 
 STDLIB = "stdlib"
 DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")
@@ -120,7 +120,6 @@ def _read(file: File) -> Module:
 
 
 def _read_all(files: Sequence[File]) -> list[Module]:
-    console = Console(stderr=True)
     if len(files) < _FILES_FOR_POOL:
         return [_read(file) for file in files]
     title = f"pydocs: reading docstrings of {len(files)} Python files (once)"
