@@ -114,19 +114,22 @@ class RunDirectory:
             run.warnings = list(run.read("warnings.json", []))
         return run
 
-    def begin(self) -> None:
-        """Write what the run is and where it runs; a later start refreshes both and warns of other library versions."""
+    def begin(self, key: str, tokenizer: str) -> None:
+        """Hold the data against what the run began with, then write what the run is and where it runs.
+
+        config.json comes first, because a folder without it is not taken for a run; a later start refreshes it and warns
+        of other library versions. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
+        """
+        known = check_data(self.path, key, tokenizer)
+        self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
         here, before = environment(), self.read("environment.json")
         if before is not None and before["libraries"] != here["libraries"]:
-            changed = [
-                f"{k} {before['libraries'].get(k)} -> {v}"
-                for k, v in here["libraries"].items()
-                if before["libraries"].get(k) != v
-            ]
-            self.warn(f"taken up with other versions ({', '.join(changed)}): numbers may differ from those of an undisturbed run")
-            say(f"warning: {self.warnings[-1]}")
-        self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
+            then, now = before["libraries"], here["libraries"]
+            changed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
+            self.warn(f"taken up with other versions ({changed}): numbers may differ from those of an undisturbed run")
         self.write("environment.json", here)
+        if known is None:
+            self.write("data.json", {"key": key, "tokenizer": tokenizer})
 
     def close(self) -> None:
         """Release the lock."""
@@ -142,14 +145,10 @@ class RunDirectory:
         write_json(self.path / name, value)
 
     def warn(self, message: str) -> None:
-        """Record a warning so that it reaches report.json, also when this process dies first."""
+        """Say a warning and record it, so that it reaches report.json also when this process dies first."""
+        say(f"warning: {message}")
         self.warnings.append(message)
         self.write("warnings.json", self.warnings)
-
-    def check_data(self, key: str, tokenizer: str) -> None:
-        """Record what the run is made of at its start; later, hold the data against it (see `check_data`)."""
-        if check_data(self.path, key, tokenizer) is None:
-            self.write("data.json", {"key": key, "tokenizer": tokenizer})
 
 
 def check_data(workdir: Path, key: str, tokenizer: str) -> dict[str, str] | None:

@@ -126,8 +126,7 @@ class Trainer:
             self.corpora = open_corpora(config, paths)
             self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count())
             self.batches[0]  # packs the row index
-            run.check_data(self.corpora.key, self.corpora.tokenizer.fingerprint())
-            run.begin()
+            run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
             self.corpora.tokenizer.save(run.path)
         self.vocab_size = self.corpora.tokenizer.vocabulary.size
         self.waited = 0.0
@@ -143,7 +142,7 @@ class Trainer:
             state = self.program.create_state()
         with contextlib.ExitStack() as closing:
             with self.phases.time("init"):
-                self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self._warn)
+                self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self.run.warn)
                 closing.callback(self.checkpoints.close)
                 state, self.counts, start = self._restore(state)
             with self.phases.time("compile"):
@@ -167,10 +166,6 @@ class Trainer:
             "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
         }
         return Trained(state, self.program, self.corpora, self.counts, dict(self.phases.seconds), clock, start)
-
-    def _warn(self, message: str) -> None:
-        say(f"warning: {message}")
-        self.run.warn(message)
 
     def _restore(self, fresh: State) -> tuple[State, Counts, int]:
         abstract = self.program.abstract_state()

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metajax import atomic
 from metajax.config import MetaTokens, UserError, override
+from metajax.data import tokenizers
 from metajax.experiment import run_experiment
+from metajax.reporting import html, records
 from metajax.reporting.records import RunDirectory
 from metajax.training import loop
 from metajax.training.loop import NonFinite, replay
@@ -83,6 +86,36 @@ def test_nan_stops_with_a_bundle_that_reproduces_the_step(tiny_config, paths, tm
     assert bundle.name == f"replay-step-{steps[-1] + 1}", "the step that broke is the first one not logged"
     assert all(np.isfinite(line["loss"]) for line in curve(tmp_path))
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("cut", ["config.json", "environment.json", "data.json", "tokenizer.json", "report.json", "report.html"])
+def test_a_kill_between_any_two_files_is_survived(tiny_config, paths, tmp_path, monkeypatch, cut):
+    """Whatever file was written last before a kill, the same command finishes the run with the same numbers."""
+    whole = run_experiment(tiny_config(), tmp_path / "whole", paths)
+    original, done = atomic.write_text, []
+
+    def write_text(path, text):
+        if not done and path.name == cut:
+            done.append(path)
+            raise Cut
+        original(path, text)
+
+    with monkeypatch.context() as patch:
+        for module in (records, html, tokenizers):
+            patch.setattr(module, "write_text", write_text)
+        with pytest.raises(Cut):
+            run_experiment(tiny_config(), tmp_path / "cut", paths)
+    assert run_experiment(tiny_config(), tmp_path / "cut", paths)["eval"] == whole["eval"]
+    assert (tmp_path / "cut" / "report.html").exists()
+
+
+def test_other_library_versions_are_warned_of(tiny_config, paths, tmp_path, monkeypatch):
+    run_and_cut(tiny_config(), tmp_path, paths, 2, monkeypatch)
+    saved = json.loads((tmp_path / "environment.json").read_text())
+    saved["libraries"]["jax"] = "0.0.1"
+    (tmp_path / "environment.json").write_text(json.dumps(saved))
+    [warning] = run_experiment(tiny_config(), tmp_path, paths)["warnings"]
+    assert "jax 0.0.1 -> " in warning
 
 
 def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path):
