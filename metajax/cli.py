@@ -6,9 +6,11 @@ Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,10 @@ def _start_jax(options: argparse.Namespace) -> None:
     """Compiled programs are kept between runs; set before the first use of a device."""
     import jax
 
+    # The TPU compiler may be installed for planning alone: without a chip, looking for one costs seconds and many warnings.
+    chips = [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern)]
+    if not chips and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str((options.cache_dir / "jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -135,8 +135,9 @@ def tiny_config(tiny_corpus):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Where the environment says that a part is there (METAJAX_REQUIRE_BROWSER=1), a test that skips for want of it fails."""
+    """A test that skips for want of a part which the environment says is there (METAJAX_REQUIRE=browser,libtpu) fails."""
     report = (yield).get_result()
-    if report.skipped and item.get_closest_marker("browser") and os.environ.get("METAJAX_REQUIRE_BROWSER"):
+    required = [part for part in os.environ.get("METAJAX_REQUIRE", "").split(",") if part and item.get_closest_marker(part)]
+    if report.skipped and required:
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} skipped although METAJAX_REQUIRE_BROWSER is set: {report.longrepr}"
+        report.longrepr = f"{item.nodeid} skipped although {', '.join(required)} must be there: {report.longrepr}"

@@ -1,0 +1,165 @@
+"""The same scan in chunks, for any platform: backward keeps the state at each chunk's start and recomputes the rest.
+
+Memory of the backward pass is T / chunk states plus one chunk's worth of [chunk, C, N] arrays, never [T, C, N]. Inside a chunk
+tokens follow one another on a CPU (least work) and combine as a tree elsewhere (log2(chunk) launches instead of chunk).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas.selective_scan.reference import TAPS, resolve_resets, resolve_states, scan_dtype, segment_starts
+
+
+def selective_scan_xla(
+    u: Float[Array, "B T C"],
+    delta: Float[Array, "B T C"],
+    A: Float[Array, "C N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " C"],
+    delta_bias: Float[Array, " C"],
+    z: Float[Array, "B T C"] | None = None,
+    *,
+    initial_state: Float[Array, "B C N"] | None = None,
+    reset_state: Float[Array, "C N"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int = 128,
+    within: str = "auto",
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
+    """The contract of `selective_scan_reference`, `chunk` tokens at a time.
+
+    `within`: "sequential" or "associative" inside a chunk; "auto" takes the former on a CPU when the program is lowered.
+    """
+    dtype = scan_dtype(u)
+    A, D, delta_bias = (x.astype(dtype) for x in (A, D, delta_bias))
+    initial_state, reset_state = resolve_states(initial_state, reset_state, u.shape[0], A)
+    reset = resolve_resets(reset, segment_ids)
+    if reset is None:
+        reset = jnp.zeros(u.shape[:2], bool)
+    chunk = min(chunk, u.shape[1])
+
+    @jax.checkpoint
+    def step(h: Array, tokens: tuple[Array | None, ...]) -> tuple[Array, Array]:
+        u, delta, b, c, z, reset = tokens  # time leads
+        u, b, c = (x.astype(dtype) for x in (u, b, c))
+        s = jax.nn.softplus(delta.astype(dtype) + delta_bias)
+        y, h = _run(within, h, s, s * u, b, c, reset, A, reset_state)
+        y = y + D * u
+        return h, (y if z is None else y * jax.nn.silu(z.astype(dtype))).astype(tokens[0].dtype)
+
+    # Whole chunks are scanned; what is left over of the length is one shorter chunk.
+    whole = u.shape[1] // chunk * chunk
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, delta, B, C, z, reset))
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), tokens)
+    h, y = jax.lax.scan(step, initial_state, chunks)
+    y = y.reshape(whole, *y.shape[2:])
+    if whole < u.shape[1]:
+        h, rest = step(h, jax.tree.map(lambda x: x[whole:], tokens))
+        y = jnp.concatenate([y, rest])
+    return jnp.moveaxis(y, 0, 1), h
+
+
+def _run(within: str, *operands: Array) -> tuple[Array, Array]:
+    """One chunk: (y [t, B, C] before skip and gate, state after it), tokens one by one or as a tree."""
+    if within == "auto":
+        return jax.lax.platform_dependent(*operands, cpu=_sequential, default=_associative)
+    return {"sequential": _sequential, "associative": _associative}[within](*operands)
+
+
+def _sequential(
+    h: Array, s: Array, su: Array, b: Array, c: Array, reset: Array, A: Array, reset_state: Array
+) -> tuple[Array, Array]:
+    """h [B,C,N]; s = step size and su = s u, [t,B,C]; b, c [t,B,N]; reset [t,B]."""
+
+    def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        s, su, b, c, start = token
+        h = jnp.where(start[:, None, None], reset_state, h)
+        h = jnp.exp(s[:, :, None] * A) * h + su[:, :, None] * b[:, None, :]
+        return h, jnp.sum(h * c[:, None, :], axis=-1)
+
+    h, y = jax.lax.scan(step, h, (s, su, b, c, reset), unroll=4)
+    return y, h
+
+
+def _associative(
+    h: Array, s: Array, su: Array, b: Array, c: Array, reset: Array, A: Array, reset_state: Array
+) -> tuple[Array, Array]:
+    """The same: a reset token forgets (decay 0) and takes its decayed `reset_state` as input."""
+    start = reset[:, :, None, None]
+    decay = jnp.exp(s[..., None] * A)
+    x = su[..., None] * b[:, :, None, :]
+    x = jnp.where(start, decay * reset_state + x, x)
+    decay = jnp.where(start, 0.0, decay)
+
+    def combine(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
+        return early[0] * late[0], late[0] * early[1] + late[1]
+
+    decay, x = jax.lax.associative_scan(combine, (decay, x))
+    states = decay * h + x
+    return jnp.sum(states * c[:, :, None, :], axis=-1), states[-1]
+
+
+def causal_conv_xla(
+    x: Float[Array, "B T C"],
+    w: Float[Array, "C 4"],
+    b: Float[Array, " C"],
+    *,
+    initial_tail: Float[Array, "B 3 C"] | None = None,
+    reset_tail: Float[Array, "3 C"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
+    """The contract of `causal_conv_reference` as shifts, multiplies and adds; the backward pass keeps the inputs alone."""
+    initial_tail, reset_tail = resolve_tails(x, initial_tail, reset_tail)
+    offset = segment_offsets(x, segment_ids)
+    y = convolve(x, w, b, initial_tail, reset_tail, offset)
+    return y, final_tail(x, initial_tail, reset_tail, offset)
+
+
+def resolve_tails(x: Array, initial_tail: Array | None, reset_tail: Array | None) -> tuple[Array, Array]:
+    """Both tails in x's dtype: `reset_tail` [3,C] defaults to zeros, `initial_tail` [B,3,C] to `reset_tail`."""
+    reset_tail = jnp.zeros((TAPS - 1, x.shape[2]), x.dtype) if reset_tail is None else reset_tail.astype(x.dtype)
+    if initial_tail is None:
+        return jnp.broadcast_to(reset_tail, (x.shape[0], *reset_tail.shape)), reset_tail
+    return initial_tail.astype(x.dtype), reset_tail
+
+
+def segment_offsets(x: Array, segment_ids: Array | None) -> Array:
+    """int32[B,T], tokens since the segment's start; before the first start, where nothing reads `reset_tail`, at least 3."""
+    index = jnp.arange(x.shape[1])
+    starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
+    return index - jax.lax.cummax(jnp.where(starts, index, -TAPS), axis=1)
+
+
+def borrowed_taps(w: Array, reset_tail: Array) -> Array:
+    """[3,C]: what `reset_tail` adds to the first, second and third token of a segment."""
+    taps = jnp.moveaxis(w, 1, 0)
+    return jnp.stack([sum(taps[i - first] * reset_tail[i] for i in range(first, TAPS - 1)) for first in range(TAPS - 1)])
+
+
+@jax.checkpoint
+def convolve(x: Array, w: Array, b: Array, initial_tail: Array, reset_tail: Array, offset: Array) -> Array:
+    """silu of the masked shifts [B,T,C]."""
+    length, dtype = x.shape[1], scan_dtype(x)
+    w = w.astype(dtype)
+    extended = jnp.concatenate([initial_tail, x], axis=1).astype(dtype)
+    offset = offset[:, :, None]
+    y = b.astype(dtype) + w[:, -1] * x.astype(dtype)
+    for lag in range(1, TAPS):
+        shifted = extended[:, TAPS - 1 - lag : TAPS - 1 - lag + length]
+        y = y + w[:, TAPS - 1 - lag] * jnp.where(offset >= lag, shifted, 0.0)
+    for first, taps in enumerate(borrowed_taps(w, reset_tail.astype(dtype))):
+        y = y + jnp.where(offset == first, taps, 0.0)
+    return jax.nn.silu(y).astype(x.dtype)
+
+
+def final_tail(x: Array, initial_tail: Array, reset_tail: Array, offset: Array) -> Array:
+    """[B,3,C]: the last three inputs of the last segment, borrowed from `reset_tail` where it is shorter."""
+    seen = offset[:, -1:] + 1
+    slot = jnp.arange(TAPS - 1)
+    borrowed = jnp.take(reset_tail, jnp.minimum(slot + seen, TAPS - 2), axis=0)
+    last = jnp.concatenate([initial_tail, x], axis=1)[:, x.shape[1] :]
+    return jnp.where((slot + seen < TAPS - 1)[:, :, None], borrowed, last)
