@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.selective_scan.reference import TAPS
+from kernels_pallas.selective_scan.reference import TAPS, resolve_tails
 from kernels_pallas.selective_scan.tiling import (
     GROUP,
     LANES,
@@ -26,7 +26,7 @@ from kernels_pallas.selective_scan.tiling import (
     round_up,
     sigmoid,
 )
-from kernels_pallas.selective_scan.xla import borrowed_taps, convolve, final_tail, resolve_tails, segment_offsets
+from kernels_pallas.selective_scan.xla import borrowed_taps, convolve, final_tail, segment_offsets
 
 PAST = TAPS - 2  # bits before a group's own in its word of starts: no token after a segment's third needs to know
 WORD = PAST + GROUP + TAPS - 1

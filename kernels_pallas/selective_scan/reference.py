@@ -36,6 +36,14 @@ def resolve_states(
     return initial_state.astype(like.dtype), reset_state
 
 
+def resolve_tails(x: Array, initial_tail: Array | None, reset_tail: Array | None) -> tuple[Array, Array]:
+    """Both tails in x's dtype: `reset_tail` [3,C] defaults to zeros, `initial_tail` [B,3,C] to `reset_tail`."""
+    reset_tail = jnp.zeros((TAPS - 1, x.shape[2]), x.dtype) if reset_tail is None else reset_tail.astype(x.dtype)
+    if initial_tail is None:
+        return jnp.broadcast_to(reset_tail, (x.shape[0], *reset_tail.shape)), reset_tail
+    return initial_tail.astype(x.dtype), reset_tail
+
+
 def scan_dtype(u: Array) -> jnp.dtype:
     """What the scan computes in: float64 for float64 inputs, float32 for all others."""
     return jnp.promote_types(u.dtype, jnp.float32)
@@ -101,9 +109,7 @@ def causal_conv_reference(
     defaults to it). Tails are oldest first. The final tail is what a row that continues the last segment must be given.
     """
     dtype = scan_dtype(x)
-    reset_tail = jnp.zeros((TAPS - 1, x.shape[2]), x.dtype) if reset_tail is None else reset_tail.astype(x.dtype)
-    if initial_tail is None:
-        initial_tail = jnp.broadcast_to(reset_tail, (x.shape[0], *reset_tail.shape))
+    initial_tail, reset_tail = resolve_tails(x, initial_tail, reset_tail)
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
 
     def step(tail: Array, token: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -113,5 +119,5 @@ def causal_conv_reference(
         y = jnp.einsum("bkc,ck->bc", window.astype(dtype), w.astype(dtype)) + b.astype(dtype)
         return window[:, 1:], jax.nn.silu(y)
 
-    tail, y = jax.lax.scan(step, initial_tail.astype(x.dtype), (jnp.moveaxis(x, 1, 0), starts.T))
+    tail, y = jax.lax.scan(step, initial_tail, (jnp.moveaxis(x, 1, 0), starts.T))
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), tail

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.selective_scan.reference import TAPS, resolve_resets, resolve_states, scan_dtype, segment_starts
+from kernels_pallas.selective_scan.reference import (
+    TAPS,
+    resolve_resets,
+    resolve_states,
+    resolve_tails,
+    scan_dtype,
+    segment_starts,
+)
 
 
 def selective_scan_xla(
@@ -117,14 +124,6 @@ def causal_conv_xla(
     offset = segment_offsets(x, segment_ids)
     y = convolve(x, w, b, initial_tail, reset_tail, offset)
     return y, final_tail(x, initial_tail, reset_tail, offset)
-
-
-def resolve_tails(x: Array, initial_tail: Array | None, reset_tail: Array | None) -> tuple[Array, Array]:
-    """Both tails in x's dtype: `reset_tail` [3,C] defaults to zeros, `initial_tail` [B,3,C] to `reset_tail`."""
-    reset_tail = jnp.zeros((TAPS - 1, x.shape[2]), x.dtype) if reset_tail is None else reset_tail.astype(x.dtype)
-    if initial_tail is None:
-        return jnp.broadcast_to(reset_tail, (x.shape[0], *reset_tail.shape)), reset_tail
-    return initial_tail.astype(x.dtype), reset_tail
 
 
 def segment_offsets(x: Array, segment_ids: Array | None) -> Array:

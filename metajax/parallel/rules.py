@@ -1,7 +1,8 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it.
 
 Collisions are refused: an array whose two logical axes would land on one mesh axis is an error, not a guess.
-A dimension that the mesh axis does not divide stays whole.
+A dimension that the mesh axis does not divide stays whole; for parameters another dimension takes fsdp in its place, and a
+large parameter that no dimension can spread is refused.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import jax
 
 from metajax.atomic import write_text
 from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
-from metajax.progress import say
+from metajax.progress import warn
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -146,7 +146,7 @@ class RunDirectory:
 
     def warn(self, message: str) -> None:
         """Say a warning and record it, so that it reaches report.json also when this process dies first."""
-        say(f"warning: {message}")
+        warn(message)
         self.warnings.append(message)
         self.write("warnings.json", self.warnings)
 
@@ -202,7 +202,7 @@ def _readable(workdir: Path) -> bool:
     try:
         read_config(workdir)
     except UserError as error:
-        say(f"warning: left out: {error}")
+        warn(f"left out: {error}")
         return False
     return True
 

@@ -55,7 +55,7 @@ class Phases:
 
 @dataclass
 class Counts:
-    """What a run has read and how long it took, exact across restarts: saved with every checkpoint."""
+    """What a run has read and computed, exact across restarts: saved with every checkpoint."""
 
     slots: int = 0
     loss_tokens: int = 0
@@ -171,11 +171,9 @@ class Trainer:
         abstract = self.program.abstract_state()
         found = self.checkpoints.restore(abstract)
         if found is None:
-            return (
-                (fresh.replace(model=self._parent_parameters(abstract.model)) if self.config.init.from_ else fresh),
-                Counts(),
-                0,
-            )
+            if self.config.init.from_:
+                fresh = fresh.replace(model=self._parent_parameters(abstract.model))
+            return fresh, Counts(), 0
         state, meta = found
         if meta["config_hash"] != config_hash(self.config):
             raise UserError(
