@@ -249,7 +249,7 @@ class Runtime:
     mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the devices that are left
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int = 0  # layers unrolled in one scan step; 0: all (fastest on CPU), 1: fastest to compile
-    implementation: Literal["auto", "reference", "xla"] = "auto"
+    implementation: Literal["auto", "reference", "xla", "pallas_tpu"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):

@@ -6,37 +6,36 @@ another platform holds that platform's kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.prefix_window_attention.reference import attention_reference
 from kernels_pallas.prefix_window_attention.xla import attention_xla
-from metajax.config import nearest, require
+from metajax.dispatch import dispatch
 from metajax.models.masks import Mask, gathered_expiry
 
-Kernel = Callable[..., tuple[Array, Array]]
-
-ATTENTION: dict[str, Kernel] = {"reference": attention_reference, "xla": attention_xla}
+ATTENTION = {"reference": attention_reference, "xla": attention_xla}
 ATTENTION_AUTO: dict[str, str] = {}  # platform -> name in ATTENTION; any other platform takes "xla"
 
 
 def attention(
     q: Float[Array, "B T H Dq"],
-    k: Float[Array, "B T KV Dq"],
-    v: Float[Array, "B T KV Dv"],
+    k: Float[Array, "B S KV Dq"],
+    v: Float[Array, "B S KV Dv"],
     *,
     mask: Mask,
-    segment_ids: Int[Array, "B T"],
+    segment_ids: Int[Array, "B S"],
+    meta_k: Float[Array, "M KV Dq"] | None = None,
+    meta_v: Float[Array, "M KV Dv"] | None = None,
+    q_offset: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Masked softmax attention with scale 1/sqrt(Dq): (out, lse), lse float32, the natural log of the sum of exponentials.
 
-    Grouped heads: query head h reads KV head h // (H / KV). A row without any visible key gives out 0 and lse -inf.
-    Raises UserError for an unknown implementation.
+    Grouped heads: query head h reads KV head h // (H / KV). Every query sees the keys `meta_k` too. Query row t stands at
+    key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
+    Raises UserError for an unknown implementation, and for one that does not take the dtype or the platform.
     """
-    return _dispatch(q, k, v, mask.expiry(segment_ids), implementation)
+    return _attention(q, k, v, mask.expiry(segment_ids), implementation, meta_k, meta_v, q_offset)
 
 
 def meta_attention(
@@ -51,23 +50,21 @@ def meta_attention(
     """Attention among the meta-tokens of a row: `q`, `k`, `v` are already gathered at `slots`, sorted row indices.
 
     A meta-token sees itself and the earlier meta-tokens of its own segment (learned meta-tokens, arXiv 2509.16278).
-    A slot >= T is unused: its output is 0. Raises UserError for an unknown implementation.
+    A slot >= T is unused: its output is 0. Raises UserError as `attention` does.
     """
-    return _dispatch(q, k, v, gathered_expiry(segment_ids, slots), implementation)
+    return _attention(q, k, v, gathered_expiry(segment_ids, slots), implementation)
 
 
-def _dispatch(q: Array, k: Array, v: Array, expiry: Array, implementation: str) -> tuple[Array, Array]:
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    expiry: Array,
+    implementation: str,
+    meta_k: Array | None = None,
+    meta_v: Array | None = None,
+    q_offset: int | Array | None = None,
+) -> tuple[Array, Array]:
     scale = q.shape[-1] ** -0.5
-
-    def call(name: str) -> Kernel:
-        return lambda *arrays: ATTENTION[name](*arrays, scale=scale)
-
-    if implementation == "auto":
-        chosen = {platform: call(name) for platform, name in ATTENTION_AUTO.items()}
-        return jax.lax.platform_dependent(q, k, v, expiry, default=call("xla"), **chosen)
-    known = ("auto", *ATTENTION)
-    require(
-        implementation in ATTENTION,
-        f"implementation = {implementation!r}: unknown{nearest(implementation, known)}; known: {', '.join(known)}",
-    )
-    return call(implementation)(q, k, v, expiry)
+    options = {"meta_k": meta_k, "meta_v": meta_v, "q_offset": q_offset}
+    return dispatch(ATTENTION, ATTENTION_AUTO, implementation, q, k, v, expiry, scale=scale, **options)

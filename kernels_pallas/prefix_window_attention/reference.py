@@ -1,4 +1,4 @@
-"""Attention written as the formula reads: dense, float32, one T x S array of scores. The oracle of every fast path."""
+"""Attention written as the formula reads: dense, one T x S array of scores. The oracle of every fast path."""
 
 from __future__ import annotations
 
@@ -14,16 +14,33 @@ def attention_reference(
     expiry: Int[Array, "B S"],
     *,
     scale: float,
+    meta_k: Float[Array, "M KV Dq"] | None = None,
+    meta_v: Float[Array, "M KV Dv"] | None = None,
+    q_offset: int | Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """softmax(scale * q k^T + mask) v and its log-sum-exp, where key k is visible to the queries k <= q < expiry[k].
 
-    Query row t stands at key index t + S - T, so T < S continues a row whose first keys are already there. Query head h
-    reads KV head h // (H / KV). Scores and softmax are float32; `out` has the dtype of `v`, `lse` (natural
-    logarithm, scaled scores) is float32. A row without any visible key gives out 0 and lse -inf, and gradients 0.
+    Query row t stands at key index t + q_offset (any integer, also traced); None is S - T, so that T < S continues a row whose
+    first keys are already there. `meta_k` and `meta_v` are further keys that every query of every row sees. Query head h
+    reads KV head h // (H / KV). Scores and softmax are float32 (float64 for float64 inputs); `out` has the dtype of `v`, `lse`
+    (natural logarithm, scaled scores) that of the softmax. A row without any visible key gives out 0 and lse -inf, and
+    gradients 0.
     """
-    q_index = jnp.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1])
+    q_index = jnp.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1] if q_offset is None else q_offset)
     k_index = jnp.arange(k.shape[1])[None, :]
-    return masked_attention(q, k, v, (k_index <= q_index) & (q_index < expiry[:, None, :]), scale=scale)
+    allow = (k_index <= q_index) & (q_index < expiry[:, None, :])
+    if meta_k is not None:
+        k, v, allow = (
+            with_meta(meta_k, k),
+            with_meta(meta_v, v),
+            jnp.pad(allow, ((0, 0), (0, 0), (len(meta_k), 0)), constant_values=True),
+        )
+    return masked_attention(q, k, v, allow, scale=scale)
+
+
+def with_meta(meta: Float[Array, "M KV D"], x: Float[Array, "B S KV D"]) -> Float[Array, "B M+S KV D"]:
+    """The meta keys (or values) in front of those of every row."""
+    return jnp.concatenate([jnp.broadcast_to(meta.astype(x.dtype), (x.shape[0], *meta.shape)), x], axis=1)
 
 
 def masked_attention(
@@ -37,17 +54,18 @@ def masked_attention(
     """`attention_reference` for any mask, given as bool[B, T, S]."""
     probabilities, lse = masked_softmax(q, k, allow, scale=scale)
     grouped = probabilities.reshape(*k.shape[:1], k.shape[2], -1, *probabilities.shape[2:])
-    out = jnp.einsum("bkgts,bskd->btkgd", grouped, v.astype(jnp.float32))
+    out = jnp.einsum("bkgts,bskd->btkgd", grouped, v.astype(probabilities.dtype))
     return out.reshape(*q.shape[:3], v.shape[3]).astype(v.dtype), lse
 
 
 def masked_softmax(
     q: Float[Array, "B T H Dq"], k: Float[Array, "B S KV Dq"], allow: Bool[Array, "B T S"], *, scale: float
 ) -> tuple[Float[Array, "B H T S"], Float[Array, "B T H"]]:
-    """Attention probabilities, float32[B, H, T, S], and log-sum-exp, float32[B, T, H], of a dense mask."""
+    """Attention probabilities, [B, H, T, S], and log-sum-exp, [B, T, H], of a dense mask; float32, or float64 for float64 inputs."""
     batch, length, heads, width = q.shape
-    grouped = q.astype(jnp.float32).reshape(batch, length, k.shape[2], -1, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(jnp.float32)) * scale
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.astype(dtype).reshape(batch, length, k.shape[2], -1, width)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(dtype)) * scale
     scores = scores.reshape(batch, heads, length, k.shape[1])
     allow = allow[:, None]
     # Both branches of each `where` stay finite: a NaN in the branch not taken would still reach the gradient.

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.prefix_window_attention.reference import with_meta
+
+NEVER = 2**31 - 1  # expiry of a key that is always visible
 BANDS = 8  # static key slices: with n of them the work is (n + 1) / 2n of the full square
 
 
@@ -25,19 +28,38 @@ def attention_xla(
     expiry: Int[Array, "B S"],
     *,
     scale: float,
+    meta_k: Float[Array, "M KV Dq"] | None = None,
+    meta_v: Float[Array, "M KV Dv"] | None = None,
+    q_offset: int | Int[Array, ""] | None = None,
     block: int = 256,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """The contract of `attention_reference`, in query blocks of `block` rows; both outputs can be differentiated.
 
-    Scores, softmax and log-sum-exp are float32 for any input dtype; the products take the inputs as they are.
+    Scores, softmax and log-sum-exp are float32 for any input dtype; the products take the inputs as they are. Under a traced
+    `q_offset` every block reads all keys: where the queries stand is not known when the slices are made.
     """
     batch, length, heads, _ = q.shape
     kv_heads = k.shape[2]
+    offset = k.shape[1] - length if q_offset is None else q_offset
+    metas = 0 if meta_k is None else len(meta_k)
+    life = jnp.stack([jnp.broadcast_to(jnp.arange(k.shape[1]), expiry.shape), expiry]).astype(jnp.int32)
+    if meta_k is not None:
+        k, v = with_meta(meta_k, k), with_meta(meta_v, v)
+        always = jnp.broadcast_to(jnp.array([-NEVER, NEVER], jnp.int32)[:, None, None], (2, batch, metas))
+        life = jnp.concatenate([always, life], axis=2)
+    plan = _Plan(scale, block, metas + offset if isinstance(offset, int) else None)
     # Heads lead inside, so that every product is a plain batched matrix product.
     grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, -1), 1, 3)
-    out, lse = _attention(grouped, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), expiry, scale, block)
+    keys, values = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    out, lse = _attention(plan, grouped, keys, values, life, jnp.asarray(offset, jnp.int32))
     out = jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, -1)
     return out, jnp.moveaxis(lse, 3, 1).reshape(batch, length, heads)
+
+
+class _Plan(NamedTuple):
+    scale: float
+    block: int
+    past: int | None  # keys in front of the one where query row 0 stands; None where that is traced
 
 
 class _Band(NamedTuple):
@@ -46,13 +68,15 @@ class _Band(NamedTuple):
     blocks: int  # equal query blocks, done one after the other
 
 
-def _bands(length: int, keys: int, block: int) -> list[_Band]:
+def _bands(plan: _Plan, length: int, keys: int) -> list[_Band]:
     """At most `BANDS` runs of whole blocks with static key slices, then what is left over of the length."""
+    block, bands = plan.block, 1 if plan.past is None else BANDS
     whole = length // block
-    step = -(-whole // BANDS) * block or block
+    step = -(-whole // bands) * block or block
     edges = [*range(0, whole * block, step), whole * block, *([length] if length % block else [])]
-    past = keys - length
-    return [_Band(slice(i, j), slice(0, j + past), max((j - i) // block, 1)) for i, j in itertools.pairwise(edges)]
+    ends = (keys if plan.past is None else max(1, j + plan.past) for j in edges[1:])
+    pairs = zip(itertools.pairwise(edges), ends, strict=True)
+    return [_Band(slice(i, j), slice(0, end), max((j - i) // block, 1)) for (i, j), end in pairs]
 
 
 def _split(x: Array, band: _Band) -> Array:
@@ -67,17 +91,16 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-def _firsts(band: _Band) -> Array:
-    """Key index of each block's first row: the band's last row stands at the last key that the band sees."""
-    rows = band.rows.stop - band.rows.start
-    return band.seen.stop - rows + jnp.arange(band.blocks) * (rows // band.blocks)
+def _firsts(band: _Band, offset: Array) -> Array:
+    """Key index of each block's first row."""
+    return offset + jnp.arange(band.rows.start, band.rows.stop, (band.rows.stop - band.rows.start) // band.blocks)
 
 
-def _scores(q: Array, k: Array, expiry: Array, first: Array, scale: float) -> Array:
+def _scores(q: Array, k: Array, life: Array, first: Array, scale: float) -> Array:
     """Masked scaled scores, float32[B, KV, G * rows, keys] for q [B, KV, G, rows, D]; -inf where not allowed."""
     scores = _product("bkrd,bksd->bkrs", _merge(q), k) * scale
     q_index = first + jnp.arange(q.shape[3])[:, None]
-    allow = (jnp.arange(k.shape[2])[None, :] <= q_index) & (q_index < expiry[:, None, :])
+    allow = (life[0, :, None, :] <= q_index) & (q_index < life[1, :, None, :])
     return jnp.where(jnp.tile(allow, (1, q.shape[2], 1))[:, None], scores, -jnp.inf)
 
 
@@ -90,25 +113,28 @@ def _product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q: Array, k: Array, v: Array, expiry: Array, scale: float, block: int) -> tuple[Array, Array]:
-    """q [B,KV,G,T,Dq], k [B,KV,S,Dq], v [B,KV,S,Dv] -> out [B,KV,G,T,Dv], lse [B,KV,G,T]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: _Plan, q: Array, k: Array, v: Array, life: Array, offset: Array) -> tuple[Array, Array]:
+    """q [B,KV,G,T,Dq], k [B,KV,S,Dq], v [B,KV,S,Dv], life [2,B,S]: first query that sees a key, and first that no longer does.
+
+    Returns out [B,KV,G,T,Dv], lse [B,KV,G,T].
+    """
     outs, lses = [], []
-    for band in _bands(q.shape[3], k.shape[2], block):
-        seen = (k[:, :, band.seen], v[:, :, band.seen], expiry[:, band.seen])
-        step = functools.partial(_forward_block, *seen, scale)
-        _, (out, lse) = jax.lax.scan(step, None, (_firsts(band), _split(q, band)))
+    for band in _bands(plan, q.shape[3], k.shape[2]):
+        seen = (k[:, :, band.seen], v[:, :, band.seen], life[:, :, band.seen])
+        step = functools.partial(_forward_block, *seen, plan.scale)
+        _, (out, lse) = jax.lax.scan(step, None, (_firsts(band, offset), _split(q, band)))
         outs.append(_join(out))
         lses.append(_join(lse))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
 def _forward_block(
-    k: Array, v: Array, expiry: Array, scale: float, carry: None, block: tuple[Array, Array]
+    k: Array, v: Array, life: Array, scale: float, carry: None, block: tuple[Array, Array]
 ) -> tuple[None, tuple[Array, Array]]:
     """One block of queries: (out [B,KV,G,rows,Dv], lse [B,KV,G,rows])."""
     first, q = block
-    scores = _scores(q, k, expiry, first, scale)
+    scores = _scores(q, k, life, first, scale)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a row without keys: exp(-inf - 0) = 0, not NaN
     weights = jnp.exp(scores - peak)
@@ -117,40 +143,36 @@ def _forward_block(
     return carry, (out.astype(v.dtype).reshape(*q.shape[:4], -1), (peak + jnp.log(total)).reshape(q.shape[:4]))
 
 
-def _forward(
-    q: Array, k: Array, v: Array, expiry: Array, scale: float, block: int
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    out, lse = _attention(q, k, v, expiry, scale, block)
-    return (out, lse), (q, k, v, expiry, out, lse)
+def _forward(plan: _Plan, *arrays: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    out, lse = _attention(plan, *arrays)
+    return (out, lse), (*arrays, out, lse)
 
 
-def _backward(
-    scale: float, block: int, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, Array, None]:
+def _backward(plan: _Plan, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
     """dS = P * (dO V^T - rowsum(dO * O) + dLSE); dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO."""
-    q, k, v, expiry, out, lse = saved
+    q, k, v, life, offset, out, lse = saved
     d_out, d_lse = cotangents
     # d_lse joins the row term: d lse / d score = P. Rows without keys have P = 0 throughout, once lse is finite.
     row = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     row, lse = jnp.where(lse == -jnp.inf, 0.0, row), jnp.where(lse == -jnp.inf, 0.0, lse)
     d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for band in _bands(q.shape[3], k.shape[2], block):
-        seen = (k[:, :, band.seen], v[:, :, band.seen], expiry[:, band.seen])
-        blocks = (_firsts(band), *(_split(x, band) for x in (q, d_out, row, lse)))
+    for band in _bands(plan, q.shape[3], k.shape[2]):
+        seen = (k[:, :, band.seen], v[:, :, band.seen], life[:, :, band.seen])
+        blocks = (_firsts(band, offset), *(_split(x, band) for x in (q, d_out, row, lse)))
         sums = (d_k[:, :, band.seen], d_v[:, :, band.seen])
-        sums, d_q = jax.lax.scan(functools.partial(_backward_block, *seen, scale), sums, blocks)
+        sums, d_q = jax.lax.scan(functools.partial(_backward_block, *seen, plan.scale), sums, blocks)
         d_k, d_v = (total.at[:, :, band.seen].set(part) for total, part in zip((d_k, d_v), sums, strict=True))
         d_qs.append(_join(d_q))
-    return jnp.concatenate(d_qs, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return jnp.concatenate(d_qs, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 def _backward_block(
-    k: Array, v: Array, expiry: Array, scale: float, sums: tuple[Array, Array], block: tuple[Array, ...]
+    k: Array, v: Array, life: Array, scale: float, sums: tuple[Array, Array], block: tuple[Array, ...]
 ) -> tuple[tuple[Array, Array], Array]:
     """One block of queries: its share added to (dK, dV), and its dQ."""
     first, q, d_out, row, lse = block
     d_out = _merge(d_out)
-    weights = jnp.exp(_scores(q, k, expiry, first, scale) - _merge(lse)[..., None])
+    weights = jnp.exp(_scores(q, k, life, first, scale) - _merge(lse)[..., None])
     d_weights = _product("bkrd,bksd->bkrs", d_out, v)
     d_scores = (weights * (d_weights + _merge(row)[..., None]) * scale).astype(q.dtype)
     # Three products read these two: without the barrier each would redo the exponentials on its own.
