@@ -81,7 +81,7 @@ def over_rows(kernel: Callable, rows: Collection[str]) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
             return kernel(*args, **kwargs)
         arrays = {name: x for name, x in given.items() if hasattr(x, "dtype")}
         (count,) = {x.shape[0] for name, x in arrays.items() if name in rows}

@@ -10,11 +10,26 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.prefix_window_attention.reference import attention_reference
 from kernels_pallas.prefix_window_attention.xla import attention_xla
-from metajax.dispatch import dispatch
+from kernels_pallas.selective_scan.conv import causal_conv_tpu
+from kernels_pallas.selective_scan.reference import causal_conv_reference, selective_scan_reference
+from kernels_pallas.selective_scan.tpu import selective_scan_tpu
+from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
+from metajax.dispatch import dispatch, over_rows
 from metajax.models.masks import Mask, gathered_expiry
 
 ATTENTION = {"reference": attention_reference, "xla": attention_xla}
 ATTENTION_AUTO: dict[str, str] = {}  # platform -> name in ATTENTION; any other platform takes "xla"
+SELECTIVE_SCAN = {
+    "reference": selective_scan_reference,
+    "xla": selective_scan_xla,
+    "pallas_tpu": over_rows(selective_scan_tpu, {"u", "delta", "B", "C", "z", "initial_state", "segment_ids"}),
+}
+CAUSAL_CONV = {
+    "reference": causal_conv_reference,
+    "xla": causal_conv_xla,
+    "pallas_tpu": over_rows(causal_conv_tpu, {"x", "initial_tail", "segment_ids"}),
+}
+SCAN_AUTO = {"tpu": "pallas_tpu"}
 
 
 def attention(
@@ -68,3 +83,46 @@ def _attention(
     scale = q.shape[-1] ** -0.5
     options = {"meta_k": meta_k, "meta_v": meta_v, "q_offset": q_offset}
     return dispatch(ATTENTION, ATTENTION_AUTO, implementation, q, k, v, expiry, scale=scale, **options)
+
+
+def selective_scan(
+    u: Float[Array, "B T C"],
+    delta: Float[Array, "B T C"],
+    A: Float[Array, "C N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " C"],
+    delta_bias: Float[Array, " C"],
+    z: Float[Array, "B T C"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"],
+    initial_state: Float[Array, "B C N"] | None = None,
+    reset_state: Float[Array, "C N"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
+    """Mamba-1's recurrence with softplus, skip and gate (arXiv 2312.00752, algorithm 2): (y, float32 state after the last token).
+
+    Where a segment starts the state is `reset_state` (None: zeros); the row itself continues `initial_state` (None: `reset_state`).
+    Raises UserError as `attention` does.
+    """
+    options = {"z": z, "segment_ids": segment_ids, "initial_state": initial_state, "reset_state": reset_state}
+    return dispatch(SELECTIVE_SCAN, SCAN_AUTO, implementation, u, delta, A, B, C, D, delta_bias, **options)
+
+
+def causal_conv(
+    x: Float[Array, "B T C"],
+    w: Float[Array, "C 4"],
+    b: Float[Array, " C"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    initial_tail: Float[Array, "B 3 C"] | None = None,
+    reset_tail: Float[Array, "3 C"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
+    """silu(b + causal depthwise convolution of width 4) inside segments: (y, tail that a continued row must be given).
+
+    Before a segment stands `reset_tail` (None: zeros), before the row `initial_tail` (None: `reset_tail`), oldest first.
+    Raises UserError as `attention` does.
+    """
+    options = {"segment_ids": segment_ids, "initial_tail": initial_tail, "reset_tail": reset_tail}
+    return dispatch(CAUSAL_CONV, SCAN_AUTO, implementation, x, w, b, **options)

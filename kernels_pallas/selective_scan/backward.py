@@ -246,7 +246,7 @@ def _through_inputs(tile: Array, index: Array, x: Inputs, out: Outputs, scratch:
 
 def _fold_rows(x_GxW: Array) -> Array:
     """[G, W] -> [S, W]"""
-    return x_GxW[:SUBLANES] + x_GxW[SUBLANES:]
+    return sum(x_GxW[i : i + SUBLANES] for i in range(0, x_GxW.shape[0], SUBLANES))
 
 
 def _sum_lanes(source_ref: object, out_ref: object, unroll: int) -> None:

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.selective_scan.reference import TAPS, resolve_tails
 from kernels_pallas.selective_scan.tiling import (
-    GROUP,
     LANES,
     SUBLANES,
     columns_of,
@@ -28,6 +27,7 @@ from kernels_pallas.selective_scan.tiling import (
 )
 from kernels_pallas.selective_scan.xla import borrowed_taps, convolve, final_tail, segment_offsets
 
+GROUP = 16  # tokens of an inner step: one packed bf16 tile of rows, and their bits and its neighbours' fit in one word
 PAST = TAPS - 2  # bits before a group's own in its word of starts: no token after a segment's third needs to know
 WORD = PAST + GROUP + TAPS - 1
 

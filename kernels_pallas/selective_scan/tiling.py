@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 LANES = 128
 SUBLANES = 8
-GROUP = 16  # tokens unrolled in the inner loops: one packed bf16 tile of rows
+GROUP = 32  # tokens unrolled in the scan's inner loops: whole packed bf16 tiles of rows, one bit each in a word
+SPREAD = 16  # tokens unrolled in the loops that run once per chunk for all channel tiles
 WIDEST = 5  # lane columns of a tile: more of them spill registers
 VMEM_BYTES = 48 * 2**20  # of 64 MiB (tpu7x) to 128 MiB (v5e, v6e)
 LOG2_E = 1.4426950408889634
@@ -89,7 +90,7 @@ class Plan:
     @property
     def unroll(self) -> int:
         """Of the loops that run once per chunk for all channel tiles."""
-        return 1 if self.interpret else GROUP
+        return 1 if self.interpret else SPREAD
 
     def tokens(self, step: Callable[[Array, T], T], carry: T, unroll: int) -> T:
         """carry = step(token, carry) for the tokens of a group, `unroll` at once: the scheduler fills one token's waits with the

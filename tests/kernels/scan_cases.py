@@ -12,7 +12,7 @@ from kernels_pallas.selective_scan.reference import selective_scan_reference
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.xla import selective_scan_xla
 
-CHUNK = 32  # small, so that a short sequence has several
+CHUNK = 64  # small, so that a short sequence has several
 ARRAYS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "z", "initial_state", "reset_state")
 IMPLEMENTATIONS = {
     "reference": selective_scan_reference,
@@ -32,12 +32,13 @@ class Shape(NamedTuple):
 
 
 # Lengths and widths that are not multiples of a tile; chunks 1 to 3, channel tiles 1 and 2, states below, at and above 8.
+# A gradient of one or two numbers may cancel to almost nothing and then has no scale to be measured by: no shape has both T and N 1.
 SHAPES = (
-    Shape(2, 70, 5, 4),
+    Shape(2, 140, 5, 4),
     Shape(1, 33, 300, 16),
-    Shape(2, 7, 130, 3, gated=False),
+    Shape(2, 7, 130, 1, gated=False),
     Shape(1, 64, 256, 9, resets=False),
-    Shape(2, 1, 40, 1, gated=False, resets=False),
+    Shape(2, 1, 40, 3, gated=False, resets=False),
 )
 
 

@@ -14,8 +14,8 @@ from scan_cases import IMPLEMENTATIONS, Shape, cotangents, error, make_inputs, r
 
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 
-SHAPE = Shape(2, 20, 5, 4)
-scan = functools.partial(selective_scan_tpu, chunk=16, interpret=True)
+SHAPE = Shape(2, 40, 5, 4)
+scan = functools.partial(selective_scan_tpu, chunk=32, interpret=True)
 
 
 def reference(arrays, reset, weights):
@@ -89,7 +89,7 @@ weights = tuple(map(jnp.asarray, cotangents(shape, 4)))
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 batched = ("u", "delta", "B", "C", "z", "initial_state")
 specs = {key: P("data") if key in batched else P() for key in arrays}
-scan = functools.partial(selective_scan_tpu, chunk=16, interpret=True)
+scan = functools.partial(selective_scan_tpu, chunk=32, interpret=True)
 sharded = jax.shard_map(
     lambda arrays, reset: scan(**arrays, reset=reset), mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=False
 )
