@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.prefix_window_attention.reference import with_meta
@@ -91,8 +92,8 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-def _firsts(band: _Band, offset: Array) -> Array:
-    """Key index of each block's first row."""
+def _firsts(band: _Band, offset: Array | np.ndarray) -> Array:
+    """Key index of each block's first row; a constant offset reaches the backward pass as a NumPy array."""
     return offset + jnp.arange(band.rows.start, band.rows.stop, (band.rows.stop - band.rows.start) // band.blocks)
 
 
@@ -148,7 +149,7 @@ def _forward(plan: _Plan, *arrays: Array) -> tuple[tuple[Array, Array], tuple[Ar
     return (out, lse), (*arrays, out, lse)
 
 
-def _backward(plan: _Plan, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _backward(plan: _Plan, saved: tuple[Array | np.ndarray, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
     """dS = P * (dO V^T - rowsum(dO * O) + dLSE); dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO."""
     q, k, v, life, offset, out, lse = saved
     d_out, d_lse = cotangents
