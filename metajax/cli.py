@@ -152,6 +152,12 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
     parser.add_argument("--documents", type=int, default=None, metavar="N", help="held-out documents (as in the run)")
+    parser.add_argument(
+        "--task", default=None, metavar="LIST", help="tasks such as list_recall,parity, or a run without (as in the run)"
+    )
+    parser.add_argument(
+        "--lengths", default=None, metavar="LIST", help="length bins of the tasks, such as 64,128 (as in the run)"
+    )
     parser.add_argument("--conditions", default=None, metavar="LIST", help="none, right, empty, shuffled (as in the run)")
     _add_place(parser)
 
@@ -265,7 +271,12 @@ def _print_report(report: dict[str, Any], workdir: Path) -> None:
 
 
 def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    for condition, values in results.items():
+    from metajax.reporting.records import conditions
+    from metajax.reporting.terminal import print_tasks
+
+    if "tasks" in results:
+        print_tasks(results["tasks"])
+    for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         shown = "no" if condition == "none" else condition
         print(f"held-out bits/byte, {shown} metadata: {values['bpb']:.4f}  {size}")
@@ -298,6 +309,8 @@ def _show(options: argparse.Namespace, started: float) -> int:
         return 0
     config = _config(target, options)
     terminal.print_experiment(target, config)
+    if config.tasks is not None:
+        terminal.print_curriculum(config, _paths(options))
     if options.count:
         terminal.print_rows(config, _paths(options), options.count)
     return 0
@@ -321,6 +334,10 @@ def _eval(options: argparse.Namespace, started: float) -> int:
         changes["evaluation.documents"] = options.documents
     if options.conditions is not None:
         changes["evaluation.conditions"] = options.conditions
+    if options.task is not None:
+        changes["tasks.names"] = options.task
+    if options.lengths is not None:
+        changes["tasks.eval_lengths"] = options.lengths
     _print_evaluation(opened.evaluate(override(opened.config, changes), _paths(options)))
     return 0
 

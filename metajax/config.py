@@ -1,41 +1,32 @@
-"""Typed, frozen configuration: sub-configs, validation, dotted overrides, serialisation and the identity hash.
+"""Typed, frozen configuration: sub-configs, validation and the identity hash.
 
 A field is added here once, with its type and its default; the command line, the saved `config.json`, the hash and
-the error messages follow from the dataclass. Everything that cannot change a number lives in `Runtime`, which
-is the only part outside the identity hash.
+the error messages follow from the dataclass (metajax/fields.py). Everything that cannot change a number lives in `Runtime`,
+which is the only part outside the identity hash.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 import json
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from metajax.fields import UserError, flatten, from_dict, nearest, override, require, to_dict
+
+__all__ = [
+    "UserError",
+    "flatten",
+    "from_dict",
+    "nearest",
+    "override",
+    "require",
+    "to_dict",
+]  # a config and its access, from one place
+
 Scale = Literal["cpu", "gpu", "paper"]
-
-
-class UserError(Exception):
-    """A mistake the user can mend: one plain line that names the remedy. The command line exits with 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A '; did you mean X?' clause for an unknown word, or '' when nothing is close."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 # ------------------------------------------------------------------------------------------------- sub-configs
@@ -101,6 +92,7 @@ class Model:
     rope_theta: float = 10_000.0
     rope_factor: float = 1.0  # context extension, for ntk and yarn
     rope_original_length: int = 0  # length before extension, for ntk and yarn
+    max_positions: int = 0  # rows of the learned position table; 0: as many as a row has slots
     window: int | None = None  # a query sees itself and this many keys before it; None: all
     init_std: float = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -108,7 +100,7 @@ class Model:
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "mlp_width"):
             require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
-        for name in ("kv_heads", "window", "rope_original_length"):
+        for name in ("kv_heads", "window", "rope_original_length", "max_positions"):
             require((getattr(self, name) or 0) >= 0, f"model.{name} = {getattr(self, name)}: not negative")
         for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
             require(0 < getattr(self, name) < math.inf, f"model.{name} = {getattr(self, name)}: a positive number")
@@ -158,6 +150,56 @@ class MetaTokens:
     def count(self, row_length: int) -> int:
         """M, the fixed number of meta-tokens in a row of `row_length` tokens."""
         return math.floor(Fraction(str(self.rate)) * row_length)  # in floating point 0.29 of 100 would be 28
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Synthetic tasks instead of documents as training text (Language Modeling with Learned Meta-Tokens, section 4, appendix D).
+
+    A length counts every slot that an example takes: BOS, prompt, answer. List names, prompts and the meaning of the sizes are in
+    metajax/data/tasks/prompts.py; what does not fill a length is filled with neutral text.
+    """
+
+    names: tuple[str, ...] = ("list_recall", "segment_counting", "parity", "copying")  # a run may have one or several
+    train_length: int = 128  # longest training example; the paper has 128, 256, 512 and more
+    # Curriculum: equal parts of the training steps, each with the share of train_length that its longest examples have. Five
+    # phases in the paper; their bounds are not stated, halving is inferred from its split names.
+    phases: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    train_examples: int = 90_000  # of each task, spread over the phases
+    eval_lengths: tuple[int, ...] = (64, 128, 256)  # upper ends of the bins; a bin reaches down to half of it
+    eval_examples: int = 1_000  # in every bin; the paper has 10,000 test examples a task over all of them
+    # Where the meta-tokens of an example stand: at the spots that its question speaks of, at as many random spots, or nowhere;
+    # without "deliberate" an ordinary token marks the spots. The paper's is "deliberate".
+    placement: Literal["deliberate", "random", "none"] = "deliberate"
+    lists: int = 6  # named lists in an example, at most; this and the sizes below are not stated in the paper
+    items: int = 8  # items of a list, at most
+    classes: int = 4  # answers of segment counting: 0 .. classes - 1, equally likely
+    bits: int = 6  # bits before the pause, at most (parity)
+    span: int = 6  # words to copy, at most
+
+    def __post_init__(self) -> None:
+        known = Tasks.names
+        require(len(self.names) > 0, f"tasks.names is empty; known: {', '.join(known)}")
+        for name in self.names:
+            require(name in known, f"tasks.names: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        require(
+            len(self.phases) > 0 and all(0 <= p <= 1 for p in self.phases),
+            f"tasks.phases = {self.phases}: a share of tasks.train_length from 0 to 1 for each phase",
+        )
+        for name in ("train_length", "train_examples", "eval_examples", "lists", "bits", "span"):
+            require(getattr(self, name) >= 1, f"tasks.{name} = {getattr(self, name)}: at least 1")
+        lengths = self.eval_lengths
+        require(
+            len(set(lengths)) == len(lengths) and min(lengths, default=2) >= 2,
+            f"tasks.eval_lengths = {lengths}: different lengths",
+        )
+        require(self.classes >= 2, f"tasks.classes = {self.classes}: at least 2 answers")
+        least = max(2, self.classes - 1)
+        require(self.items >= least, f"tasks.items = {self.items}: at least {least}, so that a list holds what is asked for")
+
+    def pauses(self, row_length: int) -> int:
+        """Meta-tokens that a training row has room for, with or without meta-attention."""
+        return row_length // 8
 
 
 @dataclass(frozen=True)
@@ -220,13 +262,12 @@ class Init:
 @dataclass(frozen=True)
 class Evaluation:
     every: int = 0  # steps between held-out evaluations during training; 0: at the end alone
-    documents: int = 400  # held-out documents, in an order fixed by the corpus
+    documents: int = 400  # held-out documents, in an order fixed by the corpus; with tasks 0 leaves them out
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: int = 48  # length of the text sample in the report
 
     def __post_init__(self) -> None:
-        require(self.documents >= 1, f"evaluation.documents = {self.documents}: at least 1")
-        for name in ("every", "sample_tokens"):
+        for name in ("every", "documents", "sample_tokens"):
             require(getattr(self, name) >= 0, f"evaluation.{name} = {getattr(self, name)}: not negative")
         require(len(self.conditions) > 0, "evaluation.conditions is empty; `none` evaluates without metadata")
         known = ("none", "right", "empty", "shuffled")
@@ -272,6 +313,7 @@ class Config:
     model: Model = field(default_factory=Model)
     meta_tokens: MetaTokens | None = None
     metadata: Metadata | None = None
+    tasks: Tasks | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     init: Init = field(default_factory=Init)
@@ -296,165 +338,44 @@ class Config:
                 data.switch.step < training.steps,
                 f"data.switch.step = {data.switch.step} is not before training.steps = {training.steps}",
             )
+        self._check_lengths()
         shown = [c for c in self.evaluation.conditions if c != "none"]
         require(
             not shown or self.metadata is not None,
             f"evaluation.conditions names {', '.join(shown)} but this experiment has no metadata template (metadata is null)",
         )
 
+    def _check_lengths(self) -> None:
+        model, tasks, slots = self.model, self.tasks, self.row_slots
+        require(
+            model.max_positions == 0 or model.max_positions >= slots,
+            f"model.max_positions = {model.max_positions} is less than the {slots} slots of a row",
+        )
+        require(
+            self.evaluation.documents > 0 or tasks is not None,
+            "evaluation.documents = 0: at least 1, or there is nothing to evaluate",
+        )
+        require(
+            tasks is None or 16 <= tasks.train_length <= self.data.row_length,
+            f"tasks.train_length = {tasks and tasks.train_length}: between 16 and data.row_length = {self.data.row_length}",
+        )
+
     @property
     def row_slots(self) -> int:
         """Positions of a row as the model sees it."""
         meta = self.meta_tokens
-        return self.data.row_length + (meta.count(self.data.row_length) if meta and meta.length == "added" else 0)
+        added = meta is not None and meta.length == "added" and self.tasks is None  # tasks bring theirs in their prompts
+        return self.data.row_length + (meta.count(self.data.row_length) if added else 0)
+
+    @property
+    def row_meta_tokens(self) -> int:
+        """M, the slots that a training row has for meta-tokens; rows of documents fill all of them, rows of tasks some."""
+        if self.meta_tokens is None:
+            return 0
+        return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.row_length)
 
 
-# ------------------------------------------------------------------------------------------------- typed access
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def _optional(hint: Any) -> tuple[Any, bool]:
-    """(T, True) for `T | None`, else (hint, False)."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        return inner[0], len(inner) < len(typing.get_args(hint))
-    return hint, False
-
-
-def _describe(hint: Any) -> str:
-    inner, optional = _optional(hint)
-    if typing.get_origin(inner) is Literal:
-        text = "one of " + ", ".join(map(str, typing.get_args(inner)))
-    elif typing.get_origin(inner) is tuple:
-        text = "a comma-separated list"
-    else:
-        text = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
-            inner.__name__, inner.__name__
-        )
-    return text + (" or none" if optional else "")
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """A value from JSON, from the command line or from Python, as the field's type; UserError when it is not one."""
-    inner, optional = _optional(hint)
-    if optional and (value is None or value == "none"):
-        return None
-    if dataclasses.is_dataclass(inner):
-        if isinstance(value, inner):
-            return value
-        value = _loads(value, path) if isinstance(value, str) else value
-        require(isinstance(value, Mapping), f"{path} = {value!r}: expected {_describe(hint)} as a mapping of its fields")
-        return from_dict(inner, value, path)
-    if typing.get_origin(inner) is tuple:
-        items = [item for item in value.split(",") if item] if isinstance(value, str) else list(value)
-        args = typing.get_args(inner)
-        require(
-            args[-1] is Ellipsis or len(items) == len(args), f"{path} = {value!r}: expected {len(args)} comma-separated values"
-        )
-        hints = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        return tuple(_convert(item, h, path) for item, h in zip(items, hints, strict=True))
-    return _convert_scalar(value, inner, hint, path)
-
-
-def _loads(text: str, path: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} = {text!r}: expected JSON such as '{{\"field\": value}}' ({error.msg})") from None
-
-
-def _convert_scalar(value: Any, inner: Any, hint: Any, path: str) -> Any:
-    wrong = f"{path} = {value!r}: expected {_describe(hint)}"
-    if typing.get_origin(inner) is Literal:
-        choices = typing.get_args(inner)
-        require(value in choices, wrong + nearest(str(value), map(str, choices)))
-        return value
-    if inner is bool:
-        if isinstance(value, bool):
-            return value
-        require(isinstance(value, str) and value.lower() in ("true", "false"), wrong)
-        return value.lower() == "true"
-    if inner is str:
-        require(isinstance(value, str), wrong)
-        return value
-    require(isinstance(value, (str, int, float)) and not isinstance(value, bool), wrong)
-    try:
-        number = float(value)
-    except ValueError:
-        raise UserError(wrong) from None
-    require(number == number, wrong)
-    if inner is int:
-        require(number.is_integer(), wrong)
-        return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
-    return number
-
-
-def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
-    """Build dataclass `cls` from a nested mapping; unknown keys and wrong types raise UserError with the dotted path."""
-    hints = _field_types(cls)
-    prefix = f"{path}." if path else ""
-    for key in values:
-        require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
-    require(not missing, f"{path or cls.__name__} needs {', '.join(missing)}")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The nested, JSON-ready form of a config; `from_dict(Config, to_dict(c)) == c`."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def override(config: Any, changes: Mapping[str, Any]) -> Any:
-    """A copy with dotted fields replaced: {"model.layers": "8", "meta_tokens": MetaTokens()}.
-
-    All changes of one sub-config are applied at once, so that two fields which must agree can change together.
-    """
-    return _override(config, changes, "")
-
-
-def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
-    hints = _field_types(type(config))
-    whole: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    for dotted, value in changes.items():
-        head, _, rest = dotted.partition(".")
-        name = head if head in hints else f"{head}_"  # `from` is a keyword in Python, `from_` the field
-        require(name in hints, f"unknown field {path}{head}{nearest(head, hints)}")
-        if rest:
-            nested.setdefault(name, {})[rest] = value
-        else:
-            whole[name] = _convert(value, hints[name], path + head)
-    for name, inner in nested.items():
-        part, hint = whole.get(name, getattr(config, name)), _optional(hints[name])[0]
-        require(
-            dataclasses.is_dataclass(hint), f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set"
-        )
-        if part is None:
-            whole[name] = _convert({k: v for k, v in inner.items()}, hints[name], path + name)
-        else:
-            whole[name] = _override(part, inner, f"{path}{name}.")
-    return dataclasses.replace(config, **whole)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every reachable field by dotted path; sub-configs that are null count as one."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{f.name}."))
-        else:
-            flat[prefix + f.name] = value
-    return flat
+# ------------------------------------------------------------------------------------------------- identity
 
 
 def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

@@ -13,6 +13,7 @@ from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
 from metajax.data.tokenizers import Tokenizer
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
+from metajax.evaluation.tasks import evaluate_tasks
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
 from metajax.planning.flops import flops_per_token
@@ -70,7 +71,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "counts": vars(trained.counts),
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": evaluate(config, trained.program, trained.corpora, model),
-        "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens else None,
+        "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens and config.tasks is None else None,
         "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
         "restarted_from": trained.restarted_from,
@@ -82,8 +83,12 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
 
 
 def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
-    """Held-out results under every condition of `config.evaluation`."""
-    results = {}
+    """Held-out results under every condition of `config.evaluation`; as "tasks" those of `config.tasks`, by task and length."""
+    results: dict[str, dict[str, Any]] = {}
+    if config.tasks is not None:
+        results["tasks"] = evaluate_tasks(program, corpora, model)
+        if not config.evaluation.documents:
+            return results
     with progress(f"evaluating {config.name}", total=len(config.evaluation.conditions)) as advance:
         for condition in config.evaluation.conditions:
             results[condition] = evaluate_held_out(program, corpora, model, condition)

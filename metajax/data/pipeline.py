@@ -28,6 +28,7 @@ from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, pack
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source
+from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 
 EVALUATION_SEED = 20_250_601  # held-out documents, their order and their meta-token slots are the same for every run
@@ -165,6 +166,10 @@ def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: in
 def training_rows(corpora: Corpora) -> grain.MapDataset:
     """Row n of the run, for every n: an endless random-access dataset that depends on the config and the seed alone."""
     config, data = corpora.config, corpora.config.data
+    if config.tasks is not None:
+        return grain.MapDataset.range(sys.maxsize).map(
+            TaskRows(config, task_examples(corpora, derive_seed("tasks", config.seed)))
+        )
     streams = []
     for i, cache in enumerate(corpora.caches):
         documents = cache.documents("train", data.held_out)
@@ -241,3 +246,27 @@ def held_out(corpora: Corpora, condition: str) -> HeldOut:
     rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % data.batch_rows)
     batches = [stack(rows[n : n + data.batch_rows]) for n in range(0, len(rows), data.batch_rows)]
     return HeldOut(batches, documents, body_bytes, metadata_tokens=sum(int(b["is_metadata"].sum()) for b in batches))
+
+
+def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
+    """The examples of the config's tasks; UserError where a wanted length has none."""
+    examples = Examples(corpora.config.tasks, corpora.tokenizer, seed)
+    examples.check()
+    return examples
+
+
+def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
+    """The test examples of one bin, one to a row of `length` slots, in batches of equal shape; the same for every run.
+
+    A batch has no more slots than a micro-batch of training, and a multiple of `shards` rows; padding rows fill the last.
+    """
+    config, examples = corpora.config, task_examples(corpora)
+    slots = config.data.batch_rows * config.row_slots // config.training.accumulate
+    size = max(1, slots // length // shards) * shards
+    meta_slots = PAUSES if config.meta_tokens is not None else None
+    rows = [
+        assemble([examples.test(task, length, n)], length, corpora.tokenizer, meta_slots)
+        for n in range(config.tasks.eval_examples)
+    ]
+    rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % size)
+    return [stack(rows[n : n + size]) for n in range(0, len(rows), size)]

@@ -24,6 +24,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from metajax.atomic import write_text
 from metajax.config import UserError, nearest, require
+from metajax.data.tasks.prompts import RESERVED_PIECES
 from metajax.progress import say
 
 KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf")
@@ -205,7 +206,10 @@ class HuggingFace(_Base):
 
 
 class TrainedBpe(HuggingFace):
-    """Byte-level BPE (GPT-2's pre-tokenizer) trained on the corpus; the padded table holds exactly N ids."""
+    """Byte-level BPE (GPT-2's pre-tokenizer) trained on the corpus; the padded table holds exactly N ids.
+
+    With bpe:N+tasks the pieces of the task prompts are tokens of their own among the N, also where other text spells them.
+    """
 
     kind = "bpe"
 
@@ -288,15 +292,22 @@ def _kind(spec: str) -> tuple[str, str]:
 
 
 def _bpe_base(spec: str) -> int:
-    """Trained ids of `bpe:N`: N less the reserved ones; UserError unless N is a multiple of 64 that holds all bytes."""
-    number = spec.partition(":")[2]
-    smallest = -(-(256 + len(RESERVED)) // _BLOCK) * _BLOCK
+    """Own ids of `bpe:N`: N less the reserved ones; UserError unless N is a multiple of 64 that holds bytes and whole words."""
+    number, words = spec.partition(":")[2].partition("+")[0], _whole_words(spec)
+    smallest = -(-(256 + len(RESERVED) + len(words)) // _BLOCK) * _BLOCK
     size = int(number) if number.isdecimal() else 0
     require(
         size >= smallest and size % _BLOCK == 0,
         f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {_BLOCK} from {smallest} on, such as bpe:2048",
     )
     return size - len(RESERVED)
+
+
+def _whole_words(spec: str) -> tuple[str, ...]:
+    """What `bpe:N+tasks` holds as one token each, nothing for `bpe:N`."""
+    _, plus, words = spec.partition("+")
+    require(not plus or words == "tasks", f"data.tokenizer = {spec!r}: unknown {words!r} behind the +; known: tasks")
+    return RESERVED_PIECES if plus else ()
 
 
 def vocabulary_of(spec: str) -> Vocabulary | None:
@@ -312,7 +323,7 @@ def vocabulary_of(spec: str) -> Vocabulary | None:
 def open_tokenizer(
     spec: str, *, cache_dir: Path, data_dir: Path | None, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]
 ) -> Tokenizer:
-    """The tokenizer of a spec: byte, bpe:N, gpt2:DIR, sentencepiece:PATH or hf:PATH.
+    """The tokenizer of a spec: byte, bpe:N, bpe:N+tasks, gpt2:DIR, sentencepiece:PATH or hf:PATH.
 
     bpe:N is trained on `texts()` when the cache has none for this corpus; paths are relative to `data_dir`, else to
     the working directory. Raises UserError for a bad spec and for a missing or damaged file.
@@ -344,7 +355,8 @@ def load(folder: Path) -> Tokenizer:
 
 def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]) -> TrainedBpe:
     base = _bpe_base(spec)
-    path = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}-{corpus_fingerprint[:12]}.json"
+    words = hashlib.sha256(json.dumps(_whole_words(spec)).encode()).hexdigest()[:8] if _whole_words(spec) else ""
+    path = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}{words and '-' + words}-{corpus_fingerprint[:12]}.json"
     if not path.exists():
         write_text(path, train_bpe(spec, texts())._library.to_str())
     return TrainedBpe(spec, _parse_library(path, f"delete {path}, and it is trained again"))
@@ -359,12 +371,13 @@ def train_bpe(spec: str, texts: Iterable[str]) -> TrainedBpe:
     if not terminal:
         say(f"training tokenizer {spec} (once for this corpus)")
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=_bpe_base(spec),
+        vocab_size=_bpe_base(spec) - len(_whole_words(spec)),
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[],
         show_progress=terminal,
     )
     library.train_from_iterator(texts, trainer)
+    library.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in _whole_words(spec)])
     return TrainedBpe(spec, library)
 
 

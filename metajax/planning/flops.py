@@ -49,7 +49,8 @@ def batch_pairs(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]
     causal = int(reach[real].sum())
     if "meta_slots" not in batch or config.meta_tokens is None or config.meta_tokens.attention == "none":
         return causal, 0
-    segments = np.take_along_axis(batch["segment_ids"], batch["meta_slots"], axis=1)
+    padded = np.pad(batch["segment_ids"], ((0, 0), (0, 1)))  # an unused slot points behind the row: no segment
+    segments = np.take_along_axis(padded, np.minimum(batch["meta_slots"], padded.shape[1] - 1), axis=1)
     same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
     return causal, int(np.tril(same).sum())
 
@@ -67,7 +68,7 @@ def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) ->
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """Training operations a slot by part, for a row that is one document (the most attention a row can need)."""
     slots = config.row_slots
-    metas = config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
+    metas = config.row_meta_tokens
     parts = {k: 3.0 * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
     scale = 3.0 * config.model.layers * pair_flops(config) / slots
     parts["attention_pairs"] = scale * Mask(window=config.model.window).pairs([slots])

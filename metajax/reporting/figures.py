@@ -53,8 +53,10 @@ class SpreadColumn:
     values: Mapping[str, Sequence[float]]
 
 
-def loss_curves(series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Sequence[Curve]] | None = None) -> str:
-    """Training bits per byte against the step as SVG.
+def loss_curves(
+    series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Sequence[Curve]] | None = None, unit: str = "bits per byte"
+) -> str:
+    """The training loss in `unit` against the step as SVG.
 
     One seed: the measurements faint, their moving average on top. Several: the average of each seed thin, their mean thick.
 
@@ -67,7 +69,7 @@ def loss_curves(series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Se
         axes = figure.add_subplot()
         lines, points, handles = [], [], []
         for number, (name, curves) in enumerate(series.items()):
-            colour, stroke = _look(number)
+            colour, stroke = look(number)
             lines += _draw_row(axes, [_finite(c) for c in curves], colour, stroke)
             for steps, values in (held_out or {}).get(name, ()):
                 axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="#14171c", zorder=4)
@@ -77,12 +79,12 @@ def loss_curves(series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Se
             handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="held-out text"))
         cut = _frame(axes, lines, points)
         axes.set_xlabel("step" + cut)
-        axes.set_ylabel("training bits per byte")
+        axes.set_ylabel(f"training {unit}")
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(handles) > 1:
             figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, handlelength=1.8, borderpad=0)
-        return _svg(figure, f"Training bits per byte against the step: {', '.join(series)}")
+        return to_svg(figure, f"Training {unit} against the step: {', '.join(series)}")
 
 
 def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> str:
@@ -99,13 +101,13 @@ def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) ->
                 axes.set_xlim(*limits[column.quantity])
             axes.set_title(column.title, fontweight="bold")
         panels[-1].set_xlabel("the axes do not start at 0", color="#5b616b", fontstyle="italic")
-        return _svg(figure, f"Spread over seeds of {', '.join(c.title for c in columns)} for {', '.join(rows)}")
+        return to_svg(figure, f"Spread over seeds of {', '.join(c.title for c in columns)} for {', '.join(rows)}")
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
 
 
-def _look(number: int) -> tuple[str, str]:
+def look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], STROKES[number // len(COLOURS) % len(STROKES)]
 
 
@@ -168,7 +170,7 @@ def _draw_spread(axes: Axes, column: SpreadColumn, rows: Sequence[str], baseline
     if len(reference):
         axes.axvline(np.mean(reference), color="#9aa0a8", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for y, name in enumerate(rows):
-        values, colour = list(column.values[name]), _look(y)[0]
+        values, colour = list(column.values[name]), look(y)[0]
         if len(values) > 1:
             axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=1.2, alpha=0.5)
             axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
@@ -182,7 +184,7 @@ def _draw_spread(axes: Axes, column: SpreadColumn, rows: Sequence[str], baseline
     axes.ticklabel_format(axis="x", useOffset=False)
 
 
-def _svg(figure: Figure, label: str) -> str:
+def to_svg(figure: Figure, label: str) -> str:
     """The figure as an <svg> element: no header, no metadata, scaled by the page, ids that no other figure has."""
     buffer = io.StringIO()
     with warnings.catch_warnings():

@@ -16,6 +16,8 @@ from markupsafe import Markup
 from metajax.atomic import write_text
 from metajax.config import Config, difference, flatten, from_dict
 from metajax.reporting.figures import Curve, SpreadColumn, loss_curves, seed_spread
+from metajax.reporting.records import conditions
+from metajax.reporting.tasks import HEAD, accuracy_figure, table_rows, title
 from metajax.training.metrics import read_lines
 
 CONDITIONS = {  # of the evaluation: title, what the model was shown
@@ -52,15 +54,17 @@ def write_run_report(workdir: Path) -> Path:
     report = _read(workdir / "report.json")
     config = from_dict(Config, report["config"])
     curve, held_out_curve = _curves(workdir)
+    unit, tasks = _unit(config), report["eval"].get("tasks")
     page = _templates.get_template("run.html").render(
         title=f"{report['name']} (seed {report['seed']})",
         report=report,
         sentence=_run_sentence(report, config),
-        conditions=[_condition(name, result) for name, result in report["eval"].items()],
-        curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]})),
-        curve_caption="Bits per byte of each training batch (faint) and their moving average. Training text, so not comparable "
+        conditions=[_condition(name, result) for name, result in conditions(report["eval"]).items()],
+        tasks=tasks and {"head": HEAD, "rows": table_rows(tasks), "figure": Markup(accuracy_figure(tasks, config.tasks))},
+        curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]}, unit)),
+        curve_caption=f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not comparable "
         "with the held-out numbers to the last digit.",
-        budget=_budget("all", report["counts"]),
+        budget=_budget("all", report["counts"], config),
         token_facts=_token_facts(report),
         startup=_startup(report["startup"]),
         time_facts=_time_facts(report, config),
@@ -91,6 +95,7 @@ def write_table_report(
     first = {name: runs[0] for name, runs in reports.items()}
     basis_row = result["baseline"] if result["baseline"] in first else names[0]
     basis = first[basis_row]
+    unit = _unit(from_dict(Config, basis["config"]))
     best = [_best(result, column) for column in result["columns"]]
     page = _templates.get_template("table.html").render(
         title=f"{result['name']} at scale {result['scale']}",
@@ -107,11 +112,11 @@ def write_table_report(
         if basis_row == result["baseline"]
         else "The config against the table's base",
         rows=[_row(folder, row, result, first) for row in result["rows"]],
-        curves=Markup(loss_curves(*({name: [pair[i] for pair in runs] for name, runs in curves.items()} for i in (0, 1)))),
-        curve_caption=_curve_caption(len(result["seeds"])),
+        curves=Markup(loss_curves(*({name: [pair[i] for pair in runs] for name, runs in curves.items()} for i in (0, 1)), unit)),
+        curve_caption=_curve_caption(len(result["seeds"]), unit),
         spread=Markup(seed_spread([_spread_column(result, c) for c in result["columns"]], result["baseline"])),
         spread_caption=_spread_caption(len(result["seeds"]), result["baseline"]),
-        budgets=[_budget(name, report["counts"]) for name, report in first.items()],
+        budgets=[_budget(name, report["counts"], from_dict(Config, report["config"])) for name, report in first.items()],
         samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
         corpora=[_corpus(manifest) for manifest in basis["corpora"]],
         held_out=_held_out(basis),
@@ -134,9 +139,9 @@ def _write(folder: Path, page: str) -> Path:
 
 
 def _curves(workdir: Path) -> tuple[Curve, Curve]:
-    """(training, held-out) bits per byte of a run, as (steps, values)."""
+    """(training, held-out) bits per byte of a run, nats of answers where it trained on tasks, as (steps, values)."""
     lines = read_lines(workdir / "metrics.jsonl")
-    training = [(line["step"], line["bpb"]) for line in lines if "bpb" in line]
+    training = [(line["step"], line["bpb" if "bpb" in line else "body_nll"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
     return tuple(([s for s, _ in pairs], [v for _, v in pairs]) for pairs in (training, held_out))
 
@@ -167,16 +172,21 @@ def _show(value: Any) -> str:
     return "none" if value is None else "(empty)" if value == "" else str(value)
 
 
+def _unit(config: Config) -> str:
+    """What the training curve counts."""
+    return "bits per byte" if config.tasks is None else "nats per answer token"
+
+
 def _run_sentence(report: dict[str, Any], config: Config) -> str:
     model, data = config.model, config.data
     extras = []
-    if config.meta_tokens is not None:
+    if config.meta_tokens is not None and config.tasks is None:
         extras.append(f"{config.meta_tokens.count(data.row_length)} meta-tokens in each row")
     if config.metadata is not None and config.metadata.position != "none":
         extras.append(f"metadata {config.metadata.template!r} before {config.metadata.keep:.0%} of the documents")
     return (
         f"A decoder of {model.layers} layers, width {model.width} and {_size(report['parameters']['total'])} parameters, trained for "
-        f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} slots on {', '.join(data.sources)}"
+        f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} slots on {', '.join(map(title, config.tasks.names)) if config.tasks else ', '.join(data.sources)}"
         f"{', with ' + ' and '.join(extras) if extras else ''}."
     )
 
@@ -195,9 +205,11 @@ def _condition(name: str, result: dict[str, Any]) -> dict[str, str]:
     return {"title": title, "meaning": meaning, "bpb": f"{result['bpb']:.3f}"}
 
 
-def _held_out(report: dict[str, Any]) -> dict[str, str]:
-    """What the evaluation was made on; every condition has the same documents."""
-    result = next(iter(report["eval"].values()))
+def _held_out(report: dict[str, Any]) -> dict[str, str] | None:
+    """What the evaluation was made on; every condition has the same documents. None: tasks alone."""
+    result = next(iter(conditions(report["eval"]).values()), None)
+    if result is None:
+        return None
     return {"documents": f"{result['documents']:,}", "bytes": f"{result['body_bytes']:,}", "tokens": f"{result['body_tokens']:,}"}
 
 
@@ -210,11 +222,12 @@ def _corpus(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _budget(name: str, counts: dict[str, float]) -> dict[str, Any]:
-    """Shares of the training slots; what no part claims are ends of documents."""
+def _budget(name: str, counts: dict[str, float], config: Config) -> dict[str, Any]:
+    """Shares of the training slots; what no part claims are ends of documents, and prompts where tasks are trained."""
     slots = counts["slots"] or 1
     other = max(0, slots - sum(counts[key] for key, _, _ in SLOT_PARTS))
-    parts = [*((label, css, counts[key]) for key, label, css in SLOT_PARTS), ("ends of documents", "p5", other)]
+    body, rest = ("body text", "ends of documents") if config.tasks is None else ("answers", "prompts")
+    parts = [*((body if key == "body" else label, css, counts[key]) for key, label, css in SLOT_PARTS), (rest, "p5", other)]
     return {
         "name": name,
         "total": _size(counts["slots"]),
@@ -337,10 +350,10 @@ def _spread_column(result: dict[str, Any], column: dict[str, Any]) -> SpreadColu
     return SpreadColumn(title, column["path"].rpartition(".")[2], {row["name"]: _numbers(row, column) for row in result["rows"]})
 
 
-def _curve_caption(seeds: int) -> str:
+def _curve_caption(seeds: int, unit: str) -> str:
     if seeds == 1:
-        return "Bits per byte of each training batch (faint) and their moving average."
-    return f"Moving averages of the training batches' bits per byte: each of {seeds} seeds thin, their mean thick."
+        return f"{unit.capitalize()} of each training batch (faint) and their moving average."
+    return f"Moving averages of the training batches' {unit}: each of {seeds} seeds thin, their mean thick."
 
 
 def _spread_caption(seeds: int, baseline: str) -> str:

@@ -189,6 +189,11 @@ def _require_same(saved: Config, config: Config, path: Path) -> None:
         )
 
 
+def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The held-out results of a report's `eval`, by condition; what it has on tasks stands beside them."""
+    return {name: result for name, result in results.items() if name != "tasks"}
+
+
 # ----------------------------------------------------------------------------------------------- finding runs
 
 

@@ -109,7 +109,7 @@ def _lookup(report: dict[str, Any], path: str) -> float | None:
         if key not in value:
             return None
         value = value[key]
-    return float(value)
+    return None if value is None else float(value)
 
 
 def cell(values: Sequence[float | None], digits: int) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
-from metajax.reporting.records import list_runs, read_config
+from metajax.reporting.records import conditions, list_runs, read_config
 from metajax.reporting.tables import row_config
 
 console = Console()
@@ -105,6 +105,31 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
     )
 
 
+def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Accuracy by task and length."""
+    from metajax.reporting.tasks import HEAD, table_rows
+
+    grid = _grid(*HEAD)
+    for cells in table_rows(results):
+        grid.add_row(*cells)
+    console.print(grid)
+
+
+def print_curriculum(config: Config, paths: Any) -> None:
+    """What the tasks of a config feed it: lengths by phase, and the shortest bin's first test example of each task."""
+    from metajax.data.pipeline import open_corpora, task_examples
+
+    examples, tasks = task_examples(open_corpora(config, paths)), config.tasks
+    grid = _grid("task", *(f"phase {phase + 1}" for phase in range(len(tasks.phases))), "evaluated at")
+    for task in tasks.names:
+        ranges = (f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in range(len(tasks.phases)))
+        grid.add_row(task, *ranges, ", ".join(map(str, tasks.eval_lengths)))
+    console.print(Text(f"tokens of an example; a phase is {config.training.steps / len(tasks.phases):,.0f} steps", "bold"))
+    console.print(grid)
+    for task in tasks.names:
+        console.print(Text(examples.test(task, min(tasks.eval_lengths), 0).text, "italic"))
+
+
 def print_rows(config: Config, paths: Any, count: int) -> None:
     """The first `count` training rows decoded: metadata blue, meta-tokens magenta, no loss dim, padding left out."""
     from metajax.data.pipeline import open_corpora, training_rows
@@ -166,7 +191,7 @@ def print_runs(root: Path) -> None:
         config = read_config(run)
         report = _report(run)
         state = "complete" if report else f"step {_last_step(run)} of {config.training.steps}"
-        scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in report["eval"].items()) if report else "-"
+        scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in conditions(report["eval"]).items()) if report else "-"
         grid.add_row(run.name, config.name, config.scale, str(config.seed), state, scores)
     console.print(grid if grid.row_count else f"no runs under {root}; start with: python run.py quickstart")
 
@@ -180,10 +205,13 @@ def print_comparison(runs: list[Path]) -> None:
     fields = sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"})
     for field in fields:
         grid.add_row(field, *(str(flatten(c).get(field, "-")) for c in configs))
-    conditions = dict.fromkeys(k for report in reports if report for k in report["eval"])
-    for condition in conditions:
+    found = [report["eval"] for report in reports if report]
+    for condition in dict.fromkeys(k for results in found for k in conditions(results)):
         values = [report and report["eval"].get(condition) for report in reports]
         grid.add_row(f"bits/byte, {condition} metadata", *(f"{v['bpb']:.4f}" if v else "-" for v in values))
+    for task, length in dict.fromkeys((t, n) for results in found for t, bins in results.get("tasks", {}).items() for n in bins):
+        scored = [report and report["eval"].get("tasks", {}).get(task, {}).get(length) for report in reports]
+        grid.add_row(f"{task}, {length} tokens", *(f"{s['exact']:.1%}" if s and s["exact"] is not None else "-" for s in scored))
     for title, path in (
         ("parameters", ("parameters", "total")),
         ("body tokens", ("counts", "body")),

@@ -52,7 +52,7 @@ class Checkpoints:
         self.hashes.mkdir(parents=True, exist_ok=True)
         self._warn = on_warning
         self._host, self._hosts = jax.process_index(), jax.process_count()
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["bpb"], reverse=True, n=1)
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["score"], reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), cleanup_tmp_directories=True
         )
@@ -65,8 +65,9 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def save(self, state: State, meta: dict[str, Any], bpb: float | None = None) -> None:
-        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready.
+    def save(self, state: State, meta: dict[str, Any], score: float | None = None) -> None:
+        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready;
+        the checkpoint with the least `score` is kept too.
 
         `meta` is copied too: it is written in the background, while the caller goes on changing its own.
         """
@@ -74,7 +75,7 @@ class Checkpoints:
         self.finish()
         step = int(jax.device_get(state.step))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(copy.deepcopy(meta)))
-        self._manager.save(step, args=arguments, metrics=None if bpb is None else {"bpb": bpb}, force=True)
+        self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score}, force=True)
         self._unhashed = step
         self.blocked_seconds += time.monotonic() - started
 

@@ -19,6 +19,7 @@ from metajax.config import Config, UserError, config_hash
 from metajax.data.pipeline import Corpora, Paths, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
+from metajax.evaluation.tasks import evaluate_tasks, mean_exact
 from metajax.planning.flops import peak_flops, step_flops
 from metajax.progress import progress, say
 from metajax.reporting.records import RunDirectory, find_run
@@ -70,7 +71,7 @@ class Counts:
         self.loss_tokens += int((batch["loss_weights"] > 0).sum())
         self.body += int(batch["is_body"].sum())
         self.metadata += int(batch["is_metadata"].sum())
-        self.meta_tokens += batch["meta_slots"].size if "meta_slots" in batch else 0
+        self.meta_tokens += int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0
         self.padding += int((batch["segment_ids"] == 0).sum())
         self.flops += flops
 
@@ -236,14 +237,21 @@ class Trainer:
         return every > 0 and step % every == 0 and step < self.config.training.steps
 
     def _evaluate(self, state: State, step: int) -> float:
-        result = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])
-        self.metrics.write({"step": step, "held_out_bpb": result["bpb"]})
-        self.loggers.write(step, {"held_out_bpb": result["bpb"]})
-        return result["bpb"]
+        """A score of which less is better: held-out bits per byte, or the share of task examples that are answered wrong."""
+        if self.config.tasks is not None:
+            results = evaluate_tasks(self.program, self.corpora, state.model)
+            score = 1 - mean_exact(results)
+            record = {f"exact/{task}/{length}": r["exact"] for task, bins in results.items() for length, r in bins.items()}
+        else:
+            score = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])["bpb"]
+            record = {"held_out_bpb": score}
+        self.metrics.write({"step": step, **record})
+        self.loggers.write(step, {name: value for name, value in record.items() if value is not None})
+        return score
 
-    def _save(self, state: State, bpb: float | None) -> None:
+    def _save(self, state: State, score: float | None) -> None:
         meta = {"step": int(jax.device_get(state.step)), "config_hash": config_hash(self.config), "counts": vars(self.counts)}
-        self.checkpoints.save(state, meta, bpb)
+        self.checkpoints.save(state, meta, score)
 
     def _log(self, step: int, metrics: Any, batch: dict[str, np.ndarray], state: State) -> None:
         """Read a step's metrics, which also paces the host to one step behind the devices."""
@@ -253,7 +261,9 @@ class Trainer:
         flops = step_flops(self.config, self.vocab_size, batch)
         self.counts.add(batch, flops)
         self._pace.add(batch["tokens"].size, flops)
-        record = {"step": step, **values, "bpb": values["body_nll"] / LN2 / self.corpora.bytes_per_token}
+        record = {"step": step, **values}
+        if self.config.tasks is None:  # the body of an answer is not text of a corpus
+            record["bpb"] = values["body_nll"] / LN2 / self.corpora.bytes_per_token
         self.metrics.write(record)
         if step % self.config.runtime.log_every == 0 or step == 1:
             speed, seconds = self._pace.read(peak_flops(list(self.program.mesh.devices.flat)))
@@ -287,7 +297,7 @@ def _log_line(step: int, steps: int, record: dict[str, float], speed: dict[str, 
     parts = [
         f"step {step}/{steps}",
         f"loss {record['loss']:.4f}",
-        f"bits/byte {record['bpb']:.4f}",
+        f"bits/byte {record['bpb']:.4f}" if "bpb" in record else f"nats/answer token {record['body_nll']:.4f}",
         f"lr {record['learning_rate']:.2e}",
         f"grad {record['grad_norm']:.3f}",
         f"{speed['tokens_per_second']:,.0f} tokens/s",

@@ -23,9 +23,8 @@ from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step, eval
 
 def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
     """The model of a config with fresh parameters."""
-    return LM(
-        config.model, vocab_size=vocab_size, max_length=config.row_slots, meta=config.meta_tokens, runtime=config.runtime, key=key
-    )
+    length = max(config.row_slots, config.model.max_positions)
+    return LM(config.model, vocab_size=vocab_size, max_length=length, meta=config.meta_tokens, runtime=config.runtime, key=key)
 
 
 def abstract_model(config: Config, vocab_size: int) -> LM:

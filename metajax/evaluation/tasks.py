@@ -1,0 +1,95 @@
+"""Accuracy on the synthetic tasks, by task and length bin, from one teacher-forced pass over each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import binomtest
+
+from metajax.config import Config
+from metajax.data.pipeline import Corpora, task_batches
+from metajax.data.tasks.prompts import chance
+from metajax.progress import progress
+from metajax.training.step import apply_model
+
+if TYPE_CHECKING:
+    from metajax.training.program import Program
+
+Apply = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> logits [B, T, V]
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply = apply_model) -> Results:
+    """{task: {length: numbers}} over the test examples of every bin of `tasks.eval_lengths`; see `summarise` for the numbers.
+
+    A bin that the model cannot read (a learned position table that is too short) has `exact` None and a `reason`.
+
+    Args:
+      apply: how the model reads a batch; an intervention passes its own. Jitted once for each function and shape.
+    """
+    tasks, results = corpora.config.tasks, {}
+    with progress(f"evaluating {', '.join(tasks.names)}", total=len(tasks.names) * len(tasks.eval_lengths)) as advance:
+        for task in tasks.names:
+            results[task] = {}
+            for length in tasks.eval_lengths:
+                reason = impossible(program.config, length)
+                scored = {"exact": None, "token": None, "n": 0, "reason": reason}
+                if reason is None:
+                    scored = summarise(_score(program, task_batches(corpora, task, length, program.mesh.size), model, apply))
+                results[task][str(length)] = scored | {"chance": chance(task, tasks)}
+                advance(1)
+    return results
+
+
+def impossible(config: Config, length: int) -> str | None:
+    """Why the model of a config cannot read rows of `length` slots, or None."""
+    table = max(config.row_slots, config.model.max_positions)
+    if config.model.position == "learned" and length > table:
+        return f"the position table has {table} rows; raise model.max_positions before training"
+    return None
+
+
+def mean_exact(results: Results) -> float:
+    """Exact-match accuracy averaged over all tasks and bins that could be evaluated."""
+    return float(
+        np.mean([scored["exact"] for bins in results.values() for scored in bins.values() if scored["exact"] is not None])
+    )
+
+
+def summarise(sums: dict[str, int]) -> dict[str, Any]:
+    """Accuracies in [0, 1] with Wilson 95 % intervals.
+
+    exact: every answer token and the end behind it are right. This equals the accuracy of greedy decoding: up to the first mistake both
+    read the same tokens, so either both make it or neither does. token: the share of answer tokens that are right given
+    the right ones before. Tokens of one answer are not independent, so that both intervals count examples (n), not tokens.
+    """
+    n, token = sums["examples"], sums["right_tokens"] / sums["tokens"]
+    out: dict[str, Any] = {"exact": sums["exact"] / n, "token": token, "n": n, "tokens": sums["tokens"]}
+    for name, right in (("exact", sums["exact"]), ("token", round(token * n))):
+        interval = binomtest(right, n).proportion_ci(0.95, "wilson")
+        out |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return out
+
+
+def _score(program: Program, batches: list[dict[str, np.ndarray]], model: Any, apply: Apply) -> dict[str, int]:
+    with jax.set_mesh(program.mesh):
+        sums = jax.device_get([_sums(model, program.put(program.local_rows(batch)), apply=apply) for batch in batches])
+    return {name: sum(int(s[name]) for s in sums) for name in sums[0]}
+
+
+@partial(jax.jit, static_argnames="apply")
+def _sums(model: Any, batch: dict[str, jax.Array], *, apply: Apply) -> dict[str, jax.Array]:
+    """Counts over a batch whose rows hold one example each; rows of padding count for nothing."""
+    right = jnp.argmax(apply(model, batch), axis=-1) == batch["targets"]
+    asked, answer = batch["loss_weights"] > 0, batch["is_body"]
+    return {
+        "examples": jnp.sum(jnp.any(answer, axis=1)),
+        "exact": jnp.sum(jnp.all(right | ~asked, axis=1) & jnp.any(answer, axis=1)),
+        "tokens": jnp.sum(answer),
+        "right_tokens": jnp.sum(right & answer),
+    }

@@ -1,0 +1,57 @@
+"""Task results for people: rows of a table, lines of the terminal, and the figure of accuracy against length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from metajax.config import Tasks
+from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
+
+HEAD = ("task", "length", "exact match", "95 % interval", "token accuracy", "95 % interval", "chance", "examples")
+Results = dict[str, dict[str, dict[str, Any]]]  # as metajax.evaluation.tasks.evaluate_tasks returns them
+
+
+def title(task: str) -> str:
+    """A task's name in words."""
+    return task.replace("_", " ")
+
+
+def table_rows(results: Results) -> list[list[str]]:
+    """One row of cells for each task and length, under HEAD."""
+    return [[title(task), length, *_cells(scored)] for task, bins in results.items() for length, scored in bins.items()]
+
+
+def _cells(scored: dict[str, Any]) -> list[str]:
+    if scored["exact"] is None:
+        return ["-", scored["reason"], "-", "-", f"{scored['chance']:.1%}", "0"]
+    shown = (f"{scored[k]:.1%}, {scored[f'{k}_low']:.1%} to {scored[f'{k}_high']:.1%}" for k in ("exact", "token"))
+    return [part for text in shown for part in text.split(", ")] + [f"{scored['chance']:.1%}", f"{scored['n']:,}"]
+
+
+def accuracy_figure(results: Results, tasks: Tasks) -> str:
+    """Exact-match accuracy against the length bin as SVG, a panel for each task: its interval, chance, the longest length in training."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.9 * ((len(results) + 1) // 2) + 0.3), layout="constrained")
+        panels = figure.subplots((len(results) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flat
+        for axes in list(panels)[len(results) :]:
+            axes.set_axis_off()
+        for axes, (task, bins) in zip(figure.axes, results.items(), strict=False):
+            known = {int(length): scored for length, scored in bins.items() if scored["exact"] is not None}
+            exact = [scored["exact"] for scored in known.values()]
+            spread = [
+                [s["exact"] - s["exact_low"] for s in known.values()],
+                [s["exact_high"] - s["exact"] for s in known.values()],
+            ]
+            axes.errorbar(list(known), exact, yerr=spread, color=look(0)[0], marker="o", markersize=4, linewidth=1.6, capsize=2)
+            axes.axhline(next(iter(bins.values()))["chance"], color="#9aa0a8", linewidth=1, linestyle=(0, (4, 3)))
+            axes.axvline(tasks.train_length, color="#d6d9de", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths := [int(length) for length in bins], [str(n) for n in lengths])
+            axes.set_ylim(-0.04, 1.04)
+            axes.set_title(title(task), fontweight="bold")
+        figure.supylabel("exact match", fontsize=10.5)
+        figure.supxlabel("length of the example, in tokens", fontsize=10.5)
+        return to_svg(figure, f"Exact-match accuracy against length: {', '.join(map(title, results))}")
