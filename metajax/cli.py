@@ -338,6 +338,8 @@ def _eval(options: argparse.Namespace, started: float) -> int:
         changes["tasks.names"] = options.task
     if options.lengths is not None:
         changes["tasks.eval_lengths"] = options.lengths
+    if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and opened.config.tasks is None:
+        changes["tasks.train_length"] = opened.config.data.row_length  # what it was trained on is text
     _print_evaluation(opened.evaluate(override(opened.config, changes), _paths(options)))
     return 0
 

@@ -71,6 +71,14 @@ def test_show_decodes_rows(command):
     assert code == 0 and "row 0: " in out and "<|context_begin|>" in out
 
 
+def test_show_decodes_rows_of_tasks_with_their_curriculum(command):
+    tasks = ["--set", 'tasks={"train_length": 64, "eval_lengths": [32]}', "--set", "data.tokenizer=bpe:512+tasks"]
+    code, out, err = command("show", "quickstart/plain", "--rows", "1", *tasks, small=True)
+    assert code == 0, err
+    for text in ("phase 5", "11-64", "Q: xor before pause? A:", "_PAUSE_", "<|meta|>", "with loss"):
+        assert text in out
+
+
 def test_show_a_corpus(command, tiny_corpus):
     code, out, _ = command("show", f"jsonl:{tiny_corpus}?origin=module", "--rows", "1")
     assert code == 0 and "entropy" in out and "module" in out
@@ -95,6 +103,8 @@ def test_run_eval_generate_compare(command, tmp_path):
         shown = "no" if condition == "none" else condition
         assert f"{shown} metadata: {values['bpb']:.4f}" in out, "evaluating again gives the same number"
 
+    code, out, _ = command("eval", "quickstart/metadata", "--task", "parity", "--lengths", "64")
+    assert code == 0 and "parity" in out and "1,000" in out and "no metadata" in out
     code, out, _ = command("generate", workdir.name[:6], "--prompt", "abc", "--tokens", "3", "--context", "x")
     assert code == 0 and out.startswith("abc")
     assert command("quickstart/plain", small=True)[0] == 0

@@ -75,6 +75,8 @@ def test_pairs_equal_a_brute_force_count(window):
                     causal += window is None or q - k <= window
                     meta += q in slots[b] and k in slots[b]
     assert batch_pairs(config, batch) == (causal, meta)
+    unused = np.concatenate([slots, np.full((2, 3), 32)], axis=1)  # of a row that has fewer meta-tokens than room for them
+    assert batch_pairs(config, batch | {"meta_slots": unused}) == (causal, meta)
 
 
 def test_a_step_costs_three_forward_passes_and_a_row_of_one_document_costs_flops_per_token():
