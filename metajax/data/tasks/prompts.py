@@ -6,7 +6,7 @@ Parity:            Bits: 1 0 1 1 _PAUSE_ 0 1 0 / Q: xor before pause? A: 1
 Copying:           Text: alpha beta [_PAUSE_ gamma delta _PAUSE_] epsilon / Q: copy the span. A: gamma delta
 
 Each / is a new line. The tasks are those of Language Modeling with Learned Meta-Tokens (arXiv 2509.16278, section 4); its prompt strings
-are not known, these are ours. What does not fill an example's length is filled with lines of neutral text.
+are not known, these are ours. Lists that do not fill an example's length leave the rest to lines of neutral text.
 """
 
 from __future__ import annotations
@@ -143,14 +143,16 @@ class Writer:
         return Example(tuple(lines), (_COUNT, item, _BETWEEN), (f" {count}",))
 
     def parity(self, rng: np.random.Generator, room: int) -> Example | None:
-        """The exclusive or of all bits before the pause."""
+        """The exclusive or of all bits before the pause; bits behind it take the rest of the room.
+
+        With few bits behind the pause a model could learn the training lines by heart, and would.
+        """
         bit = self._dearest["bit"]
         free = (room - self._all(_BITS_HEAD, PAUSE, _PARITY) - bit) // bit
         if free < 1:
             return None
         before = int(rng.integers(1, min(self.tasks.bits, free) + 1))
-        after = int(rng.integers(min(self.tasks.bits, free - before) + 1))
-        bits = rng.integers(2, size=before + after).tolist()
+        bits = rng.integers(2, size=free).tolist()
         shown = [_BITS[b] for b in bits]
         line = (_BITS_HEAD, *shown[:before], PAUSE, *shown[before:])
         return Example((line,), (_PARITY,), (_BITS[sum(bits[:before]) % 2],))
