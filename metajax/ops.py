@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.prefix_window_attention.reference import attention_reference
+from kernels_pallas.prefix_window_attention.tpu import attention_tpu
 from kernels_pallas.prefix_window_attention.xla import attention_xla
 from kernels_pallas.selective_scan.conv import causal_conv_tpu
 from kernels_pallas.selective_scan.reference import causal_conv_reference, selective_scan_reference
@@ -17,8 +18,11 @@ from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xl
 from metajax.dispatch import dispatch, over_rows
 from metajax.models.masks import Mask, gathered_expiry
 
-ATTENTION = {"reference": attention_reference, "xla": attention_xla}
-ATTENTION_AUTO: dict[str, str] = {}  # platform -> name in ATTENTION; any other platform takes "xla"
+ATTENTION = {
+    "reference": attention_reference,
+    "xla": attention_xla,
+    "pallas_tpu": over_rows(attention_tpu, {"q", "k", "v", "expiry"}),
+}
 SELECTIVE_SCAN = {
     "reference": selective_scan_reference,
     "xla": selective_scan_xla,
@@ -29,7 +33,7 @@ CAUSAL_CONV = {
     "xla": causal_conv_xla,
     "pallas_tpu": over_rows(causal_conv_tpu, {"x", "initial_tail", "segment_ids"}),
 }
-SCAN_AUTO = {"tpu": "pallas_tpu"}
+AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
 
 
 def attention(
@@ -82,7 +86,7 @@ def _attention(
 ) -> tuple[Array, Array]:
     scale = q.shape[-1] ** -0.5
     options = {"meta_k": meta_k, "meta_v": meta_v, "q_offset": q_offset}
-    return dispatch(ATTENTION, ATTENTION_AUTO, implementation, q, k, v, expiry, scale=scale, **options)
+    return dispatch(ATTENTION, AUTO, implementation, q, k, v, expiry, scale=scale, **options)
 
 
 def selective_scan(
@@ -106,7 +110,7 @@ def selective_scan(
     Raises UserError as `attention` does.
     """
     options = {"z": z, "segment_ids": segment_ids, "initial_state": initial_state, "reset_state": reset_state}
-    return dispatch(SELECTIVE_SCAN, SCAN_AUTO, implementation, u, delta, A, B, C, D, delta_bias, **options)
+    return dispatch(SELECTIVE_SCAN, AUTO, implementation, u, delta, A, B, C, D, delta_bias, **options)
 
 
 def causal_conv(
@@ -125,4 +129,4 @@ def causal_conv(
     Raises UserError as `attention` does.
     """
     options = {"segment_ids": segment_ids, "initial_tail": initial_tail, "reset_tail": reset_tail}
-    return dispatch(CAUSAL_CONV, SCAN_AUTO, implementation, x, w, b, **options)
+    return dispatch(CAUSAL_CONV, AUTO, implementation, x, w, b, **options)
