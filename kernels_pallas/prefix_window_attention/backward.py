@@ -18,6 +18,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
     BY_KEY,
     BY_QUERY,
     LOG2_E,
+    Head,
     Operands,
     Plan,
     dot,
@@ -38,7 +39,7 @@ def backward(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) ->
     return Operands(q=d_q, k=d_k, v=d_v, meta_k=d_meta_k, meta_v=d_meta_v, lists=None)
 
 
-def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> list[Array]:
+def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> tuple[Array, ...]:
     """d_q like q, and float32 gradients of the meta keys and values where there are any."""
     width, values = x.q.shape[2], x.v.shape[2]
     metas = [] if x.meta_k is None else [x.meta_k, x.meta_v]
@@ -66,9 +67,7 @@ def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array)
     )(x.lists.by_query, x.lists.first, x.lists.end, x.q, x.k, x.v, lse, d_out, delta, *metas)
 
 
-def _kernel_q(
-    plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs
-) -> None:
+def _kernel_q(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs) -> None:
     *meta_refs, d_q_ref, sum_ref = refs if len(refs) == 2 else (*refs[:2], *refs[3:5], refs[2], refs[5])
     step = pl.program_id(1)
     visit = visits_ref[step]
@@ -87,14 +86,17 @@ def _kernel_q(
             d_v_ref[...] = jnp.zeros(d_v_ref.shape, jnp.float32)
 
         bias = meta_bias(plan, meta_k_ref.shape[1])
-        for h, g in plan.heads():
+
+        @plan.each_head
+        def _(h: Head, g: Head) -> None:
             p_KxQ, d_s_KxQ = at_query(h, g, meta_k_ref[h], meta_v_ref[h], bias)
             sum_ref[h, g] = dot(meta_k_ref[h], d_s_KxQ, (0, 0))
             d_k_ref[h] += dot(d_s_KxQ, q_ref[h, g], (1, 1)) * plan.scale
             d_v_ref[h] += dot(p_KxQ, d_out_ref[h, g], (1, 1))
 
     def body(bias: Array | None) -> None:
-        for h, g in plan.heads():
+        @plan.each_head
+        def _(h: Head, g: Head) -> None:
             _, d_s_KxQ = at_query(h, g, k_ref[h], v_ref[h], bias)
             sum_ref[h, g] += dot(k_ref[h], d_s_KxQ, (0, 0))
 
@@ -105,7 +107,7 @@ def _kernel_q(
         d_q_ref[...] = (sum_ref[...] * plan.scale).astype(d_q_ref.dtype)
 
 
-def _backward_kv(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> list[Array]:
+def _backward_kv(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> tuple[Array, ...]:
     """(d_k like k, d_v like v)"""
     width, values = x.q.shape[2], x.v.shape[2]
     return plan.call(
@@ -127,9 +129,7 @@ def _backward_kv(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array
     )(x.lists.by_key, x.lists.first, x.lists.end, x.q, x.k, x.v, lse, d_out, delta)
 
 
-def _kernel_kv(
-    plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs
-) -> None:
+def _kernel_kv(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs) -> None:
     d_k_ref, d_v_ref, sum_k_ref, sum_v_ref = refs
     step = pl.program_id(1)
     visit = visits_ref[step]
@@ -140,10 +140,9 @@ def _kernel_kv(
         sum_v_ref[...] = jnp.zeros(sum_v_ref.shape, jnp.float32)
 
     def body(bias: Array | None) -> None:
-        for h, g in plan.heads():
-            p_KxQ, d_s_KxQ = _probabilities(
-                plan, q_ref, lse_ref, d_out_ref, delta_ref, h, g, k_ref[h], v_ref[h], bias
-            )
+        @plan.each_head
+        def _(h: Head, g: Head) -> None:
+            p_KxQ, d_s_KxQ = _probabilities(plan, q_ref, lse_ref, d_out_ref, delta_ref, h, g, k_ref[h], v_ref[h], bias)
             sum_k_ref[h] += dot(d_s_KxQ, q_ref[h, g], (1, 1))
             sum_v_ref[h] += dot(p_KxQ, d_out_ref[h, g], (1, 1))
 
@@ -156,7 +155,7 @@ def _kernel_kv(
 
 
 def _probabilities(
-    plan: Plan, q_ref, lse_ref, d_out_ref, delta_ref, h: int, g: int, k_KxD: Array, v_KxV: Array, bias: Array | None
+    plan: Plan, q_ref, lse_ref, d_out_ref, delta_ref, h: Head, g: Head, k_KxD: Array, v_KxV: Array, bias: Array | None
 ) -> tuple[Array, Array]:
     """(P, dS / scale) of one tile, [K, Q], in the dtype of the inputs."""
     rows = pl.ds(g, 1)

@@ -14,6 +14,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
     BY_QUERY,
     FLOOR,
     LOG2_E,
+    Head,
     Operands,
     Plan,
     dot,
@@ -64,13 +65,16 @@ def _kernel(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, *re
             return
         meta_k_ref, meta_v_ref = meta_refs
         bias = meta_bias(plan, meta_k_ref.shape[1])
-        for h, g in plan.heads():
+
+        @plan.each_head
+        def _(h: Head, g: Head) -> None:
             s_KxQ = scores(plan, meta_k_ref[h], q_ref[h, g], bias)
             for ref, value in zip(state_refs, _softmax(s_KxQ, meta_v_ref[h], None), strict=True):
                 ref[h, g] = value
 
     def body(bias: Array | None) -> None:
-        for h, g in plan.heads():
+        @plan.each_head
+        def _(h: Head, g: Head) -> None:
             s_KxQ = scores(plan, k_ref[h], q_ref[h, g], bias)
             state = tuple(ref[h, g] for ref in state_refs)
             for ref, value in zip(state_refs, _softmax(s_KxQ, v_ref[h], state), strict=True):
@@ -80,7 +84,8 @@ def _kernel(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, *re
 
     @pl.when(is_last(visits_ref, step))
     def _() -> None:
-        for h, g in plan.heads():
+        @plan.each_head
+        def _(h: Head, g: Head) -> None:
             total = total_ref[h, g]
             out_ref[h, g] = (sum_ref[h, g] / jnp.where(total > 0, total, 1.0)).astype(out_ref.dtype)
             lse_ref[h, pl.ds(g, 1)] = jnp.where(total > 0, (peak_ref[h, g] + jnp.log2(total)) / LOG2_E, -jnp.inf)

@@ -8,7 +8,7 @@ queries and keys, V width of values. Exponentials have base 2.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kernels_pallas.prefix_window_attention.blocks import Lists, inner, is_full, outer
+
+Head = int | Array  # its number within a grid step: static where the loop over heads is unrolled
 
 LANES = 128
 LOG2_E = 1.4426950408889634
@@ -39,9 +41,16 @@ class Plan:
     metas: int
     interpret: bool | pltpu.InterpretParams
 
-    def heads(self) -> Iterator[tuple[int, int]]:
-        """(KV head, query head of its group) of a grid step."""
-        return ((h, g) for h in range(self.kv_step) for g in range(self.group))
+    def each_head(self, body: Callable[[Head, Head], None]) -> None:
+        """body(KV head, query head of its group) for the heads of a grid step: unrolled, so that one head's waits are filled with
+        another's work; rolled in interpret mode, where that only slows the compiler."""
+
+        heads = self.kv_step * self.group
+        if self.interpret:
+            jax.lax.fori_loop(0, heads, lambda i, _: body(i // self.group, i % self.group), None)
+            return
+        for i in range(heads):
+            body(i // self.group, i % self.group)
 
     def queries(self, *shape: int, block: Callable) -> pl.BlockSpec:
         """A block of [KV, G, *shape, queries]; `block` is `outer` or `inner`."""
@@ -74,9 +83,7 @@ class Plan:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
                 **specs,
             ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
             interpret=self.interpret,
             name=name,
         )

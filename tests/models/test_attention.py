@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.prefix_window_attention.reference import attention_reference, masked_attention
+from kernels_pallas.prefix_window_attention.tpu import attention_tpu
 from kernels_pallas.prefix_window_attention.xla import attention_xla
 from metajax import ops
 from metajax.models.layers import gather_rows, scatter_add_rows
@@ -18,7 +19,11 @@ from metajax.models.masks import Mask, meta_dense
 
 FILES = {name: np.load(Path(__file__).parents[1] / "goldens" / f"{name}.npz") for name in ("attn_small_a", "attn_mid_a")}
 CASES = [(file, mask) for file, z in FILES.items() for mask in dict.fromkeys(k.split("/")[0] for k in z.files if "/" in k)]
-IMPLEMENTATIONS = {"reference": attention_reference, "xla": attention_xla}
+IMPLEMENTATIONS = {
+    "reference": attention_reference,
+    "xla": attention_xla,
+    "pallas_tpu": functools.partial(attention_tpu, block_q=16, block_k=32, interpret=True),
+}
 
 
 def heads_last(x):
@@ -44,15 +49,16 @@ def slots_of(is_meta):
     )
 
 
-def check(z, name, attend, rows=None):
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(attend, q, k, v, expiry, d_out):
+    """One program for all masks of a file, which are data."""
+    (out, lse), pull = jax.vjp(lambda q, k, v: attend(q, k, v, expiry), q, k, v)
+    return out, lse, pull((d_out, jnp.zeros_like(lse)))
+
+
+def check(z, name, attend, expiry, rows=None):
     q, k, v, d_out = (heads_last(z[n]) for n in ("q", "k", "v", "dout"))
-
-    @jax.jit
-    def outputs(q, k, v, d_out):
-        (out, lse), pull = jax.vjp(attend, q, k, v)
-        return out, lse, pull((d_out, jnp.zeros_like(lse)))
-
-    out, lse, gradients = outputs(q, k, v, d_out)
+    out, lse, gradients = outputs(attend, q, k, v, expiry, d_out)
     np.testing.assert_allclose(out, heads_last(z[f"{name}/out"]), atol=3e-6, rtol=0)
     expected = np.moveaxis(z[f"{name}/lse"], 1, 2)
     where = np.ones(lse.shape[:2], bool) if rows is None else rows
@@ -66,29 +72,34 @@ def check(z, name, attend, rows=None):
 def test_golden_causal_masks(file, name, implementation):
     z = FILES[file]
     expiry = golden_mask(z, name).expiry(jnp.ones((z["q"].shape[0], z["q"].shape[2]), jnp.int32))
+    check(z, name, golden_attention(implementation, z["q"].shape[-1]), expiry)
+
+
+@functools.cache
+def golden_attention(implementation, width):
     options = {"block": 16} if implementation == "xla" else {}
-    kernel = IMPLEMENTATIONS[implementation]
-    check(z, name, lambda q, k, v: kernel(q, k, v, expiry, scale=q.shape[-1] ** -0.5, **options))
+    return functools.partial(IMPLEMENTATIONS[implementation], scale=width**-0.5, **options)
 
 
-@pytest.mark.parametrize("form", ["dense", "reference", "xla"])
+@pytest.mark.parametrize("form", ["dense", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("file", FILES)
-def test_golden_meta_mask(file, form):
+def test_golden_meta_mask(file, form, monkeypatch):
     z = FILES[file]
+    monkeypatch.setattr(ops, "ATTENTION", {f"plain {name}": kernel for name, kernel in IMPLEMENTATIONS.items()})
     is_meta = z["is_meta"]
     ids, slots = jnp.ones(is_meta.shape, jnp.int32), slots_of(is_meta)
 
-    def gathered(q, k, v):
+    def gathered(q, k, v, _):
         out, lse = ops.meta_attention(
-            *(gather_rows(y, slots) for y in (q, k, v)), slots=slots, segment_ids=ids, implementation=form
+            *(gather_rows(y, slots) for y in (q, k, v)), slots=slots, segment_ids=ids, implementation=f"plain {form}"
         )
         empty = jnp.zeros((*q.shape[:3], v.shape[3]))
         return scatter_add_rows(empty, slots, out), scatter_add_rows(jnp.zeros(q.shape[:3]), slots, jnp.where(lse > -1e9, lse, 0))
 
-    def dense(q, k, v):
+    def dense(q, k, v, _):
         return masked_attention(q, k, v, meta_dense(ids, slots), scale=q.shape[-1] ** -0.5)
 
-    check(z, "meta", dense if form == "dense" else gathered, rows=is_meta)
+    check(z, "meta", dense if form == "dense" else gathered, ids, rows=is_meta)
 
 
 def random_inputs(seed, batch=2, length=24, keys=None, heads=4, kv_heads=2, dtype=jnp.float32):

@@ -1,0 +1,107 @@
+"""The attention kernel under vmap, lax.scan, jax.checkpoint and jax.shard_map: what a model does with it."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention_cases import BLOCK, IMPLEMENTATIONS, SCALE, Shape, cotangents, error, make_arrays, oracle
+
+SHAPE = Shape(2, 20, 20, 2, 1, (8, 8), 3)
+EXPIRY = jnp.minimum(jnp.arange(20) + 8, 20) * jnp.ones((2, 1), jnp.int32)
+attend = functools.partial(IMPLEMENTATIONS["tpu"], scale=SCALE, block_q=BLOCK, block_k=BLOCK)
+
+
+def test_vmap_with_mapped_lifetimes_and_shared_meta_keys():
+    """The mask, and with it the list of blocks to visit, differs between the mapped calls."""
+    many = [make_arrays(SHAPE, seed) for seed in (0, 1)]
+    weights = [cotangents(SHAPE, seed) for seed in (0, 1)]
+    expiries = jnp.stack([EXPIRY, jnp.minimum(EXPIRY, 11)])
+    metas = {key: many[0][key] for key in ("meta_k", "meta_v")}
+    stacked = {key: metas[key] if key in metas else jnp.stack([x[key] for x in many]) for key in many[0]}
+    axes = {key: None if key in metas else 0 for key in stacked}
+
+    @jax.jit
+    def outputs(arrays):
+        mapped = jax.vmap(lambda x, e: attend(**x, expiry=e), in_axes=(axes, 0))
+        (out, lse), pull = jax.vjp(lambda arrays: mapped(arrays, expiries), arrays)
+        return out, lse, pull(tuple(jnp.stack(w) for w in zip(*weights, strict=True)))[0]
+
+    out, lse, gradients = outputs(stacked)
+    exact = [oracle(x | metas, e, 0, w) for x, e, w in zip(many, expiries, weights, strict=True)]
+    for i in (0, 1):
+        assert max(error(out[i], exact[i][0]), error(lse[i], exact[i][1])) <= 1e-6
+        assert max(error(gradients[key][i], exact[i][2][key]) for key in "qkv") <= 1e-5
+    for key in metas:
+        assert error(gradients[key], sum(x[2][key] for x in exact)) <= 1e-5
+
+
+def test_inside_a_scan_over_layers_with_remat():
+    """Queries of one layer are the output of the one before; the backward pass runs the forward kernel again."""
+    arrays = make_arrays(SHAPE, 3)
+    layers = {key: jnp.stack([arrays[key], arrays[key] * 0.5]) for key in ("k", "v", "meta_k", "meta_v")}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def with_gradients(attend, q, layers):
+        @jax.checkpoint
+        def layer(q, x):
+            return attend(q, **x, expiry=EXPIRY)
+
+        outputs, pull = jax.vjp(lambda q, layers: jax.lax.scan(layer, q, layers), q, layers)
+        return outputs, pull(jax.tree.map(jnp.ones_like, outputs))
+
+    reference = functools.partial(IMPLEMENTATIONS["reference"], scale=SCALE)
+    ours, exact = (with_gradients(f, arrays["q"], layers) for f in (attend, reference))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        assert error(a, b) <= 1e-5
+
+
+SHARDED = """
+import functools, json
+import jax, jax.numpy as jnp
+from attention_cases import BLOCK, IMPLEMENTATIONS, Shape, cotangents, error, make_arrays, oracle
+from metajax import dispatch, ops
+from metajax.models.masks import Mask
+from metajax.parallel.mesh import make_mesh
+
+kernel = functools.partial(IMPLEMENTATIONS["tpu"], block_q=BLOCK, block_k=BLOCK)
+ops.ATTENTION["interpreted"] = dispatch.over_rows(kernel, rows=("q", "k", "v", "expiry"))
+shape = Shape(8, 20, 20, 2, 1, (8, 8), 3)
+arrays, weights, ids = make_arrays(shape, 4), cotangents(shape, 4), jnp.ones((8, 20), jnp.int32)
+arrays["q"] = arrays["q"] * 0.3 * 8**0.5
+
+@jax.jit
+def with_gradients(arrays):
+    attend = functools.partial(ops.attention, mask=Mask(window=7), segment_ids=ids, implementation="interpreted")
+    (out, lse), pull = jax.vjp(lambda arrays: attend(**arrays), arrays)
+    return out, lse, pull(weights)[0]
+
+exact = oracle(arrays | {"q": arrays["q"] / (0.3 * 8**0.5)}, Mask(window=7).expiry(ids), 0, weights)
+exact[2]["q"] /= 0.3 * 8**0.5
+with jax.set_mesh(make_mesh("data=2,fsdp=4")):
+    ours = with_gradients(arrays)
+errors = {"out": error(ours[0], exact[0]), "lse": error(ours[1], exact[1])}
+errors |= {name: error(ours[2][name], exact[2][name]) for name in exact[2]}
+print(json.dumps({"devices": len(ours[0].sharding.device_set), "whole": ours[0].sharding.is_fully_replicated, "errors": errors}))
+"""
+
+
+def test_rows_spread_over_eight_devices():
+    """Gradients of the meta keys, which every device holds, are summed over devices."""
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+    }
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["devices"] == 8 and not result["whole"]
+    assert len(result["errors"]) == 7 and max(result["errors"].values()) <= 1e-5, result
+    assert np.isfinite(list(result["errors"].values())).all()
