@@ -45,6 +45,11 @@ def test_unknown_implementation_names_the_nearest():
         ops.attention(Q, K, V, mask=Mask(), segment_ids=SEGMENTS, implementation="refrence")
 
 
+def test_a_tpu_kernel_is_refused_on_other_platforms():
+    with pytest.raises(UserError, match="pallas_tpu runs on tpu only; choose xla or auto"):
+        ops.attention(Q, K, V, mask=Mask(), segment_ids=SEGMENTS, implementation="pallas_tpu")
+
+
 def test_auto_is_settled_for_the_platform_that_is_lowered_for(monkeypatch):
     """A kernel registered for another platform appears in a program lowered for it, and not in this machine's."""
 
@@ -53,7 +58,7 @@ def test_auto_is_settled_for_the_platform_that_is_lowered_for(monkeypatch):
         return jnp.cbrt(out), lse
 
     monkeypatch.setitem(ops.ATTENTION, "marked", marked)
-    monkeypatch.setitem(ops.ATTENTION_AUTO, "tpu", "marked")
+    monkeypatch.setitem(ops.AUTO, "tpu", "marked")
     traced = jax.jit(lambda q: ops.attention(q, K, V, mask=Mask(), segment_ids=SEGMENTS)[0]).trace(Q)
     assert "cbrt" in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "cbrt" not in traced.lower(lowering_platforms=("cpu",)).as_text()

@@ -39,7 +39,8 @@ def attention_tpu(
     the kernels on a CPU, with any blocks. Raises ValueError for dtypes and blocks that the kernels do not take, and for more
     visits than scalar memory holds.
     """
-    _check(q, k, v)
+    dtype, out_dtype = _common_dtype(q, k, v), v.dtype
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
     length, keys = q.shape[1], k.shape[1]
     block_q, block_k = (_block(size, asked, interpret) for size, asked in ((length, block_q), (keys, block_k)))
     offset = keys - length if q_offset is None else q_offset
@@ -67,7 +68,7 @@ def attention_tpu(
     out, lse = _attention(plan, operands)
     out = out.reshape(kv_heads * group, out.shape[2], q.shape[0], -1)[:, : v.shape[3], :, :length]
     lse = lse.reshape(kv_heads * group, q.shape[0], -1)[:, :, :length]
-    return jnp.transpose(out, (2, 3, 0, 1)), jnp.transpose(lse, (1, 2, 0))
+    return jnp.transpose(out, (2, 3, 0, 1)).astype(out_dtype), jnp.transpose(lse, (1, 2, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,13 +92,14 @@ def _backward(plan: Plan, saved: tuple[Operands, Array, Array], cotangents: tupl
 _attention.defvjp(_forward, _backward)
 
 
-def _check(q: Array, k: Array, v: Array) -> None:
-    dtypes = {x.dtype for x in (q, k, v)}
-    if not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)} or len(dtypes) > 1:
+def _common_dtype(q: Array, k: Array, v: Array) -> jnp.dtype:
+    """What the products are taken in. Raises ValueError for what the kernels cannot take."""
+    if not {x.dtype for x in (q, k, v)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         names = ", ".join(str(x.dtype) for x in (q, k, v))
-        raise ValueError(f"attention_tpu takes q, k and v of float32 or of bfloat16, not {names}: use the xla implementation")
+        raise ValueError(f"attention_tpu takes float32 or bfloat16, not q, k, v of {names}: use the xla implementation")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads do not divide into groups by {k.shape[2]} key heads")
+    return jnp.result_type(q, k, v)
 
 
 def _block(size: int, asked: int | None, interpret: bool | pltpu.InterpretParams) -> int:
