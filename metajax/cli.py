@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python run.py quickstart                          run a table: every row, then the comparison
   python run.py quickstart --seeds 3                the same with the spread between seeds
   python run.py quickstart/metadata --set training.steps=400 --seed 1
+  python run.py quickstart/plain --sweep model.layers=2,4,8 --seeds 3
   python run.py show quickstart/meta_tokens         what it is, before running it
   python run.py show pydocs                         a corpus: documents, fields, sizes
   python run.py generate quickstart/plain --prompt "Return the"
@@ -116,7 +117,12 @@ def _local_folder(text: str) -> Path:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", default="cpu", metavar="SCALE", help="cpu, gpu or paper (cpu)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="set a field, such as model.layers=8"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="changes",
+        help="set a field, such as model.layers=8; in runs that come first as init.from too, but for evaluation",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (0)")
 
@@ -129,10 +135,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=_local_folder,
         default=None,
         metavar="DIR",
-        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED; for a table, the root of its runs",
+        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED; for a table the same as --runs-dir",
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="a table: this many seeds, from --seed on (1)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="a table or a sweep: this many seeds, from --seed on (1)"
+    )
     parser.add_argument("--rows", default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps",
+        help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product",
+    )  # fmt: skip
+    parser.add_argument("--render", action="store_true", help="a table: write it again from what has been run, and run nothing")
     _add_place(parser)
 
 
@@ -209,9 +222,13 @@ def _paths(options: argparse.Namespace) -> Any:
     return Paths(cache=options.cache_dir, data=options.data_dir, runs=options.runs_dir)
 
 
-def _config(experiment: registry.Experiment, options: argparse.Namespace) -> Config:
+def _config(experiment: registry.Experiment, options: argparse.Namespace) -> tuple[Config, tuple[Config, ...]]:
+    """The experiment as this command asks for it, and the runs that it starts from, the oldest first."""
+    from metajax.lineage import resolve_parents
+
     changes = _parse_changes(options.changes, options.runs_dir)
-    return override(experiment.build(options.scale), {**changes, "seed": options.seed})
+    config = override(experiment.build(options.scale), {**changes, "seed": options.seed})
+    return resolve_parents(config, changes, options.runs_dir)
 
 
 def _start_jax(options: argparse.Namespace) -> None:
@@ -229,40 +246,74 @@ def _start_jax(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace, started: float) -> int:
     target = registry.find(options.name)
     require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
-    if isinstance(target, registry.Experiment):
-        require(
-            options.seeds == 1 and options.rows is None, f"{target.name} is one experiment; --seeds and --rows are for tables"
-        )
-        config = _config(target, options)
-    else:
-        target.config(target.rows[0], options.scale)  # an unknown scale stops here, before anything is loaded
-        changes = _parse_changes(options.changes, options.runs_dir)
+    startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
+
+    def run_one(config: Config, workdir: Path) -> dict[str, Any]:
+        from metajax.experiment import run_experiment
+
+        first = next(startup, {})
+        if first:
+            first["imports_seconds"] = time.monotonic() - started
+        return run_experiment(config, workdir, _paths(options), **first)
+
+    if isinstance(target, registry.Table) or options.sweeps:
+        return _run_table(target, options, run_one)
+    return _run_single(target, options, run_one)
+
+
+def _run_single(experiment: registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
+    """Run one experiment, and before it the runs that it starts from."""
+    require(
+        options.seeds == 1 and options.rows is None and not options.render,
+        f"{experiment.name} is one experiment; --seeds, --rows and --render are for tables and sweeps",
+    )
+    config, parents = _config(experiment, options)
     say(f"{options.name} at scale {options.scale}")
     _start_jax(options)
-    from metajax.experiment import run_experiment
     from metajax.reporting.records import default_workdir
-    from metajax.reporting.tables import choose_rows, markdown, run_table
     from metajax.training.loop import NonFinite
 
-    paths = _paths(options)
-    startup = iter([{"started": started, "imports_seconds": time.monotonic() - started}])  # the command's first run pays it
     try:
-        if isinstance(target, registry.Experiment):
-            workdir = options.workdir or default_workdir(config, options.runs_dir)
-            _print_report(run_experiment(config, workdir, paths, **next(startup)), workdir)
-            return 0
-        root = options.workdir or options.runs_dir
-        rows = choose_rows(target, options.rows)
-        result = run_table(
-            target, options.scale, range(options.seed, options.seed + options.seeds), changes, root,
-            lambda config, workdir: run_experiment(config, workdir, paths, **next(startup, {})), rows,
-        )  # fmt: skip
+        for parent in parents:
+            say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
+            run_one(parent, default_workdir(parent, options.runs_dir))
+        workdir = options.workdir or default_workdir(config, options.runs_dir)
+        _print_report(run_one(config, workdir), workdir)
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(markdown(result))
-    say(f"report: {Path(result['folder']) / 'report.html'}")
     return 0
+
+
+def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
+    """Run a table or a sweep, or render it from what there is; 1 when a run of it failed."""
+    from metajax.reporting.formats import failures, markdown
+    from metajax.reporting.tables import choose_rows, has_runs, plan_table, run_table
+    from metajax.sweeps import sweep_table
+
+    options.runs_dir = options.workdir or options.runs_dir
+    changes = _parse_changes(options.changes, options.runs_dir)
+    if isinstance(target, registry.Experiment):
+        table = sweep_table(target, options.sweeps, options.scale, changes)
+    else:
+        require(
+            not options.sweeps,
+            f"{target.name} is a table; --sweep is for one experiment, such as {target.name}/{target.rows[0].name}",
+        )
+        table = target
+    rows, seeds = choose_rows(table, options.rows), range(options.seed, options.seed + options.seeds)
+    plan = plan_table(table, options.scale, seeds, changes, options.runs_dir, rows)
+    say(f"{options.name} at scale {options.scale}")
+    if options.render:
+        result = plan.result()
+        require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
+        plan.write()
+    else:
+        _start_jax(options)
+        result = run_table(plan, run_one)
+    print(markdown(result))
+    say(f"report: {plan.folder / 'report.html'}")
+    return 1 if failures(result) else 0
 
 
 def _print_report(report: dict[str, Any], workdir: Path) -> None:
@@ -305,9 +356,13 @@ def _show(options: argparse.Namespace, started: float) -> int:
             not options.count,
             f"{target.name} is a table; --rows shows rows of one experiment, such as {target.name}/{target.baseline}",
         )
-        terminal.print_table_plan(target, options.scale, _parse_changes(options.changes, options.runs_dir))
+        from metajax.reporting.tables import plan_table
+
+        target.config(target.rows[0], options.scale)  # an unknown scale stops here, before a parent is looked for
+        changes = _parse_changes(options.changes, options.runs_dir)
+        terminal.print_table_plan(plan_table(target, options.scale, [options.seed], changes, options.runs_dir, target.rows))
         return 0
-    config = _config(target, options)
+    config, _ = _config(target, options)
     terminal.print_experiment(target, config)
     if config.tasks is not None:
         terminal.print_curriculum(config, _paths(options))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from string import Formatter
+from typing import Any, Literal, get_args
 
 from metajax.config import Config, Scale, UserError, nearest, override, require
 
@@ -15,23 +16,56 @@ Base = Callable[[str], Config]
 
 
 @dataclass(frozen=True)
+class Published:
+    """A number as a paper states it, in the unit that the column shows; None where the paper does not state it."""
+
+    value: float | None
+    note: str = ""  # where it was read, when that is not a table of the paper: a figure, a review, a secondary source
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a table: the fields that differ from the base, and what the paper reports for it."""
 
     name: str
-    changes: Mapping[str, Any]
-    published: Mapping[str, float] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, float | Published | None] = field(default_factory=dict)  # by Column.key; None: not stated
     core: bool = True
+    note: str = ""  # one line below the table
+    group: str = ""  # rows in succession with the same group stand under it as their heading
+    of: str = ""  # the experiment whose config and whose runs this row takes, instead of the table's base and runs of its own
+    fill: Mapping[str, str] = field(
+        default_factory=dict
+    )  # for {names} in the columns' paths: rows that read one run in several ways
+
+    def paper(self, key: str) -> Published | None:
+        """What the paper says in that column; None where this row does not speak of it."""
+        if key not in self.published:
+            return None
+        said = self.published[key]
+        return said if isinstance(said, Published) else Published(said)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of `report.json` shown in a table, by dotted path; `title` says its unit."""
+    """A number of `report.json` shown in a table, by dotted path, or the difference of two; `title` says its unit."""
 
     title: str
     path: str
     digits: int = 3
-    better: str = "lower"
+    better: Literal["lower", "higher", ""] = "lower"  # "": neither
+    factor: float = 1.0  # what a run's number is multiplied with before it is shown: 100 for a share in per cent
+    minus: str = ""  # a second path, whose number is taken from the first one's
+
+    def __post_init__(self) -> None:
+        require(
+            self.better in ("lower", "higher", ""), f"column {self.title}: better is 'lower', 'higher' or '', not {self.better!r}"
+        )
+
+    @property
+    def key(self) -> str:
+        """The name of this column in `Row.published` and in table.json: the path, or `path - minus`."""
+        return f"{self.path} - {self.minus}" if self.minus else self.path
 
 
 @dataclass(frozen=True)
@@ -44,14 +78,37 @@ class Table:
     base: Base
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
-    baseline: str
+    baseline: str | None
     minutes: Mapping[str, float]
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
+        for what, words in (("rows", names), ("columns", keys)):
+            require(len(words) == len(set(words)), f"table {self.name}: two of its {what} have the same name")
+        require(
+            self.baseline is None or self.baseline in names,
+            f"table {self.name}: the baseline {self.baseline!r} is not one of its rows",
+        )
+        for row in self.rows:
+            for column in self.columns:
+                blanks = {name for path in (column.path, column.minus) for _, name, _, _ in Formatter().parse(path) if name}
+                require(
+                    blanks <= row.fill.keys(),
+                    f"table {self.name}, row {row.name}: fill does not say what {blanks - row.fill.keys()} stands for in {column.path}",
+                )
+            for key in row.published:
+                require(
+                    key in keys,
+                    f"table {self.name}, row {row.name}: the published value {key!r} belongs to no column{nearest(key, keys)}",
+                )
+
     def config(self, row: Row, scale: str) -> Config:
         """The config of one row at a scale."""
         _require_scale(self.name, self.scales, scale)
+        if row.of:
+            return override(find_experiment(row.of).build(scale), row.changes)
         return replace(override(self.base(scale), row.changes), name=f"{self.name}/{row.name}", scale=scale)
 
 
@@ -74,21 +131,23 @@ _tables: dict[str, Table] = {}
 
 
 def table(
-    name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str,
+    name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
     minutes: Mapping[str, float], notes: Sequence[str] = (),
 ) -> Callable[[Base], Table]:  # fmt: skip
     """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW.
 
+    A row that is `of` another experiment does not: its runs go by that one's name.
+
     Args:
+      baseline: the row that the others are compared with, None for a table without one.
       minutes: expected minutes of one row, by scale; the scales it names are the scales there are.
     """
 
     def register(base: Base) -> Table:
         scales = tuple(s for s in SCALES if s in minutes)
         made = Table(name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes))
-        require(baseline in {row.name for row in rows}, f"table {name}: the baseline {baseline!r} is not one of its rows")
         _add(_tables, name, made)
-        for row in rows:
+        for row in (row for row in rows if not row.of):
             build = lambda scale, row=row: made.config(row, scale)  # noqa: E731 - binds the row
             _add(
                 _experiments,
@@ -153,3 +212,11 @@ def find(name: str) -> Experiment | Table:
         return _experiments[name]
     known = [*_tables, *_experiments]
     raise UserError(f"unknown experiment {name!r}{nearest(name, known)}; `python run.py list` shows all {len(known)}")
+
+
+def find_experiment(name: str) -> Experiment:
+    """The experiment of that name; UserError also when it is a table's."""
+    found = find(name)
+    if isinstance(found, Table):
+        raise UserError(f"{name} is a table; name one of its rows, such as {name}/{found.rows[0].name}")
+    return found

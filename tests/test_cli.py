@@ -1,6 +1,7 @@
 """The door as its user meets it: names, verbs, and one clear line with exit code 2 for every mistake."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -120,11 +121,13 @@ def test_run_eval_generate_compare(command, tmp_path):
 
 def test_a_table_from_one_command(command, tmp_path):
     code, out, _ = command("quickstart", "--seeds", "2", "--rows", "plain,metadata", small=True)
-    assert code == 0 and "| plain |" in out and "2 seeds" in out
+    assert code == 0 and "| plain " in out and "2 seeds" in out
     [folder] = (tmp_path / "runs/quickstart").glob("cpu-*")  # changed fields and fewer rows: not the table's own place
     result = json.loads((folder / "table.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["plain", "metadata"]
-    assert all(len(values) == 2 and None not in values for row in result["rows"] for values in row["values"].values())
+    assert all(
+        len(cell["values"]) == 2 and None not in cell["values"] for row in result["rows"] for cell in row["cells"].values()
+    )
     assert (folder / "report.html").exists() and (folder / "table.md").exists()
     before = json.loads((folder / "table.json").read_text())
     assert command("quickstart", "--rows", "plain,metadata", small=True)[0] == 0, "one seed again: the second is still shown"
@@ -148,6 +151,48 @@ def test_init_from_a_run(command, tmp_path):
     assert abs(reports[0]["eval"]["none"]["bpb"] - reports[1]["eval"]["none"]["bpb"]) < 1e-5
 
 
+@pytest.fixture
+def pair(monkeypatch):
+    """pair: a table whose rows start from pair_base, the second of them bound to fail."""
+    from experiments.quickstart import quickstart
+    from metajax import registry
+    from metajax.config import override
+    from metajax.registry import Row
+
+    monkeypatch.setattr(registry, "_experiments", dict(registry._experiments))
+    monkeypatch.setattr(registry, "_tables", dict(registry._tables))
+    registry.experiment("pair_base", summary="s", minutes={"cpu": 1})(quickstart.base)
+    rows = [Row("short"), Row("broken", {"optimizer.learning_rate": 1e30})]
+    start = lambda scale: override(quickstart.base(scale), {"init.from": "pair_base", "evaluation.conditions": "none"})  # noqa: E731
+    registry.table("pair", summary="s", rows=rows, columns=quickstart.columns[:1], baseline="short", minutes={"cpu": 1})(start)
+
+
+def test_an_experiment_that_starts_from_another_runs_it_first(command, pair, tmp_path):
+    code, out, _ = command("show", "pair/short", small=True)
+    assert code == 0 and "pair_base/cpu/" in out and not (tmp_path / "runs").exists(), "to look takes no run"
+    code, _, err = command("pair/short", "--seed", "1", small=True)
+    assert code == 0 and "pair/short starts from pair_base (seed 1), which comes first" in err
+    [parent], [child] = ((tmp_path / f"runs/{name}/cpu").iterdir() for name in ("pair_base", "pair/short"))
+    assert parent.name.endswith("-s1") and json.loads((parent / "report.json").read_text())["steps"] == 4
+    assert json.loads((child / "report.json").read_text())["parent"] == f"pair_base/cpu/{parent.name}"
+    assert command("pair/short", "--seed", "1", small=True)[2].count("is complete") == 2
+
+
+def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(command, pair, tmp_path):
+    assert "nothing of pair has been run" in one_error_line(command("pair", "--render", small=True))
+    code, out, err = command("pair", small=True)
+    assert code == 1 and "failed: NonFinite: step" in err and re.search(r"\| broken +\| failed ", out)
+    assert err.count("pair_base, seed 0, from which rows start") == 1
+    [folder] = (tmp_path / "runs/pair").glob("cpu-*")
+    before = {name: (folder / name).read_text() for name in ("table.json", "table.md", "report.html")}
+    for name in before:
+        if name != "table.json":
+            (folder / name).unlink()
+    code, _, err = command("pair", "--render", small=True)
+    assert code == 1 and "seed 0:" not in err, "nothing is run"
+    assert {name: (folder / name).read_text() for name in before} == before
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -162,7 +207,11 @@ def test_init_from_a_run(command, tmp_path):
         (["quickstart/plain", "--set", "model.norm=rmsnrm"], "did you mean 'rmsnorm'?"),
         (["quickstart/plain", "--set", "model.heads=3"], "model.width = 128 does not divide by model.heads = 3"),
         (["quickstart/plain", "--set", "model.layers"], "expected FIELD=VALUE"),
-        (["quickstart/plain", "--seeds", "3"], "--seeds and --rows are for tables"),
+        (["quickstart/plain", "--seeds", "3"], "--seeds, --rows and --render are for tables"),
+        (["quickstart", "--sweep", "model.layers=1,2"], "--sweep is for one experiment, such as quickstart/plain"),
+        (["quickstart/plain", "--sweep", "model.layers"], "expected FIELD=VALUE,VALUE"),
+        (["quickstart/plain", "--sweep", "model.layrs=1,2"], "unknown field model.layrs; did you mean 'layers'?"),
+        (["quickstart/plain", "--sweep", "model.layers=1,2", "--set", "model.layers=3"], "leave one of them out"),
         (["quickstart", "--rows", "plane"], "no row 'plane'"),
         (["quickstart/plain", "--seeed", "3"], "unrecognized arguments: --seeed"),
         (["quickstart/plain", "--set", "data.sources=pydoc"], "unknown kind 'pydoc'; did you mean 'pydocs'?"),

@@ -1,5 +1,7 @@
 """Tables as data: rows derive from a base, names are looked up with the nearest match."""
 
+from dataclasses import replace
+
 import pytest
 
 from metajax import registry
@@ -8,7 +10,7 @@ from metajax.registry import Column, Row, Table
 
 TABLE = Table(
     name="demo", summary="s", paper="p", base=lambda scale: Config(name="demo"), baseline="a", minutes={"cpu": 1}, scales=("cpu",),
-    rows=(Row("a", {}), Row("b", {"model.layers": 8, "meta_tokens.rate": 0.2}, published={"accuracy": 1.0})),
+    rows=(Row("a", {}), Row("b", {"model.layers": 8, "meta_tokens.rate": 0.2}, published={"eval.none.bpb": 1.0})),
     columns=(Column("x", "eval.none.bpb"),),
 )  # fmt: skip
 
@@ -34,6 +36,20 @@ def test_names_are_unique_and_found_with_the_nearest_match():
         registry.find("quickstart/plan")
     with pytest.raises(UserError, match="registered twice"):
         registry.experiment("quickstart", summary="again", minutes={"cpu": 1})(lambda scale: Config(name="x"))
+
+
+def test_mistakes_in_a_table_are_named():
+    column = Column("x", "eval.{way}.bpb")
+    for rows, message in (
+        ([Row("a"), Row("a")], "two of its rows have the same name"),
+        ([Row("a", published={"eval.none.bbp": 1.0})], "belongs to no column; did you mean 'eval.none.bpb'"),
+        ([Row("a", fill={"wey": "x"})], "fill does not say what {'way'} stands for"),
+    ):
+        columns = (column,) if "fill" in message else (Column("x", "eval.none.bpb"),)
+        with pytest.raises(UserError, match=message):
+            replace(TABLE, rows=tuple(rows), columns=columns, baseline=None)
+    with pytest.raises(UserError, match="better is 'lower'"):
+        Column("x", "y", better="highr")
 
 
 def test_a_table_needs_its_baseline():

@@ -46,11 +46,12 @@ STYLE = {
 
 @dataclass(frozen=True)
 class SpreadColumn:
-    """One panel of `seed_spread`: a value for each seed of each row. Panels of one quantity share their axis."""
+    """One figure of `seed_spread`: a value for each seed of each row. Figures of one quantity share their axis."""
 
     title: str
     quantity: str
     values: Mapping[str, Sequence[float]]
+    halves: Mapping[str, float | None]  # row -> half width of the interval round its mean
 
 
 def loss_curves(
@@ -87,21 +88,20 @@ def loss_curves(
         return to_svg(figure, f"Training {unit} against the step: {', '.join(series)}")
 
 
-def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> str:
-    """A panel for each column as SVG: a dot for each seed, a stroke at the mean, a dashed line at the baseline's mean."""
+def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> list[str]:
+    """An SVG for each column: a dot for each seed, a stroke at the mean, a bar for its interval, a dashed line at the baseline's mean."""
+    limits = {c.quantity: _limits([other for other in columns if other.quantity == c.quantity]) for c in columns}
+    drawn = []
     with matplotlib.rc_context(STYLE):
-        rows = list(columns[0].values)
-        height = 0.42 + 0.27 * len(rows)
-        figure = Figure(figsize=(WIDTH, height * len(columns) + 0.35), layout="constrained")
-        panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
-        limits = {c.quantity: _limits(columns, c.quantity) for c in columns}
-        for axes, column in zip(panels, columns, strict=True):
-            _draw_spread(axes, column, rows, baseline)
+        for column in columns:
+            figure = Figure(figsize=(WIDTH, 0.95 + 0.29 * len(column.values)), layout="constrained")
+            axes = figure.add_subplot()
+            _draw_spread(axes, column, baseline)
             if limits[column.quantity] is not None:
                 axes.set_xlim(*limits[column.quantity])
             axes.set_title(column.title, fontweight="bold")
-        panels[-1].set_xlabel("the axes do not start at 0", color="#5b616b", fontstyle="italic")
-        return to_svg(figure, f"Spread over seeds of {', '.join(c.title for c in columns)} for {', '.join(rows)}")
+            drawn.append(to_svg(figure, f"Spread over seeds of {column.title} for {', '.join(column.values)}"))
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -157,27 +157,39 @@ def _frame(axes: Axes, lines: Sequence[np.ndarray], points: Sequence[float]) -> 
     return " (the first steps lie above the frame)" if cut else ""
 
 
-def _limits(columns: Sequence[SpreadColumn], quantity: str) -> tuple[float, float] | None:
-    values = [v for c in columns if c.quantity == quantity for row in c.values.values() for v in row]
+def _limits(columns: Sequence[SpreadColumn]) -> tuple[float, float] | None:
+    """The range of all values with their intervals; an interval adds at most the values' own range on either side."""
+    values = [v for c in columns for row in c.values.values() for v in row]
     if not values:
         return None
-    margin = 0.06 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 1.0
-    return min(values) - margin, max(values) + margin
+    low, high = min(values), max(values)
+    bars = [(float(np.mean(row)), c.halves[name] or 0.0) for c in columns for name, row in c.values.items() if len(row)]
+    left = max(low - (high - low), min(low, *(mean - half for mean, half in bars)))
+    right = min(high + (high - low), max(high, *(mean + half for mean, half in bars)))
+    margin = 0.06 * (right - left) or 0.01 * abs(low) or 1.0
+    return left - margin, right + margin
 
 
-def _draw_spread(axes: Axes, column: SpreadColumn, rows: Sequence[str], baseline: str | None) -> None:
+def _draw_spread(axes: Axes, column: SpreadColumn, baseline: str | None) -> None:
     reference = column.values.get(baseline, ()) if baseline else ()
     if len(reference):
         axes.axvline(np.mean(reference), color="#9aa0a8", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    for y, name in enumerate(rows):
-        values, colour = list(column.values[name]), look(y)[0]
-        if len(values) > 1:
-            axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=1.2, alpha=0.5)
+    for y, (name, values) in enumerate(column.values.items()):
+        colour, half = look(y)[0], column.halves[name]
+        if half is not None:
+            axes.plot(
+                [np.mean(values) - half, np.mean(values) + half],
+                [y, y],
+                color=colour,
+                linewidth=6,
+                alpha=0.25,
+                solid_capstyle="butt",
+            )
             axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
         marker = MARKERS[y // len(COLOURS) % len(MARKERS)]
         axes.plot(values, [y] * len(values), marker, color=colour, markersize=5.5, alpha=0.85, markeredgecolor="white")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(column.values)), list(column.values))
+    axes.set_ylim(len(column.values) - 0.4, -0.6)
     axes.grid(axis="x", color="#e7e9ec", linewidth=0.8)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))

@@ -1,21 +1,17 @@
-"""report.html of a run and of a table: one file each, no script, nothing fetched, figures inside."""
+"""report.html of a run, one file: no script, nothing fetched, figures inside; and what the page of a table shares with it."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from metajax.atomic import write_text
-from metajax.config import Config, difference, flatten, from_dict
-from metajax.reporting.figures import Curve, SpreadColumn, loss_curves, seed_spread
+from metajax.config import Config, flatten, from_dict
+from metajax.reporting.figures import Curve, loss_curves
 from metajax.reporting.records import conditions
 from metajax.reporting.tasks import HEAD, accuracy_figure, table_rows, title
 from metajax.training.metrics import read_lines
@@ -40,7 +36,7 @@ SLOT_PARTS = (
     ("padding", "padding", "p4"),
 )
 
-_templates = Environment(
+templates = Environment(
     loader=PackageLoader("metajax.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 
@@ -51,11 +47,11 @@ def write_run_report(workdir: Path) -> Path:
     Raises:
       FileNotFoundError: no report.json there.
     """
-    report = _read(workdir / "report.json")
+    report = read_json(workdir / "report.json")
     config = from_dict(Config, report["config"])
-    curve, held_out_curve = _curves(workdir)
-    unit, tasks = _unit(config), report["eval"].get("tasks")
-    page = _templates.get_template("run.html").render(
+    curve, held_out_curve = curves(workdir)
+    unit, tasks = curve_unit(config), report["eval"].get("tasks")
+    page = templates.get_template("run.html").render(
         title=f"{report['name']} (seed {report['seed']})",
         report=report,
         sentence=_run_sentence(report, config),
@@ -64,81 +60,34 @@ def write_run_report(workdir: Path) -> Path:
         curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]}, unit)),
         curve_caption=f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not comparable "
         "with the held-out numbers to the last digit.",
-        budget=_budget("all", report["counts"], config),
+        budget=budget("all", report["counts"], config),
         token_facts=_token_facts(report),
         startup=_startup(report["startup"]),
         time_facts=_time_facts(report, config),
         parameter_facts=_parameter_facts(report["parameters"]),
-        corpora=[_corpus(manifest) for manifest in report["corpora"]],
-        held_out=_held_out(report),
-        config=[(name, _show(value)) for name, value in flatten(config).items()],
-        environment_facts=_environment_facts(_read(workdir / "environment.json")),
+        corpora=[corpus(manifest) for manifest in report["corpora"]],
+        held_out=held_out(report),
+        config=[(name, as_set(value)) for name, value in flatten(config).items()],
+        environment_facts=environment_facts(read_json(workdir / "environment.json")),
         manifest=json.dumps(report["corpora"], indent=1, ensure_ascii=False),
     )
-    return _write(workdir, page)
-
-
-def write_table_report(
-    folder: Path, result: dict[str, Any], *, head: Sequence[str], body: Sequence[Sequence[str]], seed_note: str
-) -> Path:
-    """Write report.html of a table from its result and from its runs' own files, and return its path.
-
-    Args:
-      result: what run_table made; its rows name the workdirs of their runs.
-      head: titles of the rendered table's columns: the row, the result's columns, then the counts.
-      body: rendered cells, one list a row.
-      seed_note: what the number of seeds allows to be said.
-    """
-    names = [row["name"] for row in result["rows"]]
-    reports = {row["name"]: [_read(Path(run) / "report.json") for run in row["runs"]] for row in result["rows"]}
-    curves = {row["name"]: [_curves(Path(run)) for run in row["runs"]] for row in result["rows"]}
-    first = {name: runs[0] for name, runs in reports.items()}
-    basis_row = result["baseline"] if result["baseline"] in first else names[0]
-    basis = first[basis_row]
-    unit = _unit(from_dict(Config, basis["config"]))
-    best = [_best(result, column) for column in result["columns"]]
-    page = _templates.get_template("table.html").render(
-        title=f"{result['name']} at scale {result['scale']}",
-        result=result,
-        sentence=_table_sentence(result, basis),
-        head=head,
-        cells=[
-            [{"text": text, "best": 0 < i <= len(best) and best[i - 1] == name} for i, text in enumerate(cells)]
-            for name, cells in zip(names, body, strict=True)
-        ],
-        any_best=any(best),
-        seed_note=_code(seed_note),
-        differs_from=f"The config against {basis_row}'s"
-        if basis_row == result["baseline"]
-        else "The config against the table's base",
-        rows=[_row(folder, row, result, first) for row in result["rows"]],
-        curves=Markup(loss_curves(*({name: [pair[i] for pair in runs] for name, runs in curves.items()} for i in (0, 1)), unit)),
-        curve_caption=_curve_caption(len(result["seeds"]), unit),
-        spread=Markup(seed_spread([_spread_column(result, c) for c in result["columns"]], result["baseline"])),
-        spread_caption=_spread_caption(len(result["seeds"]), result["baseline"]),
-        budgets=[_budget(name, report["counts"], from_dict(Config, report["config"])) for name, report in first.items()],
-        samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
-        corpora=[_corpus(manifest) for manifest in basis["corpora"]],
-        held_out=_held_out(basis),
-        machine=_machine(_read(Path(result["rows"][names.index(basis_row)]["runs"][0]) / "environment.json")),
-    )
-    return _write(folder, page)
+    return write_page(workdir, page)
 
 
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _write(folder: Path, page: str) -> Path:
+def write_page(folder: Path, page: str) -> Path:
     """Put the page in its place whole."""
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def _curves(workdir: Path) -> tuple[Curve, Curve]:
+def curves(workdir: Path) -> tuple[Curve, Curve]:
     """(training, held-out) bits per byte of a run, nats of answers where it trained on tasks, as (steps, values)."""
     lines = read_lines(workdir / "metrics.jsonl")
     training = [(line["step"], line["bpb" if "bpb" in line else "body_nll"]) for line in lines if "loss" in line]
@@ -155,7 +104,7 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 100 else f"{int(value // 60)} min {int(value % 60)} s"
 
 
-def _size(count: float) -> str:
+def short_count(count: float) -> str:
     """A count with three digits and its thousands named: 1.23M."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
@@ -163,7 +112,7 @@ def _size(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def _show(value: Any) -> str:
+def as_set(value: Any) -> str:
     """A config value as --set takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "(empty)"
@@ -172,7 +121,7 @@ def _show(value: Any) -> str:
     return "none" if value is None else "(empty)" if value == "" else str(value)
 
 
-def _unit(config: Config) -> str:
+def curve_unit(config: Config) -> str:
     """What the training curve counts."""
     return "bits per byte" if config.tasks is None else "nats per answer token"
 
@@ -185,18 +134,9 @@ def _run_sentence(report: dict[str, Any], config: Config) -> str:
     if config.metadata is not None and config.metadata.position != "none":
         extras.append(f"metadata {config.metadata.template!r} before {config.metadata.keep:.0%} of the documents")
     return (
-        f"A decoder of {model.layers} layers, width {model.width} and {_size(report['parameters']['total'])} parameters, trained for "
+        f"A decoder of {model.layers} layers, width {model.width} and {short_count(report['parameters']['total'])} parameters, trained for "
         f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} slots on {', '.join(map(title, config.tasks.names)) if config.tasks else ', '.join(data.sources)}"
         f"{', with ' + ' and '.join(extras) if extras else ''}."
-    )
-
-
-def _table_sentence(result: dict[str, Any], report: dict[str, Any]) -> str:
-    """What was compared: the summary, and what the baseline's run says was spent on it."""
-    rows = len(result["rows"])
-    return (
-        f"{rows} row{'' if rows == 1 else 's'}: {result['summary']}. The baseline {result['baseline']} has "
-        f"{_size(report['parameters']['total'])} parameters and {report['steps']:,} training steps; what every other row changes is listed below."
     )
 
 
@@ -205,7 +145,7 @@ def _condition(name: str, result: dict[str, Any]) -> dict[str, str]:
     return {"title": title, "meaning": meaning, "bpb": f"{result['bpb']:.3f}"}
 
 
-def _held_out(report: dict[str, Any]) -> dict[str, str] | None:
+def held_out(report: dict[str, Any]) -> dict[str, str] | None:
     """What the evaluation was made on; every condition has the same documents. None: tasks alone."""
     result = next(iter(conditions(report["eval"]).values()), None)
     if result is None:
@@ -213,7 +153,7 @@ def _held_out(report: dict[str, Any]) -> dict[str, str] | None:
     return {"documents": f"{result['documents']:,}", "bytes": f"{result['body_bytes']:,}", "tokens": f"{result['body_tokens']:,}"}
 
 
-def _corpus(manifest: dict[str, Any]) -> dict[str, Any]:
+def corpus(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "spec": manifest["source"]["spec"],
         "tokenizer": manifest["tokenizer"]["spec"],
@@ -222,7 +162,7 @@ def _corpus(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _budget(name: str, counts: dict[str, float], config: Config) -> dict[str, Any]:
+def budget(name: str, counts: dict[str, float], config: Config) -> dict[str, Any]:
     """Shares of the training slots; what no part claims are ends of documents, and prompts where tasks are trained."""
     slots = counts["slots"] or 1
     other = max(0, slots - sum(counts[key] for key, _, _ in SLOT_PARTS))
@@ -230,7 +170,7 @@ def _budget(name: str, counts: dict[str, float], config: Config) -> dict[str, An
     parts = [*((body if key == "body" else label, css, counts[key]) for key, label, css in SLOT_PARTS), (rest, "p5", other)]
     return {
         "name": name,
-        "total": _size(counts["slots"]),
+        "total": short_count(counts["slots"]),
         "parts": [{"name": label, "css": css, "percent": f"{100 * count / slots:.1f}"} for label, css, count in parts],
     }
 
@@ -280,18 +220,13 @@ def _parameter_facts(parameters: dict[str, int]) -> list[tuple[str, str]]:
     return [*((name.replace("_", " "), f"{count:,} ({count / total:.1%})") for name, count in parts), ("total", f"{total:,}")]
 
 
-def _code(text: str) -> Markup:
+def with_code(text: str) -> Markup:
     """Escaped text, with what stands between backticks as code."""
     pieces = text.split("`")
     return Markup("").join(Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def _machine(found: dict[str, Any]) -> str:
-    facts = dict(_environment_facts(found))
-    return f"{facts['devices']}; jax {facts['jax']}, python {facts['python']}; git {facts['git']}"
-
-
-def _environment_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+def environment_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     devices, git = found["devices"], found["git"]
     state = {True: ", with uncommitted changes", False: "", None: ""}[git["dirty"]]
     return [
@@ -304,60 +239,3 @@ def _environment_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("platform", found["platform"]),
         *found["libraries"].items(),
     ]
-
-
-# ------------------------------------------------------------------------------------------------------ tables
-
-
-def _row(folder: Path, row: dict[str, Any], result: dict[str, Any], first: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A row's difference to the baseline and the way to its runs' own reports."""
-    links = [
-        {"seed": seed, "href": quote(os.path.relpath(Path(run) / "report.html", folder))}
-        for seed, run in zip(result["seeds"], row["runs"], strict=True)
-    ]
-    made = {"name": row["name"], "links": links, "unchanged": "nothing", "parameters": f"{row['parameters']:,} parameters"}
-    if result["baseline"] not in first:  # the table was run without it: all there is, is what the row declares
-        return made | {"changes": [f"{k} = {v}" for k, v in row["changes"].items()]}
-    if row["name"] == result["baseline"]:
-        return made | {"changes": [], "unchanged": "this is the baseline"}
-    baseline, config = (from_dict(Config, first[name]["config"]) for name in (result["baseline"], row["name"]))
-    more = row["parameters"] / first[result["baseline"]]["parameters"]["total"] - 1
-    made["parameters"] += f", {more:+.1%} against {result['baseline']}" if more else f", as many as {result['baseline']}"
-    changed = [
-        (k, *v) for k, v in difference(baseline, config).items() if k not in ("name", "seed") and not k.startswith("runtime.")
-    ]
-    return made | {"changes": [f"{name}: {_show(then)} \N{RIGHTWARDS ARROW} {_show(now)}" for name, then, now in changed]}
-
-
-def _numbers(row: dict[str, Any], column: dict[str, Any]) -> list[float]:
-    return [v for v in row["values"][column["path"]] if v is not None]
-
-
-def _best(result: dict[str, Any], column: dict[str, Any]) -> str | None:
-    """The row with the best mean, where there are at least three seeds and its range touches no other row's."""
-    sign = 1.0 if column["better"] == "lower" else -1.0
-    rows = {row["name"]: [sign * v for v in _numbers(row, column)] for row in result["rows"]}
-    rows = {name: values for name, values in rows.items() if values}
-    if len(result["seeds"]) < 3 or len(rows) < 2:
-        return None
-    best = min(rows, key=lambda name: fmean(rows[name]))
-    return best if all(max(rows[best]) < min(values) for name, values in rows.items() if name != best) else None
-
-
-def _spread_column(result: dict[str, Any], column: dict[str, Any]) -> SpreadColumn:
-    """A column's panel; columns whose paths end alike ("bpb") measure the same thing."""
-    title = f"{column['title']} ({column['better']} is better)"
-    return SpreadColumn(title, column["path"].rpartition(".")[2], {row["name"]: _numbers(row, column) for row in result["rows"]})
-
-
-def _curve_caption(seeds: int, unit: str) -> str:
-    if seeds == 1:
-        return f"{unit.capitalize()} of each training batch (faint) and their moving average."
-    return f"Moving averages of the training batches' {unit}: each of {seeds} seeds thin, their mean thick."
-
-
-def _spread_caption(seeds: int, baseline: str) -> str:
-    line = f"The dashed line is {baseline}."
-    if seeds == 1:
-        return f"One dot a row, because there is one seed: how far another seed would fall is not known. {line}"
-    return f"A dot for each of {seeds} seeds, an upright stroke at their mean. {line}"

@@ -1,6 +1,7 @@
 """The run directory: what a run writes, who may write there, and how runs are found again.
 
-config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json, report.html.
+config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json, report.html;
+failure.log where a table saw the run fail.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from metajax.atomic import write_text
 from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
 from metajax.progress import warn
 
+FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there before the run is
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -97,7 +99,7 @@ class RunDirectory:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            present = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+            present = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.name != FAILURE_LOG)
             if not (path / "config.json").exists():
                 kept = ", ".join(present[:3])
                 require(not present, f"{path} is not empty and is not a run (it holds {kept}); choose another --workdir")
@@ -127,6 +129,9 @@ class RunDirectory:
             then, now = before["libraries"], here["libraries"]
             changed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
             self.warn(f"taken up with other versions ({changed}): numbers may differ from those of an undisturbed run")
+        if before is not None and before["git"]["commit"] != here["git"]["commit"]:
+            then, now = (str(found["git"]["commit"])[:9] for found in (before, here))
+            self.warn(f"taken up with other code (commit {then} -> {now}): numbers may differ from those of an undisturbed run")
         self.write("environment.json", here)
         if known is None:
             self.write("data.json", {"key": key, "tokenizer": tokenizer})
@@ -213,13 +218,14 @@ def _readable(workdir: Path) -> bool:
 
 
 def find_run(word: str, root: Path) -> Path:
-    """The workdir that `word` means: a path, a unique prefix of HASH-sSEED, or an experiment's name (its newest run).
+    """The workdir that `word` means: a path, from `root` or from here, a unique prefix of HASH-sSEED, or an experiment's name (its newest run).
 
     Raises:
       UserError: none, or more than one.
     """
-    if (Path(word) / "config.json").exists():
-        return Path(word)
+    for folder in (root / word, Path(word)):
+        if (folder / "config.json").exists():
+            return folder
     runs = list_runs(root)
     by_name = [run for run in runs if read_config(run).name == word]
     if by_name:

@@ -1,22 +1,93 @@
-"""Tables: run or resume every row for every seed, then gather the rows' reports side by side."""
+"""Tables: run or resume every row for every seed, its parents first, and write down where the table stands after each run.
+
+A table may be stopped at any moment: the runs are ordinary runs, and the table is made anew from what they have left.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metajax.config import Config, nearest, override, require
-from metajax.progress import say
+from metajax import registry
+from metajax.atomic import write_text
+from metajax.config import Config, nearest, require
+from metajax.lineage import absent_fields, apply_changes, inherited, resolve_parents
+from metajax.progress import say, warn
 from metajax.registry import Row, Table
-from metajax.reporting.html import write_table_report
-from metajax.reporting.records import default_workdir, write_json
+from metajax.reporting.formats import csv_text, latex, markdown
+from metajax.reporting.records import FAILURE_LOG, default_workdir, write_json
+from metajax.reporting.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
+from metajax.reporting.table_page import write_table_page
 
 RunOne = Callable[[Config, Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A table with everything that a command adds to it, resolved: a mistake has shown before the first run."""
+
+    table: Table
+    scale: str
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]  # to be run
+    changes: Mapping[str, Any]
+    root: Path  # of the run directories
+
+    @property
+    def folder(self) -> Path:
+        """ROOT/NAME/SCALE; with changes or fewer rows a folder beside it: SCALE-core, SCALE-HASH8."""
+        home = self.root / self.table.name
+        if not self.changes and self.rows == self.table.rows:
+            return home / self.scale
+        if not self.changes and self.rows == choose_rows(self.table, "core"):
+            return home / f"{self.scale}-core"
+        variant = json.dumps([{k: str(v) for k, v in self.changes.items()}, [row.name for row in self.rows]], sort_keys=True)
+        return home / f"{self.scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
+
+    def run_of(self, row: Row, seed: int) -> tuple[Run, tuple[Run, ...]]:
+        """The run of a row, and the runs that it starts from, the oldest first."""
+        config = replace(apply_changes(self.table.config(row, self.scale), self.changes), seed=seed)
+        config, older = resolve_parents(config, self.changes, self.root)
+        folders = [default_workdir(parent, self.root) for parent in older]
+        parents = tuple(Run(parent, folders[i], tuple(folders[:i])) for i, parent in enumerate(older))
+        return Run(config, default_workdir(config, self.root), tuple(folders)), parents
+
+    def runs(self) -> list[Run]:
+        """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""
+        found: dict[Path, Run] = {}
+        for seed in self.seeds:
+            for row in self.rows:
+                run, parents = self.run_of(row, seed)
+                for one in (*parents, run):
+                    found.setdefault(one.workdir, one)
+        return list(found.values())
+
+    def result(self) -> dict[str, Any]:
+        """The table from what is on disk; seeds of an earlier command are shown where one of their runs is complete."""
+        saved = self.folder / "table.json"
+        earlier = json.loads(saved.read_text(encoding="utf-8"))["seeds"] if saved.exists() else []
+        rows = {row.name: {seed: self.run_of(row, seed)[0] for seed in {*self.seeds, *earlier}} for row in self.rows}
+        made = {seed for runs in rows.values() for seed, run in runs.items() if (run.workdir / "report.json").exists()}
+        seeds = sorted({*self.seeds, *made})
+        return gather(
+            self.table, self.scale, seeds, self.changes, self.root,
+            {name: [runs[seed] for seed in seeds] for name, runs in rows.items()},
+        )  # fmt: skip
+
+    def write(self) -> dict[str, Any]:
+        """Write table.json, table.md, table.csv, table.tex and report.html, and return the result."""
+        result = self.result()
+        write_json(self.folder / "table.json", result)
+        for name, text in (("table.md", markdown), ("table.csv", csv_text), ("table.tex", latex)):
+            write_text(self.folder / name, text(result))
+        write_table_page(self.folder, result, self.root)
+        return result
 
 
 def choose_rows(table: Table, words: str | None) -> tuple[Row, ...]:
@@ -31,130 +102,75 @@ def choose_rows(table: Table, words: str | None) -> tuple[Row, ...]:
     return tuple(by_name[word] for word in words.split(","))
 
 
-def run_table(
-    table: Table, scale: str, seeds: Sequence[int], changes: dict[str, Any], root: Path, run_one: RunOne, rows: Sequence[Row]
-) -> dict[str, Any]:
-    """Run every (row, seed) that is not complete, write table.json, table.md and report.html, and return the result.
+def plan_table(
+    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path, rows: Sequence[Row]
+) -> TablePlan:
+    """The table as a command asks for it.
 
     Args:
-      changes: dotted overrides applied to every row.
-      root: of the run directories; the table goes to ROOT/NAME/SCALE, to SCALE-HASH beside it with changes or fewer rows.
-      run_one: (config, workdir) -> the run's report.
+      changes: dotted overrides of every row, and of the runs that rows start from (see `metajax.lineage.inherited`).
 
-    Seeds that an earlier table in the same place has are shown too: their runs are complete.
+    Raises:
+      UserError: a change that fits no row, a parent that does not exist, experiments that start from each other.
     """
-    folder = _folder(table, scale, changes, root, rows)
-    earlier = json.loads((folder / "table.json").read_text())["seeds"] if (folder / "table.json").exists() else []
-    seeds = sorted({*seeds, *earlier})
-    configs = {row.name: row_config(table, row, scale, changes) for row in rows}  # a mistake stops here, before any run
-    runs: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
-    folders: dict[str, list[Path]] = {row.name: [] for row in rows}
-    jobs = [(row, seed) for seed in seeds for row in rows]
-    for number, (row, seed) in enumerate(jobs, 1):
-        config = replace(configs[row.name], seed=seed)
-        workdir = default_workdir(config, root)
-        say(f"[{number}/{len(jobs)}] {config.name}, seed {seed}: {workdir}")
-        runs[row.name].append(run_one(config, workdir))
-        folders[row.name].append(workdir)
-    result = {
-        "folder": str(folder),
-        "changes": {k: str(v) for k, v in changes.items()},
-        "name": table.name,
-        "scale": scale,
-        "seeds": list(seeds),
-        "summary": table.summary,
-        "paper": table.paper,
-        "notes": list(table.notes),
-        "baseline": table.baseline,
-        "columns": [{"title": c.title, "path": c.path, "digits": c.digits, "better": c.better} for c in table.columns],
-        "rows": [
-            {
-                "name": row.name,
-                "changes": {k: str(v) for k, v in row.changes.items()},
-                "published": dict(row.published or {}),
-                "parameters": runs[row.name][0]["parameters"]["total"],
-                "counts": runs[row.name][0]["counts"],
-                "values": {c.path: [_lookup(report, c.path) for report in runs[row.name]] for c in table.columns},
-                "runs": [str(f) for f in folders[row.name]],
-            }
-            for row in rows
-        ],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "table.json", result)
-    (folder / "table.md").write_text(markdown(result), encoding="utf-8")
-    write_table_report(folder, result, head=headers(result), body=body(result), seed_note=seed_note(result))
+    plan = TablePlan(table, scale, tuple(rows), tuple(seeds), changes, root)
+    for config in {run.config.name: run.config for run in plan.runs()}.values():
+        for field in absent_fields(config, inherited(changes)):
+            say(f"{config.name} has no {field.partition('.')[0]}: --set {field} passes it by")
+    return plan
+
+
+def run_table(plan: TablePlan, run_one: RunOne) -> dict[str, Any]:
+    """Run or resume every run of the plan and return the result; a run that fails is recorded, and the others go on.
+
+    Args:
+      run_one: (config, workdir) -> the run's report; returns at once where the run is complete.
+    """
+    jobs, result = plan.runs(), plan.write()
+    failures: dict[Path, str] = {}
+    shown = {plan.run_of(row, seed)[0].workdir for row in plan.rows for seed in plan.seeds}
+    for number, run in enumerate(jobs, 1):
+        purpose = "" if run.workdir in shown else ", from which rows start"
+        say(f"[{number}/{len(jobs)}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}")
+        was_complete = (run.workdir / "report.json").exists()
+        reason = _attempt(run, run_one, failures)
+        if reason is not None:
+            failures[run.workdir] = reason
+            warn(f"failed: {reason}; the log is {run.workdir / FAILURE_LOG}")
+        if not was_complete:
+            result = plan.write()
     return result
 
 
-def _folder(table: Table, scale: str, changes: dict[str, Any], root: Path, rows: Sequence[Row]) -> Path:
-    if not changes and tuple(rows) == table.rows:
-        return root / table.name / scale
-    variant = json.dumps([{k: str(v) for k, v in changes.items()}, [row.name for row in rows]], sort_keys=True)
-    return root / table.name / f"{scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
+def _attempt(run: Run, run_one: RunOne, failures: Mapping[Path, str]) -> str | None:
+    """Make one run; returns why it failed."""
+    parent = next((p for p in run.parents if p in failures), None)
+    if parent is not None:
+        reason = f"the run it starts from failed ({failures[parent]})"
+        record_failure(run.workdir, _now(), reason, f"see {parent / FAILURE_LOG}")
+        return reason
+    if last_failure(run.workdir) is not None:
+        record_retry(run.workdir, _now())
+    try:
+        run_one(run.config, run.workdir)
+    except Exception as error:  # whatever it is, the other rows do not depend on it; the log has the traceback
+        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+        record_failure(run.workdir, _now(), reason, traceback.format_exc())
+        return reason
+    return None
 
 
-def row_config(table: Table, row: Row, scale: str, changes: dict[str, Any]) -> Config:
-    """The row with the table-wide changes; those of a sub-config that the row does without pass it by."""
-    config = table.config(row, scale)
-    absent = {field for field in changes if "." in field and getattr(config, field.partition(".")[0], config) is None}
-    for field in sorted(absent):
-        say(f"{config.name} has no {field.partition('.')[0]}: --set {field} passes it by")
-    return override(config, {field: value for field, value in changes.items() if field not in absent})
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _lookup(report: dict[str, Any], path: str) -> float | None:
-    value: Any = report
-    for key in path.split("."):
-        if key not in value:
-            return None
-        value = value[key]
-    return None if value is None else float(value)
+def has_runs(result: Mapping[str, Any]) -> bool:
+    """Whether any run of the table is complete."""
+    return any(run["state"] == COMPLETE for row in result["rows"] for run in row["runs"])
 
 
-def cell(values: Sequence[float | None], digits: int) -> str:
-    """Mean over seeds, with the range when there are several; a dash when the row has no such number."""
-    numbers = [v for v in values if v is not None]
-    if not numbers:
-        return "-"
-    mean = f"{statistics.fmean(numbers):.{digits}f}"
-    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
-
-
-def headers(result: dict[str, Any]) -> list[str]:
-    """Column titles of the rendered table."""
-    return ["row", *(c["title"] for c in result["columns"]), "parameters", "body tokens", "metadata tokens", "meta-tokens"]
-
-
-def body(result: dict[str, Any]) -> list[list[str]]:
-    """Rendered cells, one list a row."""
-    return [
-        [
-            row["name"],
-            *(cell(row["values"][c["path"]], c["digits"]) for c in result["columns"]),
-            f"{row['parameters']:,}",
-            *(f"{row['counts'][key]:,}" for key in ("body", "metadata", "meta_tokens")),
-        ]
-        for row in result["rows"]
-    ]
-
-
-def seed_note(result: dict[str, Any]) -> str:
-    """What the number of seeds allows to be said."""
-    n, command = len(result["seeds"]), f"`python run.py {result['name']} --scale {result['scale']} --seeds 3`"
-    if n == 1:
-        return f"One seed makes no ranking: run {command} for the spread between seeds; complete runs are not made again."
-    note = f"{n} seeds: mean, and the range over seeds in brackets; every seed is shared by all rows."
-    return note if n > 2 else f"{note} Three are the least for a ranking: run {command}; complete runs are not made again."
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table as GitHub Markdown, with its notes."""
-    head = headers(result)
-    lines = [f"# {result['name']} at scale {result['scale']}", "", result["summary"] + ".", ""]
-    if result["changes"]:
-        lines += ["With " + ", ".join(f"{k} = {v}" for k, v in result["changes"].items()) + ".", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in body(result)]
-    lines += ["", *(f"- {note}" for note in [*result["notes"], seed_note(result)])]
-    return "\n".join(lines) + "\n"
+def expected_minutes(table: Table, scale: str, words: str | None = None) -> float:
+    """Minutes of one seed: every run once, those that rows start from too, each as its own experiment declares."""
+    plan = TablePlan(table, scale, choose_rows(table, words), (0,), {}, Path("runs"))
+    known = registry.experiments()
+    return sum(known.get(run.config.name, table).minutes.get(scale, 0.0) for run in plan.runs())

@@ -15,7 +15,7 @@ from rich.text import Text
 from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
 from metajax.reporting.records import conditions, list_runs, read_config
-from metajax.reporting.tables import row_config
+from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
 
 console = Console()
 
@@ -37,43 +37,64 @@ def _grid(*titles: str) -> _Grid:
 
 def print_list(pattern: str) -> None:
     """Tables, each with its rows below it, and single experiments whose name contains `pattern`."""
-    grid = _grid("name", "scales", "minutes a run", "what")
+    grid = _grid("name", "scales", "expected time", "what")
     found = 0
     for table in registry.tables().values():
         if pattern in table.name:
-            grid.add_row(table.name, ", ".join(table.scales), _minutes(table), f"table of {len(table.rows)}: {table.summary}")
+            times = ", ".join(_table_time(table, scale) for scale in table.scales)
+            grid.add_row(table.name, ", ".join(table.scales), times, f"table of {len(table.rows)}, three seeds: {table.summary}")
             found += 1
     for name, experiment in registry.experiments().items():
         if pattern in name:
             row = experiment.row
             what = (
-                ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "the baseline" if row else experiment.summary
+                ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "the base as it is"
+                if row
+                else experiment.summary
             )
-            grid.add_row(name, ", ".join(experiment.scales), _minutes(experiment), what)
+            times = ", ".join(_duration(experiment.minutes[scale]) for scale in experiment.scales)
+            grid.add_row(name, ", ".join(experiment.scales), times, what)
             found += 1
     console.print(grid if found else f"nothing named like {pattern!r}")
     console.print("\nrun: python run.py NAME    look first: python run.py show NAME    help: python run.py --help")
 
 
-def _minutes(entry: registry.Table | registry.Experiment) -> str:
-    """Expected minutes at each scale, in the order of the scales."""
-    return ", ".join(f"{entry.minutes[scale]:g}" for scale in entry.scales)
+def _table_time(table: registry.Table, scale: str) -> str:
+    """Expected time of a whole table with three seeds, its core rows in brackets where they are fewer."""
+    whole = _duration(3 * expected_minutes(table, scale))
+    if choose_rows(table, "core") == table.rows:
+        return whole
+    return f"{whole} (core {_duration(3 * expected_minutes(table, scale, 'core'))})"
+
+
+def _duration(minutes: float) -> str:
+    for limit, unit in ((2 * 1440, "d"), (120, "h")):
+        if minutes >= limit:
+            return f"{minutes / (limit / 2):.3g} {unit}"
+    return f"{minutes:.0f} min"
 
 
 def _short(value: Any) -> str:
     return type(value).__name__ if hasattr(value, "__dataclass_fields__") else str(value)
 
 
-def print_table_plan(table: registry.Table, scale: str, changes: dict[str, str]) -> None:
-    """A table before it runs, with table-wide changes: its rows, what each changes, and the hash of its runs."""
+def print_table_plan(plan: TablePlan) -> None:
+    """A table before it runs: its rows, what each changes, what it starts from, what the paper says, and the hash of its runs."""
+    table, scale, seed = plan.table, plan.scale, plan.seeds[0]
     console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
-    grid = _grid("row", "what changes", "published", "hash")
-    for row in table.rows:
-        differs = ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "(the baseline)"
-        published = ", ".join(f"{k} {v}" for k, v in (row.published or {}).items()) or "-"
-        grid.add_row(row.name, differs, published, config_hash(row_config(table, row, scale, changes)))
+    grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
+    for row in plan.rows:
+        run, parents = plan.run_of(row, seed)
+        differs = ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or (row.of and f"the runs of {row.of}") or "-"
+        said = [(column.title, row.paper(column.key)) for column in table.columns]
+        published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
+        start = parents[-1].config.name if parents else run.config.init.from_ or "-"
+        name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
+        grid.add_row(name, differs, start, published or "-", config_hash(run.config))
     console.print(grid)
-    console.print(f"about {table.minutes[scale]:g} minutes a row; run it: python run.py {table.name}")
+    console.print(
+        f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: python run.py {table.name}"
+    )
 
 
 def print_experiment(experiment: registry.Experiment, config: Config) -> None:
@@ -99,10 +120,13 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
     console.print(numbers)
     slots = config.training.steps * config.data.batch_rows * config.row_slots
     console.print(f"{slots:,} slots in {config.training.steps:,} steps, {sum(flops.values()) * slots:.2e} training FLOPs")
-    published = experiment.row.published if experiment.row else None
-    console.print(
-        f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {dict(published) if published else 'nothing for this row'}"
+    row = experiment.row
+    said = (
+        ", ".join(f"{key} {'not stated' if (p := row.paper(key)).value is None else p.value}" for key in row.published)
+        if row
+        else ""
     )
+    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {said or 'nothing for this row'}")
 
 
 def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -16,7 +15,7 @@ from metajax.registry import Column, Row, Table
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.html import write_run_report
 from metajax.reporting.records import write_json
-from metajax.reporting.tables import run_table
+from metajax.reporting.tables import plan_table, run_table
 
 HOSTILE = '<script>alert("x")</script> & naïve café — 元素 🙂 </p>'
 CONDITIONS = ("none", "right", "shuffled")
@@ -119,7 +118,7 @@ class Page(HTMLParser):
 
 def write_table(root, seeds):
     table = make_table()
-    return run_table(table, "cpu", seeds, {}, root, fake_run, table.rows)
+    return run_table(plan_table(table, "cpu", seeds, {}, root, table.rows), fake_run)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def pages(tmp_path_factory):
     one, three = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("three")
     result = write_table(one, [0])
     write_table(three, [0, 1, 2])
-    run = next(row["runs"][0] for row in result["rows"] if row["name"] == "metadata")
+    run = next(row["runs"][0]["folder"] for row in result["rows"] if row["name"] == "metadata")
     return [one / run / "report.html", one / "lab/cpu/report.html", three / "lab/cpu/report.html"]
 
 
@@ -178,33 +177,35 @@ def test_run_page_says_what_happened(pages):
 
 def test_table_page_with_one_seed_ranks_nothing(pages):
     page = Page(pages[1])
-    assert page.tags.count("svg") == 2
-    assert 'class="best"' not in page.source
-    assert "One seed makes no ranking" in page.text
-    assert "python run.py lab --scale cpu --seeds 3" in page.text
+    assert page.tags.count("svg") == len(CONDITIONS) + 1
+    assert "One seed makes no ranking" in page.text and "--seeds 3" in page.text
+    assert not re.search(r'class="range (better|worse)"', page.source)
+    assert "±" not in page.text
     assert "metadata.position: none → prepend" in page.text
     assert "this is the baseline" in page.text
     assert "1,311,360 parameters, +25.0% against plain" in page.text
 
 
-def test_table_page_marks_a_best_row_that_stands_clear(pages):
+def test_table_page_says_better_and_worse_where_the_interval_leaves_0_out(pages):
     page = Page(pages[2])
-    assert page.source.count('class="best"') == len(CONDITIONS)
+    assert page.source.count('class="range better"') == len(CONDITIONS), "the row named metadata is 0.04 better"
+    assert page.source.count('class="range worse"') == len(CONDITIONS)
     assert "3 seeds" in page.text
-    assert page.text.count("seed 2") == len(ROWS)
+    assert page.source.count(">seed 2 (1 warning)</a>") == len(ROWS)
 
 
-def test_overlapping_ranges_have_no_best(tmp_path, monkeypatch):
+def test_equal_rows_are_neither_better_nor_worse(tmp_path, monkeypatch):
     for row in LEVEL:
         monkeypatch.setitem(LEVEL, row, 2.3)
     write_table(tmp_path, [0, 1, 2])
-    assert 'class="best"' not in (tmp_path / "lab/cpu/report.html").read_text()
+    assert not re.search(r'class="range (better|worse)"', (tmp_path / "lab/cpu/report.html").read_text())
 
 
 def test_table_without_its_baseline_shows_declared_changes(tmp_path):
     table = make_table()
-    result = run_table(table, "cpu", [0], {}, tmp_path, fake_run, table.rows[2:])
-    assert "metadata.position = prepend" in Page(Path(result["folder"]) / "report.html").text
+    plan = plan_table(table, "cpu", [0], {}, tmp_path, table.rows[2:])
+    assert run_table(plan, fake_run)["baseline"] is None
+    assert "metadata.position = prepend" in Page(plan.folder / "report.html").text
 
 
 def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():
@@ -215,7 +216,7 @@ def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():
     assert drawn[0] == drawn[1]
     assert "row 3 &lt;$x^2$&gt; &amp; 元素" in drawn[0]
     assert "nan" not in drawn[0].lower().replace("<$", "")
-    missing = seed_spread([SpreadColumn("a", "bpb", {name: [] for name in names})], "absent")
+    [missing] = seed_spread([SpreadColumn("a", "bpb", {name: [] for name in names}, dict.fromkeys(names))], "absent")
     assert missing.startswith("<svg") and missing.endswith("</svg>")
     assert loss_curves({"not started": [([], [])]}).startswith("<svg")
 
@@ -255,8 +256,8 @@ def test_browser_shows_the_pages(pages, tmp_path, width):
         probe.write_text(PROBE.format(page=path.as_uri(), width=width))
         dom = browse(chromium, tmp_path / "profile", "--dump-dom", f"--window-size={width + 20},950", probe.as_uri())
         found = json.loads(re.search(r"<body>(\{.*?\})</body>", dom, re.DOTALL)[1])
-        assert len(found["boxes"]) == (1, 2, 2)[number]
-        assert all(w > 250 and h > 100 for w, h in found["boxes"])
+        assert len(found["boxes"]) == (1, 4, 4)[number]
+        assert all(w > 250 and h > 90 for w, h in found["boxes"])
         assert found["inner"] == width
         assert found["wide"] <= width, "the page itself does not scroll sideways"
         assert found["smallest"] > 8

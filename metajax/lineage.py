@@ -1,0 +1,61 @@
+"""Runs that start from other runs: `init.from` may name an experiment, which stands for its run at the same scale and seed.
+
+The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's own hash changes with
+whatever its parent is. Nothing here needs the parent to exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metajax import registry
+from metajax.config import Config, nearest, override, require
+from metajax.reporting.records import default_workdir
+
+
+def absent_fields(config: Config, changes: Mapping[str, Any]) -> list[str]:
+    """The changed fields of sub-configs that this config does without."""
+    return sorted(f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None)
+
+
+def apply_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with changes meant for several; those of a sub-config that this one does without pass it by."""
+    absent = absent_fields(config, changes)
+    return override(config, {field: value for field, value in changes.items() if field not in absent})
+
+
+def inherited(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes of a command that hold for parents too: all but `evaluation`, which leaves parameters as they are, and `init`."""
+    return {field: value for field, value in changes.items() if field.partition(".")[0] not in ("evaluation", "init")}
+
+
+def resolve_parents(config: Config, changes: Mapping[str, Any], root: Path) -> tuple[Config, tuple[Config, ...]]:
+    """The config with the run that its `init.from` stands for, and the configs of the runs it needs, the oldest first.
+
+    Args:
+      changes: those of the command (`--set`), already in `config`; its parents get them as well (see `inherited`).
+      root: where runs are; `init.from` may also be a run there, or the folder of one.
+
+    Raises:
+      UserError: no such experiment or run, or experiments that start from each other.
+    """
+    return _resolve(config, inherited(changes), root, (config.name,))
+
+
+def _resolve(config: Config, changes: Mapping[str, Any], root: Path, chain: tuple[str, ...]) -> tuple[Config, tuple[Config, ...]]:
+    word, known = config.init.from_, registry.experiments()
+    if not word:
+        return config, ()
+    if word not in known and word not in registry.tables():
+        is_run = any((folder / "config.json").exists() for folder in (root / word, Path(word)))
+        require(is_run, f"{config.name}: init.from = {word!r} is neither an experiment nor a run{nearest(word, known)}")
+        return config, ()
+    circle = " -> ".join((*chain, word))
+    require(word not in chain, f"init.from goes round in a circle: {circle}; one of them has to start afresh (init.from empty)")
+    parent = replace(apply_changes(registry.find_experiment(word).build(config.scale), changes), seed=config.seed)
+    parent, older = _resolve(parent, changes, root, (*chain, word))
+    child = override(config, {"init.from": default_workdir(parent, Path()).as_posix()})
+    return child, (*older, parent)

@@ -1,0 +1,180 @@
+"""A table's result: what its runs have left on disk, put together with statistics and the paper's values. Nothing is run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metajax.atomic import write_text
+from metajax.config import Config
+from metajax.registry import Column, Row, Table
+from metajax.reporting.records import FAILURE_LOG
+from metajax.reporting.statistics import Summary, Values, paired_difference, seeds_needed, summarize
+
+COMPLETE, FAILED, UNFINISHED, NOT_RUN = "complete", "failed", "not finished", "not run yet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a table: a row with a seed, or a run that rows start from."""
+
+    config: Config
+    workdir: Path
+    parents: tuple[Path, ...]  # workdirs that have to be complete before, the oldest first
+
+
+def gather(
+    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path, rows: Mapping[str, Sequence[Run]]
+) -> dict[str, Any]:
+    """The table as plain data: every number of every seed, statistics, published values, costs, and the state of each run.
+
+    Args:
+      rows: row name -> its run for each of `seeds`.
+
+    Numbers are in the unit that the column shows; lists over seeds have None where a run is not complete or has no such number.
+    """
+    runs = {name: [_run_state(run, root) for run in of_row] for name, of_row in rows.items()}
+    reports = {name: [_report(run.workdir) for run in of_row] for name, of_row in rows.items()}
+    chosen = [row for row in table.rows if row.name in rows]
+    basis = next((row for row in chosen if row.name == table.baseline), None)
+    values = {row.name: {c.key: [_number(r, row, c) for r in reports[row.name]] for c in table.columns} for row in chosen}
+    return {
+        "name": table.name,
+        "scale": scale,
+        "seeds": list(seeds),
+        "summary": table.summary,
+        "paper": table.paper,
+        "notes": list(table.notes),
+        "changes": {k: str(v) for k, v in changes.items()},
+        "baseline": basis.name if basis else None,
+        "columns": [dataclasses.asdict(c) | {"key": c.key} for c in table.columns],
+        "rows": [
+            {
+                "name": row.name,
+                "group": row.group,
+                "note": row.note,
+                "changes": {k: str(v) for k, v in row.changes.items()} | ({"of": row.of} if row.of else {}),
+                "runs": runs[row.name],
+                "cost": _cost(next((r for r in reports[row.name] if r), None)),
+                "cells": {c.key: _cell(c.key, row, basis, values) for c in table.columns},
+            }
+            for row in chosen
+        ],
+        "code": _code({run["folder"]: run["git"] for of_row in runs.values() for run in of_row if run["git"]}),
+    }
+
+
+def _cell(key: str, row: Row, basis: Row | None, values: Mapping[str, Mapping[str, Values]]) -> dict[str, Any]:
+    """One number of the table: ours, its difference to the baseline's, and the paper's."""
+    ours, paper = values[row.name][key], row.paper(key)
+    difference = paper_difference = None
+    if basis is not None and basis is not row:
+        difference, theirs = paired_difference(ours, values[basis.name][key]), basis.paper(key)
+        if paper and theirs and paper.value is not None and theirs.value is not None:
+            paper_difference = paper.value - theirs.value
+    needed = None
+    if difference is not None and difference.deviation is not None and paper_difference:
+        needed = seeds_needed(paper_difference, difference.deviation)
+    return {
+        "values": list(ours),
+        "ours": _as_dict(summarize(ours)),
+        "difference": _as_dict(difference),
+        "published": dataclasses.asdict(paper) | {"difference": paper_difference} if paper else None,
+        "seeds_needed": needed,  # for an effect as large as the paper's, with the spread seen here
+    }
+
+
+def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(summary) | {"clear_of_zero": summary.clear_of_zero} if summary else None
+
+
+def _number(report: Mapping[str, Any] | None, row: Row, column: Column) -> float | None:
+    if report is None:
+        return None
+    first = _look_up(report, column.path, row.fill)
+    if not column.minus or first is None:
+        return None if first is None else column.factor * first
+    second = _look_up(report, column.minus, row.fill)
+    return None if second is None else column.factor * (first - second)
+
+
+def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> float | None:
+    value: Any = report
+    for key in path.format_map(fill).split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return None if value is None else float(value)
+
+
+def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """What a run is made of and was given, from the first seed that is complete: seeds differ by a few tokens only."""
+    if report is None:
+        return None
+    size = {"parameters": report["parameters"]["total"], "flops_per_slot": sum(report["flops_per_token"].values())}
+    return size | dict(report["counts"])
+
+
+# ---------------------------------------------------------------------------------------------- the state of a run
+
+
+def _run_state(run: Run, root: Path) -> dict[str, Any]:
+    report, reason = _report(run.workdir), last_failure(run.workdir)
+    if report is not None:
+        state, reason = COMPLETE, None
+    elif reason is not None:
+        state = FAILED
+    else:
+        state = UNFINISHED if (run.workdir / "config.json").exists() else NOT_RUN
+    environment = run.workdir / "environment.json"
+    return {
+        "seed": run.config.seed,
+        "folder": run.workdir.relative_to(root).as_posix(),
+        "state": state,
+        "reason": reason,
+        "parent": run.config.init.from_ or None,
+        "warnings": len(report["warnings"]) if report else 0,
+        "git": json.loads(environment.read_text())["git"] if report and environment.exists() else None,
+    }
+
+
+def _report(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _code(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The states of the code that made the runs, and the runs of each; more than one means that the rows are not of one make."""
+    made: dict[tuple[Any, Any], list[str]] = {}
+    for folder, git in states.items():
+        made.setdefault((git["commit"], git["dirty"]), []).append(folder)
+    return [{"commit": commit, "dirty": dirty, "runs": folders} for (commit, dirty), folders in made.items()]
+
+
+# ---------------------------------------------------------------------------------------------- failures of a run
+
+
+def record_failure(workdir: Path, time: str, reason: str, details: str) -> None:
+    """Add a failure, with its traceback, to the log in the run's folder."""
+    path = workdir / FAILURE_LOG
+    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, f"{earlier}=== {time} failed: {reason}\n{details}\n")
+
+
+def record_retry(workdir: Path, time: str) -> None:
+    """Say in the log of a run that had failed that it is tried again."""
+    path = workdir / FAILURE_LOG
+    if path.exists():
+        write_text(path, f"{path.read_text(encoding='utf-8')}=== {time} tried again\n")
+
+
+def last_failure(workdir: Path) -> str | None:
+    """Why the run failed when it was last tried; None when it did not, or is being tried again."""
+    path = workdir / FAILURE_LOG
+    found = re.findall(r"^=== \S+ (failed: .*|tried again)$", path.read_text(encoding="utf-8"), re.M) if path.exists() else []
+    return found[-1].removeprefix("failed: ") if found and found[-1] != "tried again" else None

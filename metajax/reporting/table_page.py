@@ -1,0 +1,252 @@
+"""report.html of a table: ours beside the paper's, costs, curves, spread, and what each row changes; whole or still in the making."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from metajax.config import Config, difference, from_dict
+from metajax.reporting import formats
+from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
+from metajax.reporting.html import (
+    as_set,
+    budget,
+    corpus,
+    curve_unit,
+    curves,
+    environment_facts,
+    held_out,
+    read_json,
+    short_count,
+    templates,
+    with_code,
+    write_page,
+)
+from metajax.reporting.records import FAILURE_LOG
+from metajax.reporting.results import COMPLETE, FAILED
+
+Row = Mapping[str, Any]  # of a result
+Reports = Mapping[str, Mapping[str, Any]]  # row -> the report of its first complete run
+
+
+def write_table_page(folder: Path, result: formats.Result, root: Path) -> Path:
+    """Write report.html of a table from its result and from its runs' own files, and return its path.
+
+    Args:
+      result: of `metajax.reporting.results.gather`; runs that are not complete are shown as what they are.
+      root: where the result's run folders start.
+    """
+    first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
+    unit = curve_unit(from_dict(Config, next(iter(first.values()))["config"])) if first else ""
+    basis_row = result["baseline"] if result["baseline"] in first else next(iter(first), None)
+    page = templates.get_template("table.html").render(
+        title=f"{result['name']} at scale {result['scale']}",
+        result=result,
+        sentence=_sentence(result, first.get(basis_row)),
+        progress=_progress(result),
+        failures=[found | {"href": _href(folder, root / found["folder"] / FAILURE_LOG)} for found in formats.failures(result)],
+        columns=[_head(column, result) for column in result["columns"]],
+        groups=_groups(result),
+        costs=_costs(result),
+        seed_values=_seed_values(result),
+        remarks=[with_code(note) for note in [*result["notes"], *formats.remarks(result)]],
+        differs_from=f"The config against {result['baseline']}'s" if result["baseline"] in first else "The config against the table's base",
+        rows=[_row_card(folder, root, row, result, first) for row in result["rows"]],
+        curves=_curve_figure(result, root, unit),
+        curve_caption=_curve_caption(len(result["seeds"]), unit),
+        spreads=[Markup(svg) for svg in seed_spread([_spread(result, c) for c in result["columns"]], result["baseline"])] if first else [],
+        spread_caption=_spread_caption(result),
+        budgets=[budget(name, report["counts"], from_dict(Config, report["config"])) for name, report in first.items()],
+        samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
+        corpora=[corpus(manifest) for manifest in first[basis_row]["corpora"]] if first else [],
+        held_out=held_out(first[basis_row]) if first else None,
+        machine=_machine(root, next(row for row in result["rows"] if row["name"] == basis_row)) if first else None,
+    )  # fmt: skip
+    return write_page(folder, page)
+
+
+def _complete(row: Row) -> Mapping[str, Any] | None:
+    return next((run for run in row["runs"] if run["state"] == COMPLETE), None)
+
+
+def _href(folder: Path, target: Path) -> str:
+    return quote(Path(os.path.relpath(target, folder)).as_posix())
+
+
+def _sentence(result: formats.Result, report: Mapping[str, Any] | None) -> str:
+    """What was compared: the summary, and what the baseline's run says was spent on it."""
+    rows = len(result["rows"])
+    said = f"{rows} row{'' if rows == 1 else 's'}: {result['summary']}."
+    if report is None or result["baseline"] is None:
+        return said
+    return (
+        f"{said} The baseline {result['baseline']} has {short_count(report['parameters']['total'])} parameters and {report['steps']:,} "
+        "training steps; what every other row changes is listed below."
+    )
+
+
+def _progress(result: formats.Result) -> str | None:
+    """How far a table that is not whole has come."""
+    states = [run["state"] for row in result["rows"] for run in row["runs"]]
+    if all(state in (COMPLETE, FAILED) for state in states):
+        return None
+    return f"{states.count(COMPLETE)} of {len(states)} runs are complete. This page is written anew after every run; reload it to see more."
+
+
+# ------------------------------------------------------------------------------------------------------- cells
+
+
+def _head(column: Mapping[str, Any], result: formats.Result) -> dict[str, Any]:
+    arrow = {"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}", "": ""}[column["better"]]
+    return {"title": column["title"], "better": column["better"], "arrow": arrow, "paper": formats.has_paper(result, column)}
+
+
+def _groups(result: formats.Result) -> list[dict[str, Any]]:
+    """The rows under their headings, each with its cells, or with one line that says why there are none."""
+    groups: list[dict[str, Any]] = []
+    for row in result["rows"]:
+        if not groups or groups[-1]["name"] != row["group"]:
+            groups.append({"name": row["group"], "rows": []})
+        cells = [_cell(row, column, result) for column in result["columns"]]
+        groups[-1]["rows"].append({"name": row["name"], "baseline": row["name"] == result["baseline"], "cells": cells})
+    return groups
+
+
+def _cell(row: Row, column: Mapping[str, Any], result: formats.Result) -> dict[str, Any]:
+    cell = row["cells"][column["key"]]
+    ours, _, spread = formats.ours_text(row, column, len(result["seeds"])).partition(f" {formats.PLUS_MINUS} ")
+    difference = cell["difference"]
+    return {
+        "ours": ours,
+        "spread": spread,
+        "state": "" if cell["ours"] else formats.state_of(row),
+        "difference": formats.difference_text(row, column, result) if difference else "",
+        "verdict": _verdict(difference, column["better"]),
+        "has_paper": formats.has_paper(result, column),
+        "paper": formats.paper_text(row, column, result),
+        "paper_difference": formats.paper_difference_text(row, column),
+    }
+
+
+def _verdict(found: Mapping[str, Any] | None, better: str) -> str:
+    """Better or worse than the baseline where the interval of the difference leaves 0 out."""
+    if found is None or not found["clear_of_zero"] or not better:
+        return ""
+    return "better" if (found["mean"] < 0) == (better == "lower") else "worse"
+
+
+def _costs(result: formats.Result) -> dict[str, Any] | None:
+    shown = formats.shown_costs(result)
+    if not shown:
+        return None
+    rows = [[row["name"], *(formats.cost_text(row, key, result).partition(" ") for key, _ in shown)] for row in result["rows"]]
+    return {"head": ["row", *(title for _, title in shown)], "rows": rows}
+
+
+def _seed_values(result: formats.Result) -> list[dict[str, Any]]:
+    """Every seed's number, a block for each column."""
+    return [
+        {
+            "title": column["title"],
+            "rows": [
+                [row["name"], *("-" if v is None else f"{v:.{column['digits'] + 1}f}" for v in row["cells"][column["key"]]["values"])]
+                for row in result["rows"]
+            ],
+        }
+        for column in result["columns"]
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what differs
+
+
+def _row_card(folder: Path, root: Path, row: Row, result: formats.Result, first: Reports) -> dict[str, Any]:
+    """A row's difference to the baseline and the way to its runs' own reports."""
+    made = {
+        "name": row["name"],
+        "note": row["note"],
+        "unchanged": "nothing",
+        "links": [_link(folder, root, run) for run in row["runs"]],
+    }
+    parents = dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"])
+    made["parents"] = ", ".join(parents)
+    made["parameters"] = _parameters(row, result)
+    if row["name"] == result["baseline"]:
+        return made | {"changes": [], "unchanged": "this is the baseline"}
+    if result["baseline"] not in first or row["name"] not in first:  # all there is, is what the row declares
+        return made | {"changes": [f"{k} = {v}" for k, v in row["changes"].items()]}
+    baseline, config = (from_dict(Config, first[name]["config"]) for name in (result["baseline"], row["name"]))
+    changed = [
+        (k, *v)
+        for k, v in difference(baseline, config).items()
+        if k not in ("name", "seed", "init.from_") and not k.startswith("runtime.")
+    ]
+    return made | {"changes": [f"{name}: {as_set(then)} \N{RIGHTWARDS ARROW} {as_set(now)}" for name, then, now in changed]}
+
+
+def _link(folder: Path, root: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    warnings = f" ({run['warnings']} warning{'' if run['warnings'] == 1 else 's'})" if run["warnings"] else ""
+    file = {COMPLETE: "report.html", FAILED: FAILURE_LOG}.get(run["state"])
+    label = f"seed {run['seed']}" + (warnings if run["state"] == COMPLETE else f" ({run['state']})")
+    return {"label": label, "href": _href(folder, root / run["folder"] / file) if file else None}
+
+
+def _parameters(row: Row, result: formats.Result) -> str:
+    cost, basis = row["cost"], next((r["cost"] for r in result["rows"] if r["name"] == result["baseline"]), None)
+    if cost is None:
+        return ""
+    text = f"{cost['parameters']:,} parameters"
+    if basis is None or row["name"] == result["baseline"]:
+        return text
+    more = cost["parameters"] / basis["parameters"] - 1
+    return f"{text}, {more:+.1%} against {result['baseline']}" if more else f"{text}, as many as {result['baseline']}"
+
+
+def _machine(root: Path, row: Row) -> str:
+    facts = dict(environment_facts(read_json(root / _complete(row)["folder"] / "environment.json")))
+    return f"{facts['devices']}; jax {facts['jax']}, python {facts['python']}; git {facts['git']}"
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+def _curve_figure(result: formats.Result, root: Path, unit: str) -> Markup | None:
+    """Learning curves of the complete runs; None while there is none."""
+    found = {
+        row["name"]: [curves(root / run["folder"]) for run in row["runs"] if run["state"] == COMPLETE] for row in result["rows"]
+    }
+    found = {name: of_row for name, of_row in found.items() if any(len(training[0]) for training, _ in of_row)}
+    if not found:
+        return None
+    return Markup(loss_curves(*({name: [pair[i] for pair in of_row] for name, of_row in found.items()} for i in (0, 1)), unit))
+
+
+def _curve_caption(seeds: int, unit: str) -> str:
+    if seeds == 1:
+        return f"{unit.capitalize()} of each training batch (faint) and their moving average."
+    return f"Moving averages of the training batches' {unit}: each of {seeds} seeds thin, their mean thick."
+
+
+def _spread(result: formats.Result, column: Mapping[str, Any]) -> SpreadColumn:
+    """A column's figure; columns whose paths end alike ("bpb") measure the same thing."""
+    better = f" ({column['better']} is better)" if column["better"] else ""
+    quantity = " - ".join(path.rpartition(".")[2] for path in (column["path"], column["minus"]) if path)
+    cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"]}
+    values = {name: [v for v in cell["values"] if v is not None] for name, cell in cells.items()}
+    halves = {name: cell["ours"] and cell["ours"]["half"] for name, cell in cells.items()}
+    return SpreadColumn(column["title"] + better, quantity, values, halves)
+
+
+def _spread_caption(result: formats.Result) -> str:
+    line = f" The dashed line is {result['baseline']}." if result["baseline"] else ""
+    if len(result["seeds"]) == 1:
+        return f"One dot a row, because there is one seed: how far another seed would fall is not known.{line} Axes do not start at 0."
+    return (
+        f"A dot for each of {len(result['seeds'])} seeds, an upright stroke at their mean, a bar for its 95 % interval "
+        f"(one that reaches the frame goes on).{line} Axes do not start at 0, and columns of one quantity share theirs."
+    )
