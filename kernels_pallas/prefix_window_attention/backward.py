@@ -31,8 +31,9 @@ from kernels_pallas.prefix_window_attention.tiles import (
 @functools.partial(jax.jit, static_argnums=0)
 def backward(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> Operands:
     """Cotangents of the operands; those of the visits are None."""
-    # A query without keys has lse -inf; at +inf its probabilities are 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
+    # A query without keys: at lse +inf its probabilities are 0, and its cotangent of -inf may be anything.
+    empty = lse == -jnp.inf
+    lse, delta = jnp.where(empty, jnp.inf, lse * LOG2_E), jnp.where(empty, 0.0, delta)
     d_q, *d_metas = _backward_q(plan, x, lse, d_out, delta)
     d_k, d_v = _backward_kv(plan, x, lse, d_out, delta)
     d_meta_k, d_meta_v = (d.astype(x.k.dtype) for d in d_metas) if d_metas else (None, None)
@@ -68,17 +69,17 @@ def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array)
 
 
 def _kernel_q(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs) -> None:
-    *meta_refs, d_q_ref, sum_ref = refs if len(refs) == 2 else (*refs[:2], *refs[3:5], refs[2], refs[5])
+    *refs, sum_ref = refs
+    meta_k_ref, meta_v_ref, d_q_ref, d_k_ref, d_v_ref = refs if plan.metas else (None, None, *refs, None, None)
     step = pl.program_id(1)
     visit = visits_ref[step]
     at_query = functools.partial(_probabilities, plan, q_ref, lse_ref, d_out_ref, delta_ref)
 
     @pl.when(is_first(visits_ref, step))
     def _() -> None:
-        if not meta_refs:
+        if not plan.metas:
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
             return
-        meta_k_ref, meta_v_ref, d_k_ref, d_v_ref = meta_refs
 
         @pl.when(step == 0)
         def _() -> None:

@@ -44,7 +44,6 @@ class Plan:
     def each_head(self, body: Callable[[Head, Head], None]) -> None:
         """body(KV head, query head of its group) for the heads of a grid step: unrolled, so that one head's waits are filled with
         another's work; rolled in interpret mode, where that only slows the compiler."""
-
         heads = self.kv_step * self.group
         if self.interpret:
             jax.lax.fori_loop(0, heads, lambda i, _: body(i // self.group, i % self.group), None)
@@ -107,7 +106,7 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def scores(plan: Plan, k_KxD: Array, q_DxQ: Array, bias: Array | float | None) -> Array:
+def scores(plan: Plan, k_KxD: Array, q_DxQ: Array, bias: Array | None) -> Array:
     """Scaled scores in base 2, [K, Q], plus the bias of the mask."""
     s_KxQ = dot(k_KxD, q_DxQ, (1, 0)) * (plan.scale * LOG2_E)
     return s_KxQ if bias is None else s_KxQ + bias

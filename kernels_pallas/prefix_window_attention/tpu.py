@@ -44,6 +44,7 @@ def attention_tpu(
     length, keys = q.shape[1], k.shape[1]
     block_q, block_k = (_block(size, asked, interpret) for size, asked in ((length, block_q), (keys, block_k)))
     offset = keys - length if q_offset is None else q_offset
+    metas = 0 if meta_k is None else meta_k.shape[0]
     lists = block_lists(expiry.astype(jnp.int32), offset, length, block_q, block_k)
     kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     plan = Plan(
@@ -53,7 +54,7 @@ def attention_tpu(
         kv_step=next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * group >= HEADS or n == kv_heads)),
         block_q=block_q,
         block_k=block_k,
-        metas=0 if meta_k is None else meta_k.shape[0],
+        metas=metas,
         interpret=interpret,
     )
     grouped = q.reshape(*q.shape[:2], kv_heads, group, -1)
@@ -61,8 +62,8 @@ def attention_tpu(
         q=_flat(jnp.moveaxis(_pad(grouped, {1: block_q, 4: PACK}), (2, 3, 4), (0, 1, 2)), 3),
         k=_flat(jnp.moveaxis(_pad(k, {1: block_k, 3: PACK}), 2, 0), 1),
         v=_flat(jnp.moveaxis(_pad(v, {1: block_k, 3: PACK}), 2, 0), 1),
-        meta_k=None if meta_k is None else _metas(meta_k, k),
-        meta_v=None if meta_v is None else _metas(meta_v, v),
+        meta_k=_metas(meta_k, k) if metas else None,
+        meta_v=_metas(meta_v, v) if metas else None,
         lists=lists,
     )
     out, lse = _attention(plan, operands)
