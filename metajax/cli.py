@@ -298,7 +298,7 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
     else:
         require(
             not options.sweeps,
-            f"{target.name} is a table; --sweep is for one experiment, such as {target.name}/{target.rows[0].name}",
+            f"{target.name} is a table; --sweep is for one experiment, such as {target.example}",
         )
         table = target
     rows, seeds = choose_rows(table, options.rows), range(options.seed, options.seed + options.seeds)
@@ -354,11 +354,13 @@ def _show(options: argparse.Namespace, started: float) -> int:
     if isinstance(target, registry.Table):
         require(
             not options.count,
-            f"{target.name} is a table; --rows shows rows of one experiment, such as {target.name}/{target.baseline}",
+            f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}",
         )
         from metajax.reporting.tables import plan_table
 
-        target.config(target.rows[0], options.scale)  # an unknown scale stops here, before a parent is looked for
+        registry.find_experiment(target.example).build(
+            options.scale
+        )  # an unknown scale stops here, before a parent is looked for
         changes = _parse_changes(options.changes, options.runs_dir)
         terminal.print_table_plan(plan_table(target, options.scale, [options.seed], changes, options.runs_dir, target.rows))
         return 0

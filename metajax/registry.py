@@ -37,6 +37,7 @@ class Row:
     fill: Mapping[str, str] = field(
         default_factory=dict
     )  # for {names} in the columns' paths: rows that read one run in several ways
+    parts: tuple[str, ...] = ()  # those of the table's parts that this row has; empty: all of them
 
     def paper(self, key: str) -> Published | None:
         """What the paper says in that column; None where this row does not speak of it."""
@@ -56,6 +57,7 @@ class Column:
     better: Literal["lower", "higher", ""] = "lower"  # "": neither
     factor: float = 1.0  # what a run's number is multiplied with before it is shown: 100 for a share in per cent
     minus: str = ""  # a second path, whose number is taken from the first one's
+    part: str = ""  # of the table, whose run has the number
 
     def __post_init__(self) -> None:
         require(
@@ -64,13 +66,17 @@ class Column:
 
     @property
     def key(self) -> str:
-        """The name of this column in `Row.published` and in table.json: the path, or `path - minus`."""
-        return f"{self.path} - {self.minus}" if self.minus else self.path
+        """The name of this column in `Row.published` and in table.json: PATH, PATH - MINUS, PART: PATH."""
+        path = f"{self.path} - {self.minus}" if self.minus else self.path
+        return f"{self.part}: {path}" if self.part else path
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a paper, or of ours: rows derived from one base by replacement."""
+    """A table of a paper, or of ours: rows derived from one base by replacement.
+
+    A table with parts has a run for each row and part (a task, a length): base, then the row's changes, then the part's.
+    """
 
     name: str
     summary: str
@@ -82,6 +88,7 @@ class Table:
     minutes: Mapping[str, float]
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> what it changes
 
     def __post_init__(self) -> None:
         names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
@@ -91,6 +98,8 @@ class Table:
             self.baseline is None or self.baseline in names,
             f"table {self.name}: the baseline {self.baseline!r} is not one of its rows",
         )
+        for part in (*(c.part for c in self.columns if c.part or self.parts), *(p for row in self.rows for p in row.parts)):
+            require(part in self.parts, f"table {self.name} has no part {part!r}{nearest(part, self.parts)}")
         for row in self.rows:
             for column in self.columns:
                 blanks = {name for path in (column.path, column.minus) for _, name, _, _ in Formatter().parse(path) if name}
@@ -104,12 +113,23 @@ class Table:
                     f"table {self.name}, row {row.name}: the published value {key!r} belongs to no column{nearest(key, keys)}",
                 )
 
-    def config(self, row: Row, scale: str) -> Config:
-        """The config of one row at a scale."""
+    def parts_of(self, row: Row) -> tuple[str, ...]:
+        """The parts that a row has a run for; ("",) in a table without parts."""
+        return row.parts or tuple(self.parts) or ("",)
+
+    @property
+    def example(self) -> str:
+        """The name of an experiment of this table: its baseline's, or its first row's."""
+        row = next((row for row in self.rows if row.name == self.baseline), self.rows[0])
+        return _joined(*([row.of] if row.of else [self.name, row.name]), self.parts_of(row)[0])
+
+    def config(self, row: Row, scale: str, part: str = "") -> Config:
+        """The config of one row, of one of its parts, at a scale."""
         _require_scale(self.name, self.scales, scale)
         if row.of:
-            return override(find_experiment(row.of).build(scale), row.changes)
-        return replace(override(self.base(scale), row.changes), name=f"{self.name}/{row.name}", scale=scale)
+            return override(find_experiment(_joined(row.of, part)).build(scale), row.changes)
+        config = override(override(self.base(scale), row.changes), self.parts.get(part, {}))
+        return replace(config, name=_joined(self.name, row.name, part), scale=scale)
 
 
 @dataclass(frozen=True)
@@ -126,34 +146,38 @@ class Experiment:
     row: Row | None = None
 
 
+def _joined(*words: str) -> str:
+    return "/".join(word for word in words if word)
+
+
 _experiments: dict[str, Experiment] = {}
 _tables: dict[str, Table] = {}
 
 
 def table(
     name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
-    minutes: Mapping[str, float], notes: Sequence[str] = (),
+    minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Base], Table]:  # fmt: skip
-    """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW.
+    """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
 
     A row that is `of` another experiment does not: its runs go by that one's name.
 
     Args:
       baseline: the row that the others are compared with, None for a table without one.
-      minutes: expected minutes of one row, by scale; the scales it names are the scales there are.
+      minutes: expected minutes of one run, by scale; the scales it names are the scales there are.
     """
 
     def register(base: Base) -> Table:
         scales = tuple(s for s in SCALES if s in minutes)
-        made = Table(name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes))
+        made = Table(
+            name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes), parts or {}
+        )
         _add(_tables, name, made)
-        for row in (row for row in rows if not row.of):
-            build = lambda scale, row=row: made.config(row, scale)  # noqa: E731 - binds the row
-            _add(
-                _experiments,
-                f"{name}/{row.name}",
-                Experiment(f"{name}/{row.name}", summary, paper, build, minutes, scales, made, row),
-            )
+        for row in (row for row in made.rows if not row.of):
+            for part in made.parts_of(row):
+                build = lambda scale, row=row, part=part: made.config(row, scale, part)  # noqa: E731 - binds both
+                of_row = _joined(name, row.name, part)
+                _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, scales, made, row))
         return made
 
     return register
@@ -218,5 +242,5 @@ def find_experiment(name: str) -> Experiment:
     """The experiment of that name; UserError also when it is a table's."""
     found = find(name)
     if isinstance(found, Table):
-        raise UserError(f"{name} is a table; name one of its rows, such as {name}/{found.rows[0].name}")
+        raise UserError(f"{name} is a table; name one of its rows, such as {found.example}")
     return found

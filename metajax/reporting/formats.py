@@ -75,6 +75,11 @@ def state_of(row: Mapping[str, Any]) -> str:
     return next((state for state in (FAILED, UNFINISHED, NOT_RUN) if state in states), "-")
 
 
+def run_name(row: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """The row, with the part whose run this is."""
+    return f"{row['name']}/{run['part']}" if run["part"] else row["name"]
+
+
 def cost_text(row: Mapping[str, Any], key: str, result: Result) -> str:
     """A cost, and how much more than the baseline's it is."""
     cost, basis = row["cost"], next((r["cost"] for r in result["rows"] if r["name"] == result["baseline"]), None)
@@ -139,7 +144,7 @@ def paper_notes(result: Result) -> list[str]:
 def failures(result: Result) -> list[dict[str, Any]]:
     """Runs that failed: row, seed, reason, folder."""
     return [
-        {"row": row["name"], "seed": run["seed"], "reason": run["reason"], "folder": run["folder"]}
+        {"row": run_name(row, run), "seed": run["seed"], "reason": run["reason"], "folder": run["folder"]}
         for row in result["rows"] for run in row["runs"] if run["state"] == FAILED
     ]  # fmt: skip
 
@@ -157,7 +162,7 @@ def missing(result: Result) -> Iterator[str]:
 def _code_remarks(result: Result) -> Iterator[str]:
     if len(result["code"]) < 2:
         return
-    names = {run["folder"]: f"{row['name']} (seed {run['seed']})" for row in result["rows"] for run in row["runs"]}
+    names = {run["folder"]: f"{run_name(row, run)} (seed {run['seed']})" for row in result["rows"] for run in row["runs"]}
     parts = []
     for code in result["code"]:
         runs = [names[folder] for folder in code["runs"]]

@@ -26,23 +26,29 @@ class Run:
     config: Config
     workdir: Path
     parents: tuple[Path, ...]  # workdirs that have to be complete before, the oldest first
+    part: str = ""  # of the table
 
 
 def gather(
-    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path, rows: Mapping[str, Sequence[Run]]
-) -> dict[str, Any]:
+    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path,
+    rows: Mapping[str, Mapping[str, Sequence[Run]]],
+) -> dict[str, Any]:  # fmt: skip
     """The table as plain data: every number of every seed, statistics, published values, costs, and the state of each run.
 
     Args:
-      rows: row name -> its run for each of `seeds`.
+      rows: row name -> part -> its run for each of `seeds`.
 
     Numbers are in the unit that the column shows; lists over seeds have None where a run is not complete or has no such number.
     """
-    runs = {name: [_run_state(run, root) for run in of_row] for name, of_row in rows.items()}
-    reports = {name: [_report(run.workdir) for run in of_row] for name, of_row in rows.items()}
+    runs = {name: [_run_state(run, root) for part in of_row.values() for run in part] for name, of_row in rows.items()}
+    reports = {name: {p: [_report(run.workdir) for run in part] for p, part in of_row.items()} for name, of_row in rows.items()}
     chosen = [row for row in table.rows if row.name in rows]
     basis = next((row for row in chosen if row.name == table.baseline), None)
-    values = {row.name: {c.key: [_number(r, row, c) for r in reports[row.name]] for c in table.columns} for row in chosen}
+    absent = [None] * len(seeds)
+    values = {
+        row.name: {c.key: [_number(r, row, c) for r in reports[row.name].get(c.part, absent)] for c in table.columns}
+        for row in chosen
+    }
     return {
         "name": table.name,
         "scale": scale,
@@ -60,7 +66,7 @@ def gather(
                 "note": row.note,
                 "changes": {k: str(v) for k, v in row.changes.items()} | ({"of": row.of} if row.of else {}),
                 "runs": runs[row.name],
-                "cost": _cost(next((r for r in reports[row.name] if r), None)),
+                "cost": _cost(next((r for part in reports[row.name].values() for r in part if r), None)),
                 "cells": {c.key: _cell(c.key, row, basis, values) for c in table.columns},
             }
             for row in chosen
@@ -134,6 +140,7 @@ def _run_state(run: Run, root: Path) -> dict[str, Any]:
     environment = run.workdir / "environment.json"
     return {
         "seed": run.config.seed,
+        "part": run.part,
         "folder": run.workdir.relative_to(root).as_posix(),
         "state": state,
         "reason": reason,

@@ -192,7 +192,7 @@ def _row_card(folder: Path, root: Path, row: Row, result: formats.Result, first:
 def _link(folder: Path, root: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     warnings = f" ({run['warnings']} warning{'' if run['warnings'] == 1 else 's'})" if run["warnings"] else ""
     file = {COMPLETE: "report.html", FAILED: FAILURE_LOG}.get(run["state"])
-    label = f"seed {run['seed']}" + (warnings if run["state"] == COMPLETE else f" ({run['state']})")
+    label = f"{run['part']} seed {run['seed']}".strip() + (warnings if run["state"] == COMPLETE else f" ({run['state']})")
     return {"label": label, "href": _href(folder, root / run["folder"] / file) if file else None}
 
 
@@ -217,9 +217,10 @@ def _machine(root: Path, row: Row) -> str:
 
 def _curve_figure(result: formats.Result, root: Path, unit: str) -> Markup | None:
     """Learning curves of the complete runs; None while there is none."""
-    found = {
-        row["name"]: [curves(root / run["folder"]) for run in row["runs"] if run["state"] == COMPLETE] for row in result["rows"]
-    }
+    found: dict[str, list] = {}
+    for row in result["rows"]:
+        for run in (run for run in row["runs"] if run["state"] == COMPLETE):
+            found.setdefault(formats.run_name(row, run), []).append(curves(root / run["folder"]))
     found = {name: of_row for name, of_row in found.items() if any(len(training[0]) for training, _ in of_row)}
     if not found:
         return None

@@ -50,20 +50,23 @@ class TablePlan:
         variant = json.dumps([{k: str(v) for k, v in self.changes.items()}, [row.name for row in self.rows]], sort_keys=True)
         return home / f"{self.scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
 
-    def run_of(self, row: Row, seed: int) -> tuple[Run, tuple[Run, ...]]:
-        """The run of a row, and the runs that it starts from, the oldest first."""
-        config = replace(apply_changes(self.table.config(row, self.scale), self.changes), seed=seed)
+    def run_of(self, row: Row, seed: int, part: str) -> tuple[Run, tuple[Run, ...]]:
+        """The run of a row's part, and the runs that it starts from, the oldest first."""
+        config = replace(apply_changes(self.table.config(row, self.scale, part), self.changes), seed=seed)
         config, older = resolve_parents(config, self.changes, self.root)
         folders = [default_workdir(parent, self.root) for parent in older]
         parents = tuple(Run(parent, folders[i], tuple(folders[:i])) for i, parent in enumerate(older))
-        return Run(config, default_workdir(config, self.root), tuple(folders)), parents
+        return Run(config, default_workdir(config, self.root), tuple(folders), part), parents
+
+    def _lines(self) -> list[tuple[Row, str]]:
+        return [(row, part) for row in self.rows for part in self.table.parts_of(row)]
 
     def runs(self) -> list[Run]:
         """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""
         found: dict[Path, Run] = {}
         for seed in self.seeds:
-            for row in self.rows:
-                run, parents = self.run_of(row, seed)
+            for row, part in self._lines():
+                run, parents = self.run_of(row, seed, part)
                 for one in (*parents, run):
                     found.setdefault(one.workdir, one)
         return list(found.values())
@@ -72,13 +75,17 @@ class TablePlan:
         """The table from what is on disk; seeds of an earlier command are shown where one of their runs is complete."""
         saved = self.folder / "table.json"
         earlier = json.loads(saved.read_text(encoding="utf-8"))["seeds"] if saved.exists() else []
-        rows = {row.name: {seed: self.run_of(row, seed)[0] for seed in {*self.seeds, *earlier}} for row in self.rows}
-        made = {seed for runs in rows.values() for seed, run in runs.items() if (run.workdir / "report.json").exists()}
+        found = {
+            (row.name, part, seed): self.run_of(row, seed, part)[0]
+            for row, part in self._lines()
+            for seed in {*self.seeds, *earlier}
+        }
+        made = {seed for (_, _, seed), run in found.items() if (run.workdir / "report.json").exists()}
         seeds = sorted({*self.seeds, *made})
-        return gather(
-            self.table, self.scale, seeds, self.changes, self.root,
-            {name: [runs[seed] for seed in seeds] for name, runs in rows.items()},
-        )  # fmt: skip
+        rows: dict[str, dict[str, list[Run]]] = {row.name: {} for row in self.rows}
+        for row, part in self._lines():
+            rows[row.name][part] = [found[row.name, part, seed] for seed in seeds]
+        return gather(self.table, self.scale, seeds, self.changes, self.root, rows)
 
     def write(self) -> dict[str, Any]:
         """Write table.json, table.md, table.csv, table.tex and report.html, and return the result."""
@@ -128,9 +135,9 @@ def run_table(plan: TablePlan, run_one: RunOne) -> dict[str, Any]:
     """
     jobs, result = plan.runs(), plan.write()
     failures: dict[Path, str] = {}
-    shown = {plan.run_of(row, seed)[0].workdir for row in plan.rows for seed in plan.seeds}
+    shown = {run["folder"] for row in result["rows"] for run in row["runs"]}
     for number, run in enumerate(jobs, 1):
-        purpose = "" if run.workdir in shown else ", from which rows start"
+        purpose = "" if run.workdir.relative_to(plan.root).as_posix() in shown else ", from which rows start"
         say(f"[{number}/{len(jobs)}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}")
         was_complete = (run.workdir / "report.json").exists()
         reason = _attempt(run, run_one, failures)

@@ -84,13 +84,14 @@ def print_table_plan(plan: TablePlan) -> None:
     console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
     grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
     for row in plan.rows:
-        run, parents = plan.run_of(row, seed)
+        of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row)]
+        run, parents = of_row[0]
         differs = ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or (row.of and f"the runs of {row.of}") or "-"
         said = [(column.title, row.paper(column.key)) for column in table.columns]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
         start = parents[-1].config.name if parents else run.config.init.from_ or "-"
         name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
-        grid.add_row(name, differs, start, published or "-", config_hash(run.config))
+        grid.add_row(name, differs, start, published or "-", ", ".join(config_hash(run.config) for run, _ in of_row))
     console.print(grid)
     console.print(
         f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: python run.py {table.name}"

@@ -75,7 +75,7 @@ class Runs:
         self.made.append((config.name, config.seed))
         write_json(workdir / "config.json", {"hash": config_hash(config), "config": to_dict(config)})
         write_json(workdir / "environment.json", ENVIRONMENT)
-        score = {"plain": 0.25, "meta": 0.5, "scratch": 0.125}[config.name.split("/")[-1]] + config.seed / 64
+        score = {"plain": 0.25, "meta": 0.5, "scratch": 0.125}.get(config.name.split("/")[-1], 0.0) + config.seed / 64
         report = REPORT | {"name": config.name, "seed": config.seed, "steps": config.training.steps, "config": to_dict(config)}
         report["eval"] = {
             "none": HELD_OUT,
@@ -286,6 +286,34 @@ def test_rows_may_read_one_run_in_several_ways(table, tmp_path):
     assert runs.made == [("lab_base/plain", 0), ("lab_table/meta", 0)], "the run of the other table, made once"
     assert [row["cells"]["eval.tasks.recall.{way}"]["values"] for row in result["rows"]] == [[0.5], [0.625]]
     assert all(row["cells"]["eval.tasks.recall.{way}"]["difference"] is None for row in result["rows"])
+
+
+def test_a_row_may_have_a_run_for_each_part(tmp_path, page):
+    """Columns read the run of their own part; a row without a part has a dash there, and its own runs still count."""
+    steps = {"short": {"training.steps": 30}, "long": {"training.steps": 70}}
+    columns = [Column(part, "steps", 0, "", part=part) for part in steps]
+    rows = [Row("plain", published={columns[0].key: 12}), Row("meta", {"model.layers": 6}, parts=("long",))]
+    table = registry.table(
+        "lab_parts", summary="two lengths", rows=rows, columns=columns, baseline="plain", minutes={"cpu": 2}, parts=steps
+    )(base)
+    assert [n for n in registry.experiments() if n.startswith("lab_parts")] == [
+        "lab_parts/meta/long", "lab_parts/plain/long", "lab_parts/plain/short"
+    ]  # fmt: skip
+    plan = plan_of(table, tmp_path)
+    result = run_table(plan, Runs())
+    assert cell(result, "plain", "short: steps")["values"] == [30, 30, 30]
+    assert cell(result, "plain", "long: steps")["values"] == [70, 70, 70]
+    assert cell(result, "meta", "short: steps")["values"] == [None] * 3
+    assert cell(result, "meta", "long: steps")["difference"]["mean"] == 0
+    assert [(run["part"], run["seed"]) for run in result["rows"][1]["runs"]] == [("long", 0), ("long", 1), ("long", 2)]
+    assert expected_minutes(table, "cpu") == 6
+    text = (plan.folder / "report.html").read_text()
+    assert "long seed 2" in text and "12" in (plan.folder / "table.md").read_text()
+    wrong = registry.table(
+        "x", summary="", rows=[Row("a", parts=("shorter",))], columns=columns, baseline=None, minutes={}, parts=steps
+    )
+    with pytest.raises(UserError, match="has no part 'shorter'; did you mean 'short'"):
+        wrong(base)
 
 
 def test_csv_and_latex(table, tmp_path):
