@@ -1,11 +1,11 @@
-# make quickstart | test | lint: each makes .venv on demand; nothing else to set up but Python 3.11+.
+# make quickstart | test | lint | bench: each makes .venv on demand; nothing else to set up but Python 3.11+.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 # The log of a test run names its slowest tests; two workers because JAX already uses several threads in each.
 PYTEST := $(PY) -m pytest -n 2 --durations=10
 
-.PHONY: quickstart test test-all test-next lint format clean
+.PHONY: quickstart test test-all test-next bench lint format clean
 
 quickstart: $(VENV)/.runtime
 	$(PY) run.py quickstart
@@ -24,6 +24,10 @@ test-next:
 	test -z "$(NEXT_PYTHON)" || $(NEXT_PYTHON) -m venv .venv-next
 	test -z "$(NEXT_PYTHON)" || sed -E 's/==.*//; /^-r|libtpu/d' requirements.txt requirements-dev.txt | .venv-next/bin/python -m pip install -q -r /dev/stdin
 	test -z "$(NEXT_PYTHON)" || .venv-next/bin/python -m pytest -n 2 -m "not slow" -W error::DeprecationWarning:metajax tests
+
+# The kernels' costs beside their rivals', into docs/kernels.md: the clock of a chip, or the compiled schedule without one.
+bench: $(VENV)/.dev
+	$(PY) -m kernels_pallas.bench
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

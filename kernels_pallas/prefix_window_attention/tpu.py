@@ -51,7 +51,7 @@ def attention_tpu(
         scale=scale,
         kv_heads=kv_heads,
         group=group,
-        kv_step=next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * group >= HEADS or n == kv_heads)),
+        kv_step=heads_of_a_step(kv_heads, group),
         block_q=block_q,
         block_k=block_k,
         metas=metas,
@@ -70,6 +70,11 @@ def attention_tpu(
     out = out.reshape(kv_heads * group, out.shape[2], q.shape[0], -1)[:, : v.shape[3], :, :length]
     lse = lse.reshape(kv_heads * group, q.shape[0], -1)[:, :, :length]
     return jnp.transpose(out, (2, 3, 0, 1)).astype(out_dtype), jnp.transpose(lse, (1, 2, 0))
+
+
+def heads_of_a_step(kv_heads: int, group: int) -> int:
+    """KV heads that one grid step takes: the fewest that give it `HEADS` query heads and divide them all."""
+    return next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * group >= HEADS or n == kv_heads))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

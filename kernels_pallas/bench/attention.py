@@ -1,0 +1,125 @@
+"""Programs of prefix-and-window attention and of meta-attention, beside splash attention and XLA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kernels_pallas.bench import splash
+from kernels_pallas.bench.programs import PASSES, Kernel, Program, array, when, with_passes
+from kernels_pallas.prefix_window_attention.blocks import block_lists, is_full
+from kernels_pallas.prefix_window_attention.tiles import LANES
+from kernels_pallas.prefix_window_attention.tpu import BLOCK, attention_tpu, heads_of_a_step
+from kernels_pallas.prefix_window_attention.xla import attention_xla
+
+
+class Shape(NamedTuple):
+    """One row: `length` tokens behind `meta` tokens that all of them see, in one document."""
+
+    length: int
+    window: int | None
+    meta: int
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+SHAPES = {
+    "Hymba-1.5B": Shape(8192, 1024, 128, 25, 5, 64, 128),
+    "one head": Shape(8192, 1024, 128, 1, 1, 64, 128),
+    "Hymba-300M": Shape(1024, 256, 128, 16, 4, 64, 128),
+    "GPT-2, T 1024": Shape(1024, None, 0, 12, 12, 64, 64),
+    "GPT-2, T 8192": Shape(8192, None, 0, 12, 12, 64, 64),
+}
+# Splash's best of the pairs of 128, 256, 512, 1024 and 2048, found for each of its kernels on the schedule for v5e.
+SMALL = splash.Blocks(forward=(512, 512), dq=(512, 512), dkv=(512, 512))
+LARGE = splash.Blocks(forward=(512, 512), dq=(1024, 1024), dkv=(1024, 1024))
+BEST = {"GPT-2, T 8192": LARGE}  # SMALL for all others
+META_SHARE = 0.1  # meta-tokens of a row, for meta-attention
+META_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+
+
+def programs() -> Iterator[Program]:
+    """Every attention that is measured."""
+    for name, shape in SHAPES.items():
+        for passes in PASSES:
+            yield _ours("attention", name, shape, passes)
+            widths, heads = (shape.key_width, shape.value_width), (shape.heads, shape.kv_heads)
+            blocks = BEST.get(name, SMALL)
+            yield splash.program(name, passes, shape.length, shape.window, shape.meta, widths, heads, blocks)
+            yield Program("attention", name, "xla", passes, functools.partial(_build, shape, passes, attention_xla))
+    for length in META_LENGTHS:
+        shape = Shape(int(META_SHARE * length), None, 0, 12, 12, 64, 64)
+        name = f"T {length}, M {shape.length}"
+        yield _ours("meta_attention", name, shape, "both")
+        yield Program("meta_attention", name, "xla", "both", functools.partial(_build, shape, "both", attention_xla))
+
+
+def _build(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tuple]:
+    def bf16(*sizes: int) -> jax.ShapeDtypeStruct:
+        return array(*sizes, dtype="bfloat16")
+
+    keys, values = (shape.kv_heads, shape.key_width), (shape.kv_heads, shape.value_width)
+    arrays = [bf16(1, shape.length, shape.heads, shape.key_width), bf16(1, shape.length, *keys), bf16(1, shape.length, *values)]
+    metas = [bf16(shape.meta, *keys), bf16(shape.meta, *values)] if shape.meta else []
+
+    def run(expiry: Array, *arrays: Array) -> Array:
+        def call(q: Array, k: Array, v: Array, *metas: Array) -> Array:
+            names = dict(zip(("meta_k", "meta_v"), metas, strict=False))
+            return function(q, k, v, expiry, scale=shape.key_width**-0.5, **names)[0]
+
+        return with_passes(passes, call)(*arrays)
+
+    return run, (array(1, shape.length, dtype="int32"), *arrays, *metas)
+
+
+def _expiry(shape: Shape) -> Array:
+    """int32[1, T] of one document."""
+    index = jnp.arange(shape.length, dtype=jnp.int32)
+    end = shape.length if shape.window is None else jnp.minimum(index + shape.window + 1, shape.length)
+    return jnp.broadcast_to(end, (1, shape.length)).astype(jnp.int32)
+
+
+def _ours(op: str, name: str, shape: Shape, passes: str) -> Program:
+    """Our kernels, with the visits that their own lists have for this mask."""
+    block = min(BLOCK, -(-shape.length // LANES) * LANES)
+    with jax.default_device(jax.devices("cpu")[0]):
+        lists = block_lists(_expiry(shape), 0, shape.length, block, block)
+        visits = np.asarray(lists.by_query)[: int(lists.query_count)]
+    full, blocks = int(np.sum(is_full(visits))), -(-shape.length // block)
+    per_step = heads_of_a_step(shape.kv_heads, shape.heads // shape.kv_heads)
+    lines = shape.kv_heads // per_step  # the grid's outer axis: so many times the whole list
+    steps, start, end = lines * len(visits), when(lines * blocks), when(lines * blocks)
+    tiles = (when(lines * full), when(lines * (len(visits) - full)))
+    row_q, row_k = (
+        (shape.key_width + shape.value_width) * 2 * shape.heads,
+        (shape.key_width + shape.value_width) * 2 * shape.kv_heads,
+    )
+    by_query = shape.length * row_q + len(visits) * block * row_k
+    by_key = 2 * shape.length * row_k + len(visits) * block * row_q
+    kernels = [Kernel("prefix_window_attention_forward", steps, (start, *tiles, end), by_query)]
+    if passes == "both":
+        zeroed = (when(lines),) if shape.meta else ()
+        q_inside = (start, *zeroed, *tiles, when(end.times, slight=True))
+        kernels += [
+            Kernel("prefix_window_attention_backward_q", steps, q_inside, by_query + shape.length * row_q),
+            Kernel("prefix_window_attention_backward_kv", steps, (start, *tiles, end), by_key),
+        ]
+    allowed = splash.allowed_pairs(shape.length, shape.window, 0) + shape.length * shape.meta
+    computed = len(visits) * block * block + blocks * block * shape.meta
+    return Program(
+        op,
+        name,
+        "pallas_tpu",
+        passes,
+        functools.partial(_build, shape, passes, attention_tpu),
+        tuple(kernels),
+        allowed / computed,
+    )

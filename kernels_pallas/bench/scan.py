@@ -1,0 +1,135 @@
+"""Programs of the selective scan and the causal convolution, beside what XLA makes of the plain recurrences."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas.bench.programs import PASSES, Kernel, Program, array, loop, when, with_passes
+from kernels_pallas.selective_scan.backward import WALK
+from kernels_pallas.selective_scan.conv import GROUP as CONV_GROUP
+from kernels_pallas.selective_scan.conv import causal_conv_tpu
+from kernels_pallas.selective_scan.reference import selective_scan_reference
+from kernels_pallas.selective_scan.tiling import GROUP, LANES, SPREAD, columns_of
+from kernels_pallas.selective_scan.tpu import selective_scan_tpu
+from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
+
+CHUNK, CONV_CHUNK = 128, 256
+SEGMENTS = 8  # documents of a row
+# Operations per (token, channel, state) that the recurrence itself demands, counted in README.md.
+NECESSARY = {"forward": 7, "both": 7 + 19}
+
+
+class Shape(NamedTuple):
+    length: int
+    channels: int
+    states: int
+
+    @property
+    def width(self) -> int:
+        return LANES * columns_of(-(-self.channels // LANES))
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.channels // self.width)
+
+
+SHAPES = {"Hymba-1.5B": Shape(8192, 3200, 16), "Hymba-300M": Shape(8192, 2048, 16)}
+
+
+def programs() -> Iterator[Program]:
+    """Every scan and convolution that is measured."""
+    for name, shape in SHAPES.items():
+        for passes in PASSES:
+            kernels = _scan_kernels(shape, passes)
+            necessary = NECESSARY[passes] * shape.length * shape.channels * shape.states
+            for implementation, function in SCANS.items():
+                own = implementation == "pallas_tpu"
+                build = functools.partial(_build_scan, shape, passes, function)
+                yield Program("selective_scan", name, implementation, passes, build, kernels if own else (), necessary=necessary)
+            for implementation, function in {"pallas_tpu": causal_conv_tpu, "xla": causal_conv_xla}.items():
+                kernels = _conv_kernels(shape, passes) if implementation == "pallas_tpu" else ()
+                yield Program(
+                    "causal_conv", name, implementation, passes, functools.partial(_build_conv, shape, passes, function), kernels
+                )
+
+
+def associative(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array, z: Array) -> Array:
+    """The whole row in one `jax.lax.associative_scan`, as a first JAX version of Mamba is written; without segments."""
+    u32, z32 = u.astype(jnp.float32), z.astype(jnp.float32)
+    s = jax.nn.softplus(delta.astype(jnp.float32) + delta_bias)
+    decay, value = jnp.exp(s[..., None] * A), (s * u32)[..., None] * B.astype(jnp.float32)[:, :, None]
+    _, h = jax.lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, value), axis=1)
+    y = jnp.einsum("btcn,btn->btc", h, C.astype(jnp.float32)) + D * u32
+    return (y * jax.nn.silu(z32)).astype(u.dtype)
+
+
+def _segmented(function: Callable) -> Callable:
+    return lambda *arrays: function(*arrays[:-1], segment_ids=arrays[-1])
+
+
+SCANS: dict[str, Callable] = {
+    "pallas_tpu": _segmented(selective_scan_tpu),
+    "xla": _segmented(selective_scan_xla),
+    "lax.scan": _segmented(selective_scan_reference),
+    "associative_scan": lambda *arrays: associative(*arrays[:-1]),
+}
+
+
+def _build_scan(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tuple]:
+    token = array(1, shape.length, shape.channels, dtype="bfloat16")
+    per_state = array(1, shape.length, shape.states, dtype="bfloat16")
+    per_channel = array(shape.channels)
+    arrays = (token, token, array(shape.channels, shape.states), per_state, per_state, per_channel, per_channel, token)
+
+    def run(segments: Array, *arrays: Array) -> Array:
+        return with_passes(passes, lambda *arrays: function(*arrays, segments))(*arrays)
+
+    return run, (array(1, shape.length, dtype="int32"), *arrays)
+
+
+def _build_conv(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tuple]:
+    arrays = (array(1, shape.length, shape.channels, dtype="bfloat16"), array(shape.channels, 4), array(shape.channels))
+
+    def run(segments: Array, *arrays: Array) -> Array:
+        return with_passes(passes, lambda x, w, b: function(x, w, b, segment_ids=segments)[0])(*arrays)
+
+    return run, (array(1, shape.length, dtype="int32"), *arrays)
+
+
+# ---------------------------------------------------------------------------------------------------------- visits
+
+
+def _scan_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
+    """Regions as forward.py and backward.py write them, each `pl.when` and loop in order."""
+    chunks, spread = shape.length // CHUNK, loop(shape.length // SPREAD)
+    steps = chunks * shape.tiles
+    groups, marked = steps * (CHUNK // GROUP), SEGMENTS * shape.tiles
+    quiet = groups - marked
+    token, per_state = shape.length * shape.channels * 2, shape.length * shape.states * 4
+    starts = chunks * shape.channels * shape.states * 4
+    per_group = (loop(groups), when(quiet), when(marked))
+    moved = 4 * token + 2 * per_state + (starts if passes == "both" else 0)
+    forward = Kernel("selective_scan_forward", steps, (when(chunks), spread, *per_group), moved)
+    if passes == "forward":
+        return (forward,)
+    walks = GROUP // WALK
+    walk_back = (loop(groups), when(quiet), loop(quiet * walks), when(marked), loop(marked * walks))
+    inside = (when(chunks), spread, when(shape.tiles), *per_group, *walk_back, when(chunks), spread, spread)
+    return forward, Kernel("selective_scan_backward", steps, inside, 7 * token + 4 * per_state + starts)
+
+
+def _conv_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
+    steps = shape.length // CONV_CHUNK * shape.tiles
+    groups, marked = steps * (CONV_CHUNK // CONV_GROUP), SEGMENTS * shape.tiles
+    token = shape.length * shape.channels * 2
+    per_group = (loop(groups), when(groups - marked), when(marked))
+    forward = Kernel("causal_conv_forward", steps, per_group, 2 * token)
+    if passes == "forward":
+        return (forward,)
+    return forward, Kernel("causal_conv_backward", steps, (when(shape.tiles), loop(groups), *per_group), 3 * token)

@@ -1,0 +1,187 @@
+"""Reading what the TPU compiler scheduled: a kernel's bundles by region of its program, and XLA's own estimates.
+
+With LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true" the compiler writes, for each kernel, its final VLIW
+program (*final_bundles.txt, a bundle is one cycle when nothing stalls) and the slots that each bundle uses. A grid is a
+loop and `pl.when` a predicated region, so bundles of a region x its visits, summed, are what a call costs at least.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DELAY_SLOTS = 4  # bundles behind a branch that run whether or not it is taken
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s[^{]*:[ >]*\{")
+_BRANCH = re.compile(r"sbr\.rel (\([^)]*\) )?target = \$region(\d+)")
+_START = re.compile(r"(?:Start|Start/End empty) region (\d+)")
+
+
+@dataclass
+class Region:
+    """A loop's body or a predicated region, in bundles [start, end); `own` and `slots` leave out the regions inside."""
+
+    kind: str  # "program", "loop" or "if"
+    start: int
+    end: int
+    inner: list[Region] = field(default_factory=list)
+    own: int = 0
+    slots: tuple[int, ...] = ()
+
+    def walk(self) -> Iterator[Region]:
+        """This region and all inside it, in program order."""
+        yield self
+        for region in self.inner:
+            yield from region.walk()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cycles of one call and the slots they used, by kind of slot, as a share of what those cycles offer."""
+
+    cycles: int
+    use: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Visits:
+    """How often a call enters one region of the kernel's body: a `pl.when` ("if") or an iteration of a "loop".
+
+    A `slight` region may be too small to be told apart, and then counts as part of what surrounds it.
+    """
+
+    kind: str
+    times: int
+    slight: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A kernel's program: the grid is its outermost loop, a step the largest region in it; the others there start copies."""
+
+    name: str
+    program: Region
+    capacity: dict[str, int]
+
+    def visited(self, steps: int, inside: Sequence[Visits]) -> list[tuple[Region, int]]:
+        """Every region with its visits in a call of `steps` grid steps; `inside` are the step's own regions in program order.
+
+        Copies are counted once a step, an upper bound. They stand beside the step, or behind its declared regions.
+        Raises ValueError when the program has not these regions: then the visits belong to another one.
+        """
+        grid = next(region for region in self.program.walk() if region.kind == "loop")
+        step = max(grid.inner, key=lambda region: region.end - region.start)
+        found = list(step.walk())[1:]
+        if len(found) < len(inside):
+            inside = [visits for visits in inside if not visits.slight]
+        if [region.kind for region in found[: len(inside)]] != [visits.kind for visits in inside]:
+            shape = ", ".join(f"{region.kind} of {region.own} bundles" for region in found)
+            raise ValueError(f"{self.name}: {len(inside)} regions are declared, but the schedule has {shape}")
+        times = {id(region): visits.times for region, visits in zip(found, inside, strict=False)}
+        times |= {id(region): 1 for region in self.program.walk() if region.start < grid.start}  # "is the grid empty?"
+        times[id(grid)] = steps + 2  # the pipeline runs two steps longer than the grid
+        return [(region, times.get(id(region), steps)) for region in self.program.walk()]
+
+    def cost(self, steps: int, inside: Sequence[Visits]) -> Cost:
+        """What a call costs; the arguments are those of `visited`."""
+        visited = self.visited(steps, inside)
+        cycles = sum(region.own * times for region, times in visited)
+        used = (sum(region.slots[i] * times for region, times in visited) for i in range(len(self.capacity)))
+        return Cost(cycles, {name: n / (cycles * width) for (name, width), n in zip(self.capacity.items(), used, strict=True)})
+
+
+def read_schedule(folder: Path, kernel: str, smallest: int = 16) -> Schedule:
+    """The schedule of the only kernel in dump `folder` whose name contains `kernel`.
+
+    Predicated regions of fewer than `smallest` bundles (one copy started or awaited) count as part of what surrounds them,
+    as if always taken. Raises ValueError where the dump holds none or several, or is not what this reads.
+    """
+    paths = [p for p in folder.glob(f"*{kernel}*final_bundles.txt") if "schedule-analysis" not in p.name]
+    if len(paths) != 1:
+        raise ValueError(f"{len(paths)} kernels named {kernel} in {folder}, expected 1")
+    bundles = [line for line in paths[0].read_text(errors="replace").splitlines() if _BUNDLE.match(line)]
+    stem = re.sub(r"\d+-final_bundles\.txt$", "", paths[0].name)
+    (slots_file,) = folder.glob(f"{stem}*final_hlo-static-per-bundle-utilization.txt")
+    _, names, capacities, _, *lines = slots_file.read_text().splitlines()
+    capacity = dict(zip(names.split(", "), map(int, capacities.split()), strict=True))
+    used = [tuple(map(int, line.split())) for line in lines]
+    if len(used) != len(bundles):
+        raise ValueError(f"{paths[0].name}: {len(bundles)} bundles but slots of {len(used)}: an unknown form of the dump")
+    program = _nest(_regions(bundles, smallest), len(bundles))
+    for region in program.walk():
+        inside = {i for child in region.inner for i in range(child.start, child.end)}
+        own = [used[i] for i in range(region.start, region.end) if i not in inside]
+        region.own, region.slots = len(own), tuple(map(sum, zip(*own, strict=True))) if own else (0,) * len(capacity)
+    return Schedule(kernel, program, capacity)
+
+
+def _regions(bundles: Sequence[str], smallest: int) -> list[Region]:
+    """Loops and predicated regions from the branches: forward ones skip a region, backward ones close a loop."""
+    starts = {name: i for i, line in enumerate(bundles) for name in _START.findall(line)}
+    loops, regions = [], []
+    for i, line in enumerate(bundles):
+        if re.match(r"\s*\S+ LB", line):
+            loops.append(i)
+        branch = _BRANCH.search(line)
+        if branch is None:
+            continue
+        target = starts.get(branch.group(2), len(bundles))  # a label that is never printed: the end
+        after = i + 1 + DELAY_SLOTS
+        if target <= i:
+            regions.append(Region("loop", loops.pop(), after))
+        elif target - after >= smallest:
+            regions.append(Region("if", after, target))
+    return regions
+
+
+def _nest(regions: list[Region], length: int) -> Region:
+    program = Region("program", 0, length)
+    path = [program]
+    for region in sorted(regions, key=lambda r: (r.start, -r.end)):
+        while region.start >= path[-1].end:
+            path.pop()
+        if region.end > path[-1].end:
+            raise ValueError(f"regions [{region.start}, {region.end}) and [{path[-1].start}, {path[-1].end}) overlap")
+        path[-1].inner.append(region)
+        path.append(region)
+    return program
+
+
+# -------------------------------------------------------------------------------------------------- XLA's programs
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
+_TRIPS = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+
+
+def xla_cycles(hlo: str) -> int:
+    """XLA's estimate for an optimised TPU program: cycles of its operations, those of loops times their trips.
+
+    The trips of a `while` are the one integer constant of its condition. Pallas kernels carry no estimate and count 0.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            lines = bodies.setdefault(header.group(2), [])
+            entry = header.group(2) if header.group(1) else entry
+        else:
+            lines.append(line)
+
+    def cycles(name: str) -> int:
+        total = 0
+        for line in bodies[name]:
+            loop = _WHILE.search(line)
+            if loop:
+                trips = [int(n) for text in bodies[loop.group(1)] for n in _TRIPS.findall(text)]
+                if len(trips) != 1:
+                    raise ValueError(f"the loop {loop.group(2)} has no single constant number of trips: {trips}")
+                total += trips[0] * cycles(loop.group(2))
+            else:
+                total += sum(map(int, _CYCLES.findall(line)))
+        return total
+
+    return cycles(entry)

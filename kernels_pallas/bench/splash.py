@@ -1,0 +1,112 @@
+"""JAX's splash attention with our masks in its strongest form: the mask computed in the kernel, unfused backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask, splash_attention_mask_info
+
+from kernels_pallas.bench.programs import Kernel, Program, array, when, with_passes
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Query and key rows of a tile in each of the three kernels."""
+
+    forward: tuple[int, int]
+    dq: tuple[int, int]
+    dkv: tuple[int, int]
+
+    def splash(self) -> splash.BlockSizes:
+        (q, kv), (q_dq, kv_dq), (q_dkv, kv_dkv) = self.forward, self.dq, self.dkv
+        return splash.BlockSizes(
+            block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dq=q_dq, block_kv_dq=kv_dq,
+            block_q_dkv=q_dkv, block_kv_dkv=kv_dkv, block_kv_dkv_compute=kv_dkv,
+        )  # fmt: skip
+
+
+class PrefixWindowMask(splash_attention_mask._ComputableMask):
+    """k <= q, and q - k <= window or k < prefix; evaluated in the kernel, nothing stored."""
+
+    def __init__(self, length: int, window: int | None, prefix: int):
+        self.window, self.prefix = window, prefix
+        super().__init__((length, length), self._allow)
+
+    def _allow(self, q, k):
+        near = (k <= q) if self.window is None else (k <= q) & ((q - k <= self.window) | (k < self.prefix))
+        return near
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple:
+        return self.shape, self.window, self.prefix
+
+
+@functools.cache
+def _kernel(length: int, window: int | None, prefix: int, heads: int, blocks: Blocks) -> splash.SplashAttentionKernel:
+    mask = splash_attention_mask.MultiHeadMask([PrefixWindowMask(length, window, prefix)] * heads)
+    return splash.make_splash_mha_single_device(mask, block_sizes=blocks.splash())
+
+
+def program(
+    shape: str,
+    passes: str,
+    length: int,
+    window: int | None,
+    prefix: int,
+    widths: tuple[int, int],
+    heads: tuple[int, int],
+    blocks: Blocks,
+) -> Program:
+    """Splash for `heads` (query, KV) heads; the prefix are the first `prefix` of the `length` keys. Rows as our own op has them."""
+    made = _kernel(length, window, prefix, heads[0], blocks)
+
+    def run(q: Array, k: Array, v: Array) -> Array:
+        return jnp.moveaxis(made(*(jnp.moveaxis(x[0], 1, 0) for x in (q, k, v))), 0, 1)[None]
+
+    def build() -> tuple[Callable, tuple]:
+        (key, value), (h, kv) = widths, heads
+        arrays = (array(1, length, n, width, dtype="bfloat16") for n, width in ((h, key), (kv, key), (kv, value)))
+        return with_passes(passes, run), tuple(arrays)
+
+    kernels = [_visits("splash_mha_fwd", made.fwd_mask_info, blocks.forward, length, widths, heads[0], by_key=False)]
+    if passes == "both":
+        kernels += [
+            _visits("splash_mha_dq", made.dq_mask_info, blocks.dq, length, widths, heads[0], by_key=False),
+            _visits("splash_mha_dkv", made.dkv_mask_info, blocks.dkv, length, widths, heads[0], by_key=True),
+        ]
+    note = "blocks " + ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(dataclasses.astuple(blocks)))
+    tiles = np.count_nonzero(made.fwd_mask_info.block_mask[0]) * blocks.forward[0] * blocks.forward[1]
+    share = allowed_pairs(length, window, prefix) / tiles
+    return Program("attention", shape, "splash", passes, build, tuple(kernels), share, note=note)
+
+
+def allowed_pairs(length: int, window: int | None, prefix: int) -> int:
+    """Pairs (q, k) of one row whose first `prefix` keys are always visible."""
+    q = np.arange(length)
+    reach = q + 1 if window is None else np.minimum(q + 1, window + 1)
+    outside = 0 if window is None else np.clip(np.minimum(q - window, prefix), 0, None)
+    return int(np.sum(reach + outside))
+
+
+def _visits(
+    name: str, info: splash_attention_mask_info.MaskInfo, blocks: tuple[int, int], length: int, widths: tuple[int, int], heads: int,
+    by_key: bool,
+) -> Kernel:  # fmt: skip
+    """Regions: the start of an outer block, a tile, the end of the block. The grid is as wide as its fullest line of tiles."""
+    steps, active = info.block_mask[0].size, int(np.count_nonzero(info.block_mask[0]))
+    outer, inner = length // blocks[by_key], blocks[not by_key]
+    row = sum(widths) * 2
+    moved = length * row * (1 if by_key else 2) + active * inner * row * (2 if by_key else 1)
+    return Kernel(name, heads * steps, (when(heads * outer), when(heads * active), when(heads * outer)), heads * moved)
