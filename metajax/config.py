@@ -135,7 +135,13 @@ class MetaTokens:
 
     inject: Literal["none", "random", "periodic"] = "random"
     rate: float = 0.1  # M = floor(rate * row_length) meta-tokens in every row
-    attention: Literal["none", "gathered", "dense"] = "gathered"
+    # gathered: meta-tokens attend among themselves. dense: its twin over the whole row, as the paper writes the mask. What a row of
+    # an ordinary token then adds is not stated in the paper: nothing (dense), or what finite masks make of it, the mean of its past
+    # (dense_uniform) or attention to it (dense_causal). causal: every token attends to every one before, the control of equal parameters.
+    attention: Literal["none", "gathered", "dense", "dense_uniform", "dense_causal", "causal"] = "gathered"
+    embedding: Literal["learned", "frozen", "zero"] = "learned"  # of a meta-token; frozen: one random vector, never trained
+    # Meta-tokens without a position: nothing added to the embedding or rotary angle 0, where in both attentions or in one alone.
+    zero_position: Literal["none", "both", "causal", "meta"] = "none"
     loss: Literal["skip_meta_targets", "real_only"] = "skip_meta_targets"  # not stated in the paper
     length: Literal["within", "added"] = "within"  # M inside row_length, or on top of it; not stated in the paper
 
@@ -145,6 +151,24 @@ class MetaTokens:
             (self.inject == "none") == (self.rate == 0),
             f"meta_tokens.inject = {self.inject!r} and meta_tokens.rate = {self.rate} disagree: "
             "no injection means rate 0, and the other way round",
+        )
+        require(
+            self.zero_position != "meta" or self.attention != "none",
+            "meta_tokens.zero_position = 'meta' needs meta-attention, but meta_tokens.attention = 'none'",
+        )
+
+    @property
+    def writes_everywhere(self) -> bool:
+        """Whether meta-attention changes ordinary tokens too."""
+        return self.attention in ("dense_uniform", "dense_causal", "causal")
+
+    def check_position(self, scheme: str) -> None:
+        """UserError when `zero_position` means nothing under this position scheme."""
+        known = {"none": ("none",), "learned": ("none", "both")}.get(scheme, ("none", "both", "causal", "meta"))
+        require(
+            self.zero_position in known,
+            f"meta_tokens.zero_position = {self.zero_position!r} means nothing with model.position = {scheme!r}; "
+            f"choose {' or '.join(known)}",
         )
 
     def count(self, row_length: int) -> int:
@@ -339,6 +363,8 @@ class Config:
                 f"data.switch.step = {data.switch.step} is not before training.steps = {training.steps}",
             )
         self._check_lengths()
+        if self.meta_tokens is not None:
+            self.meta_tokens.check_position(self.model.position)
         shown = [c for c in self.evaluation.conditions if c != "none"]
         require(
             not shown or self.metadata is not None,

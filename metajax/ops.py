@@ -6,7 +6,8 @@ another platform holds that platform's kernels.
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.prefix_window_attention.reference import attention_reference
 from kernels_pallas.prefix_window_attention.tpu import attention_tpu
@@ -72,6 +73,28 @@ def meta_attention(
     A slot >= T is unused: its output is 0. Raises UserError as `attention` does.
     """
     return _attention(q, k, v, gathered_expiry(segment_ids, slots), implementation)
+
+
+def join_past(
+    out: Float[Array, "B T H Dv"],
+    lse: Float[Array, "B T H"],
+    q: Float[Array, "B T H Dq"],
+    k: Float[Array, "B S KV Dq"],
+    v: Float[Array, "B S KV Dv"],
+    visible: Bool[Array, "B S"],
+    *,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """(out, lse) of attention to all its keys and to further ones, of which every query of a row sees the `visible` ones.
+
+    Two softmaxes over disjoint keys are joined by their log-sum-exp. Raises UserError as `attention` does.
+    """
+    last = k.shape[1] + q.shape[1]  # behind the last query, when they stand behind all these keys
+    past_out, past_lse = _attention(q, k, v, jnp.where(visible, last, 0), implementation, q_offset=k.shape[1])
+    total = jnp.logaddexp(lse, past_lse)
+    finite = jnp.where(total == -jnp.inf, 0.0, total)  # a query without any key: weights exp(-inf - 0) = 0, not NaN
+    own, earlier = (jnp.exp(part - finite)[..., None] for part in (lse, past_lse))
+    return (own * out + earlier * past_out).astype(out.dtype), total
 
 
 def _attention(

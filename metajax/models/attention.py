@@ -1,18 +1,19 @@
-"""Sequence mixers made of softmax attention: causal attention and meta-attention, which has a dense twin."""
+"""Sequence mixers made of softmax attention: causal attention, and meta-attention in its several forms."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from kernels_pallas.prefix_window_attention.reference import masked_attention, masked_softmax
 from metajax import ops
-from metajax.config import Model
+from metajax.config import MetaTokens, Model
 from metajax.models.layers import Linear, gather_rows, residual_std
-from metajax.models.masks import Mask, meta_dense
+from metajax.models.masks import Mask, meta_dense, meta_flags
 from metajax.models.rotary import Table, apply_rotary
 
 
@@ -20,16 +21,17 @@ class Rows(NamedTuple):
     """What a batch says about its rows, the same for every layer; all of it comes from the data."""
 
     segment_ids: Array  # int32[B, T]
-    rotary: Table | None  # of every position; None without rotary embeddings
-    slots: Array | None  # int32[B, M], sorted indices of the meta-tokens, >= T where unused; None without meta-attention
-    slot_rotary: Table | None  # the rotary table at the slots
+    rotary: Table | None  # of every position, as causal attention reads it; None without rotary embeddings
+    meta_rotary: Table | None  # as meta-attention reads it: at the slots alone where it is gathered
+    slots: Array | None  # int32[B, M], sorted indices of the meta-tokens, >= T where unused; None where nothing reads them
 
 
-def make_rows(segment_ids: Array, rotary: Table | None, slots: Array | None) -> Rows:
-    """The rows of a batch, with the rotary table gathered at the meta-tokens once for all layers."""
-    both = rotary is not None and slots is not None
-    slot_rotary = (gather_rows(rotary[0], slots), gather_rows(rotary[1], slots)) if both else None
-    return Rows(segment_ids, rotary, slots, slot_rotary)
+class Past(NamedTuple):
+    """What earlier tokens left behind in one attention, for rows of one token each; the layers' are stacked."""
+
+    k: Array  # [B, S, KV, Dq], rotated
+    v: Array  # [B, S, KV, Dv]
+    visible: Array  # bool[B, S]
 
 
 class Taps:
@@ -81,9 +83,15 @@ class CausalAttention(nnx.Module):
         self.mask, self.implementation = Mask(window=cfg.window), implementation
         self.projections = Projections(cfg, key)
 
-    def __call__(self, x: Float[Array, "B T width"], rows: Rows, taps: Taps) -> Float[Array, "B T width"]:
+    def __call__(
+        self, x: Float[Array, "B T width"], rows: Rows, taps: Taps, past: Past | None = None
+    ) -> Float[Array, "B T width"]:
         q, k, v = self.projections.split(x, rows.rotary)
         out, lse = ops.attention(q, k, v, mask=self.mask, segment_ids=rows.segment_ids, implementation=self.implementation)
+        if past is not None:
+            out, lse = ops.join_past(out, lse, q, *past, implementation=self.implementation)
+        taps.record("keys", k)
+        taps.record("values", v)
         taps.record("attention_lse", lse)
         if taps.wants("attention_probabilities"):
             allow = self.mask.dense(rows.segment_ids)
@@ -94,22 +102,45 @@ class CausalAttention(nnx.Module):
 class MetaAttention(nnx.Module):
     """Attention among the meta-tokens of a segment, with weights of its own (learned meta-tokens, arXiv 2509.16278).
 
-    `gathered` reads and writes the M meta-tokens alone: cost M / T of the dense form. `dense` is its twin over the
-    whole row, as the paper's mask is written; its rows that are no meta-token are for the caller to drop.
+    The form is `MetaTokens.attention`. "gathered" reads and writes the M meta-tokens alone, at M / T of the cost of "dense",
+    whose rows of ordinary tokens are for the caller to drop. The rows of "dense_uniform", "dense_causal" and "causal" all count.
     """
 
-    def __init__(self, cfg: Model, implementation: str, key: PRNGKeyArray):
-        self.implementation = implementation
+    def __init__(self, cfg: Model, meta: MetaTokens, implementation: str, key: PRNGKeyArray):
+        self.form, self.writes_everywhere, self.implementation = meta.attention, meta.writes_everywhere, implementation
         self.projections = Projections(cfg, key)
 
-    def gathered(self, x: Float[Array, "B M width"], rows: Rows) -> Float[Array, "B M width"]:
-        """x: the meta-tokens' own rows of the (normalised) residual stream, gathered at `rows.slots`."""
-        q, k, v = self.projections.split(x, rows.slot_rotary)
-        out, _ = ops.meta_attention(q, k, v, slots=rows.slots, segment_ids=rows.segment_ids, implementation=self.implementation)
+    def __call__(
+        self, x: Float[Array, "B N width"], rows: Rows, taps: Taps, past: Past | None = None
+    ) -> Float[Array, "B N width"]:
+        """x: rows of the (normalised) residual stream, those gathered at `rows.slots` (N = M) or all (N = T)."""
+        q, k, v = self.projections.split(x, rows.meta_rotary)
+        if self.form == "gathered":
+            out, lse = ops.meta_attention(
+                q, k, v, slots=rows.slots, segment_ids=rows.segment_ids, implementation=self.implementation
+            )
+        elif self.form == "causal":
+            out, lse = ops.attention(q, k, v, mask=Mask(), segment_ids=rows.segment_ids, implementation=self.implementation)
+        else:
+            q, allow = self._dense_mask(q, rows)
+            out, lse = masked_attention(q, k, v, allow, scale=q.shape[-1] ** -0.5)
+        if past is not None:
+            out, lse = ops.join_past(out, lse, q, *past, implementation=self.implementation)
+        for name, value in (("meta_keys", k), ("meta_values", v)):
+            if taps.wants(name):
+                taps.record(name, gather_rows(value, rows.slots) if self.form == "dense" else value)
         return self.projections.merge(out)
 
-    def dense(self, x: Float[Array, "B T width"], rows: Rows) -> Float[Array, "B T width"]:
-        """x: every row of the (normalised) residual stream."""
-        q, k, v = self.projections.split(x, rows.rotary)
-        out, _ = masked_attention(q, k, v, meta_dense(rows.segment_ids, rows.slots), scale=q.shape[-1] ** -0.5)
-        return self.projections.merge(out)
+    def _dense_mask(self, q: Float[Array, "B T H D"], rows: Rows) -> tuple[Array, Array]:
+        """(queries, bool[B, T, T]): meta-tokens see meta-tokens; ordinary ones nothing, or their past, with scores of 0 if "uniform".
+
+        A constant added to the scores where the mask forbids all keys of a row cancels in its softmax ("dense_causal"), or, when it is
+        so great that float32 forgets the scores beside it, leaves equal weights ("dense_uniform").
+        """
+        allow = meta_dense(rows.segment_ids, rows.slots)
+        if self.writes_everywhere:
+            ordinary = ~meta_flags(rows.slots, q.shape[1])
+            allow = allow | (Mask().dense(rows.segment_ids) & ordinary[:, :, None])
+            if self.form == "dense_uniform":
+                q = jnp.where(ordinary[:, :, None, None], 0, q)
+        return q, allow

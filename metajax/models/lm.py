@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.config import MetaTokens, Model, Runtime, nearest, require
-from metajax.models.attention import CausalAttention, MetaAttention, Rows, Taps, make_rows
+from metajax.config import MetaTokens, Model, Runtime, nearest, override, require
+from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
 from metajax.models.layers import Mlp, Norm, gather_rows, normal_param, scatter_add_rows
 from metajax.models.masks import meta_flags
 from metajax.models.rotary import rotary_table
@@ -26,14 +27,19 @@ from metajax.parallel.rules import constrain
 CAPTURABLE = (
     "residual",  # [L, B, T, width], the input of each block
     "attention_out",  # [L, B, T, width], what causal attention adds to the residual stream
-    "meta_out",  # [L, B, T, width], what meta-attention adds, 0 where there is no meta-token; absent without meta-tokens
+    "meta_out",  # [L, B, T, width], what meta-attention adds, 0 where it adds nothing; absent without meta-tokens
     "mlp_out",  # [L, B, T, width], what the feed-forward network adds
     "attention_lse",  # float32[L, B, T, heads]
     "attention_probabilities",  # float32[L, B, heads, query, key], computed densely beside the model's own attention
+    "keys",  # [L, B, T, kv_heads, head_dim], rotated, of causal attention
+    "values",  # [L, B, T, kv_heads, head_dim]
+    "meta_keys",  # [L, B, M, kv_heads, head_dim], of meta-attention; T of them where it writes to all tokens
+    "meta_values",
     "final",  # [B, T, width], after the final norm
 )
 UNDECAYED_AXES = frozenset({"norm"})  # norm scales and every bias; matrices and embeddings decay, as in nanoGPT
 RESIDUAL_AXES = ("batch", "length", None)
+FROZEN_SEED = 20_250_916  # of the embedding that is never trained: one for all runs
 
 
 class Block(nnx.Module):
@@ -43,24 +49,24 @@ class Block(nnx.Module):
     of its norm is not stated in the paper.
     """
 
-    def __init__(self, cfg: Model, meta_attention: str, implementation: str, key: PRNGKeyArray):
+    def __init__(self, cfg: Model, meta: MetaTokens | None, implementation: str, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
-        self.pre_norm, self.meta_form = cfg.norm_position == "pre", meta_attention
+        self.pre_norm = cfg.norm_position == "pre"
         self.attention = CausalAttention(cfg, implementation, keys[0])
         self.attention_norm = Norm(cfg)
         self.mlp = Mlp(cfg, keys[1])
         self.mlp_norm = Norm(cfg)
-        has_meta = meta_attention != "none"
-        self.meta_attention = MetaAttention(cfg, implementation, keys[2]) if has_meta else None
+        has_meta = meta is not None and meta.attention != "none"
+        self.meta_attention = MetaAttention(cfg, meta, implementation, keys[2]) if has_meta else None
         self.meta_norm = Norm(cfg) if has_meta else None
 
-    def __call__(self, x: Float[Array, "B T width"], rows: Rows, taps: Taps) -> Float[Array, "B T width"]:
+    def __call__(self, x: Float[Array, "B T width"], rows: Rows, taps: Taps, past: dict[str, Past]) -> Float[Array, "B T width"]:
         taps.record("residual", x)
-        change = self._change(x, self.attention_norm, lambda h: self.attention(h, rows, taps))
+        change = self._change(x, self.attention_norm, lambda h: self.attention(h, rows, taps, past.get("attention")))
         taps.record("attention_out", change)
         x = x + change
-        if rows.slots is not None:
-            x = self._add_meta(x, rows, taps)
+        if self.meta_attention is not None and (rows.slots is not None or self.meta_attention.writes_everywhere):
+            x = self._add_meta(x, rows, taps, past.get("meta_attention"))
         change = self._change(x, self.mlp_norm, self.mlp)
         taps.record("mlp_out", change)
         return constrain(x + change, RESIDUAL_AXES)
@@ -69,17 +75,18 @@ class Block(nnx.Module):
         """What a branch adds to the residual stream: branch(norm x), or norm(x + branch x) - x for post-norm."""
         return branch(norm(x)) if self.pre_norm else norm(x + branch(x)) - x
 
-    def _add_meta(self, x: Array, rows: Rows, taps: Taps) -> Array:
-        if self.meta_form == "dense":
-            change = self._change(x, self.meta_norm, lambda h: self.meta_attention.dense(h, rows))
+    def _add_meta(self, x: Array, rows: Rows, taps: Taps, past: Past | None) -> Array:
+        gathered = self.meta_attention.form == "gathered"
+        read = gather_rows(x, rows.slots) if gathered else x
+        change = self._change(read, self.meta_norm, lambda h: self.meta_attention(h, rows, taps, past))
+        if gathered:
+            if taps.wants("meta_out"):
+                taps.record("meta_out", scatter_add_rows(jnp.zeros_like(x), rows.slots, change))
+            return scatter_add_rows(x, rows.slots, change)
+        if not self.meta_attention.writes_everywhere:
             change = jnp.where(meta_flags(rows.slots, x.shape[1])[..., None], change, 0)
-            taps.record("meta_out", change)
-            return x + change
-        gathered = gather_rows(x, rows.slots)
-        change = self._change(gathered, self.meta_norm, lambda h: self.meta_attention.gathered(h, rows))
-        if taps.wants("meta_out"):
-            taps.record("meta_out", scatter_add_rows(jnp.zeros_like(x), rows.slots, change))
-        return scatter_add_rows(x, rows.slots, change)
+        taps.record("meta_out", change)
+        return x + change
 
 
 class LM(nnx.Module):
@@ -100,12 +107,11 @@ class LM(nnx.Module):
         key: PRNGKeyArray,
     ):
         keys = jax.random.split(key, 4)
-        self.cfg, self.remat, self.unroll = cfg, runtime.remat, runtime.unroll or cfg.layers
-        self.meta_form = meta.attention if meta is not None else "none"
+        self.cfg, self.meta, self.remat, self.unroll = cfg, meta, runtime.remat, runtime.unroll or cfg.layers
         self.embedding = normal_param(keys[0], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
         learned = cfg.position == "learned"
         self.positions = normal_param(keys[1], (max_length, cfg.width), cfg.init_std, ("positions", "embed")) if learned else None
-        make_block = functools.partial(Block, cfg, self.meta_form, runtime.implementation)
+        make_block = functools.partial(Block, cfg, meta, runtime.implementation)
         self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], cfg.layers))
         self.final_norm = Norm(cfg)
         self.unembedding = None if cfg.tied else normal_param(keys[3], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
@@ -123,19 +129,26 @@ class LM(nnx.Module):
 
         positions: index of each token in its document, negative for none (no learned vector, rotary angle 0).
         segment_ids: equal inside a document, 0 for padding; attention never leaves a run of equal ids.
-        meta_slots: sorted row indices of the meta-tokens, >= T where unused; read by models with meta-attention alone.
+        meta_slots: sorted row indices of the meta-tokens, >= T where unused; models that do not tell them apart ignore it.
         Raises UserError for an unknown capture, for missing slots and for rows longer than the position table.
         """
-        x = self.embed(tokens, positions)
+        x = self.embed(tokens, positions, meta_slots)
         x, captured = self.decode(x, positions=positions, segment_ids=segment_ids, meta_slots=meta_slots, capture=capture)
         logits = self.unembed(x)
         return (logits, captured) if capture else logits
 
-    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], meta_slots: Int[Array, "B M"] | None = None
+    ) -> Float[Array, "B T width"]:
         """Token embeddings plus learned positions, where there are any, in the compute dtype."""
         dtype = jnp.dtype(self.cfg.compute_dtype)
         x = self.embedding[...][tokens]
+        if self.meta is not None and self.meta.embedding != "learned":
+            std = self.cfg.init_std if self.meta.embedding == "frozen" else 0.0
+            vector = std * np.random.default_rng(FROZEN_SEED).standard_normal(self.cfg.width).astype(np.float32)
+            x = jnp.where(meta_flags(_given(meta_slots), tokens.shape[1])[..., None], vector, x)
         if self.positions is not None:
+            positions = self._positions(positions, meta_slots, "both")
             table = self.positions[...]
             require(
                 tokens.shape[1] <= table.shape[0],
@@ -154,21 +167,23 @@ class LM(nnx.Module):
         segment_ids: Int[Array, "B T"],
         meta_slots: Int[Array, "B M"] | None = None,
         capture: tuple[str, ...] = (),
+        past: dict[str, Past] | None = None,
     ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
-        """All blocks and the final norm on embeddings `x`: (normalised residual stream, captured intermediates)."""
+        """All blocks and the final norm on embeddings `x`: (normalised residual stream, captured intermediates).
+
+        past: for rows of one token, what the tokens before it left in "attention" and "meta_attention", stacked over the layers.
+        """
         for name in capture:
             require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
-        has_meta = self.meta_form != "none"
-        require(not has_meta or meta_slots is not None, "a model with meta-attention needs meta_slots (int32[B, M])")
-        rotary = rotary_table(self.cfg, positions) if self.cfg.position in ("rope", "ntk", "yarn") else None
-        rows = make_rows(segment_ids, rotary, meta_slots if has_meta and meta_slots.shape[1] else None)
+        rows = self._rows(positions, segment_ids, meta_slots)
 
-        def body(x: Array, block: Block) -> tuple[Array, dict[str, Array]]:
+        def body(x: Array, layer: tuple[Block, dict[str, Past]]) -> tuple[Array, dict[str, Array]]:
+            block, earlier = layer
             taps = Taps(capture)
-            x = block(x, rows, taps)
+            x = block(x, rows, taps, earlier)
             return x, taps.values
 
-        x, captured = jax.lax.scan(self._rematerialised(body), x, self.blocks, unroll=self.unroll)
+        x, captured = jax.lax.scan(self._rematerialised(body), x, (self.blocks, past or {}), unroll=self.unroll)
         x = self.final_norm(x)
         return x, {**captured, "final": x} if "final" in capture else captured
 
@@ -179,6 +194,27 @@ class LM(nnx.Module):
         logits = jnp.einsum("nd,vd->nv", flat, matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
         return logits.reshape(*x.shape[:2], -1)
 
+    def _rows(self, positions: Array, segment_ids: Array, meta_slots: Array | None) -> Rows:
+        """What all layers read beside the residual stream; without meta-tokens in any row there are no slots."""
+        form = "none" if self.meta is None else self.meta.attention
+        slots = None if form in ("none", "causal") else _given(meta_slots)
+        if form in ("gathered", "dense") and not slots.shape[1]:
+            slots = None
+        if self.cfg.position not in ("rope", "ntk", "yarn"):
+            return Rows(segment_ids, None, None, slots)
+        rotary, meta_rotary = (
+            rotary_table(self.cfg, self._positions(positions, meta_slots, scope)) for scope in ("causal", "meta")
+        )
+        if form == "gathered" and slots is not None:
+            meta_rotary = (gather_rows(meta_rotary[0], slots), gather_rows(meta_rotary[1], slots))
+        return Rows(segment_ids, rotary, meta_rotary, slots)
+
+    def _positions(self, positions: Array, meta_slots: Array | None, scope: str) -> Array:
+        """`positions`, negative (none) at the meta-tokens where `zero_position` is "both" or `scope`."""
+        if self.meta is None or self.meta.zero_position not in ("both", scope):
+            return positions
+        return jnp.where(meta_flags(_given(meta_slots), positions.shape[1]), -1, positions)
+
     def _rematerialised(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """`body` under the run's rematerialisation policy: none, full, or keep the results of weight products ("dots")."""
         if self.remat == "none":
@@ -186,6 +222,26 @@ class LM(nnx.Module):
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
         # Inside a loop the compiler cannot merge forward and recomputation; unrolled whole it could, and undo the saving.
         return jax.checkpoint(body, policy=policy, prevent_cse=self.unroll >= self.cfg.layers)
+
+
+def _given(meta_slots: Array | None) -> Array:
+    require(meta_slots is not None, "a model that tells meta-tokens apart needs meta_slots (int32[B, M])")
+    return meta_slots
+
+
+def with_intervention(model: LM, **changes: Any) -> LM:
+    """The same parameters under other static fields of `MetaTokens`: interventions at the meta-tokens of a trained model.
+
+    Made for `zero_position` and `embedding`. Raises UserError for a model without meta-tokens, for a value that means nothing under its
+    position scheme, and for `attention`, which the parameters are made for.
+    """
+    require(model.meta is not None, "an intervention at meta-tokens needs a model with meta-tokens; its meta_tokens is null")
+    meta = override(model.meta, changes)
+    require(meta.attention == model.meta.attention, "meta_tokens.attention is part of the trained model; it cannot be changed")
+    meta.check_position(model.cfg.position)
+    changed = jax.tree.map(lambda leaf: leaf, model)  # a new object that shares the arrays
+    changed.meta = meta
+    return changed
 
 
 # ------------------------------------------------------------------------------------------------- parameters

@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 
 
 def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
-    """Forward operations of the matrix products, by part, for one slot ("meta_attention": for one meta-token)."""
+    """Forward operations of the matrix products, by part, for one slot ("meta_attention": see `_meta_rows`)."""
     model = config.model
     kv = model.num_kv_heads * model.head_dim
     attention = 2 * model.width * (2 * model.width + 2 * kv)
@@ -34,6 +34,11 @@ def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
     if config.meta_tokens is not None and config.meta_tokens.attention != "none":
         parts["meta_attention"] = model.layers * attention
     return parts
+
+
+def _meta_rows(config: Config, metas: int, slots: int) -> int:
+    """Tokens that meta-attention is for: the meta-tokens, or all where it writes to ordinary tokens too."""
+    return slots if config.meta_tokens is not None and config.meta_tokens.writes_everywhere else metas
 
 
 def pair_flops(config: Config) -> int:
@@ -49,10 +54,18 @@ def batch_pairs(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]
     causal = int(reach[real].sum())
     if "meta_slots" not in batch or config.meta_tokens is None or config.meta_tokens.attention == "none":
         return causal, 0
-    padded = np.pad(batch["segment_ids"], ((0, 0), (0, 1)))  # an unused slot points behind the row: no segment
-    segments = np.take_along_axis(padded, np.minimum(batch["meta_slots"], padded.shape[1] - 1), axis=1)
+    behind = ((0, 0), (0, 1))  # an unused slot points behind the row: no segment, no past
+    slots = np.minimum(batch["meta_slots"], real.shape[1])
+    segments = np.take_along_axis(np.pad(batch["segment_ids"], behind), slots, axis=1)
     same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
-    return causal, int(np.tril(same).sum())
+    among = int(np.tril(same).sum())
+    if not config.meta_tokens.writes_everywhere:
+        return causal, among
+    past = np.pad(np.where(real, batch["positions"] + 1, 0), behind)
+    if config.meta_tokens.attention == "causal":
+        return causal, int(past.sum())
+    np.put_along_axis(past, slots, 0, axis=1)  # ordinary tokens attend to their past, meta-tokens to meta-tokens
+    return causal, int(past.sum()) + among
 
 
 def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) -> int:
@@ -60,7 +73,7 @@ def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) ->
     slots = batch["tokens"].size
     metas = batch["meta_slots"].size if "meta_slots" in batch else 0
     parts = matmul_flops(config, vocab_size)
-    dense = sum(cost * (metas if name == "meta_attention" else slots) for name, cost in parts.items())
+    dense = sum(cost * (_meta_rows(config, metas, slots) if name == "meta_attention" else slots) for name, cost in parts.items())
     causal, meta = batch_pairs(config, batch)
     return 3 * (dense + config.model.layers * pair_flops(config) * (causal + meta))
 
@@ -68,7 +81,7 @@ def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) ->
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """Training operations a slot by part, for a row that is one document (the most attention a row can need)."""
     slots = config.row_slots
-    metas = config.row_meta_tokens
+    metas = _meta_rows(config, config.row_meta_tokens, slots)
     parts = {k: 3.0 * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
     scale = 3.0 * config.model.layers * pair_flops(config) / slots
     parts["attention_pairs"] = scale * Mask(window=config.model.window).pairs([slots])

@@ -112,8 +112,8 @@ def test_initial_values():
     assert not np.allclose(first, second)
 
 
-@given(st.integers(0, T - 1), st.sampled_from([("gathered", None), ("dense", 3)]))
-@settings(max_examples=10, deadline=None)
+@given(st.integers(0, T - 1), st.sampled_from([("gathered", None), ("dense", 3), ("dense_uniform", None), ("causal", 3)]))
+@settings(max_examples=12, deadline=None)
 def test_causality(t, case):
     form, window = case
     model = build(dataclasses.replace(CFG, window=window), MetaTokens(attention=form))
@@ -122,8 +122,17 @@ def test_causality(t, case):
     assert not np.array_equal(before[:, t], after[:, t])
 
 
-@pytest.mark.parametrize("form", ["none", "gathered", "dense"])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    ("form", "implementation"),
+    [
+        ("none", "xla"),
+        ("gathered", "reference"),
+        ("gathered", "xla"),
+        ("dense", "xla"),
+        ("dense_causal", "xla"),
+        ("causal", "xla"),
+    ],
+)
 def test_input_gradients_across_documents_are_exactly_zero(form, implementation):
     model = build(meta=MetaTokens(attention=form), runtime=Runtime(implementation=implementation))
 
@@ -182,7 +191,7 @@ def test_without_metas_the_block_is_the_plain_one(form):
     assert np.array_equal(run(model, slots=jnp.full((B, 3), T)), expected)
 
 
-@pytest.mark.parametrize("form", ["gathered", "dense"])
+@pytest.mark.parametrize("form", ["gathered", "dense", "dense_uniform", "causal"])
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_rows_of_padding_and_without_metas_stay_finite(form, norm_position):
     model = build(dataclasses.replace(CFG, norm_position=norm_position), MetaTokens(attention=form))

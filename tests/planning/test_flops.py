@@ -37,6 +37,7 @@ CASES = {
         None,
     ),
     "meta_gathered": (Model(layers=2, width=16, heads=2, mlp_width=32), MetaTokens(rate=0.25)),
+    "meta_causal": (Model(layers=2, width=16, heads=2, mlp_width=32), MetaTokens(inject="none", rate=0, attention="causal")),
 }
 
 
@@ -53,19 +54,22 @@ def test_dense_count_equals_the_programs_own(name):
         inputs["meta_slots"] = jnp.broadcast_to(jnp.arange(1, metas + 1), (ROWS, metas))
     counted = dot_flops(jax.make_jaxpr(lambda m, t, i: m(t, **i))(model, tokens, inputs).jaxpr)
     parts = matmul_flops(config, VOCAB)
-    dense = sum(v * ROWS * (metas if part == "meta_attention" else SLOTS) for part, v in parts.items())
-    pairs = ROWS * (SLOTS**2 + metas**2)
+    second = SLOTS if name == "meta_causal" else metas
+    dense = sum(v * ROWS * (second if part == "meta_attention" else SLOTS) for part, v in parts.items())
+    pairs = ROWS * (SLOTS**2 + second**2)
     assert dense + model_config.layers * pair_flops(config) * pairs == counted
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_pairs_equal_a_brute_force_count(window):
+@pytest.mark.parametrize(("window", "form"), [(None, "gathered"), (3, "gathered"), (3, "causal"), (None, "dense_causal")])
+def test_pairs_equal_a_brute_force_count(window, form):
     rng = np.random.default_rng(0)
     lengths = [5, 9, 1, 12]
     segments = np.repeat([1, 2, 3, 4, 0], [*lengths, 32 - sum(lengths)])[None].repeat(2, 0)
     positions = np.concatenate([np.arange(n) for n in [*lengths, 32 - sum(lengths)]])[None].repeat(2, 0)
     slots = np.stack([np.sort(rng.choice(np.arange(1, 32), 6, replace=False)) for _ in range(2)])
-    config = Config(name="x", data=Data(row_length=32), model=Model(window=window), meta_tokens=MetaTokens(rate=0.19))
+    config = Config(
+        name="x", data=Data(row_length=32), model=Model(window=window), meta_tokens=MetaTokens(rate=0.19, attention=form)
+    )
     batch = {"tokens": segments, "segment_ids": segments, "positions": positions, "meta_slots": slots}
     causal = meta = 0
     for b in range(2):
@@ -73,16 +77,19 @@ def test_pairs_equal_a_brute_force_count(window):
             for k in range(q + 1):
                 if segments[b, q] and segments[b, q] == segments[b, k]:
                     causal += window is None or q - k <= window
-                    meta += q in slots[b] and k in slots[b]
+                    both = q in slots[b] and k in slots[b]
+                    meta += {"gathered": both, "causal": True, "dense_causal": both or q not in slots[b]}[form]
     assert batch_pairs(config, batch) == (causal, meta)
     unused = np.concatenate([slots, np.full((2, 3), 32)], axis=1)  # of a row that has fewer meta-tokens than room for them
     assert batch_pairs(config, batch | {"meta_slots": unused}) == (causal, meta)
 
 
 def test_a_step_costs_three_forward_passes_and_a_row_of_one_document_costs_flops_per_token():
-    config = Config(name="x", data=Data(row_length=SLOTS, batch_rows=1), model=Model(layers=2, width=16, heads=2, mlp_width=32))
+    meta = MetaTokens(inject="none", rate=0, attention="causal")
+    config = Config(name="x", data=Data(row_length=SLOTS, batch_rows=1), model=Model(layers=2, width=16, heads=2, mlp_width=32),
+                    meta_tokens=meta)  # fmt: skip
     ones = np.ones((1, SLOTS), np.int32)
-    batch = {"tokens": ones, "segment_ids": ones, "positions": np.arange(SLOTS)[None]}
+    batch = {"tokens": ones, "segment_ids": ones, "positions": np.arange(SLOTS)[None], "meta_slots": ones[:, :0]}
     per_token = flops_per_token(config, VOCAB)
     assert step_flops(config, VOCAB, batch) == pytest.approx(SLOTS * sum(per_token.values()), rel=1e-12)
     assert per_token["head"] == 6 * 16 * VOCAB
