@@ -181,6 +181,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="length of the continuation (64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N most likely tokens; 0: from all (0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have probability P together (1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     _add_place(parser)
 
@@ -402,14 +406,19 @@ def _eval(options: argparse.Namespace, started: float) -> int:
 
 
 def _generate(options: argparse.Namespace, started: float) -> int:
-    from metajax.inference.generation import generate
+    from metajax.inference.decoding import Sampling
+    from metajax.inference.generation import stream
 
     opened = _open_run(options, options.run)
-    text = generate(
-        opened.model, opened.config, opened.tokenizer, options.prompt, count=options.tokens,
-        context=options.context, temperature=options.temperature, seed=options.seed,
+    pieces = stream(
+        opened.model, opened.config, opened.tokenizer, [options.prompt], count=options.tokens, context=options.context,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
+        stride=1 if sys.stdout.isatty() else opened.config.row_slots,
     )  # fmt: skip
-    print(options.prompt + text)
+    print(options.prompt, end="")
+    for (piece,) in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 

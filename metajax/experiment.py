@@ -139,5 +139,5 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     shown = min(PROMPT_TOKENS, room // 2)
     prompt = tokenizer.decode(body[:shown])
     count = min(config.evaluation.sample_tokens, room - len(tokenizer.encode(prompt)))
-    text = generate(model, config, tokenizer, prompt, count=count, context=context)
+    (text,) = generate(model, config, tokenizer, [prompt], count=count, context=context)
     return {"context": context, "prompt": prompt, "continuation": text, "document": tokenizer.decode(body[shown : shown + count])}

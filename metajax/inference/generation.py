@@ -1,9 +1,9 @@
-"""Sampling text. Every new token runs the whole row again: exact, and fast enough for samples of a small model."""
+"""Text from a model: where the meta-tokens of a generated row stand, prompts in, tokens out as they are drawn."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,12 @@ import numpy as np
 
 from metajax.config import Config, Metadata, require
 from metajax.data.metadata import delimiters
-from metajax.data.tokenizers import Tokenizer
+from metajax.data.tokenizers import Tokenizer, Vocabulary
+from metajax.inference.decoding import Decoding, Rules, Sampling, advance, start
+from metajax.models.lm import LM
+
+DEFAULT = Sampling()
+SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
 
 
 def meta_layout(slots: int, rate: float) -> np.ndarray:
@@ -20,37 +25,11 @@ def meta_layout(slots: int, rate: float) -> np.ndarray:
     return np.arange(period - 1, slots, period, dtype=np.int32) if period > 1 else np.arange(1, slots, dtype=np.int32)
 
 
-@partial(jax.jit, static_argnames=("count", "ask_real"))
-def _sample(
-    model: Any, tokens: jax.Array, real: jax.Array, start: jax.Array, meta_slots: jax.Array | None,
-    banned: jax.Array, temperature: jax.Array, key: jax.Array, *, count: int, ask_real: bool,
-) -> jax.Array:  # fmt: skip
-    """tokens [1, T] with `count` real slots from number `start` on filled in; `real` lists the real slots in order.
-
-    A token is asked for at the slot before it, or with `ask_real` at the real slot before it, as its training loss did.
-    """
-    slots = tokens.shape[1]
-    inputs = {"positions": jnp.arange(slots, dtype=jnp.int32)[None], "segment_ids": jnp.ones((1, slots), jnp.int32)}
-    if meta_slots is not None:
-        inputs["meta_slots"] = meta_slots[None]
-
-    def body(i: jax.Array, tokens: jax.Array) -> jax.Array:
-        slot = real[start + i]
-        asked = real[start + i - 1] if ask_real else slot - 1
-        logits = jnp.where(banned, -jnp.inf, model(tokens, **inputs)[0, asked])
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits))
-        return tokens.at[0, slot].set(token.astype(tokens.dtype))
-
-    return jax.lax.fori_loop(0, count, body, tokens)
-
-
-def _layout(config: Config) -> tuple[np.ndarray | None, np.ndarray]:
-    """(slots of the meta-tokens or None, all other slots) of a generated row."""
+def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(slots of the meta-tokens, all other slots) of a generated row."""
     slots = config.row_slots
-    if config.meta_tokens is None or not config.meta_tokens.rate:
-        return None, np.arange(slots)
-    meta_slots = meta_layout(slots, config.meta_tokens.rate)
+    rate = config.meta_tokens.rate if config.meta_tokens is not None else 0
+    meta_slots = meta_layout(slots, rate) if rate else np.zeros(0, np.int32)
     return meta_slots, np.setdiff1d(np.arange(slots), meta_slots)
 
 
@@ -67,35 +46,116 @@ def room_for_prompt(config: Config, tokenizer: Tokenizer, context: str | None) -
     return len(_layout(config)[1]) - len(_head(config, tokenizer, context))
 
 
-def generate(
-    model: Any, config: Config, tokenizer: Tokenizer, prompt: str, *, count: int, context: str | None = None,
-    temperature: float = 0.8, seed: int = 0,
-) -> str:  # fmt: skip
-    """The text that follows `prompt`, at most `count` tokens, cut at the end-of-text token.
+@dataclass(frozen=True)
+class Rows:
+    """Prompts laid out among the meta-tokens of their rows, with room for `count` tokens behind each.
+
+    tokens: int32 [B, N], -1 where nothing stands yet; is_meta: bool [B, N]; length: int32 [B], slots up to the last of the prompt.
+    """
+
+    tokens: np.ndarray
+    is_meta: np.ndarray
+    length: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, config: Config, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary, count: int) -> Rows:
+        """Ids in the ordinary slots, in order, of rows of `config`; UserError when they and `count` more do not fit."""
+        meta_slots, real = _layout(config)
+        longest = max(map(len, prompts))
+        require(
+            longest + count <= len(real),
+            f"the prompt has {longest} tokens and {count} are to follow, but a row of {config.name} holds {len(real)}; shorten either",
+        )
+        tokens = np.full((len(prompts), config.row_slots), -1, np.int32)
+        tokens[:, meta_slots] = vocabulary.meta
+        for row, ids in zip(tokens, prompts, strict=True):
+            row[real[: len(ids)]] = ids
+        is_meta = np.isin(np.arange(config.row_slots), meta_slots)
+        length = np.array([real[len(ids) - 1] + 1 for ids in prompts], np.int32)
+        return cls(tokens, np.tile(is_meta, (len(prompts), 1)), length, count)
+
+    def start(self, model: LM, rules: Rules) -> Decoding:
+        """Read the prompts and draw the first token of each."""
+        slots = self.tokens.shape[1]
+        ordinary = np.cumsum(~self.is_meta, axis=1)
+        last = ordinary[np.arange(len(self.length)), self.length - 1] + self.count  # ordinary tokens of a complete row
+        used = int((ordinary < last[:, None]).sum(axis=1).max()) + 1
+        width = _padded(int(self.length.max()), slots)
+        prompt_metas = self.is_meta[:, :width] & (np.arange(width) < self.length[:, None])
+        widest = int(self.is_meta[:, :width].sum(axis=1).max(initial=0))
+        capacity = _padded(used, slots)
+        meta_capacity = int(self.is_meta[:, :capacity].sum(axis=1).max(initial=0))
+        meta_slots = np.full((len(self.tokens), max(widest, 1)), width, np.int32)
+        for row, flags in zip(meta_slots, prompt_metas, strict=True):
+            row[: flags.sum()] = np.flatnonzero(flags)
+        prompt = np.maximum(self.tokens[:, :width], 0)
+        return start(
+            model, self.tokens, self.is_meta, prompt, self.length, meta_slots, self.count, rules,
+            capacity=capacity, meta_capacity=meta_capacity,
+        )  # fmt: skip
+
+
+def _padded(length: int, limit: int) -> int:
+    return min(max(SMALLEST, 1 << (length - 1).bit_length()), limit)
+
+
+def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed: int) -> Rules:
+    """The rules of every draw: of the reserved ids the end-of-text token alone, which ends a row."""
+    banned = np.arange(vocabulary.size) >= vocabulary.base
+    banned[vocabulary.eos] = False
+    ask_real = config.meta_tokens is not None and config.meta_tokens.loss == "real_only"
+    return Rules(jnp.asarray(banned), jnp.asarray(vocabulary.eos), jax.random.key(seed), sampling, ask_real)
+
+
+def stream(
+    model: LM, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
+    sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
+) -> Iterator[list[str]]:  # fmt: skip
+    """The text that follows each prompt, piece by piece: at most `count` tokens, cut at the end-of-text token.
 
     Args:
       context: metadata text put between the context delimiters in front; None for none.
-      temperature: 0 takes the most likely token.
+      stride: slots of a row between two pieces.
 
     Raises:
       UserError: prompt and continuation do not fit in a row.
     """
-    vocabulary = tokenizer.vocabulary
-    ids = [*_head(config, tokenizer, context), *tokenizer.encode(prompt)]
-    meta_slots, real = _layout(config)
-    require(
-        len(ids) + count <= len(real),
-        f"the prompt has {len(ids)} tokens and {count} are to follow, but a row of {config.name} holds {len(real)}; shorten either",
+    vocabulary, head = tokenizer.vocabulary, _head(config, tokenizer, context)
+    rows = Rows.of(config, [[*head, *tokenizer.encode(prompt)] for prompt in prompts], vocabulary, count)
+    rules = make_rules(config, vocabulary, sampling, seed)
+    return _pieces(model, rows, rows.start(model, rules), rules, tokenizer, stride)
+
+
+def _pieces(model: LM, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int) -> Iterator[list[str]]:
+    shown, eos = [""] * len(rows.length), int(rules.eos)
+    while True:
+        tokens, left = jax.device_get((state.tokens, state.left))
+        new = [
+            row[n:][~flags[n:] & (row[n:] >= 0)].tolist() for row, n, flags in zip(tokens, rows.length, rows.is_meta, strict=True)
+        ]
+        texts = [tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids) for ids in new]
+        done = left == 0
+        whole = [text if end else _settled(text) for text, end in zip(texts, done, strict=True)]
+        yield [text[len(before) :] for text, before in zip(whole, shown, strict=True)]
+        if done.all():
+            return
+        shown = whole
+        state = advance(model, state, rules, stride)
+
+
+def _settled(text: str) -> str:
+    """`text` without the end of it that further bytes may still change: an incomplete UTF-8 sequence decodes as up to 3 U+FFFD."""
+    held = len(text) - len(text.rstrip("\ufffd"))
+    return text[: len(text) - min(held, 3)]
+
+
+def generate(
+    model: LM, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
+    sampling: Sampling = DEFAULT, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """The text that follows each prompt, whole; see `stream`."""
+    pieces = stream(
+        model, config, tokenizer, prompts, count=count, context=context, sampling=sampling, seed=seed, stride=config.row_slots
     )
-    tokens = np.full((1, config.row_slots), vocabulary.pad, np.int32)
-    if meta_slots is not None:
-        tokens[0, meta_slots] = vocabulary.meta
-    tokens[0, real[: len(ids)]] = ids
-    banned = np.arange(vocabulary.size) >= vocabulary.base
-    banned[vocabulary.eos] = False
-    filled = _sample(
-        model, jnp.asarray(tokens), jnp.asarray(real), jnp.asarray(len(ids)), None if meta_slots is None else jnp.asarray(meta_slots),
-        jnp.asarray(banned), jnp.asarray(temperature, jnp.float32), jax.random.key(seed), count=count, ask_real=config.meta_tokens is not None and config.meta_tokens.loss == "real_only",
-    )  # fmt: skip
-    new = np.asarray(filled)[0, real[len(ids) : len(ids) + count]].tolist()
-    return tokenizer.decode(new[: new.index(vocabulary.eos)] if vocabulary.eos in new else new)
+    return ["".join(parts) for parts in zip(*pieces, strict=True)]

@@ -7,10 +7,12 @@ import pytest
 
 from metajax.config import MetaTokens, UserError
 from metajax.data.tokenizers import Bytes
-from metajax.inference.generation import generate, meta_layout, room_for_prompt
+from metajax.inference.decoding import Sampling
+from metajax.inference.generation import generate, meta_layout, room_for_prompt, stream
 from metajax.training.program import build_model
 
 TOKENIZER = Bytes()
+GREEDY = Sampling(temperature=0.0)
 
 
 def make(tiny_config, meta=None):
@@ -22,7 +24,7 @@ def make(tiny_config, meta=None):
 @pytest.mark.parametrize("meta", [None, MetaTokens(rate=0.25)])
 def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta):
     config, model = make(tiny_config, meta)
-    text = generate(model, config, TOKENIZER, "ab", count=6, temperature=0.0)
+    text, _ = generate(model, config, TOKENIZER, ["ab", "a longer prompt"], count=6, sampling=GREEDY)
     slots = config.row_slots
     metas = meta_layout(slots, meta.rate) if meta else np.zeros(0, int)
     real = [s for s in range(slots) if s not in metas]
@@ -33,9 +35,10 @@ def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta):
     inputs = {"positions": jnp.arange(slots)[None], "segment_ids": jnp.ones((1, slots), jnp.int32)}
     if meta:
         inputs["meta_slots"] = jnp.asarray(metas)[None]
+    forward = jax.jit(lambda model, tokens: model(tokens, **inputs))
     expected = []
     for i in range(6):
-        logits = np.array(model(jnp.asarray(tokens), **inputs)[0, real[3 + i] - 1])
+        logits = np.array(forward(model, tokens)[0, real[3 + i] - 1])
         logits[[t for t in range(TOKENIZER.vocabulary.base, len(logits)) if t != TOKENIZER.vocabulary.eos]] = -np.inf
         expected.append(int(logits.argmax()))
         if expected[-1] == TOKENIZER.vocabulary.eos:
@@ -49,24 +52,53 @@ def test_reserved_ids_are_never_sampled(tiny_config):
     config, model = make(tiny_config, MetaTokens())
     boosted = model.embedding[...].at[TOKENIZER.vocabulary.base :].multiply(50.0)
     model.embedding[...] = boosted.at[TOKENIZER.vocabulary.eos].set(0.0)
-    for seed in range(5):
-        assert "<|" not in generate(model, config, TOKENIZER, "a", count=20, temperature=1.0, seed=seed)
+    for text in generate(model, config, TOKENIZER, ["a"] * 5, count=20, sampling=Sampling(1.0)):
+        assert "<|" not in text
 
 
 def test_seeds_and_temperature(tiny_config):
     config, model = make(tiny_config)
-    draw = lambda **kw: generate(model, config, TOKENIZER, "a", count=12, **kw)  # noqa: E731
-    assert draw(seed=1, temperature=1.5) == draw(seed=1, temperature=1.5)
-    assert len({draw(seed=s, temperature=1.5) for s in range(4)}) > 1
-    assert draw(context="zz", temperature=0.0) != draw(context=None, temperature=0.0)
+    draw = lambda **kw: generate(model, config, TOKENIZER, ["a", "a"], count=12, **kw)  # noqa: E731
+    hot = Sampling(1.5)
+    assert draw(seed=1, sampling=hot) == draw(seed=1, sampling=hot)
+    assert len({text for s in range(2) for text in draw(seed=s, sampling=hot)}) == 4
+    assert draw(context="zz", sampling=GREEDY) != draw(context=None, sampling=GREEDY)
+    assert draw(sampling=Sampling(1.5, top_k=1)) == draw(sampling=GREEDY)
+
+
+@pytest.mark.parametrize("stride", [1, 5])
+def test_pieces_of_a_stream_make_the_whole_text(tiny_config, stride):
+    config, model = make(tiny_config, MetaTokens(rate=0.25))
+    prompts = ["a", "longer"]
+    arguments = dict(count=12, sampling=Sampling(1.2, top_p=0.95), seed=3)
+    pieces = list(stream(model, config, TOKENIZER, prompts, stride=stride, **arguments))
+    assert len(pieces) > 12 // stride
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == generate(model, config, TOKENIZER, prompts, **arguments)
+
+
+class Fixed(Bytes):
+    """Decodes the ids by their order, as the bytes of a text."""
+
+    text = "aé€😀\ufffd".encode() + b"\xf0\x9f\xff"
+
+    def decode(self, ids):
+        return self.text[: len(ids)].decode(errors="replace")
+
+
+def test_a_character_is_shown_when_it_is_complete(tiny_config):
+    config, model = make(tiny_config)
+    model.embedding[...] = model.embedding[...].at[TOKENIZER.vocabulary.eos].set(0.0)
+    pieces = [piece for (piece,) in stream(model, config, Fixed(), ["a"], count=len(Fixed.text), sampling=GREEDY)]
+    assert "".join(pieces) == Fixed.text.decode(errors="replace")
+    assert [piece for piece in pieces if piece][:4] == ["a", "é", "€", "😀"]
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tiny_config):
     config, model = make(tiny_config)
     room = room_for_prompt(config, TOKENIZER, "xy")
-    generate(model, config, TOKENIZER, "a" * (room - 3), count=3, context="xy")
+    generate(model, config, TOKENIZER, ["a" * (room - 3)], count=3, context="xy")
     with pytest.raises(UserError, match="shorten either"):
-        generate(model, config, TOKENIZER, "a" * (room - 2), count=3, context="xy")
+        generate(model, config, TOKENIZER, ["a" * (room - 2)], count=3, context="xy")
 
 
 @pytest.mark.parametrize(("slots", "rate"), [(64, 0.1), (30, 0.25), (16, 0.9)])
