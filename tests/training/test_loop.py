@@ -48,7 +48,7 @@ def run_and_cut(config, workdir, paths, after, monkeypatch):
             run_experiment(config, workdir, paths)
 
 
-@pytest.mark.parametrize("changes", [{}, {"meta_tokens": MetaTokens()}, {"evaluation.every": 2}])
+@pytest.mark.parametrize("changes", [{}, {"meta_tokens": MetaTokens(embedding="frozen")}, {"evaluation.every": 2}])
 @pytest.mark.parametrize("after", [1, 5])
 def test_a_resumed_run_is_the_undisturbed_run(tiny_config, paths, tmp_path, monkeypatch, changes, after):
     config = tiny_config(**{"runtime.save_every": 2, **changes})

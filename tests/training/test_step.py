@@ -41,7 +41,7 @@ def test_golden_step(tiny_config, paths):
         np.testing.assert_allclose([m[name] for m in metrics], expected, rtol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("meta", [None, MetaTokens()])
+@pytest.mark.parametrize("meta", [None, MetaTokens(), MetaTokens(inject="none", rate=0, attention="causal")])
 def test_accumulation_equals_the_whole_batch(tiny_config, paths, meta):
     whole = tiny_config(meta_tokens=meta)
     (one, first), (four, second) = (run(override(whole, {"training.accumulate": n}), paths, 3) for n in (1, 4))
