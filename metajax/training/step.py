@@ -42,7 +42,7 @@ def _loss_and_grad(model: Any, batch: Batch, config: Config) -> tuple[Metrics, A
         (_, sums), grads = value_and_grad(model, batch)
         return sums, grads
     # Rows go to micro-batches in strides, so that each micro-batch keeps the batch's spread over the devices.
-    micro_batches = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro_batches = jax.tree.map(lambda x: x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(carry: Any, micro: Batch) -> tuple[Any, None]:
         (_, sums), grads = value_and_grad(model, micro)
