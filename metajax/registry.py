@@ -89,6 +89,9 @@ class Table:
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> what it changes
+    fill: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # scale -> {names} in the columns' paths, below a row's own
 
     def __post_init__(self) -> None:
         names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
@@ -103,15 +106,21 @@ class Table:
         for row in self.rows:
             for column in self.columns:
                 blanks = {name for path in (column.path, column.minus) for _, name, _, _ in Formatter().parse(path) if name}
-                require(
-                    blanks <= row.fill.keys(),
-                    f"table {self.name}, row {row.name}: fill does not say what {blanks - row.fill.keys()} stands for in {column.path}",
-                )
+                for scale in self.scales:
+                    unknown = blanks - self.filled(row, scale).keys()
+                    require(
+                        not unknown,
+                        f"table {self.name}, row {row.name}, scale {scale}: fill does not say what {unknown} stands for in {column.path}",
+                    )
             for key in row.published:
                 require(
                     key in keys,
                     f"table {self.name}, row {row.name}: the published value {key!r} belongs to no column{nearest(key, keys)}",
                 )
+
+    def filled(self, row: Row, scale: str) -> dict[str, str]:
+        """What {names} in the columns' paths stand for in this row."""
+        return {**self.fill.get(scale, {}), **row.fill}
 
     def parts_of(self, row: Row) -> tuple[str, ...]:
         """The parts that a row has a run for; ("",) in a table without parts."""
@@ -157,6 +166,7 @@ _tables: dict[str, Table] = {}
 def table(
     name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
     minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any]] | None = None,
+    fill: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Callable[[Base], Table]:  # fmt: skip
     """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
 
@@ -170,7 +180,18 @@ def table(
     def register(base: Base) -> Table:
         scales = tuple(s for s in SCALES if s in minutes)
         made = Table(
-            name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes), parts or {}
+            name,
+            summary,
+            paper,
+            base,
+            tuple(rows),
+            tuple(columns),
+            baseline,
+            minutes,
+            scales,
+            tuple(notes),
+            parts or {},
+            fill or {},
         )
         _add(_tables, name, made)
         for row in (row for row in made.rows if not row.of):

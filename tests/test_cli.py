@@ -48,7 +48,7 @@ def one_error_line(result):
 
 def test_bare_command_lists_what_there_is(command):
     code, out, _ = command("list")
-    assert code == 0 and "quickstart/metadata" in out and "table of 3" in out
+    assert code == 0 and "rows quickstart/plain  meta_tokens  metadata" in out and "three seeds: cpu" in out
     assert main([]) == 0
 
 

@@ -46,7 +46,9 @@ def gather(
     basis = next((row for row in chosen if row.name == table.baseline), None)
     absent = [None] * len(seeds)
     values = {
-        row.name: {c.key: [_number(r, row, c) for r in reports[row.name].get(c.part, absent)] for c in table.columns}
+        row.name: {
+            c.key: [_number(r, table.filled(row, scale), c) for r in reports[row.name].get(c.part, absent)] for c in table.columns
+        }
         for row in chosen
     }
     return {
@@ -99,13 +101,13 @@ def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
     return dataclasses.asdict(summary) | {"clear_of_zero": summary.clear_of_zero} if summary else None
 
 
-def _number(report: Mapping[str, Any] | None, row: Row, column: Column) -> float | None:
+def _number(report: Mapping[str, Any] | None, fill: Mapping[str, str], column: Column) -> float | None:
     if report is None:
         return None
-    first = _look_up(report, column.path, row.fill)
+    first = _look_up(report, column.path, fill)
     if not column.minus or first is None:
         return None if first is None else column.factor * first
-    second = _look_up(report, column.minus, row.fill)
+    second = _look_up(report, column.minus, fill)
     return None if second is None else column.factor * (first - second)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -36,27 +38,35 @@ def _grid(*titles: str) -> _Grid:
 
 
 def print_list(pattern: str) -> None:
-    """Tables, each with its rows below it, and single experiments whose name contains `pattern`."""
-    grid = _grid("name", "scales", "expected time", "what")
-    found = 0
-    for table in registry.tables().values():
-        if pattern in table.name:
-            times = ", ".join(_table_time(table, scale) for scale in table.scales)
-            grid.add_row(table.name, ", ".join(table.scales), times, f"table of {len(table.rows)}, three seeds: {table.summary}")
-            found += 1
-    for name, experiment in registry.experiments().items():
-        if pattern in name:
-            row = experiment.row
-            what = (
-                ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or "the base as it is"
-                if row
-                else experiment.summary
-            )
-            times = ", ".join(_duration(experiment.minutes[scale]) for scale in experiment.scales)
-            grid.add_row(name, ", ".join(experiment.scales), times, what)
-            found += 1
-    console.print(grid if found else f"nothing named like {pattern!r}")
+    """Tables with their rows, and single experiments, whose name contains `pattern`."""
+    tables = [t for t in registry.tables().values() if pattern in t.name]
+    single = [e for e in registry.experiments().values() if pattern in e.name and (e.table is None or e.table not in tables)]
+    for table in tables:
+        _entry(
+            table.name,
+            f"three seeds: {', '.join(f'{scale} {_table_time(table, scale)}' for scale in table.scales)}",
+            table.summary,
+        )
+        _entry_line("rows", f"{table.name}/", [row.name for row in table.rows])
+        if table.parts:
+            _entry_line("each with", "/", table.parts)
+    for experiment in single:
+        changes = experiment.row.changes if experiment.row else {}
+        what = ", ".join(f"{k} = {_short(v)}" for k, v in changes.items()) or experiment.summary
+        times = (f"{scale} {_duration(experiment.minutes[scale])}" for scale in experiment.scales)
+        _entry(experiment.name, ", ".join(times), what)
+    if not tables and not single:
+        console.print(f"nothing named like {pattern!r}")
     console.print("\nrun: python run.py NAME    look first: python run.py show NAME    help: python run.py --help")
+
+
+def _entry(name: str, times: str, what: str) -> None:
+    console.print(Text.assemble((name, "bold"), f"  ({times})"))
+    console.print(Padding(Text(what), (0, 0, 0, 4)))
+
+
+def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
+    console.print(Padding(Text.assemble((f"{title} {before}", "dim"), "  ".join(names)), (0, 0, 0, 4)))
 
 
 def _table_time(table: registry.Table, scale: str) -> str:

@@ -288,6 +288,23 @@ def test_rows_may_read_one_run_in_several_ways(table, tmp_path):
     assert all(row["cells"]["eval.tasks.recall.{way}"]["difference"] is None for row in result["rows"])
 
 
+def test_what_a_path_names_may_depend_on_the_scale(tmp_path):
+    fill = {"cpu": {"way": "exact"}, "gpu": {"way": "no_position"}}
+    columns = [Column("%", "eval.tasks.recall.{way}", 1, "higher", 100)]
+    rows = [Row("plain"), Row("meta", fill={"way": "no_position"})]
+    made = registry.table(
+        "lab_scales", summary="", rows=rows, columns=columns, baseline=None, minutes={"cpu": 1, "gpu": 1}, fill=fill
+    )
+    result = run_table(plan_of(made(base), tmp_path, seeds=(0,)), Runs())
+    assert cell(result, "plain", columns[0].key)["values"] == [25.0]
+    assert cell(result, "meta", columns[0].key)["values"] == [62.5]
+    less = registry.table(
+        "lab_less", summary="", rows=rows, columns=columns, baseline=None, minutes={"cpu": 1, "paper": 1}, fill=fill
+    )
+    with pytest.raises(UserError, match=r"row plain, scale paper: fill does not say what \{'way'\} stands for"):
+        less(base)
+
+
 def test_a_row_may_have_a_run_for_each_part(tmp_path, page):
     """Columns read the run of their own part; a row without a part has a dash there, and its own runs still count."""
     steps = {"short": {"training.steps": 30}, "long": {"training.steps": 70}}

@@ -1,0 +1,42 @@
+"""Every registered experiment, as far as it can be seen without running it."""
+
+from pathlib import Path
+
+import pytest
+
+from metajax import registry
+from metajax.data.tokenizers import vocabulary_of
+from metajax.lineage import resolve_parents
+from metajax.models.lm import param_count
+from metajax.reporting.tables import choose_rows, plan_table
+from metajax.training.program import abstract_model
+
+registry.load()
+
+
+@pytest.mark.parametrize("name", registry.experiments())
+def test_every_config_is_valid_at_every_scale_and_its_parents_are_known(name):
+    experiment = registry.experiments()[name]
+    assert experiment.scales
+    for scale in experiment.scales:
+        config, parents = resolve_parents(experiment.build(scale), {}, Path("runs"))
+        assert (config.name, config.scale) == (name, scale)
+        assert [p.scale for p in parents] == [scale] * len(parents)
+
+
+@pytest.mark.parametrize("name", registry.tables())
+def test_every_table_plans_its_core_at_every_scale(name):
+    table = registry.tables()[name]
+    core = choose_rows(table, "core")
+    assert 1 <= len(core) <= 6
+    for scale in table.scales:
+        assert plan_table(table, scale, (0, 1), {}, Path("runs"), core).runs()
+
+
+@pytest.mark.parametrize("name", ["learned_meta_tokens/pretrain/meta_rope", "learned_meta_tokens/pretrain/second_causal"])
+def test_cpu_bases_are_small_and_controls_match_in_parameters(name):
+    config = registry.experiments()[name].build("cpu")
+    count = param_count(abstract_model(config, vocabulary_of(config.data.tokenizer).size))["total"]
+    assert 100_000 <= count <= 500_000
+    other = registry.experiments()["learned_meta_tokens/pretrain/meta_rope"].build("cpu")
+    assert count == param_count(abstract_model(other, vocabulary_of(other.data.tokenizer).size))["total"]
