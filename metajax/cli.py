@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from metajax import registry
-from metajax.config import Config, UserError, nearest, override, require
+from metajax.config import ANALYSES, Config, UserError, check_analyses, nearest, override, require
 from metajax.progress import say
 
 EXAMPLES = """examples:
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python run.py show quickstart/meta_tokens         what it is, before running it
   python run.py show pydocs                         a corpus: documents, fields, sizes
   python run.py generate quickstart/plain --prompt "Return the"
+  python run.py analyze RUN --what sharpening       what its meta-tokens do
   python run.py compare RUN RUN                     two runs side by side
 """
 
@@ -87,6 +88,7 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
         "list": ("what there is: names, scales, expected minutes", _add_list, _list),
         "show": ("an experiment before it runs, or a corpus", _add_show, _show),
         "eval": ("evaluate a run's newest checkpoint again", _add_eval, _eval),
+        "analyze": ("what the meta-tokens of a run's newest checkpoint do, as numbers and figures", _add_analyze, _analyze),
         "generate": ("text from a run's newest checkpoint", _add_generate, _generate),
         "runs": ("what has been run", _add_place, _runs),
         "compare": ("runs side by side", _add_compare, _compare),
@@ -172,6 +174,25 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--lengths", default=None, metavar="LIST", help="length bins of the tasks, such as 64,128 (as in the run)"
     )
     parser.add_argument("--conditions", default=None, metavar="LIST", help="none, right, empty, shuffled (as in the run)")
+    _add_place(parser)
+
+
+def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument("--what", default=",".join(ANALYSES), metavar="LIST", help=f"some of {','.join(ANALYSES)} (all)")
+    parser.add_argument(
+        "--task", default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=None, metavar="N", help="slots of a prompt's row (the run's longest bin within training)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=None,
+        metavar="N",
+        help="prompts (500), and examples in a bin of the interventions (as in the run)",
+    )
     _add_place(parser)
 
 
@@ -402,6 +423,33 @@ def _eval(options: argparse.Namespace, started: float) -> int:
     if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and opened.config.tasks is None:
         changes["tasks.train_length"] = opened.config.data.row_length  # what it was trained on is text
     _print_evaluation(opened.evaluate(override(opened.config, changes), _paths(options)))
+    return 0
+
+
+def _analyze(options: argparse.Namespace, started: float) -> int:
+    names = tuple(options.what.split(","))
+    check_analyses("--what", names)
+    opened = _open_run(options, options.run)
+    from metajax.analysis.analyses import run_analyses
+    from metajax.reporting.analysis_page import write_analysis_page
+    from metajax.reporting.terminal import print_analysis
+
+    config, changes, choice = opened.config, {}, {"task": options.task, "length": options.length}
+    require(
+        config.meta_tokens is not None, f"{opened.workdir} has no meta-tokens (meta_tokens is null); there is nothing to analyze"
+    )
+    if options.task is not None or config.tasks is None:
+        changes["tasks.names"] = options.task or "list_recall"
+    if config.tasks is None:
+        changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+    if options.examples is not None:
+        choice["prompts"] = options.examples
+        changes["tasks.eval_examples"] = options.examples
+    study = opened.study(override(config, changes), _paths(options), **choice)
+    say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
+    for name, numbers in run_analyses(study, names, opened.workdir):
+        print_analysis(name, numbers)
+    say(f"figures: {write_analysis_page(opened.workdir)}")
     return 0
 
 

@@ -27,6 +27,7 @@ __all__ = [
 ]  # a config and its access, from one place
 
 Scale = Literal["cpu", "gpu", "paper"]
+ANALYSES = ("interventions", "sharpening", "caching", "attention", "theory", "rate_distortion")  # in metajax/analysis
 
 
 # ------------------------------------------------------------------------------------------------- sub-configs
@@ -289,6 +290,7 @@ class Evaluation:
     documents: int = 400  # held-out documents, in an order fixed by the corpus; with tasks 0 leaves them out
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: int = 48  # length of the text sample in the report
+    analyses: tuple[str, ...] = ()  # made at the end of a run on tasks with meta-tokens, see `python run.py analyze --help`
 
     def __post_init__(self) -> None:
         for name in ("every", "documents", "sample_tokens"):
@@ -300,6 +302,13 @@ class Evaluation:
                 condition in known,
                 f"evaluation.conditions: unknown {condition!r}{nearest(condition, known)}; known: {', '.join(known)}",
             )
+        check_analyses("evaluation.analyses", self.analyses)
+
+
+def check_analyses(what: str, names: tuple[str, ...]) -> None:
+    """UserError for an analysis that does not exist; `what` is where it is named."""
+    for name in names:
+        require(name in ANALYSES, f"{what}: unknown {name!r}{nearest(name, ANALYSES)}; known: {', '.join(ANALYSES)}")
 
 
 @dataclass(frozen=True)
@@ -363,6 +372,11 @@ class Config:
                 f"data.switch.step = {data.switch.step} is not before training.steps = {training.steps}",
             )
         self._check_lengths()
+        require(
+            not self.evaluation.analyses
+            or (self.meta_tokens is not None and self.tasks is not None and self.tasks.placement != "none"),
+            "evaluation.analyses needs prompts with meta-tokens: meta_tokens and tasks must be there, and tasks.placement not 'none'",
+        )
         if self.meta_tokens is not None:
             self.meta_tokens.check_position(self.model.position)
         shown = [c for c in self.evaluation.conditions if c != "none"]

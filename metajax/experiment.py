@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metajax.analysis.analyses import run_analyses
+from metajax.analysis.study import Study, open_study
 from metajax.config import Config, Runtime, config_hash, to_dict
 from metajax.data.metadata import render, uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
@@ -71,6 +73,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "counts": vars(trained.counts),
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": evaluate(config, trained.program, trained.corpora, model),
+        "analyses": analyze(config, trained.program, trained.corpora, model, run.path),
         "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens and config.tasks is None else None,
         "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
@@ -96,6 +99,12 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
     return results
 
 
+def analyze(config: Config, program: Program, corpora: Corpora, model: Any, workdir: Path) -> dict[str, dict[str, Any]]:
+    """The numbers of `config.evaluation.analyses` by name; what their figures need is left in WORKDIR/analysis."""
+    names = config.evaluation.analyses
+    return dict(run_analyses(open_study(program, corpora, model), names, workdir)) if names else {}
+
+
 @dataclass(frozen=True)
 class OpenedRun:
     """A run's newest checkpoint with the run's own tokenizer, ready to be used."""
@@ -111,6 +120,12 @@ class OpenedRun:
         corpora = open_corpora(config, paths)
         check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
         return evaluate(config, self.program, corpora, self.model)
+
+    def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
+        """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
+        corpora = open_corpora(config, paths)
+        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
+        return open_study(self.program, corpora, self.model, **choice)
 
 
 def open_run(workdir: Path) -> OpenedRun:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 jaxtyping.install_import_hook(
-    ["metajax.models", "metajax.ops", "metajax.training.losses", "kernels_pallas"], "beartype.beartype"
+    ["metajax.models", "metajax.analysis", "metajax.ops", "metajax.training.losses", "kernels_pallas"], "beartype.beartype"
 )  # before any of them is imported
 
 from metajax.config import Config, Data, Evaluation, Model, Optimizer, Runtime, Training, override  # noqa: E402

@@ -13,7 +13,7 @@ from kernels_pallas.prefix_window_attention.reference import masked_attention, m
 from metajax import ops
 from metajax.config import MetaTokens, Model
 from metajax.models.layers import Linear, gather_rows, residual_std
-from metajax.models.masks import Mask, meta_dense, meta_flags
+from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
 from metajax.models.rotary import Table, apply_rotary
 
 
@@ -126,10 +126,24 @@ class MetaAttention(nnx.Module):
             out, lse = masked_attention(q, k, v, allow, scale=q.shape[-1] ** -0.5)
         if past is not None:
             out, lse = ops.join_past(out, lse, q, *past, implementation=self.implementation)
+        if taps.wants("meta_probabilities"):
+            taps.record("meta_probabilities", self._probabilities(q, k, rows))
         for name, value in (("meta_keys", k), ("meta_values", v)):
             if taps.wants(name):
                 taps.record(name, gather_rows(value, rows.slots) if self.form == "dense" else value)
         return self.projections.merge(out)
+
+    def _probabilities(self, q: Float[Array, "B N H D"], k: Float[Array, "B N KV D"], rows: Rows) -> Float[Array, "B H N N"]:
+        """What the attention weighs its keys with, computed densely; q and k as `__call__` has them."""
+        if self.form == "gathered":
+            index = jnp.arange(q.shape[1])
+            expiry = gathered_expiry(rows.segment_ids, rows.slots)
+            allow = Mask.allow(index[None, :, None], index[None, None, :], expiry[:, None, :])
+        elif self.form == "causal":
+            allow = Mask().dense(rows.segment_ids)
+        else:  # the mask has been applied to q before; again changes nothing
+            q, allow = self._dense_mask(q, rows)
+        return masked_softmax(q, k, allow, scale=q.shape[-1] ** -0.5)[0]
 
     def _dense_mask(self, q: Float[Array, "B T H D"], rows: Rows) -> tuple[Array, Array]:
         """(queries, bool[B, T, T]): meta-tokens see meta-tokens; ordinary ones nothing, or their past, with scores of 0 if "uniform".

@@ -31,6 +31,7 @@ CAPTURABLE = (
     "mlp_out",  # [L, B, T, width], what the feed-forward network adds
     "attention_lse",  # float32[L, B, T, heads]
     "attention_probabilities",  # float32[L, B, heads, query, key], computed densely beside the model's own attention
+    "meta_probabilities",  # float32[L, B, heads, query, key] of meta-attention: M of each where it is gathered, otherwise T
     "keys",  # [L, B, T, kv_heads, head_dim], rotated, of causal attention
     "values",  # [L, B, T, kv_heads, head_dim]
     "meta_keys",  # [L, B, M, kv_heads, head_dim], of meta-attention; T of them where it writes to all tokens

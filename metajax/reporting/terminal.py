@@ -150,6 +150,15 @@ def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     console.print(grid)
 
 
+def print_analysis(name: str, numbers: dict[str, Any]) -> None:
+    """The headline numbers of an analysis."""
+    from metajax.reporting.analysis_words import headlines
+
+    console.print(Text(name.replace("_", " "), "bold"))
+    for line in headlines(name, numbers):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+
+
 def print_curriculum(config: Config, paths: Any) -> None:
     """What the tasks of a config feed it: lengths by phase, and the shortest bin's first test example of each task."""
     from metajax.data.pipeline import open_corpora, task_examples

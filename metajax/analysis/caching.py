@@ -1,0 +1,81 @@
+"""Caching: how much a meta-token's residual vector resembles the tokens in front of it, by layer and distance.
+
+Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the cosine heat-map of "Meta Token #2". Which vectors of the
+tokens in front are meant is told in two ways, so both are made: their residual vectors at the same layer, and their embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import stdtrit
+
+from metajax.analysis.study import Batch, Study, at_slots, capture, cluster_mean, rounded
+from metajax.models.lm import LM
+
+READINGS = ("same_layer", "embedding")
+NEAR, FAR = 4, 16  # tokens: near is 1 .. NEAR in front of the meta-token, far is more than FAR
+
+
+def cosine(a: Float[Array, "*#batch width"], b: Float[Array, "*#batch width"]) -> Float[Array, "*batch"]:
+    """Cosine of the angle between vectors, 0 where one of them is 0; the axes before broadcast."""
+    lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.where(lengths > 0, lengths, 1.0)
+
+
+def resemblance(model: LM, batch: Batch) -> dict[str, jax.Array]:
+    """Cosines of the last meta-token's residual vector with those of all tokens, and with their embeddings, [B, L, T] each.
+
+    Layer l is the input of block l.
+    """
+    residual = capture(model, batch, "residual")["residual"].astype(jnp.float32)
+    length = residual.shape[2]
+    last = jnp.max(jnp.where(batch["meta_slots"] < length, batch["meta_slots"], 0), axis=1)
+    anchor = at_slots(residual, last, 2)[:, :, None]
+    return {
+        "same_layer": cosine(anchor, residual),
+        "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None]),
+    }
+
+
+def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean [L, D], half width of its 95 % interval over prompts [L, D], prompts [D]) at 1 .. D tokens in front of `anchors` [N].
+
+    The half width is NaN where one prompt alone is that long.
+    """
+    longest = int(anchors.max())
+    source = anchors[:, None] - np.arange(1, longest + 1)
+    shifted = np.take_along_axis(values, np.maximum(source, 0)[:, None], axis=2)
+    there = source >= 0
+    n = there.sum(axis=0)
+    weight = there[:, None] / n
+    mean = (weight * shifted).sum(axis=0)
+    variance = (weight * np.square(shifted - mean)).sum(axis=0) * n / np.maximum(n - 1, 1)
+    half = stdtrit(np.maximum(n - 1, 1), 0.975) * np.sqrt(variance / n)
+    return mean, np.where(n > 1, half, np.nan), n
+
+
+def caching(study: Study) -> dict[str, Any]:
+    """For each reading: near and far, the mean cosine over all layers and prompts, with the half width of its interval over prompts.
+
+    `details`: the heat-map, layers x distance, and one prompt's, layers x tokens.
+    """
+    cosines = study.over_prompts("residual vectors", resemblance, study.model)
+    distance = study.last_meta[:, None] - np.arange(study.rows["tokens"].shape[1])
+    found: dict[str, Any] = {"details": {"labels": study.labels(0)[: study.last_meta[0]]}}
+    for name in READINGS:
+        values = cosines[name]
+        mean, half, n = by_distance(values, study.last_meta)
+        found[name] = {"prompts": study.count}
+        for part, chosen in (("near", (distance > 0) & (distance <= NEAR)), ("far", distance > FAR)):
+            chosen = np.broadcast_to(chosen[:, None], values.shape)
+            if chosen.any():
+                centre, spread = cluster_mean(values, chosen)
+                found[name][part] = {"mean": centre, "half": spread, "values": int(chosen.sum())}
+        one = values[0, :, : study.last_meta[0]]
+        found["details"][name] = {"mean": rounded(mean), "half": rounded(half), "prompts": n.tolist(), "example": rounded(one)}
+    return found

@@ -1,0 +1,180 @@
+"""Rate and distortion of what a token's final hidden state says about the answer: a variational information bottleneck.
+
+Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), section 5.2: with the model frozen, an encoder
+q(z | h) = N(mu(h), diag sigma(h)^2), a decoder softmax(W z + b) and the prior N(0, I) are trained on
+E[-ln q(y | z)] + beta KL(q(z | h) || N(0, I)), 50 list-recall examples, batch 1, 5 epochs, beta from 0.01 to 1.
+Not stated in the paper and chosen here: linear mu and ln sigma, the width of z, Adam's rate, the grid of beta, the label (the answer's
+first token), the layer (the last, behind the final norm), the number of seeds, how the heads begin (LeCun normal, biases 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from metajax.analysis.interventions import intervene
+from metajax.analysis.study import Batch, Study, capture
+from metajax.models.lm import LM
+from metajax.progress import progress
+from metajax.reporting.statistics import summarize
+
+BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+WIDTH = 64  # of z
+LEARNING_RATE = 1e-3
+SEEDS = 5
+SAMPLES = 16  # of z for each example, when a head is measured
+Head = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training of a head: the first `examples` prompts, `updates` steps of `batch` examples, in epochs of a new order each."""
+
+    examples: int
+    batch: int
+    updates: int
+
+
+def make_head(key: PRNGKeyArray, width: int, vocab_size: int) -> Head:
+    """Encoder [width, 2 WIDTH] (mu beside ln sigma) and decoder [WIDTH, vocab]."""
+    first, second = jax.random.split(key)
+    normal = jax.nn.initializers.lecun_normal()
+    return {
+        "encoder": normal(first, (width, 2 * WIDTH)), "encoder_bias": jnp.zeros(2 * WIDTH),
+        "decoder": normal(second, (WIDTH, vocab_size)), "decoder_bias": jnp.zeros(vocab_size),
+    }  # fmt: skip
+
+
+def rate_and_distortion(
+    head: Head, h: Float[Array, "N width"], labels: Int[Array, " N"], noise: Float[Array, "N z"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(KL(q(z | h) || N(0, I)), -ln q(y | z)), nats, both averaged over the examples; z = mu + sigma noise."""
+    mu, log_sigma = jnp.split(h @ head["encoder"] + head["encoder_bias"], 2, axis=-1)
+    rate = 0.5 * jnp.sum(mu**2 + jnp.exp(2 * log_sigma) - 1 - 2 * log_sigma, axis=-1)
+    logits = (mu + jnp.exp(log_sigma) * noise) @ head["decoder"] + head["decoder_bias"]
+    return jnp.mean(rate), jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def train_head(
+    beta: Float[Array, ""],
+    seed: Int[Array, ""],
+    h: Float[Array, "N width"],
+    labels: Int[Array, " N"],
+    *,
+    budget: Budget,
+    vocab_size: int,
+) -> Float[Array, "3 2 2"]:
+    """(rate, distortion) in nats on the training and on the other examples: [after 3/4 of the updates | after all][training | other].
+
+    The first index has three entries: at the start, after three quarters, at the end; the last two tell whether it has converged.
+    """
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), seed), 3)
+    optimizer = optax.adam(LEARNING_RATE)
+    head = make_head(keys[0], h.shape[1], vocab_size)
+    epoch = budget.examples // budget.batch
+
+    def loss(head: Head, chosen: Array, noise: Array) -> Array:
+        rate, distortion = rate_and_distortion(head, h[chosen], labels[chosen], noise)
+        return distortion + beta * rate
+
+    def update(carry: tuple[Head, Any], step: Array) -> tuple[tuple[Head, Any], None]:
+        head, state = carry
+        order = jax.random.permutation(jax.random.fold_in(keys[1], step // epoch), budget.examples)
+        chosen = jax.lax.dynamic_slice_in_dim(order, step % epoch * budget.batch, budget.batch)
+        noise = jax.random.normal(jax.random.fold_in(keys[2], step), (budget.batch, WIDTH))
+        updates, state = optimizer.update(jax.grad(loss)(head, chosen, noise), state)
+        return (optax.apply_updates(head, updates), state), None
+
+    def measure(head: Head) -> Array:
+        parts = (slice(None, budget.examples), slice(budget.examples, None))
+        return jnp.stack([jnp.stack(_measure(head, h[part], labels[part])) for part in parts])
+
+    begun = (head, optimizer.init(head))
+    late = budget.updates * 3 // 4
+    middle, _ = jax.lax.scan(update, begun, jnp.arange(late))
+    done, _ = jax.lax.scan(update, middle, jnp.arange(late, budget.updates))
+    return jnp.stack([measure(state[0]) for state in (begun, middle, done)])
+
+
+def _measure(head: Head, h: Array, labels: Array) -> tuple[Array, Array]:
+    def one(total: Array, key: Array) -> tuple[Array, None]:
+        return total + jnp.stack(rate_and_distortion(head, h, labels, jax.random.normal(key, (len(h), WIDTH)))), None
+
+    total, _ = jax.lax.scan(one, jnp.zeros(2), jax.random.split(jax.random.key(1), SAMPLES))
+    return tuple(total / SAMPLES)
+
+
+@partial(jax.jit, static_argnames=("budget", "vocab_size"))
+def train_heads(
+    betas: Float[Array, " betas"], seeds: Int[Array, " seeds"], h: Array, labels: Array, *, budget: Budget, vocab_size: int
+) -> Float[Array, "betas seeds 3 2 2"]:
+    """`train_head` for every beta and seed at once."""
+    one = partial(train_head, budget=budget, vocab_size=vocab_size)
+    return jax.vmap(jax.vmap(one, (None, 0, None, None)), (0, None, None, None))(betas, seeds, h, labels)
+
+
+# ------------------------------------------------------------------------------------------------- on a trained model
+
+
+def hidden_states(model: LM, batch: Batch) -> dict[str, jax.Array]:
+    """The residual stream behind the final norm, float32[B, T, width]."""
+    return {"final": capture(model, batch, "final")["final"].astype(jnp.float32)}
+
+
+def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
+    """What is encoded: the last meta-token's state, the prompt's last token's (the control), and the meta-token's with its position zeroed."""
+    rows, models = np.arange(study.count), intervene(study.model)
+    whole = study.over_prompts("hidden states", hidden_states, study.model)["final"]
+    found = {"meta": whole[rows, study.last_meta], "last": whole[rows, study.asked]}
+    if "zero_position" in models:
+        zeroed = study.over_prompts("hidden states, position zeroed", hidden_states, models["zero_position"])["final"]
+        found["meta_zero_position"] = zeroed[rows, study.last_meta]
+    return found
+
+
+def rate_distortion(study: Study) -> dict[str, Any]:
+    """{stated | converged: {source: {beta_*: rate, distortion (nats, training examples), held_out_*, *_half, seeds}}}, means over seeds.
+
+    The intervals (*_half) are over seeds of the heads; the examples and the model are the same. `gap` is what the objective still
+    lost in the last quarter of training, averaged over betas and seeds.
+    """
+    labels = study.rows["targets"][np.arange(study.count), study.asked]
+    half = study.count // 2
+    budgets = {"stated": Budget(min(50, half), 1, 5 * min(50, half)), "converged": Budget(half, min(25, half), 2000)}
+    states, vocab_size = sources(study), study.program.vocab_size
+    shares = np.bincount(labels) / len(labels)
+    found: dict[str, Any] = {
+        "uniform": float(np.log(vocab_size)), "label_entropy": float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0]))),
+        "examples": {name: {"training": b.examples, "held_out": study.count - b.examples} for name, b in budgets.items()},
+    }  # fmt: skip
+    with progress("information bottlenecks", total=len(budgets) * len(states)) as advance:
+        for name, budget in budgets.items():
+            found[name] = {}
+            for source, h in states.items():
+                heads = train_heads(
+                    np.array(BETAS, np.float32), np.arange(SEEDS), h, labels, budget=budget, vocab_size=vocab_size
+                )
+                found[name][source] = _curve(np.asarray(heads, np.float64))
+                advance(1)
+    return found
+
+
+def _curve(heads: np.ndarray) -> dict[str, Any]:
+    """The numbers of `rate_distortion` for one source, from [betas, seeds, 3, 2, 2]."""
+    objective = heads[..., 0, 1] + np.array(BETAS)[:, None, None] * heads[..., 0, 0]
+    found: dict[str, Any] = {"gap": float(np.mean(objective[..., 1] - objective[..., 2]))}
+    for beta, of_beta in zip(BETAS, heads[:, :, 2], strict=True):
+        point: dict[str, Any] = {"seeds": heads.shape[1]}
+        for i, prefix in enumerate(("", "held_out_")):
+            for j, quantity in enumerate(("rate", "distortion")):
+                summary = summarize(of_beta[:, i, j].tolist())
+                point |= {f"{prefix}{quantity}": summary.mean, f"{prefix}{quantity}_half": summary.half}
+        found[f"beta_{beta:g}".replace(".", "_")] = point
+    return found

@@ -1,0 +1,158 @@
+"""What an analysis works on: a trained model, and test prompts of one task with meta-tokens in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.special import stdtrit
+
+from metajax.config import nearest, require
+from metajax.data.pipeline import Corpora, task_examples
+from metajax.data.rows import Row, padding_row, stack
+from metajax.data.tasks.source import PAUSES, assemble
+from metajax.evaluation.tasks import impossible
+from metajax.models.lm import LM
+from metajax.progress import progress
+from metajax.training.program import Program
+from metajax.training.step import MODEL_INPUTS
+
+PROMPTS = 500  # the paper's number of prompts is not stated
+BATCH_FLOATS = 2**25  # of attention probabilities in one batch of prompts
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model and N prompts of a task, one to a row of T slots; `rows` holds them stacked, [N, T] each."""
+
+    program: Program
+    corpora: Corpora
+    model: LM
+    task: str
+    rows: Row
+
+    @property
+    def count(self) -> int:
+        return len(self.rows["tokens"])
+
+    @cached_property
+    def asked(self) -> Int[np.ndarray, " N"]:
+        """The slot of each prompt's last token, which asks for the first token of the answer."""
+        return np.argmax(self.rows["loss_weights"] > 0, axis=1)
+
+    @cached_property
+    def first_meta(self) -> Int[np.ndarray, " N"]:
+        """The slot of each prompt's first meta-token."""
+        return self.rows["meta_slots"].min(axis=1)
+
+    @cached_property
+    def last_meta(self) -> Int[np.ndarray, " N"]:
+        """The slot of each prompt's last meta-token: "Meta Token #2" in tasks that place two."""
+        slots = self.rows["meta_slots"]
+        return np.where(slots < self.rows["tokens"].shape[1], slots, -1).max(axis=1)
+
+    @cached_property
+    def queries(self) -> Bool[np.ndarray, "N T"]:
+        """The tokens of each prompt behind its first meta-token."""
+        index = np.arange(self.rows["tokens"].shape[1])
+        return (index > self.first_meta[:, None]) & (index <= self.asked[:, None])
+
+    def labels(self, prompt: int) -> list[str]:
+        """The tokens of one prompt as text."""
+        ids = self.rows["tokens"][prompt, : self.asked[prompt] + 1].tolist()
+        meta = self.corpora.tokenizer.vocabulary.meta
+        return ["_PAUSE_" if i == meta else self.corpora.tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
+
+    def over_prompts(self, title: str, function: Callable[..., dict[str, jax.Array]], *models: LM) -> dict[str, np.ndarray]:
+        """`function(*models, batch)`, a dict of arrays with a leading axis of prompts, over all prompts; jitted."""
+        cfg, (count, length) = self.model.cfg, self.rows["tokens"].shape
+        fits = max(1, BATCH_FLOATS // (cfg.layers * cfg.heads * length**2)) * self.program.mesh.size
+        size = min(fits, -(-count // self.program.mesh.size) * self.program.mesh.size)
+        padding = padding_row({name: values[0] for name, values in self.rows.items()}, self.corpora.tokenizer.vocabulary.pad)
+        fill = stack([padding] * (-count % size)) if count % size else None
+        whole = {name: np.concatenate([v, fill[name]]) if fill else v for name, v in self.rows.items()}
+        compiled, found = jax.jit(function), []
+        with progress(title, total=count) as advance, jax.set_mesh(self.program.mesh):
+            for at in range(0, count, size):
+                batch = {name: values[at : at + size] for name, values in whole.items()}
+                found.append(jax.device_get(compiled(*models, self.program.put(batch))))
+                advance(min(size, count - at))
+        return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
+
+
+def open_study(
+    program: Program, corpora: Corpora, model: LM, *, task: str | None = None, length: int | None = None, prompts: int = PROMPTS
+) -> Study:
+    """The first `prompts` test examples of a task in the bin of `length` tokens.
+
+    task: None: list recall, as in the paper, or the first task there is. length: None: the longest bin within the training length.
+    Raises UserError for a model or prompts without meta-tokens, an unknown task, and a length that the model cannot read.
+    """
+    tasks = corpora.config.tasks
+    require(tasks is not None, "the analyses read prompts of the tasks; this run has none (tasks is null)")
+    require(model.meta is not None, "the analyses are about meta-tokens, and this run has none (meta_tokens is null)")
+    require(tasks.placement != "none", "the analyses need meta-tokens in the prompts, but tasks.placement = 'none'")
+    if task is None:
+        task = "list_recall" if "list_recall" in tasks.names else tasks.names[0]
+    require(task in tasks.names, f"unknown task {task!r}{nearest(task, tasks.names)}; the run has {', '.join(tasks.names)}")
+    within = [n for n in tasks.eval_lengths if n <= tasks.train_length]
+    length = length or max(within, default=min(tasks.eval_lengths))
+    reason = impossible(program.config, length)
+    require(reason is None, f"prompts of {length} tokens: {reason}")
+    require(prompts >= 2, f"{prompts} prompts have no spread; at least 2")
+    examples = task_examples(corpora)
+    rows = [assemble([examples.test(task, length, n)], length, corpora.tokenizer, PAUSES) for n in range(prompts)]
+    return Study(program, corpora, model, task, stack(rows))
+
+
+def capture(model: LM, batch: Batch, *names: str) -> dict[str, jax.Array]:
+    """Intermediates of `metajax.models.lm.CAPTURABLE` for a batch, stacked over the prompts first: [B, L, ...]; "final" is [B, T, width]."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    _, captured = model(inputs.pop("tokens"), **inputs, capture=names)
+    return {name: value if name == "final" else jnp.moveaxis(value, 1, 0) for name, value in captured.items()}
+
+
+def at_slots(x: Float[jax.Array, "B ..."], slots: Int[jax.Array, " B"], axis: int) -> Float[jax.Array, "B ..."]:
+    """x at one index of `axis` for each prompt; the axis is gone."""
+    return jax.vmap(partial(jnp.take, axis=axis - 1))(x, slots)
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def pooled(values: Float[np.ndarray, N * rest], chosen: Bool[np.ndarray, N * rest]) -> dict[str, Any]:
+    """Mean, median and share above 0 of the chosen values, pooled over prompts, in the unit of the values.
+
+    half, positive_half: half widths of 95 % intervals. The values of one prompt are not independent, so prompts (N of them) are the
+    clusters of a cluster-robust standard error: sqrt(N / (N - 1) sum_i (sum of residuals of prompt i)^2) / number of values.
+    """
+    flat = values[chosen]
+    mean, half = cluster_mean(values, chosen)
+    positive, positive_half = cluster_mean((values > 0).astype(np.float64), chosen)
+    return {
+        "mean": mean, "half": half, "median": float(np.median(flat)), "positive": positive, "positive_half": positive_half,
+        "values": int(chosen.sum()), "prompts": len(values),
+    }  # fmt: skip
+
+
+def cluster_mean(values: Float[np.ndarray, N * rest], chosen: Bool[np.ndarray, N * rest]) -> tuple[float, float]:
+    """(mean of the chosen values, half width of its 95 % interval over prompts)."""
+    n, total = len(values), int(chosen.sum())
+    mean = float(values[chosen].mean(dtype=np.float64))
+    residuals = np.where(chosen, values - mean, 0.0).reshape(n, -1).sum(axis=1, dtype=np.float64)
+    error = np.sqrt(n / (n - 1) * np.square(residuals).sum()) / total
+    return mean, float(stdtrit(n - 1, 0.975) * error)
+
+
+def rounded(values: np.ndarray, digits: int = 4) -> list[Any]:
+    """An array as lists of short numbers, NaN as None, for JSON."""
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [None if np.isnan(v) else round(v, digits) for v in values.astype(np.float64).tolist()]

@@ -1,0 +1,109 @@
+"""The entropy theorem of the paper, its margin condition, and both on real attention rows.
+
+Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), theorem 4.1 (5.1 in a later version): adding Delta > 0 to one
+logit lowers the entropy of the softmax by some kappa(Delta) > 0. That needs a condition: dH/dDelta = -p (ln p + H), p being the
+probability of the boosted key, so that entropy falls where p > exp(-H) and rises where p < exp(-H). With h(p) the entropy of (p, 1 - p)
+and R the entropy of the other keys among themselves, ln p + H = (1 - p) (logit(p) + R): a boost adds Delta to logit(p) and leaves R
+alone, so a margin that is positive stays so, and entropy falls from there on for every Delta.
+
+All functions are NumPy on float64 arrays; entropies in nats. Everything about the boosted row follows from (p, H) alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy.special import entr, softmax, xlogy
+
+from metajax.analysis.sharpening import entropy
+from metajax.analysis.study import Batch, Study, at_slots, capture, cluster_mean, rounded
+from metajax.models.lm import LM, with_intervention
+
+DELTAS = (0.1, 0.5, 1.0, 2.0, 5.0)
+NODES = 64  # of the quadrature
+SHOWN = 1500  # rows in the figure
+COUNTER_EXAMPLE = ((0.0, 5.0, 0.0, 0.0), 0, 5.0)  # (logits, boosted key, Delta): entropy rises from 0.119 to 0.733 nats
+Values = Float[np.ndarray, "*rows"]
+
+
+def boosted_probability(p: Values, delta: Values | float) -> Values:
+    """The probability of a key after `delta` is added to its logit."""
+    return p * np.exp(delta) / (1 + p * np.expm1(delta))
+
+
+def boosted_entropy(p: Values, entropy: Values, delta: Values | float) -> Values:
+    """Entropy of a row after `delta` is added to the logit of a key of probability p."""
+    others = entropy - entr(p)  # -sum p ln p of the other keys
+    total = 1 + p * np.expm1(delta)
+    after = boosted_probability(p, delta)
+    return np.log(total) - delta * after + (others - np.exp(delta) * xlogy(p, p)) / total
+
+
+def margin(p: Values, entropy: Values) -> Values:
+    """ln p + H: the theorem promises lower entropy where this is positive."""
+    with np.errstate(divide="ignore"):
+        return np.log(p) + entropy
+
+
+def kappa(p: Values, entropy: Values, delta: float) -> Values:
+    """The entropy that the boost takes away, as the integral from 0 to delta of p_t (ln p_t + H_t) dt (Gauss-Legendre)."""
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    times = (0.5 * delta * (nodes + 1)).reshape(-1, *[1] * np.ndim(p))
+    at = boosted_probability(p, times)
+    return 0.5 * delta * np.tensordot(weights, xlogy(at, at) + at * boosted_entropy(p, entropy, times), axes=1)
+
+
+def meta_rows(model: LM, batch: Batch) -> dict[str, jax.Array]:
+    """p (probability of the last meta-token's key) and entropy of every causal attention row, float32[B, L, H, T]."""
+    probabilities = capture(model, batch, "attention_probabilities")["attention_probabilities"]
+    length = probabilities.shape[-1]
+    last = jnp.max(jnp.where(batch["meta_slots"] < length, batch["meta_slots"], 0), axis=1)
+    return {"p": at_slots(probabilities, last, 4), "entropy": entropy(probabilities)}
+
+
+def theory(study: Study) -> dict[str, Any]:
+    """On the rows of queries behind the last meta-token: the share where the margin condition holds for its key, and what boosts of its
+    logit do (`delta_*`). `observed` is no test of the theorem, for an embedding changes more than one logit: the entropy drop from the
+    zeroed embedding to the learned one, where the row without it meets the condition and where it does not.
+    """
+    index = np.arange(study.rows["tokens"].shape[1])
+    behind = (index > study.last_meta[:, None]) & (index <= study.asked[:, None])
+    whole = study.over_prompts("attention rows", meta_rows, study.model)
+    without = study.over_prompts("attention rows, embedding zeroed", meta_rows, with_intervention(study.model, embedding="zero"))
+    chosen = np.broadcast_to(behind[:, None, None], whole["p"].shape)
+    p, h = whole["p"].astype(np.float64), whole["entropy"].astype(np.float64)
+    holds = margin(p, h) > 0
+    share, half = cluster_mean(holds.astype(np.float64), chosen)
+    found: dict[str, Any] = {"margin": {"share": share, "half": half, "values": int(chosen.sum()), "prompts": study.count}}
+    for delta in DELTAS:
+        drop = h - boosted_entropy(p, h, delta)
+        found[f"delta_{delta:g}".replace(".", "_")] = _by_condition(drop, holds, chosen)
+    found["quadrature_error"] = float(np.abs(kappa(p[chosen], h[chosen], 1.0) - (h - boosted_entropy(p, h, 1.0))[chosen]).max())
+    found["counter_example"] = counter_example()
+    base_p, base_h = without["p"].astype(np.float64), without["entropy"].astype(np.float64)
+    found["observed"] = _by_condition(base_h - h, margin(base_p, base_h) > 0, chosen)
+    shown = np.random.default_rng(0).permutation(int(chosen.sum()))[:SHOWN]
+    drops = h[chosen] - boosted_entropy(p[chosen], h[chosen], 1.0)
+    found["details"] = {"margin": rounded(margin(p, h)[chosen][shown]), "drop": rounded(drops[shown]), "delta": 1.0}
+    return found
+
+
+def _by_condition(drop: np.ndarray, holds: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+    """How many rows meet the condition or not, and in what share of them the entropy fell (None: no such row)."""
+    found = {}
+    for name, part in (("met", chosen & holds), ("not_met", chosen & ~holds)):
+        share, half = cluster_mean((drop > 0).astype(np.float64), part) if part.any() else (None, None)
+        found[name] = {"rows": int(part.sum()), "fell": share, "half": half}
+    return found
+
+
+def counter_example() -> dict[str, float]:
+    """A row whose entropy rises when a key is boosted that does not meet the condition."""
+    logits, key, delta = COUNTER_EXAMPLE
+    row = softmax(np.array(logits))
+    before = entr(row).sum()
+    return {"before": float(before), "after": float(boosted_entropy(row[key], before, delta))}
