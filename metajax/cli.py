@@ -431,7 +431,7 @@ def _analyze(options: argparse.Namespace, started: float) -> int:
     check_analyses("--what", names)
     opened = _open_run(options, options.run)
     from metajax.analysis.analyses import run_analyses
-    from metajax.reporting.analysis_page import write_analysis_page
+    from metajax.reporting.html import write_analysis_page
     from metajax.reporting.terminal import print_analysis
 
     config, changes, choice = opened.config, {}, {"task": options.task, "length": options.length}

@@ -27,7 +27,7 @@ from metajax.reporting.statistics import summarize
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 WIDTH = 64  # of z
-LEARNING_RATE = 1e-3
+PARTS = 5  # of the training of a head, measured after each to see whether it has converged
 SEEDS = 5
 SAMPLES = 16  # of z for each example, when a head is measured
 Head = dict[str, Array]
@@ -35,11 +35,12 @@ Head = dict[str, Array]
 
 @dataclass(frozen=True)
 class Budget:
-    """Training of a head: the first `examples` prompts, `updates` steps of `batch` examples, in epochs of a new order each."""
+    """Training of a head by Adam: the first `examples` prompts in a new order each epoch, `updates` (a multiple of PARTS) of `batch`."""
 
     examples: int
     batch: int
     updates: int
+    learning_rate: float = 1e-3
 
 
 def make_head(key: PRNGKeyArray, width: int, vocab_size: int) -> Head:
@@ -70,51 +71,48 @@ def train_head(
     *,
     budget: Budget,
     vocab_size: int,
-) -> Float[Array, "3 2 2"]:
-    """(rate, distortion) in nats on the training and on the other examples: [after 3/4 of the updates | after all][training | other].
-
-    The first index has three entries: at the start, after three quarters, at the end; the last two tell whether it has converged.
-    """
+) -> Float[Array, "parts 2 2"]:
+    """[training, other examples][rate, distortion] in nats after each of PARTS equal parts of the training."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), seed), 3)
-    optimizer = optax.adam(LEARNING_RATE)
+    optimizer = optax.adam(budget.learning_rate)
     head = make_head(keys[0], h.shape[1], vocab_size)
-    epoch = budget.examples // budget.batch
 
     def loss(head: Head, chosen: Array, noise: Array) -> Array:
         rate, distortion = rate_and_distortion(head, h[chosen], labels[chosen], noise)
         return distortion + beta * rate
 
-    def update(carry: tuple[Head, Any], step: Array) -> tuple[tuple[Head, Any], None]:
+    def update(carry: tuple[Head, Any], chosen: Array) -> tuple[tuple[Head, Any], None]:
         head, state = carry
-        order = jax.random.permutation(jax.random.fold_in(keys[1], step // epoch), budget.examples)
-        chosen = jax.lax.dynamic_slice_in_dim(order, step % epoch * budget.batch, budget.batch)
-        noise = jax.random.normal(jax.random.fold_in(keys[2], step), (budget.batch, WIDTH))
+        # Adam counts the updates: the noise of each is its own.
+        noise = jax.random.normal(jax.random.fold_in(keys[2], state[0].count), (budget.batch, WIDTH))
         updates, state = optimizer.update(jax.grad(loss)(head, chosen, noise), state)
         return (optax.apply_updates(head, updates), state), None
 
-    def measure(head: Head) -> Array:
-        parts = (slice(None, budget.examples), slice(budget.examples, None))
-        return jnp.stack([jnp.stack(_measure(head, h[part], labels[part])) for part in parts])
+    def train_part(carry: tuple[Head, Any], chosen: Array) -> tuple[tuple[Head, Any], Array]:
+        carry, _ = jax.lax.scan(update, carry, chosen)
+        splits = (slice(None, budget.examples), slice(budget.examples, None))
+        return carry, jnp.stack([_measure(carry[0], h[split], labels[split]) for split in splits])
 
-    begun = (head, optimizer.init(head))
-    late = budget.updates * 3 // 4
-    middle, _ = jax.lax.scan(update, begun, jnp.arange(late))
-    done, _ = jax.lax.scan(update, middle, jnp.arange(late, budget.updates))
-    return jnp.stack([measure(state[0]) for state in (begun, middle, done)])
+    epochs = -(-budget.updates * budget.batch // budget.examples)
+    orders = jax.vmap(partial(jax.random.permutation, x=budget.examples))(jax.random.split(keys[1], epochs))
+    chosen = orders.reshape(-1)[: budget.updates * budget.batch].reshape(PARTS, -1, budget.batch)
+    return jax.lax.scan(train_part, (head, optimizer.init(head)), chosen)[1]
 
 
-def _measure(head: Head, h: Array, labels: Array) -> tuple[Array, Array]:
+def _measure(head: Head, h: Array, labels: Array) -> Array:
+    """[rate, distortion], averaged over SAMPLES draws of z for each example."""
+
     def one(total: Array, key: Array) -> tuple[Array, None]:
-        return total + jnp.stack(rate_and_distortion(head, h, labels, jax.random.normal(key, (len(h), WIDTH)))), None
+        noise = jax.random.normal(key, (len(h), WIDTH))
+        return total + jnp.stack(rate_and_distortion(head, h, labels, noise)), None
 
-    total, _ = jax.lax.scan(one, jnp.zeros(2), jax.random.split(jax.random.key(1), SAMPLES))
-    return tuple(total / SAMPLES)
+    return jax.lax.scan(one, jnp.zeros(2), jax.random.split(jax.random.key(1), SAMPLES))[0] / SAMPLES
 
 
 @partial(jax.jit, static_argnames=("budget", "vocab_size"))
 def train_heads(
     betas: Float[Array, " betas"], seeds: Int[Array, " seeds"], h: Array, labels: Array, *, budget: Budget, vocab_size: int
-) -> Float[Array, "betas seeds 3 2 2"]:
+) -> Float[Array, "betas seeds parts 2 2"]:
     """`train_head` for every beta and seed at once."""
     one = partial(train_head, budget=budget, vocab_size=vocab_size)
     return jax.vmap(jax.vmap(one, (None, 0, None, None)), (0, None, None, None))(betas, seeds, h, labels)
@@ -142,12 +140,12 @@ def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
 def rate_distortion(study: Study) -> dict[str, Any]:
     """{stated | converged: {source: {beta_*: rate, distortion (nats, training examples), held_out_*, *_half, seeds}}}, means over seeds.
 
-    The intervals (*_half) are over seeds of the heads; the examples and the model are the same. `gap` is what the objective still
-    lost in the last quarter of training, averaged over betas and seeds.
+    The intervals (*_half) are over seeds of the heads; the examples and the model are the same. `gap` is by how much the objective still
+    fell in the last fifth of training, averaged over betas and seeds.
     """
     labels = study.rows["targets"][np.arange(study.count), study.asked]
     half = study.count // 2
-    budgets = {"stated": Budget(min(50, half), 1, 5 * min(50, half)), "converged": Budget(half, min(25, half), 2000)}
+    budgets = {"stated": Budget(min(50, half), 1, 5 * min(50, half)), "converged": Budget(half, min(25, half), 1000, 5e-3)}
     states, vocab_size = sources(study), study.program.vocab_size
     shares = np.bincount(labels) / len(labels)
     found: dict[str, Any] = {
@@ -159,7 +157,12 @@ def rate_distortion(study: Study) -> dict[str, Any]:
             found[name] = {}
             for source, h in states.items():
                 heads = train_heads(
-                    np.array(BETAS, np.float32), np.arange(SEEDS), h, labels, budget=budget, vocab_size=vocab_size
+                    np.array(BETAS, np.float32),
+                    jnp.arange(SEEDS),
+                    jnp.asarray(h),
+                    jnp.asarray(labels),
+                    budget=budget,
+                    vocab_size=vocab_size,
                 )
                 found[name][source] = _curve(np.asarray(heads, np.float64))
                 advance(1)
@@ -167,10 +170,10 @@ def rate_distortion(study: Study) -> dict[str, Any]:
 
 
 def _curve(heads: np.ndarray) -> dict[str, Any]:
-    """The numbers of `rate_distortion` for one source, from [betas, seeds, 3, 2, 2]."""
+    """The numbers of `rate_distortion` for one source, from [betas, seeds, parts, 2, 2]."""
     objective = heads[..., 0, 1] + np.array(BETAS)[:, None, None] * heads[..., 0, 0]
-    found: dict[str, Any] = {"gap": float(np.mean(objective[..., 1] - objective[..., 2]))}
-    for beta, of_beta in zip(BETAS, heads[:, :, 2], strict=True):
+    found: dict[str, Any] = {"gap": float(np.mean(objective[..., -2] - objective[..., -1]))}
+    for beta, of_beta in zip(BETAS, heads[:, :, -1], strict=True):
         point: dict[str, Any] = {"seeds": heads.shape[1]}
         for i, prefix in enumerate(("", "held_out_")):
             for j, quantity in enumerate(("rate", "distortion")):

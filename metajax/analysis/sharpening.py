@@ -18,6 +18,7 @@ from metajax.analysis.study import Batch, Study, capture, pooled, rounded
 from metajax.models.lm import LM, with_intervention
 
 BINS = 40
+TAIL = 0.005  # of the values on either side, beyond the ends of the histogram
 QUANTITIES = ("boost", "drop")
 
 
@@ -41,7 +42,7 @@ def sharpness(model: LM, batch: Batch) -> dict[str, jax.Array]:
 def sharpening(study: Study) -> dict[str, Any]:
     """boost: greatest score with the meta-token minus the same with its token embedding zeroed. drop: entropy without minus with, nats.
 
-    Each as of `pooled`, by layer too; the rows of `details` are counts of a histogram over all of them.
+    Each as of `pooled`, by layer too; `details` has a histogram of all of them and how many lie beyond its ends.
     """
     without = study.over_prompts(
         "attention without the meta-token's embedding", sharpness, with_intervention(study.model, embedding="zero")
@@ -54,6 +55,8 @@ def sharpening(study: Study) -> dict[str, Any]:
         values = differences[name]
         layers = {f"layer_{i}": pooled(values[:, i], chosen[:, i]) for i in range(values.shape[1])}
         found[name] = pooled(values, chosen) | {"layers": layers}
-        counts, edges = np.histogram(values[chosen], BINS)
-        found["details"][name] = {"counts": counts.tolist(), "edges": rounded(edges)}
+        ends = np.quantile(values[chosen], (TAIL, 1 - TAIL))
+        counts, edges = np.histogram(values[chosen], BINS, ends)
+        beyond = [int((values[chosen] < ends[0]).sum()), int((values[chosen] > ends[1]).sum())]
+        found["details"][name] = {"counts": counts.tolist(), "edges": rounded(edges), "beyond": beyond}
     return found

@@ -27,15 +27,15 @@ DELTAS = (0.1, 0.5, 1.0, 2.0, 5.0)
 NODES = 64  # of the quadrature
 SHOWN = 1500  # rows in the figure
 COUNTER_EXAMPLE = ((0.0, 5.0, 0.0, 0.0), 0, 5.0)  # (logits, boosted key, Delta): entropy rises from 0.119 to 0.733 nats
-Values = Float[np.ndarray, "*rows"]
+Values = Float[np.ndarray, "*#rows"] | float
 
 
-def boosted_probability(p: Values, delta: Values | float) -> Values:
+def boosted_probability(p: Values, delta: Values) -> Values:
     """The probability of a key after `delta` is added to its logit."""
     return p * np.exp(delta) / (1 + p * np.expm1(delta))
 
 
-def boosted_entropy(p: Values, entropy: Values, delta: Values | float) -> Values:
+def boosted_entropy(p: Values, entropy: Values, delta: Values) -> Values:
     """Entropy of a row after `delta` is added to the logit of a key of probability p."""
     others = entropy - entr(p)  # -sum p ln p of the other keys
     total = 1 + p * np.expm1(delta)

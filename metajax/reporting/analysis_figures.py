@@ -71,6 +71,8 @@ def _sharpening(result: Result) -> Drawn:
         axes.axvline(n["mean"], color=look(1)[0], linewidth=1.6)
         axes.set_xlabel(label)
         axes.set_ylabel("attention rows")
+        beyond = [f"{count:,} {side}" for count, side in zip(histogram["beyond"], ("left", "right"), strict=True)]
+        axes.set_title(f"beyond the frame: {' and '.join(beyond)}", fontsize=8.5, color="#5b616b")
     counted = f"{result['boost']['values']:,} rows of {result['boost']['prompts']:,} prompts"
     return [
         (
@@ -216,16 +218,27 @@ def _rate_distortion(result: Result) -> Drawn:
                 )  # fmt: skip
             axes.axhline(result["uniform"], color="#9aa0a8", linewidth=1, linestyle=(0, (4, 3)))
             axes.set_xscale("symlog", linthresh=20)
-            axes.set_xlim(left=0)
+            axes.set_xlim(
+                0,
+                right := max(
+                    20.0, 1.1 * max(p["held_out_rate"] for c in result[budget].values() for k, p in c.items() if k != "gap")
+                ),
+            )
+            axes.set_xticks(
+                ticks := [n for n in (0, 5, 10, 15, 20, 50, 100, 200, 500, 1000, 2000) if n <= right], map(str, ticks)
+            )
+            axes.xaxis.minorticks_off()
             axes.set_title(f"{sizes[words]} {words.replace('_', '-')} examples", fontweight="bold")
             axes.set_ylabel("distortion (nats)")
         panels[1].set_xlabel("rate (nats), linear below 20")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
-        words = {"stated": "The paper's budget: batch 1, 5 epochs.", "converged": "Trained on."}[budget]
+        words = {"stated": "The paper's budget: batch 1, 5 epochs.", "converged": "A longer training of the same heads, ours."}[
+            budget
+        ]
         gaps = ", ".join(f"{SOURCES[s]} {result[budget][s]['gap']:.3f}" for s in result[budget])
         caption = (
             f"{words} A point for each beta from 0.01 to 1, mean over {result[budget]['meta']['beta_1']['seeds']} seeds of the head with 95 % intervals; dashed: a uniform "
-            f"guess. In the last quarter of training the objective still fell by (nats): {gaps}."
+            f"guess. In the last fifth of training the objective still fell by (nats): {gaps}."
         )
         drawn.append((to_svg(figure, f"Rate and distortion, {budget} budget"), caption))
     return drawn

@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 from metajax.atomic import write_text
 from metajax.config import Config, flatten, from_dict
+from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
-from metajax.reporting.records import conditions
+from metajax.reporting.records import conditions, read_config
 from metajax.reporting.tasks import HEAD, accuracy_figure, table_rows, title
 from metajax.training.metrics import read_lines
 
@@ -57,6 +58,7 @@ def write_run_report(workdir: Path) -> Path:
         sentence=_run_sentence(report, config),
         conditions=[_condition(name, result) for name, result in conditions(report["eval"]).items()],
         tasks=tasks and {"head": HEAD, "rows": table_rows(tasks), "figure": Markup(accuracy_figure(tasks, config.tasks))},
+        analyses=sections(workdir) if report.get("analyses") else [],
         curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]}, unit)),
         curve_caption=f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not comparable "
         "with the held-out numbers to the last digit.",
@@ -72,6 +74,16 @@ def write_run_report(workdir: Path) -> Path:
         manifest=json.dumps(report["corpora"], indent=1, ensure_ascii=False),
     )
     return write_page(workdir, page)
+
+
+def write_analysis_page(workdir: Path) -> Path:
+    """Write WORKDIR/analysis/analysis.html with every analysis that has been made there, and return its path."""
+    config, path = read_config(workdir), workdir / "analysis" / "analysis.html"
+    page = templates.get_template("analysis.html").render(
+        title=f"{config.name} (seed {config.seed}): analyses", config=config, sections=sections(workdir)
+    )
+    write_text(path, page)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------ files
