@@ -35,6 +35,9 @@ CAUSAL_CONV = {
     "pallas_tpu": over_rows(causal_conv_tpu, {"x", "initial_tail", "segment_ids"}),
 }
 AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
+# Queries x keys of a row up to which "auto" is XLA on every platform: one tile of the kernel, which has nothing to leave out
+# there, while its layouts cost more than they save (docs/kernels.md, meta_attention).
+ONE_TILE = 256 * 256
 
 
 def attention(
@@ -109,7 +112,8 @@ def _attention(
 ) -> tuple[Array, Array]:
     scale = q.shape[-1] ** -0.5
     options = {"meta_k": meta_k, "meta_v": meta_v, "q_offset": q_offset}
-    return dispatch(ATTENTION, AUTO, implementation, q, k, v, expiry, scale=scale, **options)
+    auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
+    return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=scale, **options)
 
 
 def selective_scan(

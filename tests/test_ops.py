@@ -59,6 +59,12 @@ def test_auto_is_settled_for_the_platform_that_is_lowered_for(monkeypatch):
 
     monkeypatch.setitem(ops.ATTENTION, "marked", marked)
     monkeypatch.setitem(ops.AUTO, "tpu", "marked")
-    traced = jax.jit(lambda q: ops.attention(q, K, V, mask=Mask(), segment_ids=SEGMENTS)[0]).trace(Q)
-    assert "cbrt" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "cbrt" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+    def lowered(length, platform):
+        q, k, ids = jnp.zeros((1, length, 4, 8)), jnp.zeros((1, length, 2, 8)), jnp.ones((1, length), jnp.int32)
+        traced = jax.jit(lambda q: ops.attention(q, k, k, mask=Mask(), segment_ids=ids)[0]).trace(q)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "cbrt" in lowered(257, "tpu")
+    assert "cbrt" not in lowered(257, "cpu")
+    assert "cbrt" not in lowered(256, "tpu")  # one tile: XLA costs less there

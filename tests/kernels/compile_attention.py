@@ -42,7 +42,7 @@ SHAPES = {
     "ablation_300m": Shape(8, 1024, (16, 4), (64, 128), 256, 128),
     "gpt2_1024": Shape(4, 1024, (12, 12), (64, 64)),
     "gpt2_8192": Shape(1, 8192, (12, 12), (64, 64)),
-    "meta_tokens": Shape(4, 1024, (12, 12), (64, 64), slots=103),
+    "meta_tokens": Shape(4, 4096, (12, 12), (64, 64), slots=409),
     "odd_float32": Shape(2, 700, (6, 2), (40, 24), 100, 5, "float32"),
     "chunk": Shape(1, 1024, (8, 8), (128, 128), 500, traced_offset=True),
 }
