@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES = 500, 60
-CORE = ("config", "fields", "registry", "ops", "models", "training", "parallel", "data")
+CORE = ("config", "model_config", "fields", "registry", "ops", "models", "training", "parallel", "data")
 NOT_CORE = ("metajax/models/clip/", "metajax/data/tasks/", "metajax/data/images", "metajax/data/sources/")
 LIMITS = {"core": 6_000, "metajax": 15_000, "kernels_pallas": 4_000}
 

@@ -15,8 +15,11 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from metajax.fields import UserError, flatten, from_dict, nearest, override, require, to_dict
+from metajax.model_config import Hybrid, Model
 
 __all__ = [
+    "Hybrid",
+    "Model",
     "UserError",
     "flatten",
     "from_dict",
@@ -24,7 +27,7 @@ __all__ = [
     "override",
     "require",
     "to_dict",
-]  # a config and its access, from one place
+]  # every sub-config and the access to them, from one place
 
 Scale = Literal["cpu", "gpu", "paper"]
 ANALYSES = ("interventions", "sharpening", "caching", "attention", "theory", "rate_distortion")  # in metajax/analysis
@@ -72,62 +75,6 @@ class Data:
         require(self.row_length >= 8, f"data.row_length = {self.row_length}: a row holds at least 8 tokens")
         require(self.batch_rows >= 1, f"data.batch_rows = {self.batch_rows}: a batch holds at least 1 row")
         require(0 < self.held_out < 1, f"data.held_out = {self.held_out}: a share between 0 and 1")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A decoder language model assembled from parts; the presets in metajax/models/presets.py fill this in."""
-
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 0  # 0: as many as heads
-    mlp_width: int = 512
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5
-    norm_position: Literal["pre", "post"] = "pre"
-    bias: bool = False
-    tied: bool = True
-    position: Literal["learned", "rope", "ntk", "yarn", "none"] = "rope"
-    rope_theta: float = 10_000.0
-    rope_factor: float = 1.0  # context extension, for ntk and yarn
-    rope_original_length: int = 0  # length before extension, for ntk and yarn
-    max_positions: int = 0  # rows of the learned position table; 0: as many as a row has slots
-    window: int | None = None  # a query sees itself and this many keys before it; None: all
-    init_std: float = 0.02
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "mlp_width"):
-            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
-        for name in ("kv_heads", "window", "rope_original_length", "max_positions"):
-            require((getattr(self, name) or 0) >= 0, f"model.{name} = {getattr(self, name)}: not negative")
-        for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
-            require(0 < getattr(self, name) < math.inf, f"model.{name} = {getattr(self, name)}: a positive number")
-        require(self.width % self.heads == 0, f"model.width = {self.width} does not divide by model.heads = {self.heads}")
-        require(
-            self.heads % self.num_kv_heads == 0,
-            f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
-        )
-        rotary = self.position in ("rope", "ntk", "yarn")
-        require(
-            not rotary or self.head_dim % 2 == 0,
-            f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
-        )
-        if self.position in ("ntk", "yarn"):
-            require(
-                self.rope_original_length > 0,
-                f"model.position = {self.position!r} needs model.rope_original_length, the length before extension",
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True)
@@ -386,6 +333,11 @@ class Config:
         )
 
     def _check_lengths(self) -> None:
+        meta = self.meta_tokens
+        require(
+            self.model.hybrid is None or meta is None or meta.attention == "none",
+            "meta_tokens.attention: a hybrid model has no meta-attention; set meta_tokens.attention=none",
+        )
         model, tasks, slots = self.model, self.tasks, self.row_slots
         require(
             model.max_positions == 0 or model.max_positions >= slots,

@@ -30,8 +30,11 @@ def normal_param(key: PRNGKeyArray, shape: tuple[int, ...], std: float, axes: tu
 
 
 def residual_std(cfg: Model) -> float:
-    """Initial standard deviation of projections into the residual stream: init_std / sqrt(2 layers) (GPT-2, section 2.3)."""
-    return cfg.init_std / (2 * cfg.layers) ** 0.5
+    """Initial standard deviation of projections into the residual stream: init_std / sqrt(2 layers) (GPT-2, section 2.3).
+
+    Hymba's released code draws these as it draws all others.
+    """
+    return cfg.init_std if cfg.hybrid is not None else cfg.init_std / (2 * cfg.layers) ** 0.5
 
 
 class Linear(nnx.Module):
@@ -50,13 +53,16 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last axis, statistics in float32; a LayerNorm has a bias when `cfg.bias`."""
+    """LayerNorm or RMSNorm over the last axis, statistics in float32; a LayerNorm has a bias when `cfg.bias`.
 
-    def __init__(self, cfg: Model):
+    width: of the last axis (0: the model's). Without `scaled` there is no learned scale.
+    """
+
+    def __init__(self, cfg: Model, *, width: int = 0, scaled: bool = True):
         self.kind, self.eps = cfg.norm, cfg.norm_eps
-        self.scale = nnx.Param(jnp.ones(cfg.width, jnp.float32), axes=("norm",))
+        self.scale = nnx.Param(jnp.ones(width or cfg.width, jnp.float32), axes=("norm",)) if scaled else None
         biased = cfg.bias and cfg.norm == "layernorm"
-        self.bias = nnx.Param(jnp.zeros(cfg.width, jnp.float32), axes=("norm",)) if biased else None
+        self.bias = nnx.Param(jnp.zeros(width or cfg.width, jnp.float32), axes=("norm",)) if biased else None
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         wide = x.astype(jnp.float32)
@@ -65,7 +71,7 @@ class Norm(nnx.Module):
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.kind == "rmsnorm":
             wide = wide.astype(x.dtype)  # as Llama and Hymba: rounded before the scale is applied
-        y = wide * self.scale[...].astype(wide.dtype)
+        y = wide if self.scale is None else wide * self.scale[...].astype(wide.dtype)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The decoder language model: embeddings, a scanned stack of equal blocks, a final norm and the head.
+"""The decoder language model: embeddings, a scanned stack of blocks (equal ones, or hybrid ones of several kinds), a final norm and the head.
 
 A model is a pytree of float32 parameters. Positions, segments and meta-token slots are inputs, decided in the
 data; the forward pass is a pure function of the model and of them.
@@ -17,11 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.config import MetaTokens, Model, Runtime, nearest, override, require
+from metajax.models import hybrid
 from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
 from metajax.models.layers import Mlp, Norm, gather_rows, normal_param, scatter_add_rows
 from metajax.models.masks import meta_flags
 from metajax.models.rotary import rotary_table
-from metajax.parallel.rules import constrain
+from metajax.parallel.rules import RESIDUAL_AXES, constrain
 
 # What `LM.__call__` can return besides the logits; all but "final" are stacked over the layers.
 CAPTURABLE = (
@@ -38,8 +39,8 @@ CAPTURABLE = (
     "meta_values",
     "final",  # [B, T, width], after the final norm
 )
-UNDECAYED_AXES = frozenset({"norm"})  # norm scales and every bias; matrices and embeddings decay, as in nanoGPT
-RESIDUAL_AXES = ("batch", "length", None)
+# Norm scales, every bias and the rates of Mamba (as in its authors' code); matrices and embeddings decay, as in nanoGPT.
+UNDECAYED_AXES = frozenset({"norm", "rate"})
 FROZEN_SEED = 20_250_916  # of the embedding that is never trained: one for all runs
 
 
@@ -112,8 +113,11 @@ class LM(nnx.Module):
         self.embedding = normal_param(keys[0], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
         learned = cfg.position == "learned"
         self.positions = normal_param(keys[1], (max_length, cfg.width), cfg.init_std, ("positions", "embed")) if learned else None
-        make_block = functools.partial(Block, cfg, meta, runtime.implementation)
-        self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], cfg.layers))
+        if cfg.hybrid is not None:
+            self.blocks = hybrid.HybridStack(cfg, runtime, keys[2])
+        else:
+            make_block = functools.partial(Block, cfg, meta, runtime.implementation)
+            self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], cfg.layers))
         self.final_norm = Norm(cfg)
         self.unembedding = None if cfg.tied else normal_param(keys[3], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
 
@@ -174,8 +178,12 @@ class LM(nnx.Module):
 
         past: for rows of one token, what the tokens before it left in "attention" and "meta_attention", stacked over the layers.
         """
+        known = CAPTURABLE if self.cfg.hybrid is None else hybrid.CAPTURABLE
         for name in capture:
-            require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
+            require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        if self.cfg.hybrid is not None:
+            inputs = {"positions": self._positions(positions, meta_slots, "causal"), "segment_ids": segment_ids}
+            return self._finish(*self.blocks(x, **inputs, capture=capture, scan=self._scan), capture)
         rows = self._rows(positions, segment_ids, meta_slots)
 
         def body(x: Array, layer: tuple[Block, dict[str, Past]]) -> tuple[Array, dict[str, Array]]:
@@ -184,7 +192,15 @@ class LM(nnx.Module):
             x = block(x, rows, taps, earlier)
             return x, taps.values
 
-        x, captured = jax.lax.scan(self._rematerialised(body), x, (self.blocks, past or {}), unroll=self.unroll)
+        return self._finish(*self._scan(body, x, (self.blocks, past or {})), capture)
+
+    def _scan(self, body: Callable[..., Any], carry: Any, stacked: Any) -> tuple[Any, Any]:
+        """`body` over stacked layers, unrolled and rematerialised as the run has it."""
+        return jax.lax.scan(self._rematerialised(body), carry, stacked, unroll=self.unroll)
+
+    def _finish(
+        self, x: Float[Array, "B T width"], captured: dict[str, Array], capture: tuple[str, ...]
+    ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
         x = self.final_norm(x)
         return x, {**captured, "final": x} if "final" in capture else captured
 
@@ -267,7 +283,8 @@ def param_count(model: Any) -> dict[str, int]:
     """Parameters by part and "total"; `model` may be abstract (jax.eval_shape). A tied head is counted once."""
     parts: dict[str, int] = {}
     for path, param in named_params(model).items():
-        names = path.split(".")[:-1]  # the last name is the array inside a part
-        part = names[-1] if path.split(".")[-1] in ("scale", "bias") else (names[1] if names[:1] == ["blocks"] else path)
+        *names, array = [name for name in path.split(".") if name not in ("runs", "layers", "mixer") and not name.isdigit()]
+        inside = len(names) > 1 and names[0] == "blocks"
+        part = names[-1] if array in ("scale", "bias") else names[1] if inside else path
         parts[part] = parts.get(part, 0) + param.size
     return {**parts, "total": sum(parts.values())}

@@ -24,12 +24,19 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": (),
     "kv_heads": (),
     "mlp": (),
+    "ssm": (),  # Mamba's channels beside "embed"
+    "channels": ("fsdp",),  # the same where there is no width to spread
+    "selection": (),
+    "taps": (),
+    "rate": (),
+    "meta": (),
     "norm": (),
     "length": (),
     "layers": (),
 }
+RESIDUAL_AXES = ("batch", "length", None)
 
-SECOND_CHOICE = ("mlp", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp where "embed" does not divide
+SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp where "embed" does not divide
 LARGE = 1 << 20  # elements; a larger parameter must be spread
 
 

@@ -1,0 +1,164 @@
+"""What a model is made of: the sub-config of the decoder, and that of hybrid layers inside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from metajax.fields import require
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Hymba's mixers, attention heads beside a Mamba-1 in one layer (arXiv 2411.13676), and what its ablations take away.
+
+    Layers without a place in `full_layers` attend in `model.window`; where that is null every layer attends to all.
+    """
+
+    # mean, concat: both in one layer, joined behind their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
+    fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
+    meta_tokens: int = 128  # M learned embeddings in front of every document
+    full_layers: tuple[int, ...] = ()
+    kv_groups: tuple[int, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
+    head_dim: int = 0  # of queries and keys; 0: model.width / model.heads
+    value_dim: int = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
+    expand: int = 2  # Mamba's inner width / model.width
+    state: int = 16  # N, numbers a channel remembers
+    dt_rank: int = 0  # 0: ceil(model.width / 16)
+    dt_init: Literal["zero", "mamba"] = (
+        "zero"  # step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper
+    )
+    inner_norms: bool = True  # of step size, B and C
+    branch_norm: Literal["scaled", "plain", "none"] = "scaled"  # before the fusion; the scales are the paper's learnable betas
+
+    def __post_init__(self) -> None:
+        for name in ("meta_tokens", "head_dim", "value_dim", "dt_rank"):
+            require(getattr(self, name) >= 0, f"model.hybrid.{name} = {getattr(self, name)}: not negative")
+        for name in ("expand", "state"):
+            require(getattr(self, name) >= 1, f"model.hybrid.{name} = {getattr(self, name)}: at least 1")
+        require(min(self.kv_groups, default=1) >= 1, f"model.hybrid.kv_groups = {self.kv_groups}: a group has at least 1 layer")
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether both mixers stand in one layer."""
+        return self.fusion in ("mean", "concat")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder language model assembled from parts; the presets in metajax/models/presets.py fill this in."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 0  # 0: as many as heads
+    mlp_width: int = 512  # 0, in a hybrid: layers without a feed-forward network
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"
+    bias: bool = False
+    tied: bool = True
+    position: Literal["learned", "rope", "ntk", "yarn", "none"] = "rope"
+    rope_theta: float = 10_000.0
+    rope_factor: float = 1.0  # context extension, for ntk and yarn
+    rope_original_length: int = 0  # length before extension, for ntk and yarn
+    max_positions: int = 0  # rows of the learned position table; 0: as many as a row has slots
+    window: int | None = None  # a query sees itself and this many keys before it; None: all
+    init_std: float = 0.02
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    hybrid: Hybrid | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", *(("mlp_width",) if self.hybrid is None else ())):
+            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
+        for name in ("kv_heads", "mlp_width", "window", "rope_original_length", "max_positions"):
+            require((getattr(self, name) or 0) >= 0, f"model.{name} = {getattr(self, name)}: not negative")
+        for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
+            require(0 < getattr(self, name) < math.inf, f"model.{name} = {getattr(self, name)}: a positive number")
+        require(
+            self.width % self.heads == 0 or bool(self.hybrid and self.hybrid.head_dim),
+            f"model.width = {self.width} does not divide by model.heads = {self.heads}",
+        )
+        require(
+            self.heads % self.num_kv_heads == 0,
+            f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
+        )
+        rotary = self.position in ("rope", "ntk", "yarn")
+        require(
+            not rotary or self.head_dim % 2 == 0,
+            f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
+        )
+        if self.hybrid is not None:
+            self._check_hybrid(self.hybrid)
+        if self.position in ("ntk", "yarn"):
+            require(
+                self.rope_original_length > 0,
+                f"model.position = {self.position!r} needs model.rope_original_length, the length before extension",
+            )
+
+    def _check_hybrid(self, hybrid: Hybrid) -> None:
+        only = {"norm_position": "pre", "bias": False}
+        for name, value in only.items():
+            require(getattr(self, name) == value, f"model.{name} = {getattr(self, name)!r}: a hybrid model has {value!r}")
+        require(
+            self.position != "learned",
+            "model.position = 'learned': the meta tokens of a hybrid model have none; choose rope, ntk, yarn or none",
+        )
+        outside = [layer for layer in hybrid.full_layers if not 0 <= layer < self.layers]
+        require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")
+        require(
+            not hybrid.full_layers or self.window is not None,
+            "model.hybrid.full_layers sets layers apart, but without model.window all attend to everything",
+        )
+        groups = hybrid.kv_groups
+        require(
+            not groups or sum(groups) == self.layers,
+            f"model.hybrid.kv_groups = {groups} has {sum(groups)} layers, model.layers = {self.layers}",
+        )
+        require(
+            not groups or hybrid.fusion in ("mean", "concat", "attention"),
+            f"model.hybrid.kv_groups: fusion {hybrid.fusion!r} has no attention in neighbouring layers to share keys and values",
+        )
+        starts = [sum(groups[:i]) for i in range(len(groups))]
+        across = [
+            start for start, n in zip(starts, groups, strict=True) if len({self.layer_window(start + i) for i in range(n)}) > 1
+        ]
+        require(
+            not across, f"model.hybrid.kv_groups: the group from layer {across and across[0]} on mixes full and window layers"
+        )
+        require(
+            hybrid.fusion != "sequential" or self.layers % 2 == 0,
+            f"model.layers = {self.layers}: sequential layers come in pairs, Mamba and attention",
+        )
+
+    def layer_window(self, layer: int) -> int | None:
+        """The attention window of a layer; None: all."""
+        full = self.hybrid is not None and layer in self.hybrid.full_layers
+        return None if full else self.window
+
+    @property
+    def head_dim(self) -> int:
+        return (self.hybrid and self.hybrid.head_dim) or self.width // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's values."""
+        if self.hybrid is None:
+            return self.head_dim
+        return self.hybrid.value_dim or self.head_dim * (self.hybrid.expand if self.hybrid.is_parallel else 1)
+
+    @property
+    def ssm_width(self) -> int:
+        """Channels of a hybrid's Mamba."""
+        return self.width * self.hybrid.expand if self.hybrid is not None else 0
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the projection to Mamba's step size."""
+        return (self.hybrid.dt_rank or -(-self.width // 16)) if self.hybrid is not None else 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads

@@ -1,0 +1,268 @@
+"""Hybrid layers: softmax attention beside Mamba, learned meta tokens in front of every document, keys and values shared by layers.
+
+Hymba (arXiv 2411.13676). A prefix of meta tokens is causal and comes first, so what it leaves in a layer does not depend on the
+document: it goes through the stack as one short row beside the batch, and every packed segment starts from what it left.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from kernels_pallas.prefix_window_attention.reference import masked_softmax, with_meta
+from metajax import ops
+from metajax.config import Model, Runtime
+from metajax.models.attention import Taps
+from metajax.models.layers import Linear, Mlp, Norm, normal_param
+from metajax.models.mamba import Mamba
+from metajax.models.masks import Mask
+from metajax.models.rotary import Table, apply_rotary, rotary_table
+from metajax.parallel.rules import RESIDUAL_AXES, constrain
+
+# What can be captured, stacked over the layers that have it. With "prefix_" in front: the same of the M meta tokens, B = 1, T = M.
+_OF_LAYERS = (
+    "residual",  # [L, B, T, width], the input of each layer
+    "mixer_out",  # [L, B, T, width], what attention and Mamba add to the residual stream
+    "mlp_out",  # [L, B, T, width], what the feed-forward network adds
+    "attention_branch",  # [L, B, T, heads * value_dim], before its norm and the fusion
+    "ssm_branch",  # [L, B, T, C], before its norm and the fusion
+    "attention_lse",  # float32[L, B, T, heads]
+    "attention_probabilities",  # float32[L, B, heads, query, M + key], computed densely beside the model's own attention
+    "keys",  # [owners, B, T, kv_heads, head_dim], rotated; of the layers with keys of their own
+    "values",  # [owners, B, T, kv_heads, value_dim]
+    "conv_tail",  # [L, B, 3, C], last inputs of the convolution
+    "ssm_state",  # float32[L, B, C, N], after the last token
+)
+CAPTURABLE = (*_OF_LAYERS, *(f"prefix_{name}" for name in _OF_LAYERS), "final")
+META_STD = 1.0  # of the initial meta tokens (released code)
+
+
+class Kind(NamedTuple):
+    """What a layer is made of."""
+
+    attends: bool
+    scans: bool
+    owns_kv: bool
+    window: int | None
+
+
+class Left(NamedTuple):
+    """What rows of tokens leave in a layer, for the tokens after them and for the layers that share keys and values."""
+
+    k: Array | None = None  # [B, T, KV, head_dim], rotated
+    v: Array | None = None  # [B, T, KV, value_dim]
+    tail: Array | None = None  # [B, 3, C]
+    state: Array | None = None  # [B, C, N]
+
+
+class Row(NamedTuple):
+    """What the layers read beside the residual stream."""
+
+    segment_ids: Int[Array, "B T"]
+    rotary: Table | None
+
+
+def layer_groups(cfg: Model) -> list[tuple[Kind, ...]]:
+    """The layers in order, in groups that share keys and values; sequential layers in pairs."""
+    fusion = cfg.hybrid.fusion
+    scans = [fusion in ("mean", "concat", "mamba") or (fusion == "sequential" and i % 2 == 0) for i in range(cfg.layers)]
+    attends = [fusion != "mamba" and not (fusion == "sequential" and scan) for scan in scans]
+    sizes = cfg.hybrid.kv_groups or (1,) * cfg.layers
+    groups, start = [], 0
+    for size in (2,) * (cfg.layers // 2) if fusion == "sequential" else sizes:
+        layers = range(start, start + size)
+        owners = attends if fusion == "sequential" else [a and i == start for i, a in enumerate(attends)]
+        groups.append(tuple(Kind(attends[i], scans[i], owners[i], cfg.layer_window(i) if attends[i] else None) for i in layers))
+        start += size
+    return groups
+
+
+def layer_runs(cfg: Model) -> list[tuple[tuple[Kind, ...], int]]:
+    """(group, how many alike follow each other): each run is stacked and scanned."""
+    return [(group, len(list(alike))) for group, alike in itertools.groupby(layer_groups(cfg))]
+
+
+class Heads(nnx.Module):
+    """The attention branch, [B, T, width] -> [B, T, heads * value_dim]; without keys of its own it reads those of its group's first."""
+
+    def __init__(self, cfg: Model, kind: Kind, implementation: str, key: PRNGKeyArray):
+        keys, kv_heads = jax.random.split(key, 3), cfg.num_kv_heads
+        self.heads, self.mask, self.implementation = cfg.heads, Mask(window=kind.window), implementation
+        make = functools.partial(Linear, std=cfg.init_std, bias=False)
+        self.query = make(keys[0], (cfg.width, cfg.heads * cfg.head_dim), axes=("embed", "heads"))
+        self.key = make(keys[1], (cfg.width, kv_heads * cfg.head_dim), axes=("embed", "kv_heads")) if kind.owns_kv else None
+        self.value = make(keys[2], (cfg.width, kv_heads * cfg.value_dim), axes=("embed", "kv_heads")) if kind.owns_kv else None
+        self.kv_heads = kv_heads
+
+    def __call__(
+        self, h: Float[Array, "B T width"], row: Row, before: Left | None, owner: Left | None, taps: Taps
+    ) -> tuple[Float[Array, "B T HD"], Array, Array]:
+        """(out, keys, values); `before`: what the meta tokens left, `owner`: what the layer left that shares its keys."""
+        q = self._split(self.query(h), self.heads, row.rotary)
+        if self.key is None:
+            k, v = owner.k, owner.v
+        else:
+            k, v = self._split(self.key(h), self.kv_heads, row.rotary), self._split(self.value(h), self.kv_heads, None)
+            taps.record("keys", k)
+            taps.record("values", v)
+        meta_k, meta_v = (None, None) if before is None else (before.k[0], before.v[0])
+        options = {"mask": self.mask, "segment_ids": row.segment_ids, "implementation": self.implementation}
+        out, lse = ops.attention(q, k, v, meta_k=meta_k, meta_v=meta_v, **options)
+        taps.record("attention_lse", lse)
+        if taps.wants("attention_probabilities"):
+            allow, keys = self.mask.dense(row.segment_ids), k
+            if before is not None:
+                allow, keys = jnp.pad(allow, ((0, 0), (0, 0), (len(meta_k), 0)), constant_values=True), with_meta(meta_k, k)
+            taps.record("attention_probabilities", masked_softmax(q, keys, allow, scale=q.shape[-1] ** -0.5)[0])
+        return out.reshape(*out.shape[:2], -1), k, v
+
+    @staticmethod
+    def _split(x: Array, heads: int, rotary: Table | None) -> Float[Array, "B T H D"]:
+        x = x.reshape(*x.shape[:2], heads, -1)
+        return x if rotary is None else apply_rotary(x, *rotary)
+
+
+class Mixer(nnx.Module):
+    """Attention, Mamba, or both fused (arXiv 2411.13676, equation 3), [B, T, width] -> [B, T, width].
+
+    The mean is W((norm(attention) + norm(ssm)) / 2): the equation leaves the half to the text. A branch that is narrower is filled with
+    zeros, and one that is alone has no norm; neither is stated in the paper.
+    """
+
+    def __init__(self, cfg: Model, kind: Kind, implementation: str, key: PRNGKeyArray):
+        keys, hybrid = jax.random.split(key, 3), cfg.hybrid
+        self.joins, self.concat = kind.attends and kind.scans, hybrid.fusion == "concat"
+        self.attention = Heads(cfg, kind, implementation, keys[0]) if kind.attends else None
+        self.mamba = Mamba(cfg, implementation, keys[1]) if kind.scans else None
+        widths = (cfg.heads * cfg.value_dim if kind.attends else 0, cfg.ssm_width if kind.scans else 0)
+        normed = self.joins and hybrid.branch_norm != "none"
+        self.attention_norm, self.ssm_norm = (
+            Norm(cfg, width=width, scaled=hybrid.branch_norm == "scaled") if normed else None for width in widths
+        )
+        self.inner = sum(widths) if self.concat else max(widths)
+        self.output = Linear(keys[2], (self.inner, cfg.width), std=cfg.init_std, bias=False, axes=("ssm", "embed"))
+
+    def __call__(
+        self, h: Float[Array, "B T width"], row: Row, before: Left | None, owner: Left | None, taps: Taps
+    ) -> tuple[Float[Array, "B T width"], Left]:
+        branches, left = [], Left()
+        if self.attention is not None:
+            out, k, v = self.attention(h, row, before, owner, taps)
+            taps.record("attention_branch", out)
+            branches.append(out if self.attention_norm is None else self.attention_norm(out))
+            left = left._replace(k=k, v=v)
+        if self.mamba is not None:
+            start = (None, None) if before is None else (before.tail[0], before.state[0])
+            y, tail, state = self.mamba(h, row.segment_ids, *start)
+            for name, value in (("ssm_branch", y), ("conv_tail", tail), ("ssm_state", state)):
+                taps.record(name, value)
+            branches.append(y if self.ssm_norm is None else self.ssm_norm(y))
+            left = left._replace(tail=tail, state=state)
+        return self.output(self._fuse(branches)), left
+
+    def _fuse(self, branches: list[Array]) -> Float[Array, "B T inner"]:
+        if not self.joins:
+            return branches[0]
+        if self.concat:
+            return jnp.concatenate(branches, axis=-1)
+        attention, ssm = (jnp.pad(x, ((0, 0), (0, 0), (0, self.inner - x.shape[-1]))) for x in branches)
+        return (attention + ssm) / 2
+
+
+class Layer(nnx.Module):
+    """x += Mixer(norm x); x += Mlp(norm x), [B, T, width] -> [B, T, width]."""
+
+    def __init__(self, cfg: Model, kind: Kind, implementation: str, key: PRNGKeyArray):
+        keys = jax.random.split(key)
+        self.mixer, self.mixer_norm = Mixer(cfg, kind, implementation, keys[0]), Norm(cfg)
+        self.mlp, self.mlp_norm = (Mlp(cfg, keys[1]), Norm(cfg)) if cfg.mlp_width else (None, None)
+
+    def __call__(
+        self, x: Float[Array, "B T width"], row: Row, before: Left | None, owner: Left | None, taps: Taps
+    ) -> tuple[Float[Array, "B T width"], Left]:
+        taps.record("residual", x)
+        change, left = self.mixer(self.mixer_norm(x), row, before, owner, taps)
+        taps.record("mixer_out", change)
+        x = x + change
+        if self.mlp is not None:
+            change = self.mlp(self.mlp_norm(x))
+            taps.record("mlp_out", change)
+            x = x + change
+        return constrain(x, RESIDUAL_AXES), left
+
+
+class Group(nnx.Module):
+    """Layers that follow each other and share the first one's keys and values."""
+
+    def __init__(self, cfg: Model, kinds: tuple[Kind, ...], implementation: str, key: PRNGKeyArray):
+        keys = jax.random.split(key, len(kinds))
+        self.layers = nnx.List([Layer(cfg, kind, implementation, k) for kind, k in zip(kinds, keys, strict=True)])
+
+    def __call__(
+        self, x: Array, meta: Array | None, row: Row, meta_row: Row, capture: tuple[str, ...]
+    ) -> tuple[Array, Array | None, dict[str, Array]]:
+        """Tokens and meta tokens through the layers: (x, meta, captured), captured stacked over the layers."""
+        of_meta = tuple(name.removeprefix("prefix_") for name in capture if name.startswith("prefix_"))
+        values: dict[str, list[Array]] = {}
+        before = left = None
+        for layer in self.layers:
+            meta_taps, taps = Taps(of_meta), Taps(capture)
+            if meta is not None:
+                meta, before = layer(meta, meta_row, None, before, meta_taps)
+            x, left = layer(x, row, before, left, taps)
+            for name, value in (taps.values | {f"prefix_{name}": value for name, value in meta_taps.values.items()}).items():
+                values.setdefault(name, []).append(value)
+        return x, meta, {name: jnp.stack(found) for name, found in values.items()}
+
+
+class HybridStack(nnx.Module):
+    """All layers of a hybrid model, and its meta tokens."""
+
+    def __init__(self, cfg: Model, runtime: Runtime, key: PRNGKeyArray):
+        runs, count = layer_runs(cfg), cfg.hybrid.meta_tokens
+        meta_key, *keys = jax.random.split(key, 1 + len(runs))
+        self.cfg = cfg
+        self.meta_tokens = normal_param(meta_key, (count, cfg.width), META_STD, ("meta", "embed")) if count else None
+        self.runs = nnx.List(
+            [
+                jax.vmap(functools.partial(Group, cfg, kinds, runtime.implementation))(jax.random.split(k, n))
+                for (kinds, n), k in zip(runs, keys, strict=True)
+            ]
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T width"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        capture: tuple[str, ...],
+        scan: Callable[..., Any],
+    ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
+        """(residual stream, captured). scan(body, carry, stacked): `jax.lax.scan` with the model's unrolling and rematerialisation."""
+        count = self.cfg.hybrid.meta_tokens
+        meta = self.meta_tokens[...].astype(x.dtype)[None] if count else None
+        behind = jnp.where(positions < 0, positions, positions + count)  # the meta tokens are positions 0 .. M - 1
+        row = Row(segment_ids, self._rotary(behind))
+        meta_row = Row(jnp.ones((1, count), jnp.int32), self._rotary(jnp.arange(count)[None]))
+
+        def body(carry: tuple[Array, Array | None], group: Group) -> tuple[tuple[Array, Array | None], dict[str, Array]]:
+            x, meta, captured = group(*carry, row, meta_row, capture)
+            return (x, meta), captured
+
+        carry, values = (x, meta), {}
+        for run in self.runs:
+            carry, captured = scan(body, carry, run)
+            for name, value in captured.items():
+                values.setdefault(name, []).append(value.reshape(-1, *value.shape[2:]))
+        return carry[0], {name: jnp.concatenate(found) for name, found in values.items()}
+
+    def _rotary(self, positions: Int[Array, "B T"]) -> Table | None:
+        return None if self.cfg.position == "none" else rotary_table(self.cfg, positions)
