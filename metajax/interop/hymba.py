@@ -25,7 +25,13 @@ from metajax.models.rotary import hymba_ntk_factor
 _MAMBA, _HEADS = "mixer.mamba", "mixer.attention"
 # Tensor of a layer -> our parameters in it, one behind the other along its rows.
 _LAYER = {
-    "mamba.in_proj.weight": (f"{_HEADS}.query.w", f"{_HEADS}.key.w", f"{_HEADS}.value.w", f"{_MAMBA}.input.w", f"{_MAMBA}.gate.w"),
+    "mamba.in_proj.weight": (
+        f"{_HEADS}.query.w",
+        f"{_HEADS}.key.w",
+        f"{_HEADS}.value.w",
+        f"{_MAMBA}.input.w",
+        f"{_MAMBA}.gate.w",
+    ),
     "mamba.out_proj.weight": ("mixer.output.w",),
     "mamba.conv1d.weight": (f"{_MAMBA}.conv",),
     "mamba.conv1d.bias": (f"{_MAMBA}.conv_bias",),
@@ -84,7 +90,9 @@ def model_config(values: Mapping[str, Any]) -> Model:
 
     `v_head_dim` is not read: the released code overwrites it.
     """
-    missing = [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in values]
+    missing = [
+        name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in values
+    ]
     require(not missing, f"config.json lacks {', '.join(missing)}: not a Hymba")
     for name, value in _FIXED.items():
         found = values.get(name, value)
@@ -125,7 +133,9 @@ def _group_sizes(groups: list[list[int]], layers: int) -> tuple[int, ...]:
     by_first = {group[0]: group for group in groups}
     for group in groups:
         together = list(range(group[0], group[0] + len(group)))
-        require(group == together, f"config.json: kv_reuse_group has {group}, but only layers that follow each other are supported")
+        require(
+            group == together, f"config.json: kv_reuse_group has {group}, but only layers that follow each other are supported"
+        )
     sizes, layer = [], 0
     while layer < layers:
         sizes.append(len(by_first.get(layer, [layer])))
@@ -207,7 +217,9 @@ def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -
         require(has == shape, f"{name} has shape {has}, but its configuration needs {shape}")
     if _HEAD in state:
         head, rows = state[_HEAD], shapes[_EMBEDDING][0]
-        require(tuple(head.shape) == shapes[_EMBEDDING], f"{_HEAD} has shape {tuple(head.shape)}, the embedding {shapes[_EMBEDDING]}")
+        require(
+            tuple(head.shape) == shapes[_EMBEDDING], f"{_HEAD} has shape {tuple(head.shape)}, the embedding {shapes[_EMBEDDING]}"
+        )
         parts = (slice(start, min(start + _ROWS_AT_ONCE, rows)) for start in range(0, rows, _ROWS_AT_ONCE))
         same = all(np.array_equal(head[part, :], state[_EMBEDDING][part, :]) for part in parts)
         require(same, f"{_HEAD} differs from {_EMBEDDING}, but the embedding is tied")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def shared_pairs(layers: int, apart: Sequence[int]) -> tuple[int, ...]:
     """Group sizes that pair the layers between those `apart`; the first pair of an odd run takes a third (released checkpoint)."""
     sizes: list[int] = []
     bounds = [*apart, layers]
-    runs = [bounds[0], *(b - a - 1 for a, b in zip(bounds, bounds[1:], strict=False))]
+    runs = [bounds[0], *(b - a - 1 for a, b in itertools.pairwise(bounds))]
     for i, run in enumerate(runs):
         if i:
             sizes.append(1)
@@ -85,6 +86,6 @@ def hymba_300m(**changes: Any) -> Model:
 
 
 def hymba_cpu(**changes: Any) -> Model:
-    """A model of 0.2M parameters with 512 tokens that has every kind of layer; ours, not the paper's."""
+    """A model of 0.3M parameters with 512 tokens that has every kind of layer; ours, not the paper's."""
     small = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0, "hybrid.meta_tokens": 8, "hybrid.state": 8}
     return hymba(7, 4, 48, kv_heads=2, mlp_width=96, window=16, **{**small, **changes})
