@@ -33,19 +33,19 @@ def llama(layers: int, heads: int, width: int, *, kv_heads: int = 0, mlp_width: 
     return Model(layers=layers, heads=heads, width=width, kv_heads=kv_heads, mlp_width=mlp_width, **{**fields, **changes})
 
 
-def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int, window: int = 1024, **changes: Any) -> Model:
+def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int, window: int = 1024) -> Model:
     """Hymba (arXiv 2411.13676, section 2 and table 11): full attention first, in the middle and last, pairs of window layers that share keys.
 
-    NTK rotary positions for rows of 8,192 tokens after training on 2,048; `changes` are dotted fields, such as {"hybrid.meta_tokens": 0}.
+    NTK rotary positions for rows of 8,192 tokens after training on 2,048. In the named sizes below `changes` are fields of `Model`, dotted
+    ones too, such as {"hybrid.meta_tokens": 0}.
     """
     full = tuple(sorted({0, (layers - 1) // 2, layers - 1}))
     ntk = {"position": "ntk", "rope_original_length": 2048, "rope_factor": hymba_ntk_factor(8192, 2048)}
     parts = {"activation": "swiglu", "norm": "rmsnorm", "norm_eps": 1e-6, "bias": False, "tied": True, **ntk}
     mixers = Hybrid(full_layers=full, kv_groups=shared_pairs(layers, full))
-    model = Model(
+    return Model(
         layers=layers, heads=heads, width=width, kv_heads=kv_heads, mlp_width=mlp_width, window=window, hybrid=mixers, **parts
     )
-    return override(model, changes)
 
 
 def shared_pairs(layers: int, apart: Sequence[int]) -> tuple[int, ...]:
@@ -63,17 +63,17 @@ def shared_pairs(layers: int, apart: Sequence[int]) -> tuple[int, ...]:
 
 def hymba_125m(**changes: Any) -> Model:
     """24 layers of width 512 (table 11)."""
-    return hymba(24, 8, 512, kv_heads=4, mlp_width=1664, **changes)
+    return override(hymba(24, 8, 512, kv_heads=4, mlp_width=1664), changes)
 
 
 def hymba_350m(**changes: Any) -> Model:
     """32 layers of width 768 (table 11)."""
-    return hymba(32, 12, 768, kv_heads=4, mlp_width=2432, **changes)
+    return override(hymba(32, 12, 768, kv_heads=4, mlp_width=2432), changes)
 
 
 def hymba_1_5b(**changes: Any) -> Model:
     """The released Hymba-1.5B (table 11): 1,522,797,824 parameters with 32,001 tokens."""
-    return hymba(32, 25, 1600, kv_heads=5, mlp_width=5504, **changes)
+    return override(hymba(32, 25, 1600, kv_heads=5, mlp_width=5504), changes)
 
 
 def hymba_300m(**changes: Any) -> Model:
@@ -82,10 +82,10 @@ def hymba_300m(**changes: Any) -> Model:
     Widths are inferred from the cache sizes and branch ratios of table 10; mlp_width is not stated in the paper.
     """
     plain = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0}
-    return hymba(12, 16, 1024, kv_heads=4, mlp_width=4096, window=256, **{**plain, **changes})
+    return override(hymba(12, 16, 1024, kv_heads=4, mlp_width=4096, window=256), plain | changes)
 
 
 def hymba_cpu(**changes: Any) -> Model:
     """A model of 0.3M parameters with 512 tokens that has every kind of layer; ours, not the paper's."""
     small = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0, "hybrid.meta_tokens": 8, "hybrid.state": 8}
-    return hymba(7, 4, 48, kv_heads=2, mlp_width=96, window=16, **{**small, **changes})
+    return override(hymba(7, 4, 48, kv_heads=2, mlp_width=96, window=16), small | changes)

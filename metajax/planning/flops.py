@@ -10,6 +10,7 @@ import numpy as np
 
 from metajax.config import Config
 from metajax.models.masks import Mask
+from metajax.planning import hybrid_flops
 
 # Peak dense bf16 operations per second of one chip, by jax's device kind (vendors' published figures).
 PEAK_FLOPS = {
@@ -25,8 +26,13 @@ PEAK_FLOPS = {
 
 
 def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
-    """Forward operations of the matrix products, by part, for one slot ("meta_attention": see `_meta_rows`)."""
+    """Forward operations of the matrix products, by part, for one slot ("meta_attention": see `_meta_rows`).
+
+    Those of a hybrid model have its convolution and scan with them.
+    """
     model = config.model
+    if model.hybrid is not None:
+        return hybrid_flops.token_flops(model) | {"head": 2 * model.width * vocab_size}
     kv = model.num_kv_heads * model.head_dim
     attention = 2 * model.width * (2 * model.width + 2 * kv)
     mlp = 2 * model.width * model.mlp_width * (3 if model.activation == "swiglu" else 2)
@@ -73,6 +79,10 @@ def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) ->
     slots = batch["tokens"].size
     metas = batch["meta_slots"].size if "meta_slots" in batch else 0
     parts = matmul_flops(config, vocab_size)
+    if config.model.hybrid is not None:
+        pairs = hybrid_flops.pair_operations(config.model) * hybrid_flops.batch_pairs(config.model, batch)
+        in_front = config.model.hybrid.meta_tokens * (sum(parts.values()) - parts["head"])
+        return 3 * (slots * sum(parts.values()) + in_front + pairs)
     dense = sum(cost * (_meta_rows(config, metas, slots) if name == "meta_attention" else slots) for name, cost in parts.items())
     causal, meta = batch_pairs(config, batch)
     return 3 * (dense + config.model.layers * pair_flops(config) * (causal + meta))
@@ -81,6 +91,8 @@ def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) ->
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """Training operations a slot by part, for a row that is one document (the most attention a row can need)."""
     slots = config.row_slots
+    if config.model.hybrid is not None:
+        return _hybrid_per_token(config, vocab_size)
     metas = _meta_rows(config, config.row_meta_tokens, slots)
     parts = {k: 3.0 * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
     scale = 3.0 * config.model.layers * pair_flops(config) / slots
@@ -88,6 +100,16 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     if "meta_attention" in parts:
         parts["meta_attention"] += scale * Mask().pairs([metas])
     return parts
+
+
+def _hybrid_per_token(config: Config, vocab_size: int) -> dict[str, float]:
+    """`flops_per_token` of a hybrid model; the meta tokens' own part is shared by all slots of a batch."""
+    model, rows, slots = config.model, config.data.batch_rows, config.row_slots
+    batch = {"positions": np.tile(np.arange(slots), (rows, 1)), "segment_ids": np.ones((rows, slots), np.int32)}
+    share = 1 + model.hybrid.meta_tokens / (rows * slots)
+    parts = {name: 3.0 * cost * (1 if name == "head" else share) for name, cost in matmul_flops(config, vocab_size).items()}
+    pairs = hybrid_flops.pair_operations(model) * hybrid_flops.batch_pairs(model, batch)
+    return parts | ({"attention_pairs": 3.0 * pairs / (rows * slots)} if "attention" in parts else {})
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

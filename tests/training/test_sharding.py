@@ -48,11 +48,15 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize("meta", [False, True])
-def test_eight_devices_equal_one(tiny_config, paths, meta):
-    from metajax.config import MetaTokens, to_dict
+@pytest.mark.parametrize("kind", ["plain", "meta_tokens", "hybrid"])
+def test_eight_devices_equal_one(tiny_config, paths, kind):
+    from metajax.config import Hybrid, MetaTokens, to_dict
 
-    config = tiny_config(meta_tokens=MetaTokens() if meta else None, **{"data.batch_rows": 8, "model.width": 32})
+    changes = {"data.batch_rows": 8, "model.width": 32, "meta_tokens": MetaTokens() if kind == "meta_tokens" else None}
+    if kind == "hybrid":
+        mixers = Hybrid(meta_tokens=4, kv_groups=(2,), state=4)
+        changes |= {"model.hybrid": mixers, "model.layers": 2, "model.window": 8, "runtime.implementation": "reference"}
+    config = tiny_config(**changes)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(to_dict(config)), str(paths.cache)],
         capture_output=True,
@@ -109,16 +113,16 @@ def test_mesh_takes_what_is_left():
     assert parse_mesh("", 1) == {"data": 1, "fsdp": 1}
 
 
-def test_every_parameter_of_the_model_has_rules():
+@pytest.mark.parametrize("kind", ["meta_tokens", "hybrid"])
+def test_every_parameter_of_the_model_has_rules(kind):
     from metajax.config import MetaTokens, Model, Runtime
     from metajax.models.lm import LM
+    from metajax.models.presets import hymba_1_5b
 
-    model = jax.eval_shape(
-        lambda: LM(
-            Model(layers=2, width=16, heads=2, mlp_width=32, bias=True, tied=False, position="learned"),
-            vocab_size=64, max_length=8, meta=MetaTokens(), runtime=Runtime(), key=jax.random.key(0),
-        )
-    )  # fmt: skip
+    plain = Model(layers=2, width=16, heads=2, mlp_width=32, bias=True, tied=False, position="learned")
+    cfg, meta = (hymba_1_5b(), None) if kind == "hybrid" else (plain, MetaTokens())
+    model = jax.eval_shape(lambda: LM(cfg, vocab_size=64, max_length=8, meta=meta, runtime=Runtime(), key=jax.random.key(0)))
+    param_shardings(model, MESH)  # refuses a large parameter that it would leave whole
     params = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
     assert len(params) > 20
     for param in params:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import MetaTokens, override
+from metajax.config import Hybrid, MetaTokens, override
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.training.losses import token_nll, weighted_sums
 from metajax.training.program import Program
@@ -33,6 +33,24 @@ def run(config, paths, steps):
         state, values = step_fn(state, program.put(batches[n]))
         metrics.append({k: v.item() for k, v in jax.device_get(values).items()})
     return state, metrics
+
+
+def test_a_hybrid_model_learns(tiny_config, paths):
+    mixers = Hybrid(meta_tokens=4, full_layers=(0,), kv_groups=(1, 2), state=4)
+    fields = {"model.hybrid": mixers, "model.layers": 3, "model.window": 8, "model.norm": "rmsnorm", "model.init_std": 0.1}
+    config = tiny_config(
+        **fields, **{"runtime.unroll": 1, "runtime.implementation": "reference", "optimizer.learning_rate": 0.02}
+    )
+    program, batches = prepare(config, paths)
+    state = program.create_state()
+    before = jax.device_get(to_arrays(state.model))
+    batch = program.put(batches[0])
+    step_fn, losses = program.compile_step(state, batch), []
+    for _ in range(6):
+        state, values = step_fn(state, batch)
+        losses.append(float(values["loss"]))
+    assert losses[-1] < losses[0] - 0.5 and all(np.isfinite(losses))
+    assert all(np.any(np.asarray(value) != before[name]) for name, value in to_arrays(state.model).items())
 
 
 def test_golden_step(tiny_config, paths):

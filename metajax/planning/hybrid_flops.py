@@ -1,0 +1,60 @@
+"""Forward operations of hybrid layers: their matrix products, the recurrence of the scan, and the pairs that their masks allow.
+
+The meta tokens go through the layers once in a batch, whatever the number of its rows; every token then attends to them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels_pallas.selective_scan.reference import TAPS
+from metajax.config import Model
+from metajax.models.hybrid import Kind, layer_groups
+
+
+def layers_of(model: Model) -> list[Kind]:
+    """The layers in order."""
+    return [kind for group in layer_groups(model) for kind in group]
+
+
+def scan_operations(channels: int, state: int) -> int:
+    """Operations of one token in the scan, a transcendental function counted as one.
+
+    For each number of the state 7: s A, its exponential, times h, (s u) B, plus, times C, plus. For each channel 6: bias and softplus
+    of the step, s u, D u, which starts the sum over the state, silu of the gate and the product with it.
+    """
+    return channels * (7 * state + 6)
+
+
+def token_flops(model: Model) -> dict[str, int]:
+    """Forward operations of one token in all layers, by part, without attention's pairs."""
+    parts = dict.fromkeys(("attention", "mamba", "conv", "scan", "output", "mlp"), 0)
+    width, channels, heads_out = model.width, model.ssm_width, model.heads * model.value_dim
+    selection = model.dt_rank + 2 * model.hybrid.state
+    kv = model.num_kv_heads * (model.head_dim + model.value_dim)
+    for kind in layers_of(model):
+        joined = kind.attends * heads_out, kind.scans * channels
+        inner = sum(joined) if model.hybrid.fusion == "concat" else max(joined)
+        parts["attention"] += kind.attends * 2 * width * (model.heads * model.head_dim + kind.owns_kv * kv)
+        parts["mamba"] += kind.scans * 2 * channels * (2 * width + selection + model.dt_rank)
+        parts["conv"] += kind.scans * 2 * TAPS * channels
+        parts["scan"] += kind.scans * scan_operations(channels, model.hybrid.state)
+        parts["output"] += 2 * inner * width
+        parts["mlp"] += 2 * width * model.mlp_width * (3 if model.activation == "swiglu" else 2)
+    return {name: cost for name, cost in parts.items() if cost}
+
+
+def pair_operations(model: Model) -> int:
+    """Forward operations of one allowed (query, key) pair in all heads: scores and weighted sum."""
+    return 2 * model.heads * (model.head_dim + model.value_dim)
+
+
+def batch_pairs(model: Model, batch: dict[str, np.ndarray]) -> int:
+    """Allowed (query, key) pairs of a batch in all layers, those of the meta tokens among them; padding left out."""
+    earlier, metas = batch["positions"][batch["segment_ids"] > 0], model.hybrid.meta_tokens
+    total = 0
+    for kind in layers_of(model):
+        if kind.attends:
+            reach = earlier if kind.window is None else np.minimum(earlier, kind.window)
+            total += int(reach.sum()) + earlier.size * (1 + metas) + metas * (metas + 1) // 2
+    return total
