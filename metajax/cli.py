@@ -435,9 +435,6 @@ def _analyze(options: argparse.Namespace, started: float) -> int:
     from metajax.reporting.terminal import print_analysis
 
     config, changes, choice = opened.config, {}, {"task": options.task, "length": options.length}
-    require(
-        config.meta_tokens is not None, f"{opened.workdir} has no meta-tokens (meta_tokens is null); there is nothing to analyze"
-    )
     if options.task is not None or config.tasks is None:
         changes["tasks.names"] = options.task or "list_recall"
     if config.tasks is None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from metajax.analysis.analyses import run_analyses
 from metajax.analysis.study import Study, open_study
 from metajax.config import Config, Runtime, config_hash, to_dict
@@ -73,7 +75,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "counts": vars(trained.counts),
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": evaluate(config, trained.program, trained.corpora, model),
-        "analyses": analyze(config, trained.program, trained.corpora, model, run.path),
+        "analyses": analyze(config, trained.program, trained.corpora, model, run),
         "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens and config.tasks is None else None,
         "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
@@ -99,10 +101,15 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
     return results
 
 
-def analyze(config: Config, program: Program, corpora: Corpora, model: Any, workdir: Path) -> dict[str, dict[str, Any]]:
-    """The numbers of `config.evaluation.analyses` by name; what their figures need is left in WORKDIR/analysis."""
+def analyze(config: Config, program: Program, corpora: Corpora, model: Any, run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """The numbers of `config.evaluation.analyses` by name; what their figures need is left in the run's folder."""
     names = config.evaluation.analyses
-    return dict(run_analyses(open_study(program, corpora, model), names, workdir)) if names else {}
+    if not names:
+        return {}
+    if jax.process_count() > 1:
+        run.warn("evaluation.analyses are left out where several hosts train; `python run.py analyze` makes them on one")
+        return {}
+    return dict(run_analyses(open_study(program, corpora, model), names, run.path))
 
 
 @dataclass(frozen=True)

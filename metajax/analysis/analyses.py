@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from metajax.analysis.attention_maps import attention
 from metajax.analysis.caching import caching
 from metajax.analysis.interventions import interventions
@@ -15,7 +13,6 @@ from metajax.analysis.rate_distortion import rate_distortion
 from metajax.analysis.sharpening import sharpening
 from metajax.analysis.study import Study
 from metajax.analysis.theory import theory
-from metajax.config import require
 from metajax.reporting.records import write_json
 
 FOLDER = "analysis"  # of a run's folder
@@ -26,7 +23,6 @@ _FUNCTIONS: dict[str, Callable[[Study], dict[str, Any]]] = {
 
 def run_analyses(study: Study, names: Sequence[str], workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Make the analyses one by one, write each to WORKDIR/analysis/NAME.json, and yield (name, its numbers without `details`)."""
-    require(jax.process_count() == 1, "the analyses run in one process; run `analyze` on a single host")
     for name in names:
         result = _FUNCTIONS[name](study)
         made_on = {"task": study.task, "length": study.rows["tokens"].shape[1], "prompts": study.count}

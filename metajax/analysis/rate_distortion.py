@@ -4,20 +4,20 @@ Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), section 5
 q(z | h) = N(mu(h), diag sigma(h)^2), a decoder softmax(W z + b) and the prior N(0, I) are trained on
 E[-ln q(y | z)] + beta KL(q(z | h) || N(0, I)), 50 list-recall examples, batch 1, 5 epochs, beta from 0.01 to 1.
 Not stated in the paper and chosen here: linear mu and ln sigma, the width of z, Adam's rate, the grid of beta, the label (the answer's
-first token), the layer (the last, behind the final norm), the number of seeds, how the heads begin (LeCun normal, biases 0).
+first token), the layer (the last, behind the final norm), the number of seeds, how the heads begin (N(0, 1 / inputs), biases 0).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from metajax.analysis.interventions import intervene
 from metajax.analysis.study import Batch, Study, capture
@@ -43,14 +43,28 @@ class Budget:
     learning_rate: float = 1e-3
 
 
-def make_head(key: PRNGKeyArray, width: int, vocab_size: int) -> Head:
-    """Encoder [width, 2 WIDTH] (mu beside ln sigma) and decoder [WIDTH, vocab]."""
-    first, second = jax.random.split(key)
-    normal = jax.nn.initializers.lecun_normal()
-    return {
-        "encoder": normal(first, (width, 2 * WIDTH)), "encoder_bias": jnp.zeros(2 * WIDTH),
-        "decoder": normal(second, (WIDTH, vocab_size)), "decoder_bias": jnp.zeros(vocab_size),
+class Chance(NamedTuple):
+    """All that is random in the training of one head, drawn beforehand: the compiled loop is then small and quick to compile."""
+
+    head: Head  # as it begins
+    chosen: Int[Array, "updates batch"]  # examples of each update
+    noise: Float[Array, "updates batch z"]  # of z
+    measured: Float[Array, "samples N z"]  # of z, when the head is measured
+
+
+def draw(seed: int, budget: Budget, count: int, width: int, vocab_size: int) -> Chance:
+    """The draws of a seed; weights from N(0, 1 / inputs), biases 0, examples in a new order each epoch."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    head = {
+        "encoder": normal(width, 2 * WIDTH) / np.sqrt(width, dtype=np.float32), "encoder_bias": np.zeros(2 * WIDTH, np.float32),
+        "decoder": normal(WIDTH, vocab_size) / np.sqrt(WIDTH, dtype=np.float32), "decoder_bias": np.zeros(vocab_size, np.float32),
     }  # fmt: skip
+    epochs = -(-budget.updates * budget.batch // budget.examples)
+    order = np.concatenate([rng.permutation(budget.examples) for _ in range(epochs)])[: budget.updates * budget.batch]
+    chosen = order.reshape(budget.updates, budget.batch)
+    made = Chance(head, chosen, normal(*chosen.shape, WIDTH), normal(SAMPLES, count, WIDTH))
+    return jax.tree.map(jnp.asarray, made)
 
 
 def rate_and_distortion(
@@ -64,58 +78,45 @@ def rate_and_distortion(
 
 
 def train_head(
-    beta: Float[Array, ""],
-    seed: Int[Array, ""],
-    h: Float[Array, "N width"],
-    labels: Int[Array, " N"],
-    *,
-    budget: Budget,
-    vocab_size: int,
+    beta: Float[Array, ""], chance: Chance, h: Float[Array, "N width"], labels: Int[Array, " N"], *, budget: Budget
 ) -> Float[Array, "parts 2 2"]:
     """[training, other examples][rate, distortion] in nats after each of PARTS equal parts of the training."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), seed), 3)
     optimizer = optax.adam(budget.learning_rate)
-    head = make_head(keys[0], h.shape[1], vocab_size)
 
     def loss(head: Head, chosen: Array, noise: Array) -> Array:
         rate, distortion = rate_and_distortion(head, h[chosen], labels[chosen], noise)
         return distortion + beta * rate
 
-    def update(carry: tuple[Head, Any], chosen: Array) -> tuple[tuple[Head, Any], None]:
+    def update(carry: tuple[Head, Any], draws: tuple[Array, Array]) -> tuple[tuple[Head, Any], None]:
         head, state = carry
-        # Adam counts the updates: the noise of each is its own.
-        noise = jax.random.normal(jax.random.fold_in(keys[2], state[0].count), (budget.batch, WIDTH))
-        updates, state = optimizer.update(jax.grad(loss)(head, chosen, noise), state)
+        updates, state = optimizer.update(jax.grad(loss)(head, *draws), state)
         return (optax.apply_updates(head, updates), state), None
 
-    def train_part(carry: tuple[Head, Any], chosen: Array) -> tuple[tuple[Head, Any], Array]:
-        carry, _ = jax.lax.scan(update, carry, chosen)
-        splits = (slice(None, budget.examples), slice(budget.examples, None))
-        return carry, jnp.stack([_measure(carry[0], h[split], labels[split]) for split in splits])
+    def measure(head: Head, part: slice) -> Array:
+        one = lambda noise: jnp.stack(rate_and_distortion(head, h[part], labels[part], noise))  # noqa: E731
+        return jnp.mean(jax.lax.map(one, chance.measured[:, part]), axis=0)
 
-    epochs = -(-budget.updates * budget.batch // budget.examples)
-    orders = jax.vmap(partial(jax.random.permutation, x=budget.examples))(jax.random.split(keys[1], epochs))
-    chosen = orders.reshape(-1)[: budget.updates * budget.batch].reshape(PARTS, -1, budget.batch)
-    return jax.lax.scan(train_part, (head, optimizer.init(head)), chosen)[1]
+    def train_part(carry: tuple[Head, Any], draws: tuple[Array, Array]) -> tuple[tuple[Head, Any], Array]:
+        carry, _ = jax.lax.scan(update, carry, draws)
+        parts = (slice(None, budget.examples), slice(budget.examples, None))
+        return carry, jnp.stack([measure(carry[0], part) for part in parts])
 
-
-def _measure(head: Head, h: Array, labels: Array) -> Array:
-    """[rate, distortion], averaged over SAMPLES draws of z for each example."""
-
-    def one(total: Array, key: Array) -> tuple[Array, None]:
-        noise = jax.random.normal(key, (len(h), WIDTH))
-        return total + jnp.stack(rate_and_distortion(head, h, labels, noise)), None
-
-    return jax.lax.scan(one, jnp.zeros(2), jax.random.split(jax.random.key(1), SAMPLES))[0] / SAMPLES
+    draws = [x.reshape(PARTS, -1, *x.shape[1:]) for x in (chance.chosen, chance.noise)]
+    return jax.lax.scan(train_part, (chance.head, optimizer.init(chance.head)), tuple(draws))[1]
 
 
-@partial(jax.jit, static_argnames=("budget", "vocab_size"))
+@partial(jax.jit, static_argnames="budget")
 def train_heads(
-    betas: Float[Array, " betas"], seeds: Int[Array, " seeds"], h: Array, labels: Array, *, budget: Budget, vocab_size: int
+    betas: Float[Array, " betas"], chances: Chance, h: Float[Array, "N width"], labels: Int[Array, " N"], *, budget: Budget
 ) -> Float[Array, "betas seeds parts 2 2"]:
-    """`train_head` for every beta and seed at once."""
-    one = partial(train_head, budget=budget, vocab_size=vocab_size)
-    return jax.vmap(jax.vmap(one, (None, 0, None, None)), (0, None, None, None))(betas, seeds, h, labels)
+    """`train_head` for every beta and seed at once; the draws are stacked over the seeds."""
+    one = partial(train_head, budget=budget)
+    return jax.vmap(jax.vmap(one, (None, 0, None, None)), (0, None, None, None))(betas, chances, h, labels)
+
+
+def draws_of(seeds: int, *shape: Any) -> Chance:
+    """`draw` for the seeds 0 .. seeds - 1, stacked."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *(draw(seed, *shape) for seed in range(seeds)))
 
 
 # ------------------------------------------------------------------------------------------------- on a trained model
@@ -156,14 +157,8 @@ def rate_distortion(study: Study) -> dict[str, Any]:
         for name, budget in budgets.items():
             found[name] = {}
             for source, h in states.items():
-                heads = train_heads(
-                    np.array(BETAS, np.float32),
-                    jnp.arange(SEEDS),
-                    jnp.asarray(h),
-                    jnp.asarray(labels),
-                    budget=budget,
-                    vocab_size=vocab_size,
-                )
+                chances = draws_of(SEEDS, budget, study.count, h.shape[1], vocab_size)
+                heads = train_heads(jnp.array(BETAS), chances, jnp.asarray(h), jnp.asarray(labels), budget=budget)
                 found[name][source] = _curve(np.asarray(heads, np.float64))
                 advance(1)
     return found

@@ -53,7 +53,7 @@ def sharpening(study: Study) -> dict[str, Any]:
     found: dict[str, Any] = {"details": {}}
     for name in QUANTITIES:
         values = differences[name]
-        layers = {f"layer_{i}": pooled(values[:, i], chosen[:, i]) for i in range(values.shape[1])}
+        layers = {f"layer_{i + 1}": pooled(values[:, i], chosen[:, i]) for i in range(values.shape[1])}
         found[name] = pooled(values, chosen) | {"layers": layers}
         ends = np.quantile(values[chosen], (TAIL, 1 - TAIL))
         counts, edges = np.histogram(values[chosen], BINS, ends)

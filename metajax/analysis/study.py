@@ -92,7 +92,7 @@ def open_study(
 ) -> Study:
     """The first `prompts` test examples of a task in the bin of `length` tokens.
 
-    task: None: list recall, as in the paper, or the first task there is. length: None: the longest bin within the training length.
+    task: None: list recall, as in the paper, or the first task there is. length: None: the longest bin within the training length, or that length.
     Raises UserError for a model or prompts without meta-tokens, an unknown task, and a length that the model cannot read.
     """
     tasks = corpora.config.tasks
@@ -103,7 +103,7 @@ def open_study(
         task = "list_recall" if "list_recall" in tasks.names else tasks.names[0]
     require(task in tasks.names, f"unknown task {task!r}{nearest(task, tasks.names)}; the run has {', '.join(tasks.names)}")
     within = [n for n in tasks.eval_lengths if n <= tasks.train_length]
-    length = length or max(within, default=min(tasks.eval_lengths))
+    length = length or max(within, default=tasks.train_length)
     reason = impossible(program.config, length)
     require(reason is None, f"prompts of {length} tokens: {reason}")
     require(prompts >= 2, f"{prompts} prompts have no spread; at least 2")

@@ -23,13 +23,12 @@ def sections(workdir: Path) -> list[dict[str, Any]]:
 def _section(saved: dict[str, Any]) -> dict[str, Any]:
     name, made_on = saved["name"], saved["made_on"]
     heading, text = SECTIONS[name]
-    prompts = (
-        f"Read from {made_on['prompts']:,} test prompts of {title(made_on['task'])}, at most {made_on['length']} tokens each."
-    )
+    count = 1 if name == "attention" else made_on["prompts"]
+    prompts = f"Test prompts: {count:,} of {title(made_on['task'])}, at most {made_on['length']} tokens each."
     return {
         "name": name,
         "title": heading,
-        "text": text if name in ("interventions", "attention") else f"{text} {prompts}",
+        "text": text if name == "interventions" else f"{text} {prompts}",
         "lines": headlines(name, saved["result"]),
         "figures": [(Markup(svg), caption) for svg, caption in draw(name, saved["result"])],
     }

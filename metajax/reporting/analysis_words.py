@@ -13,7 +13,8 @@ SECTIONS = {  # title, what is looked at and what the paper says of it
     "interventions": (
         "Zeroing at the meta-tokens",
         "The trained model with the positions or the token embedding of its meta-tokens set to zero. The paper reports that without positions "
-        "accuracy stays or rises, and that without the embedding it falls.",
+        "accuracy stays or rises, and that without the embedding it falls. Where a prompt has one meta-token (list recall, parity), meta-attention "
+        "has one key and no use for its position.",
     ),
     "sharpening": (
         "Sharpening",
@@ -129,9 +130,9 @@ def _rate_distortion(numbers: Numbers) -> list[str]:
         for source, curve in numbers[budget].items():
             n = curve["beta_0_1"]
             lines.append(
-                f"{budget}, {SOURCES[source]}, beta 0.1: {n['distortion']:.2f} ± {n['distortion_half']:.2f} nats at {n['rate']:.1f} ± "
-                f"{n['rate_half']:.1f} of {sizes['training']} examples, {n['held_out_distortion']:.2f} ± {n['held_out_distortion_half']:.2f} on "
-                f"{sizes['held_out']} others ({n['seeds']} seeds)"
+                f"{budget} budget, {SOURCES[source]}, beta 0.1: rate {n['rate']:.1f} ± {n['rate_half']:.1f} nats, distortion {n['distortion']:.2f} ± "
+                f"{n['distortion_half']:.2f} nats on the {sizes['training']} training examples and {n['held_out_distortion']:.2f} ± "
+                f"{n['held_out_distortion_half']:.2f} on {sizes['held_out']} others ({n['seeds']} seeds)"
             )
     return lines
 

@@ -1,23 +1,22 @@
 """The bottleneck heads: the rate by hand and by sampling, the ends of beta, and many heads at once as one at a time."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from metajax.analysis.rate_distortion import PARTS, WIDTH, Budget, make_head, rate_and_distortion, train_head, train_heads
+from metajax.analysis.rate_distortion import PARTS, WIDTH, Budget, draw, draws_of, rate_and_distortion, train_head, train_heads
 
 
 def examples(count, width=8, classes=4):
     rng = np.random.default_rng(0)
     labels = rng.integers(classes, size=count)
-    return jnp.asarray(np.eye(width, dtype=np.float32)[labels] * 4), jnp.asarray(labels)
+    return jnp.asarray(np.eye(width, dtype=np.float32)[labels]), jnp.asarray(labels)
 
 
 def test_rate_and_distortion_by_hand():
     h, labels = examples(6)
-    head = make_head(jax.random.key(1), 8, 4)
+    head = draw(1, Budget(6, 1, 5), 6, 8, 4).head
     noise = np.random.default_rng(1).normal(size=(6, WIDTH)).astype(np.float32)
     rate, distortion = rate_and_distortion(head, h, labels, jnp.asarray(noise))
     encoded = np.asarray(h @ head["encoder"], np.float64)
@@ -33,8 +32,8 @@ def test_rate_and_distortion_by_hand():
 def test_the_ends_of_beta():
     """Without a price the label gets through; with a great one nothing does, and what is left is the entropy of the labels."""
     h, labels = examples(60)
-    budget = Budget(40, 40, 1000, 1e-2)
-    free, dear = train_heads(jnp.array([1e-3, 50.0]), jnp.arange(2), h, labels, budget=budget, vocab_size=4)
+    budget = Budget(40, 40, 2000, 3e-3)
+    free, dear = train_heads(jnp.array([1e-3, 50.0]), draws_of(2, budget, 60, 8, 4), h, labels, budget=budget)
     shares = np.bincount(np.asarray(labels)[:40]) / 40
     assert (free[:, -1, :, 1] < 0.1).all() and (free[:, -1, 0, 0] > 1).all()
     assert (dear[:, -1, :, 0] < 0.05).all()
@@ -44,8 +43,15 @@ def test_the_ends_of_beta():
 def test_many_heads_at_once_are_those_one_at_a_time():
     h, labels = examples(12)
     budget = Budget(6, 1, 30)
-    whole = train_heads(jnp.array([0.1, 1.0]), jnp.arange(3), h, labels, budget=budget, vocab_size=4)
+    whole = train_heads(jnp.array([0.1, 1.0]), draws_of(3, budget, 12, 8, 4), h, labels, budget=budget)
     assert whole.shape == (2, 3, PARTS, 2, 2)
-    one = train_head(jnp.float32(1.0), jnp.int32(2), h, labels, budget=budget, vocab_size=4)
+    one = train_head(jnp.float32(1.0), draw(2, budget, 12, 8, 4), h, labels, budget=budget)
     np.testing.assert_allclose(whole[1, 2], one, rtol=1e-4, atol=1e-5)
     assert np.abs(whole[1, 1] - one).max() > 1e-2, "another seed is another head"
+
+
+def test_every_epoch_has_every_example_once():
+    chosen = np.asarray(draw(3, Budget(6, 2, 10), 9, 8, 4).chosen)
+    assert chosen.shape == (10, 2)
+    epochs = chosen.reshape(-1)[:18].reshape(3, 6)
+    assert (np.sort(epochs, axis=1) == np.arange(6)).all() and (epochs[0] != epochs[1]).any()

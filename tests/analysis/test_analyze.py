@@ -1,0 +1,75 @@
+"""Analyses from the command line and at the end of a run: files, pages, numbers that a table can name, mistakes in one line."""
+
+import json
+
+import pytest
+
+from metajax.cli import main
+from metajax.config import ANALYSES, MetaTokens, Tasks
+from metajax.experiment import run_experiment
+from metajax.reporting.html import write_run_report
+from metajax.reporting.records import write_json
+
+TASKS = Tasks(names=("copying",), train_length=48, eval_lengths=(32,), eval_examples=12, span=3)
+RUN = {
+    "tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.row_length": 64, "training.steps": 2, "model.layers": 1, "evaluation.documents": 0,
+    "meta_tokens": MetaTokens(),
+}  # fmt: skip
+
+
+def look_up(value, path):
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+@pytest.fixture
+def analyze(paths, tmp_path, capsys):
+    def run(*words):
+        code = main(["analyze", *words, "--runs-dir", str(tmp_path), "--cache-dir", str(paths.cache)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_at_the_end_of_a_run_and_from_the_command_line(tiny_config, paths, tmp_path, analyze):
+    names = ("interventions", "sharpening", "caching", "theory")
+    report = run_experiment(tiny_config(**RUN | {"evaluation.analyses": names}), tmp_path / "run", paths)
+    saved = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert saved["analyses"].keys() == set(names)
+    assert look_up(saved, "analyses.interventions.none.copying.32.exact") == look_up(saved, "eval.tasks.copying.32.exact")
+    assert look_up(saved, "analyses.interventions.zero_token.copying.32.n") == 12
+    for path in (
+        "sharpening.boost.mean",
+        "sharpening.drop.layers.layer_1.half",
+        "caching.same_layer.near.mean",
+        "theory.delta_0_5.met.rows",
+    ):
+        assert isinstance(look_up(report, f"analyses.{path}"), float | int)
+    assert not any("details" in numbers for numbers in saved["analyses"].values())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Sharpening" in page and "Zeroing at the meta-tokens" in page and "Attention maps" not in page
+
+    code, out, _ = analyze("run", "--what", "attention,rate_distortion", "--examples", "20")
+    folder = tmp_path / "run" / "analysis"
+    assert code == 0 and "rate distortion" in out and "beta 0.1" in out
+    assert {file.name for file in folder.iterdir()} == {*(f"{name}.json" for name in ANALYSES), "analysis.html"}
+    found = json.loads((folder / "rate_distortion.json").read_text())
+    assert found["made_on"] == {"task": "copying", "length": 32, "prompts": 20}
+    assert look_up(found["result"], "stated.meta_zero_position.beta_0_1.distortion") > 0
+    assert found["result"]["examples"]["stated"] == {"training": 10, "held_out": 10}
+    page = (folder / "analysis.html").read_text()
+    assert page.count("<h2>") == len(ANALYSES) and page.count("<svg") >= 10
+    assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page and "<script" not in page
+    write_json(tmp_path / "run" / "report.json", saved | {"analyses": {}})
+    assert "Sharpening" not in write_run_report(tmp_path / "run").read_text(), "what analyze makes later has its own page"
+
+
+def test_mistakes_are_one_line(analyze):
+    for words, message in (
+        (("plan", "--what", "sharpning"), "unknown 'sharpning'; did you mean 'sharpening'"),
+        (("plan", "--what", "sharpening"), "no run 'plan'"),
+    ):
+        code, _, err = analyze(*words)
+        assert code == 2 and message in err and "Traceback" not in err
