@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import entr, softmax
 
@@ -16,6 +16,7 @@ def after(logits, key, delta):
     return softmax(np.asarray(logits) + delta * (np.arange(len(logits)) == key))
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(0, 100), st.floats(0.001, 8))
 def test_everything_follows_from_probability_and_entropy(logits, key, delta):
     key %= len(logits)
@@ -26,6 +27,7 @@ def test_everything_follows_from_probability_and_entropy(logits, key, delta):
     assert kappa(p, h, delta) == pytest.approx(h - entr(boosted).sum(), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(0, 100), st.floats(0.01, 8), st.floats(0.01, 4))
 def test_the_theorem_under_its_condition(logits, key, delta, more):
     key %= len(logits)
