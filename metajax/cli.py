@@ -90,6 +90,7 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
         "eval": ("evaluate a run's newest checkpoint again", _add_eval, _eval),
         "analyze": ("what the meta-tokens of a run's newest checkpoint do, as numbers and figures", _add_analyze, _analyze),
         "generate": ("text from a run's newest checkpoint", _add_generate, _generate),
+        "import": ("a published checkpoint as a run, for generate and eval", _add_import, _import),
         "runs": ("what has been run", _add_place, _runs),
         "compare": ("runs side by side", _add_compare, _compare),
     }
@@ -210,6 +211,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_place(parser)
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("family", choices=["hymba"], help="whose layout the folder has")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="config.json and safetensors, with a tokenizer beside them")
+    parser.add_argument("--tokenizer", default="", metavar="SPEC", help="such as sentencepiece:FILE (the folder's own)")
+    _add_place(parser)
+
+
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="two or more runs")
     _add_place(parser)
@@ -303,7 +311,8 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
             say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
             run_one(parent, default_workdir(parent, options.runs_dir))
         workdir = options.workdir or default_workdir(config, options.runs_dir)
-        _print_report(run_one(config, workdir), workdir)
+        _print_evaluation(run_one(config, workdir)["eval"])
+        say(f"report: {workdir / 'report.html'}")
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -339,11 +348,6 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
     print(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
     return 1 if failures(result) else 0
-
-
-def _print_report(report: dict[str, Any], workdir: Path) -> None:
-    _print_evaluation(report["eval"])
-    say(f"report: {workdir / 'report.html'}")
 
 
 def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
@@ -464,6 +468,14 @@ def _generate(options: argparse.Namespace, started: float) -> int:
     for (piece,) in pieces:
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _import(options: argparse.Namespace, started: float) -> int:
+    _start_jax(options)
+    from metajax.interop.imports import import_hymba
+
+    say(f"imported as {import_hymba(options.folder, options.runs_dir, options.tokenizer)}")
     return 0
 
 

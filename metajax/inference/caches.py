@@ -50,4 +50,22 @@ class KeyValues:
         return KeyValues(k, v, self.length + present)
 
 
-Cache = dict[str, KeyValues]
+@struct.dataclass
+class Text:
+    """The tokens themselves, of a model whose layers cannot take up from a cache: every token runs its whole row again."""
+
+    tokens: Int[Array, "B S"]
+    length: Int[Array, " B"]  # tokens so far
+
+    @classmethod
+    def create(cls, tokens: Int[Array, "B T"], length: Int[Array, " B"], capacity: int) -> Text:
+        """Of rows that will have at most `capacity` tokens."""
+        return cls(jnp.pad(tokens, ((0, 0), (0, max(capacity - tokens.shape[1], 0)))), length)
+
+    def append(self, tokens: Int[Array, " B"], present: Bool[Array, " B"]) -> Text:
+        """With one token more in the rows where there is one."""
+        at = jnp.where(present, self.length, self.tokens.shape[1])  # a slot out of range is dropped
+        return Text(self.tokens.at[jnp.arange(len(at)), at].set(tokens, mode="drop"), self.length + present)
+
+
+Cache = dict[str, KeyValues] | Text

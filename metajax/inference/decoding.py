@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from metajax.config import require
-from metajax.inference.caches import Cache, KeyValues
+from metajax.inference.caches import Cache, KeyValues, Text
 from metajax.models.lm import LM
 
 CAPTURED = ("keys", "values", "meta_keys", "meta_values")
@@ -87,6 +87,9 @@ def prefill(
       meta_slots: where they are meta-tokens, sorted, >= T where unused; M >= 1 where `meta_capacity` is.
       capacity: tokens that a row will ever have; a window keeps fewer. meta_capacity: meta-tokens among them.
     """
+    if model.cfg.hybrid is not None:
+        text = Text.create(tokens, length, capacity)
+        return _read_whole(model, text), text
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     inputs = {"positions": positions, "segment_ids": (positions < length[:, None]).astype(jnp.int32), "meta_slots": meta_slots}
     capture = CAPTURED if model.meta is not None and model.meta.attention != "none" else CAPTURED[:2]
@@ -113,6 +116,9 @@ def step(
     present: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
     """(logits, cache) after one more token of each row, at slot `at` of its N; a row that is not `present` keeps its cache."""
+    if isinstance(cache, Text):
+        text = cache.append(tokens, present)
+        return _read_whole(model, text), text
     now = jnp.take_along_axis(is_meta, at[:, None], axis=1)
     past = {name: kind.past() for name, kind in cache.items()}
     meta, second = model.meta, past.get("meta_attention")
@@ -145,6 +151,14 @@ def step(
             kept = present & now[:, 0] if prefix and sparse else present
             new[name] = cache[name].append(captured[prefix + "keys"], captured[prefix + "values"], kept)
     return model.unembed(x)[:, 0], new
+
+
+def _read_whole(model: LM, text: Text) -> Float[Array, "B V"]:
+    """Logits after the last token of each row."""
+    positions = jnp.broadcast_to(jnp.arange(text.tokens.shape[1]), text.tokens.shape)
+    segment_ids = (positions < text.length[:, None]).astype(jnp.int32)
+    x, _ = model.decode(model.embed(text.tokens, positions), positions=positions, segment_ids=segment_ids)
+    return model.unembed(jnp.take_along_axis(x, text.length[:, None, None] - 1, axis=1))[:, 0]
 
 
 @partial(jax.jit, static_argnames=("capacity", "meta_capacity"))

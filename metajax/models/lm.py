@@ -182,6 +182,7 @@ class LM(nnx.Module):
         for name in capture:
             require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
         if self.cfg.hybrid is not None:
+            require(not past, "a hybrid model takes no cache of earlier tokens; give it whole rows")
             inputs = {"positions": self._positions(positions, meta_slots, "causal"), "segment_ids": segment_ids}
             return self._finish(*self.blocks(x, **inputs, capture=capture, scan=self._scan), capture)
         rows = self._rows(positions, segment_ids, meta_slots)

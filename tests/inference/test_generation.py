@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import MetaTokens, UserError
+from metajax.config import Hybrid, MetaTokens, UserError
 from metajax.data.tokenizers import Bytes
 from metajax.inference.decoding import Sampling
 from metajax.inference.generation import generate, meta_layout, room_for_prompt, stream
@@ -15,15 +15,25 @@ TOKENIZER = Bytes()
 GREEDY = Sampling(temperature=0.0)
 
 
-def make(tiny_config, meta=None):
-    config = tiny_config(meta_tokens=meta)
+HYBRID = {
+    "model.hybrid": Hybrid(meta_tokens=3, state=4),
+    "model.layers": 1,
+    "model.window": 4,
+    "runtime.implementation": "reference",
+}
+
+
+def make(tiny_config, meta=None, **changes):
+    config = tiny_config(meta_tokens=meta, **changes)
     model = build_model(config, TOKENIZER.vocabulary.size, jax.random.key(3))
     return config, jax.tree.map(lambda x: x * 4, model)  # sharper logits than fresh weights give
 
 
-@pytest.mark.parametrize("meta", [None, MetaTokens(rate=0.25)])
-def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta):
-    config, model = make(tiny_config, meta)
+@pytest.mark.parametrize(
+    ("meta", "changes"), [(None, {}), (MetaTokens(rate=0.25), {}), (None, HYBRID)], ids=["plain", "meta_tokens", "hybrid"]
+)
+def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta, changes):
+    config, model = make(tiny_config, meta, **changes)
     text, _ = generate(model, config, TOKENIZER, ["ab", "a longer prompt"], count=6, sampling=GREEDY)
     slots = config.row_slots
     metas = meta_layout(slots, meta.rate) if meta else np.zeros(0, int)
