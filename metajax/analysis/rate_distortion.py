@@ -4,7 +4,7 @@ Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), section 5
 q(z | h) = N(mu(h), diag sigma(h)^2), a decoder softmax(W z + b) and the prior N(0, I) are trained on
 E[-ln q(y | z)] + beta KL(q(z | h) || N(0, I)), 50 list-recall examples, batch 1, 5 epochs, beta from 0.01 to 1.
 Not stated in the paper and chosen here: linear mu and ln sigma, the width of z, Adam's rate, the grid of beta, the label (the answer's
-first token), the layer (the last, behind the final norm), the number of seeds, how the heads begin (N(0, 1 / inputs), biases 0).
+first token), the layer (the last, behind the final norm), the number of seeds, how the heads begin (as PyTorch's linear maps do).
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class Chance(NamedTuple):
 
 
 def draw(seed: int, budget: Budget, count: int, width: int, vocab_size: int) -> Chance:
-    """The draws of a seed; weights from N(0, 1 / inputs), biases 0, examples in a new order each epoch."""
+    """The draws of a seed; weights and biases uniform within 1 / sqrt(inputs), examples in a new order each epoch."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    linear = lambda inputs, *shape: ((2 * rng.random(shape, np.float32) - 1) / np.sqrt(inputs)).astype(np.float32)  # noqa: E731
     head = {
-        "encoder": normal(width, 2 * WIDTH) / np.sqrt(width, dtype=np.float32), "encoder_bias": np.zeros(2 * WIDTH, np.float32),
-        "decoder": normal(WIDTH, vocab_size) / np.sqrt(WIDTH, dtype=np.float32), "decoder_bias": np.zeros(vocab_size, np.float32),
+        "encoder": linear(width, width, 2 * WIDTH), "encoder_bias": linear(width, 2 * WIDTH),
+        "decoder": linear(WIDTH, WIDTH, vocab_size), "decoder_bias": linear(WIDTH, vocab_size),
     }  # fmt: skip
     epochs = -(-budget.updates * budget.batch // budget.examples)
     order = np.concatenate([rng.permutation(budget.examples) for _ in range(epochs)])[: budget.updates * budget.batch]

@@ -19,10 +19,10 @@ def test_rate_and_distortion_by_hand():
     head = draw(1, Budget(6, 1, 5), 6, 8, 4).head
     noise = np.random.default_rng(1).normal(size=(6, WIDTH)).astype(np.float32)
     rate, distortion = rate_and_distortion(head, h, labels, jnp.asarray(noise))
-    encoded = np.asarray(h @ head["encoder"], np.float64)
+    encoded = np.asarray(h @ head["encoder"] + head["encoder_bias"], np.float64)
     mu, sigma = encoded[:, :WIDTH], np.exp(encoded[:, WIDTH:])
     assert rate == pytest.approx(np.mean(np.sum((mu**2 + sigma**2 - 1) / 2 - np.log(sigma), axis=1)), rel=1e-5)
-    logits = (mu + sigma * noise) @ np.asarray(head["decoder"], np.float64)
+    logits = (mu + sigma * noise) @ np.asarray(head["decoder"], np.float64) + np.asarray(head["decoder_bias"])
     assert distortion == pytest.approx(-np.mean(log_softmax(logits, axis=1)[np.arange(6), labels]), rel=1e-5)
     z = mu[0] + sigma[0] * np.random.default_rng(2).normal(size=(40_000, WIDTH))
     sampled = np.mean(np.sum(-0.5 * ((z - mu[0]) / sigma[0]) ** 2 - np.log(sigma[0]) + 0.5 * z**2, axis=1))
