@@ -17,6 +17,7 @@ jaxtyping.install_import_hook(
     ["metajax.models", "metajax.analysis", "metajax.ops", "metajax.training.losses", "kernels_pallas"], "beartype.beartype"
 )  # before any of them is imported
 
+from metajax import registry  # noqa: E402
 from metajax.config import Config, Data, Evaluation, Model, Optimizer, Runtime, Training, override  # noqa: E402
 from metajax.data.pipeline import Paths  # noqa: E402
 
@@ -131,6 +132,14 @@ def tiny_config(tiny_corpus):
         runtime=Runtime(log_every=1),
     )
     return lambda **changes: override(base, changes)
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """All experiments of the project; what the test registers is gone after it."""
+    registry.load()  # before: a module registers what it defines at its first import alone
+    for where in ("_experiments", "_tables"):
+        monkeypatch.setattr(registry, where, dict(getattr(registry, where)))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -152,15 +152,13 @@ def test_init_from_a_run(command, tmp_path):
 
 
 @pytest.fixture
-def pair(monkeypatch):
+def pair(own_registry):
     """pair: a table whose rows start from pair_base, the second of them bound to fail."""
     from experiments.quickstart import quickstart
     from metajax import registry
     from metajax.config import override
     from metajax.registry import Row
 
-    monkeypatch.setattr(registry, "_experiments", dict(registry._experiments))
-    monkeypatch.setattr(registry, "_tables", dict(registry._tables))
     registry.experiment("pair_base", summary="s", minutes={"cpu": 1})(quickstart.base)
     rows = [Row("short"), Row("broken", {"optimizer.learning_rate": 1e30})]
     start = lambda scale: override(quickstart.base(scale), {"init.from": "pair_base", "evaluation.conditions": "none"})  # noqa: E731
@@ -377,12 +375,11 @@ def test_reader_processes(command, tmp_path):
     assert any((tmp_path / "c" / "jax").iterdir()), "compiled programs are kept by default"
 
 
-def test_the_readmes_example_registers_a_table():
+def test_the_readmes_example_registers_a_table(own_registry):
     from pathlib import Path
 
     from metajax import registry
 
-    registry.load()
     text = (Path(__file__).parents[1] / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
     assert 0 < len(code.strip().splitlines()) <= 6

@@ -29,11 +29,7 @@ ROWS = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(registry, "_experiments", dict(registry._experiments))
-    monkeypatch.setattr(registry, "_tables", dict(registry._tables))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 @pytest.fixture

@@ -202,8 +202,8 @@ def quickstart(root, cache):
 def results(root):
     [table] = (root / "quickstart").glob("cpu-*/table.json")
     result = json.loads(table.read_text())
-    curves = [curve(root / Path(run).relative_to(root)) for row in result["rows"] for run in row["runs"]]
-    return [row["values"] for row in result["rows"]], [row["counts"] for row in result["rows"]], curves
+    curves = [curve(root / run["folder"]) for row in result["rows"] for run in row["runs"]]
+    return [row["cells"] for row in result["rows"]], [row["cost"] for row in result["rows"]], curves
 
 
 def test_kill_9_during_the_quickstart_changes_no_number(tmp_path):
