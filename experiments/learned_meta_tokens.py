@@ -6,7 +6,7 @@ chosen on the plain model alone.
 
 from metajax.config import Config, Data, Evaluation, MetaTokens, Model, Optimizer, Runtime, Tasks, Training
 from metajax.models.presets import gpt2_small
-from metajax.registry import Column, Published, Row, table
+from metajax.registry import ByScale, Column, Published, Row, table
 
 PAPER = "Language Modeling with Learned Meta-Tokens (arXiv 2509.16278)"
 FIGURE_1 = "figure 1 of version 1, evaluated at length 512 after training at 512"
@@ -25,6 +25,8 @@ CONTROLS = {
     "periodic": {"meta_tokens.inject": "periodic"},
     "no_positions": {"model.position": "none"},
 }
+# A window that YaRN can lengthen 4 and 8 times within the longest rows of the scale; the larger scales start from their main model.
+SHORT = {"data.row_length": ByScale(cpu=32), "data.batch_rows": ByScale(cpu=32)}
 RATES = {f"rate_{percent:02d}": {"meta_tokens.rate": percent / 100} for percent in (2, 5, 20)}
 
 
@@ -53,6 +55,14 @@ def _paper() -> Config:
         *(Row(name, changes, group="models of the paper") for name, changes in MODELS.items()),
         *(Row(name, changes, group="controls", core=name == "second_causal") for name, changes in CONTROLS.items()),
         *(Row(name, changes, group="share of meta-tokens", core=False) for name, changes in RATES.items()),
+        Row(
+            "short_rope",
+            PLAIN | SHORT,
+            group="short windows",
+            core=False,
+            note="at cpu scale a window of 32, for the table on YaRN",
+        ),
+        Row("short_meta_rope", SHORT, group="short windows", core=False),
     ],
     columns=[Column("bits/byte", "eval.none.bpb")],
     baseline="plain_rope",
@@ -100,7 +110,7 @@ def fine_tuned(scale: str) -> Config:
         ),
         model=base.model,
         meta_tokens=base.meta_tokens,
-        tasks=Tasks(train_length=longest, eval_lengths=(longest // 2, longest, 2 * longest), **small),
+        tasks=Tasks(train_length=longest, eval_lengths=(longest // 2, longest, 2 * longest, 4 * longest), **small),
         optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=50),
         training=Training(steps=steps),
         evaluation=Evaluation(documents=0, sample_tokens=0),
@@ -120,12 +130,13 @@ def accuracies(length: str) -> list[Column]:
 
 
 TRAINED = accuracies("trained")
+# Upper ends of the bins that are evaluated, as the base of fine-tuning has them. The window is the row length of pre-training.
 LENGTHS = {
-    "cpu": {"trained": "64", "beyond": "128"},
-    "gpu": {"trained": "256", "beyond": "512"},
-    "paper": {"trained": "512", "beyond": "1024"},
-}
+    "half": ByScale("32", "128", "256"), "trained": ByScale("64", "256", "512"), "window": ByScale("128", "512", "1024"),
+    "beyond": ByScale("256", "1024", "2048"),
+}  # fmt: skip
 BY_TASK = {task: {"tasks.names": (task,)} for task in TASKS}
+MINUTES = {"cpu": 1.2, "gpu": 8, "paper": 60}
 
 
 def stated(*percent: float) -> dict[str, Published]:
@@ -133,11 +144,9 @@ def stated(*percent: float) -> dict[str, Published]:
     return {column.key: Published(value, FIGURE_1) for column, value in zip(TRAINED, percent, strict=True)}
 
 
-@table(
-    "learned_meta_tokens/main_tasks",
-    summary="accuracy on the four tasks after pre-training and fine-tuning, at the longest length trained",
-    paper=f"{PAPER}, figure 1",
-    rows=[
+MAIN = {
+    row.name: row
+    for row in (
         Row("plain_ape", parent("plain_ape"), stated(3.6, 25.0, 60.0, 7.8)),
         Row("plain_rope", parent("plain_rope")),
         Row("meta_ape", parent("meta_ape"), stated(98.7, 80.9, 100.0, 98.5)),
@@ -147,10 +156,18 @@ def stated(*percent: float) -> dict[str, Published]:
             parent("second_causal"),
             note="as many parameters as meta_rope, its second attention plain causal: ours",
         ),
-    ],
+    )
+}
+
+
+@table(
+    "learned_meta_tokens/main_tasks",
+    summary="accuracy on the four tasks after pre-training and fine-tuning, at the longest length trained",
+    paper=f"{PAPER}, figure 1",
+    rows=list(MAIN.values()),
     columns=TRAINED,
     baseline="plain_rope",
-    minutes={"cpu": 3, "gpu": 8, "paper": 60},
+    minutes=MINUTES,
     parts=BY_TASK,
     fill=LENGTHS,
     notes=[
@@ -180,7 +197,7 @@ def main_tasks(scale: str) -> Config:
     ],
     columns=[column for column in TRAINED if column.part in ("list_recall", "copying")],
     baseline="meta_rope",
-    minutes={"cpu": 3, "gpu": 8, "paper": 60},
+    minutes=MINUTES,
     parts={task: BY_TASK[task] for task in ("list_recall", "copying")},
     fill=LENGTHS,
 )

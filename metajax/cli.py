@@ -281,13 +281,13 @@ def _run(options: argparse.Namespace, started: float) -> int:
     require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
     startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
 
-    def run_one(config: Config, workdir: Path) -> dict[str, Any]:
+    def run_one(config: Config, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
         from metajax.experiment import run_experiment
 
         first = next(startup, {})
         if first:
             first["imports_seconds"] = time.monotonic() - started
-        return run_experiment(config, workdir, _paths(options), **first)
+        return run_experiment(config, workdir, _paths(options), analyses=analyses, **first)
 
     if isinstance(target, registry.Table) or options.sweeps:
         return _run_table(target, options, run_one)

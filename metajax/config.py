@@ -30,7 +30,7 @@ __all__ = [
 ]  # every sub-config and the access to them, from one place
 
 Scale = Literal["cpu", "gpu", "paper"]
-ANALYSES = ("interventions", "sharpening", "caching", "attention", "theory", "rate_distortion")  # in metajax/analysis
+ANALYSES = ("interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead")  # in metajax/analysis
 
 
 # ------------------------------------------------------------------------------------------------- sub-configs
@@ -60,6 +60,7 @@ class Data:
     packing: Literal["concat", "best_fit"] = "concat"
     attend_across_documents: bool = False
     held_out: float = 0.05  # share of origins kept for evaluation
+    min_bytes: int = 0  # shorter documents are left out, of training and of evaluation
     on_bad_record: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class Data:
                 usable = min(weights) >= 0 and 0 < sum(weights) < math.inf
                 require(usable, f"{name} = {weights}: weights are finite, >= 0 and not all 0")
         require(self.row_length >= 8, f"data.row_length = {self.row_length}: a row holds at least 8 tokens")
+        require(self.min_bytes >= 0, f"data.min_bytes = {self.min_bytes}: not negative")
         require(self.batch_rows >= 1, f"data.batch_rows = {self.batch_rows}: a batch holds at least 1 row")
         require(0 < self.held_out < 1, f"data.held_out = {self.held_out}: a share between 0 and 1")
 
@@ -237,7 +239,6 @@ class Evaluation:
     documents: int = 400  # held-out documents, in an order fixed by the corpus; with tasks 0 leaves them out
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: int = 48  # length of the text sample in the report
-    analyses: tuple[str, ...] = ()  # made at the end of a run on tasks with meta-tokens, see `python run.py analyze --help`
 
     def __post_init__(self) -> None:
         for name in ("every", "documents", "sample_tokens"):
@@ -249,7 +250,6 @@ class Evaluation:
                 condition in known,
                 f"evaluation.conditions: unknown {condition!r}{nearest(condition, known)}; known: {', '.join(known)}",
             )
-        check_analyses("evaluation.analyses", self.analyses)
 
 
 def check_analyses(what: str, names: tuple[str, ...]) -> None:
@@ -319,11 +319,6 @@ class Config:
                 f"data.switch.step = {data.switch.step} is not before training.steps = {training.steps}",
             )
         self._check_lengths()
-        require(
-            not self.evaluation.analyses
-            or (self.meta_tokens is not None and self.tasks is not None and self.tasks.placement != "none"),
-            "evaluation.analyses needs prompts with meta-tokens: meta_tokens and tasks must be there, and tasks.placement not 'none'",
-        )
         if self.meta_tokens is not None:
             self.meta_tokens.check_position(self.model.position)
         shown = [c for c in self.evaluation.conditions if c != "none"]

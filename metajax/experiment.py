@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from metajax.analysis.analyses import run_analyses
 from metajax.analysis.study import Study, open_study
@@ -32,11 +31,13 @@ PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
 
 
 def run_experiment(
-    config: Config, workdir: Path, paths: Paths, *, started: float | None = None, imports_seconds: float = 0.0
-) -> dict[str, Any]:
+    config: Config, workdir: Path, paths: Paths, *, analyses: Sequence[str] = (), started: float | None = None,
+    imports_seconds: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
     """Run `config` in `workdir`, taking up whatever is there, and return its report.
 
     Args:
+      analyses: names of those to make on the trained model, where they have not been made.
       started: time.monotonic() of the command, of which `imports_seconds` went into imports; None: now.
 
     Raises:
@@ -51,13 +52,19 @@ def run_experiment(
             say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
             if not (workdir / "report.html").exists():
                 write_run_report(workdir)
-            return done
-        phases = Phases(started, {"imports": imports_seconds})
-        trained = Trainer(config, run, paths, phases).train()
-        report = _report(config, run, trained, time.monotonic() - started)
-        run.write("report.json", report)
-        write_run_report(workdir)
-        return report
+        else:
+            phases = Phases(started, {"imports": imports_seconds})
+            trained = Trainer(config, run, paths, phases).train()
+            done = _report(config, run, trained, time.monotonic() - started)
+            run.write("report.json", done)
+            write_run_report(workdir)
+        missing = [name for name in analyses if name not in done["analyses"]]
+        if missing:
+            study = open_run(workdir).study(config, paths)
+            done["analyses"] |= run_analyses(study, missing, workdir)
+            run.write("report.json", done)
+            write_run_report(workdir)
+        return done
     finally:
         run.close()
 
@@ -75,7 +82,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "counts": vars(trained.counts),
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": evaluate(config, trained.program, trained.corpora, model),
-        "analyses": analyze(config, trained.program, trained.corpora, model, run),
+        "analyses": {},
         "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens and config.tasks is None else None,
         "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
@@ -99,17 +106,6 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
             results[condition] = evaluate_held_out(program, corpora, model, condition)
             advance(1)
     return results
-
-
-def analyze(config: Config, program: Program, corpora: Corpora, model: Any, run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """The numbers of `config.evaluation.analyses` by name; what their figures need is left in the run's folder."""
-    names = config.evaluation.analyses
-    if not names:
-        return {}
-    if jax.process_count() > 1:
-        run.warn("evaluation.analyses are left out where several hosts train; `python run.py analyze` makes them on one")
-        return {}
-    return dict(run_analyses(open_study(program, corpora, model), names, run.path))
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ def open_run(workdir: Path) -> OpenedRun:
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:
     """The model's continuation of a held-out document, behind its metadata where training had it so; cut to fit a row."""
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
-    available = cache.documents("held_out", config.data.held_out)
+    available = cache.documents("held_out", config.data.held_out, config.data.min_bytes)
     long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
     candidates = long_enough if len(long_enough) else available
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])

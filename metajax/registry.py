@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from metajax.config import Config, Scale, UserError, nearest, override, require
+from metajax.config import Config, Scale, UserError, check_analyses, nearest, override, require
 
 SCALES: tuple[str, ...] = get_args(Scale)
 Base = Callable[[str], Config]
@@ -24,6 +24,24 @@ class Published:
 
 
 @dataclass(frozen=True)
+class ByScale:
+    """A value that differs between scales, for the changes and the `fill` of rows and tables: ByScale(cpu=32, gpu=128, paper=512)."""
+
+    cpu: Any = ...
+    gpu: Any = ...
+    paper: Any = ...
+
+    def __str__(self) -> str:
+        return ", ".join(f"{scale} {getattr(self, scale)}" for scale in SCALES if getattr(self, scale) is not ...)
+
+
+def at_scale(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    """The mapping with every ByScale replaced by its value at that scale; without those that have none there."""
+    found = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not ...}
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a table: the fields that differ from the base, and what the paper reports for it."""
 
@@ -34,9 +52,8 @@ class Row:
     note: str = ""  # one line below the table
     group: str = ""  # rows in succession with the same group stand under it as their heading
     of: str = ""  # the experiment whose config and whose runs this row takes, instead of the table's base and runs of its own
-    fill: Mapping[str, str] = field(
-        default_factory=dict
-    )  # for {names} in the columns' paths: rows that read one run in several ways
+    # For {names} in the columns' paths: rows that read one run in several ways.
+    fill: Mapping[str, str | ByScale] = field(default_factory=dict)
     parts: tuple[str, ...] = ()  # those of the table's parts that this row has; empty: all of them
 
     def paper(self, key: str) -> Published | None:
@@ -89,11 +106,11 @@ class Table:
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> what it changes
-    fill: Mapping[str, Mapping[str, str]] = field(
-        default_factory=dict
-    )  # scale -> {names} in the columns' paths, below a row's own
+    fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # for {names} in the columns' paths, below a row's own
+    analyses: tuple[str, ...] = ()  # of every run, made where a run has not been through them; columns read `analyses.NAME...`
 
     def __post_init__(self) -> None:
+        check_analyses(f"table {self.name}", self.analyses)
         names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
         for what, words in (("rows", names), ("columns", keys)):
             require(len(words) == len(set(words)), f"table {self.name}: two of its {what} have the same name")
@@ -120,7 +137,7 @@ class Table:
 
     def filled(self, row: Row, scale: str) -> dict[str, str]:
         """What {names} in the columns' paths stand for in this row."""
-        return {**self.fill.get(scale, {}), **row.fill}
+        return at_scale({**self.fill, **row.fill}, scale)
 
     def parts_of(self, row: Row) -> tuple[str, ...]:
         """The parts that a row has a run for; ("",) in a table without parts."""
@@ -136,8 +153,8 @@ class Table:
         """The config of one row, of one of its parts, at a scale."""
         _require_scale(self.name, self.scales, scale)
         if row.of:
-            return override(find_experiment(_joined(row.of, part)).build(scale), row.changes)
-        config = override(override(self.base(scale), row.changes), self.parts.get(part, {}))
+            return override(find_experiment(_joined(row.of, part)).build(scale), at_scale(row.changes, scale))
+        config = override(override(self.base(scale), at_scale(row.changes, scale)), at_scale(self.parts.get(part, {}), scale))
         return replace(config, name=_joined(self.name, row.name, part), scale=scale)
 
 
@@ -166,7 +183,7 @@ _tables: dict[str, Table] = {}
 def table(
     name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
     minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any]] | None = None,
-    fill: Mapping[str, Mapping[str, str]] | None = None,
+    fill: Mapping[str, str | ByScale] | None = None, analyses: Sequence[str] = (),
 ) -> Callable[[Base], Table]:  # fmt: skip
     """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
 
@@ -192,6 +209,7 @@ def table(
             tuple(notes),
             parts or {},
             fill or {},
+            tuple(analyses),
         )
         _add(_tables, name, made)
         for row in (row for row in made.rows if not row.of):

@@ -28,7 +28,7 @@ def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, change
     require(len(axes) == len(words), "--sweep: a field is swept twice; give all of its values at once")
     for field in axes:
         require(field not in changes, f"--sweep {field}: it is set with --set too; leave one of them out")
-    fill = experiment.row.fill if experiment.row else {}
+    fill = {**experiment.table.fill, **experiment.row.fill} if experiment.table else {}
     rows = [
         Row(" ".join(f"{field}={value}" for field, value in zip(axes, values, strict=True)), dict(zip(axes, values, strict=True)),
             of=experiment.name, fill=fill)

@@ -9,6 +9,7 @@ from typing import Any
 from metajax.analysis.attention_maps import attention
 from metajax.analysis.caching import caching
 from metajax.analysis.interventions import interventions
+from metajax.analysis.overhead import overhead
 from metajax.analysis.rate_distortion import rate_distortion
 from metajax.analysis.sharpening import sharpening
 from metajax.analysis.study import Study
@@ -17,7 +18,7 @@ from metajax.reporting.records import write_json
 
 FOLDER = "analysis"  # of a run's folder
 _FUNCTIONS: dict[str, Callable[[Study], dict[str, Any]]] = {
-    function.__name__: function for function in (interventions, sharpening, caching, attention, theory, rate_distortion)
+    function.__name__: function for function in (interventions, sharpening, caching, attention, theory, rate_distortion, overhead)
 }
 
 

@@ -78,10 +78,11 @@ class TokenCache:
         """Identity of the content: sha256 over the token ids and the metadata of all documents."""
         return self.manifest["sha256"]
 
-    def documents(self, split: str, held_out: float) -> np.ndarray:
-        """Ids of the documents on one side of the split by origin, in corpus order; split is "train" or "held_out"."""
-        mask = np.asarray(self.origins) < round(held_out * BUCKETS)
-        return np.flatnonzero(mask if split == "held_out" else ~mask)
+    def documents(self, split: str, held_out: float, min_bytes: int = 0) -> np.ndarray:
+        """Ids of the documents of at least `min_bytes` on one side of the split by origin ("train" or "held_out"), in corpus order."""
+        is_held_out = np.asarray(self.origins) < round(held_out * BUCKETS)
+        wanted = is_held_out if split == "held_out" else ~is_held_out
+        return np.flatnonzero(wanted & (np.asarray(self.bytes) >= min_bytes))
 
     def metadata_of(self, document: int) -> dict[str, str]:
         """The metadata of one document; reads its row group alone."""

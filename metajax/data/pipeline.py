@@ -172,8 +172,12 @@ def training_rows(corpora: Corpora) -> grain.MapDataset:
         )
     streams = []
     for i, cache in enumerate(corpora.caches):
-        documents = cache.documents("train", data.held_out)
-        require(len(documents) > 0, f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all")
+        documents = cache.documents("train", data.held_out, data.min_bytes)
+        require(
+            len(documents) > 0,
+            f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all, or data.min_bytes = "
+            f"{data.min_bytes} does",
+        )
         order = documents[np.argsort(uniform_hash(derive_seed("order", config.seed, i), documents), kind="stable")]
         rows = grain.MapDataset.source(_rows(corpora, cache, "training", order, data.packing))
         streams.append(rows.shuffle(seed=derive_seed("shuffle", config.seed, i)).repeat())
@@ -231,7 +235,7 @@ def held_out(corpora: Corpora, condition: str) -> HeldOut:
     config, data = corpora.config, corpora.config.data
     rows, documents, body_bytes = [], 0, 0
     for i, cache in enumerate(corpora.caches):
-        available = cache.documents("held_out", data.held_out)
+        available = cache.documents("held_out", data.held_out, data.min_bytes)
         require(
             len(available) > 0,
             f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out} or use a corpus of more origins",

@@ -24,7 +24,7 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
       condition: what the model is shown: "none", "right", "empty" or "shuffled" metadata.
 
     Returns:
-      bpb, nats_per_token, body_tokens, body_bytes, documents, metadata_tokens.
+      bpb, nats_per_token, perplexity (e to the nats a body token), body_tokens, body_bytes, documents, metadata_tokens.
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):
@@ -33,6 +33,7 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
     return {
         "bpb": nll / math.log(2.0) / data.body_bytes,
         "nats_per_token": nll / tokens,
+        "perplexity": math.exp(nll / tokens),
         "body_tokens": tokens,
         "body_bytes": data.body_bytes,
         "documents": data.documents,

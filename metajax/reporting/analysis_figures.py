@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from metajax.reporting.analysis_words import INTERVENTIONS, READINGS, SOURCES
+from metajax.reporting.analysis_words import INTERVENTIONS, READINGS, SOURCES, TWINS
 from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
 from metajax.reporting.tasks import title
 
@@ -244,6 +244,24 @@ def _rate_distortion(result: Result) -> Drawn:
     return drawn
 
 
+def _overhead(result: Result) -> Drawn:
+    figure, (steps, speed) = _panels(2, 1, 2.1)
+    names = list(TWINS)
+    for y, name in enumerate(names):
+        step, colour = result[name]["step"], look(y)[0]
+        spread = [[step["ratio"] - step["ratio_low"]], [step["ratio_high"] - step["ratio"]]]
+        steps.errorbar(step["ratio"], y, xerr=spread, fmt="o", color=colour, capsize=2)
+        speed.barh(y, result[name]["generation"]["tokens_per_second"], color=colour, alpha=0.75)
+    steps.axvline(1, color="#9aa0a8", linewidth=1)
+    for axes, label in ((steps, "time of a train step, x of the first"), (speed, "tokens generated per second")):
+        axes.set_yticks(range(len(names)), [TWINS[name] for name in names], fontsize=8.5)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color="#e7e9ec", linewidth=0.8)
+    caption = f"Medians of {result['rounds']} rounds in which every twin has its turn; whiskers are quartiles."
+    return [(to_svg(figure, "Time of a step and of generation"), caption)]
+
+
 # ---------------------------------------------------------------------------------------------------------- parts
 
 
@@ -281,5 +299,5 @@ def _token_ticks(axes: Axes, labels: list[str]) -> None:
 
 _DRAWERS = {
     "interventions": _interventions, "sharpening": _sharpening, "caching": _caching, "attention": _attention, "theory": _theory,
-    "rate_distortion": _rate_distortion,
+    "rate_distortion": _rate_distortion, "overhead": _overhead,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from metajax.atomic import write_text
 from metajax.config import Config
-from metajax.registry import Column, Row, Table
+from metajax.registry import Column, Row, Table, at_scale
 from metajax.reporting.records import FAILURE_LOG
 from metajax.reporting.statistics import Summary, Values, paired_difference, seeds_needed, summarize
 
@@ -66,7 +66,7 @@ def gather(
                 "name": row.name,
                 "group": row.group,
                 "note": row.note,
-                "changes": {k: str(v) for k, v in row.changes.items()} | ({"of": row.of} if row.of else {}),
+                "changes": {k: str(v) for k, v in at_scale(row.changes, scale).items()} | ({"of": row.of} if row.of else {}),
                 "runs": runs[row.name],
                 "cost": _cost(next((r for part in reports[row.name].values() for r in part if r), None)),
                 "cells": {c.key: _cell(c.key, row, basis, values) for c in table.columns},

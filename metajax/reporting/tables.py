@@ -25,7 +25,7 @@ from metajax.reporting.records import FAILURE_LOG, default_workdir, write_json
 from metajax.reporting.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
 from metajax.reporting.table_page import write_table_page
 
-RunOne = Callable[[Config, Path], dict[str, Any]]
+RunOne = Callable[[Config, Path, Sequence[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -131,25 +131,27 @@ def run_table(plan: TablePlan, run_one: RunOne) -> dict[str, Any]:
     """Run or resume every run of the plan and return the result; a run that fails is recorded, and the others go on.
 
     Args:
-      run_one: (config, workdir) -> the run's report; returns at once where the run is complete.
+      run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
     """
     jobs, result = plan.runs(), plan.write()
     failures: dict[Path, str] = {}
     shown = {run["folder"] for row in result["rows"] for run in row["runs"]}
     for number, run in enumerate(jobs, 1):
-        purpose = "" if run.workdir.relative_to(plan.root).as_posix() in shown else ", from which rows start"
+        is_row = run.workdir.relative_to(plan.root).as_posix() in shown
+        purpose = "" if is_row else ", from which rows start"
         say(f"[{number}/{len(jobs)}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}")
-        was_complete = (run.workdir / "report.json").exists()
-        reason = _attempt(run, run_one, failures)
+        report = run.workdir / "report.json"
+        before = report.stat().st_mtime_ns if report.exists() else None
+        reason = _attempt(run, run_one, plan.table.analyses if is_row else (), failures)
         if reason is not None:
             failures[run.workdir] = reason
             warn(f"failed: {reason}; the log is {run.workdir / FAILURE_LOG}")
-        if not was_complete:
+        if reason is not None or report.stat().st_mtime_ns != before:
             result = plan.write()
     return result
 
 
-def _attempt(run: Run, run_one: RunOne, failures: Mapping[Path, str]) -> str | None:
+def _attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> str | None:
     """Make one run; returns why it failed."""
     parent = next((p for p in run.parents if p in failures), None)
     if parent is not None:
@@ -159,7 +161,7 @@ def _attempt(run: Run, run_one: RunOne, failures: Mapping[Path, str]) -> str | N
     if last_failure(run.workdir) is not None:
         record_retry(run.workdir, _now())
     try:
-        run_one(run.config, run.workdir)
+        run_one(run.config, run.workdir, analyses)
     except Exception as error:  # whatever it is, the other rows do not depend on it; the log has the traceback
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         record_failure(run.workdir, _now(), reason, traceback.format_exc())

@@ -85,7 +85,8 @@ def _duration(minutes: float) -> str:
 
 
 def _short(value: Any) -> str:
-    return type(value).__name__ if hasattr(value, "__dataclass_fields__") else str(value)
+    is_config = hasattr(value, "__dataclass_fields__") and not isinstance(value, registry.ByScale)
+    return type(value).__name__ if is_config else str(value)
 
 
 def print_table_plan(plan: TablePlan) -> None:
@@ -96,7 +97,11 @@ def print_table_plan(plan: TablePlan) -> None:
     for row in plan.rows:
         of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row)]
         run, parents = of_row[0]
-        differs = ", ".join(f"{k} = {_short(v)}" for k, v in row.changes.items()) or (row.of and f"the runs of {row.of}") or "-"
+        differs = (
+            ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
+            or (row.of and f"the runs of {row.of}")
+            or "-"
+        )
         said = [(column.title, row.paper(column.key)) for column in table.columns]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
         start = parents[-1].config.name if parents else run.config.init.from_ or "-"

@@ -35,7 +35,10 @@ def analyze(paths, tmp_path, capsys):
 
 def test_at_the_end_of_a_run_and_from_the_command_line(tiny_config, paths, tmp_path, analyze):
     names = ("interventions", "sharpening", "caching", "theory")
-    report = run_experiment(tiny_config(**RUN | {"evaluation.analyses": names}), tmp_path / "run", paths)
+    config = tiny_config(**RUN)
+    assert run_experiment(config, tmp_path / "run", paths)["analyses"] == {}
+    run_experiment(config, tmp_path / "run", paths, analyses=names[:2])
+    report = run_experiment(config, tmp_path / "run", paths, analyses=names)
     saved = json.loads((tmp_path / "run" / "report.json").read_text())
     assert saved["analyses"].keys() == set(names)
     assert look_up(saved, "analyses.interventions.none.copying.32.exact") == look_up(saved, "eval.tasks.copying.32.exact")

@@ -14,7 +14,7 @@ from metajax.analysis.interventions import intervene, interventions
 from metajax.analysis.sharpening import sharpness
 from metajax.analysis.study import open_study, pooled
 from metajax.analysis.theory import meta_rows
-from metajax.config import MetaTokens, Tasks, UserError, override
+from metajax.config import MetaTokens, Tasks, UserError, check_analyses
 from metajax.data.pipeline import open_corpora
 from metajax.models.masks import Mask
 from metajax.models.rotary import rotary_table
@@ -171,7 +171,5 @@ def test_mistakes_are_named(opened):
         open_study(*opened(**{"tasks.placement": "none"}))
     with pytest.raises(UserError, match=r"raise model.max_positions"):
         open_study(*opened(**{"model.position": "learned"}), length=80)
-    with pytest.raises(UserError, match=r"evaluation.analyses: unknown 'cachin'; did you mean 'caching'"):
-        override(program.config, {"evaluation.analyses": "cachin"})
-    with pytest.raises(UserError, match="needs prompts with meta-tokens"):
-        override(program.config, {"evaluation.analyses": "caching", "meta_tokens": None})
+    with pytest.raises(UserError, match=r"--what: unknown 'cachin'; did you mean 'caching'"):
+        check_analyses("--what", ("cachin",))

@@ -43,7 +43,7 @@ def make_table(rows=ROWS):
     return Table("lab", f"three ways {HOSTILE}", "a paper <b>", base, rows, columns, "plain", {"cpu": 1}, ("cpu",), notes)
 
 
-def fake_run(config, workdir):
+def fake_run(config, workdir, analyses):
     """Write what a complete run leaves behind, and return its report."""
     row, rng = config.name.split("/")[-1], np.random.default_rng([config.seed, len(config.name)])
     workdir.mkdir(parents=True, exist_ok=True)

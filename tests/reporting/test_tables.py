@@ -9,7 +9,7 @@ import pytest
 from metajax import registry
 from metajax.config import Config, Training, UserError, config_hash, override, to_dict
 from metajax.lineage import resolve_parents
-from metajax.registry import Column, Published, Row
+from metajax.registry import ByScale, Column, Published, Row
 from metajax.reporting.formats import failures
 from metajax.reporting.records import FAILURE_LOG, write_json
 from metajax.reporting.tables import choose_rows, expected_minutes, plan_table, run_table
@@ -59,9 +59,10 @@ class Runs:
     """Stands in for training: writes the report of a complete run, counts what it is asked for, and fails where it is told to."""
 
     def __init__(self, fail=(), stop_after=None):
-        self.made, self.fail, self.stop_after = [], set(fail), stop_after
+        self.made, self.analysed, self.fail, self.stop_after = [], [], set(fail), stop_after
 
-    def __call__(self, config, workdir):
+    def __call__(self, config, workdir, analyses):
+        self.analysed.append((config.name, *analyses))
         if (workdir / "report.json").exists():
             return json.loads((workdir / "report.json").read_text())
         if self.stop_after is not None and len(self.made) == self.stop_after:
@@ -194,9 +195,9 @@ def test_a_failed_row_is_shown_and_the_others_go_on(table, tmp_path, page):
 def test_a_failed_parent_fails_its_rows_once_and_no_others(table, tmp_path):
     tried = []
 
-    def run_one(config, workdir):
+    def run_one(config, workdir, analyses):
         tried.append(config.name)
-        return Runs(fail={("lab_base/plain", 0)})(config, workdir)
+        return Runs(fail={("lab_base/plain", 0)})(config, workdir, analyses)
 
     result = run_table(plan_of(table, tmp_path, [0]), run_one)
     assert tried == ["lab_base/plain", "lab_table/scratch"]
@@ -284,8 +285,32 @@ def test_rows_may_read_one_run_in_several_ways(table, tmp_path):
     assert all(row["cells"]["eval.tasks.recall.{way}"]["difference"] is None for row in result["rows"])
 
 
+def test_a_tables_analyses_are_made_of_its_rows_alone(table, tmp_path):
+    rows = [Row("meta", of="lab_table/meta")]
+    made = registry.table(
+        "lab_look", summary="s", rows=rows, columns=COLUMNS[2:], baseline=None, minutes={"cpu": 2}, analyses=["sharpening"]
+    )
+    runs = Runs()
+    run_table(plan_of(made(base), tmp_path, [0]), runs)
+    assert runs.analysed == [("lab_base/plain",), ("lab_table/meta", "sharpening")]
+    with pytest.raises(UserError, match="table lab_no: unknown 'sharpning'; did you mean 'sharpening'"):
+        registry.table("lab_no", summary="s", rows=rows, columns=[], baseline=None, minutes={"cpu": 2}, analyses=["sharpning"])(
+            base
+        )
+
+
+def test_what_a_row_changes_may_depend_on_the_scale(table):
+    rows = [Row("long", {"training.steps": ByScale(cpu=7, gpu=9)})]
+    made = registry.table(
+        "lab_by", summary="", rows=rows, columns=COLUMNS, baseline=None, minutes=dict.fromkeys(registry.SCALES, 1)
+    )
+    made(base)
+    steps = {scale: registry.find("lab_by/long").build(scale).training.steps for scale in registry.SCALES}
+    assert steps == {"cpu": 7, "gpu": 9, "paper": 100}, "a scale without a value keeps the base's"
+
+
 def test_what_a_path_names_may_depend_on_the_scale(tmp_path):
-    fill = {"cpu": {"way": "exact"}, "gpu": {"way": "no_position"}}
+    fill = {"way": ByScale(cpu="exact", gpu="no_position")}
     columns = [Column("%", "eval.tasks.recall.{way}", 1, "higher", 100)]
     rows = [Row("plain"), Row("meta", fill={"way": "no_position"})]
     made = registry.table(
