@@ -9,6 +9,7 @@ import argparse
 import fnmatch
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,12 +69,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _each(programs: Sequence[Program], measure: Callable[[Program], dict], workers: int) -> dict[str, dict]:
-    """Results by name, with a line for each as it comes."""
+    """Results by name, with a line for each as it comes and the seconds so far."""
     results: dict[str, dict] = {}
+    began = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
         for program, result in zip(programs, pool.map(measure, programs), strict=True):
             results[program.name] = result
-            print(f"[{len(results)}/{len(programs)}] {program.name}", flush=True)
+            print(f"[{len(results)}/{len(programs)}] {program.name}  {time.monotonic() - began:.0f} s", flush=True)
     return results
 
 

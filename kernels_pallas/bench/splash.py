@@ -68,12 +68,18 @@ def program(
     widths: tuple[int, int],
     heads: tuple[int, int],
     blocks: Blocks,
+    documents: int = 1,
 ) -> Program:
-    """Splash for `heads` (query, KV) heads; the prefix are the first `prefix` of the `length` keys. Rows as our own op has them."""
+    """Splash for `heads` (query, KV) heads; the prefix are the first `prefix` of the `length` keys. Rows as our own op has them.
+
+    Of several `documents` of equal length it knows by segment ids, which it compares in every tile that its mask visits.
+    """
     made = _kernel(length, window, prefix, heads[0], blocks)
 
     def run(q: Array, k: Array, v: Array) -> Array:
-        return jnp.moveaxis(made(*(jnp.moveaxis(x[0], 1, 0) for x in (q, k, v))), 0, 1)[None]
+        ids = jnp.arange(length) // (length // documents)
+        segments = splash.SegmentIds(ids, ids) if documents > 1 else None
+        return jnp.moveaxis(made(*(jnp.moveaxis(x[0], 1, 0) for x in (q, k, v)), segments), 0, 1)[None]
 
     def build() -> tuple[Callable, tuple]:
         (key, value), (h, kv) = widths, heads
@@ -88,7 +94,7 @@ def program(
         ]
     note = "blocks " + ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(dataclasses.astuple(blocks)))
     tiles = np.count_nonzero(made.fwd_mask_info.block_mask[0]) * blocks.forward[0] * blocks.forward[1]
-    share = allowed_pairs(length, window, prefix) / tiles
+    share = documents * allowed_pairs(length // documents, window, prefix) / tiles
     return Program("attention", shape, "splash", passes, build, tuple(kernels), share, note=note)
 
 
