@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from kernels_pallas.prefix_window_attention.reference import masked_softmax, with_meta
 from metajax import ops
 from metajax.config import Model, Runtime
-from metajax.models.attention import Taps
+from metajax.models.attention import Past, Taps
 from metajax.models.layers import Linear, Mlp, Norm, normal_param
 from metajax.models.mamba import Mamba
 from metajax.models.masks import Mask
@@ -40,7 +40,9 @@ _OF_LAYERS = (
     "conv_tail",  # [L, B, 3, C], last inputs of the convolution
     "ssm_state",  # float32[L, B, C, N], after the last token
 )
-CAPTURABLE = (*_OF_LAYERS, *(f"prefix_{name}" for name in _OF_LAYERS), "final")
+# "left" is what caches are made of: a tuple over the runs, of tuples over the layers of their groups, of what the layer leaves.
+CAPTURABLE = (*_OF_LAYERS, *(f"prefix_{name}" for name in _OF_LAYERS), "final", "left")
+Scan = Callable[..., tuple[Any, Any]]
 META_STD = 1.0  # of the initial meta tokens (released code)
 
 
@@ -53,13 +55,25 @@ class Kind(NamedTuple):
     window: int | None
 
 
-class Left(NamedTuple):
-    """What rows of tokens leave in a layer, for the tokens after them and for the layers that share keys and values."""
+# What rows of tokens leave in a layer, for the tokens after them and for the layers that share keys and values: of "attention", if the keys
+# are its own, (rotated k [B, T, KV, head_dim], v [B, T, KV, value_dim]); of "mamba" (tail [B, 3, C], state [B, C, N]).
+Left = dict[str, tuple[Array, Array]]
+Earlier = dict[str, Past | tuple[Array, Array]]  # of "attention" what `Past` has, of "mamba" (tail, state)
 
-    k: Array | None = None  # [B, T, KV, head_dim], rotated
-    v: Array | None = None  # [B, T, KV, value_dim]
-    tail: Array | None = None  # [B, 3, C]
-    state: Array | None = None  # [B, C, N]
+
+class Before(NamedTuple):
+    """What a layer finds; by "attention" stands there the layer whose keys it shares."""
+
+    prefix: Left  # of the meta tokens, B = 1
+    past: Earlier  # of the tokens before, for rows of one token
+    group: Left  # of these tokens in the earlier layers of the group
+
+
+class Known(NamedTuple):
+    """What a group, or a run of them, need not compute: for each of its layers."""
+
+    prefix: tuple[Left, ...] | None  # what the meta tokens left
+    past: tuple[Earlier, ...] | None
 
 
 class Row(NamedTuple):
@@ -67,6 +81,7 @@ class Row(NamedTuple):
 
     segment_ids: Int[Array, "B T"]
     rotary: Table | None
+    is_prefix: bool  # the meta tokens themselves, which see each other in any window
 
 
 def layer_groups(cfg: Model) -> list[tuple[Kind, ...]]:
@@ -102,26 +117,29 @@ class Heads(nnx.Module):
         self.kv_heads = kv_heads
 
     def __call__(
-        self, h: Float[Array, "B T width"], row: Row, before: Left | None, owner: Left | None, taps: Taps
-    ) -> tuple[Float[Array, "B T HD"], Array, Array]:
-        """(out, keys, values); `before`: what the meta tokens left, `owner`: what the layer left that shares its keys."""
+        self, h: Float[Array, "B T width"], row: Row, before: Before, taps: Taps
+    ) -> tuple[Float[Array, "B T HD"], tuple[Array, Array]]:
+        """(out, (keys, values))."""
         q = self._split(self.query(h), self.heads, row.rotary)
         if self.key is None:
-            k, v = owner.k, owner.v
+            k, v = before.group["attention"]
         else:
             k, v = self._split(self.key(h), self.kv_heads, row.rotary), self._split(self.value(h), self.kv_heads, None)
             taps.record("keys", k)
             taps.record("values", v)
-        meta_k, meta_v = (None, None) if before is None else (before.k[0], before.v[0])
-        options = {"mask": self.mask, "segment_ids": row.segment_ids, "implementation": self.implementation}
+        meta_k, meta_v = (x[0] for x in before.prefix["attention"]) if before.prefix else (None, None)
+        mask = Mask() if row.is_prefix else self.mask
+        options = {"mask": mask, "segment_ids": row.segment_ids, "implementation": self.implementation}
         out, lse = ops.attention(q, k, v, meta_k=meta_k, meta_v=meta_v, **options)
+        if "attention" in before.past:
+            out, lse = ops.join_past(out, lse, q, *before.past["attention"], implementation=self.implementation)
         taps.record("attention_lse", lse)
         if taps.wants("attention_probabilities"):
-            allow, keys = self.mask.dense(row.segment_ids), k
-            if before is not None:
+            allow, keys = mask.dense(row.segment_ids), k
+            if meta_k is not None:
                 allow, keys = jnp.pad(allow, ((0, 0), (0, 0), (len(meta_k), 0)), constant_values=True), with_meta(meta_k, k)
             taps.record("attention_probabilities", masked_softmax(q, keys, allow, scale=q.shape[-1] ** -0.5)[0])
-        return out.reshape(*out.shape[:2], -1), k, v
+        return out.reshape(*out.shape[:2], -1), (k, v)
 
     @staticmethod
     def _split(x: Array, heads: int, rotary: Table | None) -> Float[Array, "B T H D"]:
@@ -150,21 +168,21 @@ class Mixer(nnx.Module):
         self.output = Linear(keys[2], (self.inner, cfg.width), std=cfg.init_std, bias=False, axes=("ssm", "embed"))
 
     def __call__(
-        self, h: Float[Array, "B T width"], row: Row, before: Left | None, owner: Left | None, taps: Taps
+        self, h: Float[Array, "B T width"], row: Row, before: Before, taps: Taps
     ) -> tuple[Float[Array, "B T width"], Left]:
-        branches, left = [], Left()
+        branches, left = [], {}
         if self.attention is not None:
-            out, k, v = self.attention(h, row, before, owner, taps)
+            out, keys_values = self.attention(h, row, before, taps)
             taps.record("attention_branch", out)
             branches.append(out if self.attention_norm is None else self.attention_norm(out))
-            left = left._replace(k=k, v=v)
+            if self.attention.key is not None:
+                left["attention"] = keys_values
         if self.mamba is not None:
-            start = (None, None) if before is None else (before.tail[0], before.state[0])
-            y, tail, state = self.mamba(h, row.segment_ids, *start)
-            for name, value in (("ssm_branch", y), ("conv_tail", tail), ("ssm_state", state)):
+            start = [x[0] for x in before.prefix["mamba"]] if before.prefix else (None, None)
+            y, left["mamba"] = self.mamba(h, row.segment_ids, *start, *before.past.get("mamba", (None, None)))
+            for name, value in zip(("ssm_branch", "conv_tail", "ssm_state"), (y, *left["mamba"]), strict=True):
                 taps.record(name, value)
             branches.append(y if self.ssm_norm is None else self.ssm_norm(y))
-            left = left._replace(tail=tail, state=state)
         return self.output(self._fuse(branches)), left
 
     def _fuse(self, branches: list[Array]) -> Float[Array, "B T inner"]:
@@ -185,10 +203,10 @@ class Layer(nnx.Module):
         self.mlp, self.mlp_norm = (Mlp(cfg, keys[1]), Norm(cfg)) if cfg.mlp_width else (None, None)
 
     def __call__(
-        self, x: Float[Array, "B T width"], row: Row, before: Left | None, owner: Left | None, taps: Taps
+        self, x: Float[Array, "B T width"], row: Row, before: Before, taps: Taps
     ) -> tuple[Float[Array, "B T width"], Left]:
         taps.record("residual", x)
-        change, left = self.mixer(self.mixer_norm(x), row, before, owner, taps)
+        change, left = self.mixer(self.mixer_norm(x), row, before, taps)
         taps.record("mixer_out", change)
         x = x + change
         if self.mlp is not None:
@@ -206,20 +224,27 @@ class Group(nnx.Module):
         self.layers = nnx.List([Layer(cfg, kind, implementation, k) for kind, k in zip(kinds, keys, strict=True)])
 
     def __call__(
-        self, x: Array, meta: Array | None, row: Row, meta_row: Row, capture: tuple[str, ...]
-    ) -> tuple[Array, Array | None, dict[str, Array]]:
+        self, x: Array, meta: Array | None, row: Row, meta_row: Row, known: Known, capture: tuple[str, ...]
+    ) -> tuple[Array, Array | None, dict[str, Any]]:
         """Tokens and meta tokens through the layers: (x, meta, captured), captured stacked over the layers."""
         of_meta = tuple(name.removeprefix("prefix_") for name in capture if name.startswith("prefix_"))
         values: dict[str, list[Array]] = {}
-        before = left = None
-        for layer in self.layers:
+        prefix, past, group, lefts = {}, {}, {}, []
+        for i, layer in enumerate(self.layers):
             meta_taps, taps = Taps(of_meta), Taps(capture)
             if meta is not None:
-                meta, before = layer(meta, meta_row, None, before, meta_taps)
-            x, left = layer(x, row, before, left, taps)
+                meta, left = layer(meta, meta_row, Before({}, {}, prefix), meta_taps)
+                prefix = prefix | left
+            elif known.prefix is not None:
+                prefix = prefix | known.prefix[i]
+            past = past | (known.past[i] if known.past is not None else {})
+            x, left = layer(x, row, Before(prefix, past, group), taps)
+            group = group | left
+            lefts.append(left)
             for name, value in (taps.values | {f"prefix_{name}": value for name, value in meta_taps.values.items()}).items():
                 values.setdefault(name, []).append(value)
-        return x, meta, {name: jnp.stack(found) for name, found in values.items()}
+        captured = {name: jnp.stack(found) for name, found in values.items()}
+        return x, meta, captured | ({"left": tuple(lefts)} if "left" in capture else {})
 
 
 class HybridStack(nnx.Module):
@@ -244,25 +269,53 @@ class HybridStack(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         capture: tuple[str, ...],
-        scan: Callable[..., Any],
-    ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
-        """(residual stream, captured). scan(body, carry, stacked): `jax.lax.scan` with the model's unrolling and rematerialisation."""
-        count = self.cfg.hybrid.meta_tokens
-        meta = self.meta_tokens[...].astype(x.dtype)[None] if count else None
-        behind = jnp.where(positions < 0, positions, positions + count)  # the meta tokens are positions 0 .. M - 1
-        row = Row(segment_ids, self._rotary(behind))
-        meta_row = Row(jnp.ones((1, count), jnp.int32), self._rotary(jnp.arange(count)[None]))
+        scan: Scan,
+        prefix: Any = None,
+        past: Any = None,
+    ) -> tuple[Float[Array, "B T width"], dict[str, Any]]:
+        """(residual stream, captured). scan(body, carry, stacked): `jax.lax.scan` with the model's unrolling and rematerialisation.
 
-        def body(carry: tuple[Array, Array | None], group: Group) -> tuple[tuple[Array, Array | None], dict[str, Array]]:
-            x, meta, captured = group(*carry, row, meta_row, capture)
+        prefix: what `prefix` gave, so that the meta tokens stay out of it. past: in the same form, of what the tokens before left.
+        """
+        count = self.cfg.hybrid.meta_tokens
+        behind = jnp.where(positions < 0, positions, positions + count)  # the meta tokens are positions 0 .. M - 1
+        row = Row(segment_ids, self._rotary(behind), False)
+        meta = self.meta_tokens[...].astype(x.dtype)[None] if count and prefix is None else None
+        return self._through(x, meta, row, prefix, past, capture, scan)
+
+    def prefix(self, dtype: jnp.dtype, scan: Scan) -> tuple[tuple[Left, ...], ...] | None:
+        """What the meta tokens leave, by run and by layer of its group, stacked; None without meta tokens."""
+        if self.meta_tokens is None:
+            return None
+        x = self.meta_tokens[...].astype(dtype)[None]
+        return self._through(x, None, self._meta_row(), None, None, ("left",), scan)[1]["left"]
+
+    def _through(
+        self, x: Array, meta: Array | None, row: Row, prefix: Any, past: Any, capture: tuple[str, ...], scan: Scan
+    ) -> tuple[Array, dict[str, Any]]:
+        """All runs, with the meta tokens beside the batch where there are any: (residual stream, captured)."""
+        meta_row = self._meta_row()
+
+        def body(
+            carry: tuple[Array, Array | None], run: tuple[Group, Known]
+        ) -> tuple[tuple[Array, Array | None], dict[str, Any]]:
+            group, known = run
+            x, meta, captured = group(*carry, row, meta_row, known, capture)
             return (x, meta), captured
 
-        carry, values = (x, meta), {}
-        for run in self.runs:
-            carry, captured = scan(body, carry, run)
+        carry, values, lefts = (x, meta), {}, []
+        for i, run in enumerate(self.runs):
+            known = Known(prefix and prefix[i], past and past[i])
+            carry, captured = scan(body, carry, (run, known))
+            lefts.append(captured.pop("left", None))
             for name, value in captured.items():
                 values.setdefault(name, []).append(value.reshape(-1, *value.shape[2:]))
-        return carry[0], {name: jnp.concatenate(found) for name, found in values.items()}
+        stacked = {name: jnp.concatenate(found) for name, found in values.items()}
+        return carry[0], stacked | ({"left": tuple(lefts)} if "left" in capture else {})
+
+    def _meta_row(self) -> Row:
+        count = self.cfg.hybrid.meta_tokens
+        return Row(jnp.ones((1, count), jnp.int32), self._rotary(jnp.arange(count)[None]), True)
 
     def _rotary(self, positions: Int[Array, "B T"]) -> Table | None:
         return None if self.cfg.position == "none" else rotary_table(self.cfg, positions)

@@ -172,18 +172,21 @@ class LM(nnx.Module):
         segment_ids: Int[Array, "B T"],
         meta_slots: Int[Array, "B M"] | None = None,
         capture: tuple[str, ...] = (),
-        past: dict[str, Past] | None = None,
-    ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
+        past: Any = None,
+        prefix: Any = None,
+    ) -> tuple[Float[Array, "B T width"], dict[str, Any]]:
         """All blocks and the final norm on embeddings `x`: (normalised residual stream, captured intermediates).
 
-        past: for rows of one token, what the tokens before it left in "attention" and "meta_attention", stacked over the layers.
+        past: for rows of one token, what the tokens before it left in "attention" and "meta_attention" (`Past`), stacked over the layers;
+        of a hybrid in "attention" (`Past`) and "mamba" (conv tail, state), by run and layer as the capture "left" is.
+        prefix: what `meta_prefix` gave, so that a hybrid's meta tokens are not read again.
         """
         known = CAPTURABLE if self.cfg.hybrid is None else hybrid.CAPTURABLE
         for name in capture:
             require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
         if self.cfg.hybrid is not None:
-            require(not past, "a hybrid model takes no cache of earlier tokens; give it whole rows")
-            inputs = {"positions": self._positions(positions, meta_slots, "causal"), "segment_ids": segment_ids}
+            positions = self._positions(positions, meta_slots, "causal")
+            inputs = {"positions": positions, "segment_ids": segment_ids, "prefix": prefix, "past": past}
             return self._finish(*self.blocks(x, **inputs, capture=capture, scan=self._scan), capture)
         rows = self._rows(positions, segment_ids, meta_slots)
 
@@ -194,6 +197,10 @@ class LM(nnx.Module):
             return x, taps.values
 
         return self._finish(*self._scan(body, x, (self.blocks, past or {})), capture)
+
+    def meta_prefix(self) -> Any:
+        """What the meta tokens of a hybrid leave in its layers, the same for all texts; None for a model without any."""
+        return self.blocks.prefix(jnp.dtype(self.cfg.compute_dtype), self._scan) if self.cfg.hybrid is not None else None
 
     def _scan(self, body: Callable[..., Any], carry: Any, stacked: Any) -> tuple[Any, Any]:
         """`body` over stacked layers, unrolled and rematerialised as the run has it."""

@@ -42,20 +42,26 @@ class Mamba(nnx.Module):
         self,
         h: Float[Array, "B T width"],
         segment_ids: Int[Array, "B T"],
-        tail: Float[Array, "3 C"] | None,
-        state: Float[Array, "C N"] | None,
-    ) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"], Float[Array, "B C N"]]:
-        """(y, last inputs of the convolution, state after the last token); every segment starts from `tail` and `state` (None: zeros)."""
+        reset_tail: Float[Array, "3 C"] | None,
+        reset_state: Float[Array, "C N"] | None,
+        tail: Float[Array, "B 3 C"] | None = None,
+        state: Float[Array, "B C N"] | None = None,
+    ) -> tuple[Float[Array, "B T C"], tuple[Float[Array, "B 3 C"], Float[Array, "B C N"]]]:
+        """(y, (last inputs of the convolution, state after the last token)).
+
+        Every segment starts from `reset_tail` and `reset_state` (None: zeros), a row that goes on from `tail` and `state`.
+        """
         options = {"segment_ids": segment_ids, "implementation": self.implementation}
-        x, end = ops.causal_conv(self.input(h), self.conv[...], self.conv_bias[...], reset_tail=tail, **options)
+        tails, states = {"initial_tail": tail, "reset_tail": reset_tail}, {"initial_state": state, "reset_state": reset_state}
+        x, end = ops.causal_conv(self.input(h), self.conv[...], self.conv_bias[...], **tails, **options)
         selected = jnp.split(self.select(x), self.splits, axis=-1)
         norms = (self.step_norm, self.b_norm, self.c_norm)
         step, b, c = (part if norm is None else norm(part) for norm, part in zip(norms, selected, strict=True))
         rates = -jnp.exp(self.log_rate[...])
         y, last = ops.selective_scan(
-            x, self.step(step), rates, b, c, self.skip[...], self.step_bias[...], self.gate(h), reset_state=state, **options
+            x, self.step(step), rates, b, c, self.skip[...], self.step_bias[...], self.gate(h), **states, **options
         )
-        return y, end, last
+        return y, (end, last)
 
 
 def _step_bias(kind: str, channels: int, key: PRNGKeyArray) -> Float[Array, " C"]:

@@ -12,7 +12,7 @@ from metajax.models import presets
 from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, decay_mask, named_params, param_count
 
-T, VOCAB, M = 24, 32, 3
+T, VOCAB, M = 24, 32, 7
 CFG = Model(
     layers=3, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=4, init_std=0.15,
     hybrid=Hybrid(meta_tokens=M, full_layers=(0,), kv_groups=(1, 2), state=4),
