@@ -25,8 +25,6 @@ CONTROLS = {
     "periodic": {"meta_tokens.inject": "periodic"},
     "no_positions": {"model.position": "none"},
 }
-# A window that YaRN can lengthen 4 and 8 times within the longest rows of the scale; the larger scales start from their main model.
-SHORT = {"data.row_length": ByScale(cpu=32), "data.batch_rows": ByScale(cpu=32)}
 RATES = {f"rate_{percent:02d}": {"meta_tokens.rate": percent / 100} for percent in (2, 5, 20)}
 
 
@@ -55,18 +53,10 @@ def _paper() -> Config:
         *(Row(name, changes, group="models of the paper") for name, changes in MODELS.items()),
         *(Row(name, changes, group="controls", core=name == "second_causal") for name, changes in CONTROLS.items()),
         *(Row(name, changes, group="share of meta-tokens", core=False) for name, changes in RATES.items()),
-        Row(
-            "short_rope",
-            PLAIN | SHORT,
-            group="short windows",
-            core=False,
-            note="at cpu scale a window of 32, for the table on YaRN",
-        ),
-        Row("short_meta_rope", SHORT, group="short windows", core=False),
     ],
     columns=[Column("bits/byte", "eval.none.bpb")],
     baseline="plain_rope",
-    minutes={"cpu": 2, "gpu": 8, "paper": 2900},
+    minutes={"cpu": 0.6, "gpu": 8, "paper": 2900},
     notes=[
         "Bits per byte of held-out text; meta-tokens are context and never counted. All rows have the same row length, batch and steps, so "
         "meta-tokens are paid for out of the same budget.",
@@ -85,23 +75,27 @@ def pretrain(scale: str) -> Config:
             row_length=128 if cpu else 512,
             batch_rows=8 if cpu else 64,
         ),
-        model=Model(layers=2, width=64, heads=4, mlp_width=256, max_positions=256)
+        model=Model(layers=2, width=64, heads=4, mlp_width=256, max_positions=256, init_std=0.1)
         if cpu
         else Model(layers=8, width=512, heads=8, mlp_width=2048, max_positions=1024, compute_dtype="bfloat16"),
         meta_tokens=MetaTokens(rate=0.1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50),
-        training=Training(steps=1500 if cpu else 3000),
+        optimizer=Optimizer(learning_rate=1e-3 if cpu else 2e-3, warmup_steps=50),
+        training=Training(steps=600 if cpu else 3000),
         evaluation=Evaluation(documents=240),
         runtime=Runtime(save_every=500, log_every=50, unroll=0 if cpu else 1),
     )
 
 
 def fine_tuned(scale: str) -> Config:
-    """A pre-trained model on a task. Learning rate, batch and steps of fine-tuning are not stated in the paper."""
+    """A pre-trained model on a task. Learning rate, batch and steps of fine-tuning are not stated in the paper.
+
+    At cpu scale budget and sizes were chosen on plain_rope with one seed. Pre-training is gentle there: after 1,500 steps at 2e-3 the same
+    fine-tuning left list recall at chance.
+    """
     base = pretrain.base(scale)
     longest = {"cpu": 64, "gpu": 256, "paper": 512}[scale]
-    steps, batch_rows, learning_rate = {"cpu": (3000, 4, 2e-3), "gpu": (4000, 32, 5e-4), "paper": (10_000, 64, 3e-4)}[scale]
-    small = {"lists": 3, "items": 4, "bits": 8} if scale == "cpu" else {}
+    steps, batch_rows, learning_rate = {"cpu": (2000, 4, 2e-3), "gpu": (4000, 32, 5e-4), "paper": (10_000, 64, 3e-4)}[scale]
+    small = {"lists": 3, "items": 5, "bits": 16, "span": 24} if scale == "cpu" else {}
     return Config(
         name="learned_meta_tokens",
         data=Data(
@@ -136,7 +130,7 @@ LENGTHS = {
     "beyond": ByScale("256", "1024", "2048"),
 }  # fmt: skip
 BY_TASK = {task: {"tasks.names": (task,)} for task in TASKS}
-MINUTES = {"cpu": 1.2, "gpu": 8, "paper": 60}
+MINUTES = {"cpu": 1, "gpu": 8, "paper": 60}
 
 
 def stated(*percent: float) -> dict[str, Published]:

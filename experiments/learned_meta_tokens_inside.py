@@ -108,7 +108,7 @@ def extended(factor: int, tuned: int, position: str = "yarn", arm: str = "meta_r
     start = f"learned_meta_tokens/pretrain/{arm}"
     changes = {
         "model.position": position,
-        "init.from": ByScale(start.replace("pretrain/", "pretrain/short_").replace("plain_", ""), start, start),
+        "init.from": ByScale(f"learned_meta_tokens/pretrain_short/{arm}", start, start),
         "model.max_positions": ByScale(cpu=256, gpu=4096, paper=8192),
         "data.row_length": WINDOWS[factor],
         "data.batch_rows": ByScale(cpu=16 // factor, gpu=64 // factor, paper=64 // factor),
@@ -118,6 +118,20 @@ def extended(factor: int, tuned: int, position: str = "yarn", arm: str = "meta_r
     if position == "yarn":
         changes |= {"model.rope_factor": float(factor), "model.rope_original_length": WINDOW}
     return changes | (PLAIN if arm == "plain_rope" else {})
+
+
+@table(
+    "learned_meta_tokens/pretrain_short",
+    summary="pre-training in a window of 32, which YaRN can lengthen 8 times within the rows of this scale",
+    paper=f"ours, for the table on YaRN of {PAPER}",
+    rows=[Row("plain_rope", PLAIN), Row("meta_rope")],
+    columns=[Column("bits/byte", "eval.none.bpb")],
+    baseline="plain_rope",
+    minutes={"cpu": 0.6},
+)
+def pretrain_short(scale: str) -> Config:
+    config = pretrain.base(scale)
+    return replace(config, data=replace(config.data, row_length=WINDOW.cpu, batch_rows=32))
 
 
 def table_1(*percent: float) -> dict[str, Published]:
