@@ -57,7 +57,7 @@ class Data:
     tokenizer: str = "bpe:2048"
     row_length: int = 256
     batch_rows: int = 8  # rows of the global batch, whatever the number of hosts
-    packing: Literal["concat", "best_fit"] = "concat"
+    packing: Literal["concat", "best_fit", "new_document"] = "concat"  # metajax/data/packing.py
     attend_across_documents: bool = False
     held_out: float = 0.05  # share of origins kept for evaluation
     min_bytes: int = 0  # shorter documents are left out, of training and of evaluation
@@ -180,16 +180,31 @@ class Tasks:
 class Metadata:
     """Document metadata as text beside the body (Beyond URLs, URLs Help / Topics Guide, MeCo)."""
 
-    position: Literal["none", "prepend"] = "prepend"
-    template: str = "{url}"  # names of the document's metadata fields in braces
+    position: Literal["none", "prepend", "append", "both"] = "prepend"  # of the body; repeated at every piece of a cut document
+    template: str = "{url}"  # metadata fields in braces, with filters behind a bar: {url|host}; metajax/data/annotators.py
+    appended: str = ""  # position "both": the template behind the body; "": the same as in front
+    tokens: int = 0  # this many learnable tokens, the same for all documents, in place of the template (5 in Beyond URLs)
     wrap: Literal["special_tokens", "plain"] = "special_tokens"  # <|context_begin|> ... <|context_end|>, or the bare text
+    assigned: Literal["own", "shuffled"] = "own"  # shuffled: another document's, at random (the control in training)
     keep: float = 0.9  # share of documents that keep their metadata
     when_dropped: Literal["empty", "nothing"] = "empty"  # the empty pair of delimiters, or nothing at all
-    loss_weight: float = 0.0  # of predicting the metadata itself
+    loss_weights: tuple[float, float] = (0.0, 1.0)  # of predicting the metadata itself, in front of the body and behind it
+    bos_eos: Literal["outside", "inside"] = "outside"  # BOS metadata body metadata EOS, or metadata BOS body EOS metadata
+    too_long: Literal["stop", "drop"] = "stop"  # metadata that no row takes: an error, or dropped and counted; never cut
 
     def __post_init__(self) -> None:
         require(0 <= self.keep <= 1, f"metadata.keep = {self.keep}: a probability")
-        require(self.loss_weight >= 0, f"metadata.loss_weight = {self.loss_weight}: not negative")
+        require(min(self.loss_weights) >= 0, f"metadata.loss_weights = {self.loss_weights}: not negative")
+        require(0 <= self.tokens <= 11, f"metadata.tokens = {self.tokens}: a vocabulary keeps 11 for them")
+        require(
+            not self.appended or self.position == "both",
+            f"metadata.appended = {self.appended!r} needs metadata.position = 'both'; with 'append' the template itself stands behind",
+        )
+
+    @property
+    def in_front(self) -> bool:
+        """Whether metadata stands in front of the body."""
+        return self.position in ("prepend", "both")
 
 
 @dataclass(frozen=True)

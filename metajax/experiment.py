@@ -151,7 +151,7 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     candidates = long_enough if len(long_enough) else available
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
     context = None
-    if config.metadata is not None and config.metadata.position == "prepend":
+    if config.metadata is not None and config.metadata.in_front and not config.metadata.tokens:
         context = render(config.metadata.template, cache.metadata_of(document))
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
     shown = min(PROMPT_TOKENS, room // 2)

@@ -37,6 +37,7 @@ def inject(row: Row, rng: np.random.Generator, *, meta: MetaTokens, count: int, 
     out["is_metadata"][meta_slots] = False
     keeps_loss = np.append(is_real[1:], True) if meta.loss == "skip_meta_targets" else is_real
     out["loss_weights"] = out["loss_weights"] * keeps_loss
-    out["is_body"] = out["is_body"] & keeps_loss
+    for asked in ("is_body", "asks_metadata"):
+        out[asked] = out[asked] & keeps_loss
     out["meta_slots"] = meta_slots
     return out

@@ -44,12 +44,15 @@ def check_fields(template: str, available: set[str], corpus: str) -> None:
             )
 
 
+SHUFFLED = 0x5F0F  # sets the order of the shuffled control apart from the choice of who keeps metadata
+
+
 @dataclass(frozen=True)
 class MetadataIds:
-    """The ids in front of every piece of a document, by document.
+    """The ids beside every piece of a document, by document.
 
-    ids: int32 [N], the rendered strings of all documents end to end; offsets: int64 [D + 1]; owner: int32 [D], whose
-    string a document shows: its own, another's (the shuffled control), EMPTY for the empty pair, NOTHING for none.
+    ids: int32 [N], the strings end to end; offsets: int64 [S + 1]; owner: int32 [D], whose string a document shows: its own,
+    another's (the shuffled control), the one that all share, EMPTY for the empty pair, NOTHING for none.
     """
 
     ids: np.ndarray
@@ -68,9 +71,36 @@ class MetadataIds:
         return np.concatenate([self.before, own, self.after]).astype(np.int32)
 
     def lengths(self) -> np.ndarray:
-        """Metadata tokens in front of each piece of each document, delimiters included; int64 [D]."""
+        """Metadata tokens beside each piece of each document, delimiters included; int64 [D]."""
         own = np.diff(self.offsets)[np.maximum(self.owner, 0)] * (self.owner >= 0)
         return np.where(self.owner == self.NOTHING, 0, own + len(self.before) + len(self.after))
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Metadata in front of every piece of a document and behind it; None for none on that side.
+
+    outside: BOS and EOS stand outside the metadata (BOS metadata body metadata EOS), else next to the body.
+    loss_weights: of predicting metadata in front and behind.
+    """
+
+    front: MetadataIds | None = None
+    behind: MetadataIds | None = None
+    outside: bool = True
+    loss_weights: tuple[float, float] = (0.0, 1.0)
+
+    def ids(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 ids in front, int32 ids behind)."""
+        none = np.zeros(0, np.int32)
+        return tuple(none if side is None else side[document] for side in (self.front, self.behind))
+
+    def overhead(self, documents: np.ndarray) -> np.ndarray:
+        """Slots that a piece of each document needs beside its inputs, int64 [K]; an EOS in front of metadata takes one, too."""
+        front, behind = (
+            np.zeros(len(documents), np.int64) if side is None else side.lengths()[documents]
+            for side in (self.front, self.behind)
+        )
+        return front + behind + (0 if self.outside else behind > 0)
 
 
 def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
@@ -81,6 +111,11 @@ def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def dropped_owner(recipe: Metadata) -> int:
+    """What a document without its metadata shows: EMPTY or NOTHING; plain text has no empty pair."""
+    return MetadataIds.EMPTY if recipe.when_dropped == "empty" and recipe.wrap == "special_tokens" else MetadataIds.NOTHING
 
 
 def owners(
@@ -101,18 +136,23 @@ def owners(
       documents: int [K]; the documents in use, in order; others show nothing.
       seed: of this choice; documents of two sources are dropped independently when theirs differ.
       strings: int [D]; equal for documents with equal metadata, so that shuffling gives each another string. None: all differ.
+
+    In training `assigned` = "shuffled" draws a random document for each, its own string included at the rate of chance: never
+    meeting the own string would say something about it, and exchanging by groups would only rename them.
     """
     owner = np.full(len(has_metadata), MetadataIds.NOTHING, np.int32)
     if condition == "none" or (condition == "training" and recipe.position == "none"):
         return owner
-    dropped = MetadataIds.EMPTY if recipe.when_dropped == "empty" and recipe.wrap == "special_tokens" else MetadataIds.NOTHING
+    dropped = dropped_owner(recipe)
     owner[documents] = np.where(has_metadata[documents], documents, dropped)
+    sharing = documents[has_metadata[documents]]
     if condition == "training":
+        if recipe.assigned == "shuffled":
+            owner[sharing] = sharing[np.argsort(uniform_hash(seed ^ SHUFFLED, sharing), kind="stable")]
         owner[documents[uniform_hash(seed, documents) >= recipe.keep]] = dropped
     elif condition == "empty":
         owner[documents] = MetadataIds.EMPTY
     elif condition == "shuffled":
-        sharing = documents[has_metadata[documents]]
         require(
             len(sharing) != 1,
             "the shuffled control needs two documents with metadata to exchange it and found one; raise evaluation.documents",
@@ -122,6 +162,16 @@ def owners(
         grouped = sharing[np.argsort(group, kind="stable")]
         owner[grouped] = np.roll(grouped, sizes.max() if len(sizes) else 0)
     return owner
+
+
+def side_templates(recipe: Metadata) -> tuple[str | None, str | None]:
+    """Templates in front of the body and behind it, None where nothing stands; "" means the learnable tokens.
+
+    A recipe that trains without metadata is evaluated with metadata in front.
+    """
+    own = "" if recipe.tokens else recipe.template
+    front = own if recipe.position != "append" else None
+    return front, (recipe.appended or own) if recipe.position in ("append", "both") else None
 
 
 def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -2,8 +2,8 @@
 
 A document of n body tokens is the sequence BOS, b1 ... bn of n + 1 inputs whose targets are b1 ... bn, EOS. A piece is a
 run of those inputs; the target of a piece's last input is the next token of its document, so every body token is
-predicted exactly once, wherever rows are cut. Metadata is repeated in front of every piece of its document and takes
-room, never body tokens.
+predicted exactly once, wherever rows are cut. Metadata is repeated beside every piece of its document and takes room,
+never body tokens. The style "new_document" (MeCo) leaves out what of a row's last document does not fit.
 """
 
 from __future__ import annotations
@@ -43,21 +43,28 @@ def pack(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capaci
     Args:
       documents: int [D]; ids written to the index.
       inputs: int [D]; body length + 1 of each.
-      overhead: int [D]; metadata tokens in front of every piece of it, delimiters included.
+      overhead: int [D]; metadata tokens beside every piece of it, delimiters included.
       capacity: tokens of a row.
       style: "concat" fills each row to its end and cuts documents there; "best_fit" cuts only documents longer than a
-        row and places each piece in the fullest row that takes it (best-fit decreasing).
+        row and places each piece in the fullest row that takes it (best-fit decreasing); "new_document" begins every row
+        with a document and leaves out the rest of one that the row's end cuts.
 
     Raises:
       UserError: metadata leaves no room for body tokens in a row.
     """
-    if len(documents) and int(overhead.max()) > max(0, capacity - MIN_PIECE):
+    if len(documents) and int(overhead.max()) > most_overhead(capacity):
         worst = int(np.argmax(overhead))
         raise UserError(
             f"document {int(documents[worst])} has {int(overhead[worst])} metadata tokens, which leaves no room for its body in a row "
-            f"of {capacity}; choose a shorter metadata.template or a larger data.row_length"
+            f"of {capacity}; choose a shorter metadata.template or a larger data.row_length, or metadata.too_long=drop"
         )
-    return (_concat if style == "concat" else _best_fit)(documents, inputs, overhead, capacity)
+    styles = {"concat": _concat, "best_fit": _best_fit, "new_document": _new_document}
+    return styles[style](documents, inputs, overhead, capacity)
+
+
+def most_overhead(capacity: int) -> int:
+    """Metadata tokens that a row can take beside a piece that is worth it."""
+    return max(0, capacity - MIN_PIECE)
 
 
 def _concat(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int) -> RowIndex:
@@ -78,6 +85,21 @@ def _concat(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, cap
             if used == capacity:
                 offsets.append(len(pieces))
                 used = 0
+    if used:
+        offsets.append(len(pieces))
+    return RowIndex(np.array(pieces, np.int32).reshape(-1, 3), np.array(offsets, np.int64))
+
+
+def _new_document(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int) -> RowIndex:
+    pieces: list[tuple[int, int, int]] = []
+    offsets, used = [0], 0
+    for document, total, extra in zip(documents.tolist(), inputs.tolist(), overhead.tolist(), strict=True):
+        if used and capacity - used - extra < min(MIN_PIECE if extra else 1, total):
+            offsets.append(len(pieces))
+            used = 0
+        length = min(capacity - used - extra, total)
+        pieces.append((document, 0, length))
+        used += extra + length
     if used:
         offsets.append(len(pieces))
     return RowIndex(np.array(pieces, np.int32).reshape(-1, 3), np.array(offsets, np.int64))

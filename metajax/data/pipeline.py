@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,29 @@ import numpy as np
 from absl import flags
 
 from metajax.atomic import whole_folder
-from metajax.config import Config, Metadata, require
+from metajax.config import Config, require
 from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds, check_fields, delimiters, owners, uniform_hash
+from metajax.data.metadata import (
+    MetadataIds,
+    Sides,
+    check_fields,
+    delimiters,
+    dropped_owner,
+    owners,
+    side_templates,
+    uniform_hash,
+)
 from metajax.data.mixture import Mixture
-from metajax.data.packing import RowIndex, pack
+from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
+from metajax.progress import warn
 
+Note = Callable[[str], None]
 EVALUATION_SEED = 20_250_601  # held-out documents, their order and their meta-token slots are the same for every run
 
 
@@ -93,26 +104,50 @@ def open_corpora(config: Config, paths: Paths) -> Corpora:
 # ------------------------------------------------------------------------------------------------------ rows
 
 
-def _metadata_ids(
-    corpora: Corpora, cache: TokenCache, recipe: Metadata | None, condition: str, documents: np.ndarray
-) -> MetadataIds | None:
+def _one_side(corpora: Corpora, cache: TokenCache, template: str, condition: str, documents: np.ndarray) -> MetadataIds:
+    """A template's strings, or with "" the learnable tokens as the one string that all documents share."""
+    recipe, tokenizer = corpora.config.metadata, corpora.tokenizer
+    if template:
+        check_fields(template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
+        table = build_metadata_table(cache, tokenizer, template)
+        ids, offsets, present = table.ids, table.offsets, table.present
+    else:
+        ids, offsets = np.array(tokenizer.vocabulary.spare[: recipe.tokens], np.int32), np.array([0, recipe.tokens])
+        present = np.ones(len(cache), bool)
+    strings = table.strings(documents) if template and condition == "shuffled" else None
+    owner = owners(recipe, condition, present, documents, derive_seed("keep", corpora.config.seed, cache.key), strings)
+    owner = owner if template else np.minimum(owner, 0)
+    return MetadataIds(ids, offsets, owner, *delimiters(recipe, tokenizer))
+
+
+def _sides(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Sides:
+    """What stands beside the documents; metadata that no row takes is dropped and noted where the recipe says so."""
+    recipe = corpora.config.metadata
     if recipe is None or condition == "none" or (condition == "training" and recipe.position == "none"):
-        return None
-    check_fields(recipe.template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
-    table = build_metadata_table(cache, corpora.tokenizer, recipe.template)
-    strings = table.strings(documents) if condition == "shuffled" else None
-    owner = owners(recipe, condition, table.present, documents, derive_seed("keep", corpora.config.seed, cache.key), strings)
-    return MetadataIds(table.ids, table.offsets, owner, *delimiters(recipe, corpora.tokenizer))
+        return Sides()
+    front, behind = (
+        None if template is None else _one_side(corpora, cache, template, condition, documents)
+        for template in side_templates(recipe)
+    )
+    sides = Sides(front, behind, recipe.bos_eos == "outside", recipe.loss_weights)
+    most = most_overhead(row_capacity(corpora.config))
+    long = documents[sides.overhead(documents) > most]
+    if len(long) and recipe.too_long == "drop":
+        for side in filter(None, (front, behind)):
+            side.owner[long] = dropped_owner(recipe)
+        note(
+            f"{cache.manifest['source']['spec']}: the metadata of {len(long)} of {len(documents)} documents ({condition}) takes more than "
+            f"the {most} tokens that a row has for it and was dropped, first that of document {long.min()}"
+        )
+    return sides
 
 
-def _index(
-    corpora: Corpora, cache: TokenCache, metadata: MetadataIds | None, condition: str, documents: np.ndarray, style: str
-) -> RowIndex:
+def _index(corpora: Corpora, cache: TokenCache, sides: Sides, condition: str, documents: np.ndarray, style: str) -> RowIndex:
     """The packed row index, built once for each recipe, then memory-mapped and checked against its hash."""
     config = corpora.config
     capacity = row_capacity(config)
-    overhead = metadata.lengths()[documents] if metadata is not None else np.zeros(len(documents), np.int64)
-    recipe = hashlib.sha256(documents.tobytes() + overhead.astype(np.int64).tobytes()).hexdigest()
+    overhead = sides.overhead(documents)
+    recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
     if not folder.exists():
         index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style)
@@ -148,12 +183,19 @@ def meta_count(config: Config) -> int:
     return config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
 
 
-def _rows(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str) -> RowSource:
-    config = corpora.config
-    metadata = _metadata_ids(corpora, cache, config.metadata, condition, documents)
-    index = _index(corpora, cache, metadata, condition, documents, packing)
-    weight = config.metadata.loss_weight if config.metadata else 0.0
-    return RowSource(index, cache.__getitem__, metadata, corpora.tokenizer.vocabulary, row_capacity(config), weight)
+def _rows(
+    corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str, note: Note = warn
+) -> RowSource:
+    sides = _sides(corpora, cache, condition, documents, note)
+    index = _index(corpora, cache, sides, condition, documents, packing)
+    inputs = int(cache.lengths[documents].sum(dtype=np.int64)) + len(documents)
+    left_out = inputs - int(index.pieces[:, 2].sum(dtype=np.int64))
+    if left_out:
+        note(
+            f"{cache.manifest['source']['spec']}: data.packing={packing} leaves out {left_out:,} of {inputs:,} tokens, the rest of "
+            "documents that the end of a row cuts"
+        )
+    return RowSource(index, cache.__getitem__, sides, corpora.tokenizer.vocabulary, row_capacity(corpora.config))
 
 
 def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
@@ -163,8 +205,11 @@ def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: in
     return finish(row, attend_across_documents=config.data.attend_across_documents)
 
 
-def training_rows(corpora: Corpora) -> grain.MapDataset:
-    """Row n of the run, for every n: an endless random-access dataset that depends on the config and the seed alone."""
+def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
+    """Row n of the run, for every n: an endless random-access dataset that depends on the config and the seed alone.
+
+    `note` takes a line for each thing of the corpora that the rows leave out.
+    """
     config, data = corpora.config, corpora.config.data
     if config.tasks is not None:
         return grain.MapDataset.range(sys.maxsize).map(
@@ -179,7 +224,7 @@ def training_rows(corpora: Corpora) -> grain.MapDataset:
             f"{data.min_bytes} does",
         )
         order = documents[np.argsort(uniform_hash(derive_seed("order", config.seed, i), documents), kind="stable")]
-        rows = grain.MapDataset.source(_rows(corpora, cache, "training", order, data.packing))
+        rows = grain.MapDataset.source(_rows(corpora, cache, "training", order, data.packing, note))
         streams.append(rows.shuffle(seed=derive_seed("shuffle", config.seed, i)).repeat())
     equal = (1.0,) * len(streams)
     switch = data.switch
@@ -193,12 +238,12 @@ def training_rows(corpora: Corpora) -> grain.MapDataset:
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))
 
 
-def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1) -> grain.MapDataset:
-    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, slots]."""
+def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: Note = warn) -> grain.MapDataset:
+    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, slots]; `note` as above."""
     global_rows = corpora.config.data.batch_rows
     require(global_rows % hosts == 0, f"data.batch_rows = {global_rows} does not divide by {hosts} hosts")
     local = global_rows // hosts
-    rows = training_rows(corpora)
+    rows = training_rows(corpora, note)
 
     def local_row(n: int) -> Row:
         step, i = divmod(n, local)

@@ -6,6 +6,7 @@ Row anatomy (every array has one entry a slot; `finish` adds positions):
   loss_weights  float32  weight of that question in the training loss; 0 on padding
   is_body       bool     the target is a token of a document's body (what bits per byte counts)
   is_metadata   bool     the slot holds metadata or one of its delimiters (for counting and for `show --rows`)
+  asks_metadata bool     the target is such a token
   segment_ids   int32    documents of the row numbered from 1; 0 is padding
   positions     int32    index inside the segment
   meta_slots    int32    [M], where the meta-tokens are, sorted; absent without injection
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from metajax.data.metadata import MetadataIds
+from metajax.data.metadata import Sides
 from metajax.data.packing import RowIndex
 from metajax.data.tokenizers import Vocabulary
 
 Row = dict[str, np.ndarray]
+BEGIN, FRONT, BODY, BEHIND, END, NOTHING = range(6)  # what a slot holds, and what it is asked for
 
 
 class RowSource:
@@ -31,23 +33,17 @@ class RowSource:
     Args:
       index: which pieces make which row.
       read: document id -> its body ids.
-      metadata: the ids in front of every piece of a document; None for none.
+      metadata: what stands beside every piece of a document.
       vocabulary: special ids.
       capacity: slots of a row before meta-tokens are injected.
-      metadata_loss_weight: weight of predicting metadata tokens.
     """
 
     def __init__(
-        self,
-        index: RowIndex,
-        read: Callable[[int], np.ndarray],
-        metadata: MetadataIds | None,
-        vocabulary: Vocabulary,
-        capacity: int,
-        metadata_loss_weight: float = 0.0,
+        self, index: RowIndex, read: Callable[[int], np.ndarray], metadata: Sides, vocabulary: Vocabulary, capacity: int
     ):
-        self.index, self.read, self.metadata = index, read, metadata
-        self.vocabulary, self.capacity, self.metadata_loss_weight = vocabulary, capacity, metadata_loss_weight
+        self.index, self.read, self.metadata, self.vocabulary, self.capacity = index, read, metadata, vocabulary, capacity
+        front, behind = metadata.loss_weights
+        self._weights = np.array([0.0, front, 1.0, behind, 1.0, 0.0], np.float32)  # of BEGIN .. NOTHING as a target
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,6 +55,7 @@ class RowSource:
             "loss_weights": np.zeros(self.capacity, np.float32),
             "is_body": np.zeros(self.capacity, bool),
             "is_metadata": np.zeros(self.capacity, bool),
+            "asks_metadata": np.zeros(self.capacity, bool),
             "segment_ids": np.zeros(self.capacity, np.int32),
         }
         at = 0
@@ -72,30 +69,38 @@ class RowSource:
         return row
 
     def _piece(self, document: int, start: int, length: int) -> Row:
-        """Inputs start : start + length of a document, its metadata after the BOS or in front of a later piece."""
-        vocabulary, body = self.vocabulary, self.read(document)
-        # Inputs start .. start + length and one more, for the targets: BOS is input 0, EOS the target after the last token.
-        inside = body[max(start - 1, 0) : start + length]
-        before, after = [vocabulary.bos][: start == 0], [vocabulary.eos][: start + length > len(body)]
-        sequence = np.concatenate([before, inside, after]).astype(np.int32)
-        tokens, targets = sequence[:-1], sequence[1:]
-        weights = np.ones(length, np.float32)
-        is_body = np.arange(start, start + length) < len(body)  # the target after the last body token is EOS
-        meta = self.metadata[document] if self.metadata is not None else np.zeros(0, np.int32)
-        if not len(meta):
-            plain = np.zeros(length, bool)
-            return {"tokens": tokens, "targets": targets, "loss_weights": weights, "is_body": is_body, "is_metadata": plain}
-        # Metadata goes behind a BOS, whose question (the first body token) moves to the last metadata token. In front
-        # of a later piece that token asks nothing: the piece before has asked for its first token already.
-        head = 1 if start == 0 else 0
-        last = (targets[0], weights[0], is_body[0]) if head else (tokens[0], 0.0, False)
-        asked = np.full(len(meta) - 1 + head, self.metadata_loss_weight, np.float32)
+        """Inputs start .. start + length - 1 of a document between its metadata; input 0 is the BOS.
+
+        Every slot is asked for the next one, with two exceptions where a document is cut. In front of a later piece the last
+        metadata token asks nothing: the piece before has asked for the first body token already. The last body token of a
+        piece that goes on asks for that token, so that no body token is lost or depends on metadata behind the text; the
+        metadata behind it is asked for from its second token on.
+        """
+        body, (front, behind) = self.read(document), self.metadata.ids(document)
+        begins, ends = start == 0, start + length > len(body)
+        inside = body[max(start, 1) - 1 : start + length - 1]
+        bos, eos = ([self.vocabulary.bos] * begins, BEGIN), ([self.vocabulary.eos] * ends, END)
+        if self.metadata.outside:
+            parts = [bos, (front, FRONT), (inside, BODY), (behind, BEHIND), eos]
+        else:
+            parts = [(front, FRONT), bos, (inside, BODY), eos, (behind, BEHIND)]
+        stream = np.concatenate([ids for ids, _ in parts]).astype(np.int32)
+        kinds = np.repeat([kind for _, kind in parts], [len(ids) for ids, _ in parts])
+        targets, asked = np.append(stream[1:], self.vocabulary.pad).astype(np.int32), np.append(kinds[1:], NOTHING)
+        if not ends:
+            last = len(stream) - len(behind) - 1
+            targets[last], asked[last] = body[start + length - 1], BODY
+        if not begins and len(front):
+            asked[len(front) - 1] = NOTHING
+        if kinds[-1] == END:  # a target alone
+            stream, kinds, targets, asked = stream[:-1], kinds[:-1], targets[:-1], asked[:-1]
         return {
-            "tokens": np.concatenate([tokens[:head], meta, tokens[head:]]),
-            "targets": np.concatenate([meta if head else meta[1:], [last[0]], targets[head:]]),
-            "loss_weights": np.concatenate([asked, np.array([last[1]], np.float32), weights[head:]]),
-            "is_body": np.concatenate([np.zeros(len(asked), bool), [last[2]], is_body[head:]]),
-            "is_metadata": np.repeat([False, True, False], [head, len(meta), length - head]),
+            "tokens": stream,
+            "targets": targets,
+            "loss_weights": self._weights[asked],
+            "is_body": asked == BODY,
+            "is_metadata": (kinds == FRONT) | (kinds == BEHIND),
+            "asks_metadata": (asked == FRONT) | (asked == BEHIND),
         }
 
 

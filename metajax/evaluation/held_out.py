@@ -24,12 +24,15 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
       condition: what the model is shown: "none", "right", "empty" or "shuffled" metadata.
 
     Returns:
-      bpb, nats_per_token, perplexity (e to the nats a body token), body_tokens, body_bytes, documents, metadata_tokens.
+      bpb, nats_per_token, perplexity (e to the nats a body token), body_tokens, body_bytes, documents, metadata_tokens
+      (slots), metadata_nats_per_token (None where none is asked for).
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):
         sums = jax.device_get([program.eval_step(model, program.put(program.local_rows(batch))) for batch in data.batches])
-    nll, tokens = sum(float(s["body_nll"]) for s in sums), sum(int(s["body_tokens"]) for s in sums)
+    nll, tokens, metadata_nll, metadata_asked = (
+        sum(s[name].item() for s in sums) for name in ("body_nll", "body_tokens", "metadata_nll", "metadata_tokens")
+    )
     return {
         "bpb": nll / math.log(2.0) / data.body_bytes,
         "nats_per_token": nll / tokens,
@@ -38,4 +41,5 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
         "body_bytes": data.body_bytes,
         "documents": data.documents,
         "metadata_tokens": data.metadata_tokens,
+        "metadata_nats_per_token": metadata_nll / metadata_asked if metadata_asked else None,
     }

@@ -34,11 +34,13 @@ def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _head(config: Config, tokenizer: Tokenizer, context: str | None) -> list[int]:
-    """BOS, and the metadata between the delimiters it had in training."""
+    """BOS, and the metadata between the delimiters it had in training, on the side of BOS where it stood."""
     if context is None:
         return [tokenizer.vocabulary.bos]
-    before, after = delimiters(config.metadata or Metadata(), tokenizer)
-    return [tokenizer.vocabulary.bos, *before, *tokenizer.encode(context), *after]
+    recipe = config.metadata or Metadata()
+    before, after = delimiters(recipe, tokenizer)
+    metadata, bos = [*before, *tokenizer.encode(context), *after], [tokenizer.vocabulary.bos]
+    return bos + metadata if recipe.bos_eos == "outside" else metadata + bos
 
 
 def room_for_prompt(config: Config, tokenizer: Tokenizer, context: str | None) -> int:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from metajax.atomic import write_text
-from metajax.config import Config, flatten, from_dict
+from metajax.config import Config, Metadata, flatten, from_dict
 from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
 from metajax.reporting.records import conditions, read_config
@@ -19,9 +19,9 @@ from metajax.training.metrics import read_lines
 
 CONDITIONS = {  # of the evaluation: title, what the model was shown
     "none": ("No metadata", "The model sees the body alone."),
-    "right": ("Right metadata", "Each document comes behind its own metadata."),
-    "empty": ("Empty metadata", "Each document comes behind an empty pair of delimiters."),
-    "shuffled": ("Shuffled metadata", "Each document comes behind another document's metadata."),
+    "right": ("Right metadata", "Each document comes with its own metadata, where training had it."),
+    "empty": ("Empty metadata", "Each document comes with an empty pair of delimiters."),
+    "shuffled": ("Shuffled metadata", "Each document comes with another document's metadata."),
 }
 PHASES = {
     "imports": "imports",
@@ -144,12 +144,19 @@ def _run_sentence(report: dict[str, Any], config: Config) -> str:
     if config.meta_tokens is not None and config.tasks is None:
         extras.append(f"{config.meta_tokens.count(data.row_length)} meta-tokens in each row")
     if config.metadata is not None and config.metadata.position != "none":
-        extras.append(f"metadata {config.metadata.template!r} before {config.metadata.keep:.0%} of the documents")
+        extras.append(_metadata_words(config.metadata))
     return (
         f"A decoder of {model.layers} layers, width {model.width} and {short_count(report['parameters']['total'])} parameters, trained for "
         f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} slots on {', '.join(map(title, config.tasks.names)) if config.tasks else ', '.join(data.sources)}"
         f"{', with ' + ' and '.join(extras) if extras else ''}."
     )
+
+
+def _metadata_words(recipe: Metadata) -> str:
+    what = f"{recipe.tokens} learnable tokens" if recipe.tokens else f"metadata {recipe.template!r}"
+    whose = " of another document" if recipe.assigned == "shuffled" else ""
+    where = {"prepend": "before", "append": "behind", "both": "before and behind"}[recipe.position]
+    return f"{what}{whose} {where} {recipe.keep:.0%} of the documents"
 
 
 def _condition(name: str, result: dict[str, Any]) -> dict[str, str]:

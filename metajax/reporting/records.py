@@ -152,8 +152,9 @@ class RunDirectory:
     def warn(self, message: str) -> None:
         """Say a warning and record it, so that it reaches report.json also when this process dies first."""
         warn(message)
-        self.warnings.append(message)
-        self.write("warnings.json", self.warnings)
+        if message not in self.warnings:  # a start after the first says it again
+            self.warnings.append(message)
+            self.write("warnings.json", self.warnings)
 
 
 def check_data(workdir: Path, key: str, tokenizer: str) -> dict[str, str] | None:

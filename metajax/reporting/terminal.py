@@ -180,25 +180,27 @@ def print_curriculum(config: Config, paths: Any) -> None:
 
 
 def print_rows(config: Config, paths: Any, count: int) -> None:
-    """The first `count` training rows decoded: metadata blue, meta-tokens magenta, no loss dim, padding left out."""
+    """The first `count` training rows as runs of slots: what they hold, what they are asked for, and their text."""
     from metajax.data.pipeline import open_corpora, training_rows
+    from metajax.reporting.rows import LEGEND, runs
 
     corpora = open_corpora(config, paths)
     rows = training_rows(corpora)
     for n in range(count):
         row = rows[n]
-        used = row["segment_ids"] > 0
-        text = Text()
-        for slot in np.flatnonzero(used):
-            token = int(row["tokens"][slot])
-            is_meta = token == corpora.tokenizer.vocabulary.meta
-            style = "magenta" if is_meta else "blue" if row["is_metadata"][slot] else ""
-            text.append(corpora.tokenizer.decode([token]), f"{style} dim" if row["loss_weights"][slot] == 0 else style)
+        used, lost = int((row["segment_ids"] > 0).sum()), row["loss_weights"] > 0
         console.print(
-            Text(f"row {n}: {int(used.sum())} of {len(used)} slots, {int((row['loss_weights'] > 0).sum())} with loss", "bold")
+            Text(
+                f"row {n}: {used} of {len(lost)} slots, {int(lost.sum())} with loss, {int(row['is_body'].sum())} of them for body text, "
+                f"{int((lost & row['asks_metadata']).sum())} for metadata",
+                "bold",
+            )
         )
-        console.print(text)
-    console.print(Text("blue: metadata   magenta: meta-token   dim: no loss at this slot", "italic"))
+        grid = Grid("document", "holds", "asked for", "text", box=None, pad_edge=False, header_style="bold")
+        for run in runs(row, corpora.tokenizer):
+            grid.add_row(str(run.document), run.holds, run.asked, run.text)
+        console.print(grid)
+    console.print(Text(LEGEND, "italic"))
 
 
 def print_corpus(spec: str, paths: Any, count: int) -> None:

@@ -125,9 +125,12 @@ class Trainer:
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
         with phases.time("data"):
             self.corpora = open_corpora(config, paths)
-            self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count())
-            self.batches[0]  # packs the row index
+            notes: list[str] = []
+            self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count(), note=notes.append)
+            self.batches[0]
             run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
+            for note in notes:
+                run.warn(note)
             self.corpora.tokenizer.save(run.path)
         self.vocab_size = self.corpora.tokenizer.vocabulary.size
         self.waited = 0.0

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from metajax.config import Config
 from metajax.parallel.rules import batch_sharding
-from metajax.training.losses import weighted_sums
+from metajax.training.losses import token_nll, weighted_sums
 from metajax.training.optimizers import schedule
 from metajax.training.state import State
 
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
-DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body")  # what of a batch travels to the devices
+DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # what of a batch travels to the devices
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -91,7 +91,9 @@ def compile_train_step(
 
 
 def eval_step(model: Any, batch: Batch) -> Metrics:
-    """Sums over a held-out batch: nats over body tokens, and how many there are."""
-    logits = apply_model(model, batch)
-    _, parts = weighted_sums(logits, batch["targets"], batch["loss_weights"], batch["is_body"], 0.0)
-    return {"body_nll": parts["body_nll"], "body_tokens": jnp.sum(batch["is_body"])}
+    """Sums over a held-out batch: nats over body tokens and over metadata tokens, and how many there are of each."""
+    nll, _ = token_nll(apply_model(model, batch), batch["targets"])
+    sums = {}
+    for name, asked in (("body", batch["is_body"]), ("metadata", batch["asks_metadata"])):
+        sums |= {f"{name}_nll": jnp.sum(jnp.where(asked, nll, 0.0)), f"{name}_tokens": jnp.sum(asked)}
+    return sums

@@ -21,6 +21,7 @@ def plain_row(length, rng):
         "loss_weights": rng.choice(np.float32([0, 0.5, 1]), length),
         "is_body": rng.random(length) < 0.5,
         "is_metadata": rng.random(length) < 0.5,
+        "asks_metadata": rng.random(length) < 0.5,
         "segment_ids": np.sort(rng.integers(0, 4, length)).astype(np.int32),
     }
 
@@ -65,7 +66,8 @@ def test_loss_and_segments_against_a_reading_of_the_docstring(case):
         before_meta = slot + 1 < slots and out["tokens"][slot + 1] == META
         asks = not is_meta if loss == "real_only" else not before_meta
         assert out["loss_weights"][slot] == (row["loss_weights"][real] if asks else 0)
-        assert out["is_body"][slot] == (row["is_body"][real] and asks)
+        for asked in ("is_body", "asks_metadata"):
+            assert out[asked][slot] == (row[asked][real] and asks)
         if asks:
             assert out["targets"][slot] == row["targets"][real]
         assert out["segment_ids"][slot] == row["segment_ids"][real], "a meta-token joins the segment of the token before it"
@@ -88,6 +90,7 @@ def test_by_hand():
         "loss_weights": np.ones(3, np.float32),
         "is_body": np.ones(3, bool),
         "is_metadata": np.array([True, False, False]),
+        "asks_metadata": np.zeros(3, bool),
         "segment_ids": np.array([1, 1, 2], np.int32),
     }
     expected = {

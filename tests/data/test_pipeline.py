@@ -28,7 +28,7 @@ from metajax.data.pipeline import (
 ROOT = Path(__file__).parents[2]
 PLAIN = {}
 FULL = {
-    "metadata": Metadata(template="{topic}", keep=0.7, loss_weight=0.5),
+    "metadata": Metadata(template="{topic}", keep=0.7, loss_weights=(0.5, 1.0)),
     "meta_tokens": MetaTokens(rate=0.1),
     "data.weights": (0.75, 0.25),
     "data.switch": {"step": 3, "weights": (0.25, 0.75)},
@@ -78,12 +78,12 @@ def epoch_rows(corpora):
 def test_shapes_and_types(full, paths):
     for length, slots in (("within", 48), ("added", 52)):
         batch = batches_of(full(**{"meta_tokens.length": length}), paths)[0]
-        assert set(batch["loss_weights"].flat) == {0.0, 0.5, 1.0}, "half is metadata.loss_weight"
+        assert set(batch["loss_weights"].flat) == {0.0, 0.5, 1.0}, "half is metadata.loss_weights"
         assert batch.pop("meta_slots").shape == (4, 4)
         assert {name: values.shape for name, values in batch.items()} == dict.fromkeys(batch, (4, slots))
         types = {name: values.dtype.name for name, values in batch.items()}
         assert types == dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), "int32") | dict.fromkeys(
-            ("is_body", "is_metadata"), "bool"
+            ("is_body", "is_metadata", "asks_metadata"), "bool"
         ) | {"loss_weights": "float32"}
 
 
@@ -197,7 +197,16 @@ def test_an_epoch_is_every_row_once_and_the_next_one_shuffles_the_same_rows(tiny
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 @pytest.mark.parametrize("meta", [None, MetaTokens(), MetaTokens(loss="real_only", length="added")])
-@pytest.mark.parametrize("metadata", [None, Metadata(template="{topic}", keep=0.6), Metadata(template="{topic} ", wrap="plain")])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        Metadata(template="{topic}", keep=0.6),
+        Metadata(template="{topic} ", wrap="plain"),
+        Metadata(position="append", template="{topic}", assigned="shuffled"),
+        Metadata(position="both", appended="{topic}", tokens=5, bos_eos="inside"),
+    ],
+)
 def test_an_epoch_asks_for_every_body_token_of_the_training_documents(tiny_config, paths, packing, meta, metadata):
     config = tiny_config(**{"data.packing": packing, "meta_tokens": meta, "metadata": metadata, "data.row_length": 40})
     corpora = open_corpora(config, paths)
@@ -221,6 +230,76 @@ def test_documents_that_keep_metadata_differ_between_seeds_and_not_between_epoch
     assert shown[0][0] == shown[0][1] and shown[1][0] == shown[1][1] and shown[0] != shown[1]
 
 
+def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):
+    corpora = open_corpora(tiny_config(**{"data.packing": "new_document", "data.row_length": 40}), paths)
+    [cache], notes = corpora.caches, []
+    train = cache.documents("train", corpora.config.data.held_out)
+    source = pipeline._rows(corpora, cache, "training", train, "new_document", notes.append)
+    rows = [source[n] for n in range(len(source))]
+    assert all(row["tokens"][0] == corpora.tokenizer.vocabulary.bos for row in rows)
+    total = int(cache.lengths[train].sum()) + len(train)
+    left_out = total - sum(int((row["segment_ids"] > 0).sum()) for row in rows)
+    assert 0 < left_out < total
+    assert notes == [
+        f"{corpora.config.data.sources[0]}: data.packing=new_document leaves out {left_out:,} of {total:,} tokens, the rest of "
+        "documents that the end of a row cuts"
+    ]
+
+
+def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config, tiny_corpus, paths):
+    """The longest modules do not fit beside 16 tokens of text; nothing of theirs is shown."""
+    names = [json.loads(line)["module"] for line in tiny_corpus.read_text().splitlines()]
+    changes = {"data.row_length": 26, "data.batch_rows": 1, "metadata": Metadata(template="{module}", keep=1.0)}
+    with pytest.raises(UserError, match=r"metadata tokens, which leaves no room .* metadata\.too_long=drop"):
+        training_rows(open_corpora(tiny_config(**changes), paths))
+    corpora = open_corpora(tiny_config(**changes, **{"metadata.too_long": "drop"}), paths)
+    train = corpora.caches[0].documents("train", corpora.config.data.held_out).tolist()
+    long = [i for i in train if len(names[i]) > 26 - 16 - 2]
+    notes, vocabulary = [], corpora.tokenizer.vocabulary
+    rows = training_rows(corpora, notes.append)
+    [note] = notes
+    assert f"the metadata of {len(long)} of {len(train)} documents (training) takes more than the 10 tokens" in note
+    assert note.endswith(f"first that of document {long[0]}") and 0 < len(long) < len(train)
+    shown = set()
+    for n in range(400):
+        tokens = rows[n]["tokens"].tolist()
+        for at in (i for i, token in enumerate(tokens) if token == vocabulary.context_begin):
+            shown.add(bytes(tokens[at + 1 : tokens.index(vocabulary.context_end, at)]).decode())
+    assert shown == {names[i] for i in train if i not in long} | {""}, "whole or not at all"
+
+
+@pytest.mark.parametrize("position", ["prepend", "append"])
+def test_learnable_tokens_are_the_same_for_all_documents(tiny_config, paths, position):
+    recipe = Metadata(position=position, tokens=5, keep=0.5)
+    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 48, "data.batch_rows": 60}), paths)
+    vocabulary = corpora.tokenizer.vocabulary
+    batch = training_batches(corpora)[0]
+    shown = Counter()
+    for tokens in batch["tokens"].tolist():
+        for at in (i for i, token in enumerate(tokens) if token == vocabulary.context_begin):
+            shown[tuple(tokens[at + 1 : tokens.index(vocabulary.context_end, at)])] += 1
+    assert set(shown) == {(), vocabulary.spare[:5]} and min(shown.values()) > 20
+    weight = 1.0 if position == "append" else 0.0
+    assert set(batch["loss_weights"][batch["asks_metadata"]]) == {weight}
+
+
+def test_the_control_in_training_exchanges_metadata_at_random(tiny_config, paths):
+    """The same strings as a set, and a document's own at the rate of chance."""
+    source = {}
+    for assigned in ("own", "shuffled"):
+        recipe = Metadata(template="{topic}", keep=1.0, assigned=assigned, wrap="plain")
+        corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 48}), paths)
+        [cache] = corpora.caches
+        train = cache.documents("train", corpora.config.data.held_out)
+        side = pipeline._sides(corpora, cache, "training", train, pytest.fail).front
+        source[assigned] = [side[int(i)].tobytes() for i in train]
+    own, shuffled = source["own"], source["shuffled"]
+    assert Counter(own) == Counter(shuffled)
+    met = np.mean([a == b for a, b in zip(own, shuffled, strict=True)])
+    chance = sum((n / len(own)) ** 2 for n in Counter(own).values())
+    assert abs(met - chance) < 4 * np.sqrt(chance / len(own)), "a share of documents meets its own string, as any other"
+
+
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -240,12 +319,25 @@ def unstack(batches):
     return [{name: values[i] for name, values in batch.items()} for batch in batches for i in range(len(batch["tokens"]))]
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:320"])
-@pytest.mark.parametrize("meta", [None, MetaTokens(), MetaTokens(loss="real_only")])
-def test_every_condition_asks_for_the_same_text(tiny_config, tiny_corpus, paths, tokenizer, meta):
+@pytest.mark.parametrize(
+    ("tokenizer", "meta", "position"),
+    [
+        ("byte", None, "prepend"),
+        ("bpe:320", MetaTokens(), "prepend"),
+        ("byte", MetaTokens(loss="real_only"), "append"),
+        ("bpe:320", None, "both"),
+        ("byte", None, "none"),
+    ],
+)
+def test_every_condition_asks_for_the_same_text(tiny_config, tiny_corpus, paths, tokenizer, meta, position):
     """Every body token of the chosen documents is asked for once, whatever the order of rows, and their bytes are exact."""
     config = tiny_config(
-        **{"metadata": Metadata(template="{topic}"), "meta_tokens": meta, "data.tokenizer": tokenizer, "data.row_length": 48}
+        **{
+            "metadata": Metadata(position=position, template="{topic}"),
+            "meta_tokens": meta,
+            "data.tokenizer": tokenizer,
+            "data.row_length": 48,
+        }
     )
     corpora = open_corpora(config, paths)
     table = [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()]
@@ -272,8 +364,10 @@ def test_evaluation_is_the_same_for_every_seed_packing_aside(full, paths):
         same(a, b)
 
 
-def test_right_metadata_is_the_documents_own_and_shuffled_anothers(tiny_config, tiny_corpus, paths):
-    config = tiny_config(metadata=Metadata(template="{module}"), **{"data.row_length": 64, "data.packing": "best_fit"})
+@pytest.mark.parametrize("position", ["prepend", "append"])
+def test_right_metadata_is_the_documents_own_and_shuffled_anothers(tiny_config, tiny_corpus, paths, position):
+    recipe = Metadata(position=position, template="{module}")
+    config = tiny_config(metadata=recipe, **{"data.row_length": 512, "data.packing": "best_fit"})
     corpora = open_corpora(config, paths)
     vocabulary = corpora.tokenizer.vocabulary
     modules = {row["text"][:8]: row["module"] for row in map(json.loads, tiny_corpus.read_text().splitlines())}
@@ -283,8 +377,9 @@ def test_right_metadata_is_the_documents_own_and_shuffled_anothers(tiny_config, 
             for segment in range(1, row["segment_ids"].max() + 1):
                 tokens = row["tokens"][row["segment_ids"] == segment].tolist()
                 if tokens[0] == vocabulary.bos:
-                    end = tokens.index(vocabulary.context_end)
-                    shown, body = (bytes(part).decode() for part in (tokens[2:end], tokens[end + 1 : end + 9]))
+                    begin, end = (tokens.index(i) for i in (vocabulary.context_begin, vocabulary.context_end))
+                    at = end + 1 if position == "prepend" else 1
+                    shown, body = (bytes(part).decode() for part in (tokens[begin + 1 : end], tokens[at : at + 8]))
                     seen[shown == modules[body]] += 1
         assert sum(seen.values()) == 5
         assert seen[True] == 5 if condition == "right" else seen[False] >= 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from metajax.config import MetaTokens
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds
+from metajax.data.metadata import MetadataIds, Sides
 from metajax.data.packing import MIN_PIECE, RowIndex, pack
 from metajax.data.rows import RowSource, finish, padding_row, stack
 from metajax.data.tokenizers import Vocabulary
@@ -28,9 +28,10 @@ def metadata_ids(strings, owner=None, wrapped=True):
 
 
 def source(rows, capacity, metadata=None, bodies=BODIES, loss_weight=0.0):
-    """A RowSource whose row n holds exactly the pieces rows[n]."""
+    """A RowSource whose row n holds exactly the pieces rows[n], with `metadata` in front."""
     index = RowIndex(np.array([p for row in rows for p in row], np.int32).reshape(-1, 3), np.cumsum([0, *map(len, rows)]))
-    return RowSource(index, lambda i: np.array(bodies[i], np.int32), metadata, VOCABULARY, capacity, loss_weight)
+    sides = Sides(metadata, loss_weights=(loss_weight, 1.0))
+    return RowSource(index, lambda i: np.array(bodies[i], np.int32), sides, VOCABULARY, capacity)
 
 
 def check(row, **expected):
@@ -38,7 +39,8 @@ def check(row, **expected):
     for name, values in expected.items():
         values = [int(bit) for bit in values] if isinstance(values, str) else values
         np.testing.assert_array_equal(row[name], np.array(values).astype(row[name].dtype), err_msg=name)
-    types = {"tokens": "i4", "targets": "i4", "loss_weights": "f4", "is_body": "?", "is_metadata": "?", "segment_ids": "i4"}
+    types = {"tokens": "i4", "targets": "i4", "loss_weights": "f4", "segment_ids": "i4"}
+    types |= dict.fromkeys(("is_body", "is_metadata", "asks_metadata"), "?")
     assert {name: values.dtype for name, values in row.items() if name != "positions"} == {
         k: np.dtype(t) for k, t in types.items()
     }
@@ -142,7 +144,7 @@ def test_the_empty_pair_nothing_and_anothers_metadata():
 def test_best_fit_rows():
     """Documents of 5, 3, 1 and 8 inputs in rows of 7: 7 of the 8, then 5 + 1 + the last 1 of the 8, then 3."""
     index = pack(np.arange(4), np.array([5, 3, 1, 8]), np.zeros(4, int), 7, "best_fit")
-    rows = RowSource(index, lambda i: np.array(BODIES[i], np.int32), None, VOCABULARY, 7)
+    rows = RowSource(index, lambda i: np.array(BODIES[i], np.int32), Sides(), VOCABULARY, 7)
     tokens = [rows[n]["tokens"].tolist() for n in range(len(rows))]
     assert tokens == [[B, 11, 12, 13, 14, 15, 16], [B, 1, 2, 3, 4, B, 17], [B, 5, 6, P, P, P, P]]
     check(rows[1], targets=[1, 2, 3, 4, E, E, E], is_body="1111000", loss_weights="1111111", segment_ids="1111123")
@@ -153,7 +155,7 @@ def test_padding_rows_count_for_nothing():
     empty = padding_row(row, P)
     assert {k: v.shape for k, v in empty.items()} == {k: v.shape for k, v in row.items()}
     assert (empty["tokens"] == P).all() and (empty["targets"] == P).all()
-    assert not any(empty[name].any() for name in ("loss_weights", "is_body", "is_metadata", "segment_ids"))
+    assert not any(empty[name].any() for name in ("loss_weights", "is_body", "is_metadata", "asks_metadata", "segment_ids"))
     np.testing.assert_array_equal(stack([row, empty])["tokens"], [row["tokens"], empty["tokens"]])
 
 
@@ -163,38 +165,39 @@ def test_padding_rows_count_for_nothing():
 @dataclasses.dataclass
 class Corpus:
     bodies: list[list[int]]
-    metadata: MetadataIds | None
+    metadata: Sides
     capacity: int
     style: str
     meta: MetaTokens | None
-    weight: float
 
 
 @st.composite
 def corpora(draw):
-    """Body token k of document d is unique in the corpus, so that what was asked for can be counted."""
+    """Body token k of document d is unique in the corpus, so that what was asked for can be counted; so are metadata tokens."""
     lengths = draw(st.lists(st.integers(0, 80), min_size=1, max_size=12))
     starts = np.cumsum([1000, *lengths]).tolist()
     bodies = [list(range(starts[d], starts[d] + n)) for d, n in enumerate(lengths)]
     owner = st.sampled_from([MetadataIds.EMPTY, MetadataIds.NOTHING, *range(len(bodies))])
-    owners = draw(st.lists(owner, min_size=len(bodies), max_size=len(bodies)))
-    strings = [list(range(20, 20 + draw(st.integers(0, 9)))) for _ in bodies]
-    metadata = draw(st.sampled_from([None, metadata_ids(strings, owners), metadata_ids(strings, owners, wrapped=False)]))
+    sides = []
+    for first in (20, 30):
+        owners = draw(st.lists(owner, min_size=len(bodies), max_size=len(bodies)))
+        strings = [list(range(first, first + draw(st.integers(0, 6)))) for _ in bodies]
+        wrapped = draw(st.booleans())
+        sides.append(draw(st.sampled_from([None, metadata_ids(strings, owners, wrapped)])))
+    metadata = Sides(*sides, draw(st.booleans()), draw(st.sampled_from([(0.0, 1.0), (0.5, 0.25)])))
     loss = draw(st.sampled_from([None, "skip_meta_targets", "real_only"]))
     meta = None if loss is None else MetaTokens(inject=draw(st.sampled_from(["random", "periodic"])), loss=loss)
-    capacity = draw(st.integers(11 + MIN_PIECE, 60))
-    return Corpus(
-        bodies, metadata, capacity, draw(st.sampled_from(["concat", "best_fit"])), meta, draw(st.sampled_from([0.0, 0.5]))
-    )
+    capacity = draw(st.integers(17 + MIN_PIECE, 60))
+    return Corpus(bodies, metadata, capacity, draw(st.sampled_from(["concat", "best_fit", "new_document"])), meta)
 
 
 def assemble(corpus, seed):
     """(row before injection, finished row) of the whole corpus."""
     documents = np.arange(len(corpus.bodies))
-    overhead = corpus.metadata.lengths() if corpus.metadata else np.zeros(len(documents), int)
+    overhead = corpus.metadata.overhead(documents)
     index = pack(documents, np.array([len(b) + 1 for b in corpus.bodies]), overhead, corpus.capacity, corpus.style)
     read = lambda i: np.array(corpus.bodies[i], np.int32)  # noqa: E731
-    rows = RowSource(index, read, corpus.metadata, VOCABULARY, corpus.capacity, corpus.weight)
+    rows = RowSource(index, read, corpus.metadata, VOCABULARY, corpus.capacity)
     for n in range(len(rows)):
         plain = rows[n]
         row = plain
@@ -205,15 +208,27 @@ def assemble(corpus, seed):
 
 @given(corpora(), st.integers(0, 99))
 def test_every_body_token_is_asked_for_once(corpus, seed):
-    asked, ends = [], 0
-    for _, _, row in assemble(corpus, seed):
+    """With rows that begin with new documents: a beginning of every document, each token once."""
+    asked, ends, complete = [], 0, 0
+    for pieces, _, row in assemble(corpus, seed):
         asked += row["targets"][row["is_body"]].tolist()
         assert (row["loss_weights"][row["is_body"]] == 1).all()
-        whole = (row["loss_weights"] == 1) & ~row["is_body"]
-        assert (row["targets"][whole] == E).all(), "what has whole weight and is no body is the end of a document"
+        whole = (row["loss_weights"] == 1) & ~row["is_body"] & ~row["asks_metadata"]
+        assert (row["targets"][whole] == E).all(), (
+            "what has whole weight and is neither body nor metadata is the end of a document"
+        )
         ends += int(whole.sum())
-    assert sorted(asked) == [token for body in corpus.bodies for token in body]
-    assert ends == len(corpus.bodies)
+        complete += sum(start + length > len(corpus.bodies[d]) for d, start, length in pieces.tolist())
+    assert ends == complete
+    if corpus.style == "new_document":
+        assert len(set(asked)) == len(asked)
+        for body in corpus.bodies:
+            of_body = sorted(set(asked) & set(body))
+            assert of_body == body[: len(of_body)]
+            assert of_body or not body, "no document is left out whole"
+    else:
+        assert sorted(asked) == [token for body in corpus.bodies for token in body]
+        assert ends == len(corpus.bodies)
 
 
 @given(corpora(), st.integers(0, 99))
@@ -221,6 +236,8 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
     following = {}
     for body in filter(None, corpus.bodies):
         following |= dict(zip(body, [*body[1:], E], strict=True))
+    if corpus.metadata.behind is not None:  # the last one may be asked for the metadata behind it
+        following = {token: after for token, after in following.items() if after != E}
     for pieces, _, row in assemble(corpus, seed):
         real = row["tokens"] != M
         for slot in np.flatnonzero(real & (row["segment_ids"] > 0)).tolist():
@@ -234,22 +251,46 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
 
 @given(corpora(), st.integers(0, 99))
 def test_masks_cover_exactly_the_metadata(corpus, seed):
-    """Slots of metadata are those behind BOS or in front of a later piece; their labels weigh `loss_weight`."""
+    """Metadata is what is neither BOS, EOS nor body, whole beside every piece; its labels have their side's weight."""
+    front_weight, behind_weight = corpus.metadata.loss_weights
     for pieces, plain, row in assemble(corpus, seed):
-        expected, weights = [], []
-        for document, start, length in pieces.tolist():
-            count = len(corpus.metadata[document]) if corpus.metadata else 0
-            head = int(start == 0)
-            expected += [0] * head + [1] * count + [0] * (length - head)
-            labels = count - 1 + head if count else 0  # metadata tokens that a slot of this piece asks for
-            weights += [corpus.weight] * labels + [1 if head else 0] * (count > 0) + [1] * (length - head * (count > 0))
-        padding = corpus.capacity - len(expected)
-        np.testing.assert_array_equal(plain["is_metadata"], np.array(expected + [0] * padding, bool))
-        np.testing.assert_array_equal(plain["loss_weights"], np.float32(weights + [0] * padding))
+        tokens = plain["tokens"][plain["segment_ids"] > 0]
+        is_metadata = plain["is_metadata"][plain["segment_ids"] > 0]
+        np.testing.assert_array_equal(is_metadata, ~(np.isin(tokens, [B, E]) | (tokens >= 1000)))
+        beside = [np.concatenate(corpus.metadata.ids(d)) for d, _, _ in pieces.tolist()]
+        np.testing.assert_array_equal(tokens[is_metadata], np.concatenate(beside))
+        asks = plain["asks_metadata"]
+        following = np.append(plain["tokens"][1:], P)
+        np.testing.assert_array_equal(plain["targets"][asks], following[asks])
+        for segment, (document, start, length) in enumerate(pieces.tolist(), 1):
+            front, behind = corpus.metadata.ids(document)
+            inside = plain["segment_ids"] == segment
+            weights = plain["loss_weights"][inside & asks].tolist()
+            asked = plain["targets"][inside & asks].tolist()
+            first = 0 if start == 0 and corpus.metadata.outside else 1  # the first token of a row has nobody to ask for it
+            skipped = 0 if start + length > len(corpus.bodies[document]) else 1  # the last text asks for text
+            assert asked == front[first:].tolist() + behind[skipped:].tolist()
+            assert weights == [front_weight] * len(front[first:]) + [behind_weight] * len(behind[skipped:])
         real = row["tokens"] != M
         np.testing.assert_array_equal(row["is_metadata"][real], plain["is_metadata"])
         assert not row["is_metadata"][~real].any()
         assert not row["loss_weights"][row["segment_ids"] == 0].any()
+
+
+@given(corpora(), st.integers(0, 99))
+def test_metadata_behind_the_text_changes_nothing_in_front_of_it(corpus, seed):
+    """What a body token is asked from is the same with and without metadata behind the text of its piece."""
+    alone = dataclasses.replace(corpus.metadata, behind=None)
+    for pieces, plain, _ in assemble(corpus, seed):
+        rows = [tuple(map(int, piece)) for piece in pieces]
+        for segment, piece in enumerate(rows, 1):
+            index = RowIndex(np.array([piece], np.int32), np.array([0, 1]))
+            without = RowSource(index, lambda i: np.array(corpus.bodies[i], np.int32), alone, VOCABULARY, corpus.capacity)[0]
+            own = plain["segment_ids"] == segment
+            last = np.flatnonzero(plain["is_body"][own]).max(initial=-1) + 1
+            for name in ("tokens", "is_body"):
+                np.testing.assert_array_equal(plain[name][own][:last], without[name][:last])
+            np.testing.assert_array_equal(plain["targets"][own][:last], without["targets"][:last])
 
 
 @given(corpora(), st.integers(0, 99))

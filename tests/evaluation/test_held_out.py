@@ -66,3 +66,16 @@ def test_the_same_documents_and_tokens_in_every_condition(tiny_config, paths):
     for key in ("documents", "body_bytes", "body_tokens"):
         assert len({r[key] for r in results}) == 1, key
     assert len({r["bpb"] for r in results}) == 4, "the model sees something else in each"
+
+
+def test_metadata_behind_the_text_changes_no_score_and_has_its_own(tiny_config, paths):
+    """Causality: whatever is appended, body tokens are asked for as before; the metadata itself is scored apart."""
+    recipe = Metadata(position="append", template="{topic}")
+    conditions = ("none", "right", "shuffled", "empty")
+    corpora, program, model = prepare(tiny_config(metadata=recipe, **{"data.row_length": 512}), paths)  # no document is cut
+    results = {c: evaluate_held_out(program, corpora, model, c) for c in conditions}
+    for condition in conditions[1:]:
+        assert results[condition]["bpb"] == pytest.approx(results["none"]["bpb"], rel=1e-6)
+        assert results[condition]["metadata_tokens"] > 0
+    scores = [results[c]["metadata_nats_per_token"] for c in conditions]
+    assert scores[0] is None and len(set(scores[1:])) == 3

@@ -155,6 +155,7 @@ def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_sl
         "loss_weights": np.zeros(length, np.float32),
         "is_body": np.zeros(length, bool),
         "is_metadata": np.zeros(length, bool),
+        "asks_metadata": np.zeros(length, bool),
         "segment_ids": np.zeros(length, np.int32),
     }
     at = 0

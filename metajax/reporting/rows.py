@@ -1,0 +1,68 @@
+"""A row as a person reads it: runs of slots that hold the same and are asked for the same, decoded, with the loss in their look."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from rich.text import Text
+
+from metajax.data.rows import Row
+from metajax.data.tokenizers import Tokenizer
+
+LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this slot"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Slots in a row that stand together.
+
+    document: which document of the row, from 1. holds: "text" or "metadata". asked: what its slots are asked for, with the weight
+    in the loss where that is not 1: body, metadata, end (of the document) or nothing; with meta-tokens between, counts of these.
+    """
+
+    document: int
+    holds: str
+    asked: str
+    text: Text
+
+    def __str__(self) -> str:
+        return f"{self.document} {self.holds:8} | {self.asked:12} | {self.text.plain}"
+
+
+def runs(row: Row, tokenizer: Tokenizer) -> list[Run]:
+    """The row in order, padding left out."""
+    is_meta = row["tokens"] == tokenizer.vocabulary.meta
+    asked = _asked(row)
+    holds = np.where(row["is_metadata"], "metadata", "text")
+    for slot in np.flatnonzero(is_meta):  # a meta-token belongs to what it stands in
+        holds[slot] = holds[slot - 1]
+    documents = np.cumsum(np.diff(row["segment_ids"], prepend=0) != 0)
+    split = asked if "meta_slots" not in row else np.zeros(len(asked), int)
+    found = []
+    for _, group in groupby(np.flatnonzero(row["segment_ids"] > 0), lambda s: (documents[s], holds[s], split[s])):
+        slots = np.array(list(group))
+        counts = Counter(asked[slots].tolist())
+        words = asked[slots[0]] if len(counts) == 1 else ", ".join(f"{n} {what}" for what, n in counts.items())
+        found.append(Run(int(documents[slots[0]]), str(holds[slots[0]]), str(words), _text(row, slots, is_meta, tokenizer)))
+    return found
+
+
+def _asked(row: Row) -> np.ndarray:
+    """What each slot is asked for, str [slots]."""
+    weights = row["loss_weights"]
+    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", np.where(weights > 0, "end", "nothing")))
+    times = np.array([f"{name} x {w:g}" for name, w in zip(names, weights, strict=True)])
+    return np.where((weights == 1) | (names == "nothing"), names, times)
+
+
+def _text(row: Row, slots: np.ndarray, is_meta: np.ndarray, tokenizer: Tokenizer) -> Text:
+    """The slots decoded; neighbours of one look together, so that a letter of several tokens stays whole."""
+    text = Text()
+    for (meta, silent), part in groupby(slots, lambda s: (is_meta[s], row["loss_weights"][s] == 0)):
+        ids = row["tokens"][list(part)].tolist()
+        colour = "magenta" if meta else "blue" if row["is_metadata"][slots[0]] else ""
+        text.append(tokenizer.decode(ids), f"{colour} dim" if silent else colour)
+    return text
