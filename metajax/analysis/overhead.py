@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from metajax.analysis.study import Study
-from metajax.config import Config, Init, MetaTokens, override
+from metajax.config import Config, Evaluation, Init, MetaTokens, override
 from metajax.data.meta_tokens import inject
 from metajax.data.rows import Row, finish, stack
 from metajax.data.tokenizers import Vocabulary
@@ -37,7 +37,7 @@ ROUNDS = 40  # of steps, each twin having its turn in each
 def twins(config: Config) -> dict[str, Config]:
     """The run's config on text, with the paper's share of meta-tokens, under each way to attend among them."""
     meta = replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none")
-    text = replace(config, tasks=None, init=Init(), meta_tokens=meta)
+    text = replace(config, tasks=None, init=Init(), evaluation=Evaluation(), meta_tokens=meta)
     return {name: override(text, changes) for name, changes in TWINS.items()}
 
 
