@@ -11,7 +11,8 @@ from typing import Any
 from metajax.analysis.analyses import run_analyses
 from metajax.analysis.study import Study, open_study
 from metajax.config import Config, Runtime, config_hash, to_dict
-from metajax.data.metadata import render, uniform_hash
+from metajax.data.cache import build_metadata_table
+from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
 from metajax.data.tokenizers import Tokenizer
 from metajax.data.tokenizers import load as load_tokenizer
@@ -152,7 +153,8 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
     context = None
     if config.metadata is not None and config.metadata.in_front and not config.metadata.tokens:
-        context = render(config.metadata.template, cache.metadata_of(document))
+        ids = build_metadata_table(cache, tokenizer, config.metadata.template)[document]
+        context = None if ids is None else tokenizer.decode(ids.tolist())
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
     shown = min(PROMPT_TOKENS, room // 2)
     prompt = tokenizer.decode(body[:shown])

@@ -27,8 +27,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from metajax.atomic import whole_folder
 from metajax.config import require
+from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
-from metajax.data.metadata import render
+from metajax.data.metadata import render, template_columns, template_fields
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
 
@@ -83,16 +84,6 @@ class TokenCache:
         is_held_out = np.asarray(self.origins) < round(held_out * BUCKETS)
         wanted = is_held_out if split == "held_out" else ~is_held_out
         return np.flatnonzero(wanted & (np.asarray(self.bytes) >= min_bytes))
-
-    def metadata_of(self, document: int) -> dict[str, str]:
-        """The metadata of one document; reads its row group alone."""
-        file, first = pq.ParquetFile(self.folder / "metadata.parquet"), 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if document < first + rows:
-                return json.loads(file.read_row_group(group).column(0)[document - first].as_py())
-            first += rows
-        raise IndexError(f"document {document} of {len(self)}")
 
     def metadata(self) -> Iterator[dict[str, str]]:
         """The metadata of every document, in order."""
@@ -180,6 +171,10 @@ class MetadataTable:
     offsets: np.ndarray
     present: np.ndarray
 
+    def __getitem__(self, document: int) -> np.ndarray | None:
+        """The ids of a document's string, None where it lacks a field of the template."""
+        return self.ids[self.offsets[document] : self.offsets[document + 1]] if self.present[document] else None
+
     def strings(self, documents: np.ndarray) -> np.ndarray:
         """int64 [D]: the same number for the same string, for the given documents; 0 for the others."""
         numbers: dict[bytes, int] = {}
@@ -191,10 +186,19 @@ class MetadataTable:
 
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
-    """The side table of a template beside the token cache, made once and memory-mapped."""
-    folder = cache.folder / "metadata" / digest(template, tokenizer.fingerprint())
+    """The side table of a template beside the token cache, made once and memory-mapped; filters are applied here."""
+    key = digest(template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
+    folder = cache.folder / "metadata" / key
     if not folder.exists():
-        texts = [render(template, fields) for fields in cache.metadata()]
+        columns: dict[str, list[str | None]] = {name: [] for name in template_columns(template)}
+        for fields in cache.metadata():
+            for name, column in columns.items():
+                column.append(fields.get(name))
+        texts = render(template, columns)
+        spec = cache.manifest["source"]["spec"]
+        require(
+            any(text is not None for text in texts), f"metadata.template = {template!r}: no document of {spec} has all its fields"
+        )
         encoded = tokenizer.encode_batch([text or "" for text in texts])
         with whole_folder(folder) as work:
             np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from metajax.config import Metadata, UserError, nearest, require
+from metajax.data.annotators import annotate, split_field
 from metajax.data.tokenizers import Tokenizer
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """The metadata fields a template names; UserError when it names none or does not parse."""
+    """The metadata fields a template names, with their filters; UserError when it names none or does not parse."""
     try:
         names = tuple(name for _, name, _, _ in string.Formatter().parse(template) if name)
     except ValueError as error:
@@ -27,16 +28,25 @@ def template_fields(template: str) -> tuple[str, ...]:
     return names
 
 
-def render(template: str, metadata: Mapping[str, str]) -> str | None:
-    """The template with this document's fields, or None when the document lacks one of them."""
-    if any(name not in metadata for name in template_fields(template)):
-        return None
-    return template.format_map(metadata)
+def render(template: str, columns: Mapping[str, Sequence[str | None]]) -> list[str | None]:
+    """The template filled in for each document from its columns; None for a document that lacks a field.
+
+    columns: those that `template_columns` names, with a value for each document or None.
+    """
+    names = dict.fromkeys(template_fields(template))
+    values = [annotate(name, columns[split_field(name)[0]]) for name in names]
+    rows = zip(*values, strict=True)
+    return [None if None in row else template.format_map(dict(zip(names, row, strict=True))) for row in rows]
+
+
+def template_columns(template: str) -> set[str]:
+    """The columns of a corpus that a template reads; UserError for a filter that does not exist."""
+    return {split_field(name)[0] for name in template_fields(template)}
 
 
 def check_fields(template: str, available: set[str], corpus: str) -> None:
     """UserError when no document of the corpus has a field that the template names."""
-    for name in template_fields(template):
+    for name in sorted(template_columns(template)):
         if name not in available:
             raise UserError(
                 f"metadata.template = {template!r}: {corpus} has no field {name!r}{nearest(name, available)}; "

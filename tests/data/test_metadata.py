@@ -21,10 +21,11 @@ HAS = np.ones(20_000, bool)
 
 def test_templates():
     assert template_fields("{topic}: {url} ({topic}) {{literal}}") == ("topic", "url", "topic")
-    assert render("{topic}: {{x}} {url}", {"topic": "a{b}", "url": "c"}) == "a{b}: {x} c"
-    assert render("{url:>4}|", {"url": "c"}) == "   c|"
-    assert render("{topic} {url}", {"topic": "a"}) is None
-    assert render("{url}", {"url": ""}) == ""
+    assert render("{topic}: {{x}} {url}", {"topic": ["a{b}"], "url": ["c"]}) == ["a{b}: {x} c"]
+    assert render("{url:>4}|", {"url": ["c"]}) == ["   c|"]
+    assert render("{topic} {url}", {"topic": ["a", "b"], "url": [None, "c"]}) == [None, "b c"]
+    assert render("{url}", {"url": [""]}) == [""]
+    assert render("{url|host}, {score|tenths}", {"url": ["http://a.b/c", "/c"], "score": ["2.71", "3"]}) == ["a.b, 27", None]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,9 @@ def test_an_unknown_field_names_the_nearest_and_what_there_is():
         check_fields("{url} {topik}", {"url", "topic"}, "jsonl:x")
     with pytest.raises(UserError, match="no field 'url'; it has none"):
         check_fields("{url}", set(), "jsonl:x")
+    check_fields("{url|host|top100}", {"url"}, "jsonl:x")
+    with pytest.raises(UserError, match="filter 'hots' is unknown; did you mean 'host'"):
+        check_fields("{url|hots}", {"url"}, "jsonl:x")
 
 
 def test_delimiters():

@@ -3,13 +3,14 @@
 The system's own index holds one-line synopses where translations are switched off, so both files are fetched by apt into
 a private list directory and joined by Description-md5. Upstream paragraphs repeat through -dev, -doc and lib packages:
 packages are walked in name order and each paragraph is used once. There is no date in the index, and
-`popularity` counts packages that depend on this one: use, not quality of prose.
+`popularity` is log2(1 + packages that depend on this one): use, not quality of prose.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +27,7 @@ from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.progress import say
 
-RECIPE = 1  # raise when a change below changes the documents
+RECIPE = 2  # raise when a change below changes the documents
 MIN_WORDS = 20
 _APT_HELPER = "/usr/lib/apt/apt-helper"
 _REMEDY = "use another source, such as pydocs, or build the corpus on Debian and copy the cache's corpora folder"
@@ -222,7 +223,7 @@ def _document(stanza: Stanza, text: str, users: int) -> Document:
         "tags": ", ".join(tags),
         "role": ", ".join(tag.removeprefix("role::") for tag in tags if tag.startswith("role::")),
         "maintainer": re.sub(r"\s*<[^>]*>", "", stanza.get("Maintainer", "")).strip(),
-        "popularity": str((1 + users).bit_length() - 1),  # floor(log2(1 + users))
+        "popularity": f"{math.floor(1000 * math.log2(1 + users)) / 1000:.3f}",  # cut, so that its whole part and tenths are exact
     }
     source = stanza.get("Source", stanza["Package"]).split()[0]
     return Document(text, {k: v for k, v in fields.items() if v}, source)

@@ -110,9 +110,9 @@ def test_documents_are_joined_deduplicated_and_in_name_order():
         "tags": "role::program, interface::text-mode, use::viewing",
         "role": "program",
         "maintainer": "Zoo Keepers",
-        "popularity": "1",
+        "popularity": "1.584",  # two packages need it: log2(3)
     }
-    assert documents[0].metadata["popularity"] == "0"
+    assert documents[0].metadata["popularity"] == "0.000"
 
 
 def test_the_origin_is_the_source_package():

@@ -1,0 +1,103 @@
+"""Filters of metadata fields: parts of addresses under one name each, numbers, dates, frequent values."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metajax.config import UserError
+from metajax.data.annotators import annotate, annotators_version, split_url
+
+ADDRESS = "https://www.example.co.uk:8080/a/b.html?x=1#y"
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        # address: scheme, host, domain, tld, path
+        (ADDRESS, ("https://", "www.example.co.uk:8080", "example.co.uk", "co.uk", "/a/b.html?x=1#y")),
+        ("http://numpy.org", ("http://", "numpy.org", "numpy.org", "org", "")),
+        ("docs.scipy.org/doc", (None, "docs.scipy.org", "scipy.org", "org", "/doc")),
+        ("https://who.github.io/page", ("https://", "who.github.io", "github.io", "io", "/page")),
+        ("https://boards.4chan.org?b", ("https://", "boards.4chan.org", "4chan.org", "org", "?b")),
+        ("http://127.0.0.1:80/x", ("http://", "127.0.0.1:80", "127.0.0.1", None, "/x")),
+        ("http://localhost/x", ("http://", "localhost", "localhost", None, "/x")),
+        ("/only/a/path", (None, None, None, None, "/only/a/path")),
+    ],
+)
+def test_parts_of_an_address(url, parts):
+    names = ("scheme", "host", "domain", "tld", "path")
+    for name, part in zip(names, parts, strict=True):
+        assert annotate(f"url|{name}", [url]) == [part], name
+
+
+@given(st.text())
+def test_scheme_host_and_path_are_the_whole_address(url):
+    assert "".join(split_url(url)) == url
+
+
+def test_the_bundled_list_is_used_without_a_network(monkeypatch):
+    import socket
+
+    from metajax.data import annotators
+
+    def refuse(*args):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    annotators._suffixes.cache_clear()
+    annotators._site.cache_clear()
+    assert annotate("url|domain", [ADDRESS]) == ["example.co.uk"]
+
+
+def test_filters_follow_one_another_and_leave_what_is_missing():
+    column = ["https://b.org/1", None, "https://a.org/2", "https://b.org/3"]
+    assert annotate("url", column) == column
+    assert annotate("url|host|top1", column) == ["b.org", None, "unknown", "b.org"]
+    assert annotate("url|host|or_unknown", column) == ["b.org", "unknown", "a.org", "b.org"]
+    first, nothing, second, third = annotate("url|host|hash", column)
+    assert first == third != second and nothing is None and "org" not in first
+    assert annotate("url|hash", column)[0] != annotate("url|hash", column)[3]
+
+
+def test_of_equally_frequent_values_the_first_in_the_alphabet_stay():
+    assert annotate("x|top2", ["c", "b", "a", "c"]) == ["c", "unknown", "a", "c"]
+    assert annotate("x|top9", ["c", "b"]) == ["c", "b"]
+
+
+def test_numbers():
+    scores = ["2.7", "3.27", "4.999", "5.6", "-0.05", "0.7", "1e1", "none", "nan", None]
+    assert annotate("x|tenths", scores) == ["27", "32", "49", "56", "-1", "07", "100", None, None, None]
+    assert annotate("x|floor", scores)[:5] == ["2", "3", "4", "5", "-1"]
+    assert annotate("x|cap5|round", scores)[:4] == ["3", "3", "5", "5"], "int_score of FineWeb-Edu"
+    assert annotate("x|floor|cap2", ["0.000", "1.584", "2.000", "13.999"]) == ["0", "1", "2", "2"]
+
+
+@given(st.integers(0, 99))
+def test_tenths_are_exact_on_tenths(n):
+    assert annotate("x|tenths", [str(n / 10)]) == [f"{n:02d}"]
+
+
+@given(st.floats(0, 5))
+def test_rounding_is_that_of_the_published_scores(score):
+    assert annotate("x|cap5|round", [repr(score)]) == [str(round(max(0, min(score, 5))))]
+    assert annotate("x|floor", [repr(score)]) == [str(math.floor(score))]
+
+
+def test_dates():
+    dates = ["2024-05-11T08:00:00Z", "2019-12-31", "May 2024"]
+    assert annotate("date|year", dates) == ["2024", "2019", None]
+    assert annotate("date|month", dates) == ["2024-05", "2019-12", None]
+
+
+@pytest.mark.parametrize(("name", "message"), [("url|hots", "did you mean 'host'"), ("url|top", "known: scheme"), ("url|", "''")])
+def test_unknown_filters(name, message):
+    with pytest.raises(UserError, match=message):
+        annotate(name, ["x"])
+
+
+def test_the_side_table_knows_which_list_it_was_made_with():
+    assert annotators_version(["url", "topic"]) == []
+    assert annotators_version(["url|host"]) == [1]
+    assert annotators_version(["url|host", "url|tld"])[1].count(".") == 2
