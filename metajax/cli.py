@@ -161,6 +161,10 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=0, metavar="N", dest="count", help="decode N training rows, with their masks in colour"
     )
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="TEMPLATE", dest="fields",
+        help="a corpus: look at this beside its columns, such as '{url|host|top100}' or '{section}, {role|or_unknown}'",
+    )  # fmt: skip
     _add_config(parser)
     _add_place(parser)
 
@@ -374,7 +378,7 @@ def _show(options: argparse.Namespace, started: float) -> int:
     from metajax.reporting import terminal
 
     if options.name.partition(":")[0].partition("?")[0] in KINDS:
-        terminal.print_corpus(options.name, _paths(options), options.count)
+        terminal.print_corpus(options.name, _paths(options), options.count, options.fields)
         return 0
     try:
         target = registry.find(options.name)

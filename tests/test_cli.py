@@ -81,8 +81,8 @@ def test_show_decodes_rows_of_tasks_with_their_curriculum(command):
 
 
 def test_show_a_corpus(command, tiny_corpus):
-    code, out, _ = command("show", f"jsonl:{tiny_corpus}?origin=module", "--rows", "1")
-    assert code == 0 and "entropy" in out and "module" in out
+    code, out, _ = command("show", f"jsonl:{tiny_corpus}?origin=module", "--rows", "1", "--field", "{topic|hash|top2}")
+    assert code == 0 and "entropy" in out and "module" in out and "topic|hash|top2" in out and "bits in common" in out
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run

@@ -1,0 +1,153 @@
+"""What metadata fields say: entropies, what they say about each other, and what they say about words.
+
+The information about words is measured, not assumed: the words of documents from origins that were not counted are coded with
+the frequencies of words among documents of the same value, shrunk towards those of all documents, and the bits saved are counted.
+This estimates the mutual information of the field and one word from below: a value never counted saves nothing, rare words are one
+class. It does not add up over a text, whose words say much of the same. How far to shrink is chosen on origins of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metajax.data.annotators import Column
+from metajax.data.documents import BUCKETS, Document, Source, origin_bucket
+from metajax.data.metadata import render, template_columns
+
+SAMPLE = 200_000  # of a larger corpus, documents at even distances
+URL_PARTS = ("scheme", "host", "domain", "tld", "path")
+_SHRINK = tuple(10.0**n for n in range(1, 8))  # words of all documents mixed into those of a value
+_RARE = 5  # words counted fewer times are one class
+_COUNTED, _CHOOSING, _MEASURED = range(3)  # 70, 10 and 20 % of the origins
+_PAIRS = 10  # fields in the table of pairs, at most
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field over the documents: how many have it, distinct values, entropy in bits, the most frequent values.
+
+    bits_a_word: saved in coding the words of documents of other origins; None where no such document has the field.
+    """
+
+    name: str
+    documents: int
+    distinct: int
+    entropy: float
+    common: list[tuple[str, int]]
+    bits_a_word: float | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A corpus or an even sample of it: sizes in bytes of its texts, origins, fields, and the information of pairs of fields.
+
+    pairs: float [N, N] in bits over the documents that have both, entropy on the diagonal, of the fields named in `paired`: those
+    whose values have two documents or more on average, without which every field says everything.
+    """
+
+    every: int
+    sizes: np.ndarray
+    origins: int
+    fields: list[Field]
+    paired: list[str]
+    pairs: np.ndarray
+
+
+def survey(source: Source, more: Sequence[str] = ()) -> Survey:
+    """Read a corpus; `more` are templates to look at beside its own columns, such as {url|host|top100}.
+
+    Columns that hold addresses are looked at by their parts, too.
+    """
+    every = -(-len(source) // SAMPLE)
+    documents = [source[i] for i in range(0, len(source), every)]
+    columns = {name: [d.metadata.get(name) for d in documents] for name in sorted({n for d in documents for n in d.metadata})}
+    templates = [f"{{{name}}}" for name in columns]
+    templates += [f"{{{name}|{part}}}" for name in columns if _is_url(columns[name]) for part in URL_PARTS]
+    words = Words(documents)
+    fields, numbers = [], {}
+    for template in dict.fromkeys([*templates, *more]):
+        values = render(
+            template, columns | {name: [None] * len(documents) for name in template_columns(template) - columns.keys()}
+        )
+        name = template[1:-1] if re.fullmatch(r"\{[^{}]*\}", template) else template
+        numbers[name] = number_values(values)
+        fields.append(_field(name, values, numbers[name], words))
+    paired = [f.name for f in fields if 1 < f.distinct <= f.documents / 2][:_PAIRS]
+    pairs = np.array([[mutual_information(numbers[a], numbers[b]) for b in paired] for a in paired]).reshape(len(paired), -1)
+    sizes = np.array([len(d.text.encode()) for d in documents])
+    return Survey(every, sizes, len({d.origin for d in documents}), fields, paired, pairs)
+
+
+def _is_url(column: Column) -> bool:
+    values = [value for value in column if value is not None]
+    return sum("://" in value[:10] for value in values) > len(values) / 2
+
+
+def number_values(values: Column) -> np.ndarray:
+    """int64 [D]: the same number for the same value, -1 for none."""
+    numbers: dict[str | None, int] = {None: -1}
+    for value in values:
+        numbers.setdefault(value, len(numbers) - 1)
+    return np.array([numbers[value] for value in values], np.int64)
+
+
+def _field(name: str, values: Column, numbers: np.ndarray, words: Words) -> Field:
+    counter = Counter(value for value in values if value is not None)
+    return Field(name, counter.total(), len(counter), entropy(numbers), counter.most_common(3), words.bits_saved(numbers))
+
+
+def entropy(numbers: np.ndarray) -> float:
+    """Bits of the values' frequencies among the documents that have one."""
+    _, counts = np.unique(numbers[numbers >= 0], return_counts=True)
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Bits that one field says about the other: H(a) + H(b) - H(a, b) of the frequencies, over the documents that have both."""
+    both = (a >= 0) & (b >= 0)
+    a, b = a[both], b[both]
+    return entropy(a) + entropy(b) - entropy(a * (b.max(initial=0) + 1) + b)
+
+
+class Words:
+    """The words of documents as numbers, and which part of the measurement each document's origin is for."""
+
+    def __init__(self, documents: Sequence[Document]):
+        numbers: dict[str, int] = {}
+        of = [[numbers.setdefault(w, len(numbers)) for w in re.findall(r"\w+", d.text.lower())] for d in documents]
+        self.distinct = len(numbers)
+        self.words = np.array([w for own in of for w in own], np.int64)
+        self.document = np.repeat(np.arange(len(of)), [len(own) for own in of])
+        share = np.array([origin_bucket(d.origin) / BUCKETS for d in documents])
+        self.part = np.where(share < 0.2, _MEASURED, np.where(share < 0.3, _CHOOSING, _COUNTED))
+
+    def bits_saved(self, values: np.ndarray) -> float | None:
+        """Bits a word that knowing `values` (int64 [D], -1 for none) saves on documents that were not counted."""
+        value, part = values[self.document], self.part[self.document]
+        counted = (value >= 0) & (part == _COUNTED)
+        measured = (value >= 0) & (part == _MEASURED)
+        if not counted.any() or not measured.any():
+            return None
+        counts = np.bincount(self.words[counted], minlength=self.distinct)
+        words = np.where(counts[self.words] >= _RARE, self.words, self.distinct)
+        everywhere = np.bincount(words[counted], minlength=self.distinct + 1) / counted.sum()
+        of_value = np.bincount(value[counted], minlength=values.max() + 1)
+        keys = value * (self.distinct + 1) + words
+        pairs, together = np.unique(keys[counted], return_counts=True)
+
+        def saved(chosen: np.ndarray, shrink: float) -> float:
+            """Bits saved on the chosen words, all together."""
+            at = np.minimum(np.searchsorted(pairs, keys[chosen]), len(pairs) - 1)
+            count = np.where(pairs[at] == keys[chosen], together[at], 0)
+            plain = np.maximum(everywhere[words[chosen]], 1 / counted.sum())  # no rare word was counted: as if one had been
+            return float(np.log2((count / plain + shrink) / (of_value[value[chosen]] + shrink)).sum())
+
+        choosing = (value >= 0) & (part == _CHOOSING)
+        best = max(_SHRINK, key=lambda shrink: saved(choosing, shrink))
+        return saved(measured, best) / int(measured.sum())
