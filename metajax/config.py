@@ -31,6 +31,7 @@ __all__ = [
 
 Scale = Literal["cpu", "gpu", "paper"]
 ANALYSES = ("interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead")  # in metajax/analysis
+TASKS = ("list_recall", "segment_counting", "parity", "copying", "needle", "mqar")  # in metajax/data/tasks
 
 
 # ------------------------------------------------------------------------------------------------- sub-configs
@@ -128,13 +129,14 @@ class MetaTokens:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Synthetic tasks instead of documents as training text (Language Modeling with Learned Meta-Tokens, section 4, appendix D).
+    """Synthetic tasks instead of documents as training text (Language Modeling with Learned Meta-Tokens, section 4, appendix D;
+    needle and mqar for Hymba).
 
     A length counts every slot that an example takes: BOS, prompt, answer. List names, prompts and the meaning of the sizes are in
     metajax/data/tasks/prompts.py; what does not fill a length is filled with neutral text.
     """
 
-    names: tuple[str, ...] = ("list_recall", "segment_counting", "parity", "copying")  # a run may have one or several
+    names: tuple[str, ...] = TASKS[:4]  # a run may have one or several of TASKS
     train_length: int = 128  # longest training example; the paper has 128, 256, 512 and more
     # Curriculum: equal parts of the training steps, each with the share of train_length that its longest examples have. Five
     # phases in the paper; their bounds are not stated, halving is inferred from its split names.
@@ -150,9 +152,10 @@ class Tasks:
     classes: int = 4  # answers of segment counting: 0 .. classes - 1, equally likely
     bits: int = 6  # bits before the pause, at most (parity)
     span: int = 6  # words to copy, at most
+    pairs: int = 64  # of a key and its value, at most, and at most a quarter of a row's slots (mqar)
 
     def __post_init__(self) -> None:
-        known = Tasks.names
+        known = TASKS
         require(len(self.names) > 0, f"tasks.names is empty; known: {', '.join(known)}")
         for name in self.names:
             require(name in known, f"tasks.names: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -160,7 +163,7 @@ class Tasks:
             len(self.phases) > 0 and all(0 <= p <= 1 for p in self.phases),
             f"tasks.phases = {self.phases}: a share of tasks.train_length from 0 to 1 for each phase",
         )
-        for name in ("train_length", "train_examples", "eval_examples", "lists", "bits", "span"):
+        for name in ("train_length", "train_examples", "eval_examples", "lists", "bits", "span", "pairs"):
             require(getattr(self, name) >= 1, f"tasks.{name} = {getattr(self, name)}: at least 1")
         lengths = self.eval_lengths
         require(

@@ -18,6 +18,7 @@ TEXTS = ["The old fox runs to the level; it is 3 o'clock.\n"]
 RANKS = {token: rank for rank, token in enumerate([*(bytes([i]) for i in range(256)), b" t", b" to", b"an", b"la"])}
 TOKENIZERS = {"bpe": train_bpe("bpe:512+tasks", TEXTS), "byte": Bytes(), "gpt2": Gpt2("gpt2:tiny", RANKS)}
 ROOM = {"bpe": (64, 128), "byte": (300, 600), "gpt2": (300, 600)}  # a bin and the longest in training
+PROMPTED = KINDS[:5]  # all but mqar, which has no words
 PROPERTY = settings(deadline=None, max_examples=40)
 
 
@@ -32,7 +33,8 @@ def solve(prompt):
             lines[name] = words.split()
     if item := re.fullmatch(r"item (\d+) of (\w+)\? A:", question):
         words = lines[item[2]]
-        assert words.pop() == PAUSE and PAUSE not in body.replace(f" {PAUSE}", "", 1)
+        if PAUSE in body:
+            assert words.pop() == PAUSE and PAUSE not in body.replace(f" {PAUSE}", "", 1)
         return f" {words[int(item[1]) - 1]}"
     if counted := re.fullmatch(r"how many (\w+) between pauses\? A:", question):
         [words] = [words for words in lines.values() if PAUSE in words]
@@ -48,7 +50,9 @@ def solve(prompt):
 
 def examples(kind="bpe", seed=0, **changes):
     low, high = ROOM[kind]
-    return Examples(Tasks(**{"train_length": high, "eval_lengths": (low, high), **changes}), TOKENIZERS[kind], seed)
+    return Examples(
+        Tasks(**{"names": KINDS, "train_length": high, "eval_lengths": (low, high), **changes}), TOKENIZERS[kind], seed
+    )
 
 
 MADE = {(kind, placement): examples(kind, placement=placement) for kind in TOKENIZERS for placement in ("deliberate", "none")}
@@ -59,20 +63,28 @@ def shown(made, ids):
     return made.tokenizer.decode(ids).replace("<|meta|>", f" {PAUSE}")
 
 
+def drawn_lines(made, n):
+    """The lines of a test example, neutral text included."""
+    return [line.split() for line in made.test("needle", 128, n).text.split("\nQ: ")[0].split("\n")]
+
+
 # ----------------------------------------------------------------------------------------------------- what is asked
 
 
 @PROPERTY
-@given(st.sampled_from(sorted(MADE)), st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(-2, 4))
+@given(st.sampled_from(sorted(MADE)), st.sampled_from(PROMPTED), st.integers(0, 10**6), st.integers(-2, 4))
 def test_a_reader_of_the_prompt_finds_the_answer(which, task, n, part):
     """part: a phase, or a bin counted from the end; both tell how long the example may be."""
     made = MADE[which]
     length = None if part >= 0 else made.tasks.eval_lengths[part]
     example = made.test(task, length, n) if length else made.training(task, part, n)
-    prompt, answer = (shown(made, ids) for ids in (example.ids[1 : -example.answer], example.ids[-example.answer :]))
+    size = example.answers.sum()
+    prompt, answer = (shown(made, ids) for ids in (example.ids[1:-size], example.ids[-size:]))
     assert solve(prompt) == answer
-    assert (prompt + answer == example.text) == (which[1] == "deliberate")
-    assert example.ids[0] == made.tokenizer.vocabulary.bos
+    assert (prompt + answer == example.text) == (which[1] == "deliberate" or task == "needle")
+    assert example.ids[0] == made.tokenizer.vocabulary.bos and example.targets[-1] == made.tokenizer.vocabulary.eos
+    assert example.targets[:-1].tolist() == example.ids[1:].tolist()
+    assert np.flatnonzero(example.asked).tolist() == list(range(len(example.ids) - size - 1, len(example.ids)))
     assert len(example.ids) <= (length or made.longest(task, part))
     assert length is None or len(example.ids) > length // 2
 
@@ -96,29 +108,29 @@ def test_an_example_is_a_function_of_its_number_alone(task):
 def test_pauses_stand_where_the_placement_has_them(placement):
     made, deliberate = examples(placement=placement), 0
     meta = made.tokenizer.vocabulary.meta
-    for task, expected in zip(KINDS, (1, 2, 1, 2), strict=True):
+    for task, expected in zip(PROMPTED, (1, 2, 1, 2, 0), strict=True):
         for n in range(40):
             example = made.training(task, 4, n)
             at = np.flatnonzero(example.ids == meta)
             assert len(at) == (0 if placement == "none" else expected)
-            assert all(0 < slot < len(example.ids) - example.answer - 1 for slot in at), "in the prompt, never its last token"
+            assert all(0 < slot < example.asked.argmax() for slot in at), "in the prompt, never its last token"
             text = shown(made, example.ids)
             assert text.count(MARK) == (0 if placement == "deliberate" else expected)
             without = text.replace(f" {PAUSE}", "").replace(MARK, f" {PAUSE}")
             deliberate += placement == "random" and without.endswith(example.text)
-    assert deliberate == (160 if placement == "random" else 0), "random pauses come on top of a prompt that marks its spots"
+    assert deliberate == (200 if placement == "random" else 0), "random pauses come on top of a prompt that marks its spots"
 
 
 def test_all_counts_bits_items_and_spans_are_asked_for():
     made = examples()
-    answers = {task: [made.test(task, 128, n).core.answer for n in range(400)] for task in KINDS}
+    answers = {task: [made.test(task, 128, n).core.answer for n in range(400)] for task in PROMPTED}
     counts = Counter(answers["segment_counting"])
     assert set(counts) == {(f" {n}",) for n in range(4)}
     assert max(counts.values()) < 1.6 * min(counts.values()), "equally likely"
     assert 150 < Counter(answers["parity"])[(" 0",)] < 250
     assert len(set(answers["list_recall"])) == sum(map(len, LISTS.values()))
     assert {len(span) for span in answers["copying"]} == set(range(1, made.tasks.span + 1))
-    assert [chance(task, made.tasks) for task in KINDS] == [1 / 8, 1 / 4, 1 / 2, 1 / (made.tasks.span * len(TEXT))]
+    assert [chance(task, made.tasks) for task in PROMPTED] == [1 / 8, 1 / 4, 1 / 2, 1 / (made.tasks.span * len(TEXT)), 1 / 8]
 
 
 def test_sizes_bound_what_an_example_holds():
@@ -130,6 +142,25 @@ def test_sizes_bound_what_an_example_holds():
         assert len(made.test("copying", 128, n).core.answer) <= 2
         [bits] = made.training("parity", 4, n).core.lines
         assert bits.index(PAUSE) - 1 <= 2
+
+
+@PROPERTY
+@given(st.integers(4, 200), st.integers(1, 50), st.integers(0, 10**6))
+def test_every_key_is_asked_for_once_and_its_value_stands_behind_it(length, pairs, n):
+    made = examples(names=("mqar",), pairs=pairs)
+    example = made.test("mqar", length, n)
+    count, half = min(pairs, length // 4), made.tokenizer.vocabulary.base // 2
+    value_of = dict(example.ids[: 2 * count].reshape(count, 2).tolist())
+    at = np.flatnonzero(example.asked)
+    assert len(example.ids) == length and len(value_of) == len(at) == count and at.min() >= 2 * count
+    assert sorted(example.ids[at].tolist()) == sorted(value_of) and max(value_of) < half <= min(value_of.values())
+    assert example.targets[at].tolist() == [value_of[key] for key in example.ids[at].tolist()]
+
+
+def test_the_needle_is_found_at_every_depth():
+    made = examples(names=("needle",))
+    depths = [[line[0] == "Text:" for line in drawn_lines(made, n)].index(False) for n in range(200)]
+    assert Counter(depths).keys() == set(range(max(depths) + 1)) and max(depths) >= 5
 
 
 # ------------------------------------------------------------------------------------------------ split, curriculum

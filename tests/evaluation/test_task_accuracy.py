@@ -50,7 +50,7 @@ def test_what_counts_as_right(tiny_config, paths):
         for bins in results.values():
             assert bins[length]["token"] == 1 and bins[length]["exact"] == right / 30 and bins[length]["n"] == 30
     results = evaluate_tasks(program, corpora, None, first_token)
-    spans = [task_examples(corpora).test("copying", 64, n).answer for n in range(30)]
+    spans = [task_examples(corpora).test("copying", 64, n).answers.sum() for n in range(30)]
     assert results["copying"]["64"]["token"] == pytest.approx(30 / sum(spans)) and results["copying"]["64"]["tokens"] == sum(
         spans
     )

@@ -1,12 +1,14 @@
-"""The four synthetic tasks in words: every prompt string of this project, and how an example is drawn.
+"""The synthetic tasks in words: every prompt string of this project, and how an example is drawn.
 
 List recall:       Fruits: orange peach plum / Tools: hammer wrench level _PAUSE_ / Q: item 3 of Tools? A: level
 Segment counting:  Tools: saw _PAUSE_ hammer wrench hammer _PAUSE_ hammer / Q: how many hammer between pauses? A: 2
 Parity:            Bits: 1 0 1 1 _PAUSE_ 0 1 0 / Q: xor before pause? A: 1
 Copying:           Text: alpha beta [_PAUSE_ gamma delta _PAUSE_] epsilon / Q: copy the span. A: gamma delta
 
-Each / is a new line. The tasks are those of Language Modeling with Learned Meta-Tokens (arXiv 2509.16278, section 4); its prompt strings
-are not known, these are ours. Lists that do not fill an example's length leave the rest to lines of neutral text.
+Needle:            Text: alpha beta / Fruits: orange / Text: gamma delta / Q: item 1 of Fruits? A: orange
+
+Each / is a new line. The first four are those of Language Modeling with Learned Meta-Tokens (arXiv 2509.16278, section 4); its prompt
+strings are not known, these are ours. The needle is for Hymba (arXiv 2411.13676, figure 10). Lists that do not fill an example's length leave the rest to lines of neutral text.
 """
 
 from __future__ import annotations
@@ -80,6 +82,8 @@ def chance(task: str, tasks: Tasks) -> float:
         "segment_counting": 1 / tasks.classes,
         "parity": 1 / 2,
         "copying": 1 / (tasks.span * len(TEXT)),
+        "needle": 1 / words,
+        "mqar": 0.0,  # all values of a row at once
     }[task]
 
 
@@ -168,6 +172,15 @@ class Writer:
         at = int(rng.integers(len(text) + 1))
         line = (_TEXT_HEAD, *text[:at], _OPEN, PAUSE, *span, PAUSE, _CLOSE, *text[at:])
         return Example((line,), (_COPY,), tuple(span))
+
+    def needle(self, rng: np.random.Generator, room: int) -> Example | None:
+        """A list of one item; `fill` puts it at any depth of the neutral text."""
+        name = NAMES[int(rng.integers(len(NAMES)))]
+        item = _ITEMS[name][int(rng.integers(len(_ITEMS[name])))]
+        dearest = self._dearest
+        if room < self._all(_RECALL, _ASK, " 1") + dearest["head"] + dearest["of"] + 2 * dearest["item"]:
+            return None
+        return Example(((f"{name}:", item),), (_RECALL, " 1", f" of {name}", _ASK), (item,))
 
     # ------------------------------------------------------------------------------------------------------ parts
 

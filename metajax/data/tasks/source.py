@@ -12,8 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from metajax.config import Config, Tasks, require
+from metajax.config import TASKS, Config, Tasks, require
 from metajax.data.rows import Row, finish
+from metajax.data.tasks.mqar import SHORTEST, most_pairs, recall_row
 from metajax.data.tasks.prompts import MARK, PAUSE, Example, Writer
 from metajax.data.tokenizers import Tokenizer
 
@@ -21,17 +22,30 @@ TEST_SHARE = 10  # one in ten is a test example, as 90,000 and 10,000 in the pap
 ATTEMPTS = 2_000  # to draw an example of one split and of a wanted length
 MISSES = 4  # examples that may fail to fit before a row is closed
 PAUSES = 2  # meta-tokens of an example, at most
-KINDS = Tasks.names
+KINDS = TASKS
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: int32 [n], BOS, prompt and answer; answer: how many of them are the answer; core: without neutral text; text: all of it."""
+    """An example as ids: what is read, what each slot is asked for, where a question counts, and where its answer is.
+
+    ids, targets: int32 [n]; asked, answers: bool [n], the second without the end of the text; core: without neutral text; text: all of it.
+    """
 
     ids: np.ndarray
-    answer: int
-    core: Example
+    targets: np.ndarray
+    asked: np.ndarray
+    answers: np.ndarray
+    core: Example | str
     text: str
+
+
+def prompted(ids: list[int], answer: int, end: int, core: Example, text: str) -> Encoded:
+    """BOS, prompt and answer, of which the last `answer` ids are asked for, and `end` behind them."""
+    index = np.arange(len(ids))
+    asked = index >= len(ids) - answer - 1  # the last token of the prompt asks for the answer's first
+    targets = np.array([*ids[1:], end], np.int32)
+    return Encoded(np.array(ids, np.int32), targets, asked, asked & (index < len(ids) - 1), core, text)
 
 
 @dataclass(frozen=True)
@@ -73,19 +87,41 @@ class Examples:
                 )
 
     def _draw(self, task: str, split: str, part: int, n: int, lengths: tuple[int, int]) -> Encoded:
-        low, high = lengths
         rng = np.random.default_rng([self.seed, KINDS.index(task), split == "test", part, n])
+        draw = self._recall_row if task == "mqar" else self._prompt
         for _ in range(ATTEMPTS):
-            room = int(rng.integers(low, high + 1)) - 1  # BOS has its own
-            core = self._writer.write(task, rng, room)
-            if core is None or is_test(core) != (split == "test"):
-                continue
-            example = self._writer.fill(core, rng, room)
-            pieces = [*self._placed(example, rng), *example.answer]
-            ids = [self.tokenizer.vocabulary.bos, *(i for piece in pieces for i in self._ids(piece))]
-            if low <= len(ids) <= high:
-                return Encoded(np.array(ids, np.int32), sum(map(self._cost, example.answer)), core, example.text)
+            example = draw(task, rng, split, lengths)
+            if example is not None:
+                return example
+        low, high = lengths
         require(False, f"{task} has no {split} example of {low} to {high} tokens; choose greater lengths or sizes in tasks")
+
+    def _prompt(self, task: str, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
+        """One draw of a task in words; None where it is of the other split or has not the wanted length."""
+        low, high = lengths
+        room = int(rng.integers(low, high + 1)) - 1  # BOS has its own
+        core = self._writer.write(task, rng, room)
+        if core is None or is_test(core) != (split == "test"):
+            return None
+        example = self._writer.fill(core, rng, room)
+        pieces = [*self._placed(example, rng), *example.answer]
+        ids = [self.tokenizer.vocabulary.bos, *(i for piece in pieces for i in self._ids(piece))]
+        if not low <= len(ids) <= high:
+            return None
+        answer = sum(map(self._cost, example.answer))
+        return prompted(ids, answer, self.tokenizer.vocabulary.eos, core, example.text)
+
+    def _recall_row(self, task: str, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
+        """One draw of mqar; test rows have the length of their bin and as many pairs as fit, training rows any number of both."""
+        low, high = lengths
+        length = high if split == "test" else int(rng.integers(low, high + 1))
+        most = most_pairs(self.tasks, length)
+        pairs = most if split == "test" else int(rng.integers(1, most + 1))
+        row = recall_row(rng, length, pairs, self.tokenizer.vocabulary.base)
+        told = " ".join(map(str, row.ids[: 2 * pairs].tolist()))
+        if is_test(told) != (split == "test"):
+            return None
+        return Encoded(row.ids, row.values, row.asked, row.asked, told, f"{told} ...")
 
     def _placed(self, example: Example, rng: np.random.Generator) -> list[str]:
         """The prompt with its pauses where `tasks.placement` has them; random ones stand neither first nor last."""
@@ -124,15 +160,15 @@ class Examples:
         found = {}
         for task in self.tasks.names:
             room = 1
-            while self._writer.write(task, np.random.default_rng(0), room) is None:
+            while task != "mqar" and self._writer.write(task, np.random.default_rng(0), room) is None:
                 room += 1
-            found[task] = room + 1
+            found[task] = SHORTEST if task == "mqar" else room + 1
         return found
 
 
-def is_test(core: Example) -> bool:
+def is_test(core: Example | str) -> bool:
     """The side of the split, from the text alone."""
-    return zlib.crc32(core.text.encode()) % TEST_SHARE == 0
+    return zlib.crc32((core if isinstance(core, str) else core.text).encode()) % TEST_SHARE == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -144,7 +180,7 @@ def phase_of(step: int, steps: int, phases: int) -> int:
 
 
 def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_slots: int | None) -> Row:
-    """A finished row (see data/rows.py): one segment an example, loss on the answer and the end behind it, body = the answer alone.
+    """A finished row (see data/rows.py): one segment an example, loss on what it asks for, body = the answers alone.
 
     meta_slots: M, how many meta-tokens the row has room for; unused ones point at `length`. None: the row does not list them.
     """
@@ -161,11 +197,9 @@ def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_sl
     at = 0
     for segment, example in enumerate(examples, 1):
         end = at + len(example.ids)
-        asked = end - example.answer - 1  # the last token of the prompt asks for the answer's first
-        row["tokens"][at:end] = example.ids
-        row["targets"][at:end] = np.append(example.ids[1:], vocabulary.eos)
-        row["loss_weights"][asked:end] = 1.0
-        row["is_body"][asked : end - 1] = True
+        row["tokens"][at:end], row["targets"][at:end] = example.ids, example.targets
+        row["loss_weights"][at:end] = example.asked
+        row["is_body"][at:end] = example.answers
         row["segment_ids"][at:end] = segment
         at = end
     if meta_slots is not None:
