@@ -39,13 +39,21 @@ TASKS = ("list_recall", "segment_counting", "parity", "copying", "needle", "mqar
 
 @dataclass(frozen=True)
 class Switch:
-    """New mixture weights from one step on (annealing, cooldown)."""
+    """What changes in the data from one step on (annealing, cooldown); parameters, optimiser state and schedule go on."""
 
     step: int
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = ()  # of the sources; empty: as before
+    metadata: Literal["same", "none"] = "same"  # none: documents without metadata from here on (MeCo)
+    unseen: float = 0.0  # share of the training documents kept for the time from here on, and read only there; 0: all go on
 
     def __post_init__(self) -> None:
         require(self.step >= 1, f"data.switch.step = {self.step}: the switch comes at step 1 or later")
+        require(0 <= self.unseen < 1, f"data.switch.unseen = {self.unseen}: a share of the training documents below 1")
+
+    @property
+    def anew(self) -> bool:
+        """Whether rows from the step on are others than before it: other documents, or the same without their metadata."""
+        return self.unseen > 0 or self.metadata == "none"
 
 
 @dataclass(frozen=True)
@@ -335,6 +343,10 @@ class Config:
             require(
                 data.switch.step < training.steps,
                 f"data.switch.step = {data.switch.step} is not before training.steps = {training.steps}",
+            )
+            require(
+                data.switch.metadata == "same" or (self.metadata is not None and self.metadata.position != "none"),
+                "data.switch.metadata = 'none' takes metadata away, but this experiment trains without (metadata.position)",
             )
         self._check_lengths()
         if self.meta_tokens is not None:

@@ -1,7 +1,8 @@
 """Weighted mixtures of sources with a switch at a step, as a pure function of the row number.
 
 Exact counts: after n rows every source has given its share of n to within one row for each level of the split
-(source against the rest, then the next), and a switch continues each source where the first phase left it.
+(source against the rest, then the next), and a switch continues each source where the first phase left it, or turns to
+streams of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ class Mixture:
       weights: one per source.
       switch_row: first row of the second phase; None for one phase.
       switch_weights: weights of the second phase.
+      anew: the second phase reads other streams from their beginning, numbered behind those of the first.
     """
 
-    def __init__(self, weights: Sequence[float], switch_row: int | None = None, switch_weights: Sequence[float] = ()):
+    def __init__(
+        self,
+        weights: Sequence[float],
+        switch_row: int | None = None,
+        switch_weights: Sequence[float] = (),
+        anew: bool = False,
+    ):
         self.shares = _shares(weights)
         self.switch_row = switch_row
         self.switch_shares = _shares(switch_weights) if switch_row is not None else []
+        self.anew = anew
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -32,13 +41,17 @@ class Mixture:
         if self.switch_row is None or n < self.switch_row:
             return _select(n, self.shares)
         source, k = _select(n - self.switch_row, self.switch_shares)
+        if self.anew:
+            return len(self.shares) + source, k
         return source, k + _counts(self.switch_row, self.shares)[source]
 
     def counts(self, n: int) -> list[int]:
-        """Rows of each source among the first n."""
+        """Rows of each stream among the first n."""
         first = min(n, self.switch_row) if self.switch_row is not None else n
         counts = _counts(first, self.shares)
         rest = _counts(n - first, self.switch_shares) if n > first else [0] * len(counts)
+        if self.anew:
+            return counts + rest
         return [a + b for a, b in zip(counts, rest, strict=True)]
 
 

@@ -205,6 +205,28 @@ def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: in
     return finish(row, attend_across_documents=config.data.attend_across_documents)
 
 
+def _stream(corpora: Corpora, i: int, phase: int, note: Note) -> grain.MapDataset:
+    """Source i's rows in shuffled order, again and again, for the time before a switch of the data (phase 0) or from it on (1)."""
+    data, seed, cache = corpora.config.data, corpora.config.seed, corpora.caches[i]
+    documents = cache.documents("train", data.held_out, data.min_bytes)
+    require(
+        len(documents) > 0,
+        f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all, or data.min_bytes = "
+        f"{data.min_bytes} does",
+    )
+    if data.switch is not None and data.switch.unseen:
+        is_later = uniform_hash(derive_seed("unseen", seed, i), documents) < data.switch.unseen
+        documents = documents[is_later == bool(phase)]
+        require(
+            len(documents) > 0, f"{data.sources[i]}: data.switch.unseen = {data.switch.unseen} leaves no document on one side"
+        )
+    part = (seed, i, phase) if phase else (seed, i)
+    order = documents[np.argsort(uniform_hash(derive_seed("order", *part), documents), kind="stable")]
+    condition = "none" if phase and data.switch.metadata == "none" else "training"
+    rows = grain.MapDataset.source(_rows(corpora, cache, condition, order, data.packing, note))
+    return rows.shuffle(seed=derive_seed("shuffle", *part)).repeat()
+
+
 def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
     """Row n of the run, for every n: an endless random-access dataset that depends on the config and the seed alone.
 
@@ -215,24 +237,14 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
         return grain.MapDataset.range(sys.maxsize).map(
             TaskRows(config, task_examples(corpora, derive_seed("tasks", config.seed)))
         )
-    streams = []
-    for i, cache in enumerate(corpora.caches):
-        documents = cache.documents("train", data.held_out, data.min_bytes)
-        require(
-            len(documents) > 0,
-            f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all, or data.min_bytes = "
-            f"{data.min_bytes} does",
-        )
-        order = documents[np.argsort(uniform_hash(derive_seed("order", config.seed, i), documents), kind="stable")]
-        rows = grain.MapDataset.source(_rows(corpora, cache, "training", order, data.packing, note))
-        streams.append(rows.shuffle(seed=derive_seed("shuffle", config.seed, i)).repeat())
-    equal = (1.0,) * len(streams)
-    switch = data.switch
-    mixture = Mixture(
-        data.weights or equal,
-        switch.step * data.batch_rows if switch else None,
-        switch.weights if switch else (),
-    )
+    switch, sources = data.switch, range(len(corpora.caches))
+    streams = [_stream(corpora, i, 0, note) for i in sources]
+    if switch is not None and switch.anew:
+        streams += [_stream(corpora, i, 1, note) for i in sources]
+    weights = data.weights or (1.0,) * len(sources)
+    mixture = Mixture(weights)
+    if switch is not None:
+        mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.anew)
     mixed = grain.MapDataset.select_from_datasets(streams, mixture)
     complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))

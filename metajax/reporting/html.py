@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from metajax.atomic import write_text
-from metajax.config import Config, Metadata, flatten, from_dict
+from metajax.config import Config, Metadata, Switch, flatten, from_dict
 from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
 from metajax.reporting.records import conditions, read_config
@@ -148,7 +148,7 @@ def _run_sentence(report: dict[str, Any], config: Config) -> str:
     return (
         f"A decoder of {model.layers} layers, width {model.width} and {short_count(report['parameters']['total'])} parameters, trained for "
         f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} slots on {', '.join(map(title, config.tasks.names)) if config.tasks else ', '.join(data.sources)}"
-        f"{', with ' + ' and '.join(extras) if extras else ''}."
+        f"{', with ' + ' and '.join(extras) if extras else ''}{_switch_words(data.switch)}."
     )
 
 
@@ -157,6 +157,15 @@ def _metadata_words(recipe: Metadata) -> str:
     whose = " of another document" if recipe.assigned == "shuffled" else ""
     where = {"prepend": "before", "append": "behind", "both": "before and behind"}[recipe.position]
     return f"{what}{whose} {where} {recipe.keep:.0%} of the documents"
+
+
+def _switch_words(switch: Switch | None) -> str:
+    if switch is None:
+        return ""
+    changes = [", with other weights of the sources"] if switch.weights else []
+    changes += [", without metadata"] if switch.metadata == "none" else []
+    changes += [", on documents not read before"] if switch.unseen else []
+    return f"; from step {switch.step:,} on{''.join(changes)}"
 
 
 def _condition(name: str, result: dict[str, Any]) -> dict[str, str]:

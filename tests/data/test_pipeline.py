@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metajax.config import Metadata, MetaTokens, UserError, override
 from metajax.data import pipeline
@@ -168,6 +170,51 @@ def test_the_switch_changes_the_counts_of_the_sources(tiny_config, tiny_corpus, 
         is_lower = (batches[step]["tokens"] >= ord("a")) & (batches[step]["tokens"] <= ord("z"))
         upper.append(int((is_lower.sum(1) == 0).sum()))
     assert upper == [1, 1, 1, 3, 3, 3, 3, 3]
+
+
+SWITCHES = [
+    {"unseen": 0.4},
+    {"metadata": "none"},
+    {"metadata": "none", "unseen": 0.4, "weights": (0.5, 0.5)},
+]
+
+
+@settings(max_examples=8, deadline=None)
+@given(switch=st.sampled_from(SWITCHES), step=st.integers(1, 6), start=st.integers(0, 8))
+def test_a_switch_of_the_phase_keeps_resume_exact(full, paths, switch, step, start):
+    config = full(**{"data.switch": {"step": step, **switch}, "training.steps": 9})
+    batches = batches_of(config, paths)
+    resumed = read_batches(batches_of(config, paths), start, 0)
+    for n in range(start, start + 3):
+        same(next(resumed), batches[n])
+
+
+def texts_of(rows):
+    """{a document's tokens: whether metadata stood beside them}, of rows that hold documents whole."""
+    shown = {}
+    for row in rows:
+        for segment in range(1, row["segment_ids"].max() + 1):
+            own = row["segment_ids"] == segment
+            shown[row["tokens"][own & ~row["is_metadata"]].tobytes()] = bool(row["is_metadata"][own].any())
+    return shown
+
+
+@pytest.mark.parametrize("switch", [{"unseen": 0.4}, {"metadata": "none"}, {"metadata": "none", "unseen": 0.4}])
+def test_phases_read_their_own_documents_with_metadata_or_without(tiny_config, paths, switch):
+    """Best-fit rows of 512 slots cut no document, and 20 steps are an epoch of either phase."""
+    changes = {"data.row_length": 512, "data.packing": "best_fit", "training.steps": 40, "data.switch": {"step": 20, **switch}}
+    corpora = open_corpora(tiny_config(metadata=Metadata(template="{topic}", keep=1.0), **changes), paths)
+    [cache], batches, bos = corpora.caches, training_batches(corpora), corpora.tokenizer.vocabulary.bos
+    train = cache.documents("train", corpora.config.data.held_out)
+    everything = {np.array([bos, *cache[int(i)]], np.int32).tobytes() for i in train}
+    before, after = (texts_of(unstack([batches[n] for n in steps])) for steps in (range(20), range(20, 40)))
+    assert all(before.values()) and set(after.values()) == {switch.get("metadata") != "none"}
+    assert before.keys() | after.keys() == everything
+    if "unseen" in switch:
+        assert not before.keys() & after.keys()
+        assert abs(len(after) / len(everything) - 0.4) < 4 * np.sqrt(0.24 / len(everything))
+    else:
+        assert before.keys() == after.keys()
 
 
 # ------------------------------------------------------------------------------------------------------------ epochs

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from metajax import atomic
-from metajax.config import MetaTokens, UserError, override
+from metajax.config import Metadata, MetaTokens, UserError, override
 from metajax.data import tokenizers
 from metajax.experiment import run_experiment
 from metajax.reporting import html, records
@@ -21,6 +21,7 @@ from metajax.reporting.records import RunDirectory
 from metajax.training import loop
 from metajax.training.loop import NonFinite, replay
 from metajax.training.metrics import MetricsFile, read_lines
+from metajax.training.optimizers import schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,18 +62,25 @@ def test_a_resumed_run_is_the_undisturbed_run(tiny_config, paths, tmp_path, monk
         assert resumed[name] == whole[name], name
 
 
-def test_resume_across_a_mixture_switch(tiny_config, tiny_corpus, paths, tmp_path, monkeypatch):
-    changes = {
-        "data.sources": (f"jsonl:{tiny_corpus}?origin=module", f"jsonl:{tiny_corpus}?text=text&origin=module"),
-        "data.weights": (0.75, 0.25),
-        "data.switch": {"step": 3, "weights": (0.25, 0.75)},
-        "runtime.save_every": 2,
-    }
-    config = override(tiny_config(), changes)
+def test_resume_across_a_switch_of_the_data(tiny_config, tiny_corpus, paths, tmp_path, monkeypatch):
+    """To other weights and to documents without metadata that were not read before, while the schedule goes on."""
+    config = override(
+        tiny_config(metadata=Metadata(template="{topic}")),
+        {
+            "data.sources": (f"jsonl:{tiny_corpus}?origin=module", f"jsonl:{tiny_corpus}?text=text&origin=module"),
+            "data.row_length": 48,
+            "data.weights": (0.75, 0.25),
+            "data.switch": {"step": 3, "weights": (0.25, 0.75), "metadata": "none", "unseen": 0.3},
+            "runtime.save_every": 2,
+            "evaluation.sample_tokens": 0,
+        },
+    )
     whole = run_experiment(config, tmp_path / "whole", paths)
     run_and_cut(config, tmp_path / "cut", paths, 5, monkeypatch)
     assert run_experiment(config, tmp_path / "cut", paths)["eval"] == whole["eval"]
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    rates = schedule(config.optimizer, config.training.steps)
+    assert [line["learning_rate"] for line in curve(tmp_path / "whole")] == pytest.approx([float(rates(n)) for n in range(6)])
 
 
 def test_nan_stops_with_a_bundle_that_reproduces_the_step(tiny_config, paths, tmp_path):
