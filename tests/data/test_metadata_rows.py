@@ -1,0 +1,113 @@
+"""What rows show of metadata, from the config on: dropped and counted, learnable tokens, the control, phases of a run."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from metajax.config import Metadata, UserError
+from metajax.data import pipeline
+from metajax.data.pipeline import open_corpora, training_batches, training_rows
+
+
+def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):
+    corpora = open_corpora(tiny_config(**{"data.packing": "new_document", "data.row_length": 40}), paths)
+    [cache], notes = corpora.caches, []
+    train = cache.documents("train", corpora.config.data.held_out)
+    source = pipeline._rows(corpora, cache, "training", train, "new_document", notes.append)
+    rows = [source[n] for n in range(len(source))]
+    assert all(row["tokens"][0] == corpora.tokenizer.vocabulary.bos for row in rows)
+    total = int(cache.lengths[train].sum()) + len(train)
+    left_out = total - sum(int((row["segment_ids"] > 0).sum()) for row in rows)
+    assert 0 < left_out < total
+    assert notes == [
+        f"{corpora.config.data.sources[0]}: data.packing=new_document leaves out {left_out:,} of {total:,} tokens, the rest of "
+        "documents that the end of a row cuts"
+    ]
+
+
+def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config, tiny_corpus, paths):
+    """The longest modules do not fit beside 16 tokens of text; nothing of theirs is shown."""
+    names = [json.loads(line)["module"] for line in tiny_corpus.read_text().splitlines()]
+    changes = {"data.row_length": 26, "data.batch_rows": 1, "metadata": Metadata(template="{module}", keep=1.0)}
+    with pytest.raises(UserError, match=r"metadata tokens, which leaves no room .* metadata\.too_long=drop"):
+        training_rows(open_corpora(tiny_config(**changes), paths))
+    corpora = open_corpora(tiny_config(**changes, **{"metadata.too_long": "drop"}), paths)
+    train = corpora.caches[0].documents("train", corpora.config.data.held_out).tolist()
+    long = [i for i in train if len(names[i]) > 26 - 16 - 2]
+    notes, vocabulary = [], corpora.tokenizer.vocabulary
+    rows = training_rows(corpora, notes.append)
+    [note] = notes
+    assert f"the metadata of {len(long)} of {len(train)} documents (training) takes more than the 10 tokens" in note
+    assert note.endswith(f"first that of document {long[0]}") and 0 < len(long) < len(train)
+    shown = set()
+    for n in range(400):
+        tokens = rows[n]["tokens"].tolist()
+        for at in (i for i, token in enumerate(tokens) if token == vocabulary.context_begin):
+            shown.add(bytes(tokens[at + 1 : tokens.index(vocabulary.context_end, at)]).decode())
+    assert shown == {names[i] for i in train if i not in long} | {""}, "whole or not at all"
+
+
+@pytest.mark.parametrize("position", ["prepend", "append"])
+def test_learnable_tokens_are_the_same_for_all_documents(tiny_config, paths, position):
+    recipe = Metadata(position=position, tokens=5, keep=0.5)
+    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 48, "data.batch_rows": 60}), paths)
+    vocabulary = corpora.tokenizer.vocabulary
+    batch = training_batches(corpora)[0]
+    shown = Counter()
+    for tokens in batch["tokens"].tolist():
+        for at in (i for i, token in enumerate(tokens) if token == vocabulary.context_begin):
+            shown[tuple(tokens[at + 1 : tokens.index(vocabulary.context_end, at)])] += 1
+    assert set(shown) == {(), vocabulary.spare[:5]} and min(shown.values()) > 20
+    weight = 1.0 if position == "append" else 0.0
+    assert set(batch["loss_weights"][batch["asks_metadata"]]) == {weight}
+
+
+def test_the_control_in_training_exchanges_metadata_at_random(tiny_config, paths):
+    """The same strings as a set, and a document's own at the rate of chance."""
+    source = {}
+    for assigned in ("own", "shuffled"):
+        recipe = Metadata(template="{topic}", keep=1.0, assigned=assigned, wrap="plain")
+        corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 48}), paths)
+        [cache] = corpora.caches
+        train = cache.documents("train", corpora.config.data.held_out)
+        side = pipeline._sides(corpora, cache, "training", train, pytest.fail).front
+        source[assigned] = [side[int(i)].tobytes() for i in train]
+    own, shuffled = source["own"], source["shuffled"]
+    assert Counter(own) == Counter(shuffled)
+    met = np.mean([a == b for a, b in zip(own, shuffled, strict=True)])
+    chance = sum((n / len(own)) ** 2 for n in Counter(own).values())
+    assert abs(met - chance) < 4 * np.sqrt(chance / len(own)), "a share of documents meets its own string, as any other"
+
+
+def unstack(batches):
+    return [{name: values[i] for name, values in batch.items()} for batch in batches for i in range(len(batch["tokens"]))]
+
+
+def texts_of(rows):
+    """{a document's tokens: whether metadata stood beside them}, of rows that hold documents whole."""
+    shown = {}
+    for row in rows:
+        for segment in range(1, row["segment_ids"].max() + 1):
+            own = row["segment_ids"] == segment
+            shown[row["tokens"][own & ~row["is_metadata"]].tobytes()] = bool(row["is_metadata"][own].any())
+    return shown
+
+
+@pytest.mark.parametrize("switch", [{"unseen": 0.4}, {"metadata": "none"}, {"metadata": "none", "unseen": 0.4}])
+def test_phases_read_their_own_documents_with_metadata_or_without(tiny_config, paths, switch):
+    """Best-fit rows of 512 slots cut no document, and 20 steps are an epoch of either phase."""
+    changes = {"data.row_length": 512, "data.packing": "best_fit", "training.steps": 40, "data.switch": {"step": 20, **switch}}
+    corpora = open_corpora(tiny_config(metadata=Metadata(template="{topic}", keep=1.0), **changes), paths)
+    [cache], batches, bos = corpora.caches, training_batches(corpora), corpora.tokenizer.vocabulary.bos
+    train = cache.documents("train", corpora.config.data.held_out)
+    everything = {np.array([bos, *cache[int(i)]], np.int32).tobytes() for i in train}
+    before, after = (texts_of(unstack([batches[n] for n in steps])) for steps in (range(20), range(20, 40)))
+    assert all(before.values()) and set(after.values()) == {switch.get("metadata") != "none"}
+    assert before.keys() | after.keys() == everything
+    if "unseen" in switch:
+        assert not before.keys() & after.keys()
+        assert abs(len(after) / len(everything) - 0.4) < 4 * np.sqrt(0.24 / len(everything))
+    else:
+        assert before.keys() == after.keys()
