@@ -211,6 +211,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have probability P together (1)"
     )
+    decode_help = "newest keys that a drawn token sees in a window: W+1 as in training, W as in Hymba's released code (W+1)"
+    parser.add_argument("--decode-window", choices=["W+1", "W"], default="W+1", help=decode_help)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     _add_place(parser)
 
@@ -460,11 +462,12 @@ def _analyze(options: argparse.Namespace, started: float) -> int:
 
 def _generate(options: argparse.Namespace, started: float) -> int:
     from metajax.inference.decoding import Sampling
+    from metajax.inference.forward import prepare
     from metajax.inference.generation import stream
 
     opened = _open_run(options, options.run)
     pieces = stream(
-        opened.model, opened.config, opened.tokenizer, [options.prompt], count=options.tokens, context=options.context,
+        prepare(opened.model, options.decode_window), opened.config, opened.tokenizer, [options.prompt], count=options.tokens, context=options.context,
         sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
         stride=1 if sys.stdout.isatty() else opened.config.row_slots,
     )  # fmt: skip

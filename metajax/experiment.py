@@ -18,6 +18,7 @@ from metajax.data.tokenizers import Tokenizer
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks
+from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
 from metajax.planning.flops import flops_per_token
@@ -159,5 +160,5 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     shown = min(PROMPT_TOKENS, room // 2)
     prompt = tokenizer.decode(body[:shown])
     count = min(config.evaluation.sample_tokens, room - len(tokenizer.encode(prompt)))
-    (text,) = generate(model, config, tokenizer, [prompt], count=count, context=context)
+    (text,) = generate(prepare(model), config, tokenizer, [prompt], count=count, context=context)
     return {"context": context, "prompt": prompt, "continuation": text, "document": tokenizer.decode(body[shown : shown + count])}

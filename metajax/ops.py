@@ -36,7 +36,8 @@ CAUSAL_CONV = {
 }
 AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
 # Queries x keys of a row up to which "auto" is XLA on every platform: one tile of the kernel, which has nothing to leave out
-# there, while its layouts cost more than they save (docs/kernels.md, meta_attention).
+# there, while its layouts cost more than they save (docs/kernels.md, meta_attention). Scan and convolution are XLA for rows of one token,
+# which the kernels would fill up to a group of tokens.
 ONE_TILE = 256 * 256
 
 
@@ -137,7 +138,8 @@ def selective_scan(
     Raises UserError as `attention` does.
     """
     options = {"z": z, "segment_ids": segment_ids, "initial_state": initial_state, "reset_state": reset_state}
-    return dispatch(SELECTIVE_SCAN, AUTO, implementation, u, delta, A, B, C, D, delta_bias, **options)
+    auto = AUTO if u.shape[1] > 1 else {}
+    return dispatch(SELECTIVE_SCAN, auto, implementation, u, delta, A, B, C, D, delta_bias, **options)
 
 
 def causal_conv(
@@ -156,4 +158,5 @@ def causal_conv(
     Raises UserError as `attention` does.
     """
     options = {"segment_ids": segment_ids, "initial_tail": initial_tail, "reset_tail": reset_tail}
-    return dispatch(CAUSAL_CONV, AUTO, implementation, x, w, b, **options)
+    auto = AUTO if x.shape[1] > 1 else {}
+    return dispatch(CAUSAL_CONV, auto, implementation, x, w, b, **options)

@@ -1,8 +1,8 @@
 """What decoding keeps of the tokens before: one kind of cache for each kind of mixer.
 
-A kind is a pytree whose arrays are stacked over the layers. It is made from what the prompt's forward pass captured, `past` is what the
-layers read of it, and `append` takes in what they captured for one more token. Rows have lengths of their own: prompts are padded on
-the right, and what a shorter row would keep of its padding is never kept. A model's cache is a dict, mixer -> kind.
+A kind is a pytree whose arrays are stacked over alike layers. It is made from what the prompt's forward pass left, `past` is what the
+layers read of it, and `append` takes in what they left of one more token. Rows have lengths of their own; what stands beside their tokens
+is padding and never kept. A model's cache is a dict, mixer -> kind; a hybrid's has one for every layer of its groups, run by run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class KeyValues:
     """Rotated keys and values of the newest S tokens of each row in one attention, all of them while there are no more.
 
     A ring buffer: token t of a row lies at slot t mod S. A query attends to itself besides, so S = W serves a window of W earlier keys.
+    A hybrid's meta tokens are not in it: their keys are the same for all rows and never leave.
     """
 
     k: Float[Array, "L B S KV Dq"]
@@ -28,13 +29,19 @@ class KeyValues:
 
     @classmethod
     def create(
-        cls, k: Float[Array, "L B T KV Dq"], v: Float[Array, "L B T KV Dv"], length: Int[Array, " B"], capacity: int
+        cls,
+        k: Float[Array, "L B T KV Dq"],
+        v: Float[Array, "L B T KV Dv"],
+        length: Int[Array, " B"],
+        capacity: int,
+        first: int | Int[Array, " B"] = 0,
     ) -> KeyValues:
-        """Of the first `length` tokens of each row; S = capacity >= 1."""
+        """Of `length` tokens of each row, from slot `first` on; S = capacity >= 1."""
         newest = length[:, None] - 1
         token = newest - (newest - jnp.arange(capacity)) % capacity  # [B, S]; negative where a slot is empty
-        pick = jax.vmap(lambda x, t: x[:, jnp.maximum(t, 0)], in_axes=(1, 0), out_axes=1)
-        return cls(pick(k, token), pick(v, token), length)
+        at = jnp.reshape(first, (-1, 1)) + jnp.maximum(token, 0)
+        pick = jax.vmap(lambda x, t: x[:, t], in_axes=(1, 0), out_axes=1)
+        return cls(pick(k, at), pick(v, at), length)
 
     def past(self) -> Past:
         """What a layer's attention reads, visible where a slot is filled."""
@@ -51,21 +58,21 @@ class KeyValues:
 
 
 @struct.dataclass
-class Text:
-    """The tokens themselves, of a model whose layers cannot take up from a cache: every token runs its whole row again."""
+class Recurrence:
+    """What a Mamba remembers of each row, whatever its length."""
 
-    tokens: Int[Array, "B S"]
-    length: Int[Array, " B"]  # tokens so far
+    tail: Float[Array, "L B 3 C"]  # last inputs of the convolution
+    state: Float[Array, "L B C N"]  # float32
 
-    @classmethod
-    def create(cls, tokens: Int[Array, "B T"], length: Int[Array, " B"], capacity: int) -> Text:
-        """Of rows that will have at most `capacity` tokens."""
-        return cls(jnp.pad(tokens, ((0, 0), (0, max(capacity - tokens.shape[1], 0)))), length)
+    def past(self) -> tuple[Array, Array]:
+        """What a layer's Mamba goes on from."""
+        return self.tail, self.state
 
-    def append(self, tokens: Int[Array, " B"], present: Bool[Array, " B"]) -> Text:
-        """With one token more in the rows where there is one."""
-        at = jnp.where(present, self.length, self.tokens.shape[1])  # a slot out of range is dropped
-        return Text(self.tokens.at[jnp.arange(len(at)), at].set(tokens, mode="drop"), self.length + present)
+    def append(self, tail: Float[Array, "L B 3 C"], state: Float[Array, "L B C N"], present: Bool[Array, " B"]) -> Recurrence:
+        """What the rows remember after one token more, where there is one."""
+        there = present[:, None, None]
+        return Recurrence(jnp.where(there, tail, self.tail), jnp.where(there, state, self.state))
 
 
-Cache = dict[str, KeyValues] | Text
+Kinds = dict[str, KeyValues | Recurrence]
+Cache = Kinds | tuple[tuple[Kinds, ...], ...]

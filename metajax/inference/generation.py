@@ -13,7 +13,7 @@ from metajax.config import Config, Metadata, require
 from metajax.data.metadata import delimiters
 from metajax.data.tokenizers import Tokenizer, Vocabulary
 from metajax.inference.decoding import Decoding, Rules, Sampling, advance, start
-from metajax.models.lm import LM
+from metajax.inference.forward import Ready
 
 DEFAULT = Sampling()
 SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
@@ -77,7 +77,7 @@ class Rows:
         length = np.array([real[len(ids) - 1] + 1 for ids in prompts], np.int32)
         return cls(tokens, np.tile(is_meta, (len(prompts), 1)), length, count)
 
-    def start(self, model: LM, rules: Rules) -> Decoding:
+    def start(self, ready: Ready, rules: Rules) -> Decoding:
         """Read the prompts and draw the first token of each."""
         slots = self.tokens.shape[1]
         ordinary = np.cumsum(~self.is_meta, axis=1)
@@ -93,7 +93,7 @@ class Rows:
             row[: flags.sum()] = np.flatnonzero(flags)
         prompt = np.maximum(self.tokens[:, :width], 0)
         return start(
-            model, self.tokens, self.is_meta, prompt, self.length, meta_slots, self.count, rules,
+            ready, self.tokens, self.is_meta, prompt, self.length, meta_slots, self.count, rules,
             capacity=capacity, meta_capacity=meta_capacity,
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed:
 
 
 def stream(
-    model: LM, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
+    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
     sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
 ) -> Iterator[list[str]]:  # fmt: skip
     """The text that follows each prompt, piece by piece: at most `count` tokens, cut at the end-of-text token.
@@ -126,10 +126,10 @@ def stream(
     vocabulary, head = tokenizer.vocabulary, _head(config, tokenizer, context)
     rows = Rows.of(config, [[*head, *tokenizer.encode(prompt)] for prompt in prompts], vocabulary, count)
     rules = make_rules(config, vocabulary, sampling, seed)
-    return _pieces(model, rows, rows.start(model, rules), rules, tokenizer, stride)
+    return _pieces(ready, rows, rows.start(ready, rules), rules, tokenizer, stride)
 
 
-def _pieces(model: LM, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int) -> Iterator[list[str]]:
+def _pieces(ready: Ready, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int) -> Iterator[list[str]]:
     shown, eos = [""] * len(rows.length), int(rules.eos)
     while True:
         tokens, left = jax.device_get((state.tokens, state.left))
@@ -143,7 +143,7 @@ def _pieces(model: LM, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tok
         if done.all():
             return
         shown = whole
-        state = advance(model, state, rules, stride)
+        state = advance(ready, state, rules, stride)
 
 
 def _settled(text: str) -> str:
@@ -153,11 +153,11 @@ def _settled(text: str) -> str:
 
 
 def generate(
-    model: LM, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
+    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
     sampling: Sampling = DEFAULT, seed: int = 0,
 ) -> list[str]:  # fmt: skip
     """The text that follows each prompt, whole; see `stream`."""
     pieces = stream(
-        model, config, tokenizer, prompts, count=count, context=context, sampling=sampling, seed=seed, stride=config.row_slots
+        ready, config, tokenizer, prompts, count=count, context=context, sampling=sampling, seed=seed, stride=config.row_slots
     )
     return ["".join(parts) for parts in zip(*pieces, strict=True)]

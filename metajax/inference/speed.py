@@ -13,6 +13,7 @@ import numpy as np
 from metajax.config import Config, require
 from metajax.data.tokenizers import Vocabulary
 from metajax.inference.decoding import Sampling, advance
+from metajax.inference.forward import Ready, prepare
 from metajax.inference.generation import Rows, make_rules
 from metajax.models.lm import LM
 
@@ -29,9 +30,10 @@ def generation_speed(
     require(prompt >= 1 and count >= 2, f"prompt = {prompt}, count = {count}: at least 1 token in front and 2 to draw")
     ids = np.random.default_rng(seed).integers(vocabulary.base, size=prompt).tolist()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    ready = {name: prepare(model) for name, (model, _) in models.items()}
     for _ in range(repeats + 1):
-        for name, (model, config) in models.items():
-            taken[name].append(_time(model, config, vocabulary, ids, count))
+        for name, (_, config) in models.items():
+            taken[name].append(_time(ready[name], config, vocabulary, ids, count))
     return {
         name: {
             "ttft_ms": 1e3 * statistics.median(first for first, _ in rounds[1:]),
@@ -41,12 +43,12 @@ def generation_speed(
     }
 
 
-def _time(model: LM, config: Config, vocabulary: Vocabulary, ids: list[int], count: int) -> tuple[float, float]:
+def _time(ready: Ready, config: Config, vocabulary: Vocabulary, ids: list[int], count: int) -> tuple[float, float]:
     """Seconds up to the first token, and of the rest."""
     rules = make_rules(config, vocabulary, Sampling(temperature=0.0), seed=0).replace(eos=jnp.asarray(-1))
     rows = Rows.of(config, [ids], vocabulary, count)
     begin = time.perf_counter()
-    state = jax.block_until_ready(rows.start(model, rules))
+    state = jax.block_until_ready(rows.start(ready, rules))
     first = time.perf_counter()
-    jax.block_until_ready(advance(model, state, rules, config.row_slots))
+    jax.block_until_ready(advance(ready, state, rules, config.row_slots))
     return first - begin, time.perf_counter() - first

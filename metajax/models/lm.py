@@ -129,7 +129,7 @@ class LM(nnx.Module):
         segment_ids: Int[Array, "B T"],
         meta_slots: Int[Array, "B M"] | None = None,
         capture: tuple[str, ...] = (),
-    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], dict[str, Array]]:
+    ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], dict[str, Any]]:
         """Logits, float32[B, T, vocab]; with `capture`, (logits, {name: intermediate}) for names in `CAPTURABLE`.
 
         positions: index of each token in its document, negative for none (no learned vector, rotary angle 0).
@@ -207,8 +207,8 @@ class LM(nnx.Module):
         return jax.lax.scan(self._rematerialised(body), carry, stacked, unroll=self.unroll)
 
     def _finish(
-        self, x: Float[Array, "B T width"], captured: dict[str, Array], capture: tuple[str, ...]
-    ) -> tuple[Float[Array, "B T width"], dict[str, Array]]:
+        self, x: Float[Array, "B T width"], captured: dict[str, Any], capture: tuple[str, ...]
+    ) -> tuple[Float[Array, "B T width"], dict[str, Any]]:
         x = self.final_norm(x)
         return x, {**captured, "final": x} if "final" in capture else captured
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from metajax.config import MetaTokens, Model, Runtime, UserError
 from metajax.inference.caches import KeyValues
-from metajax.inference.decoding import Rules, Sampling, advance, prefill, start, step
+from metajax.inference.decoding import Rules, Sampling, advance, start
+from metajax.inference.forward import prefill, prepare, step
 from metajax.models.lm import LM
 
 B, N, PROMPT, VOCAB = 3, 16, 8, 24
@@ -48,15 +49,15 @@ def full(model, tokens, is_meta):
 
 
 @jax.jit
-def cached(model, tokens, is_meta, length, slots):
+def cached(ready, tokens, is_meta, length, slots):
     """[N - 1, B, V]: logits after the prompts, then after each further token, until the shortest row is full; and where each row was."""
-    metas = model.meta is not None
-    logits, cache = prefill(model, tokens[:, :PROMPT], length, slots, capacity=N, meta_capacity=N if metas else 0)
+    metas = ready.model.meta is not None
+    logits, cache = prefill(ready, tokens[:, :PROMPT], length, slots, capacity=N, meta_capacity=N if metas else 0)
 
     def body(carry, _):
         cache, at = carry
         token = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
-        logits, cache = step(model, cache, token, at, is_meta, at < N - 1)
+        logits, cache = step(ready, cache, token, at, is_meta, at < N - 1)
         return (cache, jnp.minimum(at + 1, N - 1)), (logits, at)
 
     _, (rest, at) = jax.lax.scan(body, (cache, length), length=N - 1)
@@ -86,7 +87,7 @@ def test_cached_decoding_equals_the_full_forward_pass(meta, window, scheme, data
     tokens = np.where(is_meta, VOCAB - 1, rng.integers(VOCAB - 1, size=(B, N)))
     model = build(meta, window, scheme)
     expected = np.asarray(full(model, tokens, is_meta))
-    logits, at = cached(model, tokens, is_meta, length, slots_of(is_meta, length, PROMPT)[:, :PROMPT])
+    logits, at = cached(prepare(model), tokens, is_meta, length, slots_of(is_meta, length, PROMPT)[:, :PROMPT])
     for ours, where in zip(np.asarray(logits), np.asarray(at), strict=True):
         theirs = expected[np.arange(B), where]
         new = where < N - 1  # a full row reads its last token again and again
@@ -102,7 +103,7 @@ def rules(sampling=None, banned=(), eos=-1, ask_real=False, seed=0):
 def begin(model, tokens, is_meta, length, count, how):
     slots = slots_of(is_meta, length, PROMPT)[:, :PROMPT]
     prompt = np.maximum(tokens[:, :PROMPT], 0)
-    return start(model, tokens, is_meta, prompt, length, slots, count, how, capacity=N, meta_capacity=N)
+    return start(prepare(model), tokens, is_meta, prompt, length, slots, count, how, capacity=N, meta_capacity=N)
 
 
 @pytest.mark.parametrize("ask_real", [False, True])
@@ -131,14 +132,14 @@ def test_rows_of_different_lengths_are_drawn_as_by_the_full_forward_pass(ask_rea
     how = rules(banned=(VOCAB - 2, VOCAB - 1), ask_real=ask_real)
     state = begin(model, started, is_meta, length, count, how)
     for _ in range(N):  # in strides of 1 and 3 slots
-        state = advance(model, state, how, 1)
-        state = advance(model, state, how, 3)
+        state = advance(prepare(model), state, how, 1)
+        state = advance(prepare(model), state, how, 3)
     found = [row[n:][~flags[n:] & (row[n:] >= 0)].tolist() for row, n, flags in zip(state.tokens, length, is_meta, strict=True)]
     assert found == drawn
     assert not state.left.any()
     eos = drawn[1][1]
     how = rules(banned=(VOCAB - 2, VOCAB - 1), ask_real=ask_real, eos=eos)
-    state = advance(model, begin(model, started, is_meta, length, count, how), how, N)
+    state = advance(prepare(model), begin(model, started, is_meta, length, count, how), how, N)
     for row, n, flags, whole in zip(state.tokens, length, is_meta, drawn, strict=True):
         new = row[n:][~flags[n:] & (row[n:] >= 0)].tolist()
         assert new == (whole[: whole.index(eos) + 1] if eos in whole else whole)
@@ -172,7 +173,7 @@ def test_ordinary_tokens_skip_meta_attention():
         name: KeyValues(jnp.ones((2, B, N, 2, 4)), jnp.ones((2, B, N, 2, 4)), jnp.full(B, 3))
         for name in ("attention", "meta_attention")
     }
-    run = jax.jit(lambda is_meta: step(model, cache, jnp.arange(B), jnp.full(B, 3), is_meta, jnp.ones(B, bool)))
+    run = jax.jit(lambda is_meta: step(prepare(model), cache, jnp.arange(B), jnp.full(B, 3), is_meta, jnp.ones(B, bool)))
     logits, after = run(jnp.zeros((B, N), bool))
     assert np.isfinite(logits).all()
     assert after["attention"].length.tolist() == [4] * B

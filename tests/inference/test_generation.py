@@ -8,6 +8,7 @@ import pytest
 from metajax.config import Hybrid, MetaTokens, UserError
 from metajax.data.tokenizers import Bytes
 from metajax.inference.decoding import Sampling
+from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, meta_layout, room_for_prompt, stream
 from metajax.training.program import build_model
 
@@ -34,7 +35,7 @@ def make(tiny_config, meta=None, **changes):
 )
 def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta, changes):
     config, model = make(tiny_config, meta, **changes)
-    text, _ = generate(model, config, TOKENIZER, ["ab", "a longer prompt"], count=6, sampling=GREEDY)
+    text, _ = generate(prepare(model), config, TOKENIZER, ["ab", "a longer prompt"], count=6, sampling=GREEDY)
     slots = config.row_slots
     metas = meta_layout(slots, meta.rate) if meta else np.zeros(0, int)
     real = [s for s in range(slots) if s not in metas]
@@ -62,13 +63,13 @@ def test_reserved_ids_are_never_sampled(tiny_config):
     config, model = make(tiny_config, MetaTokens())
     boosted = model.embedding[...].at[TOKENIZER.vocabulary.base :].multiply(50.0)
     model.embedding[...] = boosted.at[TOKENIZER.vocabulary.eos].set(0.0)
-    for text in generate(model, config, TOKENIZER, ["a"] * 5, count=20, sampling=Sampling(1.0)):
+    for text in generate(prepare(model), config, TOKENIZER, ["a"] * 5, count=20, sampling=Sampling(1.0)):
         assert "<|" not in text
 
 
 def test_seeds_and_temperature(tiny_config):
     config, model = make(tiny_config)
-    draw = lambda **kw: generate(model, config, TOKENIZER, ["a", "a"], count=12, **kw)  # noqa: E731
+    draw = lambda **kw: generate(prepare(model), config, TOKENIZER, ["a", "a"], count=12, **kw)  # noqa: E731
     hot = Sampling(1.5)
     assert draw(seed=1, sampling=hot) == draw(seed=1, sampling=hot)
     assert len({text for s in range(2) for text in draw(seed=s, sampling=hot)}) == 4
@@ -81,9 +82,11 @@ def test_pieces_of_a_stream_make_the_whole_text(tiny_config, stride):
     config, model = make(tiny_config, MetaTokens(rate=0.25))
     prompts = ["a", "longer"]
     arguments = dict(count=12, sampling=Sampling(1.2, top_p=0.95), seed=3)
-    pieces = list(stream(model, config, TOKENIZER, prompts, stride=stride, **arguments))
+    pieces = list(stream(prepare(model), config, TOKENIZER, prompts, stride=stride, **arguments))
     assert len(pieces) > 12 // stride
-    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == generate(model, config, TOKENIZER, prompts, **arguments)
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == generate(
+        prepare(model), config, TOKENIZER, prompts, **arguments
+    )
 
 
 class Fixed(Bytes):
@@ -98,7 +101,7 @@ class Fixed(Bytes):
 def test_a_character_is_shown_when_it_is_complete(tiny_config):
     config, model = make(tiny_config)
     model.embedding[...] = model.embedding[...].at[TOKENIZER.vocabulary.eos].set(0.0)
-    pieces = [piece for (piece,) in stream(model, config, Fixed(), ["a"], count=len(Fixed.text), sampling=GREEDY)]
+    pieces = [piece for (piece,) in stream(prepare(model), config, Fixed(), ["a"], count=len(Fixed.text), sampling=GREEDY)]
     assert "".join(pieces) == Fixed.text.decode(errors="replace")
     assert [piece for piece in pieces if piece][:4] == ["a", "é", "€", "😀"]
 
@@ -106,9 +109,9 @@ def test_a_character_is_shown_when_it_is_complete(tiny_config):
 def test_a_prompt_that_does_not_fit_is_refused(tiny_config):
     config, model = make(tiny_config)
     room = room_for_prompt(config, TOKENIZER, "xy")
-    generate(model, config, TOKENIZER, ["a" * (room - 3)], count=3, context="xy")
+    generate(prepare(model), config, TOKENIZER, ["a" * (room - 3)], count=3, context="xy")
     with pytest.raises(UserError, match="shorten either"):
-        generate(model, config, TOKENIZER, ["a" * (room - 2)], count=3, context="xy")
+        generate(prepare(model), config, TOKENIZER, ["a" * (room - 2)], count=3, context="xy")
 
 
 @pytest.mark.parametrize(("slots", "rate"), [(64, 0.1), (30, 0.25), (16, 0.9)])

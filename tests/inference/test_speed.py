@@ -21,6 +21,7 @@ def test_medians_over_interleaved_rounds_without_the_first(tiny_config, monkeypa
         return next(taken)
 
     monkeypatch.setattr(speed, "_time", timed)
+    monkeypatch.setattr(speed, "prepare", lambda model: model)
     found = speed.generation_speed({"a": ("A", None), "b": ("B", None)}, VOCABULARY, prompt=5, count=31, repeats=3)
     assert turns == ["A", "B"] * 4
     assert found["a"] == {"ttft_ms": pytest.approx(300), "tokens_per_second": pytest.approx(15)}
