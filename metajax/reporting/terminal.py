@@ -116,6 +116,7 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
     """Resolved config, parameters by part, FLOPs a token, time estimate, published values."""
     from metajax.data.tokenizers import vocabulary_of
     from metajax.models.lm import param_count
+    from metajax.planning.cache_bytes import cache_bytes
     from metajax.planning.flops import flops_per_token
     from metajax.training.program import abstract_model
 
@@ -135,6 +136,10 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
     console.print(numbers)
     slots = config.training.steps * config.data.batch_rows * config.row_slots
     console.print(f"{slots:,} slots in {config.training.steps:,} steps, {sum(flops.values()) * slots:.2e} training FLOPs")
+    if config.model.hybrid is not None:
+        kept = {part: size for part, size in cache_bytes(config.model, config.row_slots).items() if size}
+        shares = ", ".join(f"{part} {size:,}" for part, size in kept.items())
+        console.print(f"generation keeps {sum(kept.values()):,} bytes of a whole row: {shares}")
     row = experiment.row
     said = (
         ", ".join(f"{key} {'not stated' if (p := row.paper(key)).value is None else p.value}" for key in row.published)

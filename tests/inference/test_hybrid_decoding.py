@@ -13,6 +13,7 @@ from metajax.config import Hybrid, Model, Runtime, UserError, override
 from metajax.inference.forward import prefill, prepare, step
 from metajax.interop.hymba import from_hymba, model_config
 from metajax.models.lm import LM
+from metajax.planning.cache_bytes import cache_bytes
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IMPLEMENTATIONS = {"hymba_a": "auto", "hymba_b": "reference"}
@@ -73,6 +74,28 @@ def test_cached_decoding_equals_the_full_forward_pass(form):
         new = N - length
         expected = whole[row, length - 1 :]
         np.testing.assert_allclose(cached[row, : 1 + new], expected, atol=1e-5 * np.abs(whole).max())
+
+
+def test_on_a_tpu_the_prompt_goes_through_the_kernels_and_single_tokens_do_not():
+    def make():
+        cfg = override(CFG, {"layers": 2, "hybrid.full_layers": (), "hybrid.kv_groups": (2,)})
+        return prepare(LM(cfg, vocab_size=VOCAB, max_length=N, meta=None, runtime=Runtime(unroll=1), key=jax.random.key(0)))
+
+    def read(ready):
+        unused, length = jnp.full((1, 1), 512), jnp.array([512])
+        return prefill(ready, jnp.zeros((1, 512), int), length, unused, capacity=1024, meta_capacity=0)
+
+    def more(ready, cache):
+        return step(ready, cache, jnp.zeros(1, int), jnp.array([512]), jnp.zeros((1, 1024), bool), jnp.ones(1, bool))
+
+    ready = jax.eval_shape(make)
+    texts = [
+        jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+        for program, arguments in ((read, (ready,)), (more, (ready, jax.eval_shape(read, ready)[1])))
+    ]
+    for kernel in ("prefix_window_attention_forward", "selective_scan_forward", "causal_conv_forward"):
+        assert kernel in texts[0], kernel
+    assert "tpu_custom_call" not in texts[1]
 
 
 # ------------------------------------------------------------------------------------------------- the authors' generation
@@ -163,6 +186,23 @@ def test_what_the_caches_hold(name):
         for ours, theirs in ((kept.k, z[f"prefill_k_{layer}"]), (kept.v, z[f"prefill_v_{layer}"])):
             there = np.moveaxis(theirs[0], 0, 1)[metas:][token[token >= 0]]
             assert far(ours[0, 1, token >= 0], there) < 2e-5
+
+
+def test_bytes_of_the_caches():
+    """Arrays on the device, by part, against their formula."""
+    model, (*_, prefix, cache, _) = golden("hymba_a")[1], greedy("hymba_a", "W+1")
+    layers = [kinds for groups in cache for kinds in groups]
+    owners = [kinds["attention"] for kinds in layers if "attention" in kinds]
+    capacity = max(kept.k.shape[2] for kept in owners)
+    held = {
+        "full": sum(kept.k.nbytes + kept.v.nbytes for kept in owners if kept.k.shape[2] == capacity),
+        "window": sum(kept.k.nbytes + kept.v.nbytes for kept in owners if kept.k.shape[2] < capacity),
+        "meta": sum(array.nbytes for array in jax.tree.leaves(prefix)),
+        "state": sum(kinds["mamba"].state.nbytes for kinds in layers),
+        "conv": sum(kinds["mamba"].tail.nbytes for kinds in layers),
+    }
+    assert min(held.values()) > 0
+    assert held == cache_bytes(model.cfg, capacity, rows=2)
 
 
 def test_an_unknown_window_is_refused():
