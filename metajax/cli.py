@@ -101,12 +101,9 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         "--runs-dir", type=_local_folder, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)"
     )
     parser.add_argument(
-        "--cache-dir",
-        type=_local_folder,
-        default=Path("cache"),
-        metavar="DIR",
+        "--cache-dir", type=_local_folder, default=Path("cache"), metavar="DIR",
         help="tokenised corpora and compiled programs (cache)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--data-dir", type=epath.Path, default=None, metavar="DIR", help="where relative data paths start, also gs://... (here)"
     )
