@@ -205,8 +205,8 @@ def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: in
     return finish(row, attend_across_documents=config.data.attend_across_documents)
 
 
-def _stream(corpora: Corpora, i: int, phase: int, note: Note) -> grain.MapDataset:
-    """Source i's rows in shuffled order, again and again, for the time before a switch of the data (phase 0) or from it on (1)."""
+def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> RowSource:
+    """Source i's training rows, each once, for the time before a switch of the data (phase 0) or from it on (1)."""
     data, seed, cache = corpora.config.data, corpora.config.seed, corpora.caches[i]
     documents = cache.documents("train", data.held_out, data.min_bytes)
     require(
@@ -220,11 +220,13 @@ def _stream(corpora: Corpora, i: int, phase: int, note: Note) -> grain.MapDatase
         require(
             len(documents) > 0, f"{data.sources[i]}: data.switch.unseen = {data.switch.unseen} leaves no document on one side"
         )
-    part = (seed, i, phase) if phase else (seed, i)
-    order = documents[np.argsort(uniform_hash(derive_seed("order", *part), documents), kind="stable")]
+    order = documents[np.argsort(uniform_hash(_phase_seed("order", seed, i, phase), documents), kind="stable")]
     condition = "none" if phase and data.switch.metadata == "none" else "training"
-    rows = grain.MapDataset.source(_rows(corpora, cache, condition, order, data.packing, note))
-    return rows.shuffle(seed=derive_seed("shuffle", *part)).repeat()
+    return _rows(corpora, cache, condition, order, data.packing, note)
+
+
+def _phase_seed(use: str, seed: int, i: int, phase: int) -> int:
+    return derive_seed(use, seed, i, phase) if phase else derive_seed(use, seed, i)
 
 
 def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
@@ -237,11 +239,13 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
         return grain.MapDataset.range(sys.maxsize).map(
             TaskRows(config, task_examples(corpora, derive_seed("tasks", config.seed)))
         )
-    switch, sources = data.switch, range(len(corpora.caches))
-    streams = [_stream(corpora, i, 0, note) for i in sources]
-    if switch is not None and switch.anew:
-        streams += [_stream(corpora, i, 1, note) for i in sources]
-    weights = data.weights or (1.0,) * len(sources)
+    switch, sources = data.switch, len(corpora.caches)
+    streams = []
+    for phase in (0, 1) if switch is not None and switch.anew else (0,):
+        for i in range(sources):
+            rows = grain.MapDataset.source(phase_rows(corpora, i, phase, note))
+            streams.append(rows.shuffle(seed=_phase_seed("shuffle", config.seed, i, phase)).repeat())
+    weights = data.weights or (1.0,) * sources
     mixture = Mixture(weights)
     if switch is not None:
         mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.anew)
@@ -287,19 +291,33 @@ class HeldOut:
     metadata_tokens: int
 
 
+def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarray, RowSource]:
+    """(documents of source i that are held out and chosen, their rows under a condition)."""
+    data, cache = corpora.config.data, corpora.caches[i]
+    available = cache.documents("held_out", data.held_out, data.min_bytes)
+    require(
+        len(available) > 0,
+        f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out} or use a corpus of more origins",
+    )
+    order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
+    chosen = order[: -(-corpora.config.evaluation.documents // len(corpora.caches))]
+    return chosen, _rows(corpora, cache, condition, chosen, "best_fit")  # cuts only what no row can hold, in every condition
+
+
+def check_evaluation(corpora: Corpora) -> None:
+    """UserError now, not after training, where held-out documents cannot be shown as `evaluation.conditions` asks."""
+    if corpora.config.evaluation.documents:
+        for condition in corpora.config.evaluation.conditions:
+            for i in range(len(corpora.caches)):
+                _evaluation_rows(corpora, i, condition)
+
+
 def held_out(corpora: Corpora, condition: str) -> HeldOut:
     """The held-out rows with metadata "none", "right", "empty" or "shuffled"; the same documents for every condition."""
     config, data = corpora.config, corpora.config.data
     rows, documents, body_bytes = [], 0, 0
     for i, cache in enumerate(corpora.caches):
-        available = cache.documents("held_out", data.held_out, data.min_bytes)
-        require(
-            len(available) > 0,
-            f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out} or use a corpus of more origins",
-        )
-        order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
-        chosen = order[: -(-config.evaluation.documents // len(corpora.caches))]
-        source = _rows(corpora, cache, condition, chosen, "best_fit")  # cuts only what no row can hold, in every condition
+        chosen, source = _evaluation_rows(corpora, i, condition)
         complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
         rows += [complete(source[n], np.random.default_rng([EVALUATION_SEED, i, n])) for n in range(len(source))]
         documents += len(chosen)

@@ -84,9 +84,9 @@ class RowSource:
             parts = [bos, (front, FRONT), (inside, BODY), (behind, BEHIND), eos]
         else:
             parts = [(front, FRONT), bos, (inside, BODY), eos, (behind, BEHIND)]
-        stream = np.concatenate([ids for ids, _ in parts]).astype(np.int32)
-        kinds = np.repeat([kind for _, kind in parts], [len(ids) for ids, _ in parts])
-        targets, asked = np.append(stream[1:], self.vocabulary.pad).astype(np.int32), np.append(kinds[1:], NOTHING)
+        stream = np.concatenate([*(ids for ids, _ in parts), [self.vocabulary.pad]]).astype(np.int32)
+        kinds = np.repeat([*(kind for _, kind in parts), NOTHING], [*(len(ids) for ids, _ in parts), 1])
+        stream, targets, kinds, asked = stream[:-1], stream[1:].copy(), kinds[:-1], kinds[1:].copy()
         if not ends:
             last = len(stream) - len(behind) - 1
             targets[last], asked[last] = body[start + length - 1], BODY

@@ -9,10 +9,21 @@ from itertools import groupby
 import numpy as np
 from rich.text import Text
 
-from metajax.data.rows import Row
+from metajax.data.rows import Row, RowSource
 from metajax.data.tokenizers import Tokenizer
 
 LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this slot"
+
+
+def summary(rows: RowSource) -> str:
+    """A source's training rows in a line: how many, where they begin, and what stands beside the documents."""
+    pieces, first = rows.index.pieces, rows.index.offsets[:-1]
+    words = f"{len(rows):,} rows, {np.mean(pieces[first, 1] > 0):.1%} begin inside a document"
+    lengths = rows.metadata.overhead(np.unique(pieces[:, 0]))
+    if lengths.any():
+        middle, high = np.percentile(lengths, [50, 95], method="nearest")
+        words += f"; metadata tokens a document with delimiters: median {middle}, 95 % within {high}, at most {lengths.max()}"
+    return words
 
 
 @dataclass(frozen=True)

@@ -185,11 +185,14 @@ def print_curriculum(config: Config, paths: Any) -> None:
 
 def print_rows(config: Config, paths: Any, count: int) -> None:
     """The first `count` training rows as runs of slots: what they hold, what they are asked for, and their text."""
-    from metajax.data.pipeline import open_corpora, training_rows
-    from metajax.reporting.rows import LEGEND, runs
+    from metajax.data.pipeline import open_corpora, phase_rows, training_rows
+    from metajax.reporting.rows import LEGEND, runs, summary
 
     corpora = open_corpora(config, paths)
     rows = training_rows(corpora)
+    if config.tasks is None:
+        for i, spec in enumerate(config.data.sources):
+            console.print(Text(f"{spec}: {summary(phase_rows(corpora, i, note=lambda _: None))}"))
     for n in range(count):
         row = rows[n]
         used, lost = int((row["segment_ids"] > 0).sum()), row["loss_weights"] > 0

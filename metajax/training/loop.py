@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from metajax.config import Config, UserError, config_hash
-from metajax.data.pipeline import Corpora, Paths, open_corpora, read_batches, training_batches
+from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks, mean_exact
@@ -128,6 +128,7 @@ class Trainer:
             notes: list[str] = []
             self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count(), note=notes.append)
             self.batches[0]
+            check_evaluation(self.corpora)
             run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
             for note in notes:
                 run.warn(note)

@@ -8,7 +8,7 @@ import pytest
 
 from metajax.config import Metadata, UserError
 from metajax.data import pipeline
-from metajax.data.pipeline import open_corpora, training_batches, training_rows
+from metajax.data.pipeline import check_evaluation, open_corpora, training_batches, training_rows
 
 
 def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):
@@ -38,6 +38,11 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
     long = [i for i in train if len(names[i]) > 26 - 16 - 2]
     notes, vocabulary = [], corpora.tokenizer.vocabulary
     rows = training_rows(corpora, notes.append)
+    check_evaluation(corpora)
+    with pytest.raises(UserError, match="leaves no room"):
+        check_evaluation(
+            open_corpora(tiny_config(**changes, **{"evaluation.conditions": "right", "evaluation.documents": 20}), paths)
+        )
     [note] = notes
     assert f"the metadata of {len(long)} of {len(train)} documents (training) takes more than the 10 tokens" in note
     assert note.endswith(f"first that of document {long[0]}") and 0 < len(long) < len(train)
