@@ -162,10 +162,10 @@ def _metadata_words(recipe: Metadata) -> str:
 def _switch_words(switch: Switch | None) -> str:
     if switch is None:
         return ""
-    changes = [", with other weights of the sources"] if switch.weights else []
-    changes += [", without metadata"] if switch.metadata == "none" else []
-    changes += [", on documents not read before"] if switch.unseen else []
-    return f"; from step {switch.step:,} on{''.join(changes)}"
+    changes = ["with other weights of the sources"] if switch.weights else []
+    changes += ["without metadata"] if switch.metadata == "none" else []
+    changes += ["of documents not read before"] if switch.unseen else []
+    return f"; from step {switch.step:,} on {', '.join(changes) or 'as before'}"
 
 
 def _condition(name: str, result: dict[str, Any]) -> dict[str, str]:
