@@ -21,6 +21,7 @@ from metajax.evaluation.tasks import evaluate_tasks
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
+from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
 from metajax.progress import progress, say
 from metajax.reporting.html import write_run_report
@@ -29,6 +30,7 @@ from metajax.training.checkpoints import read_parameters
 from metajax.training.loop import Phases, Trained, Trainer
 from metajax.training.program import Program
 
+CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
 
 
@@ -81,6 +83,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "steps": config.training.steps,
         "parameters": param_count(model),
         "flops_per_token": flops_per_token(config, vocab_size),
+        "cache_mb": _cache_mb(config),
         "counts": vars(trained.counts),
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": evaluate(config, trained.program, trained.corpora, model),
@@ -93,6 +96,14 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "warnings": run.warnings,
         "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in trained.corpora.caches],
         "config": to_dict(config),
+    }
+
+
+def _cache_mb(config: Config) -> dict[str, float]:
+    """10^6 bytes that generation keeps of CACHE_TOKENS tokens: as Hymba's paper counts them, in 16 bits, and as it is here."""
+    return {
+        "published": 1e-6 * sum(published_cache_bytes(config.model, CACHE_TOKENS).values()),
+        "here": 1e-6 * sum(cache_bytes(config.model, CACHE_TOKENS).values()),
     }
 
 
