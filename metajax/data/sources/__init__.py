@@ -18,7 +18,7 @@ from metajax.data.documents import BadRecord, Document, Source
 from metajax.data.sources.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
 
 _READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
-KINDS = ("pydocs", "debindex", *_READERS, "tfds")
+KINDS = ("pydocs", "debindex", "generated", *_READERS, "tfds")
 _OPTIONS = ("text", "origin")
 
 
@@ -26,7 +26,8 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     """The documents that a spec names; UserError for an unknown kind or option, a missing file or an empty corpus.
 
     PATH is relative to `data_dir`, else to the working directory, and may be a glob for jsonl, parquet and
-    arrayrecord. For tfds it is NAME[/CONFIG][:VERSION][@SPLIT]; for pydocs a list of modules joined by +.
+    arrayrecord. For tfds it is NAME[/CONFIG][:VERSION][@SPLIT]; for pydocs a list of modules joined by +, for
+    generated a number of documents.
     """
     kind, path, columns = parse_spec(spec)
     if kind == "pydocs":
@@ -37,6 +38,10 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
         from metajax.data.sources.debindex import open_debindex
 
         return open_debindex(spec, cache_dir)
+    if kind == "generated":
+        from metajax.data.sources.generated import Generated
+
+        return Generated(spec, path)
     if kind == "tfds":
         return TfdsText(spec, path, data_dir, columns)
     root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
@@ -52,7 +57,7 @@ def parse_spec(spec: str) -> tuple[str, str, Columns]:
     for name, value in options.items():
         require(name in _OPTIONS, f"data source {spec!r}: unknown option {name!r}{nearest(name, _OPTIONS)}; known: text, origin")
         require(bool(value), f"data source {spec!r}: option {name!r} names no column")
-    if kind in ("pydocs", "debindex"):
+    if kind in ("pydocs", "debindex", "generated"):
         require(not query, f"data source {spec!r}: {kind} has columns of its own; leave out ?{query}")
         require(kind != "debindex" or not path, f"data source {spec!r}: debindex takes no path; write just debindex")
     else:
