@@ -18,6 +18,7 @@ from etils import epath
 
 from metajax import registry
 from metajax.config import ANALYSES, Config, UserError, check_analyses, nearest, override, require
+from metajax.interop import command as interop
 from metajax.progress import say
 
 EXAMPLES = """examples:
@@ -91,6 +92,7 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
         "analyze": ("what the meta-tokens of a run's newest checkpoint do, as numbers and figures", _add_analyze, _analyze),
         "generate": ("text from a run's newest checkpoint", _add_generate, _generate),
         "import": ("a published checkpoint as a run, for generate and eval", _add_import, _import),
+        "export": ("a run's newest checkpoint as a Hugging Face folder, for other programs", _add_export, _export),
         "runs": ("what has been run", _add_place, _runs),
         "compare": ("runs side by side", _add_compare, _compare),
     }
@@ -215,10 +217,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", choices=["hymba"], help="whose layout the folder has")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="config.json and safetensors, with a tokenizer beside them")
-    parser.add_argument("--tokenizer", default="", metavar="SPEC", help="such as sentencepiece:FILE (the folder's own)")
-    _add_place(parser)
+    _add_place(interop.add_import(parser))
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_place(interop.add_export(parser))
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -237,19 +240,10 @@ def _parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
     for field, instead in (("seed", "--seed N"), ("scale", "--scale SCALE"), ("name", "another entry in experiments/")):
         require(field not in changes, f"--set {field}=...: use {instead}")
     if changes.get("init.from"):
-        changes["init.from"] = _resolve_parent(changes["init.from"], runs)
+        from metajax.lineage import find_parent
+
+        changes["init.from"] = find_parent(changes["init.from"], runs)
     return changes
-
-
-def _resolve_parent(word: str, runs: Path) -> str:
-    """The run that `word` means, relative to `runs`. A name means its newest run that has no parent of its own, so that the
-    same command twice names the same parent."""
-    from metajax.reporting.records import find_run, list_runs, read_config
-
-    fresh = [run for run in list_runs(runs) if read_config(run).name == word and not read_config(run).init.from_]
-    found = fresh[-1] if fresh else find_run(word, runs)
-    say(f"starting from the parameters of {found}")
-    return str(found.relative_to(runs) if found.is_relative_to(runs) else found.absolute())
 
 
 def _paths(options: argparse.Namespace) -> Any:
@@ -477,9 +471,12 @@ def _generate(options: argparse.Namespace, started: float) -> int:
 
 def _import(options: argparse.Namespace, started: float) -> int:
     _start_jax(options)
-    from metajax.interop.imports import import_hymba
+    interop.run_import(options)
+    return 0
 
-    say(f"imported as {import_hymba(options.folder, options.runs_dir, options.tokenizer)}")
+
+def _export(options: argparse.Namespace, started: float) -> int:
+    interop.run_export(options, _open_run(options, options.run))
     return 0
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from metajax import registry
 from metajax.config import Config, nearest, override, require
-from metajax.reporting.records import default_workdir
+from metajax.progress import say
+from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
 
 
 def absent_fields(config: Config, changes: Mapping[str, Any]) -> list[str]:
@@ -30,6 +31,15 @@ def apply_changes(config: Config, changes: Mapping[str, Any]) -> Config:
 def inherited(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The changes of a command that hold for parents too: all but `evaluation`, which leaves parameters as they are, and `init`."""
     return {field: value for field, value in changes.items() if field.partition(".")[0] not in ("evaluation", "init")}
+
+
+def find_parent(word: str, runs: Path) -> str:
+    """The run that `word` means, relative to `runs`, said aloud. A name means its newest run that has no parent of its own, so that
+    the same command twice names the same parent."""
+    fresh = [run for run in list_runs(runs) if read_config(run).name == word and not read_config(run).init.from_]
+    found = fresh[-1] if fresh else find_run(word, runs)
+    say(f"starting from the parameters of {found}")
+    return str(found.relative_to(runs) if found.is_relative_to(runs) else found.absolute())
 
 
 def resolve_parents(config: Config, changes: Mapping[str, Any], root: Path) -> tuple[Config, tuple[Config, ...]]:

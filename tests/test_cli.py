@@ -53,11 +53,18 @@ def test_bare_command_lists_what_there_is(command):
 
 
 def test_help_has_examples(capsys):
-    for words in (["--help"], ["run", "--help"], ["show", "--help"], ["generate", "--help"]):
+    for words in (
+        ["--help"],
+        ["run", "--help"],
+        ["show", "--help"],
+        ["generate", "--help"],
+        ["import", "--help"],
+        ["export", "--help"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 0
-        assert "python run.py quickstart" in capsys.readouterr().out
+        assert f"python run.py {words[0] if words[0] in ('import', 'export') else 'quickstart'}" in capsys.readouterr().out
 
 
 def test_show_resolves_an_experiment(command):
@@ -117,6 +124,19 @@ def test_run_eval_generate_compare(command, tmp_path):
     code, _, err = command("quickstart/plain", small=True)
     assert code == 0 and "is complete" in err
     assert command("show", "quickstart/metadata", "--set", "metadata.template={module}[/x]")[0] == 0, "brackets are no markup"
+
+
+def test_a_run_goes_out_and_comes_back(command, tmp_path):
+    """A Llama-shaped run says the same from the folder it was exported to; a run with other parts is refused by name."""
+    shape = {"norm": "rmsnorm", "activation": "swiglu", "tied": "false", "position": "rope", "kv_heads": "1"}
+    changes = [word for name, value in shape.items() for word in ("--set", f"model.{name}={value}")]
+    assert command("quickstart/plain", *changes, small=True)[0] == 0
+    code, _, err = command("export", "llama", "quickstart/plain", str(tmp_path / "out"))
+    assert code == 0 and "exported to" in err, err
+    assert command("import", "llama", str(tmp_path / "out"))[0] == 0
+    said = [command("generate", run, "--prompt", "abc", "--tokens", "8")[1] for run in ("quickstart/plain", "imported/out")]
+    assert said[0] == said[1]
+    assert "GPT-2 has 'gelu_tanh'" in one_error_line(command("export", "gpt2", "quickstart/plain", str(tmp_path / "other")))
 
 
 def test_a_table_from_one_command(command, tmp_path):
@@ -219,6 +239,10 @@ def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(comman
         (["eval", "quickstart/plain"], "no run 'quickstart/plain'"),
         (["compare", "quickstart/plain"], "at least two runs"),
         (["quickstart/plain", "--set", "init.from=nothing"], "no run 'nothing'"),
+        (["import", "llama", "nowhere"], "nowhere/config.json: no such file"),
+        (["import", "gguf", "nowhere.gguf"], "nowhere.gguf: no such file"),
+        (["export", "gpt", "quickstart/plain", "out"], "invalid choice: 'gpt'"),
+        (["export", "gpt2", "quickstart/plain", "out"], "no run 'quickstart/plain'"),
         (["lits"], "did you mean 'list'?"),
         (["evl", "quickstart/plain"], "did you mean 'eval'?"),
         (["quickstart", "--rows", "metadta"], "did you mean 'metadata'?"),

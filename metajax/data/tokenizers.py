@@ -182,7 +182,7 @@ class HuggingFace(_Base):
         special = {t.content for t in library.get_added_tokens_decoder().values() if t.special}
         begin = bos or next((name for name in _BEGIN_NAMES if name in special), None)
         end = eos or next((name for name in _END_NAMES if name in special), None)
-        self.vocabulary = self._vocabulary(max(ids.values()) + 1, ids.get(begin), ids.get(end))
+        self.vocabulary = self._vocabulary(_own_ids(ids), ids.get(begin), ids.get(end))
 
     def _vocabulary(self, base: int, bos: int | None, eos: int | None) -> Vocabulary:
         return Vocabulary.above(base, bos, eos)
@@ -203,6 +203,13 @@ class HuggingFace(_Base):
 
     def _decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
+
+
+def _own_ids(ids: dict[str, int]) -> int:
+    """How many ids are a file's own: those below the reserved ones where it has them, as the file of an exported run, else all."""
+    count = max(ids.values()) + 1
+    first = count - len(RESERVED)
+    return first if [ids.get(name) for name in RESERVED] == list(range(first, count)) else count
 
 
 class TrainedBpe(HuggingFace):

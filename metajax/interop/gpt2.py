@@ -1,165 +1,144 @@
-"""GPT-2 weights in and out: state dicts as nanoGPT and Hugging Face name and lay them out.
+"""GPT-2 as nanoGPT and Hugging Face name and lay it out: its tensors, and Hugging Face's config.json both ways.
 
-nanoGPT keeps its projections [out, in] and uses the exact (erf) GELU; Hugging Face keeps the four projections of a block
-[in, out] and uses the tanh form. Both fuse query, key and value, in this order.
+nanoGPT keeps its linear maps [out, in] and uses the exact (erf) GELU; Hugging Face keeps them [in, out] and has both forms. Both fuse
+query, key and value, in this order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metajax.config import Model, Runtime, require
+from metajax.interop.layouts import Layout, Tensor, load_model, require_fields, tensors_of
 from metajax.models.lm import LM, named_params
 
-Layout = Literal["nanogpt", "huggingface"]
-ACTIVATION: dict[str, str] = {"nanogpt": "gelu", "huggingface": "gelu_tanh"}
-_ATTENTION = "blocks.attention.projections"
-# Our path -> name inside a layer. The fused projection is apart.
-_LAYER = {
-    "blocks.attention_norm.scale": "ln_1.weight",
-    "blocks.attention_norm.bias": "ln_1.bias",
-    f"{_ATTENTION}.output.w": "attn.c_proj.weight",
-    f"{_ATTENTION}.output.b": "attn.c_proj.bias",
-    "blocks.mlp_norm.scale": "ln_2.weight",
-    "blocks.mlp_norm.bias": "ln_2.bias",
-    "blocks.mlp.up.w": "mlp.c_fc.weight",
-    "blocks.mlp.up.b": "mlp.c_fc.bias",
-    "blocks.mlp.down.w": "mlp.c_proj.weight",
-    "blocks.mlp.down.b": "mlp.c_proj.bias",
+_ATTENTION = "attention.projections"
+_TABLE: dict[str, Any] = {
+    "whole": {
+        "transformer.wte.weight": "embedding",
+        "transformer.wpe.weight": "positions",
+        "transformer.ln_f.weight": "final_norm.scale",
+        "transformer.ln_f.bias": "final_norm.bias",
+    },
+    "layer": {
+        "ln_1.weight": ("attention_norm.scale",),
+        "ln_1.bias": ("attention_norm.bias",),
+        "attn.c_attn.weight": tuple(f"{_ATTENTION}.{part}.w" for part in ("query", "key", "value")),
+        "attn.c_attn.bias": tuple(f"{_ATTENTION}.{part}.b" for part in ("query", "key", "value")),
+        "attn.c_proj.weight": (f"{_ATTENTION}.output.w",),
+        "attn.c_proj.bias": (f"{_ATTENTION}.output.b",),
+        "ln_2.weight": ("mlp_norm.scale",),
+        "ln_2.bias": ("mlp_norm.bias",),
+        "mlp.c_fc.weight": ("mlp.up.w",),
+        "mlp.c_fc.bias": ("mlp.up.b",),
+        "mlp.c_proj.weight": ("mlp.down.w",),
+        "mlp.c_proj.bias": ("mlp.down.b",),
+    },
+    "prefix": "transformer.h.{}.",
+    "buffers": (".attn.bias", ".attn.masked_bias"),
 }
-_WHOLE = {
-    "embedding": "transformer.wte.weight",
-    "positions": "transformer.wpe.weight",
-    "final_norm.scale": "transformer.ln_f.weight",
-    "final_norm.bias": "transformer.ln_f.bias",
+LAYOUT = Layout(family="GPT-2", turned=False, **_TABLE)
+LAYOUTS = {"nanogpt": Layout(family="nanoGPT", **_TABLE), "huggingface": LAYOUT}
+# Hugging Face's name -> ours.
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
 }
-_FUSED = {"w": "attn.c_attn.weight", "b": "attn.c_attn.bias"}
-_PARTS = ("query", "key", "value")
+_REST = {
+    "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "model_type": "gpt2", "resid_pdrop": 0.0, "use_cache": True,
+}  # fmt: skip
+# What this model can be told and GPT-2 cannot.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "hybrid": (None,), "window": (None,), "activation": ("gelu_tanh", "gelu", "relu"), "norm": ("layernorm",), "norm_position": ("pre",),
+    "position": ("learned",), "tied": (True,),
+}  # fmt: skip
 
 
-def from_gpt2(state: Mapping[str, np.ndarray], cfg: Model, layout: Layout, *, runtime: Runtime | None = None) -> LM:
-    """An LM with the weights of a GPT-2 state dict of NumPy arrays; rows and positions follow the dict.
+def model_config(values: Mapping[str, Any]) -> Model:
+    """The model of a config.json. UserError for a missing key, and for a setting that this model cannot follow."""
+    missing = [name for name in ("n_embd", "n_layer", "n_head", "n_positions") if name not in values]
+    require(not missing, f"config.json lacks {', '.join(missing)}: not a GPT-2")
+    for name, value in _FIXED.items():
+        found = values.get(name, value)
+        require(found == value, f"config.json: {name} = {found!r}, but only {value!r} is supported")
+    activation = values.get("activation_function", "gelu_new")
+    known = ", ".join(_ACTIVATIONS)
+    require(activation in _ACTIVATIONS, f"config.json: activation_function = {activation!r}, but only {known} are supported")
+    return Model(
+        layers=values["n_layer"], width=values["n_embd"], heads=values["n_head"], mlp_width=values.get("n_inner") or 4 * values["n_embd"],
+        activation=_ACTIVATIONS[activation], norm="layernorm", norm_eps=values.get("layer_norm_epsilon", 1e-5), bias=True, tied=True,
+        position="learned", max_positions=values["n_positions"], init_std=values.get("initializer_range", 0.02),
+    )  # fmt: skip
+
+
+def hub_config(cfg: Model, length: int) -> dict[str, Any]:
+    """What config.json says of a model with `length` positions. UserError for what GPT-2 does not have."""
+    _require_gpt2(cfg, "GPT-2")
+    name = next(name for name, ours in _ACTIVATIONS.items() if ours == cfg.activation)
+    return _FIXED | _REST | {
+        "activation_function": name, "initializer_range": cfg.init_std, "layer_norm_epsilon": cfg.norm_eps, "n_ctx": length,
+        "n_embd": cfg.width, "n_head": cfg.heads, "n_inner": cfg.mlp_width, "n_layer": cfg.layers, "n_positions": length,
+    }  # fmt: skip
+
+
+def _require_gpt2(cfg: Model, what: str) -> None:
+    require_fields(cfg, _KNOWN | {"num_kv_heads": (cfg.heads,)}, what)
+
+
+def names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with "transformer." in front of its names (the head apart), and without the prefix of compiled models."""
+    named = {}
+    for name, value in state.items():
+        name = name.removeprefix("_orig_mod.")
+        named[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = value
+    return named
+
+
+def with_biases(model: LM) -> LM:
+    """The model with biases of zero where it has none: the same function, and what Hugging Face's GPT-2 must have."""
+    if model.cfg.bias:
+        return model
+    cfg, params = replace(model.cfg, bias=True), named_params(model)
+    sizes = {"vocab_size": params["embedding"].shape[0], "max_length": params["positions"].shape[0]}
+    biased = jax.eval_shape(lambda: LM(cfg, **sizes, meta=model.meta, runtime=Runtime(), key=jax.random.key(0)))
+    leaves = [
+        params[path][...] if path in params else jnp.zeros(leaf.shape, jnp.float32) for path, leaf in named_params(biased).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(biased), leaves)
+
+
+def from_gpt2(state: Mapping[str, Tensor], cfg: Model, layout: str, *, runtime: Runtime | None = None) -> LM:
+    """An LM with the weights of a GPT-2 state dict in one of `LAYOUTS`; rows and positions follow the dict.
 
     Accepts names with or without "transformer.", the prefix of compiled nanoGPT models, the causal-mask buffers of
     Hugging Face and a tied "lm_head.weight". Raises UserError naming a missing, extra or misshapen tensor, or the field of
     `cfg` that is not GPT-2's.
     """
-    _check_config(cfg, layout)
-    state = _normalise(state)
-    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
-        require(name in state, f"the {layout} state dict lacks {name}")
-    model = jax.eval_shape(
-        lambda: LM(
-            cfg,
-            vocab_size=len(state["transformer.wte.weight"]),
-            max_length=len(state["transformer.wpe.weight"]),
-            meta=None,
-            runtime=runtime or Runtime(),
-            key=jax.random.key(0),
-        )
-    )
-    shapes = _tensor_shapes(model, cfg, layout)
-    head = state.pop("lm_head.weight", None)
-    require(
-        head is None or np.array_equal(head, state["transformer.wte.weight"]), "lm_head.weight differs from wte: not a tied GPT-2"
-    )
-    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-    require(not missing, f"the {layout} state dict lacks {', '.join(missing)}")
-    require(not extra, f"the {layout} state dict has tensors that this configuration does not: {', '.join(extra)}")
-    for name, shape in shapes.items():
-        found = tuple(state[name].shape)
-        require(found == shape, f"{name} has shape {found}, but {shape} is needed ({layout} layout)")
-    return _assign(model, _from_names(state, cfg, layout))
+    _check_layout(cfg, layout)
+    state = names(state)
+    require("transformer.wpe.weight" in state, "the checkpoint lacks transformer.wpe.weight")
+    length = state["transformer.wpe.weight"].shape[0]
+    return load_model(state, cfg, LAYOUTS[layout], max_length=length, runtime=runtime)
 
 
-def to_gpt2(model: LM, layout: Layout) -> dict[str, np.ndarray]:
+def to_gpt2(model: LM, layout: str) -> dict[str, np.ndarray]:
     """The state dict of an LM in a layout's names and shapes, without the tied head; UserError when it is not a GPT-2."""
-    _check_config(model.cfg, layout)
-    ours = {path: np.asarray(param[...]) for path, param in named_params(model).items()}
-    require(not any("meta_" in path for path in ours), "a model with meta-attention has no place in a GPT-2 state dict")
-    state = {name: ours[path] for path, name in _WHOLE.items() if path in ours}
-    for layer in range(model.cfg.layers):
-        prefix = f"transformer.h.{layer}."
-        for path, name in _LAYER.items():
-            if path in ours:
-                state[prefix + name] = _turn(ours[path][layer], layout)
-        for array, name in _FUSED.items():
-            if f"{_ATTENTION}.query.{array}" in ours:
-                parts = [ours[f"{_ATTENTION}.{part}.{array}"][layer] for part in _PARTS]
-                state[prefix + name] = _turn(np.concatenate(parts, axis=-1), layout)
-    return state
+    _check_layout(model.cfg, layout)
+    return dict(tensors_of(model, LAYOUTS[layout]))
 
 
-def _check_config(cfg: Model, layout: str) -> None:
-    require(layout in ACTIVATION, f"layout = {layout!r}; known: {', '.join(ACTIVATION)}")
-    wanted = {
-        "activation": ACTIVATION[layout],
-        "norm": "layernorm",
-        "norm_position": "pre",
-        "position": "learned",
-        "tied": True,
-        "num_kv_heads": cfg.heads,
-    }
-    for name, value in wanted.items():
-        found = getattr(cfg, name)
-        require(found == value, f"model.{name} = {found!r}, but GPT-2 in the {layout} layout has {value!r}")
-
-
-def _normalise(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names with "transformer." in front (the head apart), without compile prefixes and mask buffers."""
-    buffers = (".attn.bias", ".attn.masked_bias")
-    named = {}
-    for name, value in state.items():
-        name = name.removeprefix("_orig_mod.")
-        if not name.endswith(buffers):
-            whole = name.startswith(("transformer.", "lm_head."))
-            named[name if whole else f"transformer.{name}"] = np.asarray(value)
-    return named
-
-
-def _turn(matrix: np.ndarray, layout: str) -> np.ndarray:
-    """Between our [in, out] and the layout's orientation; vectors stay."""
-    return matrix.T if layout == "nanogpt" else matrix
-
-
-def _tensor_shapes(model: LM, cfg: Model, layout: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the state dict of this (abstract) model holds."""
-    ours = {path: param.shape for path, param in named_params(model).items()}
-    shapes = {name: ours[path] for path, name in _WHOLE.items() if path in ours}
-    layer = {name: ours[path][1:] for path, name in _LAYER.items() if path in ours}
-    layer |= {
-        name: (*ours[f"{_ATTENTION}.query.{array}"][1:-1], 3 * cfg.width)
-        for array, name in _FUSED.items()
-        if f"{_ATTENTION}.query.{array}" in ours
-    }
-    turned = {name: shape[::-1] if layout == "nanogpt" else shape for name, shape in layer.items()}
-    return shapes | {f"transformer.h.{i}.{name}": shape for i in range(cfg.layers) for name, shape in turned.items()}
-
-
-def _from_names(state: Mapping[str, np.ndarray], cfg: Model, layout: str) -> dict[str, np.ndarray]:
-    """Arrays by our own paths, layers stacked, from a checked state dict."""
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([_turn(state[f"transformer.h.{i}.{name}"], layout) for i in range(cfg.layers)])
-
-    present = {name.split(".", 3)[3] for name in state if name.startswith("transformer.h.")}
-    arrays = {path: state[name] for path, name in _WHOLE.items() if name in state}
-    arrays |= {path: stacked(name) for path, name in _LAYER.items() if name in present}
-    for array, name in _FUSED.items():
-        if name in present:
-            parts = np.split(stacked(name), 3, axis=-1)
-            arrays |= {f"{_ATTENTION}.{part}.{array}": value for part, value in zip(_PARTS, parts, strict=True)}
-    return arrays
-
-
-def _assign(model: LM, arrays: Mapping[str, np.ndarray]) -> LM:
-    """The abstract model with its parameters replaced, by path, with float32 arrays."""
-    paths = named_params(model)
-    leaves = [param.replace(jnp.asarray(arrays[path], jnp.float32)) for path, param in paths.items()]
-    structure = jax.tree.structure(model, is_leaf=lambda leaf: any(leaf is param for param in paths.values()))
-    return jax.tree.unflatten(structure, leaves)
+def _check_layout(cfg: Model, layout: str) -> None:
+    require(layout in LAYOUTS, f"layout = {layout!r}; known: {', '.join(LAYOUTS)}")
+    _require_gpt2(cfg, LAYOUTS[layout].family)
+    require_fields(
+        cfg, {"activation": ("gelu",) if layout == "nanogpt" else ("gelu_tanh", "gelu", "relu")}, LAYOUTS[layout].family
+    )

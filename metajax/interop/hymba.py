@@ -1,88 +1,76 @@
-"""Hymba's released layout in and out: config.json and safetensors, whole or in shards, in any float type.
+"""Hymba as it was released: its tensors, and its config.json both ways.
 
-PyTorch keeps matrices [out, in]. One in-projection holds the rows of query, key, value (both only where a layer owns its keys), scan
-input and gate, in this order. Weights are read slice by slice, each device's own part alone.
+One in-projection holds the rows of query, key, value (both only where a layer owns its keys), scan input and gate, in this order.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import ml_dtypes  # noqa: F401 - makes bfloat16 a NumPy type, which safetensors needs
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from metajax.config import Hybrid, Model, Runtime, UserError, require
-from metajax.models.hybrid import layer_runs
-from metajax.models.lm import LM, named_params
+from metajax.config import Hybrid, Model, Runtime, require
+from metajax.interop.layouts import Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.models.lm import LM
 from metajax.models.rotary import hymba_ntk_factor
 
 _MAMBA, _HEADS = "mixer.mamba", "mixer.attention"
-# Tensor of a layer -> our parameters in it, one behind the other along its rows.
-_LAYER = {
-    "mamba.in_proj.weight": (
-        f"{_HEADS}.query.w",
-        f"{_HEADS}.key.w",
-        f"{_HEADS}.value.w",
-        f"{_MAMBA}.input.w",
-        f"{_MAMBA}.gate.w",
-    ),
-    "mamba.out_proj.weight": ("mixer.output.w",),
-    "mamba.conv1d.weight": (f"{_MAMBA}.conv",),
-    "mamba.conv1d.bias": (f"{_MAMBA}.conv_bias",),
-    "mamba.x_proj.0.weight": (f"{_MAMBA}.select.w",),
-    "mamba.dt_proj.0.weight": (f"{_MAMBA}.step.w",),
-    "mamba.dt_proj.0.bias": (f"{_MAMBA}.step_bias",),
-    "mamba.A_log.0": (f"{_MAMBA}.log_rate",),
-    "mamba.D.0": (f"{_MAMBA}.skip",),
-    "mamba.dt_layernorm.weight": (f"{_MAMBA}.step_norm.scale",),
-    "mamba.B_layernorm.weight": (f"{_MAMBA}.b_norm.scale",),
-    "mamba.C_layernorm.weight": (f"{_MAMBA}.c_norm.scale",),
-    "mamba.pre_avg_layernorm1.weight": ("mixer.attention_norm.scale",),
-    "mamba.pre_avg_layernorm2.weight": ("mixer.ssm_norm.scale",),
-    "input_layernorm.weight": ("mixer_norm.scale",),
-    "pre_moe_layernorm.weight": ("mlp_norm.scale",),
-    "moe.experts.0.gate_proj.weight": ("mlp.gate.w",),
-    "moe.experts.0.up_proj.weight": ("mlp.up.w",),
-    "moe.experts.0.down_proj.weight": ("mlp.down.w",),
-}
-_EMBEDDING = "model.embed_tokens.weight"
-_WHOLE = {
-    _EMBEDDING: "embedding",
-    "model.memory_tokens": "blocks.meta_tokens",
-    "model.final_layernorm.weight": "final_norm.scale",
-}
-_HEAD = "lm_head.weight"
-_ROWS_AT_ONCE = 4096  # of the head, when it is compared with the embedding
+LAYOUT = Layout(
+    family="Hymba",
+    whole={
+        "model.embed_tokens.weight": "embedding",
+        "model.memory_tokens": "blocks.meta_tokens",
+        "model.final_layernorm.weight": "final_norm.scale",
+    },
+    layer={
+        "mamba.in_proj.weight": (
+            f"{_HEADS}.query.w",
+            f"{_HEADS}.key.w",
+            f"{_HEADS}.value.w",
+            f"{_MAMBA}.input.w",
+            f"{_MAMBA}.gate.w",
+        ),
+        "mamba.out_proj.weight": ("mixer.output.w",),
+        "mamba.conv1d.weight": (f"{_MAMBA}.conv",),
+        "mamba.conv1d.bias": (f"{_MAMBA}.conv_bias",),
+        "mamba.x_proj.0.weight": (f"{_MAMBA}.select.w",),
+        "mamba.dt_proj.0.weight": (f"{_MAMBA}.step.w",),
+        "mamba.dt_proj.0.bias": (f"{_MAMBA}.step_bias",),
+        "mamba.A_log.0": (f"{_MAMBA}.log_rate",),
+        "mamba.D.0": (f"{_MAMBA}.skip",),
+        "mamba.dt_layernorm.weight": (f"{_MAMBA}.step_norm.scale",),
+        "mamba.B_layernorm.weight": (f"{_MAMBA}.b_norm.scale",),
+        "mamba.C_layernorm.weight": (f"{_MAMBA}.c_norm.scale",),
+        "mamba.pre_avg_layernorm1.weight": ("mixer.attention_norm.scale",),
+        "mamba.pre_avg_layernorm2.weight": ("mixer.ssm_norm.scale",),
+        "input_layernorm.weight": ("mixer_norm.scale",),
+        "pre_moe_layernorm.weight": ("mlp_norm.scale",),
+        "moe.experts.0.gate_proj.weight": ("mlp.gate.w",),
+        "moe.experts.0.up_proj.weight": ("mlp.up.w",),
+        "moe.experts.0.down_proj.weight": ("mlp.down.w",),
+    },
+    prefix="model.layers.{}.",
+    buffers=("rotary_emb.inv_freq",),
+)
 # What the released code can be told and this model cannot.
 _FIXED = {
     "hidden_act": "silu", "mlp_hidden_act": "silu", "mamba_d_conv": 4, "mamba_conv_bias": True, "mamba_proj_bias": False, "num_mamba": 1,
     "num_experts": 1, "attn_hidden_size": -1, "kq_head_dim": -1, "kq_norm": "none", "kv_weight_reuse": False,
     "kv_reuse_every_i_layer": -1, "memory_tokens_interspersed_every": 0, "tie_word_embeddings": True,
 }  # fmt: skip
-
-
-class Tensor(Protocol):
-    """A tensor that is read where it is indexed: a NumPy array, or one in a file."""
-
-    shape: tuple[int, ...]
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
-
-
-class Place(NamedTuple):
-    """Where one layer's part of a parameter lies: rows of a tensor, from `start` on."""
-
-    name: str
-    start: int
-
-
-# ------------------------------------------------------------------------------------------------- configuration
+# What the released file says besides and no number depends on; auto_map names the authors' own code, to be copied beside it.
+_REST = {
+    "architectures": ["HymbaForCausalLM"], "attention_dropout": 0.0, "attn_implementation": "flex", "attn_implementation_new": "flex",
+    "auto_map": {"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"},
+    "calc_logits_for_entire_prompt": False, "model_type": "hymba", "num_experts_per_tok": 1, "output_router_logits": False,
+    "router_aux_loss_coef": 0.001, "transformers_version": "4.44.0", "use_cache": False, "use_mamba_kernels": True,
+}  # fmt: skip
+# What this model can be told and the released code cannot.
+_KNOWN = {
+    "hybrid.fusion": ("mean",), "hybrid.branch_norm": ("scaled",), "norm": ("rmsnorm",), "norm_position": ("pre",), "activation": ("swiglu",),
+    "bias": (False,), "tied": (True,), "position": ("rope", "ntk", "none"),
+}  # fmt: skip
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
@@ -143,175 +131,45 @@ def _group_sizes(groups: list[list[int]], layers: int) -> tuple[int, ...]:
     return tuple(sizes) if max(sizes) > 1 else ()
 
 
-# ------------------------------------------------------------------------------------------------- weights in
+def hub_config(cfg: Model, length: int) -> dict[str, Any]:
+    """What config.json says of a model for rows of `length` tokens, in the released file's keys. UserError for what the released code cannot be told."""
+    require(cfg.hybrid is not None, "model.hybrid is null: only a hybrid model has a place in Hymba's layout")
+    require_fields(cfg, _KNOWN, "Hymba's layout")
+    hybrid, groups, layers = cfg.hybrid, cfg.hybrid.kv_groups, cfg.layers
+    require(
+        cfg.mlp_width > 0 and cfg.head_dim * cfg.heads == cfg.width and cfg.value_dim == hybrid.expand * cfg.head_dim,
+        "model.mlp_width = 0, model.hybrid.head_dim and model.hybrid.value_dim of their own have no place in Hymba's layout",
+    )
+    starts = np.cumsum([0, *groups]).tolist()
+    shared = [list(range(start, start + size)) for start, size in zip(starts, groups, strict=False) if size > 1]
+    return _FIXED | _REST | _hub_positions(cfg, length) | {
+        "conv_dim": {str(layer): cfg.ssm_width for layer in range(layers)},
+        "global_attn_idx": list(hybrid.full_layers), "hidden_size": cfg.width, "initializer_range": cfg.init_std,
+        "intermediate_size": cfg.mlp_width, "kv_reuse_group": shared, "layer_type": ["h"] * layers, "mamba_d_state": hybrid.state,
+        "mamba_dt_rank": cfg.dt_rank, "mamba_expand": hybrid.expand, "mamba_inner_layernorms": hybrid.inner_norms,
+        "num_attention_heads": cfg.heads, "num_hidden_layers": layers, "num_key_value_heads": cfg.num_kv_heads,
+        "num_memory_tokens": hybrid.meta_tokens, "rms_norm_eps": cfg.norm_eps, "seq_length": length, "sliding_window": cfg.window, "v_head_dim": cfg.value_dim,
+    }  # fmt: skip
 
 
-def from_hymba(
-    state: Mapping[str, Tensor],
-    cfg: Model,
-    *,
-    vocab_size: int | None = None,
-    runtime: Runtime | None = None,
-    shardings: Callable[[LM], LM] | None = None,
-) -> LM:
-    """An LM with the weights of a Hymba state dict, float32.
-
-    vocab_size: rows of the embedding, those behind the file's filled with zeros; None: as many as the file has.
-    shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
-    Raises UserError naming a missing, extra or misshapen tensor.
-    """
-    require(_EMBEDDING in state, f"the state dict lacks {_EMBEDDING}: not a Hymba")
-    rows = state[_EMBEDDING].shape[0]
-    require(vocab_size is None or vocab_size >= rows, f"{_EMBEDDING} has {rows} rows, but the tokenizer's table {vocab_size}")
-    options = {"max_length": 1, "meta": None, "runtime": runtime or Runtime()}
-    model = jax.eval_shape(lambda: LM(cfg, vocab_size=vocab_size or rows, key=jax.random.key(0), **options))
-    places, shapes = layout(model)
-    shapes[_EMBEDDING] = (rows, cfg.width)
-    _check(state, shapes)
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    spread = shardings(model) if shardings else jax.tree.map(lambda _: default, model)
-    arrays = {}
-    for (path, param), sharding in zip(named_params(model).items(), jax.tree.leaves(spread), strict=True):
-        read = lambda index, path=path, shape=param.shape: _read(state, path, places[path], shape, index)  # noqa: E731
-        arrays[path] = jax.make_array_from_callback(param.shape, sharding, read)
-    return jax.tree.unflatten(jax.tree.structure(model), [arrays[path] for path in named_params(model)])
+def _hub_positions(cfg: Model, length: int) -> dict[str, Any]:
+    values = {"rope": cfg.position != "none", "rope_theta": cfg.rope_theta}
+    if cfg.position != "ntk":
+        return values | {"rope_type": "default", "max_position_embeddings": length, "orig_max_position_embeddings": length}
+    original = cfg.rope_original_length
+    longest = round((cfg.rope_factor + 1) / 2 * original)
+    require(
+        hymba_ntk_factor(longest, original) == cfg.rope_factor,
+        f"model.rope_factor = {cfg.rope_factor} is not 2 n / model.rope_original_length - 1 for a whole n, as Hymba's layout has it",
+    )
+    return values | {"rope_type": "ntk", "max_position_embeddings": longest, "orig_max_position_embeddings": original}
 
 
-def layout(model: LM) -> tuple[dict[str, list[Place]], dict[str, tuple[int, ...]]]:
-    """({our path: where it lies, one place for each stacked layer}, {tensor: shape}) of a (possibly abstract) model."""
-    ours = {path: param.shape for path, param in named_params(model).items()}
-    places = {path: [Place(name, 0)] for name, path in _WHOLE.items() if path in ours}
-    shapes = {name: ours[path] for name, path in _WHOLE.items() if path in ours}
-    first = 0
-    for run, (group, count) in enumerate(layer_runs(model.cfg)):
-        for within in range(len(group)):
-            prefix = f"blocks.runs.{run}.layers.{within}."
-            for tensor, parts in _LAYER.items():
-                present = [prefix + part for part in parts if prefix + part in ours]
-                starts = np.cumsum([0, *(_turn_shape(path, ours[path][1:])[0] for path in present)]).tolist()
-                for n in range(count if present else 0):
-                    name = f"model.layers.{first + n * len(group) + within}.{tensor}"
-                    shapes[name] = (starts[-1], *_turn_shape(present[0], ours[present[0]][1:])[1:])
-                    for path, start in zip(present, starts, strict=False):
-                        places.setdefault(path, []).append(Place(name, start))
-        first += len(group) * count
-    left_out = sorted(ours.keys() - places.keys())
-    require(not left_out, f"no place in Hymba's layout for {', '.join(left_out[:3])}: not a Hymba as it was released")
-    return places, shapes
+def from_hymba(state: Mapping[str, Tensor], cfg: Model, *, vocab_size: int | None = None, runtime: Runtime | None = None) -> LM:
+    """An LM with the weights of a Hymba state dict; see `load_model`."""
+    return load_model(state, cfg, LAYOUT, vocab_size=vocab_size, runtime=runtime)
 
 
-def _turn_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a layer's parameter in PyTorch's layout: matrices turned, convolutions with an axis of one in the middle."""
-    if path.endswith(".w"):
-        return shape[::-1]
-    return (shape[0], 1, shape[1]) if path.endswith(".conv") else shape
-
-
-def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    found = {name for name in state if name != _HEAD and not name.endswith("rotary_emb.inv_freq")}
-    missing, extra = sorted(shapes.keys() - found), sorted(found - shapes.keys())
-    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    require(not extra, f"the checkpoint has tensors that its configuration does not: {', '.join(extra[:5])}")
-    for name, shape in shapes.items():
-        has = tuple(state[name].shape)
-        require(has == shape, f"{name} has shape {has}, but its configuration needs {shape}")
-    if _HEAD in state:
-        head, rows = state[_HEAD], shapes[_EMBEDDING][0]
-        require(
-            tuple(head.shape) == shapes[_EMBEDDING], f"{_HEAD} has shape {tuple(head.shape)}, the embedding {shapes[_EMBEDDING]}"
-        )
-        parts = (slice(start, min(start + _ROWS_AT_ONCE, rows)) for start in range(0, rows, _ROWS_AT_ONCE))
-        same = all(np.array_equal(head[part, :], state[_EMBEDDING][part, :]) for part in parts)
-        require(same, f"{_HEAD} differs from {_EMBEDDING}, but the embedding is tied")
-
-
-def _read(
-    state: Mapping[str, Tensor], path: str, places: list[Place], shape: tuple[int, ...], index: tuple[slice, ...]
-) -> np.ndarray:
-    """One device's part of a parameter, float32."""
-    index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
-    if path.startswith("blocks.runs."):
-        return np.stack([_read_place(state, path, place, index[1:]) for place in places[index[0]]])
-    return _read_place(state, path, places[0], index)
-
-
-def _read_place(state: Mapping[str, Tensor], path: str, place: Place, index: tuple[slice, ...]) -> np.ndarray:
-    tensor, turned = state[place.name], path.endswith(".w")
-    rows, *others = index[::-1] if turned else index
-    if path.endswith(".conv"):
-        others = [slice(0, 1), *others]
-    start, stop = (min(place.start + i, tensor.shape[0]) for i in (rows.start, rows.stop))
-    part = np.asarray(tensor[(slice(start, stop), *others)]).astype(np.float32)
-    part = part[:, 0] if path.endswith(".conv") else part.T if turned else part
-    missing = rows.stop - rows.start - (stop - start)  # rows of the embedding that the file does not have
-    return np.pad(part, [(0, missing), (0, 0)]) if missing else part
-
-
-# ------------------------------------------------------------------------------------------------- directories
-
-
-class _FileTensor:
-    """A tensor of a safetensors file; its numbers stay in the file until they are indexed."""
-
-    def __init__(self, file: Any, name: str):
-        self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self._slice[index]
-
-
-def open_directory(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, {name: tensor still in its file}) of a model directory with one safetensors file, or shards and their index."""
-    config = _read_json(folder / "config.json")
-    require(config.get("model_type") == "hymba", f"{folder}/config.json: model_type is {config.get('model_type')!r}, not 'hymba'")
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    require(index.exists() or single.exists(), f"{folder} has no model.safetensors and no {index.name}; name a model directory")
-    if not index.exists():
-        return config, _open_file(single)
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(_read_json(index)["weight_map"].values())):
-        require((folder / shard).exists(), f"{folder} lacks the shard {shard} that {index.name} names")
-        tensors |= _open_file(folder / shard)
-    return config, tensors
-
-
-def _open_file(path: Path) -> dict[str, Tensor]:
-    try:
-        file = safe_open(path, "np")
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); fetch it again") from None
-    return {name: _FileTensor(file, name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a model directory") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
-
-
-# ------------------------------------------------------------------------------------------------- weights out
-
-
-def to_hymba(model: LM, *, vocab_size: int | None = None) -> dict[str, np.ndarray]:
-    """The state dict of an LM in the released names and shapes, float32, without the tied head; the first `vocab_size` rows (None: all)."""
-    require(model.cfg.hybrid is not None, "only a hybrid model has a place in Hymba's layout")
-    places, shapes = layout(model)
-    state = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-    for path, param in named_params(model).items():
-        stacked = path.startswith("blocks.runs.")
-        for place, value in zip(places[path], param[...] if stacked else param[...][None], strict=True):
-            value = np.asarray(value, np.float32)
-            value = value.reshape(_turn_shape(path, value.shape)) if path.endswith(".conv") else value
-            value = value.T if path.endswith(".w") else value
-            state[place.name][place.start : place.start + len(value)] = value
-    state[_EMBEDDING] = state[_EMBEDDING][:vocab_size]
-    return state
-
-
-def write_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
-    """The state dict as one file, in the types that its arrays have."""
-    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, path, metadata={"format": "pt"})
+def to_hymba(model: LM) -> dict[str, np.ndarray]:
+    """The state dict of an LM in the released names and shapes, float32, without the tied head."""
+    return dict(tensors_of(model, LAYOUT))

@@ -1,18 +1,22 @@
-"""Hymba directories: shards, the tied head, every refusal by name, slices for each device, and a run that can be opened."""
+"""Hymba directories: shards, the tied head, every refusal by name, slices for each device, and runs there and back."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from metajax.config import Runtime, UserError
 from metajax.experiment import open_run
-from metajax.interop.hymba import _read, from_hymba, layout, model_config, open_directory, to_hymba, write_safetensors
-from metajax.interop.imports import import_hymba
+from metajax.interop.exports import export_run
+from metajax.interop.files import open_directory
+from metajax.interop.hymba import LAYOUT, from_hymba, hub_config, model_config, to_hymba
+from metajax.interop.imports import import_directory
+from metajax.interop.layouts import read_part, stored
 from metajax.models.lm import LM, named_params
 from metajax.models.presets import hymba_1_5b
 
@@ -34,7 +38,7 @@ def test_the_released_tensors_have_their_names_and_shapes():
     model = jax.eval_shape(
         lambda: LM(hymba_1_5b(), vocab_size=32001, max_length=1, meta=None, runtime=Runtime(), key=jax.random.key(0))
     )
-    assert {name: list(shape) for name, shape in layout(model)[1].items()} == manifest
+    assert {name: list(tensor.shape) for name, tensor in stored(model, LAYOUT).items()} == manifest
 
 
 def test_weights_there_and_back():
@@ -48,13 +52,18 @@ def test_shards_and_a_tied_head(tmp_path):
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, held in parts.items():
         head = {"lm_head.weight": STATE[EMBEDDING]} if file == "a.safetensors" else {}
-        write_safetensors({name: STATE[name] for name in held} | head, tmp_path / file)
+        save_file({name: STATE[name] for name in held} | head, tmp_path / file)
         weight_map |= dict.fromkeys([*held, *head], file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert equal(from_hymba(open_directory(tmp_path)[1], MODEL), from_hymba(STATE, MODEL))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert equal(from_hymba(open_directory(tmp_path, "hymba")[1], MODEL), from_hymba(STATE, MODEL))
+    index.write_text(json.dumps({"weight_map": weight_map | {"lost": "a.safetensors"}}))
+    with pytest.raises(UserError, match=r"a\.safetensors lacks lost"):
+        open_directory(tmp_path, "hymba")
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(UserError, match=r"lacks the shard b\.safetensors"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, "hymba")
 
 
 class Watched:
@@ -71,19 +80,20 @@ class Watched:
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_each_device_reads_its_own_part(axis):
-    """Halves of every parameter, side by side, are the parameter; a half is read without the other."""
+    """Halves of every layer's parameter, side by side, are the parameter; a half is read without the other."""
     whole = from_hymba(STATE, MODEL)
-    places, _ = layout(whole)
-    for path, param in named_params(whole).items():
-        size, halves = param.shape[axis], []
-        for part in (slice(0, size // 2), slice(size // 2, None)):
-            read: list[int] = []
-            index = [slice(None)] * param.ndim
-            index[axis] = part
-            state = {name: Watched(value, read) for name, value in STATE.items()}
-            halves.append(_read(state, path, places[path], param.shape, tuple(index)) if part.stop != 0 else param[...][:0])
-            assert sum(read) == halves[-1].size, path
-        assert np.array_equal(np.concatenate(halves, axis), param[...]), path
+    params = named_params(whole)
+    for name, tensor in stored(whole, LAYOUT).items():
+        for part in tensor.parts:
+            ours = np.asarray(params[part.path][...] if part.layer is None else params[part.path][...][part.layer])
+            size, halves = ours.shape[axis], []
+            for half in (slice(0, size // 2), slice(size // 2, size)):
+                read: list[int] = []
+                index = [slice(0, along) for along in ours.shape]
+                index[axis] = half
+                halves.append(read_part({name: Watched(STATE[name], read)}, LAYOUT, name, part, tuple(index)))
+                assert sum(read) == halves[-1].size, name
+            assert np.array_equal(np.concatenate(halves, axis), ours), name
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,8 @@ def test_each_device_reads_its_own_part(axis):
             r"model\.layers\.1\.mamba\.A_log\.0 has shape \(61, 24\), .* \(48, 4\)",
         ),
         ({"lm_head.weight": STATE[EMBEDDING] + 1}, "differs from"),
-        ({EMBEDDING: None}, "not a Hymba"),
+        ({"lm_head.weight": STATE[EMBEDDING][1:]}, r"has shape \(60, 24\)"),
+        ({EMBEDDING: None}, "not Hymba"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message):
@@ -120,6 +131,21 @@ def test_settings_that_cannot_be_followed_are_named(change, message):
         model_config(CONFIG | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fusion": "concat"}, "hybrid.fusion is 'concat'"),
+        ({"branch_norm": "plain"}, "branch_norm"),
+        ({"value_dim": 4}, "value_dim"),
+    ],
+)
+def test_what_the_released_code_cannot_be_told_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        hub_config(replace(MODEL, hybrid=replace(MODEL.hybrid, **change)), 128)
+    with pytest.raises(UserError, match="rope_factor"):
+        hub_config(replace(MODEL, rope_factor=1.9), 128)
+
+
 def test_rows_of_the_embedding_are_filled_up_with_zeros():
     model = from_hymba(STATE, MODEL, vocab_size=64)
     assert np.array_equal(model.embedding[:61], STATE[EMBEDDING]) and not np.any(model.embedding[61:])
@@ -127,12 +153,39 @@ def test_rows_of_the_embedding_are_filled_up_with_zeros():
         from_hymba(STATE, MODEL, vocab_size=60)
 
 
-def test_an_imported_directory_is_a_run(tmp_path):
-    workdir = import_hymba(HUB, tmp_path / "runs", "byte")
+@pytest.mark.parametrize(("hub", "dtype"), [("hymba_b_hf", "float32"), ("hymba_b_hf_bf16", "bfloat16")])
+def test_a_directory_comes_back_as_it_was(tmp_path, hub, dtype):
+    """Imported and exported: the same tensors, bit for bit, and the same config.json."""
+    workdir = import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "byte")
     opened = open_run(workdir)
-    assert opened.config.name == "imported/hymba_b_hf" and opened.config.model == MODEL
-    assert equal(opened.model, from_hymba(STATE, MODEL, vocab_size=opened.tokenizer.vocabulary.size))
+    assert opened.config.name == f"imported/{hub}" and opened.config.model == MODEL
+    export_run(opened, "hymba", tmp_path / "out", dtype)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (GOLDENS / hub, tmp_path / "out")]
+    assert configs[0] == configs[1]
+    before, after = (load_file(folder / "model.safetensors") for folder in (GOLDENS / hub, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and np.array_equal(value, after[name]), name
     with pytest.raises(UserError, match="is there already"):
-        import_hymba(HUB, tmp_path / "runs", "byte")
+        import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "byte")
     with pytest.raises(UserError, match="--tokenizer"):
-        import_hymba(HUB, tmp_path / "runs", "")
+        import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "")
+    with pytest.raises(UserError, match="not empty"):
+        export_run(opened, "hymba", tmp_path / "out")
+
+
+def test_a_tied_head_comes_back_where_it_was(tmp_path):
+    folder = tmp_path / "with_head"
+    folder.mkdir()
+    shutil.copy(HUB / "config.json", folder)
+    save_file(STATE | {"lm_head.weight": STATE[EMBEDDING]}, folder / "model.safetensors")
+    opened = open_run(import_directory("hymba", folder, tmp_path / "runs", "byte"))
+    export_run(opened, "hymba", tmp_path / "out", shard_bytes=100_000)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in STATE.values()) + STATE[EMBEDDING].nbytes
+    assert len(set(index["weight_map"].values())) > 2
+    files = {file: load_file(tmp_path / "out" / file) for file in set(index["weight_map"].values())}
+    assert all(sum(value.nbytes for value in held.values()) <= 100_000 for held in files.values())
+    back = {name: files[file][name] for name, file in index["weight_map"].items()}
+    assert back.keys() == STATE.keys() | {"lm_head.weight"} and all(np.array_equal(back[name], STATE[name]) for name in STATE)
+    assert equal(from_hymba(open_directory(tmp_path / "out", "hymba")[1], MODEL), from_hymba(STATE, MODEL))

@@ -122,7 +122,7 @@ def changed(**changes):
         ({"transformer__wte__weight": None}, r"lacks transformer\.wte\.weight"),
         ({"transformer__h__2__ln_1__weight": np.ones(32)}, r"does not: transformer\.h\.2\.ln_1\.weight"),
         ({"transformer__h__0__attn__c_attn__weight": np.ones((32, 96))}, r"c_attn\.weight has shape \(32, 96\), but \(96, 32\)"),
-        ({"lm_head__weight": np.ones((64, 32))}, "not a tied GPT-2"),
+        ({"lm_head__weight": np.ones((64, 32))}, "lm_head.weight differs"),
     ],
 )
 def test_a_wrong_tensor_is_named(changes, message):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from metajax.config import Runtime
-from metajax.interop.hymba import from_hymba, model_config, open_directory, to_hymba
+from metajax.interop.files import open_directory
+from metajax.interop.hymba import from_hymba, model_config, to_hymba
 from metajax.models.lm import named_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -99,7 +100,7 @@ def test_gradients():
     ("folder", "golden"), [("hymba_b_hf", "logits_fp32"), ("hymba_b_hf_bf16", "logits_bf16weights_fp32compute")]
 )
 def test_hub_directories(folder, golden):
-    config, state = open_directory(GOLDENS / folder)
+    config, state = open_directory(GOLDENS / folder, "hymba")
     model = from_hymba(state, model_config(config), runtime=Runtime(unroll=1))
     assert all(param.dtype == jnp.float32 for param in named_params(model).values())
     ids = jnp.asarray(FILES["hymba_b_bf16"]["input_ids"])
@@ -108,7 +109,7 @@ def test_hub_directories(folder, golden):
 
 def test_bfloat16_arithmetic_stays_near():
     """The authors' own bfloat16 arithmetic is 4.5 % away from float32; loose, as the goldens' notes say."""
-    config, state = open_directory(GOLDENS / "hymba_b_hf_bf16")
+    config, state = open_directory(GOLDENS / "hymba_b_hf_bf16", "hymba")
     cfg = replace(model_config(config), compute_dtype="bfloat16")
     ids = jnp.asarray(FILES["hymba_b_bf16"]["input_ids"])
     golden = FILES["hymba_b_bf16"]["logits_bf16weights_fp32compute"]

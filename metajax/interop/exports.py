@@ -1,0 +1,81 @@
+"""Runs as model directories of Hugging Face: config.json, safetensors and the tokenizer, for the programs that read those."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metajax.atomic import whole_folder
+from metajax.config import Config, require
+from metajax.data.tokenizers import Vocabulary
+from metajax.experiment import OpenedRun
+from metajax.interop.families import FAMILIES, Family
+from metajax.interop.files import DTYPES, write_tensors
+from metajax.interop.imports import ORIGIN
+from metajax.interop.layouts import HEAD, stored, tensors_of
+from metajax.interop.tokenizer_files import write_tokenizer
+from metajax.models.lm import LM
+from metajax.progress import warn
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float32", shard_bytes: int = 5 * 10**9) -> None:
+    """Write a run as a model directory, tensor by tensor; the folder is there whole or not at all.
+
+    An imported run has the rows, the token ids and the tied head (or none) that it came with.
+
+    Raises:
+      UserError: something of the run that the family's layout has no place for, by name; a folder that holds something.
+    """
+    require(dtype in DTYPES, f"--dtype {dtype}: unknown; known: {', '.join(DTYPES)}")
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; name a new folder")
+    kind, config, words = FAMILIES[family], opened.config, opened.tokenizer.vocabulary
+    _require_plain(config, kind)
+    origin = _origin(opened.workdir, family)
+    rows, length = origin.get("rows", words.size), max(config.row_slots, config.model.max_positions)
+    values = kind.hub_config(config.model, length) | _ids(words, origin) | {"vocab_size": rows, "torch_dtype": dtype}
+    model, head = kind.fit(opened.model), bool(origin.get("tied_head"))
+    shapes = {name: tensor.shape for name, tensor in stored(model, kind.layout, rows).items()}
+    shapes |= {HEAD: shapes[kind.layout.embedding]} if head else {}
+    with whole_folder(folder) as work:
+        write_tensors(work, shapes, _with_head(model, kind, rows, head), dtype, shard_bytes)
+        write_tokenizer(opened.tokenizer, work, rows, length)
+        (work / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _require_plain(config: Config, kind: Family) -> None:
+    """UserError for what a run has beside its model's fields and the layout has not."""
+    meta = config.meta_tokens
+    for name, plain in (("attention", "none"), ("embedding", "learned"), ("zero_position", "none")):
+        found = plain if meta is None else getattr(meta, name)
+        require(
+            found == plain,
+            f"meta_tokens.{name} is {found!r}, but {kind.layout.family} has no meta-attention and no positions or vectors of their own for "
+            "meta-tokens: this run cannot be exported",
+        )
+    if meta is not None and meta.rate:
+        warn(f"training put meta-tokens into the text (meta_tokens.rate = {meta.rate}); programs that read the export will not")
+
+
+def _origin(workdir: Path, family: str) -> dict[str, Any]:
+    """What an imported run came with, {} for others and for those of another family."""
+    path = workdir / ORIGIN
+    origin = json.loads(path.read_text()) if path.exists() else {}
+    return origin if origin.get("family") == family else {}
+
+
+def _ids(words: Vocabulary, origin: dict[str, Any]) -> dict[str, Any]:
+    if origin:
+        return {name: origin["config"][name] for name in _IDS if name in origin["config"]}
+    return dict(zip(_IDS, (words.bos, words.eos, words.pad), strict=True))
+
+
+def _with_head(model: LM, kind: Family, rows: int, head: bool) -> Iterator[tuple[str, np.ndarray]]:
+    yield from tensors_of(model, kind.layout, rows)
+    if head:
+        yield HEAD, np.asarray(model.embedding[...][:rows], np.float32)

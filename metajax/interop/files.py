@@ -1,0 +1,116 @@
+"""Model directories of Hugging Face: config.json beside one safetensors file, or shards and their index."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from metajax.config import UserError, require
+from metajax.interop.layouts import Tensor
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),  # which also makes it a NumPy type, as reading needs
+    "float16": ("F16", np.dtype(np.float16)),
+}
+
+
+class _FileTensor:
+    """A tensor of a safetensors file; its numbers stay in the file until they are indexed."""
+
+    def __init__(self, file: Any, name: str):
+        self._slice = file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._slice[index]
+
+
+def open_directory(folder: Path, model_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, {name: tensor still in its file}); UserError for what is missing, damaged or of another family."""
+    config = _read_json(folder / "config.json")
+    found = config.get("model_type")
+    require(found == model_type, f"{folder}/config.json: model_type is {found!r}, not {model_type!r}")
+    index, single = folder / INDEX, folder / WHOLE
+    require(index.exists() or single.exists(), f"{folder} has no {WHOLE} and no {INDEX}; name a model directory")
+    if not index.exists():
+        return config, _open_file(single)
+    tensors: dict[str, Tensor] = {}
+    weight_map = _read_json(index)["weight_map"]
+    for shard in sorted(set(weight_map.values())):
+        require((folder / shard).exists(), f"{folder} lacks the shard {shard} that {INDEX} names")
+        held = _open_file(folder / shard)
+        lost = sorted(name for name, file in weight_map.items() if file == shard and name not in held)
+        require(not lost, f"{folder / shard} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; fetch it again")
+        tensors |= held
+    return config, tensors
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    try:
+        file = safe_open(path, "np")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); fetch it again") from None
+    return {name: _FileTensor(file, name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name a model directory") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str, shard_bytes: int
+) -> None:
+    """One safetensors file, or shards of at most `shard_bytes` (a larger tensor has one of its own) and their index.
+
+    tensors: in the order of `shapes`; one is held at a time, which the library's own writer cannot do.
+    """
+    size = {name: math.prod(shape) * DTYPES[dtype][1].itemsize for name, shape in shapes.items()}
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if shards[-1] and sum(size[held] for held in shards[-1]) + size[name] > shard_bytes:
+            shards.append({})
+        shards[-1][name] = shape
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)] if len(shards) > 1 else [WHOLE]
+    for name, held in zip(names, shards, strict=True):
+        _write_file(folder / name, held, tensors, dtype)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str) -> None:
+    """The length of the header in 8 bytes, the header as JSON, then the tensors in its order (the published form of safetensors)."""
+    code, kind = DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, shape in shapes.items():
+            name, value = next(tensors)
+            require(
+                (name, value.shape) == (expected, shape), f"{name} {value.shape} came where {expected} {shape} was to be written"
+            )
+            file.write(np.ascontiguousarray(value, kind).reshape(-1).view(np.uint8).data)

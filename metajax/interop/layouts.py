@@ -1,0 +1,247 @@
+"""Other people's layouts as tables: tensor name <-> our parameters in it, and weights through them, tensor by tensor, both ways.
+
+PyTorch's linear maps lie [out, in], ours [in, out]; several of ours may be one tensor, one behind the other along their outputs; our
+layers are stacked. A tensor is read in blocks of rows, each device's own part alone, and goes into its place in the sharded layout before
+the next is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from metajax.config import Model, Runtime, require
+from metajax.models.hybrid import layer_runs
+from metajax.models.lm import LM, named_params
+
+HEAD = "lm_head.weight"
+NUMBERS_AT_ONCE = 1 << 18  # of a tensor, when it is read: whole rows, at least one
+_ROWS_OF_WORDS = ("embedding", "unembedding")
+
+
+class Tensor(Protocol):
+    """A tensor that is read where it is indexed: a NumPy array, or one in a file."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a family of models. A tensor whose parameters a model lacks is not there, such as a bias."""
+
+    family: str
+    whole: Mapping[str, str]  # tensor -> our parameter; "embedding" is there
+    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one behind the other along their last axis
+    prefix: str  # of the tensors of layer {}
+    turned: bool = True  # linear maps lie [out, in]
+    buffers: tuple[str, ...] = ()  # ends of names that hold no parameter
+
+    @property
+    def embedding(self) -> str:
+        return next(name for name, path in self.whole.items() if path == "embedding")
+
+
+class Part(NamedTuple):
+    """One of our parameters in a tensor."""
+
+    path: str
+    layer: int | None  # of its stack
+    start: int  # along our last axis
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in a file."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def stored(model: LM, layout: Layout, rows: int | None = None) -> dict[str, Stored]:
+    """Every tensor of a (possibly abstract) model; `rows` of the vocabulary (None: the model's). UserError when a parameter has no place."""
+    ours = {path: param.shape for path, param in named_params(model).items()}
+    found = {name: _stored([(path, ours[path])], None, layout) for name, path in layout.whole.items() if path in ours}
+    for number, (prefix, place) in enumerate(_layers(model.cfg)):
+        for tensor, paths in layout.layer.items():
+            present = [(prefix + path, ours[prefix + path][1:]) for path in paths if prefix + path in ours]
+            if present:
+                found[layout.prefix.format(number) + tensor] = _stored(present, place, layout)
+    left_out = sorted(ours.keys() - {part.path for tensor in found.values() for part in tensor.parts})
+    require(not left_out, f"the layout of {layout.family} has no place for {', '.join(left_out[:3])}: this is another model")
+    if rows is not None:
+        words = {name: tensor for name, tensor in found.items() if tensor.parts[0].path in _ROWS_OF_WORDS}
+        found |= {name: Stored((rows, *tensor.shape[1:]), tensor.parts) for name, tensor in words.items()}
+    return found
+
+
+def _layers(cfg: Model) -> list[tuple[str, int]]:
+    """(start of our paths, place in the stack) of every layer in order."""
+    if cfg.hybrid is None:
+        return [("blocks.", layer) for layer in range(cfg.layers)]
+    runs = enumerate(layer_runs(cfg))
+    return [
+        (f"blocks.runs.{run}.layers.{i}.", n) for run, (group, count) in runs for n in range(count) for i in range(len(group))
+    ]
+
+
+def _stored(present: list[tuple[str, tuple[int, ...]]], layer: int | None, layout: Layout) -> Stored:
+    path, shape = present[0]
+    starts = np.cumsum([0, *(shape[-1] for _, shape in present)]).tolist()
+    whole = np.broadcast_to(np.float32(0), (*shape[:-1], starts[-1]))
+    parts = tuple(Part(path, layer, start) for (path, _), start in zip(present, starts, strict=False))
+    return Stored(_as_stored(layout, path, whole).shape, parts)
+
+
+def _as_stored(layout: Layout, path: str, value: np.ndarray) -> np.ndarray:
+    """A view of a layer's parameter as it lies in a file: linear maps turned, convolutions with an axis of one in the middle."""
+    if path.endswith(".w") and layout.turned:
+        return value.T
+    return value[:, None] if path.endswith(".conv") else value
+
+
+def _index_stored(layout: Layout, path: str, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The same of an index."""
+    if path.endswith(".w") and layout.turned:
+        return index[::-1]
+    return (index[0], slice(0, 1), index[1]) if path.endswith(".conv") else index
+
+
+# --------------------------------------------------------------------------------------------------------- in
+
+
+def load_model(
+    state: Mapping[str, Tensor],
+    cfg: Model,
+    layout: Layout,
+    *,
+    vocab_size: int | None = None,
+    max_length: int = 1,
+    runtime: Runtime | None = None,
+    shardings: Callable[[LM], LM] | None = None,
+) -> LM:
+    """An LM with the weights of a state dict, float32.
+
+    vocab_size: rows of the embedding, those behind the file's filled with zeros; None: as many as the file has. max_length: rows of a learned
+    position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
+    Raises UserError naming a missing, extra or misshapen tensor.
+    """
+    name = layout.embedding
+    require(name in state, f"the checkpoint lacks {name}: not {layout.family} in this layout")
+    rows = state[name].shape[0]
+    require(
+        vocab_size is None or vocab_size >= rows,
+        f"{name} has {rows} rows, but the tokenizer's table {vocab_size}; name the checkpoint's own with --tokenizer",
+    )
+    options = {"max_length": max_length, "meta": None, "runtime": runtime or Runtime()}
+    model = jax.eval_shape(lambda: LM(cfg, vocab_size=vocab_size or rows, key=jax.random.key(0), **options))
+    tensors = stored(model, layout, rows)
+    _check(state, tensors, layout)
+    places: dict[str, list[tuple[str, Part]]] = {}
+    for tensor, (_, parts) in tensors.items():
+        for part in parts:
+            places.setdefault(part.path, []).append((tensor, part))
+    default = SingleDeviceSharding(jax.devices()[0])
+    spread = shardings(model) if shardings else jax.tree.map(lambda _: default, model)
+    arrays = []
+    for (path, param), sharding in zip(named_params(model).items(), jax.tree.leaves(spread), strict=True):
+        reads = [functools.partial(read_part, state, layout, *place) for place in places[path]]
+        stacked = places[path][0][1].layer is not None
+        arrays.append(_stack(reads, param.shape, sharding) if stacked else _single(reads[0], param.shape, sharding))
+    return jax.tree.unflatten(jax.tree.structure(model), arrays)
+
+
+Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def _single(read: Read, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(_filled(index, shape)))
+
+
+def _stack(reads: list[Read], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    """Layers one after the other into a stack that is never anywhere but in its place."""
+    if len(reads) == 1:
+        return jax.make_array_from_callback(shape, sharding, lambda index: reads[0](_filled(index, shape)[1:])[None])
+    spread = isinstance(sharding, NamedSharding)
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if spread else sharding  # layers are not spread
+    stack = jnp.zeros(shape, jnp.float32, device=sharding)
+    for n, read in enumerate(reads):
+        place = jax.device_put(np.int32(n))  # a transfer, at which jax lets go of the last layer's copy on the host
+        stack = jax.block_until_ready(
+            _put(sharding)(stack, _single(read, shape[1:], of_layer), place)
+        )  # else reading would run ahead
+    return stack
+
+
+@functools.cache
+def _put(sharding: Sharding) -> Any:
+    return jax.jit(
+        lambda stack, layer, n: jax.lax.dynamic_update_index_in_dim(stack, layer, n, 0), donate_argnums=0, out_shardings=sharding
+    )
+
+
+def _filled(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+
+
+def read_part(state: Mapping[str, Tensor], layout: Layout, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
+    """What one device holds of a (layer's) parameter, float32, from the tensor `name`; words that the file lacks are zeros."""
+    read = np.zeros([along.stop - along.start for along in index], np.float32)
+    last = slice(index[-1].start + part.start, index[-1].stop + part.start)
+    target, (rows, *others) = _as_stored(layout, part.path, read), _index_stored(layout, part.path, (*index[:-1], last))
+    tensor = state[name]
+    for block in _blocks(rows.start, min(rows.stop, tensor.shape[0]), math.prod(tensor.shape[1:])):
+        target[block.start - rows.start : block.stop - rows.start] = tensor[(block, *others)]
+    return read
+
+
+def _blocks(start: int, stop: int, width: int) -> Iterator[slice]:
+    """Rows from `start` to `stop`, some at a time; a row has `width` numbers."""
+    count = max(1, NUMBERS_AT_ONCE // width)
+    return (slice(first, min(first + count, stop)) for first in range(start, stop, count))
+
+
+def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: Layout) -> None:
+    tied = HEAD not in tensors
+    found = {name for name in state if not name.endswith(layout.buffers) and not (tied and name == HEAD)}
+    missing, extra = sorted(tensors.keys() - found), sorted(found - tensors.keys())
+    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    require(not extra, f"the checkpoint has tensors that its configuration does not: {', '.join(extra[:5])}")
+    for name, tensor in tensors.items():
+        has = tuple(state[name].shape)
+        require(has == tensor.shape, f"{name} has shape {has}, but {tensor.shape} is needed by its configuration")
+    if tied and HEAD in state:
+        head, embedding, shape = state[HEAD], state[layout.embedding], tensors[layout.embedding].shape
+        require(tuple(head.shape) == shape, f"{HEAD} has shape {tuple(head.shape)}, but {shape} is needed: the embedding is tied")
+        same = all(np.array_equal(head[rows, :], embedding[rows, :]) for rows in _blocks(0, *shape))
+        require(same, f"{HEAD} differs from {layout.embedding}, but the embedding is tied")
+
+
+# -------------------------------------------------------------------------------------------------------- out
+
+
+def tensors_of(model: LM, layout: Layout, rows: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 array) of one tensor after the other, the first `rows` of the vocabulary, without a tied head."""
+    params = named_params(model)
+    for name, tensor in stored(model, layout, rows).items():
+        values = [params[part.path][...] if part.layer is None else params[part.path][...][part.layer] for part in tensor.parts]
+        parts = [np.asarray(value, np.float32) for value in values]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        yield name, _as_stored(layout, tensor.parts[0].path, whole)[: tensor.shape[0]]
+
+
+def require_fields(cfg: Model, wanted: Mapping[str, Collection[Any]], what: str) -> None:
+    """UserError for the first field of a model that has none of the values that `what` has."""
+    for name, known in wanted.items():
+        found = functools.reduce(getattr, name.split("."), cfg)
+        shown = "set" if dataclasses.is_dataclass(found) else repr(found)
+        require(found in known, f"model.{name} is {shown}, but {what} has {' or '.join(repr(value) for value in known)} alone")
