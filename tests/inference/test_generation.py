@@ -1,15 +1,18 @@
 """Sampling: what it may emit, where meta-tokens go, and greedy text by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Hybrid, MetaTokens, UserError
+from metajax.config import Hybrid, Metadata, MetaTokens, UserError
+from metajax.data.pipeline import open_corpora, training_batches
 from metajax.data.tokenizers import Bytes
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
-from metajax.inference.generation import generate, meta_layout, room_for_prompt, stream
+from metajax.inference.generation import _head, generate, meta_layout, room_for_prompt, stream
 from metajax.training.program import build_model
 
 TOKENIZER = Bytes()
@@ -112,6 +115,18 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny_config):
     generate(prepare(model), config, TOKENIZER, ["a" * (room - 3)], count=3, context="xy")
     with pytest.raises(UserError, match="shorten either"):
         generate(prepare(model), config, TOKENIZER, ["a" * (room - 2)], count=3, context="xy")
+
+
+@pytest.mark.parametrize("recipe", [Metadata(), Metadata(wrap="plain"), Metadata(bos_eos="inside")])
+def test_a_context_stands_where_training_had_it(tiny_config, paths, recipe):
+    recipe = replace(recipe, template="{topic}", keep=1.0)
+    config = tiny_config(metadata=recipe, **{"data.row_length": 512, "data.packing": "best_fit"})
+    corpora = open_corpora(config, paths)
+    batch = training_batches(corpora)[0]
+    first = batch["tokens"][0][batch["segment_ids"][0] == 1]
+    topic = TOKENIZER.decode([int(i) for i in first[batch["is_metadata"][0][: len(first)]] if i < 256])
+    head = _head(config, TOKENIZER, topic)
+    assert first[: len(head)].tolist() == head and len(head) > len(topic)
 
 
 @pytest.mark.parametrize(("slots", "rate"), [(64, 0.1), (30, 0.25), (16, 0.9)])
