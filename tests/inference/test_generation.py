@@ -33,8 +33,13 @@ def make(tiny_config, meta=None, **changes):
     return config, jax.tree.map(lambda x: x * 4, model)  # sharper logits than fresh weights give
 
 
+PAUSES = MetaTokens(rate=0.25, attention="none", embedding="frozen", zero_position="causal")
+
+
 @pytest.mark.parametrize(
-    ("meta", "changes"), [(None, {}), (MetaTokens(rate=0.25), {}), (None, HYBRID)], ids=["plain", "meta_tokens", "hybrid"]
+    ("meta", "changes"),
+    [(None, {}), (MetaTokens(rate=0.25), {}), (None, HYBRID), (PAUSES, HYBRID)],
+    ids=["plain", "meta_tokens", "hybrid", "hybrid_with_pauses"],
 )
 def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta, changes):
     config, model = make(tiny_config, meta, **changes)
