@@ -62,7 +62,7 @@ Earlier = dict[str, Past | tuple[Array, Array]]  # of "attention" what `Past` ha
 
 
 class Before(NamedTuple):
-    """What a layer finds; by "attention" stands there the layer whose keys it shares."""
+    """What a layer finds. Where it shares keys, "attention" is what the layer has that owns them."""
 
     prefix: Left  # of the meta tokens, B = 1
     past: Earlier  # of the tokens before, for rows of one token
