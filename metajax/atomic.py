@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +26,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Where another process was faster its folder stays, for names say what the content is.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    work = folder.parent / f".making-{secrets.token_hex(4)}"  # not by tempfile, which keeps everyone else out of it for good
+    work.mkdir(parents=True)
     try:
         yield work
         with contextlib.suppress(OSError):

@@ -23,6 +23,13 @@ DTYPES = {
 }
 
 
+class Values(dict[str, Any]):
+    """A JSON object; what it lacks is an error of the file's."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"the checkpoint's JSON lacks {name}: not a whole model directory, or one of another kind")
+
+
 class _FileTensor:
     """A tensor of a safetensors file; its numbers stay in the file until they are indexed."""
 
@@ -34,7 +41,7 @@ class _FileTensor:
         return self._slice[index]
 
 
-def open_directory(folder: Path, model_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def open_directory(folder: Path, model_type: str) -> tuple[Values, dict[str, Tensor]]:
     """(config.json, {name: tensor still in its file}); UserError for what is missing, damaged or of another family."""
     config = _read_json(folder / "config.json")
     found = config.get("model_type")
@@ -62,13 +69,15 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     return {name: _FileTensor(file, name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Values:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a model directory") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
+    require(isinstance(found, dict), f"{path}: not a JSON object; fetch it again")
+    return Values(found)
 
 
 # --------------------------------------------------------------------------------------------------- writing

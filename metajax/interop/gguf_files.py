@@ -30,7 +30,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of tokens
 # How each named rule cuts a text before merging, where the tokenizers library has it as it is.
 _BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
 _CUTS = {
@@ -71,7 +71,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, 
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         name = _name(tensor.name)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2:][0])
         rows = _unpaired(int(tensor.shape[-1]), values[heads]) if heads else None
         tensors[name] = _Quantised(tensor, rows)
     return values | {"tie_word_embeddings": HEAD not in tensors}, tensors, fields
@@ -83,10 +83,11 @@ def _values(fields: dict[str, Any]) -> dict[str, Any]:
     scaling, experts = fields.get("llama.rope.scaling.type", "none"), fields.get("llama.expert_count", 0)
     require(scaling == "none", f"the file's llama.rope.scaling.type is {scaling!r}, but only 'none' is supported")
     require(experts == 0, f"the file's llama.expert_count is {experts}, but only dense models are supported")
-    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    sizes = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    needed = (*sizes, "attention.layer_norm_rms_epsilon")
     missing = [f"llama.{name}" for name in needed if f"llama.{name}" not in fields]
     require(not missing, f"the file lacks {', '.join(missing)}: not a whole Llama")
-    layers, length, width, mlp_width, heads = (int(fields[f"llama.{name}"]) for name in needed)
+    layers, length, width, mlp_width, heads = (int(fields[f"llama.{name}"]) for name in sizes)
     for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         found = fields.get(f"llama.{name}", width // heads)
         require(
@@ -110,8 +111,8 @@ def _name(name: str) -> str:
     """Hugging Face's name of a tensor; one that it does not know stays, and is then named as one too many."""
     if name in _WHOLE or not name.startswith("blk."):
         return _WHOLE.get(name, name)
-    _, layer, part, end = name.split(".")
-    return f"model.layers.{layer}.{_LAYER.get(part, part)}.{end}"
+    _, layer, part, *end = name.split(".")
+    return ".".join(("model.layers", layer, _LAYER.get(part, part), *end))
 
 
 def _unpaired(rows: int, heads: int) -> np.ndarray:
@@ -130,7 +131,8 @@ def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         f"the file's tokenizer is {kind!r} with the rule {cut!r}, which cannot be read (only 'gpt2' with {', '.join(_CUTS)}); "
         "name the model's own tokenizer with --tokenizer hf:tokenizer.json",
     )
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    tokens = fields["tokenizer.ggml.tokens"]
+    kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     library = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     library.pre_tokenizer, library.decoder = _CUTS[cut](), decoders.ByteLevel()

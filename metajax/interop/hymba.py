@@ -74,14 +74,10 @@ _KNOWN = {
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError for a missing key, and for a setting that this model cannot follow.
+    """The model of a config.json. UserError for a setting that this model cannot follow.
 
     `v_head_dim` is not read: the released code overwrites it.
     """
-    missing = [
-        name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in values
-    ]
-    require(not missing, f"config.json lacks {', '.join(missing)}: not a Hymba")
     for name, value in _FIXED.items():
         found = values.get(name, value)
         require(found == value, f"config.json: {name} = {found!r}, but only {value!r} is supported")

@@ -40,10 +40,7 @@ _KNOWN = {
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError for a missing key, and for a setting that this model cannot follow."""
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    missing = [name for name in needed if name not in values]
-    require(not missing, f"config.json lacks {', '.join(missing)}: not a Llama")
+    """The model of a config.json. UserError for a setting that this model cannot follow."""
     rotary = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10_000.0)}  # of newer and of older files
     width, heads, bias = values["hidden_size"], values["num_attention_heads"], values.get("attention_bias", False)
     fixed = _FIXED | {"mlp_bias": bias, "head_dim": width // heads}

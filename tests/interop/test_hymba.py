@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from metajax.config import Runtime, UserError
-from metajax.experiment import open_run
+from metajax.config import Config, Data, Runtime, UserError
+from metajax.data.tokenizers import Bytes
+from metajax.experiment import OpenedRun, open_run
 from metajax.interop.exports import export_run
 from metajax.interop.files import open_directory
 from metajax.interop.hymba import LAYOUT, from_hymba, hub_config, model_config, to_hymba
 from metajax.interop.imports import import_directory
 from metajax.interop.layouts import read_part, stored
 from metajax.models.lm import LM, named_params
-from metajax.models.presets import hymba_1_5b
+from metajax.models.presets import hymba_1_5b, hymba_cpu
+from metajax.training.program import abstract_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 HUB = GOLDENS / "hymba_b_hf"
@@ -172,6 +174,22 @@ def test_a_directory_comes_back_as_it_was(tmp_path, hub, dtype):
         import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "")
     with pytest.raises(UserError, match="not empty"):
         export_run(opened, "hymba", tmp_path / "out")
+
+
+def test_a_hybrid_trained_here_comes_back(tmp_path):
+    """Every kind of layer, with all rows of its own table; bit for bit."""
+    config = Config(name="made", data=Data(tokenizer="byte", row_length=32), model=hymba_cpu())
+    draw, tokenizer = np.random.default_rng(0), Bytes()
+    model = jax.tree.map(
+        lambda leaf: np.asarray(draw.normal(size=leaf.shape), np.float32), abstract_model(config, tokenizer.vocabulary.size)
+    )
+    export_run(OpenedRun(config, tmp_path, tokenizer, None, model), "hymba", tmp_path / "out")
+    values, state = open_directory(tmp_path / "out", "hymba")
+    assert values.keys() == CONFIG.keys() and values["vocab_size"] == tokenizer.vocabulary.size
+    again = model_config(values)
+    assert equal(from_hymba(state, again), model)
+    resolved = replace(hymba_cpu(), hybrid=replace(hymba_cpu().hybrid, dt_rank=hymba_cpu().dt_rank))
+    assert again == resolved
 
 
 def test_a_tied_head_comes_back_where_it_was(tmp_path):

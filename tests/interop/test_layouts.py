@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from metajax.cli import main
 from metajax.config import Config, Data, Hybrid, MetaTokens, Model, UserError
 from metajax.data.tokenizers import Bytes
 from metajax.experiment import OpenedRun, open_run
 from metajax.interop import layouts, llama
 from metajax.interop.exports import export_run
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import open_directory
+from metajax.interop.files import Values, open_directory, write_tensors
 from metajax.interop.imports import import_directory
 from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
 from metajax.models.presets import gpt2
 from metajax.models.presets import llama as llama_shape
+from metajax.reporting.records import find_run
 from metajax.training.program import abstract_model, build_model
 
 ROOT = Path(__file__).parents[2]
@@ -57,21 +59,25 @@ def equal(a, b):
 # ------------------------------------------------------------------------------------------------- there and back
 
 
-def test_hugging_faces_gpt2_is_a_run_and_comes_back(tmp_path):
-    """The golden as a hub folder, its names without "transformer." as published files have them; exported it has the model's own."""
+def test_hugging_faces_gpt2_is_a_run_and_comes_back(tmp_path, capsys):
+    """By the verbs: the golden as a hub folder, its names without "transformer." as published files have them; exported it has the model's own."""
+    places = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
     hub, state = tmp_path / "hub", {k.removeprefix("sd/"): GOLDEN[k] for k in GOLDEN.files if k.startswith("sd/")}
     hub.mkdir()
     (hub / "config.json").write_text(str(GOLDEN["config_json"]))
     save_file({name.removeprefix("transformer."): value for name, value in state.items()}, hub / "model.safetensors")
-    opened = open_run(import_directory("gpt2", hub, tmp_path / "runs", "byte"))
+    assert main(["import", "gpt2", str(hub), "--tokenizer", "byte", *places]) == 0
+    opened = open_run(find_run("imported/hub", tmp_path / "runs"))
     found = logits(opened.model, jnp.asarray(GOLDEN["ids"]))[..., :70]
     np.testing.assert_allclose(found, GOLDEN["logits"], atol=3e-5, rtol=0)
-    export_run(opened, "gpt2", tmp_path / "out")
+    assert main(["export", "gpt2", "imported/hub", str(tmp_path / "out"), *places]) == 0
     back, config = load_file(tmp_path / "out/model.safetensors"), json.loads((tmp_path / "out/config.json").read_text())
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
     known = json.loads(str(GOLDEN["config_json"]))
     explicit = {"n_inner": 128, "n_ctx": 32, "torch_dtype": "float32", "architectures": ["GPT2LMHeadModel"]}
     assert config == {name: known.get(name) for name in config} | explicit
+    assert main(["export", "llama", "imported/hub", str(tmp_path / "other"), *places]) == 2
+    assert "error: model.activation is 'gelu_tanh', but Llama has 'swiglu' alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "bias": True}], ids=["own head", "tied, biases"])
@@ -181,7 +187,7 @@ def test_settings_that_cannot_be_followed_are_named(family, change, message):
     )
     changed = {name: value for name, value in (values | change).items() if value is not None or name not in change}
     with pytest.raises(UserError, match=message):
-        kind.model_config(changed)
+        kind.model_config(Values(changed))
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -216,6 +222,19 @@ def test_a_load_holds_one_tensor_at_a_time():
     assert all(np.all(param[...] == 1) for param in named_params(model).values())
 
 
+def test_an_export_holds_one_tensor_at_a_time(tmp_path):
+    config = Config(name="wide", data=Data(tokenizer="byte", row_length=32), model=WIDE)
+    model = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_model(config, 320))
+    shapes = {name: tensor.shape for name, tensor in layouts.stored(model, llama.LAYOUT).items()}
+    tracemalloc.start()
+    write_tensors(tmp_path, shapes, layouts.tensors_of(model, llama.LAYOUT), "float32", 10**9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest = 4 * 128 * 4096
+    assert largest < peak < 3 * largest, "the tensor, turned, and the one before it until the next comes"
+    assert (tmp_path / "model.safetensors").stat().st_size > 8 * largest
+
+
 def test_a_stack_is_filled_in_its_place():
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     stack = jnp.zeros((2, 3), device=sharding)
@@ -228,7 +247,7 @@ import sys
 import jax, numpy as np
 from pathlib import Path
 from metajax.interop import llama
-from metajax.interop.files import open_directory
+from metajax.interop.files import Values, open_directory, write_tensors
 from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
 from metajax.parallel.mesh import make_mesh
