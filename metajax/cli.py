@@ -89,7 +89,7 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
         "list": ("what there is: names, scales, expected minutes", _add_list, _list),
         "show": ("an experiment before it runs, or a corpus", _add_show, _show),
         "eval": ("evaluate a run's newest checkpoint again", _add_eval, _eval),
-        "analyze": ("what the meta-tokens of a run's newest checkpoint do, as numbers and figures", _add_analyze, _analyze),
+        "analyze": ("what goes on inside a run's newest checkpoint, as numbers and figures", _add_analyze, _analyze),
         "generate": ("text from a run's newest checkpoint", _add_generate, _generate),
         "import": ("a published checkpoint as a run, for generate and eval", _add_import, _import),
         "export": ("a run's newest checkpoint as a Hugging Face folder, for other programs", _add_export, _export),
@@ -183,7 +183,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
-    parser.add_argument("--what", default=",".join(ANALYSES), metavar="LIST", help=f"some of {','.join(ANALYSES)} (all)")
+    parser.add_argument("--what", default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)")
     parser.add_argument(
         "--task", default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
     )
@@ -428,24 +428,25 @@ def _eval(options: argparse.Namespace, started: float) -> int:
 
 
 def _analyze(options: argparse.Namespace, started: float) -> int:
-    names = tuple(options.what.split(","))
+    names = tuple(options.what.split(",")) if options.what else ()
     check_analyses("--what", names)
     opened = _open_run(options, options.run)
-    from metajax.analysis.analyses import run_analyses
+    from metajax.analysis.analyses import fitting, run_analyses
     from metajax.reporting.html import write_analysis_page
     from metajax.reporting.terminal import print_analysis
 
     config, changes, choice = opened.config, {}, {"task": options.task, "length": options.length}
-    if options.task is not None or config.tasks is None:
-        changes["tasks.names"] = options.task or "list_recall"
-    if config.tasks is None:
-        changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+    task = options.task or ("list_recall" if config.tasks is None and config.meta_tokens is not None else None)
+    if task not in (None, "text"):
+        changes["tasks.names"] = choice["task"] = task
+        if config.tasks is None:
+            changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
     if options.examples is not None:
         choice["prompts"] = options.examples
-        changes["tasks.eval_examples"] = options.examples
+        changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
     study = opened.study(override(config, changes), _paths(options), **choice)
     say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
-    for name, numbers in run_analyses(study, names, opened.workdir):
+    for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
         print_analysis(name, numbers)
     say(f"figures: {write_analysis_page(opened.workdir)}")
     return 0

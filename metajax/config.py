@@ -30,7 +30,18 @@ __all__ = [
 ]  # every sub-config and the access to them, from one place
 
 Scale = Literal["cpu", "gpu", "paper"]
-ANALYSES = ("interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead")  # in metajax/analysis
+ANALYSES = (
+    "interventions",
+    "sharpening",
+    "caching",
+    "attention",
+    "theory",
+    "rate_distortion",
+    "overhead",
+    "mixing_maps",
+    "branches",
+    "needle",
+)  # in metajax/analysis
 TASKS = ("list_recall", "segment_counting", "parity", "copying", "needle", "mqar")  # in metajax/data/tasks
 
 

@@ -1,4 +1,4 @@
-"""What an analysis works on: a trained model, and test prompts of one task with meta-tokens in them."""
+"""What an analysis works on: a trained model, and test prompts of one task, or pieces of held-out text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 
 from metajax.config import nearest, require
-from metajax.data.pipeline import Corpora, task_examples
-from metajax.data.rows import Row, padding_row, stack
+from metajax.data.metadata import uniform_hash
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, task_examples
+from metajax.data.rows import Row, finish, padding_row, stack
 from metajax.data.tasks.source import PAUSES, assemble
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
@@ -23,14 +24,16 @@ from metajax.progress import progress
 from metajax.training.program import Program
 from metajax.training.step import MODEL_INPUTS
 
-PROMPTS = 500  # the paper's number of prompts is not stated
+PROMPTS = 500  # the papers' numbers of prompts are not stated
+PIECES = 64  # of text
+TEXT = "text"  # in place of a task's name
 BATCH_FLOATS = 2**25  # of attention probabilities in one batch of prompts
 Batch = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model and N prompts of a task, one to a row of T slots; `rows` holds them stacked, [N, T] each."""
+    """A model and N prompts of a task, or documents, one to a row of T slots; `rows` holds them stacked, [N, T] each."""
 
     program: Program
     corpora: Corpora
@@ -88,17 +91,26 @@ class Study:
 
 
 def open_study(
-    program: Program, corpora: Corpora, model: LM, *, task: str | None = None, length: int | None = None, prompts: int = PROMPTS
+    program: Program,
+    corpora: Corpora,
+    model: LM,
+    *,
+    task: str | None = None,
+    length: int | None = None,
+    prompts: int | None = None,
 ) -> Study:
-    """The first `prompts` test examples of a task in the bin of `length` tokens.
+    """The first `prompts` test examples of a task in the bin of `length` tokens; of task "text" the beginnings of held-out documents.
 
-    task: None: list recall, as in the paper, or the first task there is. length: None: the longest bin within the training length, or that length.
-    Raises UserError for a model or prompts without meta-tokens, an unknown task, and a length that the model cannot read.
+    task: None: text where the config has no tasks, else list recall, as in the paper, or the first task there is.
+    length: None: the longest bin within the training length, or that length; of text the row length. prompts: None: PROMPTS or PIECES.
+    Raises UserError for an unknown task, a length that the model cannot read, and fewer than two prompts.
     """
     tasks = corpora.config.tasks
-    require(tasks is not None, "the analyses read prompts of the tasks; this run has none (tasks is null)")
-    require(model.meta is not None, "the analyses are about meta-tokens, and this run has none (meta_tokens is null)")
-    require(tasks.placement != "none", "the analyses need meta-tokens in the prompts, but tasks.placement = 'none'")
+    if task == TEXT or tasks is None:
+        return Study(
+            program, corpora, model, TEXT, _text_rows(corpora, length or corpora.config.data.row_length, prompts or PIECES)
+        )
+    prompts = prompts or PROMPTS
     if task is None:
         task = "list_recall" if "list_recall" in tasks.names else tasks.names[0]
     require(task in tasks.names, f"unknown task {task!r}{nearest(task, tasks.names)}; the run has {', '.join(tasks.names)}")
@@ -108,8 +120,28 @@ def open_study(
     require(reason is None, f"prompts of {length} tokens: {reason}")
     require(prompts >= 2, f"{prompts} prompts have no spread; at least 2")
     examples = task_examples(corpora)
-    rows = [assemble([examples.test(task, length, n)], length, corpora.tokenizer, PAUSES) for n in range(prompts)]
+    pauses = PAUSES if model.meta is not None else None
+    rows = [assemble([examples.test(task, length, n)], length, corpora.tokenizer, pauses) for n in range(prompts)]
     return Study(program, corpora, model, task, stack(rows))
+
+
+def _text_rows(corpora: Corpora, length: int, count: int) -> Row:
+    """BOS and the first `length` - 1 tokens of `count` held-out documents that are longer, or of all there are."""
+    cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
+    documents = cache.documents("held_out", data.held_out, data.min_bytes)
+    documents = documents[cache.lengths[documents] >= length]
+    require(
+        len(documents) >= 2,
+        f"{data.sources[0]} has {len(documents)} held-out documents of {length} tokens; analyze fewer with --length",
+    )
+    rows = []
+    for document in documents[uniform_hash(EVALUATION_SEED, documents).argsort()][:count].tolist():
+        tokens = np.array([vocabulary.bos, *cache[document][:length]], np.int32)
+        whole = np.ones(length, bool)
+        row = {"tokens": tokens[:-1], "targets": tokens[1:], "loss_weights": whole.astype(np.float32), "is_body": whole}
+        row |= {"is_metadata": ~whole, "segment_ids": whole.astype(np.int32)}
+        rows.append(finish(row, attend_across_documents=False))
+    return stack(rows)
 
 
 def capture(model: LM, batch: Batch, *names: str) -> dict[str, jax.Array]:

@@ -39,6 +39,9 @@ _OF_LAYERS = (
     "values",  # [owners, B, T, kv_heads, value_dim]
     "conv_tail",  # [L, B, 3, C], last inputs of the convolution
     "ssm_state",  # float32[L, B, C, N], after the last token
+    "ssm_step",  # float32[L, B, T, C], step sizes
+    "ssm_b",  # [L, B, T, N], what a token writes into the state
+    "ssm_c",  # [L, B, T, N], what it reads from it
 )
 # "left" is what caches are made of: a tuple over the runs, of tuples over the layers of their groups, of what the layer leaves.
 CAPTURABLE = (*_OF_LAYERS, *(f"prefix_{name}" for name in _OF_LAYERS), "final", "left")
@@ -179,7 +182,7 @@ class Mixer(nnx.Module):
                 left["attention"] = keys_values
         if self.mamba is not None:
             start = [x[0] for x in before.prefix["mamba"]] if before.prefix else (None, None)
-            y, left["mamba"] = self.mamba(h, row.segment_ids, *start, *before.past.get("mamba", (None, None)))
+            y, left["mamba"] = self.mamba(h, row.segment_ids, taps, *start, *before.past.get("mamba", (None, None)))
             for name, value in zip(("ssm_branch", "conv_tail", "ssm_state"), (y, *left["mamba"]), strict=True):
                 taps.record(name, value)
             branches.append(y if self.ssm_norm is None else self.ssm_norm(y))

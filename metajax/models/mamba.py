@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from kernels_pallas.selective_scan.reference import TAPS
 from metajax import ops
 from metajax.config import Model
+from metajax.models.attention import Taps
 from metajax.models.layers import Linear, Norm, normal_param
 
 STEP_RANGE = (1e-3, 1e-1)  # of the initial step sizes with dt_init "mamba" (arXiv 2312.00752, section 3.6)
@@ -42,6 +43,7 @@ class Mamba(nnx.Module):
         self,
         h: Float[Array, "B T width"],
         segment_ids: Int[Array, "B T"],
+        taps: Taps,
         reset_tail: Float[Array, "3 C"] | None,
         reset_state: Float[Array, "C N"] | None,
         tail: Float[Array, "B 3 C"] | None = None,
@@ -58,6 +60,10 @@ class Mamba(nnx.Module):
         norms = (self.step_norm, self.b_norm, self.c_norm)
         step, b, c = (part if norm is None else norm(part) for norm, part in zip(norms, selected, strict=True))
         rates = -jnp.exp(self.log_rate[...])
+        if taps.wants("ssm_step"):
+            taps.record("ssm_step", jax.nn.softplus(self.step(step).astype(jnp.float32) + self.step_bias[...]))
+        taps.record("ssm_b", b)
+        taps.record("ssm_c", c)
         y, last = ops.selective_scan(
             x, self.step(step), rates, b, c, self.skip[...], self.step_bias[...], self.gate(h), **states, **options
         )

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from metajax.reporting.analysis_words import INTERVENTIONS, READINGS, SOURCES, TWINS
+from metajax.reporting.analysis_words import CATEGORIES, INTERVENTIONS, MIXERS, READINGS, SOURCES, TWINS
 from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
 from metajax.reporting.tasks import title
 
@@ -262,6 +262,58 @@ def _overhead(result: Result) -> Drawn:
     return [(to_svg(figure, "Time of a step and of generation"), caption)]
 
 
+def _mixing_maps(result: Result) -> Drawn:
+    kinds = [kind for kind in MIXERS if kind in result]
+    figure, panels = _panels(1, len(kinds), 3.0)
+    for axes, kind in zip(panels, kinds, strict=True):
+        layers, below = np.arange(1, len(result[kind]["entropy"]["layers"]) + 1), 0.0
+        for i, (name, words) in enumerate(CATEGORIES.items()):
+            share = np.array(result[kind][name]["layers"])
+            axes.bar(layers, share, bottom=below, color=look(i)[0], alpha=0.8, label=words)
+            below = below + share
+        axes.set_title(MIXERS[kind], fontweight="bold")
+        axes.set_xlabel("layer")
+        axes.set_xticks(layers)
+        axes.set_ylim(0, 1)
+    panels[0].set_ylabel("share of the map")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CATEGORIES), fontsize=8.5)
+    return [
+        (to_svg(figure, "Where tokens look, by layer"), "Mean over rows, queries and heads (for Mamba: some of its channels).")
+    ]
+
+
+def _branches(result: Result) -> Drawn:
+    figure, panels = _panels(3, 1, 2.0)
+    words = {"rms": "size before the norm", "scale": "learned scale", "knock_out": "nats a token without it"}
+    for axes, (name, label) in zip(panels, words.items(), strict=True):
+        for i, (branch, title_of_branch) in enumerate(MIXERS.items()):
+            values = result[branch][name]["layers"] if name == "knock_out" else result[branch][name]
+            axes.plot(range(1, len(values) + 1), values, marker="o", color=look(i)[0], label=title_of_branch)
+        axes.set_ylabel(label)
+        axes.set_xticks(range(1, len(values) + 1))
+    panels[0].legend(fontsize=8.5)
+    panels[-1].set_xlabel("layer")
+    return [
+        (
+            to_svg(figure, "The two branches by layer"),
+            "Root mean square and mean absolute scale; loss on the rows without the branch, minus with it.",
+        )
+    ]
+
+
+def _needle(result: Result) -> Drawn:
+    lengths = [length for length in result if length.isdigit()]
+    values = np.array([[np.nan if cell["exact"] is None else cell["exact"] for cell in result[n]["depths"]] for n in lengths])
+    figure, (axes,) = _panels(1, 1, 0.9 + 0.45 * len(lengths))
+    image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
+    axes.set_yticks(range(len(lengths)), lengths)
+    axes.set_ylabel("tokens")
+    axes.set_xticks(range(values.shape[1]), [f"{100 * d // values.shape[1]} %" for d in range(values.shape[1])], fontsize=8.5)
+    axes.set_xlabel("depth of the needle, from")
+    return [(to_svg(figure, "Needles found by length and depth"), "Exact match; white cells may hold no example.")]
+
+
 # ---------------------------------------------------------------------------------------------------------- parts
 
 
@@ -299,5 +351,5 @@ def _token_ticks(axes: Axes, labels: list[str]) -> None:
 
 _DRAWERS = {
     "interventions": _interventions, "sharpening": _sharpening, "caching": _caching, "attention": _attention, "theory": _theory,
-    "rate_distortion": _rate_distortion, "overhead": _overhead,
+    "rate_distortion": _rate_distortion, "overhead": _overhead, "mixing_maps": _mixing_maps, "branches": _branches, "needle": _needle,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import entr, softmax, stdtrit
 
+from metajax.analysis.analyses import check_fits
 from metajax.analysis.attention_maps import maps
 from metajax.analysis.caching import by_distance, cosine, resemblance
 from metajax.analysis.interventions import intervene, interventions
@@ -165,10 +166,12 @@ def test_mistakes_are_named(opened):
         open_study(program, corpora, model, task="list_recal")
     with pytest.raises(UserError, match="no spread"):
         open_study(program, corpora, model, prompts=1)
-    with pytest.raises(UserError, match="meta_tokens is null"):
-        open_study(*opened(meta_tokens=None))
-    with pytest.raises(UserError, match=r"tasks.placement = 'none'"):
-        open_study(*opened(**{"tasks.placement": "none"}))
+    for changes, message in (
+        ({"meta_tokens": None}, "meta_tokens is null"),
+        ({"tasks.placement": "none"}, r"tasks.placement = 'none'"),
+    ):
+        with pytest.raises(UserError, match=f"caching: about meta-tokens in prompts of the tasks, but .*{message}"):
+            check_fits(open_study(*opened(**changes)), ("caching",))
     with pytest.raises(UserError, match=r"raise model.max_positions"):
         open_study(*opened(**{"model.position": "learned"}), length=80)
     with pytest.raises(UserError, match=r"--what: unknown 'cachin'; did you mean 'caching'"):
