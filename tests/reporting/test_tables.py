@@ -300,13 +300,13 @@ def test_a_tables_analyses_are_made_of_its_rows_alone(table, tmp_path):
 
 
 def test_what_a_row_changes_may_depend_on_the_scale(table):
-    rows = [Row("long", {"training.steps": ByScale(cpu=7, gpu=9)})]
+    rows = [Row("long", {"training.steps": ByScale(cpu=70, gpu=90)})]
     made = registry.table(
         "lab_by", summary="", rows=rows, columns=COLUMNS, baseline=None, minutes=dict.fromkeys(registry.SCALES, 1)
     )
     made(base)
     steps = {scale: registry.find("lab_by/long").build(scale).training.steps for scale in registry.SCALES}
-    assert steps == {"cpu": 7, "gpu": 9, "paper": 100}, "a scale without a value keeps the base's"
+    assert steps == {"cpu": 70, "gpu": 90, "paper": 100}, "a scale without a value keeps the base's"
 
 
 def test_what_a_path_names_may_depend_on_the_scale(tmp_path):
