@@ -23,6 +23,7 @@ class Hybrid:
     kv_groups: tuple[int, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
     head_dim: int = 0  # of queries and keys; 0: model.width / model.heads
     value_dim: int = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
+    ssm: Literal["mamba", "mamba2"] = "mamba"
     expand: int = 2  # Mamba's inner width / model.width
     state: int = 16  # N, numbers a channel remembers
     dt_rank: int = 0  # 0: ceil(model.width / 16)
@@ -129,6 +130,10 @@ class Model:
             not across, f"model.hybrid.kv_groups: the group from layer {across and across[0]} on mixes full and window layers"
         )
         require(
+            hybrid.ssm == "mamba" or self.ssm_width % self.ssm_heads == 0,
+            f"model.hybrid.ssm = 'mamba2': {self.ssm_width} channels (expand * width) are no whole number of heads of 64",
+        )
+        require(
             hybrid.fusion != "sequential" or self.layers % 2 == 0,
             f"model.layers = {self.layers}: sequential layers come in pairs, Mamba and attention",
         )
@@ -153,6 +158,17 @@ class Model:
     def ssm_width(self) -> int:
         """Channels of a hybrid's Mamba."""
         return self.width * self.hybrid.expand if self.hybrid is not None else 0
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of its convolution: those of Mamba-2 have B and C beside them."""
+        both = 2 * self.hybrid.state if self.hybrid is not None and self.hybrid.ssm == "mamba2" else 0
+        return self.ssm_width + both
+
+    @property
+    def ssm_heads(self) -> int:
+        """Heads of a Mamba-2, of 64 channels each, or one of all channels where there are fewer."""
+        return max(1, self.ssm_width // 64)
 
     @property
     def dt_rank(self) -> int:

@@ -111,7 +111,7 @@ def mixing_maps(study: Study) -> dict[str, Any]:
     hybrid, found = study.model.cfg.hybrid, {}
     if hybrid is None or hybrid.fusion != "mamba":
         found["attention"] = _pool(study.over_prompts("attention maps", attention_map, study.model))
-    if hybrid is not None and hybrid.fusion != "attention":
+    if hybrid is not None and hybrid.fusion != "attention" and hybrid.ssm == "mamba":
         found["ssm"] = _pool(study.over_prompts("maps of Mamba", mamba_map, study.model))
     return found
 

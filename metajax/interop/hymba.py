@@ -68,7 +68,7 @@ _REST = {
 }  # fmt: skip
 # What this model can be told and the released code cannot.
 _KNOWN = {
-    "hybrid.fusion": ("mean",), "hybrid.branch_norm": ("scaled",), "norm": ("rmsnorm",), "norm_position": ("pre",), "activation": ("swiglu",),
+    "hybrid.fusion": ("mean",), "hybrid.ssm": ("mamba",), "hybrid.branch_norm": ("scaled",), "norm": ("rmsnorm",), "norm_position": ("pre",), "activation": ("swiglu",),
     "bias": (False,), "tied": (True,), "position": ("rope", "ntk", "none"),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from metajax.config import Model, Runtime
 from metajax.models.attention import Past, Taps
 from metajax.models.layers import Linear, Mlp, Norm, normal_param
 from metajax.models.mamba import Mamba
+from metajax.models.mamba2 import Mamba2
 from metajax.models.masks import Mask
 from metajax.models.rotary import Table, apply_rotary, rotary_table
 from metajax.parallel.rules import RESIDUAL_AXES, constrain
@@ -161,7 +162,7 @@ class Mixer(nnx.Module):
         keys, hybrid = jax.random.split(key, 3), cfg.hybrid
         self.joins, self.concat = kind.attends and kind.scans, hybrid.fusion == "concat"
         self.attention = Heads(cfg, kind, implementation, keys[0]) if kind.attends else None
-        self.mamba = Mamba(cfg, implementation, keys[1]) if kind.scans else None
+        self.mamba = {"mamba": Mamba, "mamba2": Mamba2}[hybrid.ssm](cfg, implementation, keys[1]) if kind.scans else None
         widths = (cfg.heads * cfg.value_dim if kind.attends else 0, cfg.ssm_width if kind.scans else 0)
         normed = self.joins and hybrid.branch_norm != "none"
         self.attention_norm, self.ssm_norm = (

@@ -24,13 +24,13 @@ def published_cache_bytes(model: Model, tokens: int) -> dict[str, float]:
     windows = [kind.window for kind in kinds if kind.attends and kind.window is not None]
     full = sum(kind.attends for kind in kinds) - len(windows)
     share = 2 if hybrid is not None and max(hybrid.kv_groups, default=1) > 1 else 1
-    scans = 2 * model.ssm_width * sum(kind.scans for kind in kinds)
+    scans = sum(kind.scans for kind in kinds)
     return {
         "full": width * full * tokens,
         "window": width * sum(min(tokens, window) for window in windows) / share,
         "meta": width * full * hybrid.meta_tokens if hybrid is not None else 0,
-        "state": scans * hybrid.state if hybrid is not None else 0,
-        "conv": scans * (TAPS - 1) if hybrid is not None and hybrid.fusion == "mamba" else 0,
+        "state": 2 * scans * model.ssm_width * hybrid.state if hybrid is not None else 0,
+        "conv": 2 * scans * model.conv_width * (TAPS - 1) if hybrid is not None and hybrid.fusion == "mamba" else 0,
     }
 
 
@@ -45,7 +45,7 @@ def cache_bytes(model: Model, tokens: int, rows: int = 1) -> dict[str, int]:
     scans = sum(kind.scans for kind in kinds)
     metas = model.hybrid.meta_tokens if model.hybrid is not None else 0
     state = scans * model.ssm_width * model.hybrid.state * FLOAT32 if scans else 0
-    conv = scans * model.ssm_width * (TAPS - 1) * size
+    conv = scans * model.conv_width * (TAPS - 1) * size
     return {
         "full": rows * width * tokens * sum(kind.window is None for kind in owners),
         "window": rows * width * sum(min(tokens, kind.window) for kind in owners if kind.window is not None),

@@ -26,19 +26,43 @@ def scan_operations(channels: int, state: int) -> int:
     return channels * (7 * state + 6)
 
 
+def mamba2_flops(model: Model) -> dict[str, int]:
+    """Forward operations of one token in a Mamba-2, by part; its scan is counted from the recurrence, as Mamba-1's is.
+
+    For each number of the state 5: decay h, (s x) B, plus, times C, plus. For each channel 7: s x, D x, plus, silu of the gate, its product,
+    and twice for the norm. For each head 4: bias and softplus of the step, s A, its exponential.
+    """
+    channels, state = model.ssm_width, model.hybrid.state
+    heads, mixed = model.ssm_heads, model.conv_width
+    return {
+        "mamba": 2 * model.width * (channels + mixed + heads),
+        "conv": 2 * TAPS * mixed,
+        "scan": channels * (5 * state + 7) + 4 * heads,
+    }
+
+
+def mamba_flops(model: Model) -> dict[str, int]:
+    """Forward operations of one token in a Mamba-1, by part."""
+    channels, selection = model.ssm_width, model.dt_rank + 2 * model.hybrid.state
+    return {
+        "mamba": 2 * channels * (2 * model.width + selection + model.dt_rank),
+        "conv": 2 * TAPS * channels,
+        "scan": scan_operations(channels, model.hybrid.state),
+    }
+
+
 def token_flops(model: Model) -> dict[str, int]:
     """Forward operations of one token in all layers, by part, without attention's pairs."""
     parts = dict.fromkeys(("attention", "mamba", "conv", "scan", "output", "mlp"), 0)
     width, channels, heads_out = model.width, model.ssm_width, model.heads * model.value_dim
-    selection = model.dt_rank + 2 * model.hybrid.state
+    recurrent = mamba2_flops(model) if model.hybrid.ssm == "mamba2" else mamba_flops(model)
     kv = model.num_kv_heads * (model.head_dim + model.value_dim)
     for kind in layers_of(model):
         joined = kind.attends * heads_out, kind.scans * channels
         inner = sum(joined) if model.hybrid.fusion == "concat" else max(joined)
         parts["attention"] += kind.attends * 2 * width * (model.heads * model.head_dim + kind.owns_kv * kv)
-        parts["mamba"] += kind.scans * 2 * channels * (2 * width + selection + model.dt_rank)
-        parts["conv"] += kind.scans * 2 * TAPS * channels
-        parts["scan"] += kind.scans * scan_operations(channels, model.hybrid.state)
+        for name, cost in recurrent.items():
+            parts[name] += kind.scans * cost
         parts["output"] += 2 * inner * width
         parts["mlp"] += 2 * width * model.mlp_width * (3 if model.activation == "swiglu" else 2)
     return {name: cost for name, cost in parts.items() if cost}

@@ -168,6 +168,7 @@ FORMS = {
     "sequential": {"fusion": "sequential"},
     "attention": {"fusion": "attention"},
     "mamba": {"fusion": "mamba"},
+    "mamba2": {"fusion": "mamba", "ssm": "mamba2", "expand": 8},
     "plain": {"branch_norm": "plain", "inner_norms": False, "dt_init": "mamba"},
     "narrow": {"head_dim": 6, "value_dim": 4, "branch_norm": "none"},
 }
