@@ -55,7 +55,7 @@ class Model:
     heads: int = 4
     kv_heads: int = 0  # 0: as many as heads
     mlp_width: int = 512  # 0, in a hybrid: layers without a feed-forward network
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     norm_position: Literal["pre", "post"] = "pre"

@@ -1,5 +1,6 @@
 """What the tests share: a tiny corpus, a tiny experiment on it, and shape checks in everything that computes."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,9 @@ jaxtyping.install_import_hook(
 
 from metajax import registry  # noqa: E402
 from metajax.config import Config, Data, Evaluation, Model, Optimizer, Runtime, Training, override  # noqa: E402
+from metajax.data.images.clip_tokens import MERGES, ClipTokenizer  # noqa: E402
 from metajax.data.pipeline import Paths  # noqa: E402
+from metajax.models.clip.config import Clip  # noqa: E402
 
 WORDS = [
     "array",
@@ -132,6 +135,42 @@ def tiny_config(tiny_corpus):
         runtime=Runtime(log_every=1),
     )
     return lambda **changes: override(base, changes)
+
+
+@pytest.fixture(scope="session")
+def clip_config():
+    """clip_config(z) -> the Clip of a golden file with `config_json`, the arguments of OpenAI's constructor."""
+
+    def made(z):
+        c = json.loads(str(z["config_json"]))
+        layers = c["vision_layers"]
+        return Clip(
+            vision_layers=tuple(layers) if isinstance(layers, list) else (layers,), vision_width=c["vision_width"],
+            vision_heads=c["vision_heads"], text_width=c["transformer_width"], text_heads=c["transformer_heads"], embed=c["embed_dim"],
+            patch=c["vision_patch_size"] or 0, image_size=c["image_resolution"], text_layers=c["transformer_layers"],
+            context=c["context_length"], vocab=c["vocab_size"],
+        )  # fmt: skip
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer(tmp_path_factory):
+    """CLIP's tokenizer, exact for the texts of the golden files: METAJAX_CLIP_VOCABULARY names the published file, which knows all texts.
+
+    tests/goldens/clip_merges_used.json holds those merges that can apply to these texts, under their places in the published file; the
+    others here are merges of 39 bytes that are never in a text, as ByteLevel writes them: control characters, and what UTF-8 does not have.
+    """
+    if "METAJAX_CLIP_VOCABULARY" in os.environ:
+        return ClipTokenizer.open(Path(os.environ["METAJAX_CLIP_VOCABULARY"]))
+    used = json.loads((Path(__file__).parent / "goldens" / "clip_merges_used.json").read_text())
+    never = [chr(c) for c in (*range(0x100, 0x109), *range(0x10E, 0x121), *range(0xF5, 0x100))]
+    pairs = ["".join(pair) for pair in itertools.product(never, never)]
+    others = (f"{a} {b}" for b in (*never, *pairs) for a in never)
+    lines = ["#version: 0.2", *(used.get(str(n)) or next(others) for n in range(MERGES))]
+    path = tmp_path_factory.mktemp("clip") / "merges.txt"
+    path.write_text("\n".join(lines))
+    return ClipTokenizer.open(path)
 
 
 @pytest.fixture

@@ -43,25 +43,26 @@ class _FileTensor:
 
 def open_directory(folder: Path, model_type: str) -> tuple[Values, dict[str, Tensor]]:
     """(config.json, {name: tensor still in its file}); UserError for what is missing, damaged or of another family."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     found = config.get("model_type")
     require(found == model_type, f"{folder}/config.json: model_type is {found!r}, not {model_type!r}")
     index, single = folder / INDEX, folder / WHOLE
     require(index.exists() or single.exists(), f"{folder} has no {WHOLE} and no {INDEX}; name a model directory")
     if not index.exists():
-        return config, _open_file(single)
+        return config, open_tensors(single)
     tensors: dict[str, Tensor] = {}
-    weight_map = _read_json(index)["weight_map"]
+    weight_map = read_json(index)["weight_map"]
     for shard in sorted(set(weight_map.values())):
         require((folder / shard).exists(), f"{folder} lacks the shard {shard} that {INDEX} names")
-        held = _open_file(folder / shard)
+        held = open_tensors(folder / shard)
         lost = sorted(name for name, file in weight_map.items() if file == shard and name not in held)
         require(not lost, f"{folder / shard} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; fetch it again")
         tensors |= held
     return config, tensors
 
 
-def _open_file(path: Path) -> dict[str, Tensor]:
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, still in it."""
     try:
         file = safe_open(path, "np")
     except SafetensorError as error:
@@ -69,7 +70,8 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     return {name: _FileTensor(file, name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
 
 
-def _read_json(path: Path) -> Values:
+def read_json(path: Path) -> Values:
+    """The object of a JSON file; UserError for what is none."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:

@@ -43,7 +43,7 @@ _TABLE: dict[str, Any] = {
     "prefix": "transformer.h.{}.",
     "buffers": (".attn.bias", ".attn.masked_bias"),
 }
-LAYOUT = Layout(family="GPT-2", turned=False, **_TABLE)
+LAYOUT = Layout(family="GPT-2", turned=(), **_TABLE)
 LAYOUTS = {"nanogpt": Layout(family="nanoGPT", **_TABLE), "huggingface": LAYOUT}
 # Hugging Face's name -> ours.
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}

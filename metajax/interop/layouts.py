@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from metajax.models.lm import LM, named_params
 
 HEAD = "lm_head.weight"
 NUMBERS_AT_ONCE = 1 << 18  # of a tensor, when it is read: whole rows, at least one
+Filled = TypeVar("Filled")  # a module
 _ROWS_OF_WORDS = ("embedding", "unembedding")
 
 
@@ -44,7 +45,7 @@ class Layout:
     whole: Mapping[str, str]  # tensor -> our parameter; "embedding" is there
     layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one behind the other along their last axis
     prefix: str  # of the tensors of layer {}
-    turned: bool = True  # linear maps lie [out, in]
+    turned: tuple[str, ...] = (".w",)  # ends of the paths of our matrices that lie [out, in]
     buffers: tuple[str, ...] = ()  # ends of names that hold no parameter
 
     @property
@@ -69,18 +70,25 @@ class Stored(NamedTuple):
 
 def stored(model: LM, layout: Layout, rows: int | None = None) -> dict[str, Stored]:
     """Every tensor of a (possibly abstract) model; `rows` of the vocabulary (None: the model's). UserError when a parameter has no place."""
-    ours = {path: param.shape for path, param in named_params(model).items()}
-    found = {name: _stored([(path, ours[path])], None, layout) for name, path in layout.whole.items() if path in ours}
-    for number, (prefix, place) in enumerate(_layers(model.cfg)):
-        for tensor, paths in layout.layer.items():
-            present = [(prefix + path, ours[prefix + path][1:]) for path in paths if prefix + path in ours]
-            if present:
-                found[layout.prefix.format(number) + tensor] = _stored(present, place, layout)
-    left_out = sorted(ours.keys() - {part.path for tensor in found.values() for part in tensor.parts})
-    require(not left_out, f"the layout of {layout.family} has no place for {', '.join(left_out[:3])}: this is another model")
+    layers = [(layout.prefix.format(number), *place) for number, place in enumerate(_layers(model.cfg))]
+    found = stored_of(model, layout, layers)
     if rows is not None:
         words = {name: tensor for name, tensor in found.items() if tensor.parts[0].path in _ROWS_OF_WORDS}
         found |= {name: Stored((rows, *tensor.shape[1:]), tensor.parts) for name, tensor in words.items()}
+    return found
+
+
+def stored_of(model: Any, layout: Layout, layers: Iterable[tuple[str, str, int]]) -> dict[str, Stored]:
+    """The same of any module; layers: (start of the tensors' names, start of our paths, place in the stack) of each."""
+    ours = {path: param.shape for path, param in named_params(model).items()}
+    found = {name: _stored([(path, ours[path])], None, layout) for name, path in layout.whole.items() if path in ours}
+    for start, prefix, place in layers:
+        for tensor, paths in layout.layer.items():
+            present = [(prefix + path, ours[prefix + path][1:]) for path in paths if prefix + path in ours]
+            if present:
+                found[start + tensor] = _stored(present, place, layout)
+    left_out = sorted(ours.keys() - {part.path for tensor in found.values() for part in tensor.parts})
+    require(not left_out, f"the layout of {layout.family} has no place for {', '.join(left_out[:3])}: this is another model")
     return found
 
 
@@ -96,6 +104,8 @@ def _layers(cfg: Model) -> list[tuple[str, int]]:
 
 def _stored(present: list[tuple[str, tuple[int, ...]]], layer: int | None, layout: Layout) -> Stored:
     path, shape = present[0]
+    if not shape:
+        return Stored((), (Part(path, layer, 0),))
     starts = np.cumsum([0, *(shape[-1] for _, shape in present)]).tolist()
     whole = np.broadcast_to(np.float32(0), (*shape[:-1], starts[-1]))
     parts = tuple(Part(path, layer, start) for (path, _), start in zip(present, starts, strict=False))
@@ -103,16 +113,23 @@ def _stored(present: list[tuple[str, tuple[int, ...]]], layer: int | None, layou
 
 
 def _as_stored(layout: Layout, path: str, value: np.ndarray) -> np.ndarray:
-    """A view of a layer's parameter as it lies in a file: linear maps turned, convolutions with an axis of one in the middle."""
-    if path.endswith(".w") and layout.turned:
+    """A view of a layer's parameter as it lies in a file.
+
+    Linear maps are turned, convolutions over sequences have an axis of one in the middle, those over images lie [out, in, height, width].
+    """
+    if path.endswith(layout.turned):
         return value.T
+    if path.endswith(".kernel"):
+        return value.transpose(3, 2, 0, 1)
     return value[:, None] if path.endswith(".conv") else value
 
 
 def _index_stored(layout: Layout, path: str, index: tuple[slice, ...]) -> tuple[slice, ...]:
     """The same of an index."""
-    if path.endswith(".w") and layout.turned:
+    if path.endswith(layout.turned):
         return index[::-1]
+    if path.endswith(".kernel"):
+        return (index[3], index[2], index[0], index[1])
     return (index[0], slice(0, 1), index[1]) if path.endswith(".conv") else index
 
 
@@ -144,7 +161,17 @@ def load_model(
     )
     options = {"max_length": max_length, "meta": None, "runtime": runtime or Runtime()}
     model = jax.eval_shape(lambda: LM(cfg, vocab_size=vocab_size or rows, key=jax.random.key(0), **options))
-    tensors = stored(model, layout, rows)
+    return fill(model, stored(model, layout, rows), state, layout, shardings)
+
+
+def fill(
+    model: Filled,
+    tensors: Mapping[str, Stored],
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    shardings: Callable[[Filled], Filled] | None = None,
+) -> Filled:
+    """An abstract module with the weights of a state dict that holds `tensors`, float32; shardings and errors as `load_model` has them."""
     _check(state, tensors, layout)
     places: dict[str, list[tuple[str, Part]]] = {}
     for tensor, (_, parts) in tensors.items():
@@ -195,10 +222,12 @@ def _filled(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ..
 
 def read_part(state: Mapping[str, Tensor], layout: Layout, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
     """What one device holds of a (layer's) parameter, float32, from the tensor `name`; words that the file lacks are zeros."""
+    tensor = state[name]
+    if not index:
+        return np.asarray(tensor[()], np.float32)
     read = np.zeros([along.stop - along.start for along in index], np.float32)
     last = slice(index[-1].start + part.start, index[-1].stop + part.start)
     target, (rows, *others) = _as_stored(layout, part.path, read), _index_stored(layout, part.path, (*index[:-1], last))
-    tensor = state[name]
     for block in _blocks(rows.start, min(rows.stop, tensor.shape[0]), math.prod(tensor.shape[1:])):
         target[block.start - rows.start : block.stop - rows.start] = tensor[(block, *others)]
     return read
@@ -231,12 +260,17 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: L
 
 def tensors_of(model: LM, layout: Layout, rows: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(name, float32 array) of one tensor after the other, the first `rows` of the vocabulary, without a tied head."""
+    return values_of(model, stored(model, layout, rows), layout)
+
+
+def values_of(model: Any, tensors: Mapping[str, Stored], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+    """The same of any module that fills `tensors`."""
     params = named_params(model)
-    for name, tensor in stored(model, layout, rows).items():
+    for name, tensor in tensors.items():
         values = [params[part.path][...] if part.layer is None else params[part.path][...][part.layer] for part in tensor.parts]
         parts = [np.asarray(value, np.float32) for value in values]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        yield name, _as_stored(layout, tensor.parts[0].path, whole)[: tensor.shape[0]]
+        yield name, _as_stored(layout, tensor.parts[0].path, whole)[tuple(slice(size) for size in tensor.shape)]
 
 
 def require_fields(cfg: Model, wanted: Mapping[str, Collection[Any]], what: str) -> None:

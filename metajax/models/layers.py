@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from metajax.config import Model
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,
 }
@@ -91,6 +93,15 @@ class Mlp(nnx.Module):
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(hidden)
+
+
+def scan_layers(body: Callable[..., Any], carry: Any, stacked: Any, *, layers: int, remat: str, unroll: int) -> tuple[Any, Any]:
+    """`body` over stacked layers, unrolled and rematerialised: none, full, or keep the results of weight products ("dots")."""
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        # Inside a loop the compiler cannot merge forward and recomputation; unrolled whole it could, and undo the saving.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=unroll >= layers)
+    return jax.lax.scan(body, carry, stacked, unroll=unroll)
 
 
 def gather_rows(x: Array, slots: Array) -> Array:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from metajax.config import MetaTokens, Model, Runtime, nearest, override, require
 from metajax.models import hybrid
 from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
-from metajax.models.layers import Mlp, Norm, gather_rows, normal_param, scatter_add_rows
+from metajax.models.layers import Mlp, Norm, gather_rows, normal_param, scan_layers, scatter_add_rows
 from metajax.models.masks import meta_flags
 from metajax.models.rotary import rotary_table
 from metajax.parallel.rules import RESIDUAL_AXES, constrain
@@ -204,7 +204,7 @@ class LM(nnx.Module):
 
     def _scan(self, body: Callable[..., Any], carry: Any, stacked: Any) -> tuple[Any, Any]:
         """`body` over stacked layers, unrolled and rematerialised as the run has it."""
-        return jax.lax.scan(self._rematerialised(body), carry, stacked, unroll=self.unroll)
+        return scan_layers(body, carry, stacked, layers=self.cfg.layers, remat=self.remat, unroll=self.unroll)
 
     def _finish(
         self, x: Float[Array, "B T width"], captured: dict[str, Any], capture: tuple[str, ...]
@@ -239,14 +239,6 @@ class LM(nnx.Module):
         if self.meta is None or self.meta.zero_position not in ("both", scope):
             return positions
         return jnp.where(meta_flags(_given(meta_slots), positions.shape[1]), -1, positions)
-
-    def _rematerialised(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        """`body` under the run's rematerialisation policy: none, full, or keep the results of weight products ("dots")."""
-        if self.remat == "none":
-            return body
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-        # Inside a loop the compiler cannot merge forward and recomputation; unrolled whole it could, and undo the saving.
-        return jax.checkpoint(body, policy=policy, prevent_cse=self.unroll >= self.cfg.layers)
 
 
 def _given(meta_slots: Array | None) -> Array:
@@ -283,8 +275,13 @@ def named_params(model: Any) -> dict[str, nnx.Param]:
 
 
 def decay_mask(model: Any) -> Any:
-    """The model's pytree with a bool for each parameter: weight decay applies to it. Decided by logical axes alone."""
-    return jax.tree.map(lambda p: p.replace(not UNDECAYED_AXES & set(p.get_metadata()["axes"])), model, is_leaf=_is_param)
+    """The model's pytree with a bool for each parameter: weight decay applies to it. Decided by logical axes alone; a scalar has none."""
+
+    def decays(param: nnx.Variable) -> bool:
+        axes = set(param.get_metadata()["axes"])
+        return bool(axes) and not UNDECAYED_AXES & axes
+
+    return jax.tree.map(lambda p: p.replace(decays(p)), model, is_leaf=_is_param)
 
 
 def param_count(model: Any) -> dict[str, int]:

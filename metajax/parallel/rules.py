@@ -28,6 +28,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "channels": ("fsdp",),  # the same where there is no width to spread
     "selection": (),
     "taps": (),
+    "inputs": (),  # channels that a convolution reads
+    "features": (),  # of the space where images and texts meet
     "rate": (),
     "meta": (),
     "norm": (),

@@ -1,0 +1,199 @@
+"""CLIP as OpenAI and Hugging Face name and lay it out: their tensors, and the folders they come in.
+
+open_clip keeps OpenAI's names. OpenAI's own files are TorchScript archives, which only PyTorch reads: fetch the same weights as safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from metajax.config import Runtime, require
+from metajax.interop.files import WHOLE, open_directory, open_tensors, read_json
+from metajax.interop.layouts import Layout, Stored, Tensor, fill, stored_of
+from metajax.models.clip.config import Clip
+from metajax.models.clip.model import CLIP
+
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", WHOLE)
+
+
+def _linear(tensor: str, path: str) -> dict[str, str]:
+    return {f"{tensor}.weight": f"{path}.w", f"{tensor}.bias": f"{path}.b"}
+
+
+def _norm(tensor: str, path: str) -> dict[str, str]:
+    return {f"{tensor}.weight": f"{path}.scale", f"{tensor}.bias": f"{path}.bias"}
+
+
+def _of_layer(*tables: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {tensor: (path,) for table in tables for tensor, path in table.items()}
+
+
+def _conv_norm(conv: str, norm: str, path: str) -> dict[str, str]:
+    statistics = {f"{norm}.running_mean": f"{path}.norm.mean", f"{norm}.running_var": f"{path}.norm.var"}
+    return {f"{conv}.weight": f"{path}.conv.kernel"} | _norm(norm, f"{path}.norm") | statistics
+
+
+def _resnet(blocks: tuple[int, ...]) -> dict[str, str]:
+    """OpenAI's names of the convolutional tower with so many blocks in each stage."""
+    table = {"visual.attnpool.positional_embedding": "visual.pool.positions"}
+    for theirs, ours in {"q": "query", "k": "key", "v": "value", "c": "output"}.items():
+        table |= _linear(f"visual.attnpool.{theirs}_proj", f"visual.pool.{ours}")
+    for n in range(3):
+        table |= _conv_norm(f"visual.conv{n + 1}", f"visual.bn{n + 1}", f"visual.stem.{n}")
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            theirs, ours = f"visual.layer{stage + 1}.{block}", f"visual.stages.{stage}.{block}"
+            for n, part in enumerate(("reduce", "spatial", "expand"), start=1):
+                table |= _conv_norm(f"{theirs}.conv{n}", f"{theirs}.bn{n}", f"{ours}.{part}")
+            table |= _conv_norm(f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut")
+    return table
+
+
+_FUSED = {
+    f"attn.in_proj_{theirs}": tuple(f"attention.{part}.{ours}" for part in ("query", "key", "value"))
+    for theirs, ours in {"weight": "w", "bias": "b"}.items()
+}
+_OPENAI: dict[str, Any] = {
+    "whole": {
+        "token_embedding.weight": "text.embedding",
+        "positional_embedding": "text.positions",
+        "text_projection": "text.projection",
+        "logit_scale": "logit_scale",
+        "logit_bias": "logit_bias",
+        "visual.conv1.weight": "visual.patches.kernel",
+        "visual.class_embedding": "visual.class_token",
+        "visual.positional_embedding": "visual.positions",
+        "visual.proj": "visual.projection",
+    }
+    | _norm("ln_final", "text.final_norm")
+    | _norm("visual.ln_pre", "visual.pre_norm")
+    | _norm("visual.ln_post", "visual.final_norm"),
+    "layer": _FUSED
+    | _of_layer(
+        _linear("attn.out_proj", "attention.output"), _linear("mlp.c_fc", "mlp.up"), _linear("mlp.c_proj", "mlp.down"),
+        _norm("ln_1", "attention_norm"), _norm("ln_2", "mlp_norm"),
+    ),
+    "prefix": "{tower}transformer.resblocks.{layer}.",
+    "buffers": ("num_batches_tracked", "input_resolution", "context_length", "vocab_size", "attn_mask"),
+}  # fmt: skip
+_HUGGINGFACE = Layout(
+    family="Hugging Face's CLIP",
+    whole={
+        "text_model.embeddings.token_embedding.weight": "text.embedding",
+        "text_model.embeddings.position_embedding.weight": "text.positions",
+        "text_projection.weight": "text.projection",
+        "logit_scale": "logit_scale",
+        "vision_model.embeddings.patch_embedding.weight": "visual.patches.kernel",
+        "vision_model.embeddings.class_embedding": "visual.class_token",
+        "vision_model.embeddings.position_embedding.weight": "visual.positions",
+        "visual_projection.weight": "visual.projection",
+    }
+    | _norm("text_model.final_layer_norm", "text.final_norm")
+    | _norm("vision_model.pre_layrnorm", "visual.pre_norm")  # as it is spelled there
+    | _norm("vision_model.post_layernorm", "visual.final_norm"),
+    layer=_of_layer(
+        *(_linear(f"self_attn.{part[0]}_proj", f"attention.{part}") for part in ("query", "key", "value")),
+        _linear("self_attn.out_proj", "attention.output"), _linear("mlp.fc1", "mlp.up"), _linear("mlp.fc2", "mlp.down"),
+        _norm("layer_norm1", "attention_norm"), _norm("layer_norm2", "mlp_norm"),
+    ),
+    prefix="{tower}_model.encoder.layers.{layer}.",
+    turned=(".w", ".projection"),
+    buffers=("position_ids",),
+)  # fmt: skip
+# The layout's own words for the towers.
+_TOWERS = {"openai": {"visual": "visual.", "text": ""}, "huggingface": {"visual": "vision", "text": "text"}}
+
+
+def layout_of(cfg: Clip, kind: str) -> Layout:
+    """The layout "openai" or "huggingface" of a CLIP."""
+    if kind == "huggingface":
+        return _HUGGINGFACE
+    resnet = {} if cfg.patch else _resnet(cfg.vision_layers)
+    return Layout(family="OpenAI's CLIP", **{**_OPENAI, "whole": _OPENAI["whole"] | resnet})
+
+
+def clip_tensors(model: CLIP, kind: str) -> dict[str, Stored]:
+    """Every tensor of a (possibly abstract) CLIP in a layout."""
+    layout, layers = layout_of(model.cfg, kind), []
+    for tower, word in _TOWERS[kind].items():
+        count = model.cfg.text_layers if tower == "text" else sum(model.cfg.vision_layers)
+        prefix = f"{tower}.transformer.blocks."
+        layers += [(layout.prefix.format(tower=word, layer=layer), prefix, layer) for layer in range(count)]
+    return stored_of(model, layout, layers)
+
+
+def from_state(state: Mapping[str, Tensor], cfg: Clip, kind: str, runtime: Runtime | None = None) -> CLIP:
+    """A CLIP with the weights of a state dict, float32; UserError naming a missing, extra or misshapen tensor."""
+    model = jax.eval_shape(lambda: CLIP(cfg, runtime=runtime or Runtime(), key=jax.random.key(0)))
+    return fill(model, clip_tensors(model, kind), state, layout_of(cfg, kind))
+
+
+def load_clip(folder: Path, runtime: Runtime | None = None) -> CLIP:
+    """The CLIP of a folder from Hugging Face (config.json) or open_clip (open_clip_config.json), in safetensors.
+
+    Raises:
+      UserError: a file, tensor or setting that is missing or that this model cannot follow.
+    """
+    if (folder / OPEN_CLIP_CONFIG).exists():
+        weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).exists()), None)
+        require(weights is not None, f"{folder} has no {' and no '.join(OPEN_CLIP_WEIGHTS)}; fetch the weights as safetensors")
+        return from_state(
+            open_tensors(weights), open_clip_config(read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]), "openai", runtime
+        )
+    values, tensors = open_directory(folder, "clip")
+    return from_state(tensors, huggingface_config(values), "huggingface", runtime)
+
+
+def open_clip_config(values: Mapping[str, Any]) -> Clip:
+    """The model of an open_clip_config.json's `model_cfg`. UserError for a setting that this model cannot follow."""
+    image, text = values["vision_cfg"], values["text_cfg"]
+    _only("vision_cfg", image, {"image_size", "layers", "width", "patch_size", "head_width"})
+    _only("text_cfg", text, {"context_length", "vocab_size", "width", "heads", "layers"})
+    _only("model_cfg", values, {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias", "init_logit_scale"})
+    layers, patch = image["layers"], image.get("patch_size")
+    convolutional = isinstance(layers, list)
+    # A ResNet's attention pool is 32 times as wide as its first stage.
+    heads = image["width"] * (32 if convolutional else 1) // image.get("head_width", 64)
+    return Clip(
+        vision_layers=tuple(layers) if convolutional else (layers,), vision_width=image["width"], vision_heads=heads,
+        text_width=text["width"], text_heads=text["heads"], embed=values["embed_dim"], patch=patch or 0,
+        image_size=image["image_size"], text_layers=text["layers"], context=text["context_length"], vocab=text["vocab_size"],
+        activation="quick_gelu" if values.get("quick_gelu", False) else "gelu",
+        loss="sigmoid" if "init_logit_bias" in values else "softmax",
+    )  # fmt: skip
+
+
+def _only(what: str, values: Mapping[str, Any], known: set[str]) -> None:
+    other = sorted(values.keys() - known)
+    require(not other, f"{OPEN_CLIP_CONFIG}: {what} has {', '.join(other)}, which this CLIP cannot follow")
+
+
+# Hugging Face leaves out what equals these.
+_COMMON = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+_TEXT = _COMMON | {
+    "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49_408,
+}  # fmt: skip
+_VISION = _COMMON | {
+    "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
+}  # fmt: skip
+
+
+def huggingface_config(values: Mapping[str, Any]) -> Clip:
+    """The model of a config.json. UserError for a setting that this model cannot follow."""
+    text, image = _TEXT | values.get("text_config", {}), _VISION | values.get("vision_config", {})
+    for what, part in {"text_config": text, "vision_config": image}.items():
+        wanted = {"intermediate_size": 4 * part["hidden_size"], "layer_norm_eps": 1e-5, "hidden_act": text["hidden_act"]}
+        for name, value in wanted.items():
+            require(part[name] == value, f"config.json: {what}.{name} = {part[name]!r}, but only {value!r} is supported here")
+    known = ("quick_gelu", "gelu")
+    require(text["hidden_act"] in known, f"config.json: hidden_act = {text['hidden_act']!r}; supported: {', '.join(known)}")
+    return Clip(
+        vision_layers=(image["num_hidden_layers"],), vision_width=image["hidden_size"], vision_heads=image["num_attention_heads"],
+        text_width=text["hidden_size"], text_heads=text["num_attention_heads"], embed=values.get("projection_dim", 512),
+        patch=image["patch_size"], image_size=image["image_size"], text_layers=text["num_hidden_layers"],
+        context=text["max_position_embeddings"], vocab=text["vocab_size"], activation=text["hidden_act"],
+    )  # fmt: skip
