@@ -1,0 +1,51 @@
+"""Zero-shot classification against CoOp's code: texts, class vectors and logits, of one template and of an ensemble."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metajax.config import UserError
+from metajax.evaluation.zero_shot import TEMPLATES, class_weights, ensemble, texts_of, zero_shot_logits
+from metajax.interop.clip import from_state
+from metajax.models.clip.model import cut_after_end
+
+Z = np.load(Path(__file__).parents[1] / "goldens" / "prompt_clip_a.npz")
+NAMES = json.loads(str(Z["classnames_json"]))
+
+
+@pytest.fixture(scope="module")
+def model(clip_config):
+    cfg = clip_config(Z)
+    embedding = np.zeros((cfg.vocab, cfg.text_width), np.float32)
+    embedding[Z["token_embedding_used_ids"]] = Z["token_embedding_used_rows"]
+    state = {key.removeprefix("sd/"): value for key, value in Z.items() if key.startswith("sd/")}
+    return from_state(state | {"token_embedding.weight": embedding}, cfg, "openai")
+
+
+@pytest.mark.parametrize("kind", ["zeroshot", "ensemble"])
+def test_meets_the_golden(model, kind):
+    tokens = Z[f"{kind}_tokenized"].reshape(-1, len(NAMES), 77)
+    weights = class_weights(model, jnp.asarray(cut_after_end(tokens)))
+    np.testing.assert_allclose(weights, Z[f"{kind}_text_features"], rtol=0, atol=2e-5)
+    logits = zero_shot_logits(model, jnp.asarray(Z["images"].transpose(0, 2, 3, 1)), weights)
+    np.testing.assert_allclose(logits, Z[f"{kind}_logits"], rtol=0, atol=2e-5)
+    assert np.argmax(logits, axis=1).tolist() == np.argmax(Z[f"{kind}_logits"], axis=1).tolist()
+
+
+def test_texts(clip_tokenizer):
+    assert str(Z["zeroshot_template"]) == TEMPLATES["oxford_pets"]
+    assert list(ensemble("oxford_pets")) == json.loads(str(Z["ensemble_templates_json"]))
+    assert len(ensemble("imagenet_r")) == 7
+    for templates, rows in (
+        ((TEMPLATES["oxford_pets"],), Z["zeroshot_tokenized"][None]),
+        (ensemble("oxford_pets"), Z["ensemble_tokenized"]),
+    ):
+        for template, wanted in zip(templates, rows, strict=True):
+            np.testing.assert_array_equal(clip_tokenizer.tokenize(texts_of(NAMES, template)), wanted)
+    with pytest.raises(UserError, match=r"has no \{\}"):
+        texts_of(NAMES, "a photo")
+    with pytest.raises(UserError, match="no template for data set 'pets'"):
+        ensemble("pets")
