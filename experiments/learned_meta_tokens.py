@@ -117,9 +117,9 @@ def parent(arm: str) -> dict:
     return {**MODELS, **CONTROLS, **RATES}[arm] | {"init.from": f"learned_meta_tokens/pretrain/{arm}"}
 
 
-def accuracies(length: str) -> list[Column]:
-    """Exact match of every task at one evaluation length."""
-    title = lambda task: f"{task.replace('_', ' ')}, %"  # noqa: E731
+def accuracies(length: str, said: str = "") -> list[Column]:
+    """Exact match of every task at one evaluation length; `said`: how titles tell it."""
+    title = lambda task: f"{task.replace('_', ' ')}{said}, %"  # noqa: E731
     return [Column(title(t), f"eval.tasks.{t}.{{{length}}}.exact", 1, "higher", 100, part=t) for t in TASKS]
 
 

@@ -77,7 +77,7 @@ def train_length(scale: str) -> Config:
     summary="the models of main_tasks at the length of the pre-training window, and at twice that",
     paper=f"{PAPER}, appendix D (numbers not recovered)",
     rows=[Row(arm, of=of_main(arm), core=arm in ("plain_rope", "meta_rope", "second_causal")) for arm in MAIN],
-    columns=[*TRAINED, *accuracies("window"), *accuracies("beyond")],
+    columns=[*TRAINED, *accuracies("window", ", window"), *accuracies("beyond", ", twice that")],
     baseline="plain_rope",
     minutes=MINUTES,
     parts=BY_TASK,
