@@ -1,15 +1,18 @@
 """CLIP as OpenAI and Hugging Face name and lay it out: their tensors, and the folders they come in.
 
-open_clip keeps OpenAI's names. OpenAI's own files are TorchScript archives, which only PyTorch reads: fetch the same weights as safetensors.
+open_clip keeps OpenAI's names. OpenAI's own files are TorchScript archives, which PyTorch alone reads; it is needed for nothing else here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from metajax.config import Runtime, require
 from metajax.interop.files import WHOLE, open_directory, open_tensors, read_json
@@ -133,11 +136,14 @@ def from_state(state: Mapping[str, Tensor], cfg: Clip, kind: str, runtime: Runti
 
 
 def load_clip(folder: Path, runtime: Runtime | None = None) -> CLIP:
-    """The CLIP of a folder from Hugging Face (config.json) or open_clip (open_clip_config.json), in safetensors.
+    """The CLIP of a folder from Hugging Face (config.json) or open_clip (open_clip_config.json), in safetensors; or of OpenAI's .pt file.
 
     Raises:
       UserError: a file, tensor or setting that is missing or that this model cannot follow.
     """
+    if folder.suffix == ".pt":
+        state = _read_archive(folder)
+        return from_state(state, openai_config(state), "openai", runtime)
     if (folder / OPEN_CLIP_CONFIG).exists():
         weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).exists()), None)
         require(weights is not None, f"{folder} has no {' and no '.join(OPEN_CLIP_WEIGHTS)}; fetch the weights as safetensors")
@@ -146,6 +152,50 @@ def load_clip(folder: Path, runtime: Runtime | None = None) -> CLIP:
         )
     values, tensors = open_directory(folder, "clip")
     return from_state(tensors, huggingface_config(values), "huggingface", runtime)
+
+
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a TorchScript archive."""
+    require(path.exists(), f"{path}: no such file; name OpenAI's .pt file, or a folder with safetensors")
+    remedy = "PyTorch alone reads OpenAI's .pt files: pip install torch, or fetch the same weights as safetensors"
+    require(find_spec("torch") is not None, f"{path}: {remedy}")
+    import torch
+
+    tensors = torch.jit.load(path, map_location="cpu").state_dict()
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def openai_config(state: Mapping[str, Tensor]) -> Clip:
+    """The model that the shapes of OpenAI's tensors tell; heads are 64 wide. UserError when they are not OpenAI's."""
+    wanted = ("visual.conv1.weight", "token_embedding.weight", "text_projection", "positional_embedding")
+    missing = [name for name in wanted if name not in state]
+    require(not missing, f"the checkpoint lacks {', '.join(missing)}: not OpenAI's CLIP")
+    names, (vocab, text_width) = state.keys(), state["token_embedding.weight"].shape
+    if "visual.proj" in state:
+        width, _, _, patch = state["visual.conv1.weight"].shape
+        side = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+        image = {
+            "vision_layers": (_count(names, "visual.transformer.resblocks."),),
+            "vision_width": width,
+            "vision_heads": width // 64,
+        }
+        image |= {"patch": patch, "image_size": side * patch}
+    else:
+        stages = tuple(_count(names, f"visual.layer{stage}.") for stage in range(1, 5))
+        width, side = (
+            state["visual.layer1.0.conv1.weight"].shape[0],
+            math.isqrt(state["visual.attnpool.positional_embedding"].shape[0]),
+        )
+        image = {"vision_layers": stages, "vision_width": width, "vision_heads": width // 2, "image_size": 32 * side}
+    return Clip(
+        **image, text_width=text_width, text_heads=text_width // 64, embed=state["text_projection"].shape[1], vocab=vocab,
+        text_layers=_count(names, "transformer.resblocks."), context=state["positional_embedding"].shape[0],
+    )  # fmt: skip
+
+
+def _count(names: Collection[str], prefix: str) -> int:
+    """Of layers whose tensors begin so."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def open_clip_config(values: Mapping[str, Any]) -> Clip:

@@ -1,0 +1,141 @@
+"""CLIP's published folders: names and shapes of the real sizes, weights there and back, the three layouts, every refusal by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from metajax.config import Runtime, UserError
+from metajax.interop.clip import clip_tensors, from_state, layout_of, load_clip, open_clip_config, openai_config
+from metajax.interop.layouts import values_of
+from metajax.models.clip.config import preset
+from metajax.models.clip.model import CLIP
+from metajax.models.lm import named_params
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+FILES = {name: np.load(GOLDENS / f"{name}.npz") for name in ("clip_vit_a", "clip_rn_a")}
+PUBLISHED = {"clip_vit_b16": "ViT-B/16", "clip_rn50": "RN50"}
+MANIFESTS = json.loads((GOLDENS / "clip_manifests.json").read_text())
+
+
+def state_of(name):
+    return {key.removeprefix("sd/"): value for key, value in FILES[name].items() if key.startswith("sd/")}
+
+
+def equal(a, b):
+    return all(np.array_equal(x[...], named_params(b)[name][...]) for name, x in named_params(a).items())
+
+
+def hugging_face(state):
+    """OpenAI's state dict as the transformers library has it, renamed piece by piece."""
+    whole = {
+        "logit_scale": "logit_scale", "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight", "text_projection": "text_projection.weight",
+        "visual.proj": "visual_projection.weight", "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    }  # fmt: skip
+    pieces = {
+        "visual.transformer.resblocks.": "vision_model.encoder.layers.", "transformer.resblocks.": "text_model.encoder.layers.",
+        "ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm", "attn.": "self_attn.", ".ln_1": ".layer_norm1", ".ln_2": ".layer_norm2",
+        "c_fc": "fc1", "c_proj": "fc2",
+    }  # fmt: skip
+    out = {"vision_model.embeddings.position_ids": np.arange(17)[None]}
+    for name, value in state.items():
+        new = whole.get(name, name)
+        if name in ("text_projection", "visual.proj"):
+            value = np.ascontiguousarray(value.T)
+        if name not in whole:
+            for theirs, ours in pieces.items():
+                new = new.replace(theirs, ours)
+        if "in_proj" in new:
+            for letter, part in zip("qkv", np.split(value, 3), strict=True):
+                out[new.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            out[new] = value
+    return out
+
+
+CONFIG = {
+    "model_type": "clip", "projection_dim": 24,
+    "text_config": {
+        "hidden_size": 40, "intermediate_size": 160, "num_attention_heads": 5, "num_hidden_layers": 2, "max_position_embeddings": 16,
+        "vocab_size": 100,
+    },
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8,
+    },
+}  # fmt: skip
+OPEN_CLIP = {
+    "embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 40, "heads": 5, "layers": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_tensors_have_their_names_and_shapes(name):
+    model = jax.eval_shape(lambda: CLIP(preset(PUBLISHED[name]), runtime=Runtime(), key=jax.random.key(0)))
+    wanted = {tensor: tuple(shape) for tensor, shape in MANIFESTS[name].items() if not tensor.endswith("num_batches_tracked")}
+    assert {tensor: stored.shape for tensor, stored in clip_tensors(model, "openai").items()} == wanted
+    state = {tensor: np.broadcast_to(np.float32(0), shape) for tensor, shape in MANIFESTS[name].items()}
+    assert openai_config(state) == preset(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_there_and_back(name, clip_config):
+    state, cfg = state_of(name), clip_config(FILES[name])
+    model = from_state(state, cfg, "openai")
+    back = dict(values_of(model, clip_tensors(model, "openai"), layout_of(cfg, "openai")))
+    kept = {tensor for tensor in state if not tensor.endswith("num_batches_tracked")}
+    assert back.keys() == kept and all(np.array_equal(back[tensor], state[tensor]) for tensor in kept)
+
+
+def test_folders_of_hugging_face_and_open_clip(tmp_path, clip_config):
+    state = state_of("clip_vit_a")
+    wanted = from_state(state, clip_config(FILES["clip_vit_a"]), "openai")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(hugging_face(state), tmp_path / "model.safetensors")
+    found = load_clip(tmp_path)
+    assert found.cfg == wanted.cfg and equal(found, wanted)
+    # open_clip's file goes first where both are there.
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+    halves = {name: value.astype(np.float16) for name, value in state.items()}
+    save_file(halves, tmp_path / "open_clip_model.safetensors")
+    found = load_clip(tmp_path)
+    assert found.cfg == wanted.cfg and equal(found, from_state(halves, wanted.cfg, "openai"))
+
+
+def test_open_clip_settings():
+    cfg = open_clip_config(OPEN_CLIP | {"quick_gelu": False, "init_logit_bias": -10})
+    assert (cfg.activation, cfg.loss, cfg.vision_heads) == ("gelu", "sigmoid", 4)
+    resnet = {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+    assert open_clip_config({"embed_dim": 1024, "quick_gelu": True, "vision_cfg": resnet, "text_cfg": text}) == preset("RN50")
+    with pytest.raises(UserError, match="vision_cfg has pool_type, which this CLIP cannot follow"):
+        open_clip_config(OPEN_CLIP | {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"pool_type": "tok"}})
+
+
+def test_refusals(tmp_path, monkeypatch, clip_config):
+    with pytest.raises(UserError, match=r"config.json: no such file"):
+        load_clip(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no open_clip_model\.safetensors and no model\.safetensors"):
+        load_clip(tmp_path)
+    state, cfg = state_of("clip_vit_a"), clip_config(FILES["clip_vit_a"])
+    with pytest.raises(UserError, match=r"lacks visual\.proj"):
+        from_state({name: value for name, value in state.items() if name != "visual.proj"}, cfg, "openai")
+    with pytest.raises(UserError, match="logit_bias"):
+        from_state(state | {"logit_bias": np.float32(0)}, cfg, "openai")
+    with pytest.raises(UserError, match="the layout of Hugging Face's CLIP has no place for logit_bias"):
+        from_state(hugging_face(state), replace(cfg, loss="sigmoid"), "huggingface")
+    with pytest.raises(UserError, match="not OpenAI's CLIP"):
+        openai_config({"x": np.zeros(1)})
+    (tmp_path / "x.pt").write_bytes(b"")
+    monkeypatch.setattr("metajax.interop.clip.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torch, or fetch the same weights as safetensors"):
+        load_clip(tmp_path / "x.pt")
