@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -89,6 +90,13 @@ def test_texts_cut_after_their_end_have_the_same_features(golden):
     near(encode(jnp.asarray(short)), encode(tokens), 1e-6)
     with pytest.raises(UserError, match="17 tokens, but the text tower has 16"):
         model.encode_text(jnp.zeros((1, 17), int))
+
+
+def test_half_precision_stays_near(golden):
+    state, model, images, tokens = golden("clip_vit_a")
+    half = from_state(state, replace(model.cfg, compute_dtype="bfloat16"), "openai")
+    for seen, whole in zip(everything(half, images, tokens)[:2], everything(model, images, tokens)[:2], strict=True):
+        assert seen.dtype == jnp.bfloat16 and 1e-4 < np.linalg.norm(seen - whole) / np.linalg.norm(whole) < 0.02
 
 
 def parameters(model):

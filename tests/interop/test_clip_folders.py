@@ -110,6 +110,27 @@ def test_folders_of_hugging_face_and_open_clip(tmp_path, clip_config):
     assert found.cfg == wanted.cfg and equal(found, from_state(halves, wanted.cfg, "openai"))
 
 
+def test_openai_archives(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch alone writes TorchScript archives")
+    changes = {"vision_layers": (1, 2, 1, 1), "vision_width": 8, "vision_heads": 4, "image_size": 64}
+    cfg = preset("RN50", text_width=64, text_heads=1, text_layers=1, embed=16, vocab=99, context=9, **changes)
+    model = jax.jit(lambda key: CLIP(cfg, runtime=Runtime(), key=key))(jax.random.key(1))
+    state = dict(values_of(model, clip_tensors(model, "openai"), layout_of(cfg, "openai")))
+    root = torch.nn.Module()
+    for name, value in (state | {"input_resolution": np.float32(64)}).items():
+        *folders, leaf = name.split(".")
+        module = root
+        for folder in folders:
+            if not hasattr(module, folder):
+                module.add_module(folder, torch.nn.Module())
+            module = getattr(module, folder)
+        module.register_buffer(leaf, torch.tensor(np.array(value)).half())
+    torch.jit.save(torch.jit.script(root), tmp_path / "RN50.pt")
+    found = load_clip(tmp_path / "RN50.pt")
+    assert found.cfg == cfg
+    assert equal(found, from_state({name: value.astype(np.float16) for name, value in state.items()}, cfg, "openai"))
+
+
 def test_open_clip_settings():
     cfg = open_clip_config(OPEN_CLIP | {"quick_gelu": False, "init_logit_bias": -10})
     assert (cfg.activation, cfg.loss, cfg.vision_heads) == ("gelu", "sigmoid", 4)
