@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,7 +16,7 @@ from metajax.config import Runtime, UserError
 from metajax.interop.clip import clip_tensors, from_state, layout_of
 from metajax.interop.layouts import values_of
 from metajax.models.clip.config import Clip, preset
-from metajax.models.clip.model import CLIP, contrastive_loss, cut_after_end, sigmoid_loss
+from metajax.models.clip.model import CLIP, LOSSES, contrastive_loss, cut_after_end, sigmoid_loss
 from metajax.models.lm import decay_mask, named_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -142,6 +143,37 @@ def test_a_sigmoid_clip_has_a_bias_and_scalars_do_not_decay():
     decays = {path for path, param in named_params(decay_mask(jax.eval_shape(make))).items() if param.get_value()}
     assert not decays & {"logit_scale", "logit_bias", "visual.pre_norm.scale"}
     assert decays >= {"visual.patches.kernel", "text.projection"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_small_clip_learns_from_its_start(loss):
+    """Four pairs, two of one class: after 40 steps of Adam every image is nearest to its class's texts."""
+    cfg = Clip(
+        vision_layers=(1,), vision_width=16, vision_heads=2, text_width=16, text_heads=2, embed=8, patch=4, image_size=8, text_layers=1,
+        context=4, vocab=16, loss=loss,
+    )  # fmt: skip
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    tokens = jnp.array([[1, 2, 15, 0], [3, 15, 0, 0], [4, 5, 6, 15], [3, 2, 15, 0]])
+    classes = jnp.array([0, 1, 2, 1])
+    matches, adam = classes[:, None] == classes, optax.adam(1e-2)
+
+    @jax.jit
+    def trained():
+        model = CLIP(cfg, runtime=Runtime(), key=jax.random.key(0))
+
+        def step(carry, _):
+            model, state = carry
+            value, gradient = jax.value_and_grad(lambda model: LOSSES[loss](model(images, tokens), matches))(model)
+            updates, state = adam.update(gradient, state)
+            return (optax.apply_updates(model, updates), state), value
+
+        (model, _), losses = jax.lax.scan(step, (model, adam.init(model)), length=40)
+        return losses, model(images, tokens)
+
+    losses, logits = trained()
+    assert losses[-1] < losses[0] / 2
+    np.testing.assert_array_equal(classes[jnp.argmax(logits, axis=1)], classes)
 
 
 def test_what_a_clip_cannot_be(golden):

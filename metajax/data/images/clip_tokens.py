@@ -14,8 +14,9 @@ from pathlib import Path
 
 import ftfy
 import numpy as np
+import regex
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from metajax.config import require
 
@@ -25,8 +26,11 @@ FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 _SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _REMEDY = f"{FILES[0]} is in the wheel of open-clip-torch==3.3.0: pip download --no-deps it, unzip it, and name the file"
 _WORD_END = "</w>"
-# English contractions, runs of letters, single digits, runs of anything else; spaces only part them.
-_WORDS = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)")
+# The two tokens, English contractions, runs of letters, single digits, runs of anything else; spaces only part them. Not the tokenizers
+# library's own patterns: their tables of Unicode are older, and they would find the two tokens inside of runs too.
+_WORDS = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
 
 
 class ClipTokenizer:
@@ -39,10 +43,7 @@ class ClipTokenizer:
         self.size, self.start, self.end = len(words), len(words) - 2, len(words) - 1
         self._library = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=list(merges), end_of_word_suffix=_WORD_END))
         self._library.add_special_tokens([AddedToken(word, normalized=False) for word in (START, END)])
-        split = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
-        self._library.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        self._library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_WORD_END, " ")])
 
     @classmethod
@@ -63,7 +64,7 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
-        return self._library.encode(clean(text), add_special_tokens=False).ids
+        return self._library.encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with a space behind every word, as OpenAI's code shows it; bytes that are not UTF-8 as U+FFFD."""

@@ -20,6 +20,8 @@ def test_ids_and_texts_meet_the_goldens(clip_tokenizer):
     for item in GOLDEN["items"]:
         assert clip_tokenizer.encode(item["text"]) == item["encode"], item["text"]
         assert clip_tokenizer.decode(item["encode"]) == item["decode"]
+    inside = clip_tokenizer.encode('x "<|endoftext|>"')
+    assert clip_tokenizer.end not in inside, "behind punctuation it is punctuation"
 
 
 def test_rows_meet_the_goldens(clip_tokenizer):
