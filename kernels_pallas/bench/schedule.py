@@ -157,9 +157,14 @@ _TRIPS = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
 def xla_cycles(hlo: str) -> int:
-    """XLA's estimate for an optimised TPU program: cycles of its operations, those of loops times their trips.
+    """XLA's estimate for an optimised TPU program: cycles of its operations. Pallas kernels carry no estimate and count 0."""
+    return sum(times * int(cycles) for line, times in operations(hlo) for cycles in _CYCLES.findall(line))
 
-    The trips of a `while` are the one integer constant of its condition. Pallas kernels carry no estimate and count 0.
+
+def operations(hlo: str) -> Iterator[tuple[str, int]]:
+    """(line, how often it runs) for the operations of an optimised program; those of loops run once for each trip.
+
+    The trips of a `while` are the one integer constant of its condition.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -171,17 +176,15 @@ def xla_cycles(hlo: str) -> int:
         else:
             lines.append(line)
 
-    def cycles(name: str) -> int:
-        total = 0
+    def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
         for line in bodies[name]:
             loop = _WHILE.search(line)
             if loop:
                 trips = [int(n) for text in bodies[loop.group(1)] for n in _TRIPS.findall(text)]
                 if len(trips) != 1:
                     raise ValueError(f"the loop {loop.group(2)} has no single constant number of trips: {trips}")
-                total += trips[0] * cycles(loop.group(2))
+                yield from walk(loop.group(2), times * trips[0])
             else:
-                total += sum(map(int, _CYCLES.findall(line)))
-        return total
+                yield line, times
 
-    return cycles(entry)
+    return walk(entry, 1)

@@ -149,6 +149,35 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
     console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {said or 'nothing for this row'}")
 
 
+def print_plan(found: dict[str, Any]) -> None:
+    """A plan: what the chips hold, what crosses between them, and how fast a step can be at best."""
+    mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
+    console.print(
+        f"[bold]{found['name']}[/bold] at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"
+    )
+    if not found["fits"]:
+        state = sum(found["state"].values())
+        console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
+        return
+    memory, gib = found["memory"], 2**30
+    grid = _grid("memory of a chip", "GiB")
+    for name, size in {**found["state"], **{k: v for k, v in memory.items() if k not in ("total", "limit")}}.items():
+        grid.add_row(f"of them {name}" if name in found["state"] else name, f"{size / gib:.3f}")
+    grid.add_row("total", f"{memory['total'] / gib:.3f} of {memory['limit'] / gib:g}")
+    console.print(grid)
+    grid = _grid("between chips, in a step", "times", "MB", "ms at least")
+    for name, n in found["collectives"].items():
+        grid.add_row(name, f"{n['count']:,}", f"{n['bytes'] / 1e6:,.1f}", f"{1e3 * n['seconds']:.3f}")
+    console.print(grid)
+    bound = found["bound"]
+    words = {"operations": "operations at the peak", "xla_estimate": "XLA's estimate, kernels left out", "links": "links"}
+    console.print("; ".join(f"{words[name]} {1e3 * bound[name]:.2f} ms" for name in words))
+    console.print(
+        f"a step of {found['tokens']:,} tokens and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "
+        f"{bound['mfu']:.1%}; kernels: {', '.join(found['kernels']) or 'none'}; compiled in {found['compile_seconds']:.0f} s"
+    )
+
+
 def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Accuracy by task and length."""
     from metajax.reporting.tasks import HEAD, table_rows

@@ -1,0 +1,141 @@
+"""What a train step needs and costs on a TPU slice that is not there: the step that the loop runs, compiled ahead of time.
+
+Nothing is measured: memory is the compiler's own account, times are lower bounds from the makers' peak figures and XLA's estimates.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.bench.schedule import operations, xla_cycles
+from metajax.config import Config, config_hash
+from metajax.parallel.rules import batch_sharding
+from metajax.planning.flops import step_flops
+from metajax.planning.topology import Chip, chip_of, slice_devices
+from metajax.training.program import Program
+from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step
+
+KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
+_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+)(\d+)?\[([\d,]*)\]")
+_WIRE = {"all-reduce": 2.0}  # how often an array crosses the links of a chip; once in all others
+
+
+def whole_batch(config: Config) -> dict[str, np.ndarray]:
+    """A batch of full rows, one document to each, as the step reads it; values are of no consequence."""
+    rows, slots = config.data.batch_rows, config.row_slots
+    batch = {
+        "tokens": np.zeros((rows, slots), np.int32),
+        "positions": np.tile(np.arange(slots, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, slots), np.int32),
+        "targets": np.zeros((rows, slots), np.int32),
+        "loss_weights": np.ones((rows, slots), np.float32),
+        "is_body": np.ones((rows, slots), bool),
+        "asks_metadata": np.zeros((rows, slots), bool),
+    }
+    if config.meta_tokens is not None:
+        count = config.row_meta_tokens
+        batch["meta_slots"] = np.tile(np.linspace(1, slots - 1, count).astype(np.int32), (rows, 1))
+    return batch
+
+
+def plan(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
+    """The plan of one config as plain data: see `memory`, `collectives`, `bound`.
+
+    Raises:
+      UserError: no such slice, or a batch that does not spread over it.
+    """
+    chip, devices = chip_of(topology), slice_devices(topology)
+    program = Program.build(config, vocab_size, devices)
+    state, batch = program.abstract_state(), whole_batch(config)
+    found: dict[str, Any] = {
+        "name": config.name,
+        "scale": config.scale,
+        "hash": config_hash(config),
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(program.mesh.shape),
+        "flops": step_flops(config, vocab_size, batch),
+        "tokens": batch["tokens"].size,
+        "state": {"parameters": _bytes_of(state.model), "optimizer": _bytes_of(state.opt_state)},
+    }
+    began = time.monotonic()
+    try:
+        compiled = _compile(program, state, batch)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return found | {"fits": False, "reason": str(error).splitlines()[0], "compile_seconds": time.monotonic() - began}
+    hlo = compiled.as_text()
+    found |= {"fits": True, "compile_seconds": time.monotonic() - began, "memory": memory(compiled, chip)}
+    found |= {"collectives": collectives(hlo, chip), "kernels": sorted(set(KERNELS.findall(hlo))), "xla_cycles": xla_cycles(hlo)}
+    return found | {"bound": bound(found, chip)}
+
+
+def _compile(program: Program, state: Any, batch: Mapping[str, np.ndarray]) -> Any:
+    sharding = batch_sharding(program.mesh)
+    abstract: Batch = {
+        name: jax.ShapeDtypeStruct(batch[name].shape, jnp.dtype(batch[name].dtype), sharding=sharding)
+        for name in DEVICE_FIELDS
+        if name in batch
+    }
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    with jax.set_mesh(program.mesh):
+        return compile_train_step(program.config, program.tx, shardings, program.mesh).lower(state, abstract).compile()
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes of a sharded tree on one chip."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "sharding")
+    )
+
+
+def memory(compiled: Any, chip: Chip) -> dict[str, float]:
+    """Bytes on one chip: arguments (state and batch, given back in place), temporaries, program, their total, and what the chip has."""
+    analysis = compiled.memory_analysis()
+    parts = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values()), "limit": chip.memory}
+
+
+def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
+    """{kind: {count, bytes, seconds}} of a step on one chip; seconds at the peak of its links."""
+    found: dict[str, dict[str, float]] = {}
+    for line, times in operations(hlo):
+        match = _COLLECTIVE.search(line)
+        if match:
+            size = max((_array_bytes(*array) for array in _ARRAY.findall(match.group(1))), default=0)
+            kind = found.setdefault(match.group(2), {"count": 0, "bytes": 0, "seconds": 0.0})
+            kind["count"] += times
+            kind["bytes"] += times * size
+            kind["seconds"] += times * size * _WIRE.get(match.group(2), 1.0) / chip.links
+    return found
+
+
+def _array_bytes(kind: str, bits: str, sizes: str) -> int:
+    width = {"pred": 8}.get(kind) or int(bits or 8)
+    return math.prod(int(n) for n in sizes.split(",") if n) * width // 8
+
+
+def bound(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+    """Seconds of a step, at least: its operations at the chips' peak, XLA's estimate (kernels left out), links; and the MFU that the largest allows."""
+    seconds = {
+        "operations": found["flops"] / (found["chips"] * chip.flops),
+        "xla_estimate": found["xla_cycles"] / chip.clock,
+        "links": sum(kind["seconds"] for kind in found["collectives"].values()),
+    }
+    least = max(seconds.values())
+    return seconds | {"step": least, "mfu": seconds["operations"] / least}

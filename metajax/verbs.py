@@ -1,0 +1,314 @@
+"""What the verbs of the command line do. Each takes the parsed options and the time of the command, and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from metajax import registry
+from metajax.config import Config, UserError, check_analyses, nearest, override, require
+from metajax.interop import command as interop
+from metajax.progress import say
+
+
+def _parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
+    """{field: text} of --set; a parent named in init.from becomes the run it stands for, said aloud."""
+    for pair in pairs:
+        require("=" in pair, f"--set {pair}: expected FIELD=VALUE, such as --set model.layers=8")
+    changes = dict(pair.split("=", 1) for pair in pairs)
+    for field, instead in (("seed", "--seed N"), ("scale", "--scale SCALE"), ("name", "another entry in experiments/")):
+        require(field not in changes, f"--set {field}=...: use {instead}")
+    if changes.get("init.from"):
+        from metajax.lineage import find_parent
+
+        changes["init.from"] = find_parent(changes["init.from"], runs)
+    return changes
+
+
+def _paths(options: argparse.Namespace) -> Any:
+    from metajax.data.pipeline import Paths
+
+    return Paths(cache=options.cache_dir, data=options.data_dir, runs=options.runs_dir)
+
+
+def _config(experiment: registry.Experiment, options: argparse.Namespace) -> tuple[Config, tuple[Config, ...]]:
+    """The experiment as this command asks for it, and the runs that it starts from, the oldest first."""
+    from metajax.lineage import resolve_parents
+
+    changes = _parse_changes(options.changes, options.runs_dir)
+    config = override(experiment.build(options.scale), {**changes, "seed": options.seed})
+    return resolve_parents(config, changes, options.runs_dir)
+
+
+def _start_jax(options: argparse.Namespace) -> None:
+    """Compiled programs are kept between runs; set before the first use of a device."""
+    import jax
+
+    # The TPU compiler may be installed for planning alone: without a chip, looking for one costs seconds and many warnings.
+    chips = [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern)]
+    if not chips and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str((options.cache_dir / "jax").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def run(options: argparse.Namespace, started: float) -> int:
+    """Run an experiment, a table or a sweep."""
+    target = registry.find(options.name)
+    require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
+    startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
+
+    def run_one(config: Config, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
+        from metajax.experiment import run_experiment
+
+        first = next(startup, {})
+        if first:
+            first["imports_seconds"] = time.monotonic() - started
+        return run_experiment(config, workdir, _paths(options), analyses=analyses, **first)
+
+    if isinstance(target, registry.Table) or options.sweeps:
+        return _run_table(target, options, run_one)
+    return _run_single(target, options, run_one)
+
+
+def _run_single(experiment: registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
+    """Run one experiment, and before it the runs that it starts from."""
+    require(
+        options.seeds == 1 and options.rows is None and not options.render,
+        f"{experiment.name} is one experiment; --seeds, --rows and --render are for tables and sweeps",
+    )
+    config, parents = _config(experiment, options)
+    say(f"{options.name} at scale {options.scale}")
+    _start_jax(options)
+    from metajax.reporting.records import default_workdir
+    from metajax.training.loop import NonFinite
+
+    try:
+        for parent in parents:
+            say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
+            run_one(parent, default_workdir(parent, options.runs_dir))
+        workdir = options.workdir or default_workdir(config, options.runs_dir)
+        _print_evaluation(run_one(config, workdir)["eval"])
+        say(f"report: {workdir / 'report.html'}")
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
+    """Run a table or a sweep, or render it from what there is; 1 when a run of it failed."""
+    from metajax.reporting.formats import failures, markdown
+    from metajax.reporting.tables import choose_rows, has_runs, plan_table, run_table
+    from metajax.sweeps import sweep_table
+
+    options.runs_dir = options.workdir or options.runs_dir
+    changes = _parse_changes(options.changes, options.runs_dir)
+    if isinstance(target, registry.Experiment):
+        table = sweep_table(target, options.sweeps, options.scale, changes)
+    else:
+        require(
+            not options.sweeps,
+            f"{target.name} is a table; --sweep is for one experiment, such as {target.example}",
+        )
+        table = target
+    rows, seeds = choose_rows(table, options.rows), range(options.seed, options.seed + options.seeds)
+    plan = plan_table(table, options.scale, seeds, changes, options.runs_dir, rows)
+    say(f"{options.name} at scale {options.scale}")
+    if options.render:
+        result = plan.result()
+        require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
+        plan.write()
+    else:
+        _start_jax(options)
+        result = run_table(plan, run_one)
+    print(markdown(result))
+    say(f"report: {plan.folder / 'report.html'}")
+    return 1 if failures(result) else 0
+
+
+def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
+    from metajax.reporting.records import conditions
+    from metajax.reporting.terminal import print_tasks
+
+    if "tasks" in results:
+        print_tasks(results["tasks"])
+    for condition, values in conditions(results).items():
+        size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
+        shown = "no" if condition == "none" else condition
+        print(f"held-out bits/byte, {shown} metadata: {values['bpb']:.4f}  {size}")
+
+
+def list_all(options: argparse.Namespace, started: float) -> int:
+    """Print what there is."""
+    from metajax.reporting.terminal import print_list
+
+    print_list(options.pattern)
+    return 0
+
+
+def show(options: argparse.Namespace, started: float) -> int:
+    """Print an experiment before it runs, or a corpus."""
+    from metajax.data.sources import KINDS
+    from metajax.reporting import terminal
+
+    if options.name.partition(":")[0].partition("?")[0] in KINDS:
+        terminal.print_corpus(options.name, _paths(options), options.count, options.fields)
+        return 0
+    try:
+        target = registry.find(options.name)
+    except UserError as error:
+        raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
+    if isinstance(target, registry.Table):
+        require(
+            not options.count,
+            f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}",
+        )
+        from metajax.reporting.tables import plan_table
+
+        registry.find_experiment(target.example).build(
+            options.scale
+        )  # an unknown scale stops here, before a parent is looked for
+        changes = _parse_changes(options.changes, options.runs_dir)
+        terminal.print_table_plan(plan_table(target, options.scale, [options.seed], changes, options.runs_dir, target.rows))
+        return 0
+    config, _ = _config(target, options)
+    terminal.print_experiment(target, config)
+    if config.tasks is not None:
+        terminal.print_curriculum(config, _paths(options))
+    if options.count:
+        terminal.print_rows(config, _paths(options), options.count)
+    return 0
+
+
+def _open_run(options: argparse.Namespace, word: str) -> Any:
+    """A run's newest checkpoint."""
+    _start_jax(options)
+    from metajax.experiment import open_run
+    from metajax.reporting.records import find_run
+
+    workdir = find_run(word, options.runs_dir)
+    say(f"run: {workdir}")
+    return open_run(workdir)
+
+
+def plan(options: argparse.Namespace, started: float) -> int:
+    """Compile an experiment's train step for a slice that is not there; 1 where it does not fit."""
+    from metajax.planning.topology import allow_compiler
+
+    allow_compiler()
+    from metajax.data.tokenizers import vocabulary_of
+    from metajax.planning.plan import plan as make_plan
+    from metajax.reporting.terminal import print_plan
+
+    config, _ = _config(registry.find_experiment(options.name), options)
+    vocabulary = vocabulary_of(config.data.tokenizer)
+    size = options.vocabulary or (vocabulary.size if vocabulary is not None else None)
+    require(
+        size is not None,
+        f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
+    )
+    found = make_plan(config, size, options.topology)
+    print(json.dumps(found, indent=1)) if options.json else print_plan(found)
+    return 0 if found["fits"] else 1
+
+
+def evaluate(options: argparse.Namespace, started: float) -> int:
+    """Evaluate a run's newest checkpoint."""
+    opened = _open_run(options, options.run)
+    changes: dict[str, Any] = {}
+    if options.documents is not None:
+        changes["evaluation.documents"] = options.documents
+    if options.conditions is not None:
+        changes["evaluation.conditions"] = options.conditions
+    if options.task is not None:
+        changes["tasks.names"] = options.task
+    if options.lengths is not None:
+        changes["tasks.eval_lengths"] = options.lengths
+    if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and opened.config.tasks is None:
+        changes["tasks.train_length"] = opened.config.data.row_length  # what it was trained on is text
+    _print_evaluation(opened.evaluate(override(opened.config, changes), _paths(options)))
+    return 0
+
+
+def analyze(options: argparse.Namespace, started: float) -> int:
+    """Make analyses of a run's newest checkpoint."""
+    names = tuple(options.what.split(",")) if options.what else ()
+    check_analyses("--what", names)
+    opened = _open_run(options, options.run)
+    from metajax.analysis.analyses import fitting, run_analyses
+    from metajax.reporting.html import write_analysis_page
+    from metajax.reporting.terminal import print_analysis
+
+    config, changes, choice = opened.config, {}, {"task": options.task, "length": options.length}
+    task = options.task or ("list_recall" if config.tasks is None and config.meta_tokens is not None else None)
+    if task not in (None, "text"):
+        changes["tasks.names"] = choice["task"] = task
+        if config.tasks is None:
+            changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+    if options.examples is not None:
+        choice["prompts"] = options.examples
+        changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
+    study = opened.study(override(config, changes), _paths(options), **choice)
+    say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
+    for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
+        print_analysis(name, numbers)
+    say(f"figures: {write_analysis_page(opened.workdir)}")
+    return 0
+
+
+def generate(options: argparse.Namespace, started: float) -> int:
+    """Print what a run's newest checkpoint makes of a prompt."""
+    from metajax.inference.decoding import Sampling
+    from metajax.inference.forward import prepare
+    from metajax.inference.generation import stream
+
+    opened = _open_run(options, options.run)
+    pieces = stream(
+        prepare(opened.model, options.decode_window), opened.config, opened.tokenizer, [options.prompt], count=options.tokens, context=options.context,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
+        stride=1 if sys.stdout.isatty() else opened.config.row_slots,
+    )  # fmt: skip
+    print(options.prompt, end="")
+    for (piece,) in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def import_model(options: argparse.Namespace, started: float) -> int:
+    """A published checkpoint as a run."""
+    _start_jax(options)
+    interop.run_import(options)
+    return 0
+
+
+def export_model(options: argparse.Namespace, started: float) -> int:
+    """A run as a Hugging Face folder."""
+    interop.run_export(options, _open_run(options, options.run))
+    return 0
+
+
+def list_runs(options: argparse.Namespace, started: float) -> int:
+    """Print what has been run."""
+    from metajax.reporting.terminal import print_runs
+
+    print_runs(options.runs_dir)
+    return 0
+
+
+def compare(options: argparse.Namespace, started: float) -> int:
+    """Print runs side by side."""
+    from metajax.reporting.records import find_run
+    from metajax.reporting.terminal import print_comparison
+
+    require(len(options.runs) >= 2, "compare needs at least two runs")
+    print_comparison([find_run(word, options.runs_dir) for word in options.runs])
+    return 0

@@ -1,0 +1,68 @@
+"""Plans for TPU slices that are not there."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metajax.config import UserError
+from metajax.planning.topology import chip_of
+
+HLO = """HloModule jit_step
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = bf16[4,128]{1,0} all-gather(%x), dimensions={0}
+}
+
+%condition.1 (p: (s32[], f32[8])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(3)
+}
+
+ENTRY %main.5 (a: f32[8]) -> f32[8] {
+  %ar = (f32[100]{0}, f32[100]{0}) all-reduce-start(%a), replica_groups={}
+  %done = f32[100]{0} all-reduce-done(%ar)
+  %while.1 = (s32[], f32[8]) while(%tuple.1), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_collectives_count_once_for_each_trip():
+    from metajax.planning.plan import collectives
+
+    found = collectives(HLO, chip_of("v5e:2x2"))
+    assert found.keys() == {"all-reduce", "all-gather"}
+    assert (found["all-gather"]["count"], found["all-gather"]["bytes"]) == (3, 3 * 4 * 128 * 2)
+    assert (found["all-reduce"]["count"], found["all-reduce"]["bytes"]) == (1, 400)
+    assert found["all-reduce"]["seconds"] == pytest.approx(2 * 400 / 200e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("v6:2x2", "unknown kind 'v6'; did you mean 'v6e'"), ("v5e", "expected KIND:SIZE"), ("v5e:2by2", "expected KIND:SIZE")],
+)
+def test_slices_that_do_not_exist(name, message):
+    with pytest.raises(UserError, match=message):
+        chip_of(name)
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: the TPU compiler is not here")
+def test_a_tiny_step_is_planned():
+    words = [
+        "plan", "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
+        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "run.py", *words], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4}
+    assert found["kernels"] == [f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")]
+    memory = found["memory"]
+    assert found["state"]["parameters"] + found["state"]["optimizer"] < memory["arguments"] < memory["total"] < memory["limit"]
+    assert 0 < found["bound"]["operations"] <= found["bound"]["step"] and 0 < found["bound"]["mfu"] <= 1
+    assert found["collectives"]["all-gather"]["bytes"] > 0
