@@ -46,7 +46,7 @@ SMALL = splash.Blocks(forward=(512, 512), dq=(512, 512), dkv=(512, 512))
 LARGE = splash.Blocks(forward=(512, 512), dq=(1024, 1024), dkv=(1024, 1024))
 BEST = {"GPT-2, T 8192": LARGE, "GPT-2, 8 documents": LARGE}  # SMALL for all others
 META_SHARE = 0.1  # meta-tokens of a row, for meta-attention
-META_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+META_LENGTHS = (2048, 4096, 8192)
 
 
 def programs() -> Iterator[Program]:

@@ -55,7 +55,8 @@ def programs() -> Iterator[Program]:
                     continue
                 build = functools.partial(_build_scan, shape, passes, function)
                 yield Program("selective_scan", name, implementation, passes, build, kernels if own else (), necessary=necessary)
-            for implementation, function in {"pallas_tpu": causal_conv_tpu, "xla": causal_conv_xla}.items():
+            rivals = {"xla": causal_conv_xla} if name in WITH_RIVALS else {}
+            for implementation, function in {"pallas_tpu": causal_conv_tpu, **rivals}.items():
                 kernels = _conv_kernels(shape, passes) if implementation == "pallas_tpu" else ()
                 yield Program(
                     "causal_conv", name, implementation, passes, functools.partial(_build_conv, shape, passes, function), kernels
