@@ -105,9 +105,9 @@ COLUMNS = [
 ]
 MINUTES = {"cpu": 2.5, "gpu": 8, "paper": 2900}
 NOTES = [
-    "MQAR: multi-query associative recall, the share of values that are right; trained up to one length, and at twice that. The paper has no such "
+    "MQAR: multi-query associative recall, the share of values that are right; trained up to one length, and at a longer one. The paper has no such "
     "column: it stands for its recall (SQuAD completion and SWDE) where models are small. Cache: the paper's count, 16 bits, 8,000 tokens.",
-    "The paper's commonsense is the mean of eight tasks, its recall that of two; no value of ours means that they have not been run.",
+    "The paper's commonsense is the mean of eight tasks, its recall that of two; neither is evaluated here yet, so ours has no value there.",
 ]
 
 

@@ -216,7 +216,10 @@ def plan(options: argparse.Namespace, started: float) -> int:
         f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
     )
     found = make_plan(config, size, options.topology)
-    print(json.dumps(found, indent=1)) if options.json else print_plan(found)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_plan(found)
     return 0 if found["fits"] else 1
 
 

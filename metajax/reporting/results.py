@@ -40,7 +40,9 @@ def gather(
 
     Numbers are in the unit that the column shows; lists over seeds have None where a run is not complete or has no such number.
     """
-    runs = {name: [_run_state(run, root) for part in of_row.values() for run in part] for name, of_row in rows.items()}
+    runs = {
+        name: [_run_state(run, root, table.analyses) for part in of_row.values() for run in part] for name, of_row in rows.items()
+    }
     reports = {name: {p: [_report(run.workdir) for run in part] for p, part in of_row.items()} for name, of_row in rows.items()}
     chosen = [row for row in table.rows if row.name in rows]
     basis = next((row for row in chosen if row.name == table.baseline), None)
@@ -131,9 +133,10 @@ def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
 # ---------------------------------------------------------------------------------------------- the state of a run
 
 
-def _run_state(run: Run, root: Path) -> dict[str, Any]:
+def _run_state(run: Run, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
+    """What a table may say of a run: it is complete when it has been through the table's analyses too."""
     report, reason = _report(run.workdir), last_failure(run.workdir)
-    if report is not None:
+    if report is not None and all(name in report["analyses"] for name in analyses):
         state, reason = COMPLETE, None
     elif reason is not None:
         state = FAILED

@@ -84,7 +84,7 @@ class Runs:
 
 
 REPORT = {
-    "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0, "attention": 20.0}, "sample": None, "corpora": [], "warnings": [],
+    "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0, "attention": 20.0}, "sample": None, "corpora": [], "warnings": [], "analyses": {},
     "counts": {"slots": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "padding": 0, "flops": 1.5e6, "loss_tokens": 380},
 }  # fmt: skip
 HELD_OUT = {"bpb": 2.0, "documents": 9, "body_bytes": 90, "body_tokens": 30}
@@ -297,6 +297,23 @@ def test_a_tables_analyses_are_made_of_its_rows_alone(table, tmp_path):
         registry.table("lab_no", summary="s", rows=rows, columns=[], baseline=None, minutes={"cpu": 2}, analyses=["sharpning"])(
             base
         )
+
+
+def test_a_run_whose_analysis_breaks_down_is_shown_as_failed_until_it_is_made(tmp_path):
+    made = registry.table("lab_seen", summary="s", rows=[Row("plain")], columns=COLUMNS[2:], baseline=None, minutes={"cpu": 2}, analyses=["theory"])(base)  # fmt: skip
+    trained, broken = Runs(), [True]
+
+    def run_one(config, workdir, analyses):
+        report = trained(config, workdir, analyses)
+        if broken[0]:
+            raise FloatingPointError("no such rows")
+        write_json(workdir / "report.json", report | {"analyses": {"theory": {}}})
+
+    plan = plan_of(made, tmp_path, [0])
+    assert "FloatingPointError: no such rows" in failures(run_table(plan, run_one))[0]["reason"]
+    broken[0] = False
+    result = run_table(plan, run_one)
+    assert not failures(result) and result["rows"][0]["runs"][0]["state"] == "complete" and len(trained.made) == 1
 
 
 def test_what_a_row_changes_may_depend_on_the_scale(table):
