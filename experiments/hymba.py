@@ -115,7 +115,7 @@ def printed(commonsense: float, passages: float, megabytes: float) -> dict[str, 
     return {COMMONSENSE.key: commonsense, PASSAGES.key: passages, CACHE.key: megabytes}
 
 
-@table(
+table(
     "hymba/components",
     summary="from Mamba alone to the whole model, one change at a time",
     paper=f"{PAPER}, table 10",
@@ -140,16 +140,14 @@ def printed(commonsense: float, passages: float, megabytes: float) -> dict[str, 
     parts=PARTS,
     fill=LENGTHS,
     notes=NOTES,
-)  # fmt: skip
-def components(scale: str) -> Config:
-    return base(scale)
+)(base)  # fmt: skip
 
 
 def of_components(name: str, row: str, **options) -> Row:
     return Row(name, of=f"hymba/components/{row}", **options)
 
 
-@table(
+table(
     "hymba/roadmap",
     summary="the steps from Llama and Mamba to Hymba",
     paper=f"{PAPER}, table 1",
@@ -169,12 +167,10 @@ def of_components(name: str, row: str, **options) -> Row:
     parts=PARTS,
     fill=LENGTHS,
     notes=[*NOTES, "The paper's last two rows are the 1.5B model after 1.5T tokens: 60.56 and 64.15, with longer rows 60.64 and 68.79."],
-)  # fmt: skip
-def roadmap(scale: str) -> Config:
-    return base(scale)
+)(base)  # fmt: skip
 
 
-@table(
+table(
     "hymba/meta_tokens",
     summary="how many meta tokens",
     paper=f"{PAPER}, section 2.4 and table 10",
@@ -191,12 +187,10 @@ def roadmap(scale: str) -> Config:
     minutes=MINUTES,
     parts=PARTS,
     fill=LENGTHS,
-)
-def meta_tokens(scale: str) -> Config:
-    return base(scale)
+)(base)
 
 
-@table(
+table(
     "hymba/branch_norms",
     summary="norms of the two branches before they are added",
     paper=f"{PAPER}, section 2.1 and figure 12",
@@ -212,9 +206,7 @@ def meta_tokens(scale: str) -> Config:
     minutes=MINUTES,
     parts=PARTS,
     fill=LENGTHS,
-)
-def branch_norms(scale: str) -> Config:
-    return base(scale)
+)(base)
 
 
 FEED_FORWARD = {"model.mlp_width": ByScale(cpu=128, gpu=1344, paper=4096), "model.layers": ByScale(cpu=4, gpu=9, paper=12)}
@@ -225,7 +217,7 @@ def printed_1b(commonsense: float, passages: float) -> dict[str, Published]:
     return {column.key: Published(value, "table 3: 1B") for column, value in ((COMMONSENSE, commonsense), (PASSAGES, passages))}
 
 
-@table(
+table(
     "hymba/architectures",
     summary="the same recipe for six architectures",
     paper=f"{PAPER}, table 9 (300M, FineWeb); Mamba-2 from table 3 (1B, SmolLM-Corpus)",
@@ -249,9 +241,7 @@ def printed_1b(commonsense: float, passages: float) -> dict[str, Published]:
         "At 1B the paper has, commonsense and recall: Llama 52.82 and 47.33, Samba 52.83 and 36.17, Hymba 54.57 and 49.50. Widths and recipes beyond the "
         "common one are not stated.",
     ],
-)  # fmt: skip
-def architectures(scale: str) -> Config:
-    return base(scale)
+)(base)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ what goes on inside
@@ -261,7 +251,7 @@ def of_text(title: str, path: str, digits: int, better: str = "") -> Column:
     return Column(title, path, digits, better, part="text")
 
 
-@table(
+table(
     "hymba/head_importance",
     summary="the loss without one branch of one layer",
     paper=f"{PAPER}, the section on the importance of heads",
@@ -278,12 +268,10 @@ def of_text(title: str, path: str, digits: int, better: str = "") -> Column:
         "The paper has points of HellaSwag, which fall by 0.24 without attention and by 1.1 without Mamba; over four tasks by 0.46 and 1.2. Layers one by "
         "one, sizes and learned scales are in the run's report.",
     ],
-)
-def head_importance(scale: str) -> Config:
-    return base(scale)
+)(base)
 
 
-@table(
+table(
     "hymba/maps",
     summary="where tokens look, with meta tokens and without",
     paper=f"{PAPER}, figures 7 and 15, equation 5",
@@ -308,9 +296,7 @@ def head_importance(scale: str) -> Config:
         "shared is the whole model without meta tokens; attention is attention alone. The paper: more than half of Llama's attention goes to the first token, "
         "and Hymba's to its meta tokens instead; meta tokens lower the entropy of attention in all layers and of Mamba in 10 of 12.",
     ],
-)  # fmt: skip
-def maps(scale: str) -> Config:
-    return base(scale)
+)(base)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the released sizes

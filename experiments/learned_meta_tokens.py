@@ -154,7 +154,7 @@ MAIN = {
 }
 
 
-@table(
+table(
     "learned_meta_tokens/main_tasks",
     summary="accuracy on the four tasks after pre-training and fine-tuning, at the longest length trained",
     paper=f"{PAPER}, figure 1",
@@ -168,12 +168,10 @@ MAIN = {
         "Exact match on 1,000 test examples that no training phase holds; every arm reads the same strings, the pause included.",
         "One model for each task, fine-tuned from the arm's own pre-training. Budget and difficulty were chosen on the plain model.",
     ],
-)
-def main_tasks(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)
 
 
-@table(
+table(
     "learned_meta_tokens/controls",
     summary="what could explain the effect away: parameters, pauses, embeddings, placement, positions, the share of meta-tokens",
     paper=f"extensions asked for by reviewers of {PAPER}",
@@ -194,6 +192,4 @@ def main_tasks(scale: str) -> Config:
     minutes=MINUTES,
     parts={task: BY_TASK[task] for task in ("list_recall", "copying")},
     fill=LENGTHS,
-)
-def controls(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)

@@ -48,7 +48,7 @@ def trained_shorter(arm: str, share: str) -> Row:
     return Row(f"{arm}_{share}", changes, stated(*figure) if figure else {}, core=arm.endswith("rope"), group=f"a {share} of it")
 
 
-@table(
+table(
     "learned_meta_tokens/train_length",
     summary="accuracy at one length after training up to a quarter, half and all of it",
     paper=f"{PAPER}, figure 1",
@@ -67,12 +67,10 @@ def trained_shorter(arm: str, share: str) -> Row:
     notes=[
         "Every row is evaluated on the same examples; the steps of fine-tuning are the same, so shorter ones are also fewer tokens."
     ],
-)
-def train_length(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)
 
 
-@table(
+table(
     "learned_meta_tokens/length_generalisation",
     summary="the models of main_tasks at the length of the pre-training window, and at twice that",
     paper=f"{PAPER}, appendix D (numbers not recovered)",
@@ -86,9 +84,7 @@ def train_length(scale: str) -> Config:
         "Trained to half of the window. Learned positions have rows for what fine-tuning never shows at the smaller scales; at paper scale the "
         "table of positions ends with the window, and twice the window cannot be read.",
     ],
-)
-def length_generalisation(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)
 
 
 WINDOW = ByScale(cpu=32, gpu=512, paper=1024)
@@ -138,7 +134,7 @@ def table_1(*percent: float) -> dict[str, Published]:
     return {c.key: Published(v, "table 1 of a later version") for c, v in zip(YARN_COLUMNS, percent, strict=True)}
 
 
-@table(
+table(
     "learned_meta_tokens/yarn",
     summary="list recall beyond the window of pre-training, lengthened with YaRN",
     paper=f"{PAPER}, table 1 of a later version (list recall, token accuracy)",
@@ -159,9 +155,7 @@ def table_1(*percent: float) -> dict[str, Published]:
         "The paper's windows: 1,024 in pre-training, lengthened to 4,096 and 8,192; what was trained on after lengthening is not stated there, "
         "so fine-tuning is all that follows here. At cpu scale the window is 32 and the rows are 128 and 256 long.",
     ],
-)
-def yarn(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)
 
 
 # --------------------------------------------------------------------------------------- what meta-tokens do inside
@@ -198,7 +192,7 @@ def without_positions(arm: str, length: str, share: str, *percent: float) -> Row
                group="list recall, by bin and share of the length trained", core=False)  # fmt: skip
 
 
-@table(
+table(
     "learned_meta_tokens/zero_position",
     summary="positions of the meta-tokens zeroed in the trained models",
     paper=f"{PAPER}, table 2",
@@ -221,12 +215,10 @@ def without_positions(arm: str, length: str, share: str, *percent: float) -> Row
         "The paper's splits are named medium, hard and extra-hard; that they are bins of up to 256, 512 and 1,024 tokens is our reading.",
         "A rotary angle of 0 is what zeroing means here; the scope (causal attention, meta-attention, both) is not stated and is both.",
     ],
-)
-def zero_position(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)
 
 
-@table(
+table(
     "learned_meta_tokens/zero_token",
     summary="token embeddings of the meta-tokens zeroed in the trained models",
     paper=f"{PAPER} (a strong fall on nearly all tasks; numbers not recovered)",
@@ -236,9 +228,7 @@ def zero_position(scale: str) -> Config:
     minutes=MINUTES,
     parts=BY_TASK,
     analyses=["interventions"],
-)
-def zero_token(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)
 
 
 RECALL = {"list_recall": BY_TASK["list_recall"]}
@@ -249,7 +239,7 @@ def of_recall(title: str, path: str, digits: int = 2, better: str = "") -> Colum
     return Column(title, path, digits, better, part="list_recall")
 
 
-@table(
+table(
     "learned_meta_tokens/sharpening",
     summary="what a meta-token's embedding does to causal attention, and what its residual vector resembles",
     paper=f"{PAPER}, figure 2",
@@ -273,9 +263,7 @@ def of_recall(title: str, path: str, digits: int = 2, better: str = "") -> Colum
     parts=RECALL,
     analyses=["sharpening", "caching", "theory", "attention"],
     notes=["List recall. Distributions, heat-maps and attention maps are in each run's report."],
-)  # fmt: skip
-def sharpening(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)  # fmt: skip
 
 
 def bottleneck(budget: str, beta: str) -> list[Column]:
@@ -284,7 +272,7 @@ def bottleneck(budget: str, beta: str) -> list[Column]:
     return [of_recall(f"rate, {name}", f"{path}.rate", 1), of_recall(f"distortion, {name}", f"{path}.distortion", 2, "lower")]
 
 
-@table(
+table(
     "learned_meta_tokens/rate_distortion",
     summary="what the last meta-token and the last token say about the answer, through bottlenecks of growing price",
     paper=f"{PAPER}, section 5.2",
@@ -303,9 +291,7 @@ def bottleneck(budget: str, beta: str) -> list[Column]:
         "(meta-token), and from 67-70 and 10.6-10.75 to 200 and 10.0 (last token): its heads, of 250 updates, hardly beat a uniform guess (10.82).",
         "The stated budget is the paper's; the converged one is ours.",
     ],
-)  # fmt: skip
-def rate_distortion(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- cost and text
@@ -313,7 +299,7 @@ def rate_distortion(scale: str) -> Config:
 SPEED = {"gathered": (None, None), "dense": (117.86, 7.57), "none": (None, None), "causal": (None, None), "plain": (130.82, 7.44)}
 
 
-@table(
+table(
     "learned_meta_tokens/overhead",
     summary="time of a train step and of generation, with meta-attention and without, taking turns in one process",
     paper=f"{PAPER}, the section on overhead",
@@ -338,9 +324,7 @@ SPEED = {"gathered": (None, None), "dense": (117.86, 7.57), "none": (None, None)
         "none: meta-tokens without meta-attention; causal: a second causal attention over all tokens; plain: no meta-tokens. Equal row length and "
         "batch. The ratio is the median over rounds in which every twin has its turn.",
     ],
-)  # fmt: skip
-def overhead(scale: str) -> Config:
-    return fine_tuned(scale)
+)(fine_tuned)  # fmt: skip
 
 
 @table(
