@@ -161,8 +161,11 @@ def print_plan(found: dict[str, Any]) -> None:
         return
     memory, gib = found["memory"], 2**30
     grid = _grid("memory of a chip", "GiB")
-    for name, size in {**found["state"], **{k: v for k, v in memory.items() if k not in ("total", "limit")}}.items():
-        grid.add_row(f"of them {name}" if name in found["state"] else name, f"{size / gib:.3f}")
+    grid.add_row("arguments", f"{memory['arguments'] / gib:.3f}")
+    for name, size in found["state"].items():
+        grid.add_row(f"  of them {name}", f"{size / gib:.3f}")
+    for name in ("outputs", "temporaries", "program"):
+        grid.add_row(name, f"{memory[name] / gib:.3f}")
     grid.add_row("total", f"{memory['total'] / gib:.3f} of {memory['limit'] / gib:g}")
     console.print(grid)
     grid = _grid("between chips, in a step", "times", "MB", "ms at least")
