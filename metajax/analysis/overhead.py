@@ -16,7 +16,9 @@ import numpy as np
 from metajax.analysis.study import Study
 from metajax.config import Config, Evaluation, Init, MetaTokens, override
 from metajax.data.meta_tokens import inject
-from metajax.data.rows import Row, finish, stack
+from metajax.data.metadata import Sides
+from metajax.data.packing import pack
+from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.data.tokenizers import Vocabulary
 from metajax.inference.speed import generation_speed
 from metajax.progress import progress
@@ -44,21 +46,15 @@ def twins(config: Config) -> dict[str, Config]:
 def random_batch(config: Config, vocabulary: Vocabulary) -> Row:
     """A batch of random tokens, one document to a row, with the meta-tokens of the config between them."""
     rng, meta = np.random.default_rng(0), config.meta_tokens or MetaTokens(inject="none", rate=0.0)
-    count, rows = meta.count(config.data.row_length), []
+    count, documents = meta.count(config.data.row_length), np.arange(config.data.batch_rows)
     length = config.row_slots - count
-    for _ in range(config.data.batch_rows):
-        row: Row = {
-            "tokens": rng.integers(vocabulary.base, size=length, dtype=np.int32),
-            "targets": rng.integers(vocabulary.base, size=length, dtype=np.int32),
-            "loss_weights": np.ones(length, np.float32),
-            "is_body": np.ones(length, bool),
-            "is_metadata": np.zeros(length, bool),
-            "segment_ids": np.ones(length, np.int32),
-        }
-        if count:
-            row = inject(row, rng, meta=meta, count=count, meta_id=vocabulary.meta)
-        rows.append(finish(row, attend_across_documents=False))
-    return stack(rows)
+    bodies = rng.integers(vocabulary.base, size=(len(documents), length - 1), dtype=np.int32)
+    index = pack(documents, np.full(len(documents), length), np.zeros(len(documents), int), length, "concat")
+    source = RowSource(index, bodies.__getitem__, Sides(), vocabulary, length)
+    rows = [source[n] for n in range(len(source))]
+    if count:
+        rows = [inject(row, rng, meta=meta, count=count, meta_id=vocabulary.meta) for row in rows]
+    return stack([finish(row, attend_across_documents=False) for row in rows])
 
 
 def step_seconds(configs: dict[str, Config], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
