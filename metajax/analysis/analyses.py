@@ -21,19 +21,19 @@ from metajax.config import require
 from metajax.reporting.records import write_json
 
 FOLDER = "analysis"  # of a run's folder
-_OF_META_TOKENS = (interventions, sharpening, caching, attention, theory, rate_distortion, overhead)
+_OF_META_TOKENS = (interventions, sharpening, caching, attention, theory, rate_distortion)
 _OF_MIXERS = (mixing_maps, branches, needle)
 _FUNCTIONS: dict[str, Callable[[Study], dict[str, Any]]] = {
-    function.__name__: function for function in (*_OF_META_TOKENS, *_OF_MIXERS)
+    function.__name__: function for function in (*_OF_META_TOKENS, overhead, *_OF_MIXERS)
 }
 
 
 def fitting(study: Study) -> tuple[str, ...]:
     """The analyses that this model and these prompts are meant for."""
     if study.model.meta is not None:
-        return tuple(function.__name__ for function in _OF_META_TOKENS)
+        return (*(function.__name__ for function in _OF_META_TOKENS), "overhead")
     parallel = study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
-    wanted = {"mixing_maps": True, "branches": parallel, "needle": study.task == "needle"}
+    wanted = {"overhead": parallel, "mixing_maps": True, "branches": parallel, "needle": study.task == "needle"}
     return tuple(name for name, is_meant in wanted.items() if is_meant)
 
 
@@ -49,6 +49,12 @@ def check_fits(study: Study, names: Sequence[str]) -> None:
             f"{said}these rows are text; name a task with --task, such as list_recall",
         )
         require(tasks.placement != "none", f"{said}tasks.placement = 'none'")
+    if "overhead" in names:
+        hybrid = study.model.cfg.hybrid
+        can = study.model.meta is not None or (hybrid is not None and hybrid.is_parallel)
+        require(
+            can, "overhead: compares models with and without meta-attention or a branch of a hybrid block; this one has neither"
+        )
 
 
 def run_analyses(study: Study, names: Sequence[str], workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:

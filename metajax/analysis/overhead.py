@@ -1,7 +1,8 @@
-"""What meta-attention costs: train steps and generation of the model and of its twins, taking turns in one process.
+"""What parts of a model cost: train steps and generation of its twins, taking turns in one process. Nothing depends on what it learned.
 
-Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the section on overhead: 130.82 tokens per second without and 117.86
-with meta-tokens and a dense mask, time to first token 7.44 and 7.57 ms. Nothing here depends on what a model has learned.
+Meta-tokens (arXiv 2509.16278, the section on overhead): the model with and without meta-attention; there, 130.82 tokens per second without
+and 117.86 with meta-tokens and a dense mask, time to first token 7.44 and 7.57 ms. Hymba (arXiv 2411.13676): the hybrid block and each
+of its branches alone, and the whole model beside attention alone of as many parameters.
 """
 
 from __future__ import annotations
@@ -22,25 +23,45 @@ from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.data.tokenizers import Vocabulary
 from metajax.inference.speed import generation_speed
 from metajax.progress import progress
-from metajax.training.program import Program
+from metajax.training.program import Program, abstract_model
 
-# Twins of equal row length; the first is what the others are compared with: meta-tokens, but nothing that attends among them.
-TWINS: dict[str, dict[str, Any]] = {
+# Twins of equal row length; the first of each kind is what the others are compared with. Here: meta-tokens, but nothing that attends among them.
+OF_META_TOKENS: dict[str, dict[str, Any]] = {
     "none": {"meta_tokens.attention": "none"},
     "gathered": {"meta_tokens.attention": "gathered"},
     "dense": {"meta_tokens.attention": "dense"},
     "causal": {"meta_tokens.attention": "causal"},
     "plain": {"meta_tokens": None},
 }
+ATTENTION = {"model.hybrid.fusion": "attention"}
+MAMBA = {"model.hybrid.fusion": "mamba", "model.window": None, "model.hybrid.full_layers": (), "model.hybrid.kv_groups": ()}
+BLOCK = {"model.mlp_width": 0}  # the mixers alone
 RATE = 0.1  # of meta-tokens, the paper's
 ROUNDS = 40  # of steps, each twin having its turn in each
 
 
-def twins(config: Config) -> dict[str, Config]:
-    """The run's config on text, with the paper's share of meta-tokens, under each way to attend among them."""
-    meta = replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none")
-    text = replace(config, tasks=None, init=Init(), evaluation=Evaluation(), meta_tokens=meta)
-    return {name: override(text, changes) for name, changes in TWINS.items()}
+def twins(config: Config, vocab_size: int) -> dict[str, Config]:
+    """The run's config on text under each way to do without something: its meta-attention, or a branch of its hybrid block."""
+    text = replace(config, tasks=None, init=Init(), evaluation=Evaluation())
+    if config.meta_tokens is not None:
+        meta = replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none")
+        return {name: override(replace(text, meta_tokens=meta), changes) for name, changes in OF_META_TOKENS.items()}
+    as_large = as_many_parameters(override(text, ATTENTION), text, vocab_size)
+    blocks = {"block": {}, "attention": ATTENTION, "ssm": MAMBA}
+    return {name: override(text, changes | BLOCK) for name, changes in blocks.items()} | {
+        "whole": text,
+        "attention_as_large": as_large,
+    }
+
+
+def as_many_parameters(config: Config, goal: Config, vocab_size: int) -> Config:
+    """The config with its feed-forward networks widened until it has the parameters of `goal`, to the nearest width."""
+    size = lambda c: sum(x.size for x in jax.tree.leaves(abstract_model(c, vocab_size)))  # noqa: E731
+    wider = override(config, {"model.mlp_width": config.model.mlp_width + 1})
+    return override(
+        config,
+        {"model.mlp_width": config.model.mlp_width + round((size(goal) - size(config)) / (size(wider) - size(config)))},
+    )
 
 
 def random_batch(config: Config, vocabulary: Vocabulary) -> Row:
@@ -80,12 +101,13 @@ def step_seconds(configs: dict[str, Config], vocabulary: Vocabulary) -> dict[str
 
 
 def overhead(study: Study) -> dict[str, Any]:
-    """For each twin: step {ms, ratio, ratio_low, ratio_high}, medians and quartiles over ROUNDS of its time over `none`'s of the
-    same round; generation {ttft_ms, tokens_per_second} as of `generation_speed`."""
-    configs, vocabulary = twins(study.program.config), study.corpora.tokenizer.vocabulary
+    """For each twin: step {ms, ratio, ratio_low, ratio_high}, medians and quartiles over ROUNDS of its time over the first twin's of the
+    same round; generation {ttft_ms, tokens_per_second} as of `generation_speed`; parameters."""
+    vocabulary, shape = study.corpora.tokenizer.vocabulary, study.program.config.data
+    configs = twins(study.program.config, vocabulary.size)
     seconds = step_seconds(configs, vocabulary)
-    shape = study.program.config.data
-    room = min(shape.row_length - MetaTokens(rate=RATE).count(shape.row_length), 2 * (shape.row_length // 3))
+    count = MetaTokens(rate=RATE).count(shape.row_length) if study.model.meta is not None else 0
+    room = min(shape.row_length - count, 2 * (shape.row_length // 3))
     models = {}
     for name, config in configs.items():
         program = Program.build(config, vocabulary.size)
@@ -93,13 +115,12 @@ def overhead(study: Study) -> dict[str, Any]:
     generated = generation_speed(models, vocabulary, prompt=room // 2, count=room // 2)
     device = jax.devices()[0]
     found: dict[str, Any] = {
-        "rounds": ROUNDS,
-        "rows": shape.batch_rows,
-        "row_length": shape.row_length,
-        "device": device.device_kind,
-    }
+        "rounds": ROUNDS, "rows": shape.batch_rows, "row_length": shape.row_length, "prompt": room // 2, "device": device.device_kind
+    }  # fmt: skip
+    first = next(iter(configs))
     for name in configs:
-        low, ratio, high = np.quantile(seconds[name] / seconds["none"], (0.25, 0.5, 0.75)).tolist()
+        low, ratio, high = np.quantile(seconds[name] / seconds[first], (0.25, 0.5, 0.75)).tolist()
         step = {"ms": 1e3 * float(np.median(seconds[name])), "ratio": ratio, "ratio_low": low, "ratio_high": high}
-        found[name] = {"step": step, "generation": generated[name]}
+        size = sum(x.size for x in jax.tree.leaves(models[name][0]))
+        found[name] = {"step": step, "generation": generated[name], "parameters": size}
     return found

@@ -37,8 +37,13 @@ def chip_of(topology: str) -> Chip:
 
 
 def allow_compiler() -> None:
-    """Settings of the TPU compiler on a machine without a TPU; before JAX is imported."""
+    """Settings of the TPU compiler on a machine without a TPU; before JAX is imported.
+
+    libtpu asks who and where the TPU of this machine is, and complains at length when there is no answer: it gets one that no
+    described slice depends on.
+    """
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 def slice_devices(topology: str) -> list[Any]:

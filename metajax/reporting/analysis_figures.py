@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from metajax.reporting.analysis_words import CATEGORIES, INTERVENTIONS, MIXERS, READINGS, SOURCES, TWINS
+from metajax.reporting.analysis_words import CATEGORIES, INTERVENTIONS, MIXERS, READINGS, SOURCES, twins_in
 from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
 from metajax.reporting.tasks import title
 
@@ -246,7 +246,7 @@ def _rate_distortion(result: Result) -> Drawn:
 
 def _overhead(result: Result) -> Drawn:
     figure, (steps, speed) = _panels(2, 1, 2.1)
-    names = list(TWINS)
+    names = twins_in(result)
     for y, name in enumerate(names):
         step, colour = result[name]["step"], look(y)[0]
         spread = [[step["ratio"] - step["ratio_low"]], [step["ratio_high"] - step["ratio"]]]
@@ -254,7 +254,7 @@ def _overhead(result: Result) -> Drawn:
         speed.barh(y, result[name]["generation"]["tokens_per_second"], color=colour, alpha=0.75)
     steps.axvline(1, color="#9aa0a8", linewidth=1)
     for axes, label in ((steps, "time of a train step, x of the first"), (speed, "tokens generated per second")):
-        axes.set_yticks(range(len(names)), [TWINS[name] for name in names], fontsize=8.5)
+        axes.set_yticks(range(len(names)), list(names.values()), fontsize=8.5)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(label)
         axes.grid(axis="x", color="#e7e9ec", linewidth=0.8)

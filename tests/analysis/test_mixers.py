@@ -10,12 +10,13 @@ from metajax.analysis.analyses import fitting, run_analyses
 from metajax.analysis.branches import without_branch
 from metajax.analysis.mixing_maps import describe, ssm_map, ssm_maps, ssm_rates
 from metajax.analysis.needle import depth_of, needle
+from metajax.analysis.overhead import twins
 from metajax.analysis.study import TEXT, capture, open_study
 from metajax.config import Hybrid, Tasks, UserError
 from metajax.data.pipeline import open_corpora
 from metajax.reporting.analysis_figures import draw
 from metajax.reporting.analysis_words import headlines
-from metajax.training.program import Program
+from metajax.training.program import Program, abstract_model
 
 METAS, LENGTH = 3, 24
 HYBRID = Hybrid(meta_tokens=METAS, full_layers=(0,), kv_groups=(1, 2), state=4)
@@ -119,13 +120,22 @@ def test_needles_stand_where_the_depth_says(opened):
 
 
 def test_numbers_words_and_figures(opened, text, tmp_path):
-    assert fitting(text) == ("mixing_maps", "branches")
+    assert fitting(text) == ("overhead", "mixing_maps", "branches")
     study = open_study(*opened, prompts=4)
-    assert fitting(study) == ("mixing_maps", "branches", "needle") and study.task == "needle"
-    for name, numbers in run_analyses(study, fitting(study), tmp_path):
+    assert fitting(study) == ("overhead", "mixing_maps", "branches", "needle") and study.task == "needle"
+    for name, numbers in run_analyses(study, fitting(study)[1:], tmp_path):
         assert headlines(name, numbers) and all("nan" not in line for line in headlines(name, numbers))
         assert all(svg.startswith("<svg") for svg, _ in draw(name, numbers))
     with pytest.raises(UserError, match=r"sharpening: about meta-tokens .* this run has none"):
         list(run_analyses(text, ("sharpening",), tmp_path))
     with pytest.raises(UserError, match="held-out documents of 500 tokens"):
         open_study(*opened, task=TEXT, length=500)
+
+
+def test_attention_as_large_has_as_many_parameters_as_the_whole(opened):
+    program, corpora, _ = opened
+    size = corpora.tokenizer.vocabulary.size
+    count = {n: sum(x.size for x in jax.tree.leaves(abstract_model(c, size))) for n, c in twins(program.config, size).items()}
+    layers, width = program.config.model.layers, program.config.model.width
+    assert abs(count["attention_as_large"] - count["whole"]) <= 3 * layers * width / 2  # one more column of each network
+    assert max(count["attention"], count["ssm"]) < count["block"] < count["whole"]

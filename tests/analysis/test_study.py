@@ -12,7 +12,7 @@ from metajax.analysis.analyses import check_fits
 from metajax.analysis.attention_maps import maps
 from metajax.analysis.caching import by_distance, cosine, resemblance
 from metajax.analysis.interventions import intervene, interventions
-from metajax.analysis.overhead import TWINS, overhead, random_batch, twins
+from metajax.analysis.overhead import OF_META_TOKENS, overhead, random_batch, twins
 from metajax.analysis.sharpening import sharpness
 from metajax.analysis.study import open_study, pooled
 from metajax.analysis.theory import meta_rows
@@ -150,7 +150,7 @@ def test_interventions_are_those_that_the_positions_know(opened, monkeypatch):
 def test_batches_of_the_twins_differ_in_their_meta_tokens_alone(opened):
     program, corpora, _ = opened()
     vocabulary = corpora.tokenizer.vocabulary
-    for name, config in twins(program.config).items():
+    for name, config in twins(program.config, vocabulary.size).items():
         batch = random_batch(config, vocabulary)
         meta = batch["tokens"] == vocabulary.meta
         assert batch["tokens"].shape == (config.data.batch_rows, 64) and (batch["segment_ids"] == 1).all()
@@ -163,7 +163,7 @@ def test_overhead_gives_every_twin_its_turn(opened, monkeypatch):
     monkeypatch.setattr("metajax.analysis.overhead.ROUNDS", 2)
     found = overhead(open_study(*opened(), task="copying", prompts=2))
     assert found["none"]["step"]["ratio"] == 1 and (found["rows"], found["row_length"]) == (4, 64)
-    for name in TWINS:
+    for name in OF_META_TOKENS:
         assert found[name]["step"]["ms"] > 0 and found[name]["generation"]["tokens_per_second"] > 0, name
 
 

@@ -48,21 +48,40 @@ def test_slices_that_do_not_exist(name, message):
         chip_of(name)
 
 
-@pytest.mark.libtpu
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: the TPU compiler is not here")
-def test_a_tiny_step_is_planned():
-    words = [
-        "plan", "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
-        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--json",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "run.py", *words], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
-    )
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: the TPU compiler is not here")
+
+
+def plan(*words):
+    """What `plan` says, in a process of its own."""
+    command = [sys.executable, "run.py", "plan", *words, "--json"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.libtpu
+@needs_compiler
+def test_a_tiny_step_is_planned():
+    found = plan(
+        "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
+        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1",
+    )  # fmt: skip
     assert found["fits"] and found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4}
     assert found["kernels"] == [f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")]
     memory = found["memory"]
     assert found["state"]["parameters"] + found["state"]["optimizer"] < memory["arguments"] < memory["total"] < memory["limit"]
     assert 0 < found["bound"]["operations"] <= found["bound"]["step"] and 0 < found["bound"]["mfu"] <= 1
     assert found["collectives"]["all-gather"]["bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+@needs_compiler
+@pytest.mark.parametrize("name", ["hymba/1.5b", "hymba/1.5b_8k"])
+def test_the_papers_step_of_hymba_fits_on_eight_chips(name):
+    found = plan(name, "--scale", "paper", "--topology", "v5p:2x2x2", "--vocabulary", "32001")
+    assert found["fits"] and found["state"]["count"] == 1_522_797_824
+    assert {kernel.rpartition("_backward")[0] or kernel for kernel in found["kernels"]} >= {
+        "prefix_window_attention",
+        "selective_scan",
+    }
