@@ -21,7 +21,7 @@ from metajax.interop import command as interop
 EXAMPLES = """examples:
   python run.py                                     what there is
   python run.py quickstart                          run a table: every row, then the comparison
-  python run.py quickstart --seeds 3                the same with the spread between seeds
+  python run.py quickstart --seeds 3 --jobs 2       the same with the spread between seeds, two runs at a time
   python run.py quickstart/metadata --set training.steps=400 --seed 1
   python run.py quickstart/plain --sweep model.layers=2,4,8 --seeds 3
   python run.py show quickstart/meta_tokens         what it is, before running it
@@ -146,6 +146,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps",
         help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="a table: N runs at a time, each on its share of the cores (1)"
+    )
     parser.add_argument("--render", action="store_true", help="a table: write it again from what has been run, and run nothing")
     _add_place(parser)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,16 +49,20 @@ def _config(experiment: registry.Experiment, options: argparse.Namespace) -> tup
     return resolve_parents(config, changes, options.runs_dir)
 
 
-def _start_jax(options: argparse.Namespace) -> None:
+def _start_jax(cache: Path) -> None:
     """Compiled programs are kept between runs; set before the first use of a device."""
     import jax
 
     # The TPU compiler may be installed for planning alone: without a chip, looking for one costs seconds and many warnings.
-    chips = [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern)]
-    if not chips and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
+    if not _chips() and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str((options.cache_dir / "jax").absolute()))
+    jax.config.update("jax_compilation_cache_dir", str((cache / "jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _chips() -> list[Path]:
+    """Accelerators of this machine, as device files."""
+    return [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern)]
 
 
 def run(options: argparse.Namespace, started: float) -> int:
@@ -81,12 +87,12 @@ def run(options: argparse.Namespace, started: float) -> int:
 def _run_single(experiment: registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
     """Run one experiment, and before it the runs that it starts from."""
     require(
-        options.seeds == 1 and options.rows is None and not options.render,
-        f"{experiment.name} is one experiment; --seeds, --rows and --render are for tables and sweeps",
+        options.seeds == 1 and options.rows is None and not options.render and options.jobs == 1,
+        f"{experiment.name} is one experiment; --seeds, --rows, --jobs and --render are for tables and sweeps",
     )
     config, parents = _config(experiment, options)
     say(f"{options.name} at scale {options.scale}")
-    _start_jax(options)
+    _start_jax(options.cache_dir)
     from metajax.reporting.records import default_workdir
     from metajax.training.loop import NonFinite
 
@@ -106,7 +112,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
 def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
     """Run a table or a sweep, or render it from what there is; 1 when a run of it failed."""
     from metajax.reporting.formats import failures, markdown
-    from metajax.reporting.tables import choose_rows, has_runs, plan_table, run_table
+    from metajax.reporting.tables import choose_rows, has_runs, plan_table
     from metajax.sweeps import sweep_table
 
     options.runs_dir = options.workdir or options.runs_dir
@@ -127,11 +133,43 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
         require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
         plan.write()
     else:
-        _start_jax(options)
-        result = run_table(plan, run_one)
+        result = _run_jobs(plan, options, run_one)
     print(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
     return 1 if failures(result) else 0
+
+
+def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str, Any]:
+    """The runs of a table, one by one here or several at a time in processes that write to the log of each run."""
+    from metajax.reporting.records import RUN_LOG
+    from metajax.reporting.tables import run_table
+    from metajax.workers import workers
+
+    start = functools.partial(_start_jax, options.cache_dir)
+    if options.jobs == 1:
+        start()
+        return run_table(plan, run_one)
+    require(not _chips(), f"--jobs {options.jobs}: several runs at a time are for machines without an accelerator")
+    say(f"{options.jobs} runs at a time; each writes what it says to {RUN_LOG} in its folder")
+    try:
+        with workers(options.jobs, start) as executor:
+            return run_table(plan, functools.partial(_run_and_log, _paths(options)), executor, options.jobs)
+    except BrokenProcessPool:
+        raise UserError(
+            "a run's process was killed, for want of memory perhaps; the same command goes on, with fewer --jobs"
+        ) from None
+
+
+def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[str]) -> dict[str, Any]:
+    """Make a run in a process of its own; its progress goes to its folder."""
+    from metajax.experiment import run_experiment
+    from metajax.reporting.records import RUN_LOG
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / RUN_LOG, "a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        return run_experiment(config, workdir, paths, analyses=analyses)
 
 
 def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
@@ -190,7 +228,7 @@ def show(options: argparse.Namespace, started: float) -> int:
 
 def _open_run(options: argparse.Namespace, word: str) -> Any:
     """A run's newest checkpoint."""
-    _start_jax(options)
+    _start_jax(options.cache_dir)
     from metajax.experiment import open_run
     from metajax.reporting.records import find_run
 
@@ -288,7 +326,7 @@ def generate(options: argparse.Namespace, started: float) -> int:
 
 def import_model(options: argparse.Namespace, started: float) -> int:
     """A published checkpoint as a run."""
-    _start_jax(options)
+    _start_jax(options.cache_dir)
     interop.run_import(options)
     return 0
 

@@ -24,6 +24,7 @@ from metajax.atomic import write_text
 from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
 from metajax.progress import warn
 
+RUN_LOG = "run.log"  # of a run that is made beside others
 FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there before the run is
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -99,7 +100,9 @@ class RunDirectory:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            present = sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.name != FAILURE_LOG)
+            present = sorted(
+                p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in (FAILURE_LOG, RUN_LOG)
+            )
             if not (path / "config.json").exists():
                 kept = ", ".join(present[:3])
                 require(not present, f"{path} is not empty and is not a run (it holds {kept}); choose another --workdir")

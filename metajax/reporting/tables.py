@@ -10,6 +10,7 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from metajax.reporting.formats import csv_text, latex, markdown
 from metajax.reporting.records import FAILURE_LOG, default_workdir, write_json
 from metajax.reporting.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
 from metajax.reporting.table_page import write_table_page
+from metajax.workers import Inline
 
 RunOne = Callable[[Config, Path, Sequence[str]], dict[str, Any]]
 
@@ -127,46 +129,55 @@ def plan_table(
     return plan
 
 
-def run_table(plan: TablePlan, run_one: RunOne) -> dict[str, Any]:
+def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None, at_once: int = 1) -> dict[str, Any]:
     """Run or resume every run of the plan and return the result; a run that fails is recorded, and the others go on.
 
     Args:
       run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
+      executor: where runs are made, `at_once` of them at a time and each behind those that it starts from; None: here, one by one.
     """
-    jobs, result = plan.runs(), plan.write()
-    failures: dict[Path, str] = {}
+    waiting, result, executor = plan.runs(), plan.write(), executor or Inline()
+    count, failures, running = len(waiting), {}, {}
     shown = {run["folder"] for row in result["rows"] for run in row["runs"]}
-    for number, run in enumerate(jobs, 1):
-        is_row = run.workdir.relative_to(plan.root).as_posix() in shown
-        purpose = "" if is_row else ", from which rows start"
-        say(f"[{number}/{len(jobs)}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}")
-        report = run.workdir / "report.json"
-        before = report.stat().st_mtime_ns if report.exists() else None
-        reason = _attempt(run, run_one, plan.table.analyses if is_row else (), failures)
-        if reason is not None:
-            failures[run.workdir] = reason
-            warn(f"failed: {reason}; the log is {run.workdir / FAILURE_LOG}")
-        if reason is not None or report.stat().st_mtime_ns != before:
-            result = plan.write()
+    while waiting or running:
+        unfinished = {run.workdir for run in (*waiting, *running.values())}
+        for run in [run for run in waiting if unfinished.isdisjoint(run.parents)][: at_once - len(running)]:
+            is_row = run.workdir.relative_to(plan.root).as_posix() in shown
+            purpose = "" if is_row else ", from which rows start"
+            waiting.remove(run)
+            say(
+                f"[{count - len(waiting)}/{count}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}",
+            )
+            running[executor.submit(_attempt, run, run_one, plan.table.analyses if is_row else (), dict(failures))] = run
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run = running.pop(future)
+            reason, changed = future.result()
+            if reason is not None:
+                failures[run.workdir] = reason
+                warn(f"failed: {reason}; the log is {run.workdir / FAILURE_LOG}")
+            if reason is not None or changed:
+                result = plan.write()
     return result
 
 
-def _attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> str | None:
-    """Make one run; returns why it failed."""
+def _attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
+    """Make one run; (why it failed, whether its report is a new one)."""
     parent = next((p for p in run.parents if p in failures), None)
     if parent is not None:
         reason = f"the run it starts from failed ({failures[parent]})"
         record_failure(run.workdir, _now(), reason, f"see {parent / FAILURE_LOG}")
-        return reason
+        return reason, False
     if last_failure(run.workdir) is not None:
         record_retry(run.workdir, _now())
+    report = run.workdir / "report.json"
+    before = report.stat().st_mtime_ns if report.exists() else None
     try:
         run_one(run.config, run.workdir, analyses)
     except Exception as error:  # whatever it is, the other rows do not depend on it; the log has the traceback
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         record_failure(run.workdir, _now(), reason, traceback.format_exc())
-        return reason
-    return None
+        return reason, False
+    return None, report.stat().st_mtime_ns != before
 
 
 def _now() -> str:

@@ -2,7 +2,13 @@
 
 import csv
 import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +20,7 @@ from metajax.reporting.formats import failures
 from metajax.reporting.records import FAILURE_LOG, write_json
 from metajax.reporting.tables import choose_rows, expected_minutes, plan_table, run_table
 from metajax.sweeps import sweep_table
+from metajax.workers import workers
 
 SCORE = "eval.tasks.recall.exact"
 COLUMNS = (
@@ -227,6 +234,54 @@ def test_a_table_that_is_stopped_and_taken_up_again_is_the_same(table, tmp_path,
     assert run_table(stopped, Runs()) == whole == json.loads((stopped.folder / "table.json").read_text())
     for name in ("table.md", "table.csv", "table.tex", "report.html"):
         assert (stopped.folder / name).read_text() == (tmp_path / "whole/lab_table/cpu" / name).read_text()
+
+
+def test_several_at_a_time_come_behind_what_they_start_from(table, tmp_path):
+    guard, here, peak = threading.Lock(), set(), []
+    plan, runs = plan_of(table, tmp_path / "pool"), Runs()
+
+    def run_one(config, workdir, analyses):
+        assert not config.init.from_ or (plan.root / config.init.from_ / "report.json").exists()
+        with guard:
+            here.add(workdir)
+            peak.append(len(here))
+        time.sleep(0.05)
+        with guard:
+            here.remove(workdir)
+            return runs(config, workdir, analyses)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = run_table(plan, run_one, pool, at_once=2)
+    assert max(peak) == 2 and len(runs.made) == 12
+    assert found == run_table(plan_of(table, tmp_path / "inline"), Runs())
+
+
+@pytest.mark.slow
+def test_processes_make_the_runs_of_one_process(tmp_path, tiny_corpus):
+    words = [
+        "run.py", "quickstart/plain", "--sweep", "model.layers=1,2", "--set", f"data.sources=jsonl:{tiny_corpus}?origin=module", "--set", "data.tokenizer=byte",
+        "--set", "data.held_out=0.2", "--set", "training.steps=3", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=4", "--cache-dir", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    for jobs in (1, 2):
+        done = subprocess.run(
+            [sys.executable, *words, "--jobs", str(jobs), "--runs-dir", str(tmp_path / str(jobs))],
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        {
+            p.relative_to(tmp_path / n): json.loads(p.read_text())["eval"]["none"]["bpb"]
+            for p in (tmp_path / n).rglob("report.json")
+        }
+        for n in "12"
+    )
+    assert two == pytest.approx(one, rel=1e-4) and len(two) == 2  # sums over several cores are in another order
+    assert "evaluating quickstart" in next((tmp_path / "2").rglob("run.log")).read_text()
+
+
+def test_as_many_jobs_as_cores(tmp_path):
+    with pytest.raises(UserError, match=r"--jobs 1000: between 1 and the \d+ cores"):
+        workers(1000, print)
 
 
 def test_fewer_seeds_later_run_fewer_and_show_what_there_is(table, tmp_path):
