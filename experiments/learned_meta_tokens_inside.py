@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from experiments.learned_meta_tokens import (
+from metajax.config import Config
+from metajax.registry import ByScale, Column, Published, Row, table
+
+from .learned_meta_tokens import (
     APE,
     BY_TASK,
     CONTROLS,
@@ -20,8 +23,6 @@ from experiments.learned_meta_tokens import (
     pretrain,
     stated,
 )
-from metajax.config import Config
-from metajax.registry import ByScale, Column, Published, Row, table
 
 
 def of_main(row: str) -> str:

@@ -17,6 +17,7 @@ from etils import epath
 from metajax import registry, verbs
 from metajax.config import ANALYSES, UserError, nearest, require
 from metajax.interop import command as interop
+from metajax.progress import PROGRAM
 
 EXAMPLES = """examples:
   python run.py                                     what there is
@@ -33,11 +34,17 @@ EXAMPLES = """examples:
 """
 
 
-def main(arguments: Sequence[str], started: float | None = None) -> int:
-    """Run one command and return its exit code."""
+def command() -> int:
+    """The installed command: the experiments that came with it, and those of a folder `experiments` where it is called."""
+    return main(sys.argv[1:], packages=registry.installed_packages())
+
+
+def main(arguments: Sequence[str], started: float | None = None, packages: Sequence[str] = ("experiments",)) -> int:
+    """Run one command with the experiments of some packages and return its exit code."""
     started = time.monotonic() if started is None else started
     try:
-        registry.load()
+        for package in packages:
+            registry.load(package)
         options = _parse(list(arguments))
         return options.act(options, started) or 0
     except UserError as error:
@@ -53,7 +60,7 @@ def main(arguments: Sequence[str], started: float | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see `python {self.prog} --help`")
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -64,11 +71,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     elif not first.startswith("-"):
         require(
             first in verbs,
-            f"unknown command or experiment {first!r}{nearest(first, [*verbs, *names])}; `python run.py` shows all",
+            f"unknown command or experiment {first!r}{nearest(first, [*verbs, *names])}; `{PROGRAM}` shows all",
         )
         arguments = arguments or [first]
     top = _Parser(
-        prog="run.py", description="metajax: experiments by name", epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+        prog=PROGRAM, description="metajax: experiments by name", epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
     sub = top.add_subparsers(dest="verb", required=True, metavar="NAME | VERB")
     for name, (summary, add, act) in verbs.items():
@@ -77,6 +84,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         )
         add(parser)
         parser.set_defaults(act=act)
+    for parser in (top, *sub.choices.values()):
+        parser.epilog = parser.epilog.replace("python run.py", PROGRAM)
     return top.parse_args(arguments)
 
 

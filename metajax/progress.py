@@ -6,10 +6,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+PROGRAM = "python run.py" if Path(sys.argv[0]).name not in ("metajax", "__main__.py") else "metajax"  # as the person called it
 console = Console(stderr=True)
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 

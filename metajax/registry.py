@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
 from metajax.config import Config, Scale, UserError, check_analyses, nearest, override, require
+from metajax.progress import PROGRAM
 
 SCALES: tuple[str, ...] = get_args(Scale)
 Base = Callable[[str], Config]
@@ -257,6 +261,16 @@ def load(package: str = "experiments") -> None:
         importlib.import_module(f"{package}.{info.name}")
 
 
+def installed_packages() -> list[str]:
+    """The experiments of the installed command: its own, and the user's where this folder has a package or folder `experiments`."""
+    own, here = importlib.util.find_spec("metajax_experiments"), Path.cwd() / "experiments"
+    packages = ["metajax_experiments"] if own else []
+    if here.is_dir() and not (own and any(here.samefile(path) for path in own.submodule_search_locations)):
+        sys.path.insert(0, str(Path.cwd()))
+        packages.append("experiments")
+    return packages
+
+
 def experiments() -> dict[str, Experiment]:
     """All experiments by name."""
     return dict(sorted(_experiments.items()))
@@ -274,7 +288,7 @@ def find(name: str) -> Experiment | Table:
     if name in _experiments:
         return _experiments[name]
     known = [*_tables, *_experiments]
-    raise UserError(f"unknown experiment {name!r}{nearest(name, known)}; `python run.py list` shows all {len(known)}")
+    raise UserError(f"unknown experiment {name!r}{nearest(name, known)}; `{PROGRAM} list` shows all {len(known)}")
 
 
 def find_experiment(name: str) -> Experiment:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
+from metajax.progress import PROGRAM
 from metajax.reporting.records import conditions, list_runs, read_config
 from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
 
@@ -56,7 +57,7 @@ def print_list(pattern: str) -> None:
         _entry(experiment.name, ", ".join(times), what)
     if not tables and not single:
         console.print(f"nothing named like {pattern!r}")
-    console.print("\nrun: python run.py NAME    look first: python run.py show NAME    help: python run.py --help")
+    console.print(f"\nrun: {PROGRAM} NAME    look first: {PROGRAM} show NAME    help: {PROGRAM} --help")
 
 
 def _entry(name: str, times: str, what: str) -> None:
@@ -108,7 +109,7 @@ def print_table_plan(plan: TablePlan) -> None:
         grid.add_row(name, differs, start, published or "-", ", ".join(config_hash(run.config) for run, _ in of_row))
     console.print(grid)
     console.print(
-        f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: python run.py {table.name}"
+        f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: {PROGRAM} {table.name}"
     )
 
 
@@ -291,7 +292,7 @@ def print_runs(root: Path) -> None:
         state = "complete" if report else f"step {_last_step(run)} of {config.training.steps}"
         scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in conditions(report["eval"]).items()) if report else "-"
         grid.add_row(run.name, config.name, config.scale, str(config.seed), state, scores)
-    console.print(grid if grid.row_count else f"no runs under {root}; start with: python run.py quickstart")
+    console.print(grid if grid.row_count else f"no runs under {root}; start with: {PROGRAM} quickstart")
 
 
 def print_comparison(runs: list[Path]) -> None:
