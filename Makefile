@@ -1,11 +1,11 @@
-# make quickstart | test | lint | bench: each makes .venv on demand; nothing else to set up but Python 3.11+.
+# make quickstart | test | lint | bench | docs: each makes .venv on demand; nothing else to set up but Python 3.11+.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 # The log of a test run names its slowest tests; two workers because JAX already uses several threads in each.
 PYTEST := $(PY) -m pytest -n 2 --durations=10
 
-.PHONY: quickstart test test-all test-next bench lint format clean
+.PHONY: quickstart test test-all test-next bench docs lint format clean
 
 quickstart: $(VENV)/.runtime
 	$(PY) run.py quickstart
@@ -28,6 +28,10 @@ test-next:
 # The kernels' costs beside their rivals', into docs/kernels.md: the clock of a chip, or the compiled schedule without one.
 bench: $(VENV)/.dev
 	$(PY) -m kernels_pallas.bench
+
+# The documentation as a site that opens offline: site/index.html.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

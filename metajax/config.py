@@ -69,7 +69,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Data:
-    """What is read and how it becomes rows. A source is KIND[:PATH][?text=COLUMN&origin=COLUMN]."""
+    """What is read and how it becomes rows. A source is `KIND[:PATH][?text=COLUMN&origin=COLUMN]`."""
 
     sources: tuple[str, ...] = ("pydocs",)
     weights: tuple[float, ...] = ()  # one per source; empty: equal

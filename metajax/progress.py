@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-PROGRAM = "python run.py" if Path(sys.argv[0]).name not in ("metajax", "__main__.py") else "metajax"  # as the person called it
+CALLED = Path(sys.argv[0])
+PROGRAM = "metajax" if CALLED.name == "metajax" or CALLED.parts[-2:] == ("metajax", "__main__.py") else "python run.py"
 console = Console(stderr=True)
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
