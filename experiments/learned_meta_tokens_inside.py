@@ -94,9 +94,19 @@ WINDOWS = {  # multiples of the window
     4: ByScale(cpu=128, gpu=2048, paper=4096),
     8: ByScale(cpu=256, gpu=4096, paper=8192),
 }
-EVALUATED = {str(n): ByScale(*(str(n * getattr(WINDOW, scale)) for scale in ("cpu", "gpu", "paper"))) for n in (2, 4, 6, 8, 10)}
+EVALUATED = {
+    f"windows_{n}": ByScale(*(str(n * getattr(WINDOW, scale)) for scale in ("cpu", "gpu", "paper"))) for n in (2, 4, 6, 8, 10)
+}
 YARN_COLUMNS = [
-    Column(f"{n} windows, %", f"eval.tasks.list_recall.{{{n}}}.token", 1, "higher", 100, part="list_recall") for n in EVALUATED
+    Column(
+        f"{blank.removeprefix('windows_')} windows, %",
+        f"eval.tasks.list_recall.{{{blank}}}.token",
+        1,
+        "higher",
+        100,
+        part="list_recall",
+    )
+    for blank in EVALUATED
 ]
 
 

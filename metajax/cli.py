@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   python run.py                                     what there is
   python run.py quickstart                          run a table: every row, then the comparison
   python run.py quickstart --seeds 3 --jobs 2       the same with the spread between seeds, two runs at a time
+  python run.py table --all --budget 60m            a sample of every table, to see that all of it works
   python run.py quickstart/metadata --set training.steps=400 --seed 1
   python run.py quickstart/plain --sweep model.layers=2,4,8 --seeds 3
   python run.py show quickstart/meta_tokens         what it is, before running it
@@ -138,7 +139,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="experiment or table")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="experiment or table")
+    parser.add_argument(
+        "--all", action="store_true", help="a sample of all tables instead, a row of each in turn; --seed chooses"
+    )
+    parser.add_argument("--budget", default=None, metavar="TIME", help="of --all, such as 30m or 2h (60m)")
     _add_config(parser)
     parser.add_argument(
         "--workdir",

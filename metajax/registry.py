@@ -126,7 +126,13 @@ class Table:
             require(part in self.parts, f"table {self.name} has no part {part!r}{nearest(part, self.parts)}")
         for row in self.rows:
             for column in self.columns:
-                blanks = {name for path in (column.path, column.minus) for _, name, _, _ in Formatter().parse(path) if name}
+                blanks = {
+                    name for path in (column.path, column.minus) for _, name, _, _ in Formatter().parse(path) if name is not None
+                }
+                require(
+                    all(blank.isidentifier() for blank in blanks),
+                    f"table {self.name}, column {column.title}: a blank in {column.path} is a word, such as {{length}}",
+                )
                 for scale in self.scales:
                     unknown = blanks - self.filled(row, scale).keys()
                     require(

@@ -66,8 +66,10 @@ def _chips() -> list[Path]:
 
 
 def run(options: argparse.Namespace, started: float) -> int:
-    """Run an experiment, a table or a sweep."""
-    target = registry.find(options.name)
+    """Run an experiment, a table, a sweep, or a sample of all tables."""
+    require(options.all == (options.name is None), "name an experiment or a table, or say --all")
+    require(options.all or options.budget is None, "--budget goes with --all")
+    target = None if options.all else registry.find(options.name)
     require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
     startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
 
@@ -79,6 +81,8 @@ def run(options: argparse.Namespace, started: float) -> int:
             first["imports_seconds"] = time.monotonic() - started
         return run_experiment(config, workdir, _paths(options), analyses=analyses, **first)
 
+    if target is None:
+        return _run_sample(options, run_one)
     if isinstance(target, registry.Table) or options.sweeps:
         return _run_table(target, options, run_one)
     return _run_single(target, options, run_one)
@@ -137,6 +141,19 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
     print(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
     return 1 if failures(result) else 0
+
+
+def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
+    """Make a sample of all tables; 1 when something in it failed."""
+    from metajax.reporting.sampler import budget_seconds, sample, summary
+    from metajax.reporting.terminal import print_sample
+
+    seconds = budget_seconds(options.budget or "60m")
+    _start_jax(options.cache_dir)
+    root = options.workdir or options.runs_dir
+    made = sample(registry.tables().values(), options.scale, seconds, options.seed, root, run_one)
+    print_sample(summary(made))
+    return 1 if any(one.reason for one in made) else 0
 
 
 def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str, Any]:

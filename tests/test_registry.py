@@ -48,6 +48,8 @@ def test_mistakes_in_a_table_are_named():
         columns = (column,) if "fill" in message else (Column("x", "eval.none.bpb"),)
         with pytest.raises(UserError, match=message):
             replace(TABLE, rows=tuple(rows), columns=columns, baseline=None)
+    with pytest.raises(UserError, match=r"a blank in eval.{4}.bpb is a word, such as {length}"):
+        replace(TABLE, columns=(Column("x", "eval.{4}.bpb"),), fill={"4": "x"}, baseline=None)
     with pytest.raises(UserError, match="better is 'lower'"):
         Column("x", "y", better="highr")
 

@@ -148,7 +148,7 @@ def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None
             say(
                 f"[{count - len(waiting)}/{count}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}",
             )
-            running[executor.submit(_attempt, run, run_one, plan.table.analyses if is_row else (), dict(failures))] = run
+            running[executor.submit(attempt, run, run_one, plan.table.analyses if is_row else (), dict(failures))] = run
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run = running.pop(future)
             reason, changed = future.result()
@@ -160,7 +160,7 @@ def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None
     return result
 
 
-def _attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
+def attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
     """Make one run; (why it failed, whether its report is a new one)."""
     parent = next((p for p in run.parents if p in failures), None)
     if parent is not None:

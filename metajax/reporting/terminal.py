@@ -330,3 +330,12 @@ def _last_step(run: Path) -> int:
 
     lines = read_lines(run / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
+
+
+def print_sample(lines: Sequence[dict[str, Any]]) -> None:
+    """What a sample of all tables found."""
+    grid = _grid("table", "lines", "minutes", "failed", "columns without a number")
+    for line in lines:
+        failed = Text("\n".join(line["failed"]) or "-", style="red" if line["failed"] else "")
+        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", failed, ", ".join(line["empty"]) or "-")
+    console.print(grid if lines else "no line of any table fits the time; give it more with --budget")
