@@ -41,6 +41,10 @@ ANALYSES = (
     "mixing_maps",
     "branches",
     "needle",
+    "probes",
+    "metadata_attention",
+    "guidance",
+    "by_position",
 )  # in metajax/analysis
 TASKS = ("list_recall", "segment_counting", "parity", "copying", "needle", "mqar")  # in metajax/data/tasks
 
@@ -271,11 +275,46 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/choice.py)."""
+
+    tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
+    shots: tuple[int, ...] = (
+        5,
+    )  # solved questions in front of each; every number is evaluated, the first one is the task's result
+    # What stands in front of it all: nothing, the empty pair of metadata, or the source that a task has (MeCo's conditional inference).
+    contexts: tuple[str, ...] = ("none",)
+    examples: int = 1000  # of a task, at most
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.tasks) > 0,
+            "evaluation.choice.tasks is empty; name one, such as arc_easy:FILE, or leave evaluation.choice out",
+        )
+        require(
+            len(self.shots) > 0 and min(self.shots) >= 0,
+            f"evaluation.choice.shots = {self.shots}: numbers of questions, 0 for none",
+        )
+        known = ("none", "empty", "task")
+        for context in self.contexts:
+            require(
+                context in known,
+                f"evaluation.choice.contexts: unknown {context!r}{nearest(context, known)}; known: {', '.join(known)}",
+            )
+        require(len(self.contexts) > 0, "evaluation.choice.contexts is empty; `none` puts nothing in front")
+        require(self.examples >= 1, f"evaluation.choice.examples = {self.examples}: at least 1")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     every: int = 0  # steps between held-out evaluations during training; 0: at the end alone
     documents: int = 400  # held-out documents, in an order fixed by the corpus; with tasks 0 leaves them out
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: int = 48  # length of the text sample in the report
+    choice: Choice | None = None
+    labels: tuple[str, ...] | None = (
+        None  # templates of metadata that probes tell from hidden states; the first is a document's topic
+    )
 
     def __post_init__(self) -> None:
         for name in ("every", "documents", "sample_tokens"):
@@ -415,4 +454,6 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def config_hash(config: Config) -> str:
     """Eight hex digits over every field that can change a number; name, seed and `runtime` stand outside."""
     identity = {k: v for k, v in to_dict(config).items() if k not in ("name", "scale", "seed", "runtime")}
+    # An evaluation that a run does without is no part of it: a new kind leaves the names of the runs there are.
+    identity["evaluation"] = {k: v for k, v in identity["evaluation"].items() if v is not None}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -28,6 +28,7 @@ from metajax.reporting.html import write_run_report
 from metajax.reporting.records import RunDirectory, check_data, read_config
 from metajax.training.checkpoints import read_parameters
 from metajax.training.loop import Phases, Trained, Trainer
+from metajax.training.metrics import read_lines
 from metajax.training.program import Program
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
@@ -75,6 +76,7 @@ def run_experiment(
 
 def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float) -> dict[str, Any]:
     model, vocab_size = trained.state.model, trained.program.vocab_size
+    results = evaluate(config, trained.program, trained.corpora, model)
     return {
         "name": config.name,
         "scale": config.scale,
@@ -86,7 +88,8 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "cache_mb": _cache_mb(config),
         "counts": vars(trained.counts),
         "bytes_per_token": trained.corpora.bytes_per_token,
-        "eval": evaluate(config, trained.program, trained.corpora, model),
+        "eval": results,
+        "curves": _curves(config, run, results),
         "analyses": {},
         "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens and config.tasks is None else None,
         "startup": trained.startup,
@@ -97,6 +100,14 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in trained.corpora.caches],
         "config": to_dict(config),
     }
+
+
+def _curves(config: Config, run: RunDirectory, results: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of what has been evaluated during training, its last one from the end: what a table compares budgets by."""
+    if not config.evaluation.documents:
+        return {}
+    during = [(line["step"], line["held_out_bpb"]) for line in read_lines(run.path / "metrics.jsonl") if "held_out_bpb" in line]
+    return {"bpb": [*during, (config.training.steps, results[config.evaluation.conditions[0]]["bpb"])]}
 
 
 def _cache_mb(config: Config) -> dict[str, float]:

@@ -59,6 +59,7 @@ class Row:
     # For {names} in the columns' paths: rows that read one run in several ways.
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)
     parts: tuple[str, ...] = ()  # those of the table's parts that this row has; empty: all of them
+    lacks: str | ByScale = ""  # a field of metadata that the corpus has not got: the row is shown, and not run
 
     def paper(self, key: str) -> Published | None:
         """What the paper says in that column; None where this row does not speak of it."""
@@ -79,6 +80,8 @@ class Column:
     factor: float = 1.0  # what a run's number is multiplied with before it is shown: 100 for a share in per cent
     minus: str = ""  # a second path, whose number is taken from the first one's
     part: str = ""  # of the table, whose run has the number
+    # The share of the steps after which the curve at `path` is for the first time better by `match` than the baseline's is at its end.
+    match: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -87,8 +90,9 @@ class Column:
 
     @property
     def key(self) -> str:
-        """The name of this column in `Row.published` and in table.json: PATH, PATH - MINUS, PART: PATH."""
+        """The name of this column in `Row.published` and in table.json: PATH, PATH - MINUS, PATH to MATCH, PART: PATH."""
         path = f"{self.path} - {self.minus}" if self.minus else self.path
+        path = path if self.match is None else f"{path} to {self.match:+g}"
         return f"{self.part}: {path}" if self.part else path
 
 
@@ -153,6 +157,10 @@ class Table:
         """The parts that a row has a run for; ("",) in a table without parts."""
         return row.parts or tuple(self.parts) or ("",)
 
+    def lacks(self, row: Row, scale: str) -> str:
+        """The field that a row needs and this scale's corpus has not got, or ""."""
+        return at_scale({"field": row.lacks}, scale).get("field", "")
+
     @property
     def example(self) -> str:
         """The name of an experiment of this table: its baseline's, or its first row's."""
@@ -162,6 +170,8 @@ class Table:
     def config(self, row: Row, scale: str, part: str = "") -> Config:
         """The config of one row, of one of its parts, at a scale."""
         _require_scale(self.name, self.scales, scale)
+        lacks = self.lacks(row, scale)
+        require(not lacks, f"{self.name}/{row.name} has no such field at scale {scale}: its corpus lacks {lacks!r}")
         if row.of:
             return override(find_experiment(_joined(row.of, part)).build(scale), at_scale(row.changes, scale))
         config = override(override(self.base(scale), at_scale(row.changes, scale)), at_scale(self.parts.get(part, {}), scale))
@@ -223,10 +233,11 @@ def table(
         )
         _add(_tables, name, made)
         for row in (row for row in made.rows if not row.of):
+            there = tuple(scale for scale in scales if not made.lacks(row, scale))
             for part in made.parts_of(row):
                 build = lambda scale, row=row, part=part: made.config(row, scale, part)  # noqa: E731 - binds both
                 of_row = _joined(name, row.name, part)
-                _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, scales, made, row))
+                _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, there, made, row))
         return made
 
     return register

@@ -70,7 +70,9 @@ def _interval(summary: Mapping[str, Any], digits: int, seeds: int, sign: str = "
 
 
 def state_of(row: Mapping[str, Any]) -> str:
-    """What a cell without a number says: what is the matter with the row's runs, or that they have no such number."""
+    """What a cell without a number says: what is the matter with the row or its runs, or that they have no such number."""
+    if row["lacks"]:
+        return "no such field"
     states = {run["state"] for run in row["runs"]}
     return next((state for state in (FAILED, UNFINISHED, NOT_RUN) if state in states), "-")
 

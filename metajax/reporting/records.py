@@ -199,8 +199,8 @@ def _require_same(saved: Config, config: Config, path: Path) -> None:
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The held-out results of a report's `eval`, by condition; what it has on tasks stands beside them."""
-    return {name: result for name, result in results.items() if name != "tasks"}
+    """The held-out results of a report's `eval`, by condition; what it has on tasks and choices stands beside them."""
+    return {name: result for name, result in results.items() if name not in ("tasks", "choice")}
 
 
 # ----------------------------------------------------------------------------------------------- finding runs

@@ -47,9 +47,14 @@ def gather(
     chosen = [row for row in table.rows if row.name in rows]
     basis = next((row for row in chosen if row.name == table.baseline), None)
     absent = [None] * len(seeds)
+    compared = reports[basis.name] if basis else {}
     values = {
         row.name: {
-            c.key: [_number(r, table.filled(row, scale), c) for r in reports[row.name].get(c.part, absent)] for c in table.columns
+            c.key: [
+                _number(report, table.filled(row, scale), c, base)
+                for report, base in zip(reports[row.name].get(c.part, absent), compared.get(c.part, absent), strict=True)
+            ]
+            for c in table.columns
         }
         for row in chosen
     }
@@ -68,6 +73,7 @@ def gather(
                 "name": row.name,
                 "group": row.group,
                 "note": row.note,
+                "lacks": table.lacks(row, scale),
                 "changes": {k: str(v) for k, v in at_scale(row.changes, scale).items()} | ({"of": row.of} if row.of else {}),
                 "runs": runs[row.name],
                 "cost": _cost(next((r for part in reports[row.name].values() for r in part if r), None)),
@@ -103,9 +109,15 @@ def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
     return dataclasses.asdict(summary) | {"clear_of_zero": summary.clear_of_zero} if summary else None
 
 
-def _number(report: Mapping[str, Any] | None, fill: Mapping[str, str], column: Column) -> float | None:
+def _number(
+    report: Mapping[str, Any] | None, fill: Mapping[str, str], column: Column, baseline: Mapping[str, Any] | None
+) -> float | None:
     if report is None:
         return None
+    if column.match is not None:
+        curve, target = (None if r is None else _find(r, column.path, fill) for r in (report, baseline))
+        share = share_to_match(curve, target[-1][1], column.match) if curve and target else None
+        return None if share is None else column.factor * share
     first = _look_up(report, column.path, fill)
     if not column.minus or first is None:
         return None if first is None else column.factor * first
@@ -113,12 +125,36 @@ def _number(report: Mapping[str, Any] | None, fill: Mapping[str, str], column: C
     return None if second is None else column.factor * (first - second)
 
 
-def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> float | None:
+def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: float) -> float | None:
+    """The share of its steps after which a curve is first better than `target` by `margin`; None where it never is, or is one point.
+
+    curve: (step, value), in order, the last at the run's end, straight lines between. A curve that falls has a margin to fall by, one
+    that rises the other way; which it does is seen from its ends.
+    """
+    if len(curve) < 2:
+        return None
+    sign = 1.0 if curve[-1][1] >= curve[0][1] else -1.0
+    goal, end = sign * target + margin, curve[-1][0]
+    before = None
+    for step, value in ((step, sign * value) for step, value in curve):
+        if value >= goal:
+            back = 0.0 if before is None or value == before[1] else (value - goal) / (value - before[1]) * (step - before[0])
+            return (step - back) / end
+        before = step, value
+    return None
+
+
+def _find(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> Any:
     value: Any = report
     for key in path.format_map(fill).split("."):
         if not isinstance(value, Mapping) or key not in value:
             return None
         value = value[key]
+    return value
+
+
+def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> float | None:
+    value = _find(report, path, fill)
     return None if value is None else float(value)
 
 

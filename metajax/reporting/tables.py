@@ -61,7 +61,9 @@ class TablePlan:
         return Run(config, default_workdir(config, self.root), tuple(folders), part), parents
 
     def _lines(self) -> list[tuple[Row, str]]:
-        return [(row, part) for row in self.rows for part in self.table.parts_of(row)]
+        """Every row that this scale's corpus has the fields for, with each of its parts."""
+        there = [row for row in self.rows if not self.table.lacks(row, self.scale)]
+        return [(row, part) for row in there for part in self.table.parts_of(row)]
 
     def runs(self) -> list[Run]:
         """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""
