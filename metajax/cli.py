@@ -205,6 +205,19 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--lengths", default=None, metavar="LIST", help="length bins of the tasks, such as 64,128 (as in the run)"
     )
     parser.add_argument("--conditions", default=None, metavar="LIST", help="none, right, empty, shuffled (as in the run)")
+    parser.add_argument(
+        "--choice",
+        default=None,
+        metavar="LIST",
+        help="multiple choice, KIND:FILE such as arc_easy:arc_easy/test.jsonl (as in the run)",
+    )
+    parser.add_argument("--shots", default=None, metavar="LIST", help="solved examples in front of each question, such as 0,5")
+    parser.add_argument(
+        "--contexts",
+        default=None,
+        metavar="LIST",
+        help="what stands in front of the questions: none, empty, task (a fitting source)",
+    )
     _add_place(parser)
 
 

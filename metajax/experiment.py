@@ -16,6 +16,7 @@ from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
 from metajax.data.tokenizers import Tokenizer
 from metajax.data.tokenizers import load as load_tokenizer
+from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks
 from metajax.inference.forward import prepare
@@ -106,8 +107,13 @@ def _curves(config: Config, run: RunDirectory, results: dict[str, dict[str, Any]
     """(step, value) of what has been evaluated during training, its last one from the end: what a table compares budgets by."""
     if not config.evaluation.documents:
         return {}
-    during = [(line["step"], line["held_out_bpb"]) for line in read_lines(run.path / "metrics.jsonl") if "held_out_bpb" in line]
-    return {"bpb": [*during, (config.training.steps, results[config.evaluation.conditions[0]]["bpb"])]}
+    lines = read_lines(run.path / "metrics.jsonl")
+    during = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
+    curves = {"bpb": [*during, (config.training.steps, results[config.evaluation.conditions[0]]["bpb"])]}
+    if "choice" in results:
+        during = [(line["step"], line["choice"]) for line in lines if "choice" in line]
+        curves["choice"] = [*during, (config.training.steps, results["choice"]["average"])]
+    return curves
 
 
 def _cache_mb(config: Config) -> dict[str, float]:
@@ -119,7 +125,8 @@ def _cache_mb(config: Config) -> dict[str, float]:
 
 
 def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
-    """Held-out results under every condition of `config.evaluation`; as "tasks" those of `config.tasks`, by task and length."""
+    """Held-out results under every condition of `config.evaluation`; as "tasks" those of `config.tasks`, by task and length; as "choice"
+    those of `config.evaluation.choice`."""
     results: dict[str, dict[str, Any]] = {}
     if config.tasks is not None:
         results["tasks"] = evaluate_tasks(program, corpora, model)
@@ -129,6 +136,8 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
         for condition in config.evaluation.conditions:
             results[condition] = evaluate_held_out(program, corpora, model, condition)
             advance(1)
+    if config.evaluation.choice is not None:
+        results["choice"] = evaluate_choice(program, corpora, model)
     return results
 
 

@@ -195,6 +195,14 @@ def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
 
     if "tasks" in results:
         print_tasks(results["tasks"])
+    for setting, tasks in results.get("choice", {}).get("settings", {}).items():
+        for name, scored in tasks.items():
+            if name != "average":
+                print(
+                    f"{name}, {setting.replace('_', ' context, ')} shots: acc {scored['acc']:.1%} ± {scored['acc_stderr']:.1%}, acc_norm "
+                    f"{scored['acc_norm']:.1%} (standard error, {scored['n']:,} questions)"
+                )
+        print(f"mean acc, {setting.replace('_', ' context, ')} shots: {tasks['average']:.1%}")
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         shown = "no" if condition == "none" else condition
@@ -286,6 +294,13 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
         changes["evaluation.documents"] = options.documents
     if options.conditions is not None:
         changes["evaluation.conditions"] = options.conditions
+    for field, words in (("tasks", options.choice), ("shots", options.shots), ("contexts", options.contexts)):
+        if words is not None:
+            require(
+                options.choice is not None or opened.config.evaluation.choice is not None,
+                f"--{field}: the run has no multiple choice; name its files with --choice KIND:FILE",
+            )
+            changes[f"evaluation.choice.{field}"] = words
     if options.task is not None:
         changes["tasks.names"] = options.task
     if options.lengths is not None:

@@ -35,6 +35,7 @@ from metajax.data.metadata import (
 )
 from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
+from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
@@ -198,7 +199,7 @@ def _rows(
     return RowSource(index, cache.__getitem__, sides, corpora.tokenizer.vocabulary, row_capacity(corpora.config))
 
 
-def _complete(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
+def complete_row(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
     """What every row gets last: meta-tokens, then positions."""
     if config.meta_tokens is not None:
         row = inject(row, rng, meta=config.meta_tokens, count=meta_count(config), meta_id=meta_id)
@@ -250,7 +251,7 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
     if switch is not None:
         mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.anew)
     mixed = grain.MapDataset.select_from_datasets(streams, mixture)
-    complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
+    complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))
 
 
@@ -305,7 +306,12 @@ def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarr
 
 
 def check_evaluation(corpora: Corpora) -> None:
-    """UserError now, not after training, where held-out documents cannot be shown as `evaluation.conditions` asks."""
+    """UserError now, not after training, where held-out documents cannot be shown as `evaluation.conditions` asks, or a file of
+    questions cannot be read."""
+    choice = corpora.config.evaluation.choice
+    for task in map(Task.of, choice.tasks if choice is not None else ()):
+        for path in {task.path, task.shots_from}:
+            task.read(path, corpora.paths.data)
     if corpora.config.evaluation.documents:
         for condition in corpora.config.evaluation.conditions:
             for i in range(len(corpora.caches)):
@@ -318,7 +324,7 @@ def held_out(corpora: Corpora, condition: str) -> HeldOut:
     rows, documents, body_bytes = [], 0, 0
     for i, cache in enumerate(corpora.caches):
         chosen, source = _evaluation_rows(corpora, i, condition)
-        complete = partial(_complete, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
+        complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
         rows += [complete(source[n], np.random.default_rng([EVALUATION_SEED, i, n])) for n in range(len(source))]
         documents += len(chosen)
         body_bytes += int(np.asarray(cache.bytes)[chosen].sum())

@@ -18,6 +18,7 @@ import numpy as np
 from metajax.config import Config, UserError, config_hash
 from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
+from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks, mean_exact
 from metajax.planning.flops import peak_flops, step_flops
@@ -249,6 +250,8 @@ class Trainer:
         else:
             score = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])["bpb"]
             record = {"held_out_bpb": score}
+            if self.config.evaluation.choice is not None:
+                record["choice"] = evaluate_choice(self.program, self.corpora, state.model)["average"]
         self.metrics.write({"step": step, **record})
         self.loggers.write(step, {name: value for name, value in record.items() if value is not None})
         return score

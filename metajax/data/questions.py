@@ -1,0 +1,179 @@
+"""Multiple-choice questions from local JSON lines files, with the fields that the lm-evaluation-harness' tasks have.
+
+A kind says how a record becomes a question. Prompts are the harness' own, so that scores can be set beside published ones; `jsonl` is for
+files of one's own, with query, choices and gold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from etils import epath
+
+from metajax.config import nearest, require
+from metajax.data.sources import find_files
+
+Record = Mapping[str, Any]
+DELIMITER = " "  # between a prompt and its answer
+BETWEEN = "\n\n"  # between solved examples
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is scored: each context with its answer. `weighed` are the texts whose lengths acc_norm divides by; gold is the right one.
+
+    greedy: one answer, which counts as right when it is the most likely text, token by token.
+    """
+
+    contexts: tuple[str, ...]
+    answers: tuple[str, ...]
+    weighed: tuple[str, ...]
+    gold: int
+    greedy: bool = False
+
+    @property
+    def solved(self) -> str:
+        """The question with its answer, as it is shown as an example."""
+        return self.contexts[self.gold] + self.answers[self.gold]
+
+
+def asked(context: str, choices: Sequence[str], gold: int) -> Question:
+    """One context, several answers."""
+    return Question((context,) * len(choices), tuple(DELIMITER + choice for choice in choices), tuple(choices), int(gold))
+
+
+def _arc(record: Record) -> Question:
+    choices = record["choices"]
+    return asked(f"Question: {record['question']}\nAnswer:", choices["text"], choices["label"].index(record["answerKey"]))
+
+
+def _commonsense_qa(record: Record) -> Question:
+    texts = record["choices"]["text"]
+    lines = [f"{letter}. {text}" for letter, text in zip("ABCDE", texts, strict=True)]
+    return asked(
+        "\n".join([f"Question: {record['question'].strip()}", *lines, "Answer:"]), "ABCDE", "ABCDE".index(record["answerKey"])
+    )
+
+
+def _hellaswag(record: Record) -> Question:
+    def clean(text: str) -> str:
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+
+    context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
+    return asked(
+        clean(f"{record['activity_label']}: {context}"), [clean(ending) for ending in record["endings"]], record["label"]
+    )
+
+
+def _lambada(record: Record) -> Question:
+    before, _, last = record["text"].rpartition(" ")
+    return Question((before,), (DELIMITER + last,), (last,), 0, greedy=True)
+
+
+def _mmlu(record: Record) -> Question:
+    return asked(f"Question: {record['question'].strip()}\nAnswer:", record["choices"], record["answer"])
+
+
+def _openbookqa(record: Record) -> Question:
+    choices = record["choices"]
+    return asked(record["question_stem"], choices["text"], choices["label"].index(record["answerKey"].strip()))
+
+
+def _piqa(record: Record) -> Question:
+    return asked(f"Question: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], record["label"])
+
+
+def _social_iqa(record: Record) -> Question:
+    answers = [record[f"answer{letter}"] for letter in "ABC"]
+    return asked(f"Q: {record['context']} {record['question']}\nA:", answers, int(record["label"]) - 1)
+
+
+def _winogrande(record: Record) -> Question:
+    """The names differ, and what follows the blank is scored behind each."""
+    before, _, behind = record["sentence"].partition("_")
+    contexts = (before + record["option1"], before + record["option2"])
+    return Question(contexts, (DELIMITER + behind.strip(),) * 2, contexts, int(record["answer"]) - 1)
+
+
+KINDS: dict[str, Callable[[Record], Question]] = {
+    "arc_easy": _arc, "arc_challenge": _arc, "commonsense_qa": _commonsense_qa, "hellaswag": _hellaswag, "lambada": _lambada,
+    "mmlu_continuation": _mmlu, "openbookqa": _openbookqa, "piqa": _piqa, "social_iqa": _social_iqa, "winogrande": _winogrande,
+    "jsonl": lambda record: asked(record["query"], record["choices"], record["gold"]),
+}  # fmt: skip
+# What MeCo puts in front for conditional inference: invented addresses that fit a task.
+SITES = {
+    "mmlu_continuation": "testprepportal", "arc_easy": "sciencestudyquiz", "arc_challenge": "sciencestudyquiz", "commonsense_qa": "quizsmart",
+    "hellaswag": "wikihowquiz", "openbookqa": "factquizmaster", "piqa": "basicknowledgequiz", "social_iqa": "socialskillsassessment",
+    "winogrande": "testpreppractice",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file of questions. spec: KIND:FILE[?shots_from=FILE&name=NAME&source=TEXT].
+
+    shots_from: where solved examples come from, the file itself where it is left out. name: of the results, the kind's where it is left
+    out. source: what metadata says in conditional inference; of known kinds MeCo's address.
+    """
+
+    kind: str
+    path: str
+    name: str
+    source: str | None
+    shots_from: str
+
+    @classmethod
+    def of(cls, spec: str) -> Task:
+        """UserError for an unknown kind or option."""
+        head, _, query = spec.partition("?")
+        kind, _, path = head.partition(":")
+        said = f"evaluation.choice.tasks {spec!r}: "
+        require(kind in KINDS, f"{said}unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+        require(bool(path), f"{said}a file is missing; write {kind}:FILE")
+        options, known = dict(parse_qsl(query)), ("shots_from", "name", "source")
+        for option in options:
+            require(option in known, f"{said}unknown option {option!r}{nearest(option, known)}; known: {', '.join(known)}")
+        site = f"www.{SITES[kind]}.com" if kind in SITES else None
+        return cls(kind, path, options.get("name", kind), options.get("source", site), options.get("shots_from", path))
+
+    def read(self, path: str, data_dir: Path | None) -> list[Question]:
+        """The questions of a file, in order; UserError for a record that lacks a field or has another form."""
+        root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
+        found = []
+        for file in find_files(f"{self.kind}:{path}", path, root):
+            for number, line in enumerate(epath.Path(file).read_text().splitlines(), 1):
+                where = f"{file}, line {number}: "
+                try:
+                    record = json.loads(line)
+                    question = KINDS[self.kind](record)
+                except json.JSONDecodeError as error:
+                    require(False, f"{where}no JSON ({error})")
+                except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+                    require(
+                        False,
+                        f"{where}no question of {self.kind} ({type(error).__name__}: {error}); a record has {_fields(record)}",
+                    )
+                require(0 <= question.gold < len(question.answers), f"{where}the right answer is number {question.gold}")
+                found.append(question)
+        require(len(found) > 0, f"{path} has no question")
+        return found
+
+
+def _fields(record: Any) -> str:
+    return ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
+
+
+def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
+    """(ids of the context, ids of the answer) as the harness has them: spaces at the context's end belong to the answer, and the answer is
+    what the ids of both together have behind the context's own."""
+    kept = context.rstrip()
+    before = encode(kept)
+    return before, encode(context + answer)[len(before) :]

@@ -1,0 +1,171 @@
+"""Multiple-choice questions by log-likelihood, as the lm-evaluation-harness scores them: the answer whose tokens are most likely behind the
+question, by the sum of their log-probabilities (acc) or that sum by the answer's length in characters (acc_norm).
+
+Questions and their answers are packed as documents of rows. A context that is too long loses its beginning; what stands in front of
+everything (BOS, metadata) stays, where the harness would cut it off too.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from metajax.config import Config, Metadata, require
+from metajax.data.metadata import delimiters
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
+from metajax.data.questions import BETWEEN, Question, Task, encode_pair
+from metajax.data.rows import Row, padding_row, stack
+from metajax.data.tokenizers import Tokenizer
+from metajax.progress import progress
+from metajax.training.losses import token_nll
+from metajax.training.step import apply_model
+
+if TYPE_CHECKING:
+    from metajax.training.program import Program
+
+Piece = tuple[list[int], int]  # ids, and how many at their end are the answer
+
+
+def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
+    """{task: {acc, acc_norm, n}, "average": mean acc} with the first context and number of shots; all of them as settings.CONTEXT_SHOTS."""
+    choice, config = corpora.config.evaluation.choice, corpora.config
+    tasks = [Task.of(spec) for spec in choice.tasks]
+    names = [task.name for task in tasks]
+    require(
+        len(set(names)) == len(names),
+        f"evaluation.choice.tasks: two are named alike in {', '.join(names)}; name them with ?name=",
+    )
+    settings = [(context, shots) for context in choice.contexts for shots in choice.shots]
+    found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context, shots in settings}
+    with progress(f"choices of {config.name}", total=len(tasks) * len(settings)) as advance:
+        for task in tasks:
+            questions = task.read(task.path, corpora.paths.data)[: choice.examples]
+            examples = questions if task.shots_from == task.path else task.read(task.shots_from, corpora.paths.data)
+            for context, shots in settings:
+                shown = [with_shots(q, n, examples, shots, examples is questions) for n, q in enumerate(questions)]
+                head = opening(config, corpora.tokenizer, context, task)
+                found[f"{context}_{shots}"][task.name] = summarise(shown, score(program, corpora, model, shown, head))
+                advance(1)
+    for of_setting in found.values():
+        of_setting["average"] = float(np.mean([of_setting[name]["acc"] for name in names]))
+    return next(iter(found.values())) | {"settings": found}
+
+
+def with_shots(question: Question, number: int, examples: Sequence[Question], shots: int, same_file: bool) -> Question:
+    """The question behind `shots` solved examples, drawn by its number; from its own file never itself."""
+    available = len(examples) - same_file
+    require(shots <= available, f"{shots} shots, but there are {available} examples to draw from; lower evaluation.choice.shots")
+    drawn = np.random.default_rng([EVALUATION_SEED, number]).permutation(len(examples))
+    chosen = [examples[i] for i in drawn if not (same_file and i == number)][:shots]
+    before = "".join(example.solved + BETWEEN for example in chosen)
+    contexts = tuple(before + context for context in question.contexts)
+    return Question(contexts, question.answers, question.weighed, question.gold, question.greedy)
+
+
+def opening(config: Config, tokenizer: Tokenizer, context: str, task: Task) -> list[int]:
+    """The ids in front of everything: BOS, with the empty pair or a task's source where metadata stands in training."""
+    bos = [tokenizer.vocabulary.bos]
+    if context == "none":
+        return bos
+    recipe = config.metadata or Metadata()
+    before, after = delimiters(recipe, tokenizer)
+    said = ""
+    if context == "task":
+        require(task.source is not None, f"evaluation.choice: {task.name} has no source to name; give it one with ?source=TEXT")
+        fields = [name for _, name, _, _ in string.Formatter().parse(recipe.template) if name]
+        said = recipe.template.format_map(dict.fromkeys(fields, task.source))
+    metadata = [*before, *tokenizer.encode(said), *after]
+    return bos + metadata if recipe.bos_eos == "outside" else metadata + bos
+
+
+def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], head: list[int]) -> np.ndarray:
+    """float64 [N, 2] for every answer of every question, in order: log-likelihood, and whether it is the greedy continuation."""
+    encode, room = corpora.tokenizer.encode, row_capacity(corpora.config) + 1 - len(head)
+    pieces = []
+    for question in questions:
+        for context, answer in zip(question.contexts, question.answers, strict=True):
+            before, behind = encode_pair(encode, context, answer)
+            require(
+                0 < len(behind) < room,
+                f"the answer {answer!r} has {len(behind)} tokens, and a row holds {room - 1} behind its beginning",
+            )
+            pieces.append((head + (before + behind)[-room:], len(behind)))
+    found = np.zeros((len(pieces), 2))
+    found[:, 1] = 1
+    size = max(1, corpora.config.data.batch_rows // corpora.config.training.accumulate // program.mesh.size) * program.mesh.size
+    of_tokens = jax.jit(_tokens, out_shardings=NamedSharding(program.mesh, PartitionSpec()))  # whole on every host
+    with jax.set_mesh(program.mesh):
+        for batch in _batches(corpora, pieces, size):
+            nll, greedy = jax.device_get(of_tokens(model, program.put(program.local_rows(batch))))
+            piece, asked = batch["piece"], batch["is_body"]
+            np.add.at(found[:, 0], piece[asked], -nll[asked].astype(np.float64))
+            np.minimum.at(found[:, 1], piece[asked], greedy[asked])
+    return found
+
+
+def _tokens(model: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Of every slot [B, T]: nats of its target, and whether that is the most likely token."""
+    logits = apply_model(model, batch)
+    return token_nll(logits, batch["targets"])[0], jnp.argmax(logits, axis=-1) == batch["targets"]
+
+
+def _batches(corpora: Corpora, pieces: Sequence[Piece], size: int) -> Iterator[Row]:
+    capacity, pad = row_capacity(corpora.config), corpora.tokenizer.vocabulary.pad
+    rows, row, at = [], [], 0
+    for number, (ids, _) in enumerate(pieces):
+        if at + len(ids) - 1 > capacity:
+            rows.append(row)
+            row, at = [], 0
+        row.append(number)
+        at += len(ids) - 1
+    rows.append(row)
+    made = [
+        complete_row(_row(pieces, row, capacity, pad), np.random.default_rng([EVALUATION_SEED, n]), config=corpora.config,
+                 meta_id=corpora.tokenizer.vocabulary.meta)
+        for n, row in enumerate(rows)
+    ]  # fmt: skip
+    made += [padding_row(made[0], pad)] * (-len(made) % size)
+    for n in range(0, len(made), size):
+        yield stack(made[n : n + size])
+
+
+def _row(pieces: Sequence[Piece], numbers: Sequence[int], capacity: int, pad: int) -> Row:
+    """Pieces as the documents of one row, asked for their answers alone; `piece` is the number of each slot's piece."""
+    row = {name: np.full(capacity, pad, np.int32) for name in ("tokens", "targets")}
+    row |= {name: np.zeros(capacity, bool) for name in ("is_body", "is_metadata", "asks_metadata")}
+    row |= {"segment_ids": np.zeros(capacity, np.int32), "piece": np.zeros(capacity, np.int32)}
+    at = 0
+    for segment, number in enumerate(numbers, 1):
+        ids, answer = pieces[number]
+        end = at + len(ids) - 1
+        row["tokens"][at:end], row["targets"][at:end] = ids[:-1], ids[1:]
+        row["is_body"][end - answer : end] = True
+        row["segment_ids"][at:end], row["piece"][at:end] = segment, number
+        at = end
+    return row | {"loss_weights": row["is_body"].astype(np.float32)}
+
+
+def summarise(questions: Sequence[Question], found: np.ndarray) -> dict[str, float]:
+    """acc and acc_norm in [0, 1] and their standard errors over n questions, from the scores of all answers in order."""
+    right, right_norm, at = [], [], 0
+    for question in questions:
+        likely, greedy = found[at : at + len(question.answers)].T
+        at += len(question.answers)
+        if question.greedy:
+            right.append(greedy[question.gold] > 0)
+            right_norm.append(right[-1])
+        else:
+            lengths = np.array([len(text) for text in question.weighed], np.float64)
+            right.append(np.argmax(likely) == question.gold)
+            right_norm.append(np.argmax(likely / lengths) == question.gold)
+    n, out = len(questions), {}
+    for name, values in (("acc", right), ("acc_norm", right_norm)):
+        share = float(np.mean(values))
+        out |= {name: share, f"{name}_stderr": float(np.sqrt(share * (1 - share) / max(1, n - 1)))}
+    return out | {"n": n}

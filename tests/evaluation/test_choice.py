@@ -1,0 +1,136 @@
+"""Multiple choice: prompts and scores against the lm-evaluation-harness' own, and packed scores against one pass for each answer."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metajax.config import Choice, Metadata, UserError
+from metajax.data.pipeline import check_evaluation, open_corpora
+from metajax.data.questions import KINDS, Question, Task, encode_pair
+from metajax.evaluation.choice import evaluate_choice, opening, score, summarise, with_shots
+from metajax.training.program import Program
+
+GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "choice_harness.json").read_text())
+
+
+@pytest.mark.parametrize("kind", GOLDENS["tasks"])
+def test_prompts_and_scores_are_those_of_the_harness(kind):
+    """The frozen sample holds records of our own, what the harness asks a model about each, and its metrics for made-up answers."""
+    sample = GOLDENS["tasks"][kind]
+    questions = [KINDS[kind](record) for record in sample["records"]]
+    asked = [[list(pair) for pair in zip(q.contexts, q.answers, strict=True)] for q in questions]
+    assert asked == sample["requests"]
+    found = np.concatenate([np.asarray(of_question, np.float64) for of_question in sample["replies"]])
+    for name, value in sample["metrics"].items():
+        assert summarise(questions, found)[name] == pytest.approx(value)
+    shown = questions[0].solved + "\n\n" + questions[1].solved + "\n\n"
+    assert [shown + context for context in questions[2].contexts] == sample["two_shots"]
+
+
+def test_ids_of_a_pair_are_those_of_the_harness():
+    table = {word: i for i, word in enumerate(GOLDENS["pairs"]["words"])}
+
+    def encode(text):  # longest first, so that a space belongs to the word behind it
+        ids = []
+        while text:
+            word = max((w for w in table if text.startswith(w)), key=len)
+            ids.append(table[word])
+            text = text[len(word) :]
+        return ids
+
+    for context, answer, before, behind in GOLDENS["pairs"]["cases"]:
+        assert encode_pair(encode, context, answer) == (before, behind)
+
+
+RECORDS = [
+    {"query": "the mask of a row", "choices": ["is a matrix", "segments"], "gold": 1},
+    {"query": "sort:", "choices": ["a", "b", "the list and the rest of it"], "gold": 0},
+    {
+        "query": "a very long question that no row can hold as it is, so that it loses its beginning",
+        "choices": ["x", "y"],
+        "gold": 1,
+    },
+]
+
+
+@pytest.fixture
+def prepared(tiny_config, paths, tmp_path):
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+
+    def build(tasks, **changes):
+        config = tiny_config(**{"evaluation.choice": Choice((f"jsonl:{tmp_path}/own.jsonl", *tasks), shots=(0, 2)), **changes})
+        corpora = open_corpora(config, paths)
+        program = Program.build(config, corpora.tokenizer.vocabulary.size, jax.devices()[:1])
+        return program, corpora, jax.tree.map(lambda x: 6 * x, program.create_state().model)
+
+    return build
+
+
+def test_packed_scores_are_those_of_every_answer_alone(prepared):
+    program, corpora, model = prepared([], **{"data.row_length": 64})
+    questions = [KINDS["jsonl"](record) for record in RECORDS]
+    head = [corpora.tokenizer.vocabulary.bos]
+    found = score(program, corpora, model, questions, head)
+    forward = jax.jit(
+        lambda tokens: jax.nn.log_softmax(model(tokens, positions=jnp.arange(64)[None], segment_ids=jnp.ones((1, 64), int)))
+    )
+    at = 0
+    for question in questions:
+        for context, answer in zip(question.contexts, question.answers, strict=True):
+            ids = (head + corpora.tokenizer.encode(context + answer)[-64:])[:]
+            count = len(corpora.tokenizer.encode(answer))
+            tokens = np.zeros((1, 64), np.int32)
+            tokens[0, : len(ids) - 1] = ids[:-1]
+            logs = np.asarray(forward(tokens))[0, : len(ids) - 1]
+            own = logs[np.arange(len(ids) - 1), ids[1:]][-count:]
+            greedy = (logs.argmax(-1) == ids[1:])[-count:].all()
+            np.testing.assert_allclose(found[at], (own.sum(), greedy), rtol=1e-5)
+            at += 1
+    assert at == len(found) == 7
+
+
+def test_results_by_task_context_and_shots(prepared):
+    program, corpora, model = prepared(
+        [], metadata=Metadata(template="{topic}"), **{"evaluation.choice.contexts": ("none", "empty")}
+    )
+    found = evaluate_choice(program, corpora, model)
+    assert found["settings"].keys() == {"none_0", "none_2", "empty_0", "empty_2"}
+    assert found["jsonl"] == found["settings"]["none_0"]["jsonl"] and found["jsonl"]["n"] == 3
+    assert found["average"] == found["jsonl"]["acc"]
+
+
+def test_solved_examples_are_never_the_question_itself():
+    questions = [Question((f"q{i}",), (f" a{i}",), ("a",), 0) for i in range(4)]
+    for number, question in enumerate(questions):
+        shown = with_shots(question, number, questions, 3, same_file=True).contexts[0]
+        assert shown.endswith(f"q{number}") and shown.count(f"q{number}") == 1 and shown.count("\n\n") == 3
+    with pytest.raises(UserError, match="4 shots, but there are 3"):
+        with_shots(questions[0], 0, questions, 4, same_file=True)
+
+
+def test_conditional_inference_names_a_source_where_metadata_stood_in_training(prepared):
+    recipe = Metadata(template="URL: {url|host}\n\n", wrap="plain")
+    _, corpora, _ = prepared([], metadata=recipe)
+    task, tokenizer = Task.of("openbookqa:f.jsonl"), corpora.tokenizer
+    bos = tokenizer.vocabulary.bos
+    assert opening(corpora.config, tokenizer, "task", task) == [bos, *tokenizer.encode("URL: www.factquizmaster.com\n\n")]
+    assert opening(corpora.config, tokenizer, "empty", task) == opening(corpora.config, tokenizer, "none", task) == [bos]
+    with pytest.raises(UserError, match="own has no source to name; give it one with"):
+        opening(corpora.config, tokenizer, "task", Task.of("jsonl:f.jsonl?name=own"))
+
+
+def test_mistakes_in_files_are_named(prepared, tmp_path):
+    for line, message in (
+        ("{", "line 1: no JSON"),
+        ('{"goal": "g"}', "no question of piqa .KeyError: 'sol1'.; a record has goal"),
+    ):
+        (tmp_path / "piqa.jsonl").write_text(line)
+        _, corpora, _ = prepared([f"piqa:{tmp_path}/piqa.jsonl"])
+        with pytest.raises(UserError, match=message):
+            check_evaluation(corpora)
+    with pytest.raises(UserError, match="unknown kind 'piqua'; did you mean 'piqa'"):
+        Task.of("piqua:f.jsonl")
