@@ -78,15 +78,15 @@ def base(scale: str) -> Config:
     return Config(
         name="metadata",
         data=Data(
-            sources=("debindex",), tokenizer="bpe:2048" if cpu else "bpe:8192", row_length=256 if cpu else 512, batch_rows=8 if cpu else 32,
+            sources=("debindex",), tokenizer="bpe:2048" if cpu else "bpe:8192", row_length=256 if cpu else 512, batch_rows=4 if cpu else 32,
         ),
-        optimizer=Optimizer(learning_rate=4e-3 if cpu else 1e-3, warmup_steps=30 if cpu else 50),
-        training=Training(steps=300 if cpu else 1000),
+        optimizer=Optimizer(learning_rate=3e-3 if cpu else 1e-3, warmup_steps=30 if cpu else 50),
+        training=Training(steps=600 if cpu else 1000),
         evaluation=Evaluation(
-            every=30 if cpu else 100, conditions=conditions, documents=240 if cpu else 800,
-            labels=("{section|top12}", "{popularity|floor|cap2}", "{maintainer|top12}"),
+            every=60 if cpu else 100, conditions=conditions, documents=240 if cpu else 800,
+            labels=("{section|top6}", "{popularity|floor|cap2}", "{maintainer|top6}"),
         ),
-        runtime=Runtime(save_every=150 if cpu else 500, log_every=50, unroll=0 if cpu else 1), **common,
+        runtime=Runtime(save_every=300 if cpu else 500, log_every=50, unroll=0 if cpu else 1), **common,
     )  # fmt: skip
 
 

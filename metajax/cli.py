@@ -244,6 +244,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
     parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        metavar="G",
+        help="with --context: 0 draws as without it, 1 as behind it, more goes beyond",
+    )
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="length of the continuation (64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N most likely tokens; 0: from all (0)")

@@ -61,6 +61,8 @@ class Rules:
     banned: Bool[Array, " V"]  # never drawn
     eos: Int[Array, ""]
     key: Array
+    # Rows are then pairs, the first half with a context and the second without: how much of the difference a draw is made with.
+    guidance: Float[Array, ""] | None
     sampling: Sampling = struct.field(pytree_node=False)
     ask_real: bool = struct.field(pytree_node=False)  # the ordinary token before asks, not the meta-token between
 
@@ -92,11 +94,21 @@ def advance(ready: Ready, state: Decoding, rules: Rules, slots: Int[Array, ""]) 
     return jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
+def guided(with_context: Float[Array, "B V"], without: Float[Array, "B V"], guidance: Float[Array, ""]) -> Float[Array, "B V"]:
+    """z_empty + g (z_context - z_empty) (arXiv 2505.16570), written so that g = 0 and g = 1 give one of the two exactly."""
+    return (1 - guidance) * without + guidance * with_context
+
+
 def _draw(state: Decoding, rules: Rules) -> Decoding:
     """Fill the slot to be read next, unless it holds a meta-token."""
-    rows, slots = jnp.arange(len(state.at)), state.tokens.shape[1]
-    keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(rules.key, row), at))(rows, state.at)
-    drawn = jax.vmap(rules.sampling.draw)(jnp.where(rules.banned, -jnp.inf, state.logits), keys).astype(state.tokens.dtype)
+    rows, slots, logits = jnp.arange(len(state.at)), state.tokens.shape[1], state.logits
+    drawn_by = rows
+    if rules.guidance is not None:  # a pair draws one token
+        half = len(rows) // 2
+        drawn_by = rows % half
+        logits = jnp.tile(guided(logits[:half], logits[half:], rules.guidance), (2, 1))
+    keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(rules.key, row), at))(drawn_by, state.at[drawn_by])
+    drawn = jax.vmap(rules.sampling.draw)(jnp.where(rules.banned, -jnp.inf, logits), keys).astype(state.tokens.dtype)
     draws = (state.left > 0) & ~jnp.take_along_axis(state.is_meta, state.at[:, None], axis=1)[:, 0]
     tokens = state.tokens.at[rows, jnp.where(draws, state.at, slots)].set(drawn, mode="drop")
     left = jnp.where(draws, jnp.where(drawn == rules.eos, 0, state.left - 1), state.left)

@@ -16,6 +16,7 @@ from metajax.inference.decoding import Decoding, Rules, Sampling, advance, start
 from metajax.inference.forward import Ready
 
 DEFAULT = Sampling()
+Context = str | Sequence[str | None] | None
 SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
 
 
@@ -102,39 +103,54 @@ def _padded(length: int, limit: int) -> int:
     return min(max(SMALLEST, 1 << (length - 1).bit_length()), limit)
 
 
-def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed: int) -> Rules:
+def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed: int, guidance: float | None = None) -> Rules:
     """The rules of every draw: of the reserved ids the end-of-text token alone, which ends a row."""
     banned = np.arange(vocabulary.size) >= vocabulary.base
     banned[vocabulary.eos] = False
     ask_real = config.meta_tokens is not None and config.meta_tokens.loss == "real_only"
-    return Rules(jnp.asarray(banned), jnp.asarray(vocabulary.eos), jax.random.key(seed), sampling, ask_real)
+    strength = None if guidance is None else jnp.asarray(guidance, jnp.float32)
+    return Rules(jnp.asarray(banned), jnp.asarray(vocabulary.eos), jax.random.key(seed), strength, sampling, ask_real)
 
 
 def stream(
-    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
-    sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
+    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: Context = None,
+    guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
 ) -> Iterator[list[str]]:  # fmt: skip
     """The text that follows each prompt, piece by piece: at most `count` tokens, cut at the end-of-text token.
 
     Args:
-      context: metadata text put between the context delimiters in front; None for none.
+      context: metadata text put between the context delimiters in front, of all prompts or of each; None for none.
+      guidance: tokens are drawn from `guided` logits, between or beyond those without metadata (0) and those behind the context (1).
       stride: slots of a row between two pieces.
 
     Raises:
-      UserError: prompt and continuation do not fit in a row.
+      UserError: prompt and continuation do not fit in a row; guidance without a context, or of a model with learned meta-tokens.
     """
-    vocabulary, head = tokenizer.vocabulary, _head(config, tokenizer, context)
-    rows = Rows.of(config, [[*head, *tokenizer.encode(prompt)] for prompt in prompts], vocabulary, count)
-    rules = make_rules(config, vocabulary, sampling, seed)
-    return _pieces(ready, rows, rows.start(ready, rules), rules, tokenizer, stride)
+    vocabulary = tokenizer.vocabulary
+    contexts = [context] * len(prompts) if isinstance(context, str | None) else list(context)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [[*_head(config, tokenizer, said), *prompt] for said, prompt in zip(contexts, encoded, strict=True)]
+    if guidance is not None:
+        require(None not in contexts, "guidance is away from text without metadata: it needs a context")
+        require(
+            config.meta_tokens is None,
+            "guidance: a row's two readings have their meta-tokens at different tokens; use a model without",
+        )
+        ids += [[*_head(config, tokenizer, ""), *prompt] for prompt in encoded]
+    rows = Rows.of(config, ids, vocabulary, count)
+    rules = make_rules(config, vocabulary, sampling, seed, guidance)
+    return _pieces(ready, rows, rows.start(ready, rules), rules, tokenizer, stride, len(prompts))
 
 
-def _pieces(ready: Ready, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int) -> Iterator[list[str]]:
-    shown, eos = [""] * len(rows.length), int(rules.eos)
+def _pieces(
+    ready: Ready, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int, prompts: int
+) -> Iterator[list[str]]:
+    shown, eos = [""] * prompts, int(rules.eos)
     while True:
-        tokens, left = jax.device_get((state.tokens, state.left))
+        tokens, left = jax.device_get((state.tokens[:prompts], state.left[:prompts]))
         new = [
-            row[n:][~flags[n:] & (row[n:] >= 0)].tolist() for row, n, flags in zip(tokens, rows.length, rows.is_meta, strict=True)
+            row[n:][~flags[n:] & (row[n:] >= 0)].tolist()
+            for row, n, flags in zip(tokens, rows.length[:prompts], rows.is_meta[:prompts], strict=True)
         ]
         texts = [tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids) for ids in new]
         done = left == 0
@@ -153,11 +169,12 @@ def _settled(text: str) -> str:
 
 
 def generate(
-    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: str | None = None,
-    sampling: Sampling = DEFAULT, seed: int = 0,
+    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: Context = None,
+    guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0,
 ) -> list[str]:  # fmt: skip
     """The text that follows each prompt, whole; see `stream`."""
     pieces = stream(
-        ready, config, tokenizer, prompts, count=count, context=context, sampling=sampling, seed=seed, stride=config.row_slots
-    )
+        ready, config, tokenizer, prompts, count=count, context=context, guidance=guidance, sampling=sampling, seed=seed,
+        stride=config.row_slots,
+    )  # fmt: skip
     return ["".join(parts) for parts in zip(*pieces, strict=True)]

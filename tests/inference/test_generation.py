@@ -10,7 +10,7 @@ import pytest
 from metajax.config import Hybrid, Metadata, MetaTokens, UserError
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.data.tokenizers import Bytes
-from metajax.inference.decoding import Sampling
+from metajax.inference.decoding import Sampling, guided
 from metajax.inference.forward import prepare
 from metajax.inference.generation import _head, generate, meta_layout, room_for_prompt, stream
 from metajax.training.program import build_model
@@ -112,6 +112,26 @@ def test_a_character_is_shown_when_it_is_complete(tiny_config):
     pieces = [piece for (piece,) in stream(prepare(model), config, Fixed(), ["a"], count=len(Fixed.text), sampling=GREEDY)]
     assert "".join(pieces) == Fixed.text.decode(errors="replace")
     assert [piece for piece in pieces if piece][:4] == ["a", "é", "€", "😀"]
+
+
+def test_guidance_of_0_and_1_is_text_without_the_context_and_behind_it(tiny_config):
+    config, model = make(tiny_config, metadata=Metadata(template="{topic}"))
+    prompts, contexts = ["ab", "a longer"], ["files", "x"]
+    draw = lambda **kw: generate(prepare(model), config, TOKENIZER, prompts, count=8, sampling=GREEDY, **kw)  # noqa: E731
+    behind, without = draw(context=contexts), draw(context="")
+    assert behind != without
+    assert draw(context=contexts, guidance=1.0) == behind
+    assert draw(context=contexts, guidance=0.0) == without
+    with pytest.raises(UserError, match="it needs a context"):
+        draw(guidance=2.0)
+
+
+def test_guided_logits_are_exact_at_0_and_1_and_grow_apart_beyond():
+    rng = np.random.default_rng(0)
+    context, empty = rng.normal(size=(2, 3, 50)).astype(np.float32) * 20
+    of = lambda g: np.asarray(guided(context, empty, jnp.float32(g)))  # noqa: E731
+    assert (of(0) == empty).all() and (of(1) == context).all()
+    np.testing.assert_allclose(of(2), empty + 2 * (context - empty), rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tiny_config):
