@@ -8,11 +8,15 @@ from typing import Any
 
 from metajax.analysis.attention_maps import attention
 from metajax.analysis.branches import branches
+from metajax.analysis.by_position import by_position
 from metajax.analysis.caching import caching
+from metajax.analysis.guidance import guidance
 from metajax.analysis.interventions import interventions
+from metajax.analysis.metadata_attention import metadata_attention
 from metajax.analysis.mixing_maps import mixing_maps
 from metajax.analysis.needle import needle
 from metajax.analysis.overhead import overhead
+from metajax.analysis.probes import probes
 from metajax.analysis.rate_distortion import rate_distortion
 from metajax.analysis.sharpening import sharpening
 from metajax.analysis.study import Study
@@ -23,8 +27,9 @@ from metajax.reporting.records import write_json
 FOLDER = "analysis"  # of a run's folder
 _OF_META_TOKENS = (interventions, sharpening, caching, attention, theory, rate_distortion)
 _OF_MIXERS = (mixing_maps, branches, needle)
+_OF_METADATA = (probes, metadata_attention, guidance, by_position)
 _FUNCTIONS: dict[str, Callable[[Study], dict[str, Any]]] = {
-    function.__name__: function for function in (*_OF_META_TOKENS, overhead, *_OF_MIXERS)
+    function.__name__: function for function in (*_OF_META_TOKENS, overhead, *_OF_MIXERS, *_OF_METADATA)
 }
 
 
@@ -33,7 +38,19 @@ def fitting(study: Study) -> tuple[str, ...]:
     if study.model.meta is not None:
         return (*(function.__name__ for function in _OF_META_TOKENS), "overhead")
     parallel = study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
-    wanted = {"overhead": parallel, "mixing_maps": True, "branches": parallel, "needle": study.task == "needle"}
+    config = study.corpora.config
+    recipe, labelled = config.metadata, bool(config.evaluation.labels)
+    in_front = recipe is not None and recipe.in_front
+    wanted = {
+        "overhead": parallel,
+        "mixing_maps": True,
+        "branches": parallel,
+        "needle": study.task == "needle",
+        "probes": labelled and study.model.cfg.hybrid is None,
+        "metadata_attention": labelled and in_front,
+        "guidance": labelled and in_front and not recipe.tokens,
+        "by_position": recipe is not None,
+    }
     return tuple(name for name, is_meant in wanted.items() if is_meant)
 
 

@@ -102,14 +102,12 @@ def open_study(
     """The first `prompts` test examples of a task in the bin of `length` tokens; of task "text" the beginnings of held-out documents.
 
     task: None: text where the config has no tasks, else list recall, as in the paper, or the first task there is.
-    length: None: the longest bin within the training length, or that length; of text the row length. prompts: None: PROMPTS or PIECES.
+    length: None: the longest bin within the training length, or that length; of text the row length, or as long as two documents are. prompts: None: PROMPTS or PIECES.
     Raises UserError for an unknown task, a length that the model cannot read, and fewer than two prompts.
     """
     tasks = corpora.config.tasks
     if task == TEXT or tasks is None:
-        return Study(
-            program, corpora, model, TEXT, _text_rows(corpora, length or corpora.config.data.row_length, prompts or PIECES)
-        )
+        return Study(program, corpora, model, TEXT, _text_rows(corpora, length, prompts or PIECES))
     prompts = prompts or PROMPTS
     if task is None:
         task = "list_recall" if "list_recall" in tasks.names else tasks.names[0]
@@ -125,10 +123,12 @@ def open_study(
     return Study(program, corpora, model, task, stack(rows))
 
 
-def _text_rows(corpora: Corpora, length: int, count: int) -> Row:
+def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
     """BOS and the first `length` - 1 tokens of `count` held-out documents that are longer, or of all there are."""
     cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
     documents = cache.documents("held_out", data.held_out, data.min_bytes)
+    if length is None:
+        length = min(data.row_length, *np.sort(cache.lengths[documents])[-2:].tolist())
     documents = documents[cache.lengths[documents] >= length]
     require(
         len(documents) >= 2,

@@ -8,7 +8,7 @@ everything (BOS, metadata) stays, where the harness would cut it off too.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -99,7 +99,7 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
     found = np.zeros((len(pieces), 2))
     found[:, 1] = 1
     size = max(1, corpora.config.data.batch_rows // corpora.config.training.accumulate // program.mesh.size) * program.mesh.size
-    of_tokens = jax.jit(_tokens, out_shardings=NamedSharding(program.mesh, PartitionSpec()))  # whole on every host
+    of_tokens = token_scores(program)
     with jax.set_mesh(program.mesh):
         for batch in _batches(corpora, pieces, size):
             nll, greedy = jax.device_get(of_tokens(model, program.put(program.local_rows(batch))))
@@ -109,10 +109,14 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
     return found
 
 
-def _tokens(model: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Of every slot [B, T]: nats of its target, and whether that is the most likely token."""
-    logits = apply_model(model, batch)
-    return token_nll(logits, batch["targets"])[0], jnp.argmax(logits, axis=-1) == batch["targets"]
+def token_scores(program: Program) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+    """(model, batch) -> nats of every slot's target and whether it is the most likely token, [B, T] each and whole on every host; jitted."""
+
+    def scores(model: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = apply_model(model, batch)
+        return token_nll(logits, batch["targets"])[0], jnp.argmax(logits, axis=-1) == batch["targets"]
+
+    return jax.jit(scores, out_shardings=NamedSharding(program.mesh, PartitionSpec()))
 
 
 def _batches(corpora: Corpora, pieces: Sequence[Piece], size: int) -> Iterator[Row]:

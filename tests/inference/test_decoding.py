@@ -97,7 +97,9 @@ def test_cached_decoding_equals_the_full_forward_pass(meta, window, scheme, data
 
 def rules(sampling=None, banned=(), eos=-1, ask_real=False, seed=0):
     flags = np.isin(np.arange(VOCAB), banned)
-    return Rules(jnp.asarray(flags), jnp.asarray(eos), jax.random.key(seed), sampling or Sampling(temperature=0.0), ask_real)
+    return Rules(
+        jnp.asarray(flags), jnp.asarray(eos), jax.random.key(seed), None, sampling or Sampling(temperature=0.0), ask_real
+    )
 
 
 def begin(model, tokens, is_meta, length, count, how):

@@ -1,0 +1,211 @@
+"""Metadata-conditioned pre-training, what goes on inside: steps saved, probes, attention, guidance, and a corpus whose answers are known."""
+
+from experiments.metadata import BEYOND, HELP, MAPPING, MINUTES, NOTES, base, cooldown, of_positions
+from metajax.config import Config, Data, Evaluation, Metadata, Model, Optimizer, Runtime, Training
+from metajax.registry import Column, Published, Row, table
+
+MARGINS = {"bpb": 0.01, "choice": 0.002}  # noise that a comparison has to be safe from: bits/byte; a share of right answers
+CURVES = {"bpb": "bits/byte", "choice": "tasks"}
+SAVED = [
+    Column(f"{words}{'' if not sign else f', {sign * MARGINS[curve]:+g}'}, %", f"curves.{curve}", 0, "lower", 100, match=sign * MARGINS[curve])
+    for curve, words in CURVES.items() for sign in (0, 1, -1)
+]  # fmt: skip
+TASKS_MATCHED = next(column.key for column in SAVED if column.path == "curves.choice" and not column.match)
+
+
+def saved(percent: float) -> dict[str, Published]:
+    return {TASKS_MATCHED: Published(percent, NOTES)}
+
+
+table(
+    "metadata/speedup",
+    summary="the share of the steps after which a model is as good as text alone is at the end",
+    paper=f"{BEYOND}, the figure on training tokens",
+    rows=[
+        of_positions("standard"),
+        of_positions("shuffled_url"),
+        of_positions("prepend_url", published=saved(60)),
+        of_positions("prepend_quality_fine", published=saved(60), core=False),
+        of_positions("prepend_domain_fine", published=saved(80)),
+        of_positions("prepend_domain_coarse"),
+        of_positions("append_domain_fine", published=saved(80), core=False, note="said of the best model with metadata behind"),
+        of_positions("append_url"),
+    ],
+    columns=SAVED,
+    baseline="standard",
+    minutes=MINUTES,
+    notes=[
+        "Without metadata at evaluation. Straight lines between evaluations; the columns beside ask for as much more, or let off as much, as noise may "
+        "explain. All rows have the same tokens a step, metadata counted. `-`: not reached.",
+        MAPPING,
+    ],
+)(base)
+
+
+def probed(title: str, label: int, path: str, digits: int = 1) -> Column:
+    return Column(title, f"analyses.probes.label_{label}.{path}", digits, "higher", 100)
+
+
+table(
+    "metadata/probes",
+    summary="topic, popularity or quality, and author, told from frozen states",
+    paper=f"{BEYOND}, the section on probing",
+    rows=[
+        of_positions("standard"),
+        of_positions("prepend_url"),
+        of_positions("prepend_domain_fine"),
+        of_positions("prepend_domain_coarse"),
+        of_positions("prepend_popularity_fine", core=False),
+        of_positions("prepend_quality_fine", core=False),
+        of_positions("append_url"),
+        of_positions("append_domain_coarse", core=False),
+        of_positions("append_popularity_fine", core=False),
+        of_positions("append_popularity_coarse", core=False),
+        of_positions("append_quality_fine", core=False),
+        of_positions("append_quality_coarse", core=False),
+        of_positions("shuffled_url"),
+    ],
+    columns=[
+        probed("topic, %", 0, "balanced.mlp.middle"), probed("lengths matched", 0, "matched.mlp.middle"), probed("linear", 0, "matched.linear.middle"),
+        probed("mean of layers", 0, "matched.mlp.mean"), probed("length alone", 0, "matched.length"),
+        probed("quality or popularity, %", 1, "balanced.mlp.middle"), probed("lengths matched ", 1, "matched.mlp.middle"),
+        probed("length alone ", 1, "matched.length"),
+        probed("author, %", 2, "balanced.mlp.middle"), probed("lengths matched  ", 2, "matched.mlp.middle"),
+    ],
+    baseline="standard",
+    minutes=MINUTES,
+    analyses=["probes"],
+    notes=[
+        "A perceptron of three layers on the layer at 6/16 of the model, on texts without metadata; classes balanced, origins apart. At cpu and gpu scale "
+        "topic is the Section, popularity three ranges, author the Maintainer. Every layer is in a run's report.",
+        "The paper, as told in notes on it: text alone is lowest everywhere, URL best for author and quality, fine better than coarse for topic, and fine "
+        "quality behind the text better for quality and worse for topic than coarse. Its values are in figures.",
+    ],
+)(base)  # fmt: skip
+
+
+def looked(part: str, title: str = "", value: str = "mean") -> Column:
+    return Column(title or f"{part}, %", f"analyses.metadata_attention.parts.{part}.{value}", 1, "", 100)
+
+
+table(
+    "metadata/attention",
+    summary="where text looks in its URL, and in learnable tokens",
+    paper=f"{BEYOND}, figures on attention",
+    rows=[of_positions("prepend_url"), of_positions("meta_tokens"), of_positions("shuffled_url")],
+    columns=[
+        *(column for part in ("scheme", "host", "path") for column in (looked(part), looked(part, f"equal shares, {part}", "uniform"))),
+        looked("bos"), looked("begin", "delimiter in front, %"), looked("end", "delimiter behind, %"),
+        Column("distances by quality or popularity", "analyses.metadata_attention.clusters.label_1.ratio", 3, ""),
+        Column("by topic", "analyses.metadata_attention.clusters.label_0.ratio", 3, ""),
+    ],
+    baseline=None,
+    minutes=MINUTES,
+    analyses=["metadata_attention"],
+    notes=[
+        "Shares of attention from text, all layers and heads. Distances: between classes over within classes, of attention to the learnable tokens. The "
+        "paper: the scheme draws most, though it says nothing, and distances between classes of quality are the larger ones.",
+        MAPPING,
+    ],
+)(base)  # fmt: skip
+
+
+def drawn(strength: str, value: str, title: str, digits: int = 1, factor: float = 100) -> Column:
+    return Column(title, f"analyses.guidance.g_{strength}.{value}", digits, "higher" if value == "accuracy" else "lower", factor)
+
+
+table(
+    "metadata/guidance",
+    summary="texts drawn with less and more of the difference that metadata makes, and whether they have its topic",
+    paper=f"{HELP}, the section on guidance",
+    rows=[
+        of_positions("standard"),
+        of_positions("prepend_url"),
+        of_positions("prepend_domain_coarse"),
+        of_positions("prepend_domain_fine"),
+        of_positions("prepend_popularity_coarse", core=False),
+        of_positions("prepend_quality_coarse", core=False),
+    ],
+    columns=[
+        *(drawn(strength.replace(".", "_"), "accuracy", f"topic, g = {strength}, %") for strength in ("0", "1", "1.5", "2", "3")),
+        *(drawn(strength, "nats", f"nats a token, g = {strength}", 2, 1) for strength in ("1", "3")),
+        Column("real texts, %", "analyses.guidance.real.accuracy", 1, "", 100),
+    ],
+    baseline="standard",
+    minutes=MINUTES,
+    analyses=["guidance"],
+    notes=[
+        "Share of drawn texts that a classifier of real texts gives the topic of their metadata; its accuracy on real texts stands last. Nats a token: of "
+        "the drawn texts, by the model itself without metadata. 0 is drawing without metadata, 1 behind it.",
+        "The paper, as told in notes on it: topics steer best, URLs towards a site's style, quality hardly, and a model of text alone not at all.",
+        MAPPING,
+    ],
+)(base)
+
+
+# --------------------------------------------------------------------------------------- a corpus whose answers are known
+
+KNOWN = {"metadata.position": "prepend"}
+FINE, COARSE = KNOWN | {"metadata.template": "{source}"}, KNOWN | {"metadata.template": "{group}"}
+BEHIND = {"metadata.position": "append"}
+ALWAYS = FINE | {"metadata.keep": 1.0}
+
+
+def known(scale: str) -> Config:
+    """16 generated sources in 4 groups, 30 documents a step; at cpu scale alone."""
+    return Config(
+        name="metadata",
+        data=Data(sources=("generated",), tokenizer="byte", row_length=112, batch_rows=10, packing="best_fit"),
+        model=Model(layers=2, heads=4, width=48, mlp_width=192, position="rope", init_std=0.1),
+        metadata=Metadata(position="none", template="{source}"),
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
+        training=Training(steps=1500),
+        evaluation=Evaluation(
+            every=125, documents=400, conditions=("right", "empty", "none", "shuffled"), labels=("{source}", "{group}"), sample_tokens=0
+        ),
+        runtime=Runtime(save_every=500, log_every=250),
+    )  # fmt: skip
+
+
+ALONE = {"evaluation.conditions": ("none", "empty", "right", "shuffled")}  # its curve is of text alone
+
+table(
+    "metadata/known",
+    summary="fine and coarse metadata of generated documents, in front, behind, shuffled, dropped and taken away",
+    paper="ours: directions that must hold where what metadata is worth is known exactly",
+    rows=[
+        Row("none", ALONE, fill={"own": "none"}),
+        Row("empty_pair", FINE | {"metadata.keep": 0.0}, core=False, fill={"own": "empty"}),
+        Row("fine", FINE),
+        Row("coarse", COARSE),
+        Row("shuffled", FINE | {"metadata.assigned": "shuffled"}),
+        Row("tokens", FINE | {"metadata.tokens": 5}, core=False),
+        Row("fine_half", FINE | {"metadata.keep": 0.5}, core=False, note="half of the documents without"),
+        Row("append_fine", FINE | BEHIND),
+        Row("append_coarse", COARSE | BEHIND, core=False),
+        Row("always", ALWAYS, core=False, note="never without"),
+        Row("cooldown_10", ALWAYS | {"data.switch": cooldown(10, known)}),
+        Row("cooldown_20", ALWAYS | {"data.switch": cooldown(20, known)}, core=False),
+    ],
+    columns=[
+        Column("nats a symbol, own metadata", "eval.{own}.nats_per_token"),
+        Column("empty pair", "eval.empty.nats_per_token"),
+        Column("no metadata", "eval.none.nats_per_token"),
+        Column("first 8 symbols, own", "analyses.by_position.own.first"),
+        Column("last third, own", "analyses.by_position.own.last"),
+        Column("nats a metadata token", "eval.right.metadata_nats_per_token", 3, ""),
+        Column("steps to match, %", "curves.bpb", 0, "lower", 100, match=0.0),
+        Column("source probe, %", "analyses.probes.label_0.balanced.linear.mean", 1, "higher", 100),
+    ],
+    baseline="none",
+    minutes={"cpu": 1},
+    fill={"own": "right"},
+    analyses=["by_position", "probes"],
+    notes=[
+        "`python run.py show generated` gives the best possible nats a symbol with nothing known, the group, the source. With own metadata the order is "
+        "fine, coarse, none; shuffled metadata and learnable tokens are worth nothing, and metadata behind the text changes nothing in it.",
+        "Own metadata helps at a document's beginning and no longer at its end. What predicts metadata behind the text pays for its source and for the "
+        "empty pair of every tenth document: -ln 0.9 = 0.105 nats for the whole of it at least.",
+        "A model that has always been told the source is worse without it than one that never was, the less so the more often it was not told.",
+    ],
+)(known)  # fmt: skip

@@ -1,0 +1,123 @@
+"""Where text looks in its metadata: parts of a URL, delimiters, learnable tokens; and whether that tells good documents from others.
+
+Beyond URLs (arXiv 2511.21613, figures on attention): shares averaged over layers and heads for the parts of a URL; of the last layer, from a
+document's first 100 tokens, for learnable tokens, as a vector whose distances are compared within and between classes of quality.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from metajax.analysis.labels import check_labels, classes_of, opening, some_documents, texts_of, with_rows
+from metajax.analysis.study import Batch, Study, capture, cluster_mean, rounded
+from metajax.config import require
+from metajax.data.annotators import split_url
+from metajax.data.cache import build_metadata_table
+from metajax.models.lm import LM
+
+DOCUMENTS, TOKENS, FIRST = 400, 256, 100
+LEAST = 10  # documents of a class whose distances are taken
+
+
+def parts_of(study: Study, ids: list[int], url: bool) -> list[str]:
+    """What each metadata token belongs to: a part of the URL (by its first character), a learnable token, or the metadata."""
+    tokenizer, recipe = study.corpora.tokenizer, study.corpora.config.metadata
+    if recipe.tokens:
+        return [f"token_{i + 1}" for i in range(len(ids))]
+    if not url:
+        return ["metadata"] * len(ids)
+    scheme, host, _ = split_url(tokenizer.decode(ids))
+    starts = [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+    return ["scheme" if at < len(scheme) else "host" if at < len(scheme) + len(host) else "path" for at in starts]
+
+
+def shares(model: LM, batch: Batch, *, first: int) -> dict[str, Array]:
+    """Of the attention of a row's body tokens: mean over them to every slot, by layer and head averaged apart; `early` of the first ones alone."""
+    attention = capture(model, batch, "attention_probabilities")["attention_probabilities"]  # [B, L, H, T, T]
+    body = batch["is_body"].astype(jnp.float32)
+    early = body * (jnp.cumsum(body, axis=1) <= first)
+    mean = lambda weights, x: jnp.einsum("blhqk,bq->blhk", x, weights) / jnp.maximum(weights.sum(1), 1)[:, None, None, None]  # noqa: E731
+    uniform = 1 / (1 + jnp.arange(body.shape[1], dtype=jnp.float32))  # what each earlier key would get of a query
+    flat = (
+        jnp.einsum("bq,q,qk->bk", body, uniform, jnp.tril(jnp.ones((body.shape[1],) * 2))) / jnp.maximum(body.sum(1), 1)[:, None]
+    )
+    return {"heads": mean(body, attention), "early": mean(early, attention[:, -1:])[:, 0].mean(1), "uniform": flat}
+
+
+def metadata_attention(study: Study) -> dict[str, Any]:
+    """Share of body tokens' attention by part of what stands in front of them, beside what equal attention to all would give.
+
+    clusters, for learnable tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label.
+    """
+    corpora, recipe = study.corpora, study.corpora.config.metadata
+    require(recipe is not None and recipe.in_front, "metadata_attention: this run has no metadata in front of the text")
+    templates = check_labels(study, "metadata_attention")
+    documents = some_documents(corpora, "held_out", 16, 2 * DOCUMENTS)
+    if recipe.tokens:
+        metadata = [list(corpora.tokenizer.vocabulary.spare[: recipe.tokens])] * len(documents)
+    else:
+        table = build_metadata_table(corpora.caches[0], corpora.tokenizer, recipe.template)
+        documents = documents[[table[d] is not None for d in documents.tolist()]]
+        metadata = [table[d].tolist() for d in documents.tolist()]
+    documents, metadata = documents[:DOCUMENTS], metadata[:DOCUMENTS]
+    openings = [opening(corpora, ids) for ids in metadata]
+    url = recipe.template in ("{url}", "URL: {url}\n\n")
+    rows = with_rows(study, [ids for ids, _ in openings], documents, TOKENS)
+    found = rows.over_prompts("attention to metadata", lambda model, batch: shares(model, batch, first=FIRST), study.model)
+    names, place = _places(study, openings, metadata, rows.rows["tokens"].shape[1], url)
+    out: dict[str, Any] = {"documents": len(documents), "parts": {}}
+    for number, name in enumerate(names):
+        at = place == number
+        share = np.einsum("blhk,bk->blh", found["heads"], at)
+        mean, half = cluster_mean(share, np.ones(share.shape, bool))
+        out["parts"][name] = {
+            "mean": mean, "half": half, "uniform": float((found["uniform"] * at).sum(1).mean()), "tokens": float(at.sum(1).mean()),
+            "layers": rounded(share.mean((0, 2))), "heads": rounded(share.mean(0)),
+        }  # fmt: skip
+    if recipe.tokens:
+        vectors = np.stack(
+            [(found["early"] * (place == names.index(f"token_{i + 1}"))).sum(1) for i in range(recipe.tokens)], axis=-1
+        )
+        out["clusters"] = {f"label_{i}": _distances(study, t, documents, vectors) for i, t in enumerate(templates)}
+    return out
+
+
+def _places(
+    study: Study, openings: list[tuple[list[int], list[int]]], metadata: list[list[int]], width: int, url: bool
+) -> tuple[list[str], Int[np.ndarray, "N T"]]:
+    """(names of the parts, which part each slot holds); what is not in front is "text"."""
+    names = ["bos", "begin", "end", "text"]
+    place = np.full((len(openings), width), 3)
+    for row, (_, kinds), ids in zip(place, openings, metadata, strict=True):
+        inside = iter(parts_of(study, ids, url))
+        for slot, kind in enumerate(kinds[:width]):
+            name = {0: "bos", 1: "begin", 3: "end"}.get(kind) or next(inside)
+            if name not in names:
+                names.append(name)
+            row[slot] = names.index(name)
+    return names, place
+
+
+def _distances(
+    study: Study, template: str, documents: Int[np.ndarray, " N"], vectors: Float[np.ndarray, "N tokens"]
+) -> dict[str, Any]:
+    classes, names = classes_of(texts_of(study.corpora, template, documents), LEAST)
+    kept = classes >= 0
+    if len(names) < 2:
+        return {"template": template, "reason": "no two classes of enough documents"}
+    distance = np.linalg.norm(vectors[kept][:, None] - vectors[kept][None], axis=-1)
+    same, other = classes[kept][:, None] == classes[kept][None], ~np.eye(int(kept.sum()), dtype=bool)
+    within, between = float(distance[same & other].mean()), float(distance[~same].mean())
+    means = {name: rounded(vectors[classes == i].mean(0), 5) for i, name in enumerate(names)}
+    return {
+        "template": template,
+        "within": within,
+        "between": between,
+        "ratio": between / within,
+        "documents": int(kept.sum()),
+        "means": means,
+    }
