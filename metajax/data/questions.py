@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -29,7 +29,8 @@ BETWEEN = "\n\n"  # between solved examples
 class Question:
     """What is scored: each context with its answer. `weighed` are the texts whose lengths acc_norm divides by; gold is the right one.
 
-    greedy: one answer, which counts as right when it is the most likely text, token by token.
+    greedy: one answer, which counts as right when it is the most likely text, token by token. description: what stands in front of it and
+    of the solved examples, which are then of those with the same.
     """
 
     contexts: tuple[str, ...]
@@ -37,11 +38,12 @@ class Question:
     weighed: tuple[str, ...]
     gold: int
     greedy: bool = False
+    description: str = ""
 
     @property
     def solved(self) -> str:
-        """The question with its answer, as it is shown as an example."""
-        return self.contexts[self.gold] + self.answers[self.gold]
+        """The question with its answer, as it is shown as an example; in LAMBADA's the harness has two spaces before the last word."""
+        return self.contexts[self.gold] + DELIMITER * self.greedy + self.answers[self.gold]
 
 
 def asked(context: str, choices: Sequence[str], gold: int) -> Question:
@@ -79,7 +81,9 @@ def _lambada(record: Record) -> Question:
 
 
 def _mmlu(record: Record) -> Question:
-    return asked(f"Question: {record['question'].strip()}\nAnswer:", record["choices"], record["answer"])
+    question = asked(f"Question: {record['question'].strip()}\nAnswer:", record["choices"], record["answer"])
+    about = record["subject"].replace("_", " ")
+    return replace(question, description=f"The following are questions (with answers) about {about}.{BETWEEN}")
 
 
 def _openbookqa(record: Record) -> Question:

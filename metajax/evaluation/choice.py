@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -58,14 +59,14 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
 
 
 def with_shots(question: Question, number: int, examples: Sequence[Question], shots: int, same_file: bool) -> Question:
-    """The question behind `shots` solved examples, drawn by its number; from its own file never itself."""
-    available = len(examples) - same_file
-    require(shots <= available, f"{shots} shots, but there are {available} examples to draw from; lower evaluation.choice.shots")
+    """The question behind its description and `shots` solved examples, drawn by its number; from its own file never itself."""
     drawn = np.random.default_rng([EVALUATION_SEED, number]).permutation(len(examples))
-    chosen = [examples[i] for i in drawn if not (same_file and i == number)][:shots]
-    before = "".join(example.solved + BETWEEN for example in chosen)
-    contexts = tuple(before + context for context in question.contexts)
-    return Question(contexts, question.answers, question.weighed, question.gold, question.greedy)
+    fitting = [examples[i] for i in drawn if examples[i].description == question.description and not (same_file and i == number)]
+    require(
+        shots <= len(fitting), f"{shots} shots, but there are {len(fitting)} examples to draw from; lower evaluation.choice.shots"
+    )
+    before = question.description + "".join(example.solved + BETWEEN for example in fitting[:shots])
+    return replace(question, contexts=tuple(before + context for context in question.contexts))
 
 
 def opening(config: Config, tokenizer: Tokenizer, context: str, task: Task) -> list[int]:
