@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from metajax.reporting.analysis_words import CATEGORIES, INTERVENTIONS, MIXERS, READINGS, SOURCES, twins_in
 from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
+from metajax.reporting.metadata_figures import DRAWERS
 from metajax.reporting.tasks import title
 
 Result = Mapping[str, Any]
@@ -351,5 +352,5 @@ def _token_ticks(axes: Axes, labels: list[str]) -> None:
 
 _DRAWERS = {
     "interventions": _interventions, "sharpening": _sharpening, "caching": _caching, "attention": _attention, "theory": _theory,
-    "rate_distortion": _rate_distortion, "overhead": _overhead, "mixing_maps": _mixing_maps, "branches": _branches, "needle": _needle,
+    "rate_distortion": _rate_distortion, "overhead": _overhead, "mixing_maps": _mixing_maps, "branches": _branches, "needle": _needle, **DRAWERS,
 }  # fmt: skip

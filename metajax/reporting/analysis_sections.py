@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from metajax.config import ANALYSES
+from metajax.reporting import metadata_words
 from metajax.reporting.analysis_figures import draw
 from metajax.reporting.analysis_words import SECTIONS, headlines
 from metajax.reporting.tasks import title
@@ -28,7 +29,7 @@ def _section(saved: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "title": heading,
-        "text": text if name == "interventions" else f"{text} {prompts}",
+        "text": text if name in ("interventions", *metadata_words.SECTIONS) else f"{text} {prompts}",
         "lines": headlines(name, saved["result"]),
         "figures": [(Markup(svg), caption) for svg, caption in draw(name, saved["result"])],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from metajax.reporting import metadata_words
 from metajax.reporting.tasks import title
 
 Numbers = Mapping[str, Any]  # as metajax.analysis.analyses.run_analyses yields them
@@ -54,6 +55,7 @@ SECTIONS = {  # title, what is looked at and what the paper says of it
         "is larger in every layer, and losing it costs more (1.1 against 0.24 points of HellaSwag), most of all in the first layer.",
     ),
     "needle": ("The needle", "Exact match by the length of the text and the depth of what is asked for. The paper has its values in a figure alone."),
+    **metadata_words.SECTIONS,
 }  # fmt: skip
 TWINS = {
     "none": "meta-tokens without meta-attention",
@@ -223,4 +225,5 @@ def _overhead(numbers: Numbers) -> list[str]:
 _SENTENCES = {
     "interventions": _interventions, "sharpening": _sharpening, "caching": _caching, "attention": _attention, "theory": _theory,
     "rate_distortion": _rate_distortion, "overhead": _overhead, "mixing_maps": _mixing_maps, "branches": _branches, "needle": _needle,
+    **metadata_words.SENTENCES,
 }  # fmt: skip
