@@ -135,5 +135,5 @@ def test_what_an_analysis_needs_is_said(study, tmp_path):
     for name, message in (("metadata_attention", "no metadata in front"), ("guidance", "stands in front of the text")):
         with pytest.raises(UserError, match=message):
             list(run_analyses(behind, [name], tmp_path))
-    with pytest.raises(UserError, match="evaluation.labels names no template"):
+    with pytest.raises(UserError, match=r"evaluation\.labels names no template"):
         list(run_analyses(study(**{"evaluation.labels": None}), ["probes"], tmp_path))
