@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -97,6 +98,11 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
         "list": ("what there is: names, scales, expected minutes", _add_list, verbs.list_all),
         "show": ("an experiment before it runs, or a corpus", _add_show, verbs.show),
         "plan": ("compile an experiment's train step for a TPU slice that is not there", _add_plan, verbs.plan),
+        "cache": (
+            "tokenise an experiment's corpora once, by several processes; goes on where it stopped",
+            _add_cache,
+            verbs.cache,
+        ),
         "eval": ("evaluate a run's newest checkpoint again", _add_eval, verbs.evaluate),
         "analyze": ("what goes on inside a run's newest checkpoint, as numbers and figures", _add_analyze, verbs.analyze),
         "generate": ("text from a run's newest checkpoint", _add_generate, verbs.generate),
@@ -191,6 +197,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--vocabulary", type=int, default=None, metavar="N", help="tokens, where the tokenizer is a file of yours"
     )
     parser.add_argument("--json", action="store_true", help="the plan as data")
+    _add_config(parser)
+    _add_place(parser)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="experiment, whose data.sources and data.tokenizer count")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one for each core)")
     _add_config(parser)
     _add_place(parser)
 

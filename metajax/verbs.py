@@ -286,6 +286,22 @@ def plan(options: argparse.Namespace, started: float) -> int:
     return 0 if found["fits"] else 1
 
 
+def cache(options: argparse.Namespace, started: float) -> int:
+    """Tokenise what an experiment reads, and print what there is."""
+    from metajax.data.pipeline import open_corpora
+
+    require(options.workers >= 1, f"--workers {options.workers}: at least 1")
+    config, _ = _config(registry.find_experiment(options.name), options)
+    for found in open_corpora(config, _paths(options), options.workers).caches:
+        manifest = found.manifest
+        skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
+        print(
+            f"{manifest['source']['spec']}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of the body, "
+            f"{manifest['bytes']:,} bytes{skipped}; sha256 {manifest['sha256'][:12]}\n  {found.folder}"
+        )
+    return 0
+
+
 def evaluate(options: argparse.Namespace, started: float) -> int:
     """Evaluate a run's newest checkpoint."""
     opened = _open_run(options, options.run)

@@ -48,7 +48,7 @@ def train_classifier(
     x: Float[np.ndarray, "N buckets"], y: Int[np.ndarray, " N"], classes: int
 ) -> Float[np.ndarray, "buckets classes"]:
     """Multinomial logistic regression by full-batch AdamW."""
-    tx = optax.adamw(5e-2, weight_decay=1e-3)
+    tx, x, y = optax.adamw(5e-2, weight_decay=1e-3), jnp.asarray(x), jnp.asarray(y)
 
     def loss(w: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(x @ w, y).mean()

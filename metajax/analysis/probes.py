@@ -41,6 +41,7 @@ def accuracies(
     """Test accuracy of a probe for each of S readings of the same documents, standardised by its training part."""
     centre, spread = x[:, train].mean(1, keepdims=True), x[:, train].std(1, keepdims=True)
     x = ((x - centre) / np.maximum(spread, 1e-6)).astype(np.float32)
+    train_y, test_y = jnp.asarray(y[train]), y[~train]
     widths, tx = (x.shape[-1], *PROBES[kind], int(y.max()) + 1), optax.adamw(RATES[kind], weight_decay=1e-2)
 
     def logits(parameters: list[tuple[Array, Array]], x: Array) -> Array:
@@ -58,15 +59,17 @@ def accuracies(
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
             parameters, state = carry
-            updates, state = tx.update(jax.grad(loss)(parameters, train_x, y[train]), state, parameters)
+            updates, state = tx.update(jax.grad(loss)(parameters, train_x, train_y), state, parameters)
             return (optax.apply_updates(parameters, updates), state), None
 
         (parameters, _), _ = jax.lax.scan(step, (parameters, tx.init(parameters)), None, length=STEPS)
-        return jnp.mean(jnp.argmax(logits(parameters, test_x), axis=-1) == y[~train])
+        return jnp.mean(jnp.argmax(logits(parameters, test_x), axis=-1) == test_y)
 
     over_readings = jax.vmap(one, in_axes=(None, 0, 0))
     keys = jax.random.split(jax.random.key(0), SEEDS)
-    return np.asarray(jax.jit(jax.vmap(over_readings, in_axes=(0, None, None)))(keys, x[:, train], x[:, ~train]))
+    return np.asarray(
+        jax.jit(jax.vmap(over_readings, in_axes=(0, None, None)))(keys, jnp.asarray(x[:, train]), jnp.asarray(x[:, ~train]))
+    )
 
 
 def probes(study: Study) -> dict[str, Any]:

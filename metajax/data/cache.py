@@ -1,12 +1,12 @@
 """The tokenised corpus: every document's body ids once, keyed by source and tokenizer alone.
 
 A cache folder holds
-  tokens.array_record   one record a document: its body ids, little-endian uint16 or uint32
+  tokens.array_record   one record a document: its body ids, little-endian uint16 or uint32; of large corpora tokens-00000... in order
   lengths.npy           int32 [D], body tokens
   bytes.npy             int32 [D], UTF-8 bytes of the text
   origins.npy           int16 [D], bucket of the origin: which side of the split
   metadata.parquet      one row a document: its metadata as a JSON object
-  manifest.json         source and tokenizer, counts, sha256 of the tokens
+  manifest.json         source and tokenizer, counts, sha256 of the tokens and the metadata, of several files over those of each
 so one corpus serves every ablation; metadata ids are a side table for each template.
 """
 
@@ -21,19 +21,14 @@ from typing import Any
 
 import grain
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from metajax.atomic import whole_folder
 from metajax.config import require
 from metajax.data.annotators import annotators_version
-from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
+from metajax.data.documents import BUCKETS, BadRecord, Document, Source
 from metajax.data.metadata import render, template_columns, template_fields
 from metajax.data.tokenizers import Tokenizer
-from metajax.progress import progress
-
-CHUNK = 512  # documents tokenised at a time
 
 
 def digest(*parts: Any) -> str:
@@ -41,9 +36,9 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_documents(source: Source, on_bad_record: str) -> Iterator[tuple[int, Document | None]]:
-    """Every (record number, document); a bad record stops with its error, or counts as None with "skip"."""
-    for i in range(len(source)):
+def read_documents(source: Source, on_bad_record: str, records: range | None = None) -> Iterator[tuple[int, Document | None]]:
+    """Every (record number, document) of `records`, or of all; a bad record stops with its error, or counts as None with "skip"."""
+    for i in range(len(source)) if records is None else records:
         try:
             yield i, source[i]
         except BadRecord as error:
@@ -62,7 +57,7 @@ class TokenCache:
         self.bytes = np.load(self.folder / "bytes.npy", mmap_mode="r")
         self.origins = np.load(self.folder / "origins.npy", mmap_mode="r")
         self._dtype = np.dtype(self.manifest["dtype"])
-        self._tokens = grain.sources.ArrayRecordDataSource([str(self.folder / "tokens.array_record")])
+        self._tokens = grain.sources.ArrayRecordDataSource(sorted(map(str, self.folder.glob("tokens*.array_record"))))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -90,77 +85,6 @@ class TokenCache:
         for batch in pq.ParquetFile(self.folder / "metadata.parquet").iter_batches():
             for text in batch.column(0).to_pylist():
                 yield json.loads(text)
-
-
-def build_token_cache(source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str) -> TokenCache:
-    """The tokenised form of `source`, made now with a progress bar or opened when it is there.
-
-    Raises:
-      BadRecord: a corrupt record with on_bad_record "stop".
-      UserError: no document is left.
-    """
-    key = digest(source.fingerprint(), tokenizer.fingerprint(), on_bad_record)
-    folder = cache_dir / "tokens" / f"{source.spec.partition(':')[0]}-{key}"
-    if not folder.exists():
-        with whole_folder(folder) as work:
-            _write(source, tokenizer, work, on_bad_record)
-    return TokenCache(folder)
-
-
-def _write(source: Source, tokenizer: Tokenizer, folder: Path, on_bad_record: str) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocabulary.size <= 1 << 16 else "<u4")
-    writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
-    table = pq.ParquetWriter(folder / "metadata.parquet", pa.schema([("metadata", pa.string())]))
-    lengths, sizes, origins, bad, sha = [], [], [], 0, hashlib.sha256()
-    fields: set[str] = set()
-    with progress(f"tokenising {source.spec}", total=len(source)) as advance:
-        for documents, failed in _chunks(read_documents(source, on_bad_record)):
-            bad += failed
-            metadata = [json.dumps(d.metadata, sort_keys=True) for d in documents]
-            for document, ids, text in zip(documents, tokenizer.encode_batch([d.text for d in documents]), metadata, strict=True):
-                record = np.asarray(ids, dtype).tobytes()
-                writer.write(record)
-                sha.update(len(record).to_bytes(8, "little") + record + text.encode())
-                lengths.append(len(ids))
-                sizes.append(len(document.text.encode()))
-                origins.append(origin_bucket(document.origin))
-                fields.update(document.metadata)
-            table.write_table(pa.table({"metadata": metadata}, schema=table.schema))
-            advance(len(documents) + failed)
-    writer.close()
-    table.close()
-    require(len(lengths) > 0, f"{source.spec} holds no usable document ({bad} bad records skipped)")
-    np.save(folder / "lengths.npy", np.array(lengths, np.int32))
-    np.save(folder / "bytes.npy", np.array(sizes, np.int32))
-    np.save(folder / "origins.npy", np.array(origins, np.int16))
-    manifest = {
-        "source": source.manifest(),
-        "tokenizer": {"spec": tokenizer.spec, "fingerprint": tokenizer.fingerprint()},
-        "documents": len(lengths),
-        "tokens": int(np.sum(lengths, dtype=np.int64)),
-        "bytes": int(np.sum(sizes, dtype=np.int64)),
-        "bad_records_skipped": bad,
-        "metadata_fields": sorted(fields),
-        "dtype": dtype.str,
-        "sha256": sha.hexdigest(),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[tuple[list[Document], int]]:
-    """Documents in groups of CHUNK, with the number of bad records met in each."""
-    group: list[Document] = []
-    failed = 0
-    for _, document in documents:
-        if document is None:
-            failed += 1
-        else:
-            group.append(document)
-        if len(group) == CHUNK:
-            yield group, failed
-            group, failed = [], 0
-    if group or failed:
-        yield group, failed
 
 
 @dataclass(frozen=True)

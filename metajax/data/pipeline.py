@@ -20,7 +20,7 @@ from absl import flags
 
 from metajax.atomic import whole_folder
 from metajax.config import Config, require
-from metajax.data.cache import TokenCache, build_metadata_table, build_token_cache, digest, read_documents
+from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import (
@@ -39,6 +39,7 @@ from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
+from metajax.data.tokenising import build_token_cache
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 from metajax.progress import warn
 
@@ -80,8 +81,8 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "little")
 
 
-def open_corpora(config: Config, paths: Paths) -> Corpora:
-    """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress."""
+def open_corpora(config: Config, paths: Paths, workers: int = 1) -> Corpora:
+    """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, by `workers` processes."""
     data = config.data
     sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
 
@@ -98,7 +99,9 @@ def open_corpora(config: Config, paths: Paths) -> Corpora:
         corpus_fingerprint=digest([s.fingerprint() for s in sources], data.held_out, data.on_bad_record),
         texts=training_texts,
     )
-    caches = tuple(build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record) for s in sources)
+    caches = tuple(
+        build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record, workers=workers) for s in sources
+    )
     return Corpora(config, tokenizer, caches, paths)
 
 

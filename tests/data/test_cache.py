@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -11,9 +12,10 @@ import pytest
 
 from metajax.atomic import whole_folder
 from metajax.config import UserError
-from metajax.data.cache import build_metadata_table, build_token_cache, digest, read_documents
+from metajax.data.cache import build_metadata_table, digest, read_documents
 from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket
 from metajax.data.sources import open_source
+from metajax.data.tokenising import build_token_cache
 from metajax.data.tokenizers import Bytes, train_bpe
 
 TEXTS = ["", "a", "héllo wörld", "<|meta|> is text", "x" * 700, "line\nline"]
@@ -135,6 +137,41 @@ def test_more_documents_than_one_chunk(corpus, tmp_path):
     cache = build(corpus(lines), tmp_path, on_bad_record="skip")
     assert (len(cache), cache.manifest["bad_records_skipped"]) == (1089, 11)
     assert bytes(cache[1088].tolist()) == b"text 1099"
+
+
+# ------------------------------------------------------------------------------------------------- several parts
+
+
+def _parts(source, home, workers=1, part=2):
+    return build_token_cache(source, Bytes(), cache_dir=home, on_bad_record="skip", workers=workers, part=part)
+
+
+def _files(cache):
+    return {path.name: path.read_bytes() for path in cache.folder.iterdir()}
+
+
+def test_parts_make_one_cache_whatever_the_number_of_processes(corpus, tmp_path):
+    source = corpus([*rows()[:3], "{", *rows()[3:]])
+    whole, one, two = (_parts(source, tmp_path / str(n), n, part) for n, part in ((1, 100), (1, 2), (2, 2)))
+    files = _files(one)
+    assert {name for name in files if name.startswith("tokens")} == {f"tokens-{n:05d}.array_record" for n in range(4)}
+    assert files == _files(two)
+    assert [one[i].tolist() for i in range(6)] == [whole[i].tolist() for i in range(6)] and list(one.metadata()) == list(
+        whole.metadata()
+    )
+    assert one.origins.tolist() == whole.origins.tolist() and one.manifest["bad_records_skipped"] == 1
+    assert {k: v for k, v in one.manifest.items() if k != "sha256"} == {k: v for k, v in whole.manifest.items() if k != "sha256"}
+
+
+def test_parts_that_are_there_are_taken_up(corpus, tmp_path):
+    source = corpus(rows())
+    made = _parts(source, tmp_path)
+    before, [parts] = _files(made), (tmp_path / "tokens").glob("*.parts-2")
+    shutil.rmtree(made.folder)
+    shutil.rmtree(parts / "00001")
+    times = {n: (parts / n / "part.json").stat().st_mtime_ns for n in ("00000", "00002")}
+    assert _files(_parts(source, tmp_path)) == before
+    assert times == {n: (parts / n / "part.json").stat().st_mtime_ns for n in times}, "only what was missing has been made"
 
 
 # ------------------------------------------------------------------------------------------ split by whole origin
