@@ -35,7 +35,7 @@ LEARNED, TESTED, CLASSES = (
 BUCKETS, STEPS = 4_096, 200  # of token ids; of the classifier's training
 
 
-def counts_of(bodies: list[Int[np.ndarray, " n"]]) -> Float[np.ndarray, "N buckets"]:
+def counts_of(bodies: list[np.ndarray]) -> Float[np.ndarray, "N buckets"]:
     """log(1 + count) of each token among the first TOKENS, ids modulo BUCKETS, of length 1."""
     counts = np.zeros((len(bodies), BUCKETS), np.float32)
     for row, ids in zip(counts, bodies, strict=True):

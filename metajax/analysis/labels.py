@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from metajax.analysis.study import Study
 from metajax.config import require
@@ -55,7 +55,7 @@ def classes_of(texts: Sequence[str | None], least: int) -> tuple[Int[np.ndarray,
 
 
 def matched(
-    classes: Int[np.ndarray, " N"], lengths: Int[np.ndarray, " N"], bins: int, rng: np.random.Generator
+    classes: Int[np.ndarray, " N"], lengths: Float[np.ndarray, " N"], bins: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " N"]:
     """A choice with the same number of documents of every class in each of `bins` ranges of length; one bin: balanced alone."""
     there = classes >= 0

@@ -27,7 +27,7 @@ RATES = {"linear": 1e-2, "mlp": 1e-3}
 MIDDLE = 6 / 16  # the layer that the paper compares models at
 
 
-def states(model: LM, batch: Batch) -> dict[str, Float[Array, "B L+1 width"]]:
+def states(model: LM, batch: Batch) -> dict[str, Float[Array, "B S width"]]:
     """Mean over a row's body tokens of the input of every block, and of the final state."""
     found = capture(model, batch, "residual", "final")
     layers = jnp.concatenate([found["residual"], found["final"][:, None]], axis=1).astype(jnp.float32)

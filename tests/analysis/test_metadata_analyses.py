@@ -112,12 +112,13 @@ def test_the_classifier_tells_texts_of_different_words():
     assert np.mean((counts_of(other) @ weights).argmax(1) == y) > 0.9
 
 
+@pytest.mark.slow
 def test_all_of_them_reach_the_page(study, monkeypatch, tmp_path):
     for name, value in {"TEXTS": 8, "TOKENS": 6, "STRENGTHS": (0.0, 1.5)}.items():
         monkeypatch.setattr(guidance_module, name, value)
     monkeypatch.setattr(probes_module, "LEAST", 10)
     monkeypatch.setattr(probes_module, "STEPS", 20)
-    made = study()
+    made = study(**{"evaluation.labels": ("{group}",)})
     names = ("probes", "metadata_attention", "guidance", "by_position")
     assert set(names) < set(fitting(made))
     found = dict(run_analyses(made, names, tmp_path))
