@@ -152,7 +152,7 @@ def _files(cache):
 
 def test_parts_make_one_cache_whatever_the_number_of_processes(corpus, tmp_path):
     source = corpus([*rows()[:3], "{", *rows()[3:]])
-    whole, one, two = (_parts(source, tmp_path / str(n), n, part) for n, part in ((1, 100), (1, 2), (2, 2)))
+    whole, one, two = (_parts(source, tmp_path / f"{n}-{part}", n, part) for n, part in ((1, 100), (1, 2), (2, 2)))
     files = _files(one)
     assert {name for name in files if name.startswith("tokens")} == {f"tokens-{n:05d}.array_record" for n in range(4)}
     assert files == _files(two)
