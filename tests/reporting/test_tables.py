@@ -18,7 +18,6 @@ from metajax.lineage import resolve_parents
 from metajax.registry import ByScale, Column, Published, Row
 from metajax.reporting.formats import failures
 from metajax.reporting.records import FAILURE_LOG, write_json
-from metajax.reporting.sampler import budget_seconds, sample, summary
 from metajax.reporting.tables import choose_rows, expected_minutes, plan_table, run_table
 from metajax.sweeps import sweep_table
 from metajax.workers import workers
@@ -480,44 +479,3 @@ def test_a_sweep_with_other_values_has_no_baseline(table):
     assert sweep_table(base_alone, ["model.layers=2,4"], "cpu", {}).name != made.name
     with pytest.raises(UserError, match="swept twice"):
         sweep_table(base_alone, ["model.layers=2", "model.layers=3"], "cpu", {})
-
-
-def test_a_sample_takes_a_line_of_every_table_in_turn(table, own_registry, tmp_path):
-    other = registry.table(
-        "other",
-        summary="another",
-        rows=ROWS[2:],
-        columns=(*COLUMNS, Column("typo", "eval.tasks.recal.exact")),
-        baseline=None,
-        minutes={"cpu": 2},
-    )(base)
-    runs = Runs(fail={("lab_table/meta", 3)})
-    made = sample((table, other), "cpu", 3600, 3, tmp_path, runs)
-    assert [one.table for one in made[:2]] in (["lab_table", "other"], ["other", "lab_table"]) and len(made) == 4
-    assert sorted(f"{one.table}/{one.row}" for one in made) == [
-        "lab_table/meta",
-        "lab_table/plain",
-        "lab_table/scratch",
-        "other/scratch",
-    ]
-    found = {line["table"]: line for line in summary(made)}
-    assert found["lab_table"]["failed"] == ["meta: FloatingPointError: loss nan"] and found["lab_table"]["empty"] == ["bits/byte"]
-    assert found["other"] | {"minutes": 0} == {
-        "table": "other",
-        "lines": 1,
-        "minutes": 0,
-        "failed": [],
-        "empty": ["bits/byte", "typo"],
-    }
-    assert len(runs.made) == 4, "the parent once, three lines, not the one that failed"
-    again = Runs()
-    assert [one.row for one in sample((table, other), "cpu", 130, 3, tmp_path, again)] == [one.row for one in made]
-    assert again.made == [("lab_table/meta", 3)], "what is complete costs nothing"
-    assert sample((table, other), "cpu", 100, 4, tmp_path, Runs()) == [], "no line takes less than two minutes"
-
-
-@pytest.mark.parametrize("text", ["60", "m", "1d", "-5m", ""])
-def test_a_budget_is_a_time(text):
-    assert (budget_seconds("90s"), budget_seconds("60m"), budget_seconds("1.5h")) == (90, 3600, 5400)
-    with pytest.raises(UserError, match="expected a time such as 60m"):
-        budget_seconds(text)
