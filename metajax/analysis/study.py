@@ -128,7 +128,7 @@ def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
     cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
     documents = cache.documents("held_out", data.held_out, data.min_bytes)
     if length is None:
-        length = min(data.row_length, *np.sort(cache.lengths[documents])[-2:].tolist())
+        length = min([data.row_length, *np.sort(cache.lengths[documents])[-2:].tolist()])
     documents = documents[cache.lengths[documents] >= length]
     require(
         len(documents) >= 2,

@@ -1,7 +1,7 @@
 """Making the tokenised corpus: part by part, by as many processes as wanted, taking up what an earlier start has left.
 
 A part is a range of records, the same whatever the number of processes, and is written whole or not at all. The cache that the parts are
-put together to is the same byte for byte however it was made.
+put together to is the same byte for byte however it was made. Compressed files are read from their beginning for every part of them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from etils import epath
 
 from metajax.config import UserError, nearest, require
 from metajax.data.documents import BadRecord, Document, Source
+from metajax.data.sources.compressed import CompressedLines, is_compressed
 from metajax.data.sources.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
 
 _READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
@@ -45,7 +46,9 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     if kind == "tfds":
         return TfdsText(spec, path, data_dir, columns)
     root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
-    return _READERS[kind](spec, find_files(spec, path, root), root.rstrip("/") + "/", columns)
+    files = find_files(spec, path, root)
+    reader = CompressedLines if kind == "jsonl" and any(map(is_compressed, files)) else _READERS[kind]
+    return reader(spec, files, root.rstrip("/") + "/", columns)
 
 
 def parse_spec(spec: str) -> tuple[str, str, Columns]:

@@ -26,7 +26,6 @@ from etils import epath
 from metajax.config import UserError, nearest, require
 from metajax.data.documents import BadRecord, Document
 
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _DECODED_BYTES = 256 << 20  # decoded Parquet row groups kept by one reader
 
 
@@ -190,11 +189,7 @@ class JsonLines(Files):
         super().__init__(spec, paths, root, columns)
 
     def _open(self, path: str) -> int:
-        remedy = "decompress it, or convert it to parquet or arrayrecord"
-        require(
-            not path.lower().endswith(_COMPRESSED),
-            f"{path}: random access to a compressed file is not possible; {remedy}",
-        )
+        require(not path.lower().endswith(".xz"), f"{path}: .xz is not read; decompress it, or compress it as .zst or .gz")
         require("://" not in path, f"{path}: jsonl is read from local disks alone; copy it, or convert it to arrayrecord")
         self._lines.append(line_index(path))
         return len(self._lines[-1][0])

@@ -198,13 +198,37 @@ def test_a_corrupt_line_is_named_by_file_line_and_reason(line, reason, opened, t
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", bytes)]
-)
-def test_compressed_lines_are_refused_with_the_remedy(suffix, pack, opened, tmp_path):
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(b'{"text": "a"}\n'))
-    with pytest.raises(UserError, match=r"compressed.*decompress it, or convert it to parquet"):
-        opened(f"jsonl:a.jsonl{suffix}")
+def zstd(data):
+    stream = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(stream, "zstd") as packed:
+        packed.write(data)
+    return stream.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstd)])
+def test_compressed_lines_are_read_in_any_order(suffix, pack, opened, tmp_path):
+    for name, rows in (("a", ROWS[:4]), ("b", ROWS[4:])):
+        text = "\n".join(json.dumps(row) + "\n" * (i % 2) for i, row in enumerate(rows))  # blank lines are no records
+        (tmp_path / f"{name}.jsonl{suffix}").write_bytes(pack(text.encode()))
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    packed, plain = opened(f"jsonl:*.jsonl{suffix}"), opened("jsonl:*.jsonl")
+    order = [*range(11), 9, 2, 3, 0, 10]
+    assert len(packed) == 11 and [packed[i] for i in order] == [plain[i] for i in order]
+    assert pickle.loads(pickle.dumps(packed))[7] == plain[7]
+    with pytest.raises(UserError, match=r"a\.jsonl is not compressed as others are"):
+        opened("jsonl:a.jsonl*")
+
+
+def test_compressed_lines_that_cannot_be_read(opened, tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n')[:-9])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be decompressed .*; fetch or write it again"):
+        len(opened("jsonl:a.jsonl.gz"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{\n'))
+    with pytest.raises(BadRecord, match=r"b\.jsonl\.gz, record 1: not JSON"):
+        opened("jsonl:b.jsonl.gz")[1]
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match="xz is not read; decompress it"):
+        opened("jsonl:c.jsonl.xz")
 
 
 @settings(deadline=None)
