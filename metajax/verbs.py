@@ -191,18 +191,12 @@ def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[s
 
 def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
     from metajax.reporting.records import conditions
-    from metajax.reporting.terminal import print_tasks
+    from metajax.reporting.terminal import print_choices, print_tasks
 
     if "tasks" in results:
         print_tasks(results["tasks"])
-    for setting, tasks in results.get("choice", {}).get("settings", {}).items():
-        for name, scored in tasks.items():
-            if name != "average":
-                print(
-                    f"{name}, {setting.replace('_', ' context, ')} shots: acc {scored['acc']:.1%} ± {scored['acc_stderr']:.1%}, acc_norm "
-                    f"{scored['acc_norm']:.1%} (standard error, {scored['n']:,} questions)"
-                )
-        print(f"mean acc, {setting.replace('_', ' context, ')} shots: {tasks['average']:.1%}")
+    if "choice" in results:
+        print_choices(results["choice"])
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         shown = "no" if condition == "none" else condition

@@ -21,7 +21,7 @@ from metajax.models.lm import LM
 
 DOCUMENTS, TOKENS, LEAST = 2_000, 512, 30  # documents; slots of a row; documents of a class that is probed
 BINS = {"balanced": 1, "matched": 5}  # ranges of length with equally many documents of every class
-HIDDEN, STEPS, SEEDS = 256, 300, 3
+HIDDEN, STEPS, SEEDS = 128, 200, 2
 PROBES = {"linear": (), "mlp": (HIDDEN, HIDDEN)}
 RATES = {"linear": 1e-2, "mlp": 1e-3}
 MIDDLE = 6 / 16  # the layer that the paper compares models at

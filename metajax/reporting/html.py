@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from metajax.atomic import write_text
 from metajax.config import Config, Metadata, Switch, flatten, from_dict
+from metajax.reporting import choices
 from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
 from metajax.reporting.records import conditions, read_config
@@ -58,6 +59,7 @@ def write_run_report(workdir: Path) -> Path:
         sentence=_run_sentence(report, config),
         conditions=[_condition(name, result) for name, result in conditions(report["eval"]).items()],
         tasks=tasks and {"head": HEAD, "rows": table_rows(tasks), "figure": Markup(accuracy_figure(tasks, config.tasks))},
+        choices=_choices(report["eval"].get("choice")),
         analyses=sections(workdir) if report.get("analyses") else [],
         curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]}, unit)),
         curve_caption=f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not comparable "
@@ -97,6 +99,10 @@ def write_page(folder: Path, page: str) -> Path:
     """Put the page in its place whole."""
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _choices(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    return results and {"head": choices.HEAD, "rows": choices.table_rows(results)}
 
 
 def curves(workdir: Path) -> tuple[Curve, Curve]:

@@ -43,7 +43,7 @@ def _probes(result: Result) -> Drawn:
     return [
         (
             to_svg(figure, "Accuracy of probes by layer"),
-            "Accuracy on documents of other origins, mean of three probes; the grey line is chance.",
+            "Accuracy on documents of other origins, mean of the probes; the grey line is chance.",
         )
     ]
 

@@ -192,6 +192,16 @@ def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     console.print(grid)
 
 
+def print_choices(results: dict[str, Any]) -> None:
+    """Multiple choice by task and setting."""
+    from metajax.reporting.choices import HEAD, table_rows
+
+    grid = _grid(*HEAD)
+    for cells in table_rows(results):
+        grid.add_row(*cells)
+    console.print(grid)
+
+
 def print_analysis(name: str, numbers: dict[str, Any]) -> None:
     """The headline numbers of an analysis."""
     from metajax.reporting.analysis_words import headlines

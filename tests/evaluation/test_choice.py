@@ -12,6 +12,8 @@ from metajax.config import Choice, Metadata, UserError
 from metajax.data.pipeline import check_evaluation, open_corpora
 from metajax.data.questions import KINDS, Question, Task, encode_pair
 from metajax.evaluation.choice import evaluate_choice, opening, score, summarise, with_shots
+from metajax.experiment import run_experiment
+from metajax.reporting.choices import table_rows
 from metajax.training.program import Program
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "choice_harness.json").read_text())
@@ -103,6 +105,22 @@ def test_results_by_task_context_and_shots(prepared):
     assert found["settings"].keys() == {"none_0", "none_2", "empty_0", "empty_2"}
     assert found["jsonl"] == found["settings"]["none_0"]["jsonl"] and found["jsonl"]["n"] == 3
     assert found["average"] == found["jsonl"]["acc"]
+
+
+def test_a_run_with_questions_from_start_to_finish(tiny_config, paths, tmp_path):
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    choice = Choice((f"jsonl:{tmp_path}/own.jsonl?name=own",), shots=(0,))
+    config = tiny_config(**{"evaluation.choice": choice, "evaluation.every": 3, "evaluation.sample_tokens": 0})
+    report = run_experiment(config, tmp_path / "run", paths)
+    scored = report["eval"]["choice"]
+    assert scored["own"]["n"] == 3 and scored["average"] == scored["own"]["acc"]
+    assert [step for step, _ in report["curves"]["choice"]] == [step for step, _ in report["curves"]["bpb"]] == [3, 6]
+    assert (
+        report["curves"]["choice"][-1][1] == scored["average"] and report["curves"]["bpb"][-1][1] == report["eval"]["none"]["bpb"]
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Multiple choice" in page and f"<td>{scored['own']['acc']:.1%} ± " in page
+    assert table_rows(scored)[-1][:3] == ["mean", "nothing", "0"]
 
 
 def test_solved_examples_are_never_the_question_itself():
