@@ -118,7 +118,7 @@ COLUMNS = [
     Column("nats a metadata token", "eval.right.metadata_nats_per_token", 2, ""),
     AVERAGE,
 ]
-MINUTES = {"cpu": 1, "gpu": 6, "paper": 2900}
+MINUTES = {"cpu": 1.5, "gpu": 6, "paper": 2900}
 MAPPING = (
     "On Debian's index (cpu and gpu scale) URL is the package's Homepage; coarse domain is its Section and role tag; fine domain is all its debtags, "
     "`unknown` for the half without; there is no score of quality, and popularity stands beside it under its own name: log2(1 + packages that need "
