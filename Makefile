@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # The log of a test run names its slowest tests; two workers because JAX already uses several threads in each.
 PYTEST := $(PY) -m pytest -n 2 --durations=10
 
-.PHONY: quickstart test test-all test-next bench docs lint format clean
+.PHONY: quickstart test test-all test-faults test-next bench docs lint format clean
 
 quickstart: $(VENV)/.runtime
 	$(PY) run.py quickstart
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) tests
+
+# Faults injected into tiny runs, counted: 50 random kills and what else a pod does to a run.
+test-faults: $(VENV)/.dev
+	$(PY) -m tests.faults --kills 50
 
 # The same suite on the newest releases of everything, where a Python newer than the pins allow is found.
 NEXT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python $(HOME)/.pyenv/versions/3.12*/bin/python) \

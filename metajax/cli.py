@@ -1,11 +1,13 @@
 """The command line: names, verbs, errors in one line, exit codes.
 
-Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can mend, 130 interrupted.
+Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can mend, 75 ended from outside (preempted, or
+hanging for the want of another host): start the same command again; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -17,6 +19,7 @@ from etils import epath
 
 from metajax import registry, verbs
 from metajax.config import ANALYSES, UserError, nearest, require
+from metajax.fields import Stopped
 from metajax.interop import command as interop
 from metajax.progress import PROGRAM
 
@@ -34,6 +37,8 @@ EXAMPLES = """examples:
   python run.py analyze RUN --what sharpening       what goes on inside
   python run.py compare RUN RUN                     two runs side by side
 """
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+STOPPED = 75  # as sysexits.h has it: a temporary failure, try again
 
 
 def command() -> int:
@@ -49,8 +54,20 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
             registry.load(package)
         options = _parse(list(arguments))
         return options.act(options, started) or 0
+    except Stopped as reason:
+        print(reason, file=sys.stderr)
+        return STOPPED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        print(
+            f"error: {error.filename or 'storage'}: {error.strerror}; make room or restore the access, then give the same command again: "
+            "only the steps since the last save are lost",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command takes up from the last checkpoint", file=sys.stderr)
@@ -109,6 +126,8 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
         "import": ("a published checkpoint as a run, for generate and eval", _add_import, verbs.import_model),
         "export": ("a run's newest checkpoint as a Hugging Face folder, for other programs", _add_export, verbs.export_model),
         "runs": ("what has been run", _add_place, verbs.list_runs),
+        "checkpoints": ("a run's checkpoints: list, verify, prune", _add_checkpoints, verbs.list_checkpoints),
+        "preflight": ("before a run on several hosts: who is there, and what is missing", _add_preflight, verbs.preflight),
         "compare": ("runs side by side", _add_compare, verbs.compare),
     }
 
@@ -169,8 +188,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="a table: N runs at a time, each on its share of the cores (1)"
     )
+    _add_processes(parser)
     parser.add_argument("--render", action="store_true", help="a table: write it again from what has been run, and run nothing")
     _add_place(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--coordinator",
+        default=None,
+        metavar="HOST:PORT",
+        help="of process 0, where several processes make one run and no launcher says so",
+    )
+    parser.add_argument("--processes", type=int, default=None, metavar="N", help="how many there are")
+    parser.add_argument("--process-id", type=int, default=None, metavar="I", help="which of them this is, from 0 on")
 
 
 def _add_list(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +228,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--vocabulary", type=int, default=None, metavar="N", help="tokens, where the tokenizer is a file of yours"
     )
     parser.add_argument("--json", action="store_true", help="the plan as data")
+    parser.add_argument(
+        "--html", type=Path, default=None, metavar="FILE", help="the plan as a page too, with a picture of the memory"
+    )
+    parser.add_argument(
+        "--largest-batch", action="store_true", help="find the most rows that fit, by bisection: a compilation for each trial"
+    )
     _add_config(parser)
     _add_place(parser)
 
@@ -282,6 +319,28 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_place(interop.add_export(parser))
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file and hold it against its hash; 1 when one is damaged"
+    )
+    parser.add_argument(
+        "--prune", type=int, default=None, metavar="N", help="delete all but the newest N, those set aside as damaged too"
+    )
+    _add_place(parser)
+
+
+def _add_preflight(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", nargs="?", default=None, metavar="NAME", help="the experiment, whose configuration and data are compared"
+    )
+    parser.add_argument("--workdir", default="runs", metavar="DIR", help="where it will run: written and read back (runs)")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each check (10)")
+    _add_config(parser)
+    _add_processes(parser)
+    _add_place(parser)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

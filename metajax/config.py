@@ -341,6 +341,12 @@ class Runtime:
     log_every: int = 10
     save_every: int = 50
     keep: int = 2  # newest checkpoints kept, beside the best
+    # A step that is not finite, or whose gradient norm is above the limit: stop with a replay bundle, or leave it out and say so in the
+    # report. Outside the hash, for a run that meets no such step is the same.
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    max_grad_norm: float = 0.0  # before clipping; 0: no limit
+    profile: tuple[int, ...] = ()  # first and last step of a profile for xprof
+    hang_seconds: float = 1800.0  # without a step, save or evaluation the process ends with its stacks; 0: never
     loggers: tuple[str, ...] = ()  # tensorboard, wandb
     workers: int = 0  # grain reader processes; 0: threads
     mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the devices that are left
@@ -351,7 +357,12 @@ class Runtime:
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, f"runtime.{name} = {getattr(self, name)}: at least 1")
-        for name in ("workers", "unroll"):
+        profile = self.profile
+        require(
+            not profile or (len(profile) == 2 and 1 <= profile[0] <= profile[1]),
+            f"runtime.profile = {profile}: the first and the last step of the profile, such as 20,25",
+        )
+        for name in ("workers", "unroll", "max_grad_norm", "hang_seconds"):
             require(getattr(self, name) >= 0, f"runtime.{name} = {getattr(self, name)}: not negative")
         for logger in self.loggers:
             known = ("tensorboard", "wandb")

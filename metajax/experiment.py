@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from metajax.analysis.analyses import run_analyses
 from metajax.analysis.study import Study, open_study
-from metajax.config import Config, Runtime, config_hash, to_dict
+from metajax.config import Config, Runtime, config_hash, require, to_dict
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
@@ -22,6 +24,7 @@ from metajax.evaluation.tasks import evaluate_tasks
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
+from metajax.parallel.hosts import is_first, of_first, together
 from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
 from metajax.progress import progress, say
@@ -29,7 +32,7 @@ from metajax.reporting.html import write_run_report
 from metajax.reporting.records import RunDirectory, check_data, read_config
 from metajax.training.checkpoints import read_parameters
 from metajax.training.loop import Phases, Trained, Trainer
-from metajax.training.metrics import read_lines
+from metajax.training.metrics import memory_use, read_lines
 from metajax.training.program import Program
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
@@ -51,20 +54,24 @@ def run_experiment(
       NonFinite: training broke down.
     """
     started = time.monotonic() if started is None else started
-    run = RunDirectory.open(workdir, config)
+    run = together(lambda: RunDirectory.open(workdir, config))
     try:
-        done = run.read("report.json")
+        done = of_first(run.read("report.json"))
         if done is not None:
             say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
-            if not (workdir / "report.html").exists():
+            if is_first() and not (workdir / "report.html").exists():
                 write_run_report(workdir)
         else:
             phases = Phases(started, {"imports": imports_seconds})
             trained = Trainer(config, run, paths, phases).train()
             done = _report(config, run, trained, time.monotonic() - started)
             run.write("report.json", done)
-            write_run_report(workdir)
+            if is_first():
+                write_run_report(workdir)
         missing = [name for name in analyses if name not in done["analyses"]]
+        require(
+            not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards"
+        )
         if missing:
             study = open_run(workdir).study(config, paths)
             done["analyses"] |= run_analyses(study, missing, workdir)
@@ -77,7 +84,14 @@ def run_experiment(
 
 def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float) -> dict[str, Any]:
     model, vocab_size = trained.state.model, trained.program.vocab_size
-    results = evaluate(config, trained.program, trained.corpora, model)
+    with trained.goodput.spend("evaluation"):
+        results = evaluate(config, trained.program, trained.corpora, model)
+        text = (
+            sample(config, trained.corpora, trained.program.whole(model))
+            if config.evaluation.sample_tokens and config.tasks is None
+            else None
+        )
+    trained.goodput.write()
     return {
         "name": config.name,
         "scale": config.scale,
@@ -92,9 +106,11 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "eval": results,
         "curves": _curves(config, run, results),
         "analyses": {},
-        "sample": sample(config, trained.corpora, model) if config.evaluation.sample_tokens and config.tasks is None else None,
+        "sample": text,
         "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
+        "goodput": trained.goodput.shares(),
+        "memory": memory_use(),
         "restarted_from": trained.restarted_from,
         "parent": config.init.from_ or None,
         "warnings": run.warnings,

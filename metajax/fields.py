@@ -15,6 +15,13 @@ class UserError(Exception):
     """A mistake the user can mend: one plain line that names the remedy. The command line exits with 2."""
 
 
+class Stopped(BaseException):
+    """A run ended early for a reason outside of it, such as a preemption; the command line exits with 75, and the same command goes on.
+
+    No `Exception`, for it is no failure of the run: a table that records failures ends with it.
+    """
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless `condition` holds."""
     if not condition:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -65,6 +66,14 @@ def _chips() -> list[Path]:
     return [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern)]
 
 
+def _connect(options: argparse.Namespace) -> None:
+    """Start JAX, and meet the other processes of this run where there are some."""
+    _start_jax(options.cache_dir)
+    from metajax.parallel.hosts import connect, find_place
+
+    connect(find_place(options.coordinator, options.processes, options.process_id))
+
+
 def run(options: argparse.Namespace, started: float) -> int:
     """Run an experiment, a table, a sweep, or a sample of all tables."""
     require(options.all == (options.name is None), "name an experiment or a table, or say --all")
@@ -96,7 +105,8 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
     )
     config, parents = _config(experiment, options)
     say(f"{options.name} at scale {options.scale}")
-    _start_jax(options.cache_dir)
+    _connect(options)
+    from metajax.parallel.hosts import is_first
     from metajax.reporting.records import default_workdir
     from metajax.training.loop import NonFinite
 
@@ -105,7 +115,9 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
             say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
             run_one(parent, default_workdir(parent, options.runs_dir))
         workdir = options.workdir or default_workdir(config, options.runs_dir)
-        _print_evaluation(run_one(config, workdir)["eval"])
+        report = run_one(config, workdir)
+        if is_first():
+            _print_evaluation(report["eval"])
         say(f"report: {workdir / 'report.html'}")
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
@@ -137,6 +149,12 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
         require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
         plan.write()
     else:
+        from metajax.parallel.hosts import find_place
+
+        require(
+            find_place(options.coordinator, options.processes, options.process_id) is None,
+            f"{options.name} is a table, which runs in one process; several processes run one experiment, such as a row of it",
+        )
         result = _run_jobs(plan, options, run_one)
     print(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
@@ -262,7 +280,9 @@ def plan(options: argparse.Namespace, started: float) -> int:
 
     allow_compiler()
     from metajax.data.tokenizers import vocabulary_of
+    from metajax.planning.advice import advise, largest_batch
     from metajax.planning.plan import plan as make_plan
+    from metajax.reporting.plan_page import write_plan_page
     from metajax.reporting.terminal import print_plan
 
     config, _ = _config(registry.find_experiment(options.name), options)
@@ -273,6 +293,18 @@ def plan(options: argparse.Namespace, started: float) -> int:
         f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
     )
     found = make_plan(config, size, options.topology)
+    if not found["fits"]:
+        say("it does not fit; looking for a change that does")
+        found["advice"] = advise(config, found["chips"], lambda changed: make_plan(changed, size, options.topology))
+    if options.largest_batch:
+        unit = found["chips"] * config.training.accumulate
+        found["largest_batch"] = largest_batch(
+            unit,
+            config.data.batch_rows,
+            lambda rows: make_plan(override(config, {"data.batch_rows": rows}), size, options.topology)["fits"],
+        )
+    if options.html is not None:
+        write_plan_page(options.html, found)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
@@ -385,6 +417,50 @@ def list_runs(options: argparse.Namespace, started: float) -> int:
 
     print_runs(options.runs_dir)
     return 0
+
+
+def list_checkpoints(options: argparse.Namespace, started: float) -> int:
+    """Print a run's checkpoints, verify or prune them; 1 where one is damaged."""
+    from metajax.reporting.inventory import inventory, prune
+    from metajax.reporting.records import RunDirectory, find_run, read_config
+
+    workdir = find_run(options.run, options.runs_dir)
+    if options.prune is not None:
+        require(options.prune >= 1, f"--prune {options.prune}: at least the newest one is kept")
+        run = RunDirectory.open(workdir, read_config(workdir))  # not while it is running
+        for folder in prune(workdir, options.prune):
+            print(f"deleted {folder}")
+        run.close()
+    kept = inventory(workdir, options.verify)
+    require(bool(kept), f"{workdir} has no checkpoint yet; run the experiment first")
+    for one in kept:
+        print(f"step {one.step:>8}  {one.bytes / 1e6:10.1f} MB  {one.written}  {one.state}")
+    return 1 if any(one.damaged for one in kept) else 0
+
+
+def preflight(options: argparse.Namespace, started: float) -> int:
+    """Check this host, and with the others that all are alike; 1 where something is missing."""
+    from importlib.metadata import version
+
+    from metajax.config import config_hash
+    from metajax.preflight import preflight as check_all
+    from metajax.reporting.records import LIBRARIES, git_state
+
+    facts: dict[str, Any] = {name: version(name) for name in LIBRARIES}
+    facts |= {"Python": platform.python_version(), "code": git_state()}
+    sources: Sequence[str] = ()
+    if options.name is not None:
+        config, _ = _config(registry.find_experiment(options.name), options)
+        facts["configuration"], sources = config_hash(config), config.data.sources
+    arguments = {
+        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": options.workdir,
+        "sources": sources, "data_dir": options.data_dir and str(options.data_dir),
+        "cache_dir": str(options.cache_dir), "facts": facts,
+    }  # fmt: skip
+    findings = check_all(arguments, options.seconds)
+    for finding in findings:
+        print(f"{'ok    ' if finding.good else 'FAILED'}  {finding.check:<11} {finding.text}")
+    return 0 if all(finding.good for finding in findings) else 1
 
 
 def compare(options: argparse.Namespace, started: float) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import Config, config_hash
 from metajax.parallel.rules import batch_sharding
+from metajax.planning.advice import largest_buffers
 from metajax.planning.flops import step_flops
 from metajax.planning.topology import Chip, chip_of, slice_devices
 from metajax.training.program import Program
@@ -73,7 +74,8 @@ def plan(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return found | {"fits": False, "reason": str(error).splitlines()[0], "compile_seconds": time.monotonic() - began}
+        found |= {"fits": False, "reason": str(error).splitlines()[0], "compile_seconds": time.monotonic() - began}
+        return found | {"largest_buffers": largest_buffers(str(error))}
     hlo = compiled.as_text()
     found |= {"fits": True, "compile_seconds": time.monotonic() - began, "memory": memory(compiled, chip)}
     found |= {"collectives": collectives(hlo, chip), "kernels": sorted(set(KERNELS.findall(hlo))), "xla_cycles": xla_cycles(hlo)}

@@ -243,9 +243,26 @@ def _time_facts(report: dict[str, Any], config: Config) -> list[tuple[str, str]]
             "restarts",
             f"resumed at step {restarted:,} of {report['steps']:,}" if restarted else "none: one process ran every step",
         ),
+        *_goodput_facts(report),
         ("parameters from", report["parent"] or "a fresh start"),
         ("warnings", str(len(report["warnings"])) if report["warnings"] else "none"),
     ]
+
+
+def _goodput_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the time of all starts went, and the memory that the devices tell of; runs of before this was counted have neither."""
+    goodput, memory = report.get("goodput"), report.get("memory")
+    facts = []
+    if goodput:
+        apart = sorted(
+            ((k, v) for k, v in goodput.items() if k not in ("productive", "seconds", "starts")), key=lambda item: -item[1]
+        )
+        spent = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in apart if share >= 0.0005)
+        starts = f"{goodput['starts']} start{'' if goodput['starts'] == 1 else 's'}"
+        facts.append(("goodput", f"{goodput['productive']:.1%} of {_seconds(goodput['seconds'])} in {starts} ({spent})"))
+    if memory:
+        facts.append(("device memory at its peak", f"{memory['hbm_gib']:.2f} GiB ({memory['hbm_share']:.0%})"))
+    return facts
 
 
 def _parameter_facts(parameters: dict[str, int]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ import jax
 
 from metajax.atomic import write_text
 from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
+from metajax.parallel.hosts import is_first
 from metajax.progress import warn
 
 RUN_LOG = "run.log"  # of a run that is made beside others
@@ -64,13 +65,15 @@ def environment() -> dict[str, Any]:
         "libraries": {name: version(name) for name in LIBRARIES},
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "hosts": jax.process_count()},
         "cpu_count": os.cpu_count(),
-        "git": _git_state(),
+        "git": git_state(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _git_state() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
+    """The commit of the code, and whether it has been changed since."""
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
@@ -93,11 +96,13 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, config: Config) -> RunDirectory:
-        """Create the workdir or return to it.
+        """Create the workdir or return to it; of several processes the first alone does so, and writes there.
 
         Raises:
           UserError: it holds another experiment, something that is no run, or a process that is still running.
         """
+        if not is_first():
+            return cls(path, config)
         try:
             path.mkdir(parents=True, exist_ok=True)
             present = sorted(
@@ -107,7 +112,7 @@ class RunDirectory:
                 kept = ", ".join(present[:3])
                 require(not present, f"{path} is not empty and is not a run (it holds {kept}); choose another --workdir")
             lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise UserError(f"{path} cannot be a run directory ({error.strerror}); choose another --workdir") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,6 +130,8 @@ class RunDirectory:
         config.json comes first, because a folder without it is not taken for a run; a later start refreshes it and warns
         of other library versions. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
         """
+        if not is_first():
+            return
         known = check_data(self.path, key, tokenizer)
         self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
         here, before = environment(), self.read("environment.json")
@@ -141,7 +148,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Release the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def read(self, name: str, default: Any = None) -> Any:
         """A JSON file of the run, or `default` when it is not there."""
@@ -150,7 +158,8 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run atomically."""
-        write_json(self.path / name, value)
+        if is_first():
+            write_json(self.path / name, value)
 
     def warn(self, message: str) -> None:
         """Say a warning and record it, so that it reaches report.json also when this process dies first."""

@@ -159,6 +159,12 @@ def print_plan(found: dict[str, Any]) -> None:
     if not found["fits"]:
         state = sum(found["state"].values())
         console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
+        for buffer in found["largest_buffers"]:
+            console.print(
+                f"  {buffer['bytes'] / 2**30:.2f} GiB: {buffer['shape']} of {buffer['operation']} ({buffer['file']}:{buffer['line']})",
+                markup=False,
+            )
+        _print_advice(found)
         return
     memory, gib = found["memory"], 2**30
     grid = _grid("memory of a chip", "GiB")
@@ -180,6 +186,14 @@ def print_plan(found: dict[str, Any]) -> None:
         f"a step of {found['tokens']:,} tokens and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "
         f"{bound['mfu']:.1%}; kernels: {', '.join(found['kernels']) or 'none'}; compiled in {found['compile_seconds']:.0f} s"
     )
+    _print_advice(found)
+
+
+def _print_advice(found: dict[str, Any]) -> None:
+    from metajax.reporting.plan_page import advice_lines
+
+    for line in advice_lines(found):
+        console.print(line, markup=False)
 
 
 def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:

@@ -7,12 +7,14 @@ checkpoint that fails verification is moved aside, never deleted, and the one be
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from metajax.atomic import write_text
-from metajax.config import UserError
+from metajax.config import UserError, require
+from metajax.parallel.hosts import gather, is_first, of_first
 from metajax.progress import say, warn
 from metajax.training.state import State, from_arrays, to_arrays
 
@@ -30,6 +33,22 @@ from metajax.training.state import State, from_arrays, to_arrays
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+COMMIT_SECONDS = 600.0  # for process 0 to name a save, once all processes have written theirs
+
+
+@contextlib.contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """What the operating system said to the library that writes, as the OSError that it was."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        number = int(code.group(1))
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _files(folder: Path) -> list[str]:
@@ -41,7 +60,7 @@ class Checkpoints:
 
     Args:
       workdir: of the run.
-      keep: newest checkpoints kept; the best by held-out bits per byte is kept besides.
+      keep: newest checkpoints kept, two at least; the best by held-out bits per byte is kept besides.
       on_warning: told what was wrong with a checkpoint that had to be set aside.
     """
 
@@ -49,12 +68,16 @@ class Checkpoints:
         self.folder = (workdir / "checkpoints").absolute()
         self.hashes = (workdir / "hashes").absolute()
         self.damaged = (workdir / "damaged").absolute()
-        self.hashes.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            self.hashes.mkdir(parents=True, exist_ok=True)
         self._warn = on_warning
         self._host, self._hosts = jax.process_index(), jax.process_count()
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["score"], reverse=True, n=1)
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["score"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        newest = policies.LatestN(max(keep, 2))  # a save counts once it is hashed: until then the one before must be there
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), cleanup_tmp_directories=True
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]), cleanup_tmp_directories=True
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
@@ -75,7 +98,8 @@ class Checkpoints:
         self.finish()
         step = int(jax.device_get(state.step))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(copy.deepcopy(meta)))
-        self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score}, force=True)
+        with _storage_errors(self.folder):
+            self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score}, force=True)
         self._unhashed = step
         self.blocked_seconds += time.monotonic() - started
 
@@ -87,7 +111,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until every save is committed and hashed; errors of the background work surface here."""
-        self._manager.wait_until_finished()
+        with _storage_errors(self.folder):
+            self._manager.wait_until_finished()
         self.poll()
         for job in self._jobs:
             job.result()
@@ -101,9 +126,15 @@ class Checkpoints:
 
     def _write_hashes(self, step: int) -> None:
         folder = self.folder / str(step)
+        deadline = time.monotonic() + COMMIT_SECONDS
+        while not folder.exists():
+            require(time.monotonic() < deadline, f"the save at step {step} was not committed within {COMMIT_SECONDS:g} s")
+            time.sleep(0.02)
         mine = _files(folder)[self._host :: self._hosts]
         hashes = {"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}
         write_text(self.hashes / f"{step}-p{self._host}.json", json.dumps(hashes))
+        if not is_first():
+            return
         for old in self.hashes.glob("*.json"):
             if not (self.folder / old.name.partition("-")[0]).exists():
                 old.unlink(missing_ok=True)
@@ -111,12 +142,13 @@ class Checkpoints:
     # ----------------------------------------------------------------------------------------------- reading
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps of the complete checkpoints, oldest first, as process 0 sees them."""
+        return of_first(sorted(self._manager.all_steps()))
 
     def verify(self, step: int) -> str | None:
-        """None when every file is as it was committed, else what is wrong."""
-        return _verify(self.folder / str(step), self._hash_files(step))
+        """None when every file is as it was committed, else what is wrong; each process reads its share of them."""
+        found = gather(verify(self.folder / str(step), self._hash_files(step), self._host, self._hosts) or "")
+        return next(filter(None, found), None)
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest checkpoint that verifies as (state, meta), with the shardings of `abstract`; None if there are none.
@@ -127,7 +159,7 @@ class Checkpoints:
           UserError: there are checkpoints and none of them is good.
         """
         steps = self.steps()
-        if steps and not self._hash_files(steps[-1]):
+        if steps and of_first(_cut_off(self._hash_files(steps[-1]))):
             say(f"the save at step {steps[-1]} was cut off before it was complete; it is kept in {self.damaged}")
             self._set_aside(steps.pop())
         for step in reversed(steps):
@@ -158,16 +190,28 @@ class Checkpoints:
         return sorted(self.hashes.glob(f"{step}-p*.json"))
 
     def _set_aside(self, step: int) -> None:
-        self.damaged.mkdir(exist_ok=True)
-        target = self.damaged / f"{step}-{time.time_ns()}"
-        if (self.folder / str(step)).exists():
-            os.replace(self.folder / str(step), target)
-        for file in self._hash_files(step):
-            os.replace(file, self.damaged / f"{target.name}-{file.name}")
+        if is_first():
+            self.damaged.mkdir(exist_ok=True)
+            target = self.damaged / f"{step}-{time.time_ns()}"
+            if (self.folder / str(step)).exists():
+                os.replace(self.folder / str(step), target)
+            for file in self._hash_files(step):
+                os.replace(file, self.damaged / f"{target.name}-{file.name}")
+        gather("")  # no one looks before it is done
         self._manager.reload()
 
 
-def _verify(folder: Path, hash_files: list[Path]) -> str | None:
+def _cut_off(hash_files: list[Path]) -> bool:
+    """Whether the hashes of a save are not all there, though none of them is damaged: the run was killed while it wrote them."""
+    try:
+        counts = [int(json.loads(file.read_text())["hosts"]) for file in hash_files]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return len(counts) < max(counts, default=1)
+
+
+def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None for nothing; of the hashes those of every `hosts`-th file are looked at."""
     expected: dict[str, str] = {}
     if not hash_files:
         return "its hashes are missing"
@@ -175,14 +219,14 @@ def _verify(folder: Path, hash_files: list[Path]) -> str | None:
         try:
             saved = json.loads(file.read_text())
             expected |= saved["files"]
-            hosts = int(saved["hosts"])
+            writers = int(saved["hosts"])
         except (ValueError, KeyError, TypeError):
             return f"its hash file {file.name} is not readable"
-    if len(hash_files) < hosts:
-        return f"the hashes of {hosts - len(hash_files)} hosts are missing"
+    if len(hash_files) < writers:
+        return f"the hashes of {writers - len(hash_files)} hosts are missing"
     if not folder.exists():
         return "its folder is gone"
-    for name, sha in expected.items():
+    for name, sha in sorted(expected.items())[host::hosts]:
         if not (folder / name).exists():
             return f"{name} is missing"
         if _sha256(folder / name) != sha:
@@ -213,7 +257,7 @@ def read_parameters(workdir: Path, abstract_model: Any) -> Any:
     steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
     for step in steps:
         files = sorted(hashes.glob(f"{step}-p*.json"))
-        if files and _verify(folder / str(step), files) is None:
+        if files and verify(folder / str(step), files) is None:
             wanted = {f"model/{path}": leaf for path, leaf in to_arrays(abstract_model).items()}
             with ocp.PyTreeCheckpointer() as checkpointer:
                 arrays = checkpointer.restore(

@@ -21,19 +21,24 @@ from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks, mean_exact
+from metajax.fields import Stopped
+from metajax.parallel.hosts import agree, gather, is_first, together
 from metajax.planning.flops import peak_flops, step_flops
 from metajax.progress import progress, say
+from metajax.reporting.goodput import Goodput
 from metajax.reporting.records import RunDirectory, find_run
 from metajax.training.checkpoints import Checkpoints, load_arrays, read_parameters, save_arrays
-from metajax.training.metrics import Loggers, MetricsFile
+from metajax.training.metrics import Loggers, MetricsFile, Nowhere, memory_use
+from metajax.training.preemption import Preemption
 from metajax.training.program import Program
 from metajax.training.state import State
+from metajax.training.watchdog import Watchdog
 
 LN2 = math.log(2.0)
 
 
 class NonFinite(Exception):
-    """The loss or the gradient stopped being finite; the message names the replay bundle."""
+    """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`; the message names the replay bundle."""
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Phases:
 
 @dataclass
 class Counts:
-    """What a run has read and computed, exact across restarts: saved with every checkpoint."""
+    """What a process has read and computed; the sum over all is saved with every checkpoint, so that it is exact across restarts."""
 
     slots: int = 0
     loss_tokens: int = 0
@@ -75,6 +80,11 @@ class Counts:
         self.meta_tokens += int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0
         self.padding += int((batch["segment_ids"] == 0).sum())
         self.flops += flops
+
+    def of_all(self) -> Counts:
+        """The sum over all processes."""
+        parts = [json.loads(text) for text in gather(json.dumps(vars(self)))]
+        return Counts(**{name: sum(part[name] for part in parts) for name in parts[0]})
 
 
 @dataclass
@@ -113,9 +123,10 @@ class Trained:
     state: State
     program: Program
     corpora: Corpora
-    counts: Counts
+    counts: Counts  # of all processes
     startup: dict[str, float]
     time: dict[str, float]
+    goodput: Goodput
     restarted_from: int
 
 
@@ -124,18 +135,25 @@ class Trainer:
 
     def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases):
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
+        self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started)
         with phases.time("data"):
-            self.corpora = open_corpora(config, paths)
-            notes: list[str] = []
-            self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count(), note=notes.append)
-            self.batches[0]
-            check_evaluation(self.corpora)
-            run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
-            for note in notes:
-                run.warn(note)
-            self.corpora.tokenizer.save(run.path)
+            together(self._open)
+            agree("configuration", config_hash(config))
+            agree("corpus or tokenizer", f"{self.corpora.key} {self.corpora.tokenizer.fingerprint()[:12]}")
         self.vocab_size = self.corpora.tokenizer.vocabulary.size
         self.waited = 0.0
+
+    def _open(self) -> None:
+        self.corpora = open_corpora(self.config, self.paths)
+        notes: list[str] = []
+        self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count(), note=notes.append)
+        self.batches[0]
+        check_evaluation(self.corpora)
+        self.run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
+        for note in notes:
+            self.run.warn(note)
+        if is_first():
+            self.corpora.tokenizer.save(self.run.path)
 
     def train(self) -> Trained:
         """Run the steps that are left.
@@ -147,21 +165,27 @@ class Trainer:
             self.program = Program.build(self.config, self.vocab_size)
             state = self.program.create_state()
         with contextlib.ExitStack() as closing:
+            self.preemption = Preemption()
+            closing.callback(self.preemption.close)  # last: what is being saved is saved first
             with self.phases.time("init"):
+                self.watchdog = Watchdog(self.config.runtime.hang_seconds, self.run.path / f"stacks-p{jax.process_index()}.txt")
+                closing.callback(self.watchdog.close)
                 self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self.run.warn)
                 closing.callback(self.checkpoints.close)
                 state, self.counts, start = self._restore(state)
-            with self.phases.time("compile"):
+            with self.phases.time("compile"), self.goodput.spend("compile"):
                 step_fn = None
                 if start < self.config.training.steps:
                     step_fn = self.program.compile_step(state, self.program.put(self.batches[start]))
-            self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start)
+            self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start) if is_first() else Nowhere()
             closing.callback(self.metrics.close)
-            self.loggers = Loggers(self.config, self.run.path, start)
+            self.loggers = Loggers(self.config, self.run.path, start) if is_first() else Nowhere()
             closing.callback(self.loggers.close)
+            self.goodput.begin_steps(start)
             began = time.monotonic()
             if step_fn is not None:
-                state = self._steps(state, step_fn, start)
+                with _lost_peers_stop():
+                    state = self._steps(state, step_fn, start)
             else:
                 self.phases.finish(0.0)
         seconds = time.monotonic() - began
@@ -171,7 +195,8 @@ class Trainer:
             "data_wait_share": self.waited / seconds if seconds else 0.0,
             "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
         }
-        return Trained(state, self.program, self.corpora, self.counts, dict(self.phases.seconds), clock, start)
+        counts = self.counts.of_all()
+        return Trained(state, self.program, self.corpora, counts, dict(self.phases.seconds), clock, self.goodput, start)
 
     def _restore(self, fresh: State) -> tuple[State, Counts, int]:
         abstract = self.program.abstract_state()
@@ -186,7 +211,7 @@ class Trainer:
                 f"the checkpoint in {self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir"
             )
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
-        return state, Counts(**meta["counts"]), meta["step"]
+        return state, Counts(**meta["counts"]) if is_first() else Counts(), meta["step"]
 
     def _parent_parameters(self, abstract: Any) -> Any:
         parent = find_run(self.config.init.from_, self.paths.runs)
@@ -203,12 +228,10 @@ class Trainer:
         stream = self.program.feed(self._timed(read_batches(self.batches, start, config.runtime.workers), steps - start))
         pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
         self._pace = Pace()
-        with (
-            progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance,
-            jax.set_mesh(self.program.mesh),
-        ):
+        with progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance:
             advance(start)
             for step, (batch, on_host) in enumerate(stream, start + 1):
+                self._profile(step, start + 1)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if step == start + 1:
@@ -219,19 +242,37 @@ class Trainer:
                 pending = (step, metrics, on_host)
                 self.checkpoints.poll()
                 advance(1)
-                if step % config.runtime.save_every == 0 or step == steps or self._evaluates(step):
+                ends = self.preemption.reached(step)
+                if step % config.runtime.save_every == 0 or step == steps or self._evaluates(step) or ends:
                     self._log(*pending, state)
                     pending = None
                     with self._pace.paused():
                         self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
+                if ends and step < steps:
+                    raise Stopped(f"asked to end (SIGTERM): saved at step {step} of {steps}; the same command goes on from there")
+                self.watchdog.beat()
+            self._profile(steps + 1, start + 1)
         return state
+
+    def _profile(self, step: int, first: int) -> None:
+        """Start or end the profile of the steps that `runtime.profile` names."""
+        window, folder = self.config.runtime.profile, self.run.path / "profile"
+        if not window:
+            return
+        begins, ends = max(window[0], first), min(window[1], self.config.training.steps)
+        if step == begins <= ends:
+            jax.profiler.start_trace(folder)
+        elif step == ends + 1 > begins:
+            jax.profiler.stop_trace()
+            say(f"profile of steps {begins} to {ends}: pip install xprof; xprof --logdir {folder}")
 
     def _timed(self, batches: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
         """The next `count` batches; the time spent waiting for them is the input path's cost."""
         batches = itertools.islice(batches, count)
         while True:
             began = time.monotonic()
-            batch = next(batches, None)
+            with self.goodput.spend("data_wait"):
+                batch = next(batches, None)
             self.waited += time.monotonic() - began
             if batch is None:
                 return
@@ -243,37 +284,60 @@ class Trainer:
 
     def _evaluate(self, state: State, step: int) -> float:
         """A score of which less is better: held-out bits per byte, or the share of task examples that are answered wrong."""
-        if self.config.tasks is not None:
-            results = evaluate_tasks(self.program, self.corpora, state.model)
-            score = 1 - mean_exact(results)
-            record = {f"exact/{task}/{length}": r["exact"] for task, bins in results.items() for length, r in bins.items()}
-        else:
-            score = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])["bpb"]
-            record = {"held_out_bpb": score}
-            if self.config.evaluation.choice is not None:
-                record["choice"] = evaluate_choice(self.program, self.corpora, state.model)["average"]
+        with self.goodput.spend("evaluation"):
+            score, record = self._score(state)
         self.metrics.write({"step": step, **record})
         self.loggers.write(step, {name: value for name, value in record.items() if value is not None})
+        self.watchdog.beat()
         return score
 
+    def _score(self, state: State) -> tuple[float, dict[str, float]]:
+        if self.config.tasks is not None:
+            results = evaluate_tasks(self.program, self.corpora, state.model)
+            return 1 - mean_exact(results), {
+                f"exact/{task}/{length}": r["exact"] for task, bins in results.items() for length, r in bins.items()
+            }
+        score = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])["bpb"]
+        record = {"held_out_bpb": score}
+        if self.config.evaluation.choice is not None:
+            record["choice"] = evaluate_choice(self.program, self.corpora, state.model)["average"]
+        return score, record
+
     def _save(self, state: State, score: float | None) -> None:
-        meta = {"step": int(jax.device_get(state.step)), "config_hash": config_hash(self.config), "counts": vars(self.counts)}
-        self.checkpoints.save(state, meta, score)
+        meta = {
+            "step": int(jax.device_get(state.step)),
+            "config_hash": config_hash(self.config),
+            "counts": vars(self.counts.of_all()),
+        }
+        with self.goodput.spend("checkpoint"):
+            self.checkpoints.save(state, meta, score)
+        self.goodput.saved(meta["step"])
+        self.goodput.write()
 
     def _log(self, step: int, metrics: Any, batch: dict[str, np.ndarray], state: State) -> None:
         """Read a step's metrics, which also paces the host to one step behind the devices."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if not values.pop("finite"):
+        finite, kept = values.pop("finite"), values.pop("kept")
+        if not kept and self.config.runtime.on_bad_step == "stop":
             raise NonFinite(self._replay_bundle(step, values, batch, state))
         flops = step_flops(self.config, self.vocab_size, batch)
         self.counts.add(batch, flops)
         self._pace.add(batch["tokens"].size, flops)
+        if not kept:
+            self.run.warn(
+                f"step {step} was left out: loss {values['loss']}, gradient norm {values['grad_norm']} (runtime.on_bad_step=skip); "
+                "with stop the same command would end there with a replay bundle"
+            )
+            self.metrics.write({"step": step, "left_out": "spike" if finite else "not finite"})
+            return
         record = {"step": step, **values}
         if self.config.tasks is None:  # the body of an answer is not text of a corpus
             record["bpb"] = values["body_nll"] / LN2 / self.corpora.bytes_per_token
         self.metrics.write(record)
         if step % self.config.runtime.log_every == 0 or step == 1:
             speed, seconds = self._pace.read(peak_flops(list(self.program.mesh.devices.flat)))
+            speed |= memory_use() | {"goodput": self.goodput.shares()["productive"]}
+            self.goodput.write()
             self.loggers.write(step, record | speed)
             say(_log_line(step, self.config.training.steps, record, speed, seconds))
 
@@ -282,19 +346,32 @@ class Trainer:
         folder = self.run.path / f"replay-step-{step}"
         folder.mkdir(exist_ok=True)
         save_arrays(folder / "state", state.model)
-        np.savez(folder / "batch.npz", **batch)
-        (folder / "metrics.json").write_text(json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
+        np.savez(folder / f"batch-p{jax.process_index()}.npz", **batch)
+        if is_first():
+            (folder / "metrics.json").write_text(json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
         return (
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
             f"{folder} (metajax.training.loop.replay reproduces it). Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
         )
 
 
+@contextlib.contextmanager
+def _lost_peers_stop() -> Iterator[None]:
+    """A collective that fails for the want of another process ends this one as a preemption does."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise Stopped(f"another process of this run is gone ({str(error).splitlines()[0]}); the same command goes on") from error
+
+
 def replay(folder: Path, config: Config, vocab_size: int) -> dict[str, float]:
     """Loss and gradient norm of the step kept in a replay bundle, computed anew on one device."""
     program = Program.build(config, vocab_size, jax.devices()[:1])
     state = program.create_state().replace(model=load_arrays(folder / "state", program.abstract_state().model))
-    batch = program.put(dict(np.load(folder / "batch.npz")))
+    slices = [np.load(path) for path in sorted(folder.glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))]
+    batch = program.put({name: np.concatenate([part[name] for part in slices]) for name in slices[0].files})
     _, metrics = program.compile_step(state, batch)(state, batch)
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
@@ -311,4 +388,8 @@ def _log_line(step: int, steps: int, record: dict[str, float], speed: dict[str, 
     ]
     if "mfu" in speed:
         parts.append(f"MFU {speed['mfu']:.1%}")
+    if "hbm_gib" in speed:
+        parts.append(f"HBM {speed['hbm_gib']:.1f} GiB ({speed['hbm_share']:.0%})")
+    if "goodput" in speed:
+        parts.append(f"goodput {speed['goodput']:.0%}")
     return "  ".join([*parts, f"ETA {int(left // 60)}:{int(left % 60):02d}"])

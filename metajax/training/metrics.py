@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from metajax.atomic import write_text
 from metajax.config import Config, UserError, to_dict
 
@@ -63,3 +65,20 @@ class Loggers:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Nowhere:
+    """In place of either in the processes that do not write."""
+
+    def write(self, *_: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def memory_use() -> dict[str, float]:
+    """{hbm_gib, hbm_share} of the fullest device of this process at its peak; {} where the backend does not tell."""
+    found = [stats for device in jax.local_devices() if (stats := device.memory_stats()) and "bytes_limit" in stats]
+    if not found:
+        return {}
+    peak, limit = max((stats["peak_bytes_in_use"], stats["bytes_limit"]) for stats in found)
+    return {"hbm_gib": peak / 2**30, "hbm_share": peak / limit}

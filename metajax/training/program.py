@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.config import Config, require
 from metajax.models.lm import LM, decay_mask
@@ -83,6 +83,13 @@ class Program:
         """This host's slice of a whole batch."""
         rows = len(batch["tokens"]) // jax.process_count()
         return {name: values[jax.process_index() * rows :][:rows] for name, values in batch.items()}
+
+    def whole(self, tree: Any) -> Any:
+        """A tree that this process holds whole, gathered from all of them where there are several."""
+        if jax.process_count() == 1:
+            return tree
+        everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
+        return jax.tree.map(lambda x: x.addressable_data(0), everywhere)
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """This host's slice of a batch as global arrays, rows spread over the data axes."""

@@ -57,8 +57,9 @@ def train_step(state: State, batch: Batch, *, config: Config, tx: optax.Gradient
     """One optimiser step: gradient of the token-weighted mean loss over the whole batch.
 
     Metrics: loss (what is minimised), nll (nats a weighted token), body_nll (nats a body token), grad_norm before
-    clipping, learning_rate, finite. A step that is not finite leaves parameters and optimiser untouched and sets `halted`, so the
-    state that led to it is still there when the host, one step behind, notices.
+    clipping, learning_rate, finite, kept. A bad step (not finite, or its gradient norm above `runtime.max_grad_norm`) leaves
+    parameters and optimiser untouched and sets `halted`, so the state that led to it is still there when the host, one step behind,
+    notices; with `runtime.on_bad_step` "skip" the next step goes on from it.
     """
     sums, grads = _loss_and_grad(state.model, batch, config)
     weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
@@ -73,10 +74,12 @@ def train_step(state: State, batch: Batch, *, config: Config, tx: optax.Gradient
         "learning_rate": schedule(config.optimizer, config.training.steps)(state.step),
     }
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    keep = finite & ~state.halted
-    new, old = (model, opt_state, state.step + 1), (state.model, state.opt_state, state.step)
-    model, opt_state, step = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
-    return State(model, opt_state, step, ~keep), metrics | {"finite": finite}
+    runtime = config.runtime
+    good = finite & (metrics["grad_norm"] <= (runtime.max_grad_norm or jnp.inf))
+    keep, skips = good & ~state.halted, runtime.on_bad_step == "skip"
+    model, opt_state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (model, opt_state), (state.model, state.opt_state))
+    step, halted = (state.step + 1, state.halted) if skips else (state.step + keep, ~keep)
+    return State(model, opt_state, step, halted), metrics | {"finite": finite, "kept": keep}
 
 
 def compile_train_step(

@@ -71,6 +71,15 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     checkpoints.close()
 
 
+def test_without_scores_the_newest_alone_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in range(1, 5):
+        checkpoints.save(make_state(step), {"step": step})
+    checkpoints.finish()
+    assert checkpoints.steps() == [3, 4], "the one before the newest too, which counts only once it is hashed"
+    checkpoints.close()
+
+
 def flip_a_bit(folder):
     file = largest_file(folder)
     data = bytearray(file.read_bytes())
