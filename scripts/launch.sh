@@ -13,7 +13,7 @@ run() {  # a signal to this script goes to the run, which saves before it ends
   wait "$child"; code=$?
   while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
 }
-run preflight "$@"
+run preflight "$@" --seconds "${PREFLIGHT_SECONDS:-30}"
 [ "$code" = 0 ] || exit "$code"
 while :; do
   run "$@"
