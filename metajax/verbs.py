@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -276,9 +277,14 @@ def _open_run(options: argparse.Namespace, word: str) -> Any:
 
 def plan(options: argparse.Namespace, started: float) -> int:
     """Compile an experiment's train step for a slice that is not there; 1 where it does not fit."""
-    from metajax.planning.topology import allow_compiler
+    with tempfile.TemporaryDirectory(prefix="plan-") as dump:
+        from metajax.planning.topology import allow_compiler
 
-    allow_compiler()
+        allow_compiler(Path(dump))
+        return _plan(options, Path(dump))
+
+
+def _plan(options: argparse.Namespace, dump: Path) -> int:
     from metajax.data.tokenizers import vocabulary_of
     from metajax.planning.advice import advise, largest_batch
     from metajax.planning.plan import plan as make_plan
@@ -292,17 +298,17 @@ def plan(options: argparse.Namespace, started: float) -> int:
         size is not None,
         f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
     )
-    found = make_plan(config, size, options.topology)
+    found = make_plan(config, size, options.topology, dump)
     if not found["fits"]:
         say("it does not fit; looking for a change that does")
         found["advice"] = advise(config, found["chips"], lambda changed: make_plan(changed, size, options.topology))
     if options.largest_batch:
-        unit = found["chips"] * config.training.accumulate
-        found["largest_batch"] = largest_batch(
-            unit,
-            config.data.batch_rows,
-            lambda rows: make_plan(override(config, {"data.batch_rows": rows}), size, options.topology)["fits"],
-        )
+
+        def fits(rows: int) -> bool:
+            say(f"trying data.batch_rows={rows}")
+            return make_plan(override(config, {"data.batch_rows": rows}), size, options.topology)["fits"]
+
+        found["largest_batch"] = largest_batch(found["chips"] * config.training.accumulate, config.data.batch_rows, fits)
     if options.html is not None:
         write_plan_page(options.html, found)
     if options.json:

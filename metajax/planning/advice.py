@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from metajax.config import Config, override
 
-_BUFFER = re.compile(r"^\s*\d+\. Size: ([\d.]+)([KMG]?)\s*\n(.*?)(?=^\s*=+|^\s*\d+\. Size|\Z)", re.MULTILINE | re.DOTALL)
-_UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _MOST = 2**20  # rows; no batch is larger
-
-
-def largest_buffers(error: str, count: int = 3) -> list[dict[str, Any]]:
-    """The largest allocations that the TPU compiler names when a program does not fit: bytes, shape, operation, source line."""
-    found = []
-    for size, unit, rest in _BUFFER.findall(error)[:count]:
-        fields = {name: re.search(pattern, rest) for name, pattern in _FIELDS.items()}
-        found.append({"bytes": float(size) * _UNIT[unit]} | {name: match and match.group(1) for name, match in fields.items()})
-    return found
-
-
-_FIELDS = {
-    "shape": r"Shape: (\S+)",
-    "operation": r'op_name="([^"]*)"',
-    "file": r'source_file="([^"]*)"',
-    "line": r"source_line=(\d+)",
-}
 
 
 def candidates(config: Config, shards: int) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import Config, config_hash
 from metajax.parallel.rules import batch_sharding
-from metajax.planning.advice import largest_buffers
+from metajax.planning.buffers import largest_buffers
 from metajax.planning.flops import step_flops
 from metajax.planning.topology import Chip, chip_of, slice_devices
 from metajax.training.program import Program
@@ -48,8 +49,11 @@ def whole_batch(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-def plan(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
+def plan(config: Config, vocab_size: int, topology: str, dump: Path | None = None) -> dict[str, Any]:
     """The plan of one config as plain data: see `memory`, `collectives`, `bound`.
+
+    Args:
+      dump: where the compiler was told to write what it does; the largest buffers are read there.
 
     Raises:
       UserError: no such slice, or a batch that does not spread over it.
@@ -75,9 +79,10 @@ def plan(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found |= {"fits": False, "reason": str(error).splitlines()[0], "compile_seconds": time.monotonic() - began}
-        return found | {"largest_buffers": largest_buffers(str(error))}
+        return found | {"largest_buffers": largest_buffers(dump) if dump else []}
     hlo = compiled.as_text()
     found |= {"fits": True, "compile_seconds": time.monotonic() - began, "memory": memory(compiled, chip)}
+    found["largest_buffers"] = largest_buffers(dump) if dump else []
     found |= {"collectives": collectives(hlo, chip), "kernels": sorted(set(KERNELS.findall(hlo))), "xla_cycles": xla_cycles(hlo)}
     return found | {"bound": bound(found, chip)}
 

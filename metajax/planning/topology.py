@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metajax.config import UserError, nearest, require
+from metajax.planning.buffers import FLAGS
 
 
 class Chip(NamedTuple):
@@ -36,13 +38,14 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[kind]
 
 
-def allow_compiler() -> None:
-    """Settings of the TPU compiler on a machine without a TPU; before JAX is imported.
+def allow_compiler(dump: Path) -> None:
+    """Settings of the TPU compiler on a machine without a TPU, which writes what it does to `dump`; before JAX is imported.
 
     libtpu asks who and where the TPU of this machine is, and complains at length when there is no answer: it gets one that no
     described slice depends on.
     """
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} {FLAGS}"
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 

@@ -159,11 +159,7 @@ def print_plan(found: dict[str, Any]) -> None:
     if not found["fits"]:
         state = sum(found["state"].values())
         console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
-        for buffer in found["largest_buffers"]:
-            console.print(
-                f"  {buffer['bytes'] / 2**30:.2f} GiB: {buffer['shape']} of {buffer['operation']} ({buffer['file']}:{buffer['line']})",
-                markup=False,
-            )
+        _print_buffers(found)
         _print_advice(found)
         return
     memory, gib = found["memory"], 2**30
@@ -186,7 +182,16 @@ def print_plan(found: dict[str, Any]) -> None:
         f"a step of {found['tokens']:,} tokens and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "
         f"{bound['mfu']:.1%}; kernels: {', '.join(found['kernels']) or 'none'}; compiled in {found['compile_seconds']:.0f} s"
     )
+    _print_buffers(found)
     _print_advice(found)
+
+
+def _print_buffers(found: dict[str, Any]) -> None:
+    for buffer in found["largest_buffers"]:
+        text = (
+            f"  {buffer['bytes'] / 2**30:.3f} GiB  {buffer['shape']}  {buffer['operation']}  {buffer['source'] or buffer['name']}"
+        )
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_advice(found: dict[str, Any]) -> None:

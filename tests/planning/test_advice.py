@@ -1,39 +1,62 @@
 """What is advised where a plan does not fit, without a compiler; the page of a plan."""
 
-from metajax.planning.advice import advise, candidates, largest_batch, largest_buffers
+import pytest
+
+from metajax.planning.advice import advise, candidates, largest_batch
+from metajax.planning.buffers import largest_buffers
 from metajax.reporting.plan_page import write_plan_page
 
-ERROR = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 34.57G of 15.48G hbm.
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 7203840000, parameter 0, shape |bf16[60000,60000]| at ShapeIndex {}:
+ value: <44 x.1 @0> (size=7203840000,offset=0): bf16[60000,60000]{1,0:T(8,128)(2,1)}
+allocation 1: size 90000000, output shape is |f32[9]|, maybe-live-out:
+ value: <50 fusion.9 @0> (size=90000000,offset=0): f32[9]{0}
+allocation 2: size 30000, preallocated-temp:
+ value: <45 fusion.2 @0> (size=10000,offset=0): bf16[50,100]{1,0:T(8,128)(2,1)}
+ value: <46 sort.6{1} @0> (size=20000,offset=512): s32[50,100]{1,0:T(8,128)}
+ value: <47 iota.3 @0> (size=15000,offset=512): s32[50,75]{1,0}
+ value: <48 in_vmem @6> (size=99999,offset=0): pred[]{:T(512)S(6)}
+ value: <49 small @0> (size=8,offset=25000): f32[2]{0}
+"""
+PROGRAM = """HloModule jit_step, is_scheduled=true
 
-  Largest program allocations in hbm:
+FileNames
+1 "/x/models/lm.py"
 
-  1. Size: 1.50G
-     Operator: op_name="jit(step)/transpose/dot_general" source_file="/x/lm.py" source_line=73
-     Shape: f32[8,2048,32000]{2,1,0:T(8,128)}
-     Unpadded size: 1.50G
-     ==========================
+FunctionNames
+1 "step"
 
-  2. Size: 512.0M
-     Shape: bf16[4,4]{1,0}
-     ==========================
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=12 end_line=12 column=5 end_column=27}
+2 {file_name_id=1 function_name_id=1 line=73 end_line=73 column=6 end_column=9}
 
-  3. Size: 3.0K
-     Shape: s32[768]{0}
-     ==========================
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
 
-  4. Size: 1.0K
-     Shape: s32[256]{0}
+ENTRY %main {
+  %fusion.2 = bf16[50,100]{1,0} fusion(%x.1), kind=kOutput
+  %sort.6 = (bf16[50,100], s32[50,100]) sort(%a, %b), metadata={op_name="jit(step)/sort" stack_frame_id=2}
+}
 """
 
 
-def test_the_largest_buffers_are_read_off_the_compilers_error():
-    first, second, third = largest_buffers(ERROR)
+@pytest.fixture
+def dump(tmp_path):
+    """A folder as the compiler leaves it, cut down."""
+    (tmp_path / "module_0000.jit_step.cl_1.after_optimizations-buffer-assignment.txt").write_text(ASSIGNMENT)
+    (tmp_path / "module_0000.jit_step.cl_1.after_optimizations.txt").write_text(PROGRAM)
+    return tmp_path
+
+
+def test_the_largest_buffers_are_read_off_the_dump(dump, tmp_path_factory):
+    first, second, third = largest_buffers(dump)
     assert first == {
-        "bytes": 1.5 * 2**30, "shape": "f32[8,2048,32000]{2,1,0:T(8,128)}", "operation": "jit(step)/transpose/dot_general",
-        "file": "/x/lm.py", "line": "73",
+        "bytes": 20000, "shape": "s32[50,100]{1,0:T(8,128)}", "name": "sort.6", "operation": "jit(step)/sort", "source": "/x/models/lm.py:73",
     }  # fmt: skip
-    assert (second["bytes"], second["operation"], third["bytes"]) == (2**29, None, 3072)
-    assert largest_buffers("RESOURCE_EXHAUSTED: no list") == []
+    assert (second["bytes"], second["name"], second["source"]) == (10000, "fusion.2", None)
+    assert third["bytes"] == 8, "arguments, results, other memories and what shares a place are left out"
+    assert largest_buffers(tmp_path_factory.mktemp("empty")) == []
 
 
 def test_the_first_change_that_fits_is_advised(tiny_config):
@@ -65,10 +88,10 @@ def test_the_largest_batch_is_found_by_bisection():
         assert len(tried) == len(set(tried)) and len(tried) < 14
 
 
-def test_the_page_of_a_plan(tmp_path):
+def test_the_page_of_a_plan(tmp_path, dump):
     gib = 2**30
     plan = {
-        "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "fits": True, "compile_seconds": 3.0, "flops": 1e12, "tokens": 8192,
+        "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "fits": True, "compile_seconds": 3.0, "flops": 1e12, "tokens": 8192,
         "state": {"parameters": gib, "optimizer": 2 * gib}, "kernels": [],
         "memory": {"arguments": 4 * gib, "outputs": 0, "temporaries": 8 * gib, "program": gib, "total": 13 * gib, "limit": 16 * gib},
         "collectives": {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}},
@@ -77,9 +100,9 @@ def test_the_page_of_a_plan(tmp_path):
     write_plan_page(tmp_path / "plan.html", plan)
     page = (tmp_path / "plan.html").read_text()
     assert "13.000 GiB" in page and "of 16 GiB" in page and 'style="width: 50.00%"' in page and "3 times, 5.0 MB" in page
-    broken = {"fits": False, "reason": "RESOURCE_EXHAUSTED", "largest_buffers": largest_buffers(ERROR), "largest_batch": 8}
+    broken = {"fits": False, "reason": "RESOURCE_EXHAUSTED", "largest_buffers": largest_buffers(dump), "largest_batch": 8}
     broken["advice"] = {"changes": {"runtime.remat": "full"}, "total": 13 * gib}
     write_plan_page(tmp_path / "plan.html", plan | broken)
     page = (tmp_path / "plan.html").read_text()
-    for text in ("1.50 GiB: f32[8,2048,32000]", "/x/lm.py:73", "--set runtime.remat=full: 13.00 GiB", "data.batch_rows=8"):
+    for text in ("s32[50,100]", "/x/models/lm.py:73", "--set runtime.remat=full: 13.00 GiB", "data.batch_rows=8"):
         assert text in page
