@@ -24,14 +24,15 @@ from metajax.evaluation.tasks import evaluate_tasks
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
-from metajax.parallel.hosts import is_first, of_first, together
 from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
+from metajax.pods.hosts import is_first, of_first, together
 from metajax.progress import progress, say
 from metajax.reporting.html import write_run_report
+from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory, check_data, read_config
 from metajax.training.checkpoints import read_parameters
-from metajax.training.loop import Phases, Trained, Trainer
+from metajax.training.loop import Trained, Trainer
 from metajax.training.metrics import memory_use, read_lines
 from metajax.training.program import Program
 

@@ -70,7 +70,7 @@ def _chips() -> list[Path]:
 def _connect(options: argparse.Namespace) -> None:
     """Start JAX, and meet the other processes of this run where there are some."""
     _start_jax(options.cache_dir)
-    from metajax.parallel.hosts import connect, find_place
+    from metajax.pods.hosts import connect, find_place
 
     connect(find_place(options.coordinator, options.processes, options.process_id))
 
@@ -107,7 +107,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
     config, parents = _config(experiment, options)
     say(f"{options.name} at scale {options.scale}")
     _connect(options)
-    from metajax.parallel.hosts import is_first
+    from metajax.pods.hosts import is_first
     from metajax.reporting.records import default_workdir
     from metajax.training.loop import NonFinite
 
@@ -150,7 +150,7 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
         require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
         plan.write()
     else:
-        from metajax.parallel.hosts import find_place
+        from metajax.pods.hosts import find_place
 
         require(
             find_place(options.coordinator, options.processes, options.process_id) is None,
@@ -449,7 +449,7 @@ def preflight(options: argparse.Namespace, started: float) -> int:
     from importlib.metadata import version
 
     from metajax.config import config_hash
-    from metajax.preflight import preflight as check_all
+    from metajax.pods.preflight import preflight as check_all
     from metajax.reporting.records import LIBRARIES, git_state
 
     facts: dict[str, Any] = {name: version(name) for name in LIBRARIES}

@@ -212,7 +212,7 @@ def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(comman
         (["quickstart/plain", "--set", "model.norm=rmsnrm"], "did you mean 'rmsnorm'?"),
         (["quickstart/plain", "--set", "model.heads=3"], "model.width = 128 does not divide by model.heads = 3"),
         (["quickstart/plain", "--set", "model.layers"], "expected FIELD=VALUE"),
-        (["quickstart/plain", "--seeds", "3"], "--seeds, --rows and --render are for tables"),
+        (["quickstart/plain", "--seeds", "3"], "--seeds, --rows, --jobs and --render are for tables"),
         (["quickstart", "--sweep", "model.layers=1,2"], "--sweep is for one experiment, such as quickstart/plain"),
         (["quickstart/plain", "--sweep", "model.layers"], "expected FIELD=VALUE,VALUE"),
         (["quickstart/plain", "--sweep", "model.layrs=1,2"], "unknown field model.layrs; did you mean 'layers'?"),

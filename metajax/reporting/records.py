@@ -22,7 +22,7 @@ import jax
 
 from metajax.atomic import write_text
 from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
-from metajax.parallel.hosts import is_first
+from metajax.pods.hosts import is_first
 from metajax.progress import warn
 
 RUN_LOG = "run.log"  # of a run that is made beside others

@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from metajax.atomic import write_text
 from metajax.config import UserError, require
-from metajax.parallel.hosts import gather, is_first, of_first
+from metajax.pods.hosts import gather, is_first, of_first
 from metajax.progress import say, warn
 from metajax.training.state import State, from_arrays, to_arrays
 

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,98 +22,24 @@ from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks, mean_exact
 from metajax.fields import Stopped
-from metajax.parallel.hosts import agree, gather, is_first, together
 from metajax.planning.flops import peak_flops, step_flops
+from metajax.pods.hosts import agree, is_first, together
+from metajax.pods.preemption import Preemption
+from metajax.pods.watchdog import Watchdog
 from metajax.progress import progress, say
 from metajax.reporting.goodput import Goodput
+from metajax.reporting.pace import Counts, Pace, Phases
 from metajax.reporting.records import RunDirectory, find_run
 from metajax.training.checkpoints import Checkpoints, load_arrays, read_parameters, save_arrays
 from metajax.training.metrics import Loggers, MetricsFile, Nowhere, memory_use
-from metajax.training.preemption import Preemption
 from metajax.training.program import Program
 from metajax.training.state import State
-from metajax.training.watchdog import Watchdog
 
 LN2 = math.log(2.0)
 
 
 class NonFinite(Exception):
     """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`; the message names the replay bundle."""
-
-
-@dataclass
-class Phases:
-    """Seconds of each phase from the command to the first step."""
-
-    started: float  # time.monotonic() of the command
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def finish(self, first_step: float) -> None:
-        """The first step is done: its seconds, the total, and as `other` what no phase covers."""
-        total, self.seconds["first_step"] = time.monotonic() - self.started, first_step
-        self.seconds |= {"other": total - sum(self.seconds.values()), "total": total}
-
-
-@dataclass
-class Counts:
-    """What a process has read and computed; the sum over all is saved with every checkpoint, so that it is exact across restarts."""
-
-    slots: int = 0
-    loss_tokens: int = 0
-    body: int = 0
-    metadata: int = 0
-    meta_tokens: int = 0
-    padding: int = 0
-    flops: float = 0.0
-
-    def add(self, batch: dict[str, np.ndarray], flops: float) -> None:
-        self.slots += batch["tokens"].size
-        self.loss_tokens += int((batch["loss_weights"] > 0).sum())
-        self.body += int(batch["is_body"].sum())
-        self.metadata += int(batch["is_metadata"].sum())
-        self.meta_tokens += int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0
-        self.padding += int((batch["segment_ids"] == 0).sum())
-        self.flops += flops
-
-    def of_all(self) -> Counts:
-        """The sum over all processes."""
-        parts = [json.loads(text) for text in gather(json.dumps(vars(self)))]
-        return Counts(**{name: sum(part[name] for part in parts) for name in parts[0]})
-
-
-@dataclass
-class Pace:
-    """Speed since it was last read; saving and evaluating stand outside."""
-
-    since: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    slots: int = 0
-    flops: float = 0.0
-
-    def add(self, slots: int, flops: float) -> None:
-        self.steps, self.slots, self.flops = self.steps + 1, self.slots + slots, self.flops + flops
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.since += time.monotonic() - began
-
-    def read(self, peak: float | None) -> tuple[dict[str, float], float]:
-        """({tokens_per_second, and mfu where the chips' peak is known}, seconds a step), and start anew."""
-        seconds, hosts = time.monotonic() - self.since, jax.process_count()
-        speed = {"tokens_per_second": self.slots * hosts / seconds}
-        if peak is not None:
-            speed["mfu"] = self.flops * hosts / seconds / peak
-        a_step = seconds / self.steps
-        self.since, self.steps, self.slots, self.flops = time.monotonic(), 0, 0, 0.0
-        return speed, a_step
 
 
 @dataclass

@@ -17,6 +17,7 @@ from metajax.config import Metadata, MetaTokens, UserError, override
 from metajax.data import tokenizers
 from metajax.experiment import run_experiment
 from metajax.reporting import html, records
+from metajax.reporting.pace import Pace
 from metajax.reporting.records import RunDirectory
 from metajax.training import loop
 from metajax.training.loop import NonFinite, replay
@@ -164,7 +165,7 @@ def test_start_up_and_input_wait_are_reported(tiny_config, paths, tmp_path):
 
 
 def test_log_line_and_pace():
-    pace = loop.Pace(since=time.monotonic() - 10.0)
+    pace = Pace(since=time.monotonic() - 10.0)
     pace.add(1000, 2e12)
     pace.add(1000, 2e12)
     speed, seconds = pace.read(peak=1e12)

@@ -71,7 +71,7 @@ def curve_of(config, paths, workdir):
 HANG = """
 import sys, threading
 from pathlib import Path
-from metajax.training.watchdog import Watchdog
+from metajax.pods.watchdog import Watchdog
 dog = Watchdog(0.3, Path(sys.argv[1]))
 def stuck_collective(): threading.Event().wait()
 for _ in range(5):

@@ -55,7 +55,7 @@ def preflight(arguments: dict[str, Any], seconds: float = SECONDS) -> list[Findi
 
 
 def _bounded(check: str, arguments: dict[str, Any], seconds: float) -> tuple[bool, str, dict[str, Any]]:
-    command = [sys.executable, "-m", "metajax.preflight", check, json.dumps({**arguments, "seconds": seconds})]
+    command = [sys.executable, "-m", "metajax.pods.preflight", check, json.dumps({**arguments, "seconds": seconds})]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -71,7 +71,7 @@ def _bounded(check: str, arguments: dict[str, Any], seconds: float) -> tuple[boo
 
 
 def _place(arguments: dict[str, Any]) -> dict[str, Any]:
-    from metajax.parallel.hosts import find_place
+    from metajax.pods.hosts import find_place
 
     place = find_place(arguments["coordinator"], arguments["processes"], arguments["process"])
     if place is None or place.processes == 1:
@@ -183,7 +183,7 @@ def _storage(arguments: dict[str, Any]) -> dict[str, Any]:
 def _collective(arguments: dict[str, Any]) -> dict[str, Any]:
     import jax
 
-    from metajax.parallel.hosts import Place, connect, gather
+    from metajax.pods.hosts import Place, connect, gather
 
     if arguments["processes"] > 1:
         place = Place(arguments["coordinator"], arguments["processes"], arguments["process"])

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from metajax import preflight
 from metajax.config import UserError
+from metajax.pods import preflight
 
 
 @pytest.fixture

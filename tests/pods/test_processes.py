@@ -14,8 +14,8 @@ import pytest
 
 from metajax.config import UserError, override
 from metajax.experiment import run_experiment
-from metajax.parallel import hosts
-from metajax.parallel.hosts import Place, find_place
+from metajax.pods import hosts
+from metajax.pods.hosts import Place, find_place
 from metajax.registry import find_experiment, load
 from metajax.training import loop
 from metajax.training.metrics import read_lines
