@@ -137,6 +137,10 @@ def test_no_runtime_field_is_in_the_hash(name):
         "mesh": "data=1",
         "remat": "full",
         "unroll": 1,
+        "on_bad_step": "skip",
+        "max_grad_norm": 9.0,
+        "profile": "2,3",
+        "hang_seconds": 60.0,
     }
     value = changed.get(name, "xla")
     assert config_hash(override(BASE, {f"runtime.{name}": value})) == config_hash(BASE)
