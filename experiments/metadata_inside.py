@@ -202,10 +202,10 @@ table(
     fill={"own": "right"},
     analyses=["by_position", "probes"],
     notes=[
-        "`python run.py show generated` gives the best possible nats a symbol with nothing known, the group, the source. With own metadata the order is "
-        "fine, coarse, none; shuffled metadata and learnable tokens are worth nothing, and metadata behind the text changes nothing in it.",
-        "Own metadata helps at a document's beginning and no longer at its end. What predicts metadata behind the text pays for its source and for the "
+        "`python run.py show generated` gives the best possible nats a symbol with nothing known, the group, the source. Expected of a trained "
+        "model, with own metadata: fine, coarse, none in this order; nothing from shuffled metadata, from learnable tokens, and from metadata behind the text.",
+        "Expected: own metadata helps at a document's beginning and no longer at its end. What predicts metadata behind the text pays for its source and for the "
         "empty pair of every tenth document: -ln 0.9 = 0.105 nats for the whole of it at least.",
-        "A model that has always been told the source is worse without it than one that never was, the less so the more often it was not told.",
+        "Expected: a model that has always been told the source is worse without it than one that never was, the less so the more often it was not told.",
     ],
 )(known)  # fmt: skip
