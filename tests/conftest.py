@@ -155,6 +155,19 @@ def clip_config():
 
 
 @pytest.fixture(scope="session")
+def prompt_clip(clip_config):
+    """The frozen CLIP under the goldens of zero-shot classes and prompt learners."""
+    from metajax.interop.clip import from_state
+
+    z = np.load(Path(__file__).parent / "goldens" / "prompt_clip_a.npz")
+    cfg = clip_config(z)
+    embedding = np.zeros((cfg.vocab, cfg.text_width), np.float32)
+    embedding[z["token_embedding_used_ids"]] = z["token_embedding_used_rows"]
+    state = {key.removeprefix("sd/"): value for key, value in z.items() if key.startswith("sd/")}
+    return from_state(state | {"token_embedding.weight": embedding}, cfg, "openai")
+
+
+@pytest.fixture(scope="session")
 def clip_tokenizer(tmp_path_factory):
     """CLIP's tokenizer, exact for the texts of the golden files: METAJAX_CLIP_VOCABULARY names the published file, which knows all texts.
 

@@ -8,29 +8,20 @@ import numpy as np
 import pytest
 
 from metajax.config import UserError
-from metajax.evaluation.zero_shot import TEMPLATES, class_weights, ensemble, texts_of, zero_shot_logits
-from metajax.interop.clip import from_state
+from metajax.data.images.templates import TEMPLATES, ensemble, texts_of
+from metajax.evaluation.zero_shot import class_weights, zero_shot_logits
 from metajax.models.clip.model import cut_after_end
 
 Z = np.load(Path(__file__).parents[1] / "goldens" / "prompt_clip_a.npz")
 NAMES = json.loads(str(Z["classnames_json"]))
 
 
-@pytest.fixture(scope="module")
-def model(clip_config):
-    cfg = clip_config(Z)
-    embedding = np.zeros((cfg.vocab, cfg.text_width), np.float32)
-    embedding[Z["token_embedding_used_ids"]] = Z["token_embedding_used_rows"]
-    state = {key.removeprefix("sd/"): value for key, value in Z.items() if key.startswith("sd/")}
-    return from_state(state | {"token_embedding.weight": embedding}, cfg, "openai")
-
-
 @pytest.mark.parametrize("kind", ["zeroshot", "ensemble"])
-def test_meets_the_golden(model, kind):
+def test_meets_the_golden(prompt_clip, kind):
     tokens = Z[f"{kind}_tokenized"].reshape(-1, len(NAMES), 77)
-    weights = class_weights(model, jnp.asarray(cut_after_end(tokens)))
+    weights = class_weights(prompt_clip, jnp.asarray(cut_after_end(tokens)))
     np.testing.assert_allclose(weights, Z[f"{kind}_text_features"], rtol=0, atol=2e-5)
-    logits = zero_shot_logits(model, jnp.asarray(Z["images"].transpose(0, 2, 3, 1)), weights)
+    logits = zero_shot_logits(prompt_clip, jnp.asarray(Z["images"].transpose(0, 2, 3, 1)), weights)
     np.testing.assert_allclose(logits, Z[f"{kind}_logits"], rtol=0, atol=2e-5)
     assert np.argmax(logits, axis=1).tolist() == np.argmax(Z[f"{kind}_logits"], axis=1).tolist()
 

@@ -1,0 +1,135 @@
+"""Typed configuration of runs on images: a CLIP that is trained, or a prompt learner beside one that is not.
+
+A family of its own beside `metajax.config.Config`: name, scale, seed, init and runtime mean the same there and here, and so do overrides,
+hash and run directories; what is trained and on what differs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from metajax.config import Init, Optimizer, Runtime, Scale, Training, nearest, require
+from metajax.models.clip.config import Clip
+
+AUGMENTATIONS = (
+    "color_jitter_red",
+    "color_jitter_green",
+    "color_jitter_blue",
+    "grayscale",
+    "gaussian_noise",
+    "gaussian_blur",
+    "horizontal_flip",
+    "vertical_flip",
+    "rotation_90",
+    "rotation_180",
+    "rotation_270",
+    "crop",
+    "cutout",
+    "sobel_filter",
+)  # in metajax/data/images/augmentations.py; fmt: skip
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is seen. A source is KIND[:PATH], see metajax/data/images/sources.py."""
+
+    sources: tuple[str, ...] = ("emoji",)  # a CLIP learns from all of them; a prompt learner has one
+    targets: tuple[str, ...] = ()  # other sources that a prompt learner is tested on as well, with all their classes
+    classes: Literal["all", "base"] = "all"  # base: training sees the first half of the classes, and the others are tested apart
+    shots: int = 16  # training images of each class; 0: all there are
+    view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
+    template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
+    ensemble: bool = False  # the mean of seven templates (and the source's own) in its place
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "images.sources is empty; name at least one, such as emoji")
+        require(self.shots >= 0, f"images.shots = {self.shots}: not negative")
+        require(
+            not self.template or "{}" in self.template, f"images.template = {self.template!r} has no {{}} for the class's name"
+        )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt learner: CoOp (arXiv 2109.01134), CoCoOp (2203.05557) or AAPL (2404.16804), by its switches.
+
+    CoOp is the default; condition = "meta" makes it CoCoOp, and alpha > 0 makes that AAPL. context = 0: zero-shot classes by templates.
+    """
+
+    context: int = 4  # M vectors in front of a class's name
+    context_init: str = ""  # words whose embeddings they begin as, one for each; "": N(0, 0.02^2)
+    class_specific: bool = False  # vectors of its own for each class
+    class_position: Literal["end", "middle", "front"] = "end"
+    # What is added to every context vector. meta: the meta-net's output for the image. delta: how it changes under an augmentation; the
+    # released AAPL never does this. At test, where the paper names no augmentation, it is the mean of the deltas of all of them.
+    condition: Literal["none", "meta", "delta"] = "none"
+    bottleneck: int = 0  # of the meta-net; 0: a 16th of the image features
+    augment: float = 0.0  # probability of one augmentation on the image whose class is asked for (CoCoOp with augmentation)
+    alpha: float = 0.0  # weight of the adversarial triplet loss
+    beta: float = 1.0  # weight of the cross-entropy
+    margin: float = 0.2
+    constraints: Literal["two", "four"] = "two"  # triplets; the two beyond are inferred, not stated in the paper
+    triplet_of: Literal["delta", "meta"] = "delta"
+    augmentations: tuple[str, ...] = AUGMENTATIONS
+    sampling: Literal["uniform", "weighted"] = "uniform"  # weighted: those whose deltas are poorly separated more often, by epoch
+    space: Literal["normalised", "rgb"] = "normalised"  # where augmentations work; the released code's is the first
+    epochs: int = 10
+    batch: int = 1
+    learning_rate: float = 0.002
+    warmup_rate: float = 1e-5  # of the first epoch
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        for name in ("context", "bottleneck", "epochs", "alpha", "beta", "margin", "warmup_rate", "weight_decay"):
+            require(0 <= getattr(self, name) < math.inf, f"prompts.{name} = {getattr(self, name)}: not negative")
+        require(self.batch >= 1, f"prompts.batch = {self.batch}: at least 1")
+        require(0 < self.learning_rate < math.inf, f"prompts.learning_rate = {self.learning_rate}: a positive number")
+        require(0 <= self.augment <= 1, f"prompts.augment = {self.augment}: a probability")
+        for name in self.augmentations:
+            require(
+                name in AUGMENTATIONS,
+                f"prompts.augmentations: unknown {name!r}{nearest(name, AUGMENTATIONS)}; known: {', '.join(AUGMENTATIONS)}",
+            )
+        require(len(set(self.augmentations)) >= 2, f"prompts.augmentations = {self.augmentations}: at least two different ones")
+        conditioned = self.condition != "none"
+        require(conditioned or not self.alpha, "prompts.alpha: there is no meta-net to train; set prompts.condition=meta")
+        require(self.context > 0 or not conditioned, "prompts.condition: there is no context to add to; set prompts.context=4")
+        require(
+            not conditioned or self.class_position == "end",
+            f"prompts.class_position = {self.class_position!r}: with prompts.condition = {self.condition!r} the name stands at the end",
+        )
+        words = len(self.context_init.split())
+        require(
+            not words or words == self.context,
+            f"prompts.context_init has {words} words but prompts.context = {self.context}; they must agree",
+        )
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """One run on images, whole: with `prompts` a learner beside a frozen CLIP, without them a CLIP from its start."""
+
+    name: str
+    scale: Scale = "cpu"
+    seed: int = 0
+    images: Images = field(default_factory=Images)
+    clip: Clip | None = None  # None: that of `weights`, or of the run in `init.from`
+    weights: str = ""  # folder or .pt file below the data folder, with a published CLIP and its vocabulary
+    prompts: Prompts | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)  # of a CLIP; a prompt learner has its own
+    training: Training = field(default_factory=Training)
+    init: Init = field(default_factory=Init)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed = {self.seed}: not negative")
+        if self.prompts is None:
+            require(self.clip is not None and not self.weights, "without `prompts` a CLIP is trained from its start: give `clip`")
+        else:
+            require(len(self.images.sources) == 1, f"images.sources = {self.images.sources}: a prompt learner has one")
+            require(
+                bool(self.init.from_) != bool(self.weights),
+                "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
+            )
