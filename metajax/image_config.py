@@ -40,12 +40,16 @@ class Images:
     classes: Literal["all", "base"] = "all"  # base: training sees the first half of the classes, and the others are tested apart
     shots: int = 16  # training images of each class; 0: all there are
     view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
+    crop_area: float = 0.08  # least share of the image that a random part has
+    batch: int = 96  # images of a CLIP's step; a prompt learner has `prompts.batch`
     template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
     ensemble: bool = False  # the mean of seven templates (and the source's own) in its place
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "images.sources is empty; name at least one, such as emoji")
         require(self.shots >= 0, f"images.shots = {self.shots}: not negative")
+        require(0 < self.crop_area <= 1, f"images.crop_area = {self.crop_area}: a share of the image")
+        require(self.batch >= 2, f"images.batch = {self.batch}: at least 2, for texts are told apart from each other")
         require(
             not self.template or "{}" in self.template, f"images.template = {self.template!r} has no {{}} for the class's name"
         )

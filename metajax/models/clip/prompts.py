@@ -7,11 +7,12 @@ an argument everywhere and never trained; `Learner` holds all that is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.image_config import Prompts
@@ -72,8 +73,7 @@ class Learner(nnx.Module):
 # ------------------------------------------------------------------------------------------------------- class texts
 
 
-@struct.dataclass
-class ClassTexts:
+class ClassTexts(NamedTuple):
     """The frozen part of every class's prompt. slots: where each position's vector is, context first and then `embedded`."""
 
     embedded: Float[Array, "C T width"]
