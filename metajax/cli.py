@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import os
 import sys
 import time
@@ -43,7 +44,16 @@ STOPPED = 75  # as sysexits.h has it: a temporary failure, try again
 
 def command() -> int:
     """The installed command: the experiments that came with it, and those of a folder `experiments` where it is called."""
-    return main(sys.argv[1:], packages=registry.installed_packages())
+    return main(sys.argv[1:], packages=_installed_packages())
+
+
+def _installed_packages() -> list[str]:
+    own, here = importlib.util.find_spec("metajax_experiments"), Path.cwd() / "experiments"
+    packages = ["metajax_experiments"] if own else []
+    if here.is_dir() and not (own and any(here.samefile(path) for path in own.submodule_search_locations)):
+        sys.path.insert(0, str(Path.cwd()))
+        packages.append("experiments")
+    return packages
 
 
 def main(arguments: Sequence[str], started: float | None = None, packages: Sequence[str] = ("experiments",)) -> int:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
@@ -276,16 +273,6 @@ def load(package: str = "experiments") -> None:
     module = importlib.import_module(package)
     for info in pkgutil.iter_modules(module.__path__):
         importlib.import_module(f"{package}.{info.name}")
-
-
-def installed_packages() -> list[str]:
-    """The experiments of the installed command: its own, and the user's where this folder has a package or folder `experiments`."""
-    own, here = importlib.util.find_spec("metajax_experiments"), Path.cwd() / "experiments"
-    packages = ["metajax_experiments"] if own else []
-    if here.is_dir() and not (own and any(here.samefile(path) for path in own.submodule_search_locations)):
-        sys.path.insert(0, str(Path.cwd()))
-        packages.append("experiments")
-    return packages
 
 
 def experiments() -> dict[str, Experiment]:
