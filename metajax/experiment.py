@@ -21,6 +21,7 @@ from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks
+from metajax.families import AnyConfig, require_text
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.lm import param_count
@@ -29,19 +30,21 @@ from metajax.planning.flops import flops_per_token
 from metajax.pods.hosts import is_first, of_first, together
 from metajax.progress import progress, say
 from metajax.reporting.html import write_run_report
+from metajax.reporting.image_page import write_image_report
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory, check_data, read_config
 from metajax.training.checkpoints import read_parameters
 from metajax.training.loop import Trained, Trainer
 from metajax.training.metrics import memory_use, read_lines
 from metajax.training.program import Program
+from metajax.vision.run import make as make_image_run
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
 
 
 def run_experiment(
-    config: Config, workdir: Path, paths: Paths, *, analyses: Sequence[str] = (), started: float | None = None,
+    config: AnyConfig, workdir: Path, paths: Paths, *, analyses: Sequence[str] = (), started: float | None = None,
     imports_seconds: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Run `config` in `workdir`, taking up whatever is there, and return its report.
@@ -61,14 +64,13 @@ def run_experiment(
         if done is not None:
             say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
             if is_first() and not (workdir / "report.html").exists():
-                write_run_report(workdir)
+                write_report(workdir)
         else:
             phases = Phases(started, {"imports": imports_seconds})
-            trained = Trainer(config, run, paths, phases).train()
-            done = _report(config, run, trained, time.monotonic() - started)
+            done = (_make if isinstance(config, Config) else make_image_run)(config, run, paths, phases)
             run.write("report.json", done)
             if is_first():
-                write_run_report(workdir)
+                write_report(workdir)
         missing = [name for name in analyses if name not in done["analyses"]]
         require(
             not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards"
@@ -77,10 +79,21 @@ def run_experiment(
             study = open_run(workdir).study(config, paths)
             done["analyses"] |= run_analyses(study, missing, workdir)
             run.write("report.json", done)
-            write_run_report(workdir)
+            write_report(workdir)
         return done
     finally:
         run.close()
+
+
+def write_report(workdir: Path) -> None:
+    """report.html of a complete run of either family."""
+    (write_run_report if isinstance(read_config(workdir), Config) else write_image_report)(workdir)
+
+
+def _make(config: Config, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
+    """Train what is left to train, evaluate, and return the report."""
+    trained = Trainer(config, run, paths, phases).train()
+    return _report(config, run, trained, time.monotonic() - phases.started)
 
 
 def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float) -> dict[str, Any]:
@@ -187,7 +200,7 @@ def open_run(workdir: Path) -> OpenedRun:
     Raises:
       UserError: no checkpoint or tokenizer there, or damaged ones only.
     """
-    config, tokenizer = read_config(workdir), load_tokenizer(workdir)
+    config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
     config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
     program = Program.build(config, tokenizer.vocabulary.size)
     return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import Config, nearest, override, require
+from metajax.config import nearest, override, require
+from metajax.families import AnyConfig
 from metajax.progress import say
 from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
 
 
-def absent_fields(config: Config, changes: Mapping[str, Any]) -> list[str]:
+def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
     """The changed fields of sub-configs that this config does without."""
     return sorted(f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None)
 
 
-def apply_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
     """The config with changes meant for several; those of a sub-config that this one does without pass it by."""
     absent = absent_fields(config, changes)
     return override(config, {field: value for field, value in changes.items() if field not in absent})
@@ -42,7 +43,7 @@ def find_parent(word: str, runs: Path) -> str:
     return str(found.relative_to(runs) if found.is_relative_to(runs) else found.absolute())
 
 
-def resolve_parents(config: Config, changes: Mapping[str, Any], root: Path) -> tuple[Config, tuple[Config, ...]]:
+def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
     """The config with the run that its `init.from` stands for, and the configs of the runs it needs, the oldest first.
 
     Args:
@@ -55,7 +56,9 @@ def resolve_parents(config: Config, changes: Mapping[str, Any], root: Path) -> t
     return _resolve(config, inherited(changes), root, (config.name,))
 
 
-def _resolve(config: Config, changes: Mapping[str, Any], root: Path, chain: tuple[str, ...]) -> tuple[Config, tuple[Config, ...]]:
+def _resolve(
+    config: AnyConfig, changes: Mapping[str, Any], root: Path, chain: tuple[str, ...]
+) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
     word, known = config.init.from_, registry.experiments()
     if not word:
         return config, ()

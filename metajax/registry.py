@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from metajax.config import Config, Scale, UserError, check_analyses, nearest, override, require
+from metajax.config import Scale, UserError, check_analyses, nearest, override, require
+from metajax.families import AnyConfig
 from metajax.progress import PROGRAM
 
 SCALES: tuple[str, ...] = get_args(Scale)
-Base = Callable[[str], Config]
+Base = Callable[[str], AnyConfig]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Column:
     better: Literal["lower", "higher", ""] = "lower"  # "": neither
     factor: float = 1.0  # what a run's number is multiplied with before it is shown: 100 for a share in per cent
     minus: str = ""  # a second path, whose number is taken from the first one's
-    part: str = ""  # of the table, whose run has the number
+    harmonic: str = ""  # a second path: the harmonic mean of both numbers
+    part: str = ""  # of the table, whose run has the number; "*": the mean over the parts, of each path by itself
     # The share of the steps after which the curve at `path` is for the first time better by `match` than the baseline's is at its end.
     match: float | None = None
 
@@ -84,11 +86,17 @@ class Column:
         require(
             self.better in ("lower", "higher", ""), f"column {self.title}: better is 'lower', 'higher' or '', not {self.better!r}"
         )
+        require(not (self.minus and self.harmonic), f"column {self.title}: a difference or a harmonic mean, not both")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all the numbers that it is made of."""
+        return tuple(path for path in (self.path, self.minus, self.harmonic) if path)
 
     @property
     def key(self) -> str:
-        """The name of this column in `Row.published` and in table.json: PATH, PATH - MINUS, PATH to MATCH, PART: PATH."""
-        path = f"{self.path} - {self.minus}" if self.minus else self.path
+        """The name of this column in `Row.published` and in table.json: PATH, PATH - MINUS, PATH | HARMONIC, PATH to MATCH, PART: PATH."""
+        path = self.path + (f" - {self.minus}" if self.minus else "") + (f" | {self.harmonic}" if self.harmonic else "")
         path = path if self.match is None else f"{path} to {self.match:+g}"
         return f"{self.part}: {path}" if self.part else path
 
@@ -110,7 +118,9 @@ class Table:
     minutes: Mapping[str, float]
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> what it changes
+    parts: Mapping[str, Mapping[str, Any] | ByScale] = field(
+        default_factory=dict
+    )  # name -> what it changes, at the scales that have it
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # for {names} in the columns' paths, below a row's own
     analyses: tuple[str, ...] = ()  # of every run, made where a run has not been through them; columns read `analyses.NAME...`
 
@@ -124,12 +134,10 @@ class Table:
             f"table {self.name}: the baseline {self.baseline!r} is not one of its rows",
         )
         for part in (*(c.part for c in self.columns if c.part or self.parts), *(p for row in self.rows for p in row.parts)):
-            require(part in self.parts, f"table {self.name} has no part {part!r}{nearest(part, self.parts)}")
+            require(part in (*self.parts, "*"), f"table {self.name} has no part {part!r}{nearest(part, self.parts)}")
         for row in self.rows:
             for column in self.columns:
-                blanks = {
-                    name for path in (column.path, column.minus) for _, name, _, _ in Formatter().parse(path) if name is not None
-                }
+                blanks = {name for path in column.paths for _, name, _, _ in Formatter().parse(path) if name is not None}
                 require(
                     all(blank.isidentifier() for blank in blanks),
                     f"table {self.name}, column {column.title}: a blank in {column.path} is a word, such as {{length}}",
@@ -150,9 +158,19 @@ class Table:
         """What {names} in the columns' paths stand for in this row."""
         return at_scale({**self.fill, **row.fill}, scale)
 
-    def parts_of(self, row: Row) -> tuple[str, ...]:
-        """The parts that a row has a run for; ("",) in a table without parts."""
-        return row.parts or tuple(self.parts) or ("",)
+    def parts_at(self, scale: str) -> dict[str, Mapping[str, Any]]:
+        """The parts that there are at a scale."""
+        _require_scale(self.name, self.scales, scale)
+        return at_scale(self.parts, scale)
+
+    def parts_of(self, row: Row, scale: str) -> tuple[str, ...]:
+        """The parts that a row has a run for at a scale; ("",) in a table without parts."""
+        there = self.parts_at(scale)
+        return tuple(part for part in row.parts or there if part in there) or ("",)
+
+    def columns_at(self, scale: str) -> tuple[Column, ...]:
+        """Those whose part there is at a scale."""
+        return tuple(column for column in self.columns if column.part in ("", "*", *self.parts_at(scale)))
 
     def lacks(self, row: Row, scale: str) -> str:
         """The field that a row needs and this scale's corpus has not got, or ""."""
@@ -162,16 +180,17 @@ class Table:
     def example(self) -> str:
         """The name of an experiment of this table: its baseline's, or its first row's."""
         row = next((row for row in self.rows if row.name == self.baseline), self.rows[0])
-        return _joined(*([row.of] if row.of else [self.name, row.name]), self.parts_of(row)[0])
+        return _joined(*([row.of] if row.of else [self.name, row.name]), self.parts_of(row, self.scales[0])[0])
 
-    def config(self, row: Row, scale: str, part: str = "") -> Config:
+    def config(self, row: Row, scale: str, part: str = "") -> AnyConfig:
         """The config of one row, of one of its parts, at a scale."""
-        _require_scale(self.name, self.scales, scale)
+        parts = self.parts_at(scale)
+        require(not part or part in parts, f"{self.name} has no {part} at scale {scale}; it has {', '.join(parts)}")
         lacks = self.lacks(row, scale)
         require(not lacks, f"{self.name}/{row.name} has no such field at scale {scale}: its corpus lacks {lacks!r}")
         if row.of:
             return override(find_experiment(_joined(row.of, part)).build(scale), at_scale(row.changes, scale))
-        config = override(override(self.base(scale), at_scale(row.changes, scale)), at_scale(self.parts.get(part, {}), scale))
+        config = override(override(self.base(scale), at_scale(row.changes, scale)), at_scale(parts.get(part, {}), scale))
         return replace(config, name=_joined(self.name, row.name, part), scale=scale)
 
 
@@ -199,7 +218,7 @@ _tables: dict[str, Table] = {}
 
 def table(
     name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
-    minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any]] | None = None,
+    minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any] | ByScale] | None = None,
     fill: Mapping[str, str | ByScale] | None = None, analyses: Sequence[str] = (),
 ) -> Callable[[Base], Table]:  # fmt: skip
     """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
@@ -230,8 +249,9 @@ def table(
         )
         _add(_tables, name, made)
         for row in (row for row in made.rows if not row.of):
-            there = tuple(scale for scale in scales if not made.lacks(row, scale))
-            for part in made.parts_of(row):
+            has = tuple(scale for scale in scales if not made.lacks(row, scale))
+            for part in dict.fromkeys(part for scale in has for part in made.parts_of(row, scale)):
+                there = tuple(scale for scale in has if part in made.parts_of(row, scale))
                 build = lambda scale, row=row, part=part: made.config(row, scale, part)  # noqa: E731 - binds both
                 of_row = _joined(name, row.name, part)
                 _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, there, made, row))
@@ -244,7 +264,7 @@ def experiment(name: str, *, summary: str, minutes: Mapping[str, float], paper: 
     """Register a single experiment on the function that gives its config for a scale."""
 
     def register(build: Base) -> Experiment:
-        def named(scale: str) -> Config:
+        def named(scale: str) -> AnyConfig:
             _require_scale(name, made.scales, scale)
             return replace(build(scale), name=name, scale=scale)
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from metajax.config import Config, config_hash, require
+from metajax.config import config_hash, require
+from metajax.families import AnyConfig
+from metajax.image_config import ImageConfig
 from metajax.lineage import apply_changes
 from metajax.registry import Column, Experiment, Row, Table
 
@@ -61,8 +63,17 @@ def _axis(word: str) -> tuple[str, list[str]]:
     return field, list(dict.fromkeys(found))
 
 
-def _columns(config: Config) -> tuple[Column, ...]:
-    """For an experiment without a table: exact match by task and length, bits per byte under each condition."""
+def _columns(config: AnyConfig) -> tuple[Column, ...]:
+    """For an experiment without a table: exact match by task and length, bits per byte under each condition; accuracy on images."""
+    if isinstance(config, ImageConfig):
+        named = (
+            ("base", "new")
+            if config.prompts and config.images.classes == "base"
+            else ("all",)
+            if config.prompts
+            else config.images.sources
+        )
+        return tuple(Column(f"{name}, %", f"eval.{name}.accuracy", 1, "higher", 100) for name in named)
     tasks = config.tasks
     scored = [(task, length) for task in tasks.names for length in tasks.eval_lengths] if tasks else []
     conditions = config.evaluation.conditions if config.evaluation.documents else ()

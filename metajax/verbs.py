@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import Config, UserError, check_analyses, nearest, override, require
+from metajax.config import UserError, check_analyses, nearest, override, require
+from metajax.families import AnyConfig, require_text
+from metajax.image_config import ImageConfig
 from metajax.interop import command as interop
 from metajax.progress import say
 
@@ -42,7 +44,7 @@ def _paths(options: argparse.Namespace) -> Any:
     return Paths(cache=options.cache_dir, data=options.data_dir, runs=options.runs_dir)
 
 
-def _config(experiment: registry.Experiment, options: argparse.Namespace) -> tuple[Config, tuple[Config, ...]]:
+def _config(experiment: registry.Experiment, options: argparse.Namespace) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
     """The experiment as this command asks for it, and the runs that it starts from, the oldest first."""
     from metajax.lineage import resolve_parents
 
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace, started: float) -> int:
     require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
     startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
 
-    def run_one(config: Config, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
+    def run_one(config: AnyConfig, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
         from metajax.experiment import run_experiment
 
         first = next(startup, {})
@@ -216,6 +218,11 @@ def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
         print_tasks(results["tasks"])
     if "choice" in results:
         print_choices(results["choice"])
+    for name, values in results.items():
+        if isinstance(values, dict) and "accuracy" in values:
+            print(
+                f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {values['images']} images)"
+            )
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         shown = "no" if condition == "none" else condition
@@ -249,14 +256,15 @@ def show(options: argparse.Namespace, started: float) -> int:
         )
         from metajax.reporting.tables import plan_table
 
-        registry.find_experiment(target.example).build(
-            options.scale
-        )  # an unknown scale stops here, before a parent is looked for
+        target.parts_at(options.scale)  # an unknown scale stops here, before a parent is looked for
         changes = _parse_changes(options.changes, options.runs_dir)
         terminal.print_table_plan(plan_table(target, options.scale, [options.seed], changes, options.runs_dir, target.rows))
         return 0
     config, _ = _config(target, options)
     terminal.print_experiment(target, config)
+    if isinstance(config, ImageConfig):
+        require(not options.count, f"{config.name} is a run on images; --rows shows rows of text")
+        return 0
     if config.tasks is not None:
         terminal.print_curriculum(config, _paths(options))
     if options.count:
@@ -291,7 +299,7 @@ def _plan(options: argparse.Namespace, dump: Path) -> int:
     from metajax.reporting.plan_page import write_plan_page
     from metajax.reporting.terminal import print_plan
 
-    config, _ = _config(registry.find_experiment(options.name), options)
+    config = require_text(_config(registry.find_experiment(options.name), options)[0], "plan")
     vocabulary = vocabulary_of(config.data.tokenizer)
     size = options.vocabulary or (vocabulary.size if vocabulary is not None else None)
     require(

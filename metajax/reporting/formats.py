@@ -95,7 +95,7 @@ def cost_text(row: Mapping[str, Any], key: str, result: Result) -> str:
 
 def shown_costs(result: Result) -> list[tuple[str, str]]:
     """The costs that any row has."""
-    return [(key, title) for key, title in COSTS if any(row["cost"] and row["cost"][key] for row in result["rows"])]
+    return [(key, title) for key, title in COSTS if any(row["cost"] and row["cost"].get(key) for row in result["rows"])]
 
 
 def has_paper(result: Result, column: Mapping[str, Any]) -> bool:

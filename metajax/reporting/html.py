@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from metajax.atomic import write_text
 from metajax.config import Config, Metadata, Switch, flatten, from_dict
+from metajax.families import AnyConfig
 from metajax.reporting import choices
 from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
@@ -68,7 +69,7 @@ def write_run_report(workdir: Path) -> Path:
         token_facts=_token_facts(report),
         startup=_startup(report["startup"]),
         time_facts=_time_facts(report, config),
-        parameter_facts=_parameter_facts(report["parameters"]),
+        parameter_facts=parameter_facts(report["parameters"]),
         corpora=[corpus(manifest) for manifest in report["corpora"]],
         held_out=held_out(report),
         config=[(name, as_set(value)) for name, value in flatten(config).items()],
@@ -106,9 +107,9 @@ def _choices(results: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def curves(workdir: Path) -> tuple[Curve, Curve]:
-    """(training, held-out) bits per byte of a run, nats of answers where it trained on tasks, as (steps, values)."""
+    """(training, held-out) bits per byte of a run, nats of answers where it trained on tasks, the loss on images, as (steps, values)."""
     lines = read_lines(workdir / "metrics.jsonl")
-    training = [(line["step"], line["bpb" if "bpb" in line else "body_nll"]) for line in lines if "loss" in line]
+    training = [(line["step"], line.get("bpb", line.get("body_nll", line["loss"]))) for line in lines if "loss" in line]
     held_out = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
     return tuple(([s for s, _ in pairs], [v for _, v in pairs]) for pairs in (training, held_out))
 
@@ -116,7 +117,7 @@ def curves(workdir: Path) -> tuple[Curve, Curve]:
 # ---------------------------------------------------------------------------------------------- words and numbers
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
     if value < 1:
         return f"{1000 * value:.0f} ms"
     return f"{value:.1f} s" if value < 100 else f"{int(value // 60)} min {int(value % 60)} s"
@@ -139,8 +140,10 @@ def as_set(value: Any) -> str:
     return "none" if value is None else "(empty)" if value == "" else str(value)
 
 
-def curve_unit(config: Config) -> str:
+def curve_unit(config: AnyConfig) -> str:
     """What the training curve counts."""
+    if not isinstance(config, Config):
+        return "loss"
     return "bits per byte" if config.tasks is None else "nats per answer token"
 
 
@@ -222,18 +225,21 @@ def _startup(startup: dict[str, float]) -> dict[str, Any]:
     for name, seconds in startup.items():
         if name != "total":
             share = 100 * seconds / total
-            phase = {"name": PHASES.get(name, name), "seconds": _seconds(seconds)}
+            phase = {"name": PHASES.get(name, name), "seconds": seconds_text(seconds)}
             phases.append(phase | {"before": f"{before:.1f}", "share": f"{share:.1f}"})
             before += share
-    return {"total": _seconds(startup["total"]), "phases": phases}
+    return {"total": seconds_text(startup["total"]), "phases": phases}
 
 
 def _time_facts(report: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     clock, restarted = report["time"], report["restarted_from"]
-    facts = [("whole run, this process", _seconds(clock["total_seconds"])), ("training", _seconds(clock["train_seconds"]))]
+    facts = [
+        ("whole run, this process", seconds_text(clock["total_seconds"])),
+        ("training", seconds_text(clock["train_seconds"])),
+    ]
     if clock["steps_here"] > 1:  # the first step is told apart: it waits for what the others find ready
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
-        facts.append(("a step, all included", _seconds(step)))
+        facts.append(("a step, all included", seconds_text(step)))
         facts.append(("slots a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
     return [
         *facts,
@@ -259,13 +265,13 @@ def _goodput_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         spent = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in apart if share >= 0.0005)
         starts = f"{goodput['starts']} start{'' if goodput['starts'] == 1 else 's'}"
-        facts.append(("goodput", f"{goodput['productive']:.1%} of {_seconds(goodput['seconds'])} in {starts} ({spent})"))
+        facts.append(("goodput", f"{goodput['productive']:.1%} of {seconds_text(goodput['seconds'])} in {starts} ({spent})"))
     if memory:
         facts.append(("device memory at its peak", f"{memory['hbm_gib']:.2f} GiB ({memory['hbm_share']:.0%})"))
     return facts
 
 
-def _parameter_facts(parameters: dict[str, int]) -> list[tuple[str, str]]:
+def parameter_facts(parameters: dict[str, int]) -> list[tuple[str, str]]:
     total = parameters["total"]
     parts = sorted(((k, v) for k, v in parameters.items() if k != "total"), key=lambda item: -item[1])
     return [*((name.replace("_", " "), f"{count:,} ({count / total:.1%})") for name, count in parts), ("total", f"{total:,}")]

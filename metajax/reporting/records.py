@@ -21,7 +21,8 @@ from typing import Any
 import jax
 
 from metajax.atomic import write_text
-from metajax.config import Config, UserError, config_hash, difference, from_dict, nearest, require, to_dict
+from metajax.config import UserError, config_hash, difference, nearest, require, to_dict
+from metajax.families import AnyConfig, config_from
 from metajax.pods.hosts import is_first
 from metajax.progress import warn
 
@@ -30,7 +31,7 @@ FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
-def default_workdir(config: Config, root: Path) -> Path:
+def default_workdir(config: AnyConfig, root: Path) -> Path:
     """ROOT/NAME/SCALE/HASH8-sSEED."""
     return root / config.name / config.scale / f"{config_hash(config)}-s{config.seed}"
 
@@ -40,7 +41,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_config(workdir: Path) -> Config:
+def read_config(workdir: Path) -> AnyConfig:
     """The config a workdir was made for.
 
     Raises:
@@ -53,7 +54,7 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"{workdir} is not a run: it has no config.json") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); delete that file if the run can be made again") from None
-    return from_dict(Config, saved["config"])
+    return config_from(saved["config"])
 
 
 def environment() -> dict[str, Any]:
@@ -90,12 +91,12 @@ class RunDirectory:
     """A workdir opened for one run, locked against a second process."""
 
     path: Path
-    config: Config
+    config: AnyConfig
     warnings: list[str] = field(default_factory=list)
     _lock: Any = None
 
     @classmethod
-    def open(cls, path: Path, config: Config) -> RunDirectory:
+    def open(cls, path: Path, config: AnyConfig) -> RunDirectory:
         """Create the workdir or return to it; of several processes the first alone does so, and writes there.
 
         Raises:
@@ -192,7 +193,7 @@ def check_data(workdir: Path, key: str, tokenizer: str) -> dict[str, str] | None
     return saved
 
 
-def _require_same(saved: Config, config: Config, path: Path) -> None:
+def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
     if (saved.name, saved.scale, saved.seed) != (config.name, config.scale, config.seed):
         raise UserError(
             f"{path} holds {saved.name} at scale {saved.scale} with seed {saved.seed}, "
@@ -208,8 +209,8 @@ def _require_same(saved: Config, config: Config, path: Path) -> None:
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The held-out results of a report's `eval`, by condition; what it has on tasks and choices stands beside them."""
-    return {name: result for name, result in results.items() if name not in ("tasks", "choice")}
+    """The held-out results of a report's `eval`, by condition; what it has on tasks and choices stands beside them, images have none."""
+    return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
 
 
 # ----------------------------------------------------------------------------------------------- finding runs

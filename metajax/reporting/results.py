@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax.atomic import write_text
-from metajax.config import Config
+from metajax.families import AnyConfig
 from metajax.registry import Column, Row, Table, at_scale
 from metajax.reporting.records import FAILURE_LOG
 from metajax.reporting.statistics import Summary, Values, paired_difference, seeds_needed, summarize
@@ -23,7 +23,7 @@ COMPLETE, FAILED, UNFINISHED, NOT_RUN = "complete", "failed", "not finished", "n
 class Run:
     """One run of a table: a row with a seed, or a run that rows start from."""
 
-    config: Config
+    config: AnyConfig
     workdir: Path
     parents: tuple[Path, ...]  # workdirs that have to be complete before, the oldest first
     part: str = ""  # of the table
@@ -46,15 +46,16 @@ def gather(
     reports = {name: {p: [_report(run.workdir) for run in part] for p, part in of_row.items()} for name, of_row in rows.items()}
     chosen = [row for row in table.rows if row.name in rows]
     basis = next((row for row in chosen if row.name == table.baseline), None)
-    absent = [None] * len(seeds)
-    compared = reports[basis.name] if basis else {}
+    columns, compared = table.columns_at(scale), reports[basis.name] if basis else {}
     values = {
         row.name: {
             c.key: [
-                _number(report, table.filled(row, scale), c, base)
-                for report, base in zip(reports[row.name].get(c.part, absent), compared.get(c.part, absent), strict=True)
+                _number(of_seed, table.filled(row, scale), c, base)
+                for of_seed, base in zip(
+                    _read_by(c, reports[row.name], len(seeds)), _read_by(c, compared, len(seeds)), strict=True
+                )
             ]
-            for c in table.columns
+            for c in columns
         }
         for row in chosen
     }
@@ -67,7 +68,7 @@ def gather(
         "notes": list(table.notes),
         "changes": {k: str(v) for k, v in changes.items()},
         "baseline": basis.name if basis else None,
-        "columns": [dataclasses.asdict(c) | {"key": c.key} for c in table.columns],
+        "columns": [dataclasses.asdict(c) | {"key": c.key} for c in columns],
         "rows": [
             {
                 "name": row.name,
@@ -77,7 +78,7 @@ def gather(
                 "changes": {k: str(v) for k, v in at_scale(row.changes, scale).items()} | ({"of": row.of} if row.of else {}),
                 "runs": runs[row.name],
                 "cost": _cost(next((r for part in reports[row.name].values() for r in part if r), None)),
-                "cells": {c.key: _cell(c.key, row, basis, values) for c in table.columns},
+                "cells": {c.key: _cell(c.key, row, basis, values) for c in columns},
             }
             for row in chosen
         ],
@@ -109,20 +110,34 @@ def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
     return dataclasses.asdict(summary) | {"clear_of_zero": summary.clear_of_zero} if summary else None
 
 
+def _read_by(column: Column, reports: Mapping[str, Sequence[Any]], seeds: int) -> list[list[Mapping[str, Any] | None]]:
+    """The reports that a column reads, for each seed: its part's, or those of all parts."""
+    if column.part == "*" and reports:
+        return [list(of_seed) for of_seed in zip(*reports.values(), strict=True)]
+    return [[report] for report in reports.get(column.part, [None] * seeds)]
+
+
 def _number(
-    report: Mapping[str, Any] | None, fill: Mapping[str, str], column: Column, baseline: Mapping[str, Any] | None
+    reports: Sequence[Mapping[str, Any] | None],
+    fill: Mapping[str, str],
+    column: Column,
+    baseline: Sequence[Mapping[str, Any] | None],
 ) -> float | None:
-    if report is None:
-        return None
+    """What a column shows of a seed: the mean of each path over the reports, then what is made of the two. None: one is missing."""
     if column.match is not None:
-        curve, target = (None if r is None else _find(r, column.path, fill) for r in (report, baseline))
+        curve, target = (None if r is None else _find(r, column.path, fill) for r in (reports[0], baseline[0]))
         share = share_to_match(curve, target[-1][1], column.match) if curve and target else None
         return None if share is None else column.factor * share
-    first = _look_up(report, column.path, fill)
-    if not column.minus or first is None:
-        return None if first is None else column.factor * first
-    second = _look_up(report, column.minus, fill)
-    return None if second is None else column.factor * (first - second)
+    means = []
+    for path in column.paths:
+        found = [None if report is None else _look_up(report, path, fill) for report in reports]
+        if any(value is None for value in found):
+            return None
+        means.append(sum(found) / len(found))
+    if column.harmonic:
+        first, second = means
+        return column.factor * (2 * first * second / (first + second) if first and second else 0.0)
+    return column.factor * (means[0] - means[1] if column.minus else means[0])
 
 
 def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: float) -> float | None:

@@ -47,7 +47,7 @@ def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root:
     tables = [table for table in tables if scale in table.scales]
     require(bool(tables), f"no table has scale {scale!r}{nearest(scale, registry.SCALES)}")
     ends, made = time.monotonic() + seconds, []
-    for table, row, part in _order(tables, seed):
+    for table, row, part in _order(tables, scale, seed):
         if time.monotonic() >= ends:
             break
         plan = plan_table(table, scale, [seed], {}, root, [row])
@@ -64,17 +64,17 @@ def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root:
             if reason is not None:
                 failures[one.workdir] = reason
         cells = plan.write()["rows"][0]["cells"]
-        empty = [c.title for c in table.columns if c.part == part and cells[c.key]["values"] == [None]]
+        empty = [c.title for c in table.columns_at(scale) if c.part == part and cells[c.key]["values"] == [None]]
         spent = (time.monotonic() - began) / 60
         made.append(Sampled(table.name, row.name, part, spent, reason, () if reason else tuple(empty)))
     write_json(root / "sample" / f"{scale}.json", [asdict(one) for one in made])
     return made
 
 
-def _order(tables: Sequence[Table], seed: int) -> Iterator[tuple[Table, Row, str]]:
+def _order(tables: Sequence[Table], scale: str, seed: int) -> Iterator[tuple[Table, Row, str]]:
     chance = random.Random(seed)
     lines: Mapping[str, list[tuple[Row, str]]] = {
-        table.name: [(row, part) for row in table.rows for part in table.parts_of(row)] for table in tables
+        table.name: [(row, part) for row in table.rows for part in table.parts_of(row, scale)] for table in tables
     }
     for name in lines:
         chance.shuffle(lines[name])

@@ -10,7 +10,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from metajax.config import Config, difference, from_dict
+from metajax.config import difference
+from metajax.families import config_from
 from metajax.reporting import formats
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.html import (
@@ -27,6 +28,7 @@ from metajax.reporting.html import (
     with_code,
     write_page,
 )
+from metajax.reporting.image_page import source_line
 from metajax.reporting.records import FAILURE_LOG
 from metajax.reporting.results import COMPLETE, FAILED
 
@@ -42,7 +44,7 @@ def write_table_page(folder: Path, result: formats.Result, root: Path) -> Path:
       root: where the result's run folders start.
     """
     first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
-    unit = curve_unit(from_dict(Config, next(iter(first.values()))["config"])) if first else ""
+    unit = curve_unit(config_from(next(iter(first.values()))["config"])) if first else ""
     basis_row = result["baseline"] if result["baseline"] in first else next(iter(first), None)
     page = templates.get_template("table.html").render(
         title=f"{result['name']} at scale {result['scale']}",
@@ -61,9 +63,10 @@ def write_table_page(folder: Path, result: formats.Result, root: Path) -> Path:
         curve_caption=_curve_caption(len(result["seeds"]), unit),
         spreads=[Markup(svg) for svg in seed_spread([_spread(result, c) for c in result["columns"]], result["baseline"])] if first else [],
         spread_caption=_spread_caption(result),
-        budgets=[budget(name, report["counts"], from_dict(Config, report["config"])) for name, report in first.items()],
+        budgets=[budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]],
         samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
-        corpora=[corpus(manifest) for manifest in first[basis_row]["corpora"]] if first else [],
+        corpora=[corpus(found) for found in first[basis_row]["corpora"] if "tokens" in found] if first else [],
+        images=[source_line(found) for found in first[basis_row]["corpora"] if "splits" in found] if first else [],
         held_out=held_out(first[basis_row]) if first else None,
         machine=_machine(root, next(row for row in result["rows"] if row["name"] == basis_row)) if first else None,
     )  # fmt: skip
@@ -180,7 +183,7 @@ def _row_card(folder: Path, root: Path, row: Row, result: formats.Result, first:
         return made | {"changes": [], "unchanged": "this is the baseline"}
     if result["baseline"] not in first or row["name"] not in first:  # all there is, is what the row declares
         return made | {"changes": [f"{k} = {v}" for k, v in row["changes"].items()]}
-    baseline, config = (from_dict(Config, first[name]["config"]) for name in (result["baseline"], row["name"]))
+    baseline, config = (config_from(first[name]["config"]) for name in (result["baseline"], row["name"]))
     changed = [
         (k, *v)
         for k, v in difference(baseline, config).items()

@@ -17,7 +17,8 @@ from typing import Any
 
 from metajax import registry
 from metajax.atomic import write_text
-from metajax.config import Config, nearest, require
+from metajax.config import nearest, require
+from metajax.families import AnyConfig
 from metajax.lineage import absent_fields, apply_changes, inherited, resolve_parents
 from metajax.progress import say, warn
 from metajax.registry import Row, Table
@@ -27,7 +28,7 @@ from metajax.reporting.results import COMPLETE, Run, gather, last_failure, recor
 from metajax.reporting.table_page import write_table_page
 from metajax.workers import Inline
 
-RunOne = Callable[[Config, Path, Sequence[str]], dict[str, Any]]
+RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TablePlan:
     def _lines(self) -> list[tuple[Row, str]]:
         """Every row that this scale's corpus has the fields for, with each of its parts."""
         there = [row for row in self.rows if not self.table.lacks(row, self.scale)]
-        return [(row, part) for row in there for part in self.table.parts_of(row)]
+        return [(row, part) for row in there for part in self.table.parts_of(row, self.scale)]
 
     def runs(self) -> list[Run]:
         """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
+from metajax.families import AnyConfig
+from metajax.image_config import ImageConfig
 from metajax.progress import PROGRAM
 from metajax.reporting.records import conditions, list_runs, read_config
 from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
@@ -95,14 +97,14 @@ def print_table_plan(plan: TablePlan) -> None:
     console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
     grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
     for row in plan.rows:
-        of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row)]
+        of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
         run, parents = of_row[0]
         differs = (
             ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
             or (row.of and f"the runs of {row.of}")
             or "-"
         )
-        said = [(column.title, row.paper(column.key)) for column in table.columns]
+        said = [(column.title, row.paper(column.key)) for column in table.columns_at(scale)]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
         start = parents[-1].config.name if parents else run.config.init.from_ or "-"
         name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
@@ -113,7 +115,7 @@ def print_table_plan(plan: TablePlan) -> None:
     )
 
 
-def print_experiment(experiment: registry.Experiment, config: Config) -> None:
+def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:
     """Resolved config, parameters by part, FLOPs a token, time estimate, published values."""
     from metajax.data.tokenizers import vocabulary_of
     from metajax.models.lm import param_count
@@ -126,6 +128,9 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
     for name, value in flatten(config).items():
         grid.add_row(name, "-" if value is None or value == "" else str(value))
     console.print(grid)
+    if isinstance(config, ImageConfig):
+        console.print(_expected(experiment, config.scale))
+        return
     vocabulary = vocabulary_of(config.data.tokenizer)
     if vocabulary is None:
         console.print(f"the tokenizer {config.data.tokenizer} is a file of yours: parameters and FLOPs follow once it is read")
@@ -141,13 +146,15 @@ def print_experiment(experiment: registry.Experiment, config: Config) -> None:
         kept = {part: size for part, size in cache_bytes(config.model, config.row_slots).items() if size}
         shares = ", ".join(f"{part} {size:,}" for part, size in kept.items())
         console.print(f"generation keeps {sum(kept.values()):,} bytes of a whole row: {shares}")
+    console.print(_expected(experiment, config.scale))
+
+
+def _expected(experiment: registry.Experiment, scale: str) -> str:
+    """Minutes, and what the paper says of the row."""
     row = experiment.row
-    said = (
-        ", ".join(f"{key} {'not stated' if (p := row.paper(key)).value is None else p.value}" for key in row.published)
-        if row
-        else ""
-    )
-    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {said or 'nothing for this row'}")
+    published = {key: row.paper(key) for key in row.published} if row else {}
+    said = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
+    return f"about {experiment.minutes[scale]:g} minutes; the paper reports: {said or 'nothing for this row'}"
 
 
 def print_plan(found: dict[str, Any]) -> None:

@@ -62,6 +62,10 @@ class ClipTokenizer:
         require(whole, f"{path}: not CLIP's {MERGES} merges behind one line; {_REMEDY}")
         return cls(merges)
 
+    def fingerprint(self) -> str:
+        """CLIP's vocabulary is one file, whatever it was read from."""
+        return _SHA256
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
         return self._library.encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids

@@ -1,0 +1,37 @@
+"""The frozen CLIP under a prompt learner: that of a run, or of a published folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from metajax.config import require
+from metajax.data.images.clip_tokens import ClipTokenizer
+from metajax.data.images.words import WordTokenizer
+from metajax.data.pipeline import Paths
+from metajax.image_config import ImageConfig
+from metajax.interop.clip import load_clip
+from metajax.models.clip.model import CLIP
+from metajax.reporting.records import find_run, read_config
+from metajax.training.checkpoints import read_parameters
+
+
+def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
+    """(model, tokenizer) that a prompt learner stands on; UserError where they are not to be had."""
+    if config.weights:
+        place = Path(str(paths.data)) / config.weights if paths.data is not None else Path(config.weights)
+        vocabulary = place.parent if place.suffix == ".pt" else place
+        return load_clip(place, config.runtime), ClipTokenizer.open(vocabulary)
+    parent = find_run(config.init.from_, paths.runs)
+    theirs = read_config(parent)
+    require(
+        isinstance(theirs, ImageConfig) and theirs.clip is not None and theirs.prompts is None,
+        f"init.from = {config.init.from_}: not the run of a CLIP",
+    )
+    model = jax.eval_shape(lambda: CLIP(theirs.clip, runtime=config.runtime, key=jax.random.key(0)))
+    here = SingleDeviceSharding(jax.devices()[0])
+    model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model)
+    return read_parameters(parent, model), WordTokenizer.load(parent)

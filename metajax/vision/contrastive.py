@@ -1,0 +1,83 @@
+"""A CLIP trained from its start on captioned images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.config import require
+from metajax.data.images.batches import caption_batches, test_pixels, texts_of_sets, viewer
+from metajax.data.images.preprocessing import normalise
+from metajax.data.images.sets import ImageSet, check_set, fingerprint_of
+from metajax.data.images.sources import open_images
+from metajax.data.images.templates import texts_of
+from metajax.data.images.words import WordTokenizer
+from metajax.data.pipeline import Paths
+from metajax.evaluation.zero_shot import accuracy, class_weights, whole_parts
+from metajax.image_config import ImageConfig
+from metajax.models.clip.model import CLIP, LOSSES, cut_after_end, unit
+from metajax.models.lm import decay_mask
+from metajax.training.optimizers import make_optimizer, schedule
+from metajax.vision.task import Losses, Task
+
+
+def contrastive_task(config: ImageConfig, paths: Paths) -> Task:
+    """Images and captions of all sources' pretraining images; evaluated on their test images by names alone."""
+    sets = [open_images(spec, paths.cache, paths.data) for spec in config.images.sources]
+    for images in sets:
+        check_set(images, "pretrain")
+        check_set(images, "test")
+    tokenizer, clip = WordTokenizer.of(texts_of_sets(sets)), config.clip
+    require(
+        tokenizer.size <= clip.vocab,
+        f"clip.vocab = {clip.vocab}, but these captions have {tokenizer.size} words; raise it to that",
+    )
+    see = viewer(clip.image_size, config.images.view, config.images.crop_area)
+    batch = config.images.batch
+    batches = caption_batches(sets, config.seed, batch, see, lambda text: tokenizer.tokenize([text], clip.context)[0])
+
+    def create(key: jax.Array) -> CLIP:
+        return CLIP(clip, runtime=config.runtime, key=key)
+
+    tx = make_optimizer(config, decay_mask(jax.eval_shape(create, jax.random.key(0))))
+    return Task(
+        steps=config.training.steps, epoch=config.training.steps, batches=batches, create=create, tx=tx,
+        rate=schedule(config.optimizer, config.training.steps), frozen=(), loss=_loss,
+        evaluate=lambda model: {s.spec: zero_shot(model, tokenizer, s) for s in sets},
+        images=fingerprint_of(*(s.fingerprint for s in sets)), tokenizer=tokenizer, manifest=[describe(s) for s in sets],
+    )  # fmt: skip
+
+
+def _loss(model: CLIP, frozen: Any, batch: dict[str, jax.Array], choice: jax.Array, key: jax.Array) -> Losses:
+    """Images and texts of a batch; texts that are the same belong to each other's images too."""
+    tokens = batch["tokens"]
+    matches = jnp.all(tokens[:, None] == tokens[None], axis=-1)
+    loss = LOSSES[model.cfg.loss](model(normalise(batch["pixels"]), tokens), matches)
+    return loss, {"logit_scale": jnp.exp(model.logit_scale[...])}
+
+
+def zero_shot(model: CLIP, tokenizer: Any, images: ImageSet, templates: tuple[str, ...] = ()) -> dict[str, float]:
+    """Accuracy on a set's test images by its classes' names; `templates`: those averaged in place of the set's own."""
+    pixels, labels = test_pixels(images, model.cfg.image_size)
+    texts = [tokenizer.tokenize(texts_of(images.classes, t), model.cfg.context) for t in templates or (images.template,)]
+    weights = class_weights(model, jnp.asarray(cut_after_end(np.stack(texts))))
+    return accuracy(lambda features: model.logits(features, weights), encode_images(model, pixels), labels)
+
+
+def encode_images(model: CLIP, pixels: Any, at_once: int = 100) -> jax.Array:
+    """Unit features [N, features] of uint8 images, each computed once."""
+    return jnp.concatenate([_encode(model, part) for part in whole_parts(pixels, at_once)])[: len(pixels)]
+
+
+@jax.jit
+def _encode(model: CLIP, pixels: jax.Array) -> jax.Array:
+    return unit(model.encode_image(normalise(pixels)))
+
+
+def describe(images: ImageSet) -> dict[str, Any]:
+    """A set as reports name it."""
+    splits = {name: len(items) for name, items in images.splits.items()}
+    return {"spec": images.spec, "classes": len(images.classes), "splits": splits, "attribution": images.attribution}

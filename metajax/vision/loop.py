@@ -1,0 +1,182 @@
+"""The loop of image runs: restore, step, log one step behind, save; the same command again takes up where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metajax.config import config_hash, require
+from metajax.data.pipeline import read_batches
+from metajax.image_config import ImageConfig
+from metajax.progress import progress, say
+from metajax.reporting.pace import Phases
+from metajax.reporting.records import RunDirectory
+from metajax.training.checkpoints import Checkpoints, save_arrays
+from metajax.training.loop import NonFinite
+from metajax.training.metrics import Loggers, MetricsFile
+from metajax.training.state import State, initialiser
+from metajax.vision.task import Task
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Trained:
+    """What training leaves for the report."""
+
+    state: State
+    time: dict[str, float]
+    restarted_from: int
+
+
+def train(task: Task, config: ImageConfig, run: RunDirectory, phases: Phases) -> Trained:
+    """Run the steps that are left.
+
+    Raises:
+      NonFinite: a loss or gradient was not finite; the state before it and its batch have been written.
+      UserError: a meta-net whose units are all dead, or a checkpoint of another configuration.
+    """
+    with contextlib.ExitStack() as closing:
+        with phases.time("init"):
+            checkpoints = Checkpoints(run.path, config.runtime.keep, run.warn)
+            closing.callback(checkpoints.close)
+            state = jax.jit(initialiser(task.create, task.tx))(jax.random.key(config.seed))
+            state, choice, start = _restore(checkpoints, state, task, config)
+        step_fn = _compiled(task, config, state, choice, start, phases)
+        metrics = MetricsFile(run.path / "metrics.jsonl", start)
+        closing.callback(metrics.close)
+        loggers = Loggers(config, run.path, start)
+        closing.callback(loggers.close)
+        loop = _Loop(task, config, run, phases, checkpoints, metrics, loggers)
+        began = time.monotonic()
+        if start < task.steps:
+            state = loop.run(state, choice, start, step_fn)
+        else:
+            phases.finish(0.0)
+        seconds = time.monotonic() - began
+    here = task.steps - start
+    # The first step is told apart: it waits for what the others find ready.
+    step = (seconds - phases.seconds["first_step"]) / (here - 1) if here > 1 else None
+    clock = {
+        "train_seconds": seconds, "steps_here": here, "step_seconds": step,
+        "images_per_second": step and len(task.batches[0]["pixels"]) / step,
+    }  # fmt: skip
+    return Trained(state, clock, start)
+
+
+def _restore(checkpoints: Checkpoints, fresh: State, task: Task, config: ImageConfig) -> tuple[State, np.ndarray, int]:
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+    found = checkpoints.restore(abstract)
+    if found is None:
+        return fresh, task.choice, 0
+    state, meta = found
+    require(
+        meta["config_hash"] == config_hash(config), "the checkpoint belongs to another configuration; choose another --workdir"
+    )
+    say(f"resuming at step {meta['step']} of {task.steps}")
+    return state, np.array(meta["choice"], np.float32), meta["step"]
+
+
+def step_function(task: Task) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """(state, frozen, batch, choice, key) -> (state, metrics); a step that is not finite changes nothing and halts the state."""
+
+    def step(state: State, frozen: Any, batch: Batch, choice: jax.Array, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(key, state.step)
+        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.model, frozen, batch, choice, key)
+        updates, opt_state = task.tx.update(grads, state.opt_state, state.model)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = finite & ~state.halted
+        new = (optax.apply_updates(state.model, updates), opt_state, state.step + 1)
+        kept = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, (state.model, state.opt_state, state.step))
+        metrics = {"loss": loss, **metrics, "grad_norm": norm, "learning_rate": task.rate(state.step), "finite": finite}
+        return State(*kept, ~keep), metrics
+
+    return step
+
+
+def _compiled(task: Task, config: ImageConfig, state: State, choice: np.ndarray, start: int, phases: Phases) -> Any:
+    """The step compiled ahead of time; None where no step is left."""
+    if start >= task.steps:
+        return None
+    with phases.time("data"):
+        batch = task.batches[start]
+    with phases.time("compile"):
+        arguments = (state, task.frozen, batch, choice, jax.random.key(config.seed))
+        return jax.jit(step_function(task), donate_argnums=0).lower(*arguments).compile()
+
+
+@dataclass
+class _Loop:
+    task: Task
+    config: ImageConfig
+    files: RunDirectory
+    phases: Phases
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    loggers: Loggers
+
+    def run(self, state: State, choice: np.ndarray, start: int, step_fn: Any) -> State:
+        task, runtime, key = self.task, self.config.runtime, jax.random.key(self.config.seed)
+        stream, pending = read_batches(task.batches, start, runtime.workers), None
+        self.since, self.counted = time.monotonic(), start
+        with progress(f"training {self.config.name} (seed {self.config.seed})", total=task.steps, plain_lines=False) as advance:
+            advance(start)
+            for step in range(start + 1, task.steps + 1):
+                batch = next(stream)
+                state, metrics = step_fn(state, task.frozen, batch, choice, key)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    self.phases.finish(time.monotonic() - self.since)
+                if pending is not None:
+                    self._log(*pending, state)
+                pending = (step, metrics, batch)
+                self.checkpoints.poll()
+                advance(1)
+                ends = step % task.epoch == 0 and step < task.steps and task.choose is not None
+                if ends or step % runtime.save_every == 0 or step == task.steps:
+                    self._log(*pending, state)
+                    pending = None
+                    choice = task.choose(state.model) if ends else choice
+                    if not ends or step % runtime.save_every == 0:
+                        self.save(state, choice)
+        return state
+
+    def save(self, state: State, choice: np.ndarray) -> None:
+        meta = {"step": int(jax.device_get(state.step)), "config_hash": config_hash(self.config), "choice": choice.tolist()}
+        self.checkpoints.save(state, meta)
+
+    def _log(self, step: int, metrics: Any, batch: Batch, state: State) -> None:
+        """Read a step's metrics, which also paces the host to one step behind the device."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not values.pop("finite"):
+            raise NonFinite(self._bundle(step, values, batch, state))
+        require(
+            values.get("delta_norm", 1.0) > 0,
+            f"step {step}: every delta token is 0, so the meta-net is dead; lower prompts.learning_rate or raise prompts.bottleneck",
+        )
+        self.metrics.write({"step": step, **values})
+        if step % self.config.runtime.log_every == 0 or step == 1:
+            self.loggers.write(step, values)
+            pace = (time.monotonic() - self.since) / (step - self.counted)
+            self.since, self.counted, left = time.monotonic(), step, (self.task.steps - step) * pace
+            said = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            say(f"step {step}/{self.task.steps}  {said}  {pace * 1000:.1f} ms/step  ETA {int(left // 60)}:{int(left % 60):02d}")
+
+    def _bundle(self, step: int, values: dict[str, float], batch: Batch, state: State) -> str:
+        """Write the state before the step, which kept it, and its batch."""
+        folder = self.files.path / f"replay-step-{step}"
+        folder.mkdir(exist_ok=True)
+        save_arrays(folder / "state", state.model)
+        np.savez(folder / "batch.npz", **batch)
+        (folder / "metrics.json").write_text(json.dumps({"step": step, **{name: str(value) for name, value in values.items()}}))
+        return f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; what led to it is in {folder}"

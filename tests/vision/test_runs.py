@@ -1,0 +1,180 @@
+"""Image runs whole: a small CLIP, learners on it, what they report, and a run that was killed against one that was not."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from metajax import registry
+from metajax.config import Init, Optimizer, Runtime, Training, UserError, override
+from metajax.experiment import open_run, run_experiment
+from metajax.image_config import ImageConfig, Images, Prompts
+from metajax.models.clip.config import Clip
+from metajax.reporting.records import default_workdir, read_config
+from metajax.training.checkpoints import Checkpoints
+from metajax.vision import prompt_learning
+from metajax.vision.loop import train
+
+SMALL = ImageConfig(
+    name="small_clip",
+    images=Images(sources=("digits",), crop_area=0.5, batch=8),
+    clip=Clip(
+        vision_layers=(1,), vision_width=16, vision_heads=2, text_width=16, text_heads=2, embed=16, patch=8, image_size=16, text_layers=1,
+        context=16, vocab=64,
+    ),
+    optimizer=Optimizer(warmup_steps=1), training=Training(steps=3), runtime=Runtime(log_every=1),
+)  # fmt: skip
+LEARNER = Prompts(
+    condition="meta", alpha=0.2, bottleneck=16, epochs=3, learning_rate=0.05, sampling="weighted", context_init="a photo of a"
+)
+
+
+@pytest.fixture(scope="module")
+def clip(paths):
+    workdir = default_workdir(SMALL, paths.runs)
+    return workdir, run_experiment(SMALL, workdir, paths)
+
+
+@pytest.fixture(scope="module")
+def learner(clip):
+    """learner(**changes) -> the config of a learner on that CLIP."""
+    made = ImageConfig(
+        name="learner", images=Images(sources=("digits",), classes="base", shots=1, crop_area=0.5), prompts=LEARNER,
+        init=Init(str(clip[0])), runtime=Runtime(save_every=4, log_every=5),
+    )  # fmt: skip
+    return lambda **changes: override(made, changes)
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """Silhouettes and t-SNE of a few images take less than a second."""
+    monkeypatch.setattr(prompt_learning, "PROFILED", 6)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class EndsAt:
+    """Batches whose reader dies at a step."""
+
+    def __init__(self, batches, last):
+        self.batches, self.last = batches, last
+
+    def __getitem__(self, step):
+        return self if isinstance(step, slice) else self.batches[step]
+
+    def to_iter_dataset(self, options):
+        return iter(self)
+
+    def __iter__(self):
+        yield from (self.batches[step] for step in range(self.last))
+        raise Killed
+
+
+def last_arrays(workdir):
+    checkpoints = Checkpoints(workdir, 2)
+    step = checkpoints.steps()[-1]
+    checkpoints.close()
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def test_a_clip_is_a_run_like_any_other(clip):
+    workdir, report = clip
+    assert report["steps"] == 3 and report["eval"]["digits"]["images"] > 500
+    assert (workdir / "report.html").exists() and read_config(workdir) == SMALL
+    with pytest.raises(UserError, match="is a run on images"):
+        open_run(workdir)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeypatch):
+    config = learner()
+    straight = paths.runs / "straight"
+    report = run_experiment(config, straight, paths)
+    assert report["steps"] == 15 and set(report["eval"]) == {"base", "new", "harmonic", "delta"}
+    assert report["training"]["ad_triplet"]["first"] > 0 and -1 <= report["eval"]["delta"]["silhouette"] <= 1
+    assert report["parameters"] == {"context": 64, "meta_net": 16 * 16 + 16 + 16 * 16 + 16, "total": 64 + 544}
+    page = (straight / "report.html").read_text()
+    assert "t-SNE" in page and "silhouette of deltas by augmentation" in page
+
+    def killed(task, *others):
+        return train(replace(task, batches=EndsAt(task.batches, 11)), *others)
+
+    monkeypatch.setattr("metajax.vision.run.train", killed)
+    with pytest.raises(Killed):
+        run_experiment(config, paths.runs / "killed", paths)
+    monkeypatch.undo()
+    monkeypatch.setattr(prompt_learning, "PROFILED", 6)
+    again = run_experiment(config, paths.runs / "killed", paths)
+    assert 0 < again["restarted_from"] < 11
+    for (name, a), (_, b) in zip(flat(last_arrays(straight)), flat(last_arrays(paths.runs / "killed")), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    lines = [
+        [json.loads(x)["loss"] for x in (paths.runs / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("straight", "killed")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 15
+
+
+def flat(tree, path=""):
+    if isinstance(tree, dict):
+        return [found for name in sorted(tree) for found in flat(tree[name], f"{path}/{name}")]
+    return [(path, np.asarray(tree))]
+
+
+def test_zero_shot_and_coop_need_no_meta_net(learner, paths):
+    bare = {"prompts.condition": "none", "prompts.alpha": 0.0, "prompts.sampling": "uniform"}
+    report = run_experiment(
+        learner(**bare, **{"prompts.context": 0, "prompts.context_init": "", "images.ensemble": True}), paths.runs / "zero", paths
+    )
+    assert report["steps"] == 0 and report["parameters"] == {"total": 0} and set(report["eval"]) == {"base", "new", "harmonic"}
+    coop = learner(
+        **bare,
+        **{
+            "images.view": "centre",
+            "images.classes": "all",
+            "images.targets": ("digits",),
+            "prompts.epochs": 1,
+            "prompts.batch": 4,
+        },
+    )
+    report = run_experiment(coop, paths.runs / "coop", paths)
+    assert report["eval"]["digits"] == report["eval"]["all"] and report["eval"]["targets"] == report["eval"]["all"]["accuracy"]
+    assert "ad_triplet" not in report["training"] and report["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts.condition": "none"}, "set prompts.condition=meta"),
+        ({"prompts.context": 3}, "prompts.context_init has 4 words but prompts.context = 3"),
+        ({"prompts.augmentations": "crop"}, "at least two different ones"),
+        ({"prompts.augmentations": "crop,cut"}, "did you mean 'cutout'"),
+        ({"images.sources": "digits,emoji"}, "a prompt learner has one"),
+        ({"init.from": ""}, "needs a CLIP"),
+        ({"prompts.class_position": "front"}, "the name stands at the end"),
+    ],
+)
+def test_mistakes_name_the_fields(learner, changes, message):
+    with pytest.raises(UserError, match=message):
+        learner(**changes)
+
+
+def test_the_tables_hold_what_the_papers_say_of_their_averages():
+    registry.load()
+    table = registry.tables()["prompt_learning/base_to_new"]
+    for row in table.rows:
+        for key in ("eval.base.accuracy", "eval.new.accuracy"):
+            values = [row.paper(f"{part}: {key}") for part in table.parts_at("paper")]
+            if any(values):
+                assert len(values) == 11
+                assert np.mean([v.value for v in values]) == pytest.approx(row.paper(f"*: {key}").value, abs=0.012), (
+                    row.name,
+                    key,
+                )
+        both = [row.paper(f"*: {key}").value for key in ("eval.base.accuracy", "eval.new.accuracy")]
+        h, said = 2 * both[0] * both[1] / sum(both), row.paper("*: eval.base.accuracy | eval.new.accuracy")
+        assert h == pytest.approx(said.value, abs=0.5 if "two means" in said.note else 0.012), row.name
