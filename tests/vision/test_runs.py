@@ -90,6 +90,7 @@ def test_a_clip_is_a_run_like_any_other(clip):
         open_run(workdir)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeypatch):
     config = learner()
     straight = paths.runs / "straight"
