@@ -222,11 +222,13 @@ def test_kill_9_during_the_quickstart_changes_no_number(tmp_path):
     kill_at = random.Random(time.time_ns()).randrange(1, 60)  # steps logged over all three arms
     broken = quickstart(tmp_path / "killed", tmp_path / "cache")
     while broken.poll() is None:
-        if sum(len(curve(p.parent)) for p in (tmp_path / "killed").rglob("metrics.jsonl")) >= kill_at:
+        # ROOT/NAME/SCALE/RUN and no deeper: a checkpoint that is being saved is a folder which vanishes
+        if sum(len(curve(p.parent)) for p in (tmp_path / "killed").glob("quickstart/*/cpu/*/metrics.jsonl")) >= kill_at:
             broken.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)
-    broken.communicate()
+    out, _ = broken.communicate()
+    assert broken.returncode == -signal.SIGKILL, f"to be killed at {kill_at}: {out}"
     again = quickstart(tmp_path / "killed", tmp_path / "cache")
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, f"killed at {kill_at}: {out}"
