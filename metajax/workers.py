@@ -25,12 +25,10 @@ class Inline(Executor):
 
 
 def workers(count: int, start: Callable[[], None]) -> Executor:
-    """`count` processes, each on every `count`-th core; `start` is called in each before its first work. For 1: this process.
+    """`count` processes, each on every `count`-th core; `start` is called in each before its first work.
 
     Raises UserError when there are fewer cores.
     """
-    if count == 1:
-        return Inline()
     cores = sorted(os.sched_getaffinity(0))
     require(1 <= count <= len(cores), f"--jobs {count}: between 1 and the {len(cores)} cores of this machine")
     context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
