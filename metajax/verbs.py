@@ -166,6 +166,14 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
 
 def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     """Make a sample of all tables; 1 when something in it failed."""
+    given = {
+        "--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--seeds": options.seeds > 1,
+        "--jobs": options.jobs > 1, "--render": options.render,
+    }  # fmt: skip
+    for flag in (flag for flag, value in given.items() if value):
+        raise UserError(
+            f"{flag} does not go with --all, which takes a row of every table as it is; name a table, or leave it out"
+        )
     from metajax.reporting.sampler import budget_seconds, sample, summary
     from metajax.reporting.terminal import print_sample
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from metajax import registry
+from metajax.cli import main
 from metajax.config import Config, UserError
 from metajax.registry import Column, Row
 from metajax.reporting.records import write_json
@@ -91,3 +92,11 @@ def test_a_budget_is_a_time(text):
     assert (budget_seconds("90s"), budget_seconds("60m"), budget_seconds("1.5h")) == (90, 3600, 5400)
     with pytest.raises(UserError, match="expected a time such as 60m"):
         budget_seconds(text)
+
+
+@pytest.mark.parametrize(
+    "words", ["--set training.steps=1", "--rows core", "--jobs 2", "--sweep model.layers=1,2", "--seeds 3", "--render"]
+)
+def test_what_a_sample_cannot_do_is_refused(words, capsys):
+    assert main(["table", "--all", *words.split()], packages=()) == 2
+    assert f"{words.split()[0]} does not go with --all" in capsys.readouterr().err
