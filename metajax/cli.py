@@ -39,7 +39,6 @@ EXAMPLES = """examples:
   python run.py compare RUN RUN                     two runs side by side
 """
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-STOPPED = 75  # as sysexits.h has it: a temporary failure, try again
 
 
 def command() -> int:
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
         return options.act(options, started) or 0
     except Stopped as reason:
         print(reason, file=sys.stderr)
-        return STOPPED
+        return Stopped.EXIT_CODE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

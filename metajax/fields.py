@@ -16,10 +16,12 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """A run ended early for a reason outside of it, such as a preemption; the command line exits with 75, and the same command goes on.
+    """A run ended early for a reason outside of it, such as a preemption; the same command goes on.
 
     No `Exception`, for it is no failure of the run: a table that records failures ends with it.
     """
+
+    EXIT_CODE = 75  # of the command, as sysexits.h has it: a temporary failure, try again
 
 
 def require(condition: bool, message: str) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-EXIT_CODE = 75  # as for a preemption: the same command takes up the run
+from metajax.fields import Stopped
 
 
 class Watchdog:
@@ -45,4 +45,4 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         with open(self._stacks, "w") as file:  # last, for the storage may be what hangs
             faulthandler.dump_traceback(file)
-        os._exit(EXIT_CODE)
+        os._exit(Stopped.EXIT_CODE)  # the same command takes up the run
