@@ -30,13 +30,13 @@ class Goodput:
     def __init__(self, path: Path | None, age: float = 0.0):
         self._path, self._began = path, time.monotonic() - age
         self._earlier: list[dict[str, Any]] = json.loads(path.read_text()) if path is not None and path.exists() else []
-        self._apart = dict.fromkeys(APART, 0.0)
+        self.apart = dict.fromkeys(APART, 0.0)  # seconds of this start
         self._startup = 0.0
         self._from, self._saves = 0, []
 
     def begin_steps(self, step: int) -> None:
         """Start-up is over and training goes on from `step`: what earlier starts did beyond it is lost."""
-        self._startup = time.monotonic() - self._began - sum(self._apart.values())
+        self._startup = time.monotonic() - self._began - sum(self.apart.values())
         self._from = step
         for start in reversed(self._earlier):
             kept = dict(start["saves"]).get(step)
@@ -51,7 +51,7 @@ class Goodput:
         try:
             yield
         finally:
-            self._apart[kind] += time.monotonic() - began
+            self.apart[kind] += time.monotonic() - began
 
     def saved(self, step: int) -> None:
         """Steps up to this one survive from now on."""
@@ -63,7 +63,7 @@ class Goodput:
             write_text(self._path, json.dumps([*self._earlier, self._entry()]))
 
     def _entry(self) -> dict[str, Any]:
-        spent = {"startup": self._startup, **self._apart}
+        spent = {"startup": self._startup, **self.apart}
         steps = max(0.0, time.monotonic() - self._began - sum(spent.values()))
         return {"from": self._from, "saves": self._saves, "steps": steps, "lost": 0.0, **spent}
 

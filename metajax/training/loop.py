@@ -67,7 +67,6 @@ class Trainer:
             agree("configuration", config_hash(config))
             agree("corpus or tokenizer", f"{self.corpora.key} {self.corpora.tokenizer.fingerprint()[:12]}")
         self.vocab_size = self.corpora.tokenizer.vocabulary.size
-        self.waited = 0.0
 
     def _open(self) -> None:
         self.corpora = open_corpora(self.config, self.paths)
@@ -118,7 +117,7 @@ class Trainer:
         clock = {
             "train_seconds": seconds,
             "steps_here": self.config.training.steps - start,
-            "data_wait_share": self.waited / seconds if seconds else 0.0,
+            "data_wait_share": self.goodput.apart["data_wait"] / seconds if seconds else 0.0,
             "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
         }
         counts = self.counts.of_all()
@@ -196,10 +195,8 @@ class Trainer:
         """The next `count` batches; the time spent waiting for them is the input path's cost."""
         batches = itertools.islice(batches, count)
         while True:
-            began = time.monotonic()
             with self.goodput.spend("data_wait"):
                 batch = next(batches, None)
-            self.waited += time.monotonic() - began
             if batch is None:
                 return
             yield batch
