@@ -279,9 +279,8 @@ class Choice:
     """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/choice.py)."""
 
     tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
-    shots: tuple[int, ...] = (
-        5,
-    )  # solved questions in front of each; every number is evaluated, the first one is the task's result
+    # Solved questions in front of each; every number is evaluated, the first one is the task's result.
+    shots: tuple[int, ...] = (5,)
     # What stands in front of it all: nothing, the empty pair of metadata, or the source that a task has (MeCo's conditional inference).
     contexts: tuple[str, ...] = ("none",)
     examples: int = 1000  # of a task, at most
@@ -312,9 +311,8 @@ class Evaluation:
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: int = 48  # length of the text sample in the report
     choice: Choice | None = None
-    labels: tuple[str, ...] | None = (
-        None  # templates of metadata that probes tell from hidden states; the first is a document's topic
-    )
+    # Templates of metadata that probes tell from hidden states; the first is a document's topic.
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "documents", "sample_tokens"):

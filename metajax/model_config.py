@@ -27,9 +27,8 @@ class Hybrid:
     expand: int = 2  # Mamba's inner width / model.width
     state: int = 16  # N, numbers a channel remembers
     dt_rank: int = 0  # 0: ceil(model.width / 16)
-    dt_init: Literal["zero", "mamba"] = (
-        "zero"  # step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper
-    )
+    # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
+    dt_init: Literal["zero", "mamba"] = "zero"
     inner_norms: bool = True  # of step size, B and C
     branch_norm: Literal["scaled", "plain", "none"] = "scaled"  # before the fusion; the scales are the paper's learnable betas
 

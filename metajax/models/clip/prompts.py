@@ -20,9 +20,8 @@ from metajax.models.clip.config import Clip
 from metajax.models.clip.model import CLIP, cut_after_end, unit
 from metajax.models.layers import normal_param
 
-TEXTS_AT_ONCE = (
-    256  # prompts in the text tower together; more of them go through it in turns, each computed anew in the backward pass
-)
+# Prompts in the text tower together; more of them go through it in turns, each computed anew in the backward pass.
+TEXTS_AT_ONCE = 256
 _CONTEXT_STD = 0.02
 
 
