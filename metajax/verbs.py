@@ -57,16 +57,14 @@ def _start_jax(cache: Path) -> None:
     """Compiled programs are kept between runs; set before the first use of a device."""
     import jax
 
+    from metajax.pods.hosts import has_tpu
+
     # The TPU compiler may be installed for planning alone: without a chip, looking for one costs seconds and many warnings.
-    if not _chips() and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
+    chips = has_tpu() or any(Path("/dev").glob("nvidia[0-9]*"))
+    if not chips and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str((cache / "jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _chips() -> list[Path]:
-    """Accelerators of this machine, as device files."""
-    return [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern)]
 
 
 def _connect(options: argparse.Namespace) -> None:
@@ -187,6 +185,7 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
 
 def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str, Any]:
     """The runs of a table, one by one here or several at a time in processes that write to the log of each run."""
+    from metajax.pods.hosts import has_tpu
     from metajax.reporting.records import RUN_LOG
     from metajax.reporting.tables import run_table
     from metajax.workers import workers
@@ -195,7 +194,10 @@ def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str,
     if options.jobs == 1:
         start()
         return run_table(plan, run_one)
-    require(not _chips(), f"--jobs {options.jobs}: several runs at a time are for machines without an accelerator")
+    require(
+        not has_tpu() or os.environ.get("JAX_PLATFORMS") == "cpu",
+        f"--jobs {options.jobs}: a TPU serves one process; leave it out, or compute on the cores with JAX_PLATFORMS=cpu",
+    )
     say(f"{options.jobs} runs at a time; each writes what it says to {RUN_LOG} in its folder")
     try:
         with workers(options.jobs, start) as executor:

@@ -66,13 +66,14 @@ def find_place(coordinator: str | None = None, processes: int | None = None, pro
             f"processes = {given[1]!r}, process-id = {given[2]!r}: whole numbers",
         )
         return Place(str(given[0]), int(given[1]), int(given[2]))
-    if not any(name in os.environ for name in LAUNCHERS) and not _has_chips():
+    if not any(name in os.environ for name in LAUNCHERS) and not has_tpu():
         return None
     address, count, number, devices = detect_cluster(CONNECT_SECONDS)
     return Place(address, count, number, devices) if address and (count or 1) > 1 else None
 
 
-def _has_chips() -> bool:
+def has_tpu() -> bool:
+    """Whether this machine has the device files of a TPU, without starting JAX."""
     return any(name.startswith("accel") for name in os.listdir("/dev")) or os.path.exists("/dev/vfio/0")
 
 
