@@ -1,0 +1,119 @@
+"""Rivals taking turns in one process: median and range of the milliseconds of a call, failures kept beside the others' times."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+ROUNDS = 12  # of turns
+TURN_SECONDS, MOST_CALLS = 0.03, 50  # calls of a turn: so many that it lasts this long, at most so many
+COMPILERS = 4  # programs that XLA compiles side by side
+AGREE = 0.02  # relative distance of two bfloat16 results that is rounding
+
+
+class Side(NamedTuple):
+    """One rival in a case."""
+
+    name: str
+    call: Callable[[], Any]  # launches the work, returns what it makes
+    wait: Callable[[Any], Any]  # until that is made
+    arrays: Callable[[Any], list[np.ndarray]] | None = (
+        None  # float32, to be held against our own; None: it computes something else
+    )
+    facts: dict[str, Any] = {}  # what is known of it besides its times  # noqa: RUF012
+
+
+class Case:
+    """Sides that do the same work, and what was found of each."""
+
+    def __init__(self, section: str, name: str, facts: dict[str, Any] | None = None):
+        self.section, self.name = section, name
+        self.facts: dict[str, Any] = facts or {}
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def attempt(self, name: str, make: Callable[[], Any]) -> Any:
+        """make(), or None where it fails: the error's text is then the side's result, and the command's exit code 1."""
+        try:
+            return make()
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".strip()[:2000]
+            self.found[name] = {"failed": text}
+            print(f"FAILED {self.section}, {self.name}, {name}: {text}", file=sys.stderr, flush=True)
+            return None
+
+    def race(self, makers: dict[str, Callable[[], Side]]) -> None:
+        """Make, warm up and time the sides; the first is the one that the others are held against."""
+        sides, ours = [], None
+        for name, make in makers.items():
+            side = self.attempt(name, make)
+            warm = side and self.attempt(name, lambda side=side: warm_up(side))
+            if not warm:
+                continue
+            result, calls = warm
+            self.found[name] = {"calls": calls, **side.facts}
+            if side.arrays is not None:
+                arrays = side.arrays(result)
+                ours = arrays if ours is None else ours
+                self.attempt(name, lambda name=name, arrays=arrays, ours=ours: self._compare(name, arrays, ours))
+            sides.append((side, calls))
+        sides = [(side, calls) for side, calls in sides if "failed" not in self.found[side.name]]
+        taken = self.attempt("all", lambda: take_turns(sides)) or {}
+        for name, times in taken.items():
+            self.found[name] |= {"median_ms": statistics.median(times), "least_ms": min(times), "most_ms": max(times)}
+
+    def _compare(self, name: str, arrays: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> None:
+        self.found[name]["distance"] = worst = max(distance(a, b) for a, b in zip(arrays, ours, strict=True))
+        if not worst < AGREE:
+            raise ValueError(f"differs from our result by {worst:.3g} of its norm; {AGREE} is rounding")
+
+    def as_json(self) -> dict[str, Any]:
+        return {"section": self.section, "name": self.name, "facts": self.facts, "sides": self.found}
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / |b|."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {a.shape} and {b.shape}")
+    return float(np.linalg.norm((a - b).ravel()) / np.linalg.norm(b.ravel()))
+
+
+def warm_up(side: Side) -> tuple[Any, int]:
+    """(what a call makes, calls of a turn), after a call that may compile."""
+    side.wait(side.call())
+    began = time.perf_counter()
+    result = side.call()
+    side.wait(result)
+    seconds = time.perf_counter() - began
+    return result, min(max(math.ceil(TURN_SECONDS / seconds), 1), MOST_CALLS)
+
+
+def take_turns(sides: Sequence[tuple[Side, int]]) -> dict[str, list[float]]:
+    """Milliseconds of a call, one number for each of the ROUNDS."""
+    taken: dict[str, list[float]] = {side.name: [] for side, _ in sides}
+    for _ in range(ROUNDS):
+        for side, calls in sides:
+            began = time.perf_counter()
+            for _ in range(calls):
+                result = side.call()
+            side.wait(result)
+            taken[side.name].append(1e3 * (time.perf_counter() - began) / calls)
+    return taken
+
+
+def compiled(function: Callable, *arguments: Any) -> Any:
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def compile_all(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Callable[[], Any]]:
+    """Each job's result (or error) behind a call; all are done when this returns, so that nothing compiles while others are timed."""
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        futures = {key: pool.submit(job) for key, job in jobs.items()}
+    return {key: future.result for key, future in futures.items()}

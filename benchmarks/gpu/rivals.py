@@ -1,0 +1,135 @@
+"""PyTorch's side of the attention cases: FlexAttention with a block mask, and scaled_dot_product_attention where a mask is plain."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.nn.attention import flex_attention as flex
+
+from benchmarks.gpu.clock import Side
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.attention import Setting
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Arrays = dict[str, np.ndarray]
+
+
+def wait(_: Any) -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def compile_here(function: Callable) -> Callable:
+    """torch.compile for one shape: without dynamic=False the second shape would be compiled for any. On a CPU, where FlexAttention has no
+    gradient of its own, the function itself."""
+    return torch.compile(function, dynamic=False) if DEVICE == "cuda" else function
+
+
+def attention_sides(setting: Setting, passes: str, arrays: Arrays) -> dict[str, Callable[[], Side]]:
+    """Makers of the sides by name; `arrays` as benchmarks.gpu.attention.inputs names them, float32."""
+    make = functools.partial(_side, setting, passes, arrays)
+    sides = {"torch, FlexAttention": make("torch, FlexAttention", flex_sides)}
+    if setting.shape.window is None and not setting.shape.meta:
+        name = "torch, SDPA" + (" of the gathered tokens" if setting.among else "")
+        sides[name] = make(name, sdpa_sides)
+    return sides
+
+
+def flex_sides(setting: Setting) -> tuple[Callable, np.ndarray | None]:
+    """(function of [B, T, heads, width] arrays, the slots at which its rows are the gathered ones)."""
+    shape, slots = setting.shape, None
+    if setting.among:
+        slots = meta_slots(setting.rows, setting.among, shape.length)
+        block_mask = meta_mask(slots, setting.among)
+    else:
+        block_mask = row_mask(shape.length, shape.window, shape.meta)
+
+    def attend(block_mask: Any, q: Any, k: Any, v: Any, meta_k: Any = None, meta_v: Any = None) -> Any:
+        if meta_k is not None:
+            k, v = (torch.cat([m.expand(len(x), *m.shape), x], dim=1) for m, x in ((meta_k, k), (meta_v, v)))
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = flex.flex_attention(*heads_first, block_mask=block_mask, scale=shape.key_width**-0.5, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return functools.partial(compile_here(attend), block_mask), slots
+
+
+def sdpa_sides(setting: Setting) -> tuple[Callable, None]:
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return attend, None
+
+
+def row_mask(length: int, window: int | None, meta: int) -> Any:
+    """Causal, in a window of so many earlier keys, behind `meta` keys that all queries see."""
+
+    def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
+        own = key - meta
+        seen = query >= own
+        seen = seen if window is None else seen & (query - own <= window)
+        return (own < 0) | seen if meta else seen
+
+    return flex.create_block_mask(visible, None, None, length, meta + length, device=DEVICE)
+
+
+def meta_mask(slots: np.ndarray, length: int) -> Any:
+    """Query and key are both meta-tokens of their row, and the key is not later."""
+    flags = torch.zeros(len(slots), length, dtype=torch.bool, device=DEVICE)
+    flags.scatter_(1, torch.from_numpy(slots).to(DEVICE), True)
+
+    def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return (query >= key) & flags[b, query] & flags[b, key]
+
+    return flex.create_block_mask(visible, len(slots), None, length, length, device=DEVICE)
+
+
+def meta_slots(rows: int, length: int, count: int) -> np.ndarray:
+    """int64[rows, count], sorted: where the meta-tokens of each row stand."""
+    rng = np.random.default_rng(0)
+    return np.stack([np.sort(rng.choice(length, count, replace=False)) for _ in range(rows)])
+
+
+def _side(setting: Setting, passes: str, arrays: Arrays, name: str, build: Callable) -> Callable[[], Side]:
+    def make() -> Side:
+        torch._dynamo.reset()
+        function, slots = build(setting)
+        given = {key: _spread(x, slots, setting.among) for key, x in arrays.items()}
+        tensors = {key: torch.from_numpy(x).to(DEVICE, torch.bfloat16) for key, x in given.items()}
+        cotangent = tensors.pop("cotangent")
+        leaves = [x.requires_grad_(passes == "both") for x in tensors.values()]
+
+        def call() -> list[Any]:
+            if passes == "forward":
+                with torch.no_grad():
+                    return [function(*leaves)]
+            out = function(*leaves)
+            return [out, *torch.autograd.grad(out, leaves, cotangent)]
+
+        return Side(name, call, wait, lambda made: [_gathered(as_numpy(x), slots) for x in made])
+
+    return make
+
+
+def _spread(x: np.ndarray, slots: np.ndarray | None, length: int) -> np.ndarray:
+    """Rows of meta-tokens at their slots of whole rows, zeros between."""
+    if slots is None:
+        return x
+    whole = np.zeros((len(x), length, *x.shape[2:]), x.dtype)
+    whole[np.arange(len(x))[:, None], slots] = x
+    return whole
+
+
+def _gathered(x: np.ndarray, slots: np.ndarray | None) -> np.ndarray:
+    return x if slots is None else x[np.arange(len(x))[:, None], slots]
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    return x.detach().float().cpu().numpy()

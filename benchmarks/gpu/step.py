@@ -1,0 +1,131 @@
+"""The whole train step of GPT-2 small size (learned meta-tokens' recipe): the step that the loop runs, beside PyTorch's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.gpu.clock import Case, Side, compile_all
+from metajax import registry
+from metajax.config import Config, override
+from metajax.models.lm import named_params
+from metajax.planning.flops import peak_flops, step_flops
+from metajax.planning.plan import whole_batch
+from metajax.training.program import Program
+
+ARMS = {  # the paper's recipe, and what of it changes
+    "plain": ("plain_rope", {}),
+    "meta, gathered": ("meta_rope", {}),
+    "meta, dense": ("meta_rope", {"meta_tokens.attention": "dense"}),
+}
+# How the same step may be compiled. The recipe's own setting ("full", 1) is made for a pod's smaller chips.
+RUNTIMES = {
+    "ours": {"runtime.remat": "none", "runtime.unroll": 1},
+    "ours, layers unrolled": {"runtime.remat": "none", "runtime.unroll": 0},
+    "ours, as in the recipe (recomputing)": {},
+}
+ROWS, VOCABULARY = 16, 50_304
+TINY = {
+    "model.layers": 2, "model.width": 32, "model.heads": 2, "model.mlp_width": 64, "model.compute_dtype": "float32",
+    "data.row_length": 64, "model.max_positions": 0,
+}  # fmt: skip
+CHECKED = 3  # steps whose losses must be the same
+CLOSE = {"bfloat16": 0.02, "float32": 1e-4}  # nats between two losses
+
+
+def config_of(arm: str, tiny: bool) -> Config:
+    row, changes = ARMS[arm]
+    base = registry.find_experiment(f"learned_meta_tokens/pretrain/{row}").build("paper")
+    return override(base, changes | {"data.batch_rows": 2 if tiny else ROWS} | (TINY if tiny else {}))
+
+
+def random_batch(config: Config, vocab_size: int) -> dict[str, np.ndarray]:
+    """Full rows of random tokens, with meta-tokens at random places: rows of one token would all add to one embedding."""
+    rng, batch = np.random.default_rng(0), whole_batch(config)
+    changed = {name: rng.integers(vocab_size, size=batch[name].shape, dtype=np.int32) for name in ("tokens", "targets")}
+    if "meta_slots" in batch:
+        rows, count = batch["meta_slots"].shape
+        slots = [np.sort(rng.choice(config.row_slots, count, replace=False)) for _ in range(rows)]
+        changed["meta_slots"] = np.stack(slots).astype(np.int32)
+    return batch | changed
+
+
+class Ours:
+    """The compiled step with its state, which every call moves on."""
+
+    def __init__(self, config: Config, vocab_size: int, batch: dict[str, np.ndarray]):
+        self.program = Program.build(config, vocab_size)
+        self.batch = self.program.put(batch)
+        self.run = self.program.compile_step(self.program.abstract_state(), self.batch)
+
+    def start(self) -> None:
+        self.state = self.program.create_state()
+
+    def step(self) -> jax.Array:
+        with jax.set_mesh(self.program.mesh):
+            self.state, metrics = self.run(self.state, self.batch)
+        return metrics["loss"]
+
+    def memory(self) -> int:
+        """Bytes that the compiled step needs, state and batch with it: the compiler's own account."""
+        found = self.run.memory_analysis()
+        outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+        return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
+
+
+def measure(tiny: bool, torch_lm: Any) -> Iterator[Case]:
+    """Every arm as it is done. torch_lm: the module benchmarks.gpu.torch_lm, None without PyTorch."""
+    vocab_size, configs = 256 if tiny else VOCABULARY, {arm: config_of(arm, tiny) for arm in ARMS}
+    batches = {arm: random_batch(config, vocab_size) for arm, config in configs.items()}
+    jobs = {
+        (arm, name): functools.partial(Ours, override(config, changes), vocab_size, batches[arm])
+        for arm, config in configs.items()
+        for name, changes in RUNTIMES.items()
+        if arm == "plain" or name != "ours, as in the recipe (recomputing)"
+    }
+    print(f"step: compiling {len(jobs)} programs", flush=True)
+    ready = compile_all(jobs)
+    for arm, config in configs.items():
+        flops, peak = step_flops(config, vocab_size, batches[arm]), peak_flops(jax.devices()[:1])
+        facts = {"flops": flops, "tokens": batches[arm]["tokens"].size, "peak_flops": peak}
+        case = Case("step", f"{arm}: {config.data.batch_rows} rows of {config.row_slots}", facts)
+        losses: dict[str, list[float]] = {}
+        makers = {name: functools.partial(_ours, name, made, losses) for (of, name), made in ready.items() if of == arm}
+        if torch_lm is not None:
+            params = functools.partial(_parameters, Program.build(config, vocab_size))
+            close = CLOSE[config.model.compute_dtype]
+            makers["torch"] = functools.partial(_torch, torch_lm, config, vocab_size, params, batches[arm], losses, close)
+        case.race(makers)
+        yield case
+
+
+def _parameters(program: Program) -> dict[str, np.ndarray]:
+    return {name: np.array(x[...]) for name, x in named_params(program.create_state().model).items()}
+
+
+def _ours(name: str, made: Any, losses: dict[str, list[float]]) -> Side:
+    ours = made()
+    ours.start()
+    losses[name] = [float(ours.step()) for _ in range(CHECKED)]
+    parameters = sum(x.size for x in jax.tree.leaves(ours.state.model))
+    facts = {"parameters": parameters, "memory_bytes": ours.memory(), "losses": losses[name]}
+    return Side(name, ours.step, jax.block_until_ready, None, facts)
+
+
+def _torch(
+    torch_lm: Any, config: Config, vocab_size: int, params: Any, batch: dict, losses: dict[str, list[float]], close: float
+) -> Side:
+    trainer = torch_lm.Trainer(config, vocab_size, params(), batch)
+    torch_lm.forget_peak()
+    found = [float(trainer.step()) for _ in range(CHECKED)]
+    parameters = sum(p.numel() for p in trainer.parameters)
+    facts = {"parameters": parameters, "memory_bytes": torch_lm.peak_memory(), "losses": found}
+    for name, own in losses.items():
+        worst = max(abs(a - b) for a, b in zip(found, own, strict=True))
+        if not worst < close:
+            raise ValueError(f"losses {found} are not those of {name}, {own}: {worst:.3g} nats apart, {close} is rounding")
+    return Side("torch", trainer.step, torch_lm.wait, None, facts)
