@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # The log of a test run names its slowest tests; two workers because JAX already uses several threads in each.
 PYTEST := $(PY) -m pytest -n 2 --durations=10
 
-.PHONY: quickstart test test-all test-faults test-next bench docs lint format clean
+.PHONY: quickstart test test-all test-faults test-next bench bench-gpu docs lint format clean
 
 quickstart: $(VENV)/.runtime
 	$(PY) run.py quickstart
@@ -32,6 +32,11 @@ test-next:
 # The kernels' costs beside their rivals', into docs/kernels.md: the clock of a chip, or the compiled schedule without one.
 bench: $(VENV)/.dev
 	$(PY) -m kernels_pallas.bench
+
+# metajax beside PyTorch on the NVIDIA GPU that is here, into docs/gpu.md; PyTorch itself is for you to install.
+bench-gpu: $(VENV)/.dev
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	$(PY) -m benchmarks.gpu
 
 # The documentation as a site that opens offline: site/index.html.
 docs: $(VENV)/.dev

@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   python -m benchmarks.gpu --only step                     one part; the others' results stay in the files
   python -m benchmarks.gpu --tiny --output /tmp/tiny       every line of it at tiny sizes, on a CPU too; the times mean nothing
 """
+REMEDY = "pip install -r requirements-gpu.txt where there is one; `--tiny --output DIR` runs at tiny sizes anywhere"
 INSTALL = "PyTorch is not installed, so that ours is measured alone; on the GPU's machine: pip install torch"
 
 
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--tiny needs --output: its times have no place in docs")
     device = jax.devices()[0]
     if device.platform != "gpu" and not options.tiny:
-        print(f"JAX finds a {device.platform} and no GPU; `--tiny --output DIR` runs at tiny sizes anywhere", file=sys.stderr)
+        print(f"JAX finds a {device.platform} and no GPU: {REMEDY}", file=sys.stderr)
         return 2
     output = options.output or Path("docs")
     output.mkdir(parents=True, exist_ok=True)

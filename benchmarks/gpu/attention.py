@@ -121,9 +121,9 @@ def with_cotangent(function: Callable, passes: str) -> Callable:
     return run
 
 
-def measure(tiny: bool, rivals: Any, only: Callable[[str], bool] = lambda name: True) -> Iterator[Case]:
+def measure(tiny: bool, rivals: Any) -> Iterator[Case]:
     """Every case as it is done. rivals: the module benchmarks.gpu.rivals, None without PyTorch."""
-    chosen = {(name, passes): setting for name, setting in settings(tiny).items() if only(name) for passes in PASSES}
+    chosen = {(name, passes): setting for name, setting in settings(tiny).items() for passes in PASSES}
     given = {setting: inputs(setting) for setting in chosen.values()}
     blocks, jobs, same = (32,) if tiny else BLOCKS, {}, {}
     for (name, passes), setting in chosen.items():

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 ROUNDS = 12  # of turns
-TURN_SECONDS, MOST_CALLS = 0.03, 50  # calls of a turn: so many that it lasts this long, at most so many
+MOST_CALLS = 50  # of a turn
 COMPILERS = 4  # programs that XLA compiles side by side
 AGREE = 0.02  # relative distance of two bfloat16 results that is rounding
 
@@ -49,12 +49,12 @@ class Case:
             print(f"FAILED {self.section}, {self.name}, {name}: {text}", file=sys.stderr, flush=True)
             return None
 
-    def race(self, makers: dict[str, Callable[[], Side]]) -> None:
-        """Make, warm up and time the sides; the first is the one that the others are held against."""
+    def race(self, makers: dict[str, Callable[[], Side]], turn_seconds: float = 0.03) -> None:
+        """Make, warm up and time the sides in turns of so many seconds; the first is the one that the others are held against."""
         sides, ours = [], None
         for name, make in makers.items():
             side = self.attempt(name, make)
-            warm = side and self.attempt(name, lambda side=side: warm_up(side))
+            warm = side and self.attempt(name, lambda side=side: warm_up(side, turn_seconds))
             if not warm:
                 continue
             result, calls = warm
@@ -85,14 +85,14 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm((a - b).ravel()) / np.linalg.norm(b.ravel()))
 
 
-def warm_up(side: Side) -> tuple[Any, int]:
+def warm_up(side: Side, turn_seconds: float) -> tuple[Any, int]:
     """(what a call makes, calls of a turn), after a call that may compile."""
     side.wait(side.call())
     began = time.perf_counter()
     result = side.call()
     side.wait(result)
     seconds = time.perf_counter() - began
-    return result, min(max(math.ceil(TURN_SECONDS / seconds), 1), MOST_CALLS)
+    return result, min(max(math.ceil(turn_seconds / seconds), 1), MOST_CALLS)
 
 
 def take_turns(sides: Sequence[tuple[Side, int]]) -> dict[str, list[float]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.clock import Case, Side, compile_all
@@ -33,6 +34,7 @@ TINY = {
     "model.layers": 2, "model.width": 32, "model.heads": 2, "model.mlp_width": 64, "model.compute_dtype": "float32",
     "data.row_length": 64, "model.max_positions": 0,
 }  # fmt: skip
+TURN_SECONDS = 0.25  # several steps: as in training, the next is launched while one runs
 CHECKED = 3  # steps whose losses must be the same
 CLOSE = {"bfloat16": 0.02, "float32": 1e-4}  # nats between two losses
 
@@ -62,8 +64,11 @@ class Ours:
         self.batch = self.program.put(batch)
         self.run = self.program.compile_step(self.program.abstract_state(), self.batch)
 
-    def start(self) -> None:
-        self.state = self.program.create_state()
+    def start(self, leaves: list[np.ndarray]) -> None:
+        """From the leaves of a fresh state, which are the same however the step is compiled."""
+        like, tree = jax.tree.flatten(self.program.abstract_state())
+        placed = [jax.device_put(jnp.array(x), shape.sharding) for x, shape in zip(leaves, like, strict=True)]
+        self.state = jax.tree.unflatten(tree, placed)
 
     def step(self) -> jax.Array:
         with jax.set_mesh(self.program.mesh):
@@ -93,37 +98,39 @@ def measure(tiny: bool, torch_lm: Any) -> Iterator[Case]:
         flops, peak = step_flops(config, vocab_size, batches[arm]), peak_flops(jax.devices()[:1])
         facts = {"flops": flops, "tokens": batches[arm]["tokens"].size, "peak_flops": peak}
         case = Case("step", f"{arm}: {config.data.batch_rows} rows of {config.row_slots}", facts)
+        fresh = functools.cache(functools.partial(_fresh, config, vocab_size))
         losses: dict[str, list[float]] = {}
-        makers = {name: functools.partial(_ours, name, made, losses) for (of, name), made in ready.items() if of == arm}
+        makers = {name: functools.partial(_ours, name, made, fresh, losses) for (of, name), made in ready.items() if of == arm}
         if torch_lm is not None:
-            params = functools.partial(_parameters, Program.build(config, vocab_size))
+            build = functools.partial(torch_lm.Trainer, config, vocab_size, batches[arm])
             close = CLOSE[config.model.compute_dtype]
-            makers["torch"] = functools.partial(_torch, torch_lm, config, vocab_size, params, batches[arm], losses, close)
-        case.race(makers)
+            makers["torch"] = functools.partial(_torch, torch_lm, build, fresh, losses, close)
+        case.race(makers, turn_seconds=TURN_SECONDS)
         yield case
 
 
-def _parameters(program: Program) -> dict[str, np.ndarray]:
-    return {name: np.array(x[...]) for name, x in named_params(program.create_state().model).items()}
+def _fresh(config: Config, vocab_size: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """(leaves of a state before its first step, parameters by name), on the host: every side starts from them."""
+    state = Program.build(config, vocab_size).create_state()
+    return [np.array(x) for x in jax.tree.leaves(state)], {k: np.array(x[...]) for k, x in named_params(state.model).items()}
 
 
-def _ours(name: str, made: Any, losses: dict[str, list[float]]) -> Side:
+def _ours(name: str, made: Callable[[], Ours], fresh: Callable, losses: dict[str, list[float]]) -> Side:
     ours = made()
-    ours.start()
+    ours.start(fresh()[0])
     losses[name] = [float(ours.step()) for _ in range(CHECKED)]
     parameters = sum(x.size for x in jax.tree.leaves(ours.state.model))
     facts = {"parameters": parameters, "memory_bytes": ours.memory(), "losses": losses[name]}
     return Side(name, ours.step, jax.block_until_ready, None, facts)
 
 
-def _torch(
-    torch_lm: Any, config: Config, vocab_size: int, params: Any, batch: dict, losses: dict[str, list[float]], close: float
-) -> Side:
-    trainer = torch_lm.Trainer(config, vocab_size, params(), batch)
-    torch_lm.forget_peak()
+def _torch(torch_lm: Any, build: Callable, fresh: Callable, losses: dict[str, list[float]], close: float) -> Side:
+    before = torch_lm.forget_peak()
+    trainer = build(fresh()[1])
     found = [float(trainer.step()) for _ in range(CHECKED)]
+    memory = None if before is None else torch_lm.peak_memory() - before
     parameters = sum(p.numel() for p in trainer.parameters)
-    facts = {"parameters": parameters, "memory_bytes": torch_lm.peak_memory(), "losses": found}
+    facts = {"parameters": parameters, "memory_bytes": memory, "losses": found}
     for name, own in losses.items():
         worst = max(abs(a - b) for a, b in zip(found, own, strict=True))
         if not worst < close:

@@ -6,6 +6,7 @@ model with its loss, autocast to bfloat16 over float32 weights, fused AdamW.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,7 +112,7 @@ class Model(nn.Module):
 class Trainer:
     """The model with its optimiser; `step` is the recipe's: clipping, AdamW with decay of matrices alone, linear warm-up."""
 
-    def __init__(self, config: Config, vocab_size: int, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]):
+    def __init__(self, config: Config, vocab_size: int, batch: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray]):
         optimizer = config.optimizer
         torch.set_float32_matmul_precision("high")
         torch._dynamo.reset()
@@ -142,11 +143,15 @@ class Trainer:
         return loss.detach()
 
 
-def forget_peak() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def forget_peak() -> int | None:
+    """Bytes that PyTorch's tensors take now, from where the peak counts anew; None on a CPU."""
+    if DEVICE == "cpu":
+        return None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
-def peak_memory() -> int | None:
-    """Bytes that PyTorch's tensors took at most; None on a CPU."""
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+def peak_memory() -> int:
+    """Bytes that they took at most."""
+    return torch.cuda.max_memory_allocated()
