@@ -30,17 +30,25 @@ def test_a_failure_is_kept_beside_the_times_of_the_others(tmp_path, capsys):
     assert case.found["near"]["distance"] == pytest.approx(1e-3)
     assert "median_ms" not in case.found["far"] and "0.1 of its norm" in case.found["far"]["failed"]
     assert "FAILED attention, one, broken: RuntimeError: no `kernel`" in capsys.readouterr().err
-    found = report.add(tmp_path / "gpu.json", {"device": "here"}, case)
+    report.start(tmp_path / "gpu.json", {"device": "here"}, ["attention"])
+    found = report.add(tmp_path / "gpu.json", case)
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
     report.write_page(tmp_path / "gpu.md", found)
     page = (tmp_path / "gpu.md").read_text()
     assert "| near | 0.0" in page and "| 1.0e-03 | 1.00 |" in page and "| far | failed | - | - | - | - |" in page
     assert "- **failed**, broken: `RuntimeError: no 'kernel'`" in page
 
-    again = report.add(tmp_path / "gpu.json", {"device": "here"}, clock.Case("attention", "one"))
-    assert len(again["cases"]) == 1 and not again["cases"][0]["sides"]
-    assert len(report.add(tmp_path / "gpu.json", {"device": "here"}, clock.Case("scan", "one"))["cases"]) == 2
-    assert len(report.add(tmp_path / "gpu.json", {"device": "another"}, case)["cases"]) == 1
+    for device, section, left in (("here", "scan", ["one"]), ("here", "attention", []), ("another", "scan", [])):
+        report.start(tmp_path / "gpu.json", {"device": device}, [section])
+        assert [c["name"] for c in json.loads((tmp_path / "gpu.json").read_text())["cases"]] == left
+        report.start(tmp_path / "gpu.json", {"device": "here"}, ["attention"])
+        report.add(tmp_path / "gpu.json", case)
+
+
+def test_a_broken_section_leaves_the_others(monkeypatch):
+    monkeypatch.setattr(command.scan, "measure", lambda tiny: (broken() for _ in range(1)))
+    (case,) = command.cases(["scan"], True, False)
+    assert report.failures(case.as_json()) == [("bench", "RuntimeError: no 'kernel'")]
 
 
 def test_our_attention_runs_and_its_work_is_counted(monkeypatch):

@@ -91,7 +91,7 @@ def programs(setting: Setting, blocks: tuple[int, ...]) -> Iterator[tuple[str, C
         if block <= shape.length:
             yield f"ours, blocks of {block}", functools.partial(in_blocks, block=block), True
     library = functools.partial(library_attention, window=shape.window)
-    cudnn = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    cudnn = "xla" if jax.default_backend() == "cpu" else "cudnn"
     if shape.meta:
         name = f"jax.nn, {cudnn}: without meta tokens, q and k padded to {shape.value_width}"
         yield name, lambda q, k, v, *metas: library(q, k, v, implementation=cudnn), False

@@ -15,7 +15,7 @@ import numpy as np
 
 ROUNDS = 12  # of turns
 MOST_CALLS = 50  # of a turn
-COMPILERS = 4  # programs that XLA compiles side by side
+COMPILERS = 8  # programs that XLA compiles side by side
 AGREE = 0.02  # relative distance of two bfloat16 results that is rounding
 
 

@@ -29,16 +29,23 @@ COLUMNS = {
 }
 
 
-def add(path: Path, where: Mapping[str, str], case: Case) -> Found:
-    """The results of `path` with one case more, written at once; those of another device or other versions are dropped."""
+def start(path: Path, where: Mapping[str, str], sections: Iterable[str]) -> None:
+    """Results before a measurement of these sections: the other sections', if they are of the same device and versions."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("where") != where:
-        found = {"where": dict(where), "cases": []}
-    new = case.as_json()
-    same = lambda old: (old["section"], old["name"]) == (new["section"], new["name"])  # noqa: E731
-    found["cases"] = [old for old in found["cases"] if not same(old)] + [new]
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    kept = found["cases"] if found.get("where") == where else []
+    _write(path, {"where": dict(where), "cases": [case for case in kept if case["section"] not in sections]})
+
+
+def add(path: Path, case: Case) -> Found:
+    """The results of `path` with one case more, written at once."""
+    found = json.loads(path.read_text())
+    found["cases"].append(case.as_json())
+    _write(path, found)
     return found
+
+
+def _write(path: Path, found: Found) -> None:
+    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def write_page(page: Path, found: Found) -> None:

@@ -38,14 +38,17 @@ def attention_sides(setting: Setting, passes: str, arrays: Arrays) -> dict[str, 
     """Makers of the sides by name; `arrays` as benchmarks.gpu.attention.inputs names them, float32."""
     make = functools.partial(_side, setting, passes, arrays)
     sides = {"torch, FlexAttention": make("torch, FlexAttention", flex_sides)}
+    if setting.shape.key_width < setting.shape.value_width:
+        name = f"torch, FlexAttention, q and k padded to {setting.shape.value_width}"
+        sides[name] = make(name, functools.partial(flex_sides, padding=setting.shape.value_width - setting.shape.key_width))
     if setting.shape.window is None and not setting.shape.meta:
         name = "torch, SDPA" + (" of the gathered tokens" if setting.among else "")
         sides[name] = make(name, sdpa_sides)
     return sides
 
 
-def flex_sides(setting: Setting) -> tuple[Callable, np.ndarray | None]:
-    """(function of [B, T, heads, width] arrays, the slots at which its rows are the gathered ones)."""
+def flex_sides(setting: Setting, padding: int = 0) -> tuple[Callable, np.ndarray | None]:
+    """(function of [B, T, heads, width] arrays, the slots at which its rows are the gathered ones); zeros as padding add nothing to a score."""
     shape, slots = setting.shape, None
     if setting.among:
         slots = meta_slots(setting.rows, setting.among, shape.length)
@@ -56,6 +59,7 @@ def flex_sides(setting: Setting) -> tuple[Callable, np.ndarray | None]:
     def attend(block_mask: Any, q: Any, k: Any, v: Any, meta_k: Any = None, meta_v: Any = None) -> Any:
         if meta_k is not None:
             k, v = (torch.cat([m.expand(len(x), *m.shape), x], dim=1) for m, x in ((meta_k, k), (meta_v, v)))
+        q, k = (functional.pad(x, (0, padding)) for x in (q, k)) if padding else (q, k)
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out = flex.flex_attention(*heads_first, block_mask=block_mask, scale=shape.key_width**-0.5, enable_gqa=True)
         return out.transpose(1, 2)
