@@ -7,7 +7,7 @@ question and answer, neutral text apart) says which of the two it belongs to, wh
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -228,8 +228,7 @@ class TaskRows:
         packed, left, misses = [], length, 0
         while misses < MISSES:
             task = tasks.names[int(rng.integers(len(tasks.names)))]
-            example = self.examples.training(task, phase, int(rng.integers(pool)))
-            pauses = int((example.ids == self.examples.tokenizer.vocabulary.meta).sum())
+            example, pauses = self._example(task, phase, int(rng.integers(pool)))
             if len(example.ids) > left or pauses > pauses_left:
                 misses += 1
                 continue
@@ -237,3 +236,17 @@ class TaskRows:
             left, pauses_left = left - len(example.ids), pauses_left - pauses
         meta_slots = config.row_meta_tokens if config.meta_tokens is not None else None
         return assemble(packed, length, self.examples.tokenizer, meta_slots)
+
+    def _example(self, task: str, phase: int, n: int) -> tuple[Encoded, int]:
+        """Training example n of a phase and its pauses: drawn once, since rows read the pool of their phase again and again."""
+        pool = self._pools.setdefault(phase, {})
+        if (task, n) not in pool:
+            self._pools.pop(phase - 2, None)  # threads read ahead by less than a phase
+            drawn = self.examples.training(task, phase, n)
+            pauses = int((drawn.ids == self.examples.tokenizer.vocabulary.meta).sum())
+            pool[task, n] = replace(drawn, core="", text=""), pauses  # a row needs the arrays alone
+        return pool[task, n]
+
+    @cached_property
+    def _pools(self) -> dict[int, dict[tuple[str, int], tuple[Encoded, int]]]:
+        return {}
