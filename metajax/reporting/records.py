@@ -18,12 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from metajax.atomic import write_text
 from metajax.config import UserError, config_hash, difference, nearest, require, to_dict
 from metajax.families import AnyConfig, config_from
-from metajax.pods.hosts import is_first
 from metajax.progress import warn
 
 RUN_LOG = "run.log"  # of a run that is made beside others
@@ -59,6 +56,8 @@ def read_config(workdir: Path) -> AnyConfig:
 
 def environment() -> dict[str, Any]:
     """Versions, devices and git state: what a number may depend on besides the config."""
+    import jax
+
     devices = jax.devices()
     return {
         "python": platform.python_version(),
@@ -86,6 +85,12 @@ def git_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
+def _is_first() -> bool:
+    from metajax.pods.hosts import is_first  # starts with JAX, which finding runs does without
+
+    return is_first()
+
+
 @dataclass
 class RunDirectory:
     """A workdir opened for one run, locked against a second process."""
@@ -102,7 +107,7 @@ class RunDirectory:
         Raises:
           UserError: it holds another experiment, something that is no run, or a process that is still running.
         """
-        if not is_first():
+        if not _is_first():
             return cls(path, config)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +136,7 @@ class RunDirectory:
         config.json comes first, because a folder without it is not taken for a run; a later start refreshes it and warns
         of other library versions. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
         """
-        if not is_first():
+        if not _is_first():
             return
         known = check_data(self.path, key, tokenizer)
         self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
@@ -159,7 +164,7 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run atomically."""
-        if is_first():
+        if _is_first():
             write_json(self.path / name, value)
 
     def warn(self, message: str) -> None:
@@ -218,7 +223,11 @@ def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def list_runs(root: Path) -> list[Path]:
     """Workdirs below `root`, oldest first."""
-    found = [p.parent for p in root.rglob("config.json") if "checkpoints" not in p.parts and _readable(p.parent)]
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name != "checkpoints"]  # of a run that goes on they vanish while one looks
+        if "config.json" in files and _readable(Path(folder)):
+            found.append(Path(folder))
     return sorted(found, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
 
 
