@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from metajax import registry, verbs
 from metajax.config import ANALYSES, UserError, nearest, require
 from metajax.fields import Stopped
@@ -150,8 +148,14 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         help="tokenised corpora and compiled programs (cache)",
     )  # fmt: skip
     parser.add_argument(
-        "--data-dir", type=epath.Path, default=None, metavar="DIR", help="where relative data paths start, also gs://... (here)"
+        "--data-dir", type=_data_folder, default=None, metavar="DIR", help="where relative data paths start, also gs://... (here)"
     )
+
+
+def _data_folder(text: str) -> Any:
+    from etils import epath
+
+    return epath.Path(text)
 
 
 def _local_folder(text: str) -> Path:

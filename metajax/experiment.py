@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from metajax.analysis.analyses import run_analyses
-from metajax.analysis.study import Study, open_study
 from metajax.config import Config, Runtime, config_hash, require, to_dict
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
@@ -29,15 +27,15 @@ from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
 from metajax.pods.hosts import is_first, of_first, together
 from metajax.progress import progress, say
-from metajax.reporting.html import write_run_report
-from metajax.reporting.image_page import write_image_report
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory, check_data, read_config
 from metajax.training.checkpoints import read_parameters
 from metajax.training.loop import Trained, Trainer
 from metajax.training.metrics import memory_use, read_lines
 from metajax.training.program import Program
-from metajax.vision.run import make as make_image_run
+
+if TYPE_CHECKING:
+    from metajax.analysis.study import Study
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
@@ -67,7 +65,7 @@ def run_experiment(
                 write_report(workdir)
         else:
             phases = Phases(started, {"imports": imports_seconds})
-            done = (_make if isinstance(config, Config) else make_image_run)(config, run, paths, phases)
+            done = (_make if isinstance(config, Config) else _make_on_images)(config, run, paths, phases)
             run.write("report.json", done)
             if is_first():
                 write_report(workdir)
@@ -76,6 +74,8 @@ def run_experiment(
             not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards"
         )
         if missing:
+            from metajax.analysis.analyses import run_analyses
+
             study = open_run(workdir).study(config, paths)
             done["analyses"] |= run_analyses(study, missing, workdir)
             run.write("report.json", done)
@@ -87,13 +87,23 @@ def run_experiment(
 
 def write_report(workdir: Path) -> None:
     """report.html of a complete run of either family."""
-    (write_run_report if isinstance(read_config(workdir), Config) else write_image_report)(workdir)
+    if isinstance(read_config(workdir), Config):
+        from metajax.reporting.html import write_run_report as write
+    else:
+        from metajax.reporting.image_page import write_image_report as write
+    write(workdir)
 
 
 def _make(config: Config, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
     """Train what is left to train, evaluate, and return the report."""
     trained = Trainer(config, run, paths, phases).train()
     return _report(config, run, trained, time.monotonic() - phases.started)
+
+
+def _make_on_images(*work: Any) -> dict[str, Any]:
+    from metajax.vision.run import make
+
+    return make(*work)
 
 
 def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float) -> dict[str, Any]:
@@ -189,6 +199,8 @@ class OpenedRun:
 
     def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
         """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
+        from metajax.analysis.study import open_study
+
         corpora = open_corpora(config, paths)
         check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
         return open_study(self.program, corpora, self.model, **choice)

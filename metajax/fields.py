@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -31,11 +32,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A '; did you mean X?' clause for an unknown word, or '' when nothing is close."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    """A '; did you mean X?' clause for an unknown word, or '' when nothing is close or the word is known."""
+    choices = list(choices)
+    match = [] if word in choices else difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+@functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from metajax.fields import require
 
@@ -177,3 +177,8 @@ class Model:
     @property
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
+
+
+def hymba_ntk_factor(length: Any, original_length: Any, extension: float = 2.0) -> Any:
+    """`rope_factor` as Hymba derives it from a length, a number or an array: extension * length / original - (extension - 1)."""
+    return extension * length / original_length - (extension - 1)

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +52,9 @@ def one_error_line(result):
 def test_bare_command_lists_what_there_is(command):
     code, out, _ = command("list")
     assert code == 0 and "rows quickstart/plain  meta_tokens  metadata" in out and "three seeds: cpu" in out
-    assert main([]) == 0
+    quick = "import sys; from metajax.cli import main; main([]); assert not {'jax', 'scipy', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and "quickstart/plain" in done.stdout, done.stderr
 
 
 def test_help_has_examples(capsys):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import binomtest
 
 from metajax.config import Config
 from metajax.data.pipeline import Corpora, task_batches
 from metajax.data.tasks.prompts import chance
 from metajax.progress import progress
+from metajax.reporting.statistics import share_interval
 from metajax.training.step import apply_model
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def summarise(sums: dict[str, int]) -> dict[str, Any]:
     n, token = sums["examples"], sums["right_tokens"] / sums["tokens"]
     out: dict[str, Any] = {"exact": sums["exact"] / n, "token": token, "n": n, "tokens": sums["tokens"]}
     for name, right in (("exact", sums["exact"]), ("token", round(token * n))):
-        interval = binomtest(right, n).proportion_ci(0.95, "wilson")
-        out |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        out[f"{name}_low"], out[f"{name}_high"] = share_interval(right, n)
     return out
 
 

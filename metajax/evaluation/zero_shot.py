@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.stats import binomtest
 
 from metajax.models.clip.model import CLIP, unit
+from metajax.reporting.statistics import share_interval
 
 
 @jax.jit
@@ -42,8 +42,8 @@ def accuracy(
     """{accuracy, low, high, images} of logits computed for `at_once` images at a time; low and high: its 95 % interval (Wilson)."""
     found = np.concatenate([np.argmax(logits_of(part), axis=1) for part in whole_parts(features, at_once)])
     right = int(np.sum(found[: len(labels)] == labels))
-    interval = binomtest(right, len(labels)).proportion_ci(0.95, "wilson")
-    return {"accuracy": right / len(labels), "low": interval.low, "high": interval.high, "images": len(labels)}
+    low, high = share_interval(right, len(labels))
+    return {"accuracy": right / len(labels), "low": low, "high": high, "images": len(labels)}
 
 
 def harmonic(base: float, new: float) -> float:

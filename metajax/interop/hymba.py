@@ -12,8 +12,8 @@ import numpy as np
 
 from metajax.config import Hybrid, Model, Runtime, require
 from metajax.interop.layouts import Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.model_config import hymba_ntk_factor
 from metajax.models.lm import LM
-from metajax.models.rotary import hymba_ntk_factor
 
 _MAMBA, _HEADS = "mixer.mamba", "mixer.attention"
 LAYOUT = Layout(

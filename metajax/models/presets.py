@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metajax.config import Hybrid, Model, override
-from metajax.models.rotary import hymba_ntk_factor
+from metajax.model_config import hymba_ntk_factor
 
 
 def gpt2(layers: int = 12, heads: int = 12, width: int = 768, **changes: Any) -> Model:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from metajax.config import Model, UserError
+from metajax.model_config import hymba_ntk_factor
 
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
@@ -30,11 +31,6 @@ def linear_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
 def ntk_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
     """float32[dim / 2]: the base grown by factor^(dim / (dim - 2)) (NTK-aware scaling; YaRN, arXiv 2309.00071, section 3.1)."""
     return default_frequencies(dim, base * factor ** (dim / (dim - 2)))
-
-
-def hymba_ntk_factor(length: int | float | Array, original_length: int | float, extension: float = 2.0) -> float | Array:
-    """The factor of `ntk_frequencies` that Hymba derives from its maximum length: extension * length / original - (extension - 1)."""
-    return extension * length / original_length - (extension - 1)
 
 
 def dynamic_ntk_frequencies(dim: int, base: float, original_length: int, longest: int | Int[Array, ""]) -> Float[Array, " half"]:

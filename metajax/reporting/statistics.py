@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import nctdtr, stdtrit
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -43,6 +42,14 @@ def summarize(values: Values) -> Summary | None:
     return Summary(n, float(numbers.mean()), deviation, half)
 
 
+def share_interval(right: int, n: int) -> tuple[float, float]:
+    """The Wilson 95 % interval of a share of n."""
+    from scipy.stats import binomtest  # seconds, which a run pays where it is evaluated and not when it starts
+
+    interval = binomtest(right, n).proportion_ci(CONFIDENCE, "wilson")
+    return interval.low, interval.high
+
+
 def paired_difference(ours: Values, baseline: Values) -> Summary | None:
     """Ours minus the baseline's, seed by seed, over the seeds that both have."""
     return summarize([a - b for a, b in zip(ours, baseline, strict=True) if a is not None and b is not None])
@@ -57,6 +64,8 @@ def seeds_needed(effect: float, deviation: float) -> int | None:
     Returns:
       None when it takes more than MOST_SEEDS.
     """
+    from scipy.special import nctdtr
+
     for n in range(2, MOST_SEEDS + 1):
         if deviation == 0:
             return n if effect else None
@@ -68,4 +77,6 @@ def seeds_needed(effect: float, deviation: float) -> int | None:
 
 
 def _quantile(freedom: int) -> float:
+    from scipy.special import stdtrit  # half a second, which listing the tables does without
+
     return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2))

@@ -25,7 +25,6 @@ from metajax.registry import Row, Table
 from metajax.reporting.formats import csv_text, latex, markdown
 from metajax.reporting.records import FAILURE_LOG, default_workdir, write_json
 from metajax.reporting.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
-from metajax.reporting.table_page import write_table_page
 from metajax.workers import Inline
 
 RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
@@ -94,6 +93,8 @@ class TablePlan:
 
     def write(self) -> dict[str, Any]:
         """Write table.json, table.md, table.csv, table.tex and report.html, and return the result."""
+        from metajax.reporting.table_page import write_table_page
+
         result = self.result()
         write_json(self.folder / "table.json", result)
         for name, text in (("table.md", markdown), ("table.csv", csv_text), ("table.tex", latex)):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metajax.config import Model, UserError
+from metajax.model_config import hymba_ntk_factor
 from metajax.models import rotary
 
 GOLDEN = np.load(Path(__file__).parents[1] / "goldens" / "rope_a.npz")
@@ -66,9 +67,7 @@ def test_linear(group):
 def test_hymba(group):
     dim, base = int(field(group, "dim")), float(field(group, "base"))
     if str(field(group, "rope_type")) == "ntk":
-        factor = rotary.hymba_ntk_factor(
-            int(field(group, "max_position_embeddings")), int(field(group, "orig_max_position_embeddings"))
-        )
+        factor = hymba_ntk_factor(int(field(group, "max_position_embeddings")), int(field(group, "orig_max_position_embeddings")))
         ours = rotary.ntk_frequencies(dim, base, factor)
     else:
         ours = rotary.default_frequencies(dim, base)

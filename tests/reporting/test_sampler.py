@@ -21,7 +21,7 @@ REPORT = {
 @pytest.fixture
 def tables(monkeypatch):
     """Two tables whose rows take two minutes each; two rows of the first start from a run of five minutes."""
-    monkeypatch.setattr("metajax.reporting.tables.write_table_page", lambda folder, result, root: folder)
+    monkeypatch.setattr("metajax.reporting.table_page.write_table_page", lambda folder, result, root: folder)
     base = lambda scale: Config(name="lab")  # noqa: E731
     registry.experiment("lab/start", summary="pre-training", minutes={"cpu": 5})(base)
     rows = [

@@ -47,7 +47,7 @@ def page():
 @pytest.fixture(autouse=True)
 def pages_where_they_are_read(request, monkeypatch):
     if "page" not in request.fixturenames:  # drawing figures takes longer than all the rest
-        monkeypatch.setattr("metajax.reporting.tables.write_table_page", lambda folder, result, root: folder)
+        monkeypatch.setattr("metajax.reporting.table_page.write_table_page", lambda folder, result, root: folder)
 
 
 @pytest.fixture
