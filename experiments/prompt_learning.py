@@ -173,7 +173,6 @@ def base_to_new(scale: str) -> ImageConfig:
     return base(scale)
 
 
-_TRANSFER = {"images.sources": ("imagenet",), "prompts.epochs": 10}
 _TARGETS = tuple(name for name in DATASETS if name != "imagenet")
 _TARGET_VALUES = {  # in the order of the published table
     "coop": (71.51, 93.70, 89.14, 64.51, 68.71, 85.30, 18.47, 64.15, 41.92, 46.39, 66.55, 63.88),
@@ -263,7 +262,6 @@ def domain_generalisation(scale: str) -> ImageConfig:
 
 
 SHOTS = (1, 2, 4, 8, 16)
-_COOP_EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 
 
 @table(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from metajax.fields import require
 
@@ -179,6 +179,6 @@ class Model:
         return self.kv_heads or self.heads
 
 
-def hymba_ntk_factor(length: Any, original_length: Any, extension: float = 2.0) -> Any:
-    """`rope_factor` as Hymba derives it from a length, a number or an array: extension * length / original - (extension - 1)."""
+def hymba_ntk_factor(length: float, original_length: float, extension: float = 2.0) -> float:
+    """`rope_factor` as Hymba derives it from its maximum length: extension * length / original - (extension - 1)."""
     return extension * length / original_length - (extension - 1)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from metajax.config import Model, UserError
-from metajax.model_config import hymba_ntk_factor
 
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
@@ -23,29 +22,9 @@ def default_frequencies(dim: int, base: float) -> np.ndarray:
     return _powers(dim, base).astype(np.float32)
 
 
-def linear_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
-    """float32[dim / 2]: positions squeezed by `factor` (position interpolation, arXiv 2306.15595, equation 4)."""
-    return (_powers(dim, base) / factor).astype(np.float32)
-
-
 def ntk_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
     """float32[dim / 2]: the base grown by factor^(dim / (dim - 2)) (NTK-aware scaling; YaRN, arXiv 2309.00071, section 3.1)."""
     return default_frequencies(dim, base * factor ** (dim / (dim - 2)))
-
-
-def dynamic_ntk_frequencies(dim: int, base: float, original_length: int, longest: int | Int[Array, ""]) -> Float[Array, " half"]:
-    """float32[dim / 2] of dynamic NTK scaling after a row of `longest` tokens; `longest` may be traced.
-
-    Carry `longest` with `longest_seen`: the frequencies depend on the history of lengths through that number alone.
-    """
-    longest = jnp.maximum(jnp.asarray(longest, jnp.float32), original_length)
-    grown = base * hymba_ntk_factor(longest, original_length) ** (dim / (dim - 2))
-    return grown ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-
-
-def longest_seen(longest: int, length: int, original_length: int) -> int:
-    """The length that dynamic NTK scaling remembers: it only grows, and falls back below (not at) the original length."""
-    return original_length if length < original_length else max(longest, length)
 
 
 def yarn_range(dim: int, base: float, original_length: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> tuple[int, int]:

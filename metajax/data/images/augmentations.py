@@ -20,7 +20,6 @@ Image = Float[Array, "H W 3"]
 _GREY = (0.2989, 0.587, 0.114)
 _CROP_SHIFT = 30 / 224  # of a side: 30 pixels of the published 224
 _CUTOUT_AREA, _CUTOUT_ASPECT, _CUTOUT_TRIES = 0.5, (0.3, 3.3), 10
-_TURN = 2 * jnp.pi
 
 
 def augment(image: Image, types: Int[Array, ""], key: PRNGKeyArray, *, names: Sequence[str] = AUGMENTATIONS, space: str) -> Image:
