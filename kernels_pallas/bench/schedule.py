@@ -153,7 +153,8 @@ def _nest(regions: list[Region], length: int) -> Region:
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
-_TRIPS = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_TRIPS = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def xla_cycles(hlo: str) -> int:
@@ -164,7 +165,7 @@ def xla_cycles(hlo: str) -> int:
 def operations(hlo: str) -> Iterator[tuple[str, int]]:
     """(line, how often it runs) for the operations of an optimised program; those of loops run once for each trip.
 
-    The trips of a `while` are the one integer constant of its condition.
+    The trips of a `while` are those that XLA states beside it, else the one integer constant of its condition.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -180,10 +181,11 @@ def operations(hlo: str) -> Iterator[tuple[str, int]]:
         for line in bodies[name]:
             loop = _WHILE.search(line)
             if loop:
-                trips = [int(n) for text in bodies[loop.group(1)] for n in _TRIPS.findall(text)]
+                trips = _KNOWN_TRIPS.findall(line) or [n for text in bodies[loop.group(1)] for n in _TRIPS.findall(text)]
                 if len(trips) != 1:
-                    raise ValueError(f"the loop {loop.group(2)} has no single constant number of trips: {trips}")
-                yield from walk(loop.group(2), times * trips[0])
+                    condition = "; ".join(text.strip() for text in bodies[loop.group(1)])
+                    raise ValueError(f"the loop {loop.group(2)} has no single constant number of trips: {trips} in {condition}")
+                yield from walk(loop.group(2), times * int(trips[0]))
             else:
                 yield line, times
 

@@ -76,6 +76,9 @@ ENTRY %main.5 (a: f32[8]) -> f32[8] {
 
 def test_estimates_of_a_loop_count_for_each_trip():
     assert xla_cycles(HLO) == 500 + 32 * 70
+    assert xla_cycles(HLO.replace("s32[]{:T", "u32[]{:T")) == 500 + 32 * 70  # of a product taken in windows, over chips
+    stated = 'body=%body.1, backend_config={"known_trip_count":{"n":"31"}}'
+    assert xla_cycles(HLO.replace("body=%body.1", stated)) == 500 + 31 * 70
     with pytest.raises(ValueError, match="no single constant number of trips"):
         xla_cycles(HLO.replace("constant(32)", "parameter(0)"))
 
