@@ -80,16 +80,20 @@ def _run(within: str, *operands: Array) -> tuple[Array, Array]:
 def _sequential(
     h: Array, s: Array, su: Array, b: Array, c: Array, reset: Array, A: Array, reset_state: Array
 ) -> tuple[Array, Array]:
-    """h [B,C,N]; s = step size and su = s u, [t,B,C]; b, c [t,B,N]; reset [t,B]."""
+    """h [B,C,N]; s = step size and su = s u, [t,B,C]; b, c [t,B,N]; reset [t,B].
+
+    Inside, channels come last, where they fill vector registers; N is small. Unrolling gains nothing and is dear to compile.
+    """
+    rates, reset_state = A.T, reset_state.T
 
     def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         s, su, b, c, start = token
         h = jnp.where(start[:, None, None], reset_state, h)
-        h = jnp.exp(s[:, :, None] * A) * h + su[:, :, None] * b[:, None, :]
-        return h, jnp.sum(h * c[:, None, :], axis=-1)
+        h = jnp.exp(s[:, None, :] * rates) * h + su[:, None, :] * b[:, :, None]
+        return h, jnp.sum(h * c[:, :, None], axis=1)
 
-    h, y = jax.lax.scan(step, h, (s, su, b, c, reset), unroll=4)
-    return y, h
+    h, y = jax.lax.scan(step, h.swapaxes(1, 2), (s, su, b, c, reset))
+    return y, h.swapaxes(1, 2)
 
 
 def _associative(

@@ -36,8 +36,9 @@ def recall_row(rng: np.random.Generator, length: int, pairs: int, vocabulary: in
     half = vocabulary // 2
     keys, values = rng.choice(half, size=pairs, replace=False), half + rng.choice(half, size=pairs, replace=False)
     places = (length - 2 * pairs) // 2  # of two slots: a query and noise
-    weights = np.arange(1, places + 1) ** (POWER - 1.0)
-    chosen = rng.choice(places, size=pairs, replace=False, p=weights / weights.sum())
+    # The first arrivals of as many Poisson processes: a draw by weight without replacement, at a third of rng.choice's time.
+    arrivals = rng.exponential(size=places) / np.arange(1, places + 1) ** (POWER - 1.0)
+    chosen = np.argsort(arrivals)[:pairs]
     ids = rng.integers(2 * half, size=length)
     ids[: 2 * pairs] = np.stack([keys, values], axis=1).ravel()
     at = 2 * pairs + 2 * chosen
