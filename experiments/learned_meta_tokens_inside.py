@@ -15,6 +15,7 @@ from .learned_meta_tokens import (
     MODELS,
     PAPER,
     PLAIN,
+    SEEN,
     TASKS,
     TRAINED,
     accuracies,
@@ -84,6 +85,7 @@ table(
     notes=[
         "Trained to half of the window. Learned positions have rows for what fine-tuning never shows at the smaller scales; at paper scale the "
         "table of positions ends with the window, and twice the window cannot be read.",
+        f"{SEEN}every model falls beyond the lengths it was trained on, and none keeps what another loses.",
     ],
 )(fine_tuned)
 
@@ -225,6 +227,7 @@ table(
     notes=[
         "The paper's splits are named medium, hard and extra-hard; that they are bins of up to 256, 512 and 1,024 tokens is our reading.",
         "A rotary angle of 0 is what zeroing means here; the scope (causal attention, meta-attention, both) is not stated and is both.",
+        f"{SEEN}not reproduced. Zeroed positions change list recall by nothing that is clear of zero, and cost copying (meta_rope) and parity (meta_ape).",
     ],
 )(fine_tuned)
 
@@ -239,6 +242,9 @@ table(
     minutes=MINUTES,
     parts=BY_TASK,
     analyses=["interventions"],
+    notes=[
+        f"{SEEN}reproduced in direction. Every accuracy falls; clear of zero are parity (both models) and copying (meta_rope)."
+    ],
 )(fine_tuned)
 
 
@@ -273,7 +279,10 @@ table(
     minutes=MINUTES,
     parts=RECALL,
     analyses=["sharpening", "caching", "theory", "attention"],
-    notes=["List recall. Distributions, heat-maps and attention maps are in each run's report."],
+    notes=[
+        "List recall. Distributions, heat-maps and attention maps are in each run's report.",
+        f"{SEEN}not reproduced. Neither the greatest score nor the entropy moves by more than its interval.",
+    ],
 )(fine_tuned)  # fmt: skip
 
 
@@ -301,6 +310,7 @@ table(
         "Nats, on list recall. In the paper's figure the curves run from about 50-55 nats of rate and 10.5-10.7 of distortion to 200 and 9.9-10.1 "
         "(meta-token), and from 67-70 and 10.6-10.75 to 200 and 10.0 (last token): its heads, of 250 updates, hardly beat a uniform guess (10.82).",
         "The stated budget is the paper's; the converged one is ours.",
+        f"{SEEN}not reproduced. At the low price the converged meta-token's code takes a higher rate than the last token's, and distortion leans against it.",
     ],
 )(fine_tuned)  # fmt: skip
 
