@@ -1,5 +1,7 @@
 """Metadata-conditioned pre-training, what goes on inside: steps saved, probes, attention, guidance, and a corpus whose answers are known."""
 
+import math
+
 from experiments.metadata import BEYOND, HELP, MAPPING, MINUTES, NOTES, base, cooldown, of_positions
 from metajax.config import Config, Data, Evaluation, Metadata, Model, Optimizer, Runtime, Training
 from metajax.registry import Column, Published, Row, table
@@ -168,6 +170,15 @@ def known(scale: str) -> Config:
 
 
 ALONE = {"evaluation.conditions": ("none", "empty", "right", "shuffled")}  # its curve is of text alone
+PAIR = {"evaluation.conditions": ("empty", "none", "right", "shuffled")}  # and this one's of text behind an empty pair
+EARLY = 3  # evaluations before the early look
+OF_SOURCE, OF_GROUP = {"told": "source"}, {"told": "group"}  # what the row's own metadata says of a document
+
+
+def best(title: str, value: str, known: str = "{told}") -> Column:
+    """The best that any model can do on the same documents, by Bayes' rule, when it is told this of them."""
+    return Column(title, f"analyses.by_position.best.{known}.{value}", better="")
+
 
 table(
     "metadata/known",
@@ -175,37 +186,46 @@ table(
     paper="ours: directions that must hold where what metadata is worth is known exactly",
     rows=[
         Row("none", ALONE, fill={"own": "none"}),
-        Row("empty_pair", FINE | {"metadata.keep": 0.0}, core=False, fill={"own": "empty"}),
-        Row("fine", FINE),
-        Row("coarse", COARSE),
+        Row("empty_pair", FINE | PAIR | {"metadata.keep": 0.0}, core=False, fill={"own": "empty"}),
+        Row("fine", FINE, fill=OF_SOURCE),
+        Row("coarse", COARSE, fill=OF_GROUP),
         Row("shuffled", FINE | {"metadata.assigned": "shuffled"}),
         Row("tokens", FINE | {"metadata.tokens": 5}, core=False),
-        Row("fine_half", FINE | {"metadata.keep": 0.5}, core=False, note="half of the documents without"),
-        Row("append_fine", FINE | BEHIND),
-        Row("append_coarse", COARSE | BEHIND, core=False),
-        Row("always", ALWAYS, core=False, note="never without"),
-        Row("cooldown_10", ALWAYS | {"data.switch": cooldown(10, known)}),
-        Row("cooldown_20", ALWAYS | {"data.switch": cooldown(20, known)}, core=False),
+        Row("fine_half", FINE | {"metadata.keep": 0.5}, core=False, fill=OF_SOURCE, note="half of the documents without"),
+        Row("append_fine", FINE | BEHIND, fill={"behind": "source"}),
+        Row("append_coarse", COARSE | BEHIND, core=False, fill={"behind": "group"}),
+        Row("always", ALWAYS, core=False, fill=OF_SOURCE, note="never without"),
+        Row("cooldown_10", ALWAYS | {"data.switch": cooldown(10, known)}, fill=OF_SOURCE),
+        Row("cooldown_20", ALWAYS | {"data.switch": cooldown(20, known)}, core=False, fill=OF_SOURCE),
     ],
     columns=[
         Column("nats a symbol, own metadata", "eval.{own}.nats_per_token"),
+        best("best possible", "mean"),
+        Column(f"after {EARLY * known('cpu').evaluation.every} steps", f"curves.bpb.{EARLY - 1}.1", factor=math.log(2)),
+        Column("steps to match, %", "curves.bpb", 0, "lower", 100, match=0.0),
         Column("empty pair", "eval.empty.nats_per_token"),
         Column("no metadata", "eval.none.nats_per_token"),
+        best("best possible, told nothing", "mean", "nothing"),
         Column("first 8 symbols, own", "analyses.by_position.own.first"),
+        best("best possible, first 8", "first"),
         Column("last third, own", "analyses.by_position.own.last"),
-        Column("nats a metadata token", "eval.right.metadata_nats_per_token", 3, ""),
-        Column("steps to match, %", "curves.bpb", 0, "lower", 100, match=0.0),
+        best("best possible, last third", "last"),
+        Column("nats a document's metadata", "eval.right.metadata_nats_per_token", better="", factor=3),  # two delimiters and itself
+        best("best possible, metadata", "metadata", "{behind}"),
         Column("source probe, %", "analyses.probes.label_0.balanced.linear.mean", 1, "higher", 100),
     ],
     baseline="none",
     minutes={"cpu": 1},
-    fill={"own": "right"},
+    fill={"own": "right", "told": "nothing", "behind": "nothing"},
     analyses=["by_position", "probes"],
     notes=[
-        "`python run.py show generated` gives the best possible nats a symbol with nothing known, the group, the source. Expected of a trained "
-        "model, with own metadata: fine, coarse, none in this order; nothing from shuffled metadata, from learnable tokens, and from metadata behind the text.",
-        "Expected: own metadata helps at a document's beginning and no longer at its end. What predicts metadata behind the text pays for its source and for the "
-        "empty pair of every tenth document: -ln 0.9 = 0.105 nats for the whole of it at least.",
-        "Expected: a model that has always been told the source is worse without it than one that never was, the less so the more often it was not told.",
+        "Best possible: by Bayes' rule, on the same documents, for who is told what the row's own metadata says in front, and nothing where it says nothing "
+        "or stands behind. `python run.py show generated` gives it for others.",
+        "Expected with own metadata, early and at the end: fine, coarse, none in this order, which reach none's last value sooner in the same order; "
+        "nothing from shuffled metadata, learnable tokens, and metadata behind the text.",
+        "Expected: own metadata helps at a document's beginning and no longer in its last third. What predicts metadata behind the text pays -ln 0.9 = 0.105 nats a "
+        "document at least, for every tenth has the empty pair there.",
+        "Expected without metadata, or with the empty pair: a model that was always told the source is worse than one that never was, less so the more often it was "
+        "not told (fine, fine_half), or with a time without at the end (cooldown).",
     ],
 )(known)  # fmt: skip

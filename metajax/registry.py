@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of `report.json` shown in a table, by dotted path, or the difference of two; `title` says its unit."""
+    """A number of `report.json` by dotted path (a.0 is a list's first), or the difference of two; `title` says its unit."""
 
     title: str
     path: str

@@ -1,4 +1,5 @@
-"""Where in a document metadata helps: nats a body token at its beginning, in its middle and at its end."""
+"""Where in a document metadata helps: nats a body token at its beginning, in its middle and at its end; beside the best possible where
+that is known."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from metajax.analysis.labels import some_documents
 from metajax.analysis.study import Study
 from metajax.config import require
-from metajax.data.pipeline import held_out
+from metajax.data.pipeline import Corpora, held_out
 from metajax.data.rows import Row
+from metajax.data.sources import parse_spec
+from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, best_nats, draw
 from metajax.evaluation.choice import token_scores
 
 FIRST = 8  # tokens that count as the beginning; the end is the last third
@@ -27,11 +31,33 @@ def places(batch: Row) -> np.ndarray:
     return out
 
 
+def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
+    """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who is told nothing, the group or the source.
+
+    mean, first, last: a symbol, all of them or as in `places`; metadata, where it stands behind: of the group or source as a whole, for a
+    reader who knows that `metadata.keep` of the documents have it there.
+    """
+    recipe = corpora.config.metadata
+    documents = some_documents(corpora, "held_out", 1, corpora.config.evaluation.documents)
+    drawn = tuple(np.array(part) for part in zip(*map(draw, documents.tolist()), strict=True))
+    nats = {known: best_nats(*drawn, known) for known in ("nothing", "group", "source")}
+    parts = {"mean": slice(None), "first": slice(FIRST), "last": slice(-(-2 * LENGTH // 3), None)}
+    out = {known: {place: float(of[:, at].mean()) for place, at in parts.items()} for known, of in nats.items()}
+    if recipe.position in ("append", "both"):
+        for known, values in (("group", GROUPS), ("source", SOURCES)):
+            open_still = np.log(values) - (nats["nothing"] - nats[known]).sum(1).mean()
+            out[known]["metadata"] = float(open_still - np.log(recipe.keep))
+    return out
+
+
 def by_position(study: Study) -> dict[str, Any]:
-    """Nats a body token of the held-out documents at the beginning, middle and end, with the metadata of training ("own") and with none."""
+    """Nats a body token of the held-out documents at the beginning, middle and end, with what training showed ("own") and with nothing.
+
+    `best` beside them, of a generated corpus alone.
+    """
     recipe, out = study.corpora.config.metadata, {}
     require(recipe is not None, "by_position: this run has no metadata (metadata is null)")
-    own = "none" if recipe.position == "none" else "right"
+    own = "none" if recipe.position == "none" else "right" if recipe.keep else "empty"
     for name, condition in {"own": own, "none": "none"}.items():
         sums, counts = np.zeros(3), np.zeros(3)
         scores = token_scores(study.program)
@@ -44,4 +70,6 @@ def by_position(study: Study) -> dict[str, Any]:
         out[name] = {
             part: float(total / max(n, 1)) for part, total, n in zip(("first", "middle", "last"), sums, counts, strict=True)
         }
+    if [parse_spec(spec)[0] for spec in study.corpora.config.data.sources] == ["generated"]:
+        out["best"] = best_possible(study.corpora)
     return out

@@ -90,9 +90,13 @@ def _guidance(numbers: Numbers) -> list[str]:
 
 
 def _by_position(numbers: Numbers) -> list[str]:
-    return [
+    lines = [
         f"{words}: {numbers['own'][place]:.3f} nats a token with the metadata of training, {numbers['none'][place]:.3f} without"
         for place, words in PLACES.items()
+    ]
+    return lines + [
+        f"best possible for who is told {known}: {best['first']:.3f} at the first 8 tokens, {best['last']:.3f} in the last third"
+        for known, best in numbers.get("best", {}).items()
     ]
 
 

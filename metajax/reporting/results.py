@@ -162,9 +162,12 @@ def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: fl
 def _find(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> Any:
     value: Any = report
     for key in path.format_map(fill).split("."):
-        if not isinstance(value, Mapping) or key not in value:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, Mapping) and key in value:
+            value = value[key]
+        else:
             return None
-        value = value[key]
     return value
 
 

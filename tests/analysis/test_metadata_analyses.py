@@ -10,7 +10,7 @@ import pytest
 from metajax.analysis import guidance as guidance_module
 from metajax.analysis import probes as probes_module
 from metajax.analysis.analyses import fitting, run_analyses
-from metajax.analysis.by_position import places
+from metajax.analysis.by_position import best_possible, places
 from metajax.analysis.guidance import counts_of, train_classifier
 from metajax.analysis.labels import classes_of, matched, opening, with_rows
 from metajax.analysis.metadata_attention import parts_of, shares
@@ -18,6 +18,7 @@ from metajax.analysis.probes import accuracies, states
 from metajax.analysis.study import capture, open_study
 from metajax.config import Metadata, UserError
 from metajax.data.pipeline import held_out, open_corpora
+from metajax.data.sources.generated import best_nats
 from metajax.reporting.analysis_sections import sections
 from metajax.training.program import Program
 
@@ -101,6 +102,21 @@ def test_places_in_a_document(study):
     assert ((found >= 0) == batch["is_body"]).all()
     whole = found[0][batch["segment_ids"][0] == 1]
     assert Counter(whole[whole >= 0].tolist()) == {0: 8, 1: 14, 2: 10}, "32 symbols: 8 first, the last third from the 22nd on"
+
+
+def test_the_best_possible_is_of_the_documents_that_are_evaluated(study):
+    made = study(metadata=Metadata(position="append", template="{source}", keep=0.5))
+    batches = held_out(made.corpora, "right").batches
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    symbols = rows["targets"][rows["is_body"]].reshape(-1, 32) - ord("a")
+    sources = rows["tokens"][rows["is_metadata"]].reshape(-1, 3)[:, 1] - ord("A")
+    found, nats = best_possible(made.corpora), best_nats(sources, symbols, "source")
+    assert len(symbols) == len(sources) == 8
+    assert [found["source"][part] for part in ("mean", "first", "last")] == pytest.approx(
+        [nats.mean(), nats[:, :8].mean(), nats[:, -10:].mean()]
+    )
+    assert found["source"]["metadata"] == pytest.approx(np.log(2), abs=0.01), "the text says its source, not that it is told"
+    assert "metadata" not in found["nothing"] and "metadata" not in best_possible(study().corpora)["source"]
 
 
 def test_the_classifier_tells_texts_of_different_words():

@@ -52,9 +52,10 @@ def test_steps_to_match_are_interpolated(curve, target, margin, share):
 
 def test_a_column_may_say_after_which_share_of_the_steps_a_row_matches_the_baseline(tmp_path):
     columns = [Column("steps, %", "curves.bpb", 1, "lower", 100, match=margin) for margin in (0.0, 0.25)]
+    columns += [Column("early", f"curves.bpb.{at}.1", factor=10) for at in (0, 2)]
     plan = plan_of([Row("plain"), Row("fast", {"training.steps": 50}, {columns[0].key: 60.0})], columns, tmp_path)
     curves = [[[50, 3.0], [100, 2.0]], [[25, 2.5], [50, 1.5]]]
     for run, curve in zip(plan.runs(), curves, strict=True):
         write_json(run.workdir / "report.json", REPORT | {"curves": {"bpb": curve}})
     plain, fast = ([row["cells"][c.key]["values"] for c in columns] for row in plan.result()["rows"])
-    assert plain == [[100.0], [None]] and fast == [[75.0], [87.5]]
+    assert plain == [[100.0], [None], [30.0], [None]] and fast == [[75.0], [87.5], [25.0], [None]]

@@ -30,7 +30,7 @@ from metajax.progress import say
 RECIPE = 2  # raise when a change below changes the documents
 MIN_WORDS = 20
 _APT_HELPER = "/usr/lib/apt/apt-helper"
-_REMEDY = "use another source, such as pydocs, or build the corpus on Debian and copy the cache's corpora folder"
+_REMEDY = "use another source, such as pydocs, or build the corpus on Debian 12 for amd64 and copy the cache's corpora folder"
 
 # Debian 12 main for amd64: the index has not moved since its last point release.
 PINNED = {
@@ -44,14 +44,16 @@ Stanza = dict[str, str]
 
 
 def open_debindex(spec: str, cache_dir: Path) -> BuiltCorpus:
-    """The corpus of this machine's Debian release, fetched (16 MB) and built on first use.
+    """The corpus of this machine's Debian release, fetched (16 MB) and built on first use; elsewhere that of the pinned one, from the cache.
 
-    Raises UserError where there is no Debian, no apt, or no mirror that answers.
+    Raises UserError where it has to be built, and there is no Debian, no apt, or no mirror that answers.
     """
-    release, architecture = debian_release()
+    here = debian_release()
+    release, architecture = here or (PINNED["release"], PINNED["architecture"])
     key = hashlib.sha256(json.dumps([RECIPE, release, architecture]).encode()).hexdigest()
 
     def build() -> tuple[list[Document], dict[str, Any]]:
+        require(here is not None, f"debindex: this machine does not run a Debian release with apt; {_REMEDY}")
         packages, translation = fetch(Path(cache_dir) / "debindex", release, architecture)
         raw = {"packages": packages, "translation": translation}
         documents = build_documents(packages.decode(), translation.decode())
@@ -85,15 +87,15 @@ def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[
 # ------------------------------------------------------------------------------------------------------ fetching
 
 
-def debian_release() -> tuple[str, str]:
-    """(code name, architecture) of this machine; UserError when it is not Debian or has no apt."""
+def debian_release() -> tuple[str, str] | None:
+    """(code name, architecture) of this machine; None where that is not Debian or has no apt."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
         release = {}
     codename = release.get("VERSION_CODENAME", "")
-    require(release.get("ID") == "debian" and bool(codename), f"debindex: this machine does not run a Debian release; {_REMEDY}")
-    require(bool(shutil.which("apt-get")) and os.path.exists(_APT_HELPER), f"debindex: apt is not installed; {_REMEDY}")
+    if release.get("ID") != "debian" or not codename or not shutil.which("apt-get") or not os.path.exists(_APT_HELPER):
+        return None
     return codename, _run(["dpkg", "--print-architecture"]).decode().strip()
 
 

@@ -145,23 +145,21 @@ def test_the_corpus_opens_from_its_cache(local_debian, tmp_path, monkeypatch):
     source = open_source("debindex", cache_dir=tmp_path, data_dir=None)
     monkeypatch.setattr(debindex, "fetch", None)  # a second fetch would fail
     again = open_source("debindex", cache_dir=tmp_path, data_dir=None)
-    assert [again[i] for i in range(2)] == [source[i] for i in range(2)]
+    monkeypatch.setattr(debindex, "debian_release", lambda: None)  # nor does a copied cache need Debian
+    elsewhere = open_source("debindex", cache_dir=tmp_path, data_dir=None)
+    assert [again[i] for i in range(2)] == [source[i] for i in range(2)] == [elsewhere[i] for i in range(2)]
+    assert again.fingerprint() == elsewhere.fingerprint()
     manifest = json.loads(json.dumps(again.manifest()))
     assert manifest["differences_from_pinned"] == []
     assert manifest["records"] == 2
 
 
-def test_no_debian_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(debindex.platform, "freedesktop_os_release", lambda: {"ID": "fedora", "VERSION_CODENAME": "x"})
-    with pytest.raises(UserError, match="does not run a Debian release; use another source, such as pydocs"):
-        open_source("debindex", cache_dir=tmp_path, data_dir=None)
-
-
-def test_no_apt_is_a_user_error(tmp_path, monkeypatch):
-    release = {"ID": "debian", "VERSION_CODENAME": "bookworm"}
-    monkeypatch.setattr(debindex.platform, "freedesktop_os_release", lambda: release)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="apt is not installed"):
+@pytest.mark.parametrize(("release", "path"), [("fedora", None), ("debian", "no apt here")])
+def test_no_debian_or_no_apt_is_a_user_error(release, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(debindex.platform, "freedesktop_os_release", lambda: {"ID": release, "VERSION_CODENAME": "x"})
+    if path:
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+    with pytest.raises(UserError, match="does not run a Debian release with apt; use another source, such as pydocs"):
         open_source("debindex", cache_dir=tmp_path, data_dir=None)
 
 
