@@ -269,7 +269,7 @@ def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: N
         step, i = divmod(n, local)
         return rows[step * global_rows + host * local + i]
 
-    return grain.MapDataset.range(sys.maxsize - local).map(local_row).batch(local, batch_fn=stack)
+    return grain.MapDataset.range(sys.maxsize // 2).map(local_row).batch(local, batch_fn=stack)  # grain divides it as a float
 
 
 def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.DatasetIterator:

@@ -1,9 +1,10 @@
-"""From a source's spec, KIND[:PATH][?text=COLUMN&origin=COLUMN], to a Source."""
+"""From a source's spec, KIND[:PATH][?text=COLUMN&origin=COLUMN&join=FOLDER&on=COLUMN], to a Source."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -17,10 +18,11 @@ from metajax.config import UserError, nearest, require
 from metajax.data.documents import BadRecord, Document, Source
 from metajax.data.sources.compressed import CompressedLines, is_compressed
 from metajax.data.sources.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
+from metajax.data.sources.joined import Joined
 
 _READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
 KINDS = ("pydocs", "debindex", "generated", *_READERS, "tfds")
-_OPTIONS = ("text", "origin")
+_OPTIONS = ("text", "origin", "join", "on")
 
 
 def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
@@ -48,7 +50,12 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
     files = find_files(spec, path, root)
     reader = CompressedLines if kind == "jsonl" and any(map(is_compressed, files)) else _READERS[kind]
-    return reader(spec, files, root.rstrip("/") + "/", columns)
+    root = root.rstrip("/") + "/"
+    corpus = reader(spec, files, root, columns)
+    if not columns.join:
+        return corpus
+    fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), path.split("/")[:-1]))
+    return Joined(corpus, os.path.join(root, fixed, ""), os.path.join(root, columns.join), columns.on)
 
 
 def parse_spec(spec: str) -> tuple[str, str, Columns]:
@@ -58,14 +65,20 @@ def parse_spec(spec: str) -> tuple[str, str, Columns]:
     require(kind in KINDS, f"data source {spec!r}: unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name, value in options.items():
-        require(name in _OPTIONS, f"data source {spec!r}: unknown option {name!r}{nearest(name, _OPTIONS)}; known: text, origin")
-        require(bool(value), f"data source {spec!r}: option {name!r} names no column")
+        require(
+            name in _OPTIONS,
+            f"data source {spec!r}: unknown option {name!r}{nearest(name, _OPTIONS)}; known: {', '.join(_OPTIONS)}",
+        )
+        require(bool(value), f"data source {spec!r}: option {name!r} is empty")
     if kind in ("pydocs", "debindex", "generated"):
         require(not query, f"data source {spec!r}: {kind} has columns of its own; leave out ?{query}")
         require(kind != "debindex" or not path, f"data source {spec!r}: debindex takes no path; write just debindex")
     else:
         wanted = "tfds:NAME[/CONFIG][:VERSION][@SPLIT]" if kind == "tfds" else f"{kind}:PATH"
         require(bool(path), f"data source {spec!r}: a path is missing; write {wanted}")
+        require(
+            kind != "tfds" or not options.get("join"), f"data source {spec!r}: join= is for files; tfds has a set's columns alone"
+        )
     return kind, path, Columns(**options)
 
 

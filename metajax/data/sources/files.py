@@ -13,7 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -31,10 +31,15 @@ _DECODED_BYTES = 256 << 20  # decoded Parquet row groups kept by one reader
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the text and the origin; '' as origin means the rule of `to_document`."""
+    """Which columns hold the text and the origin; '' as origin means the rule of `to_document`.
+
+    join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share.
+    """
 
     text: str = "text"
     origin: str = ""
+    join: str = field(default="", repr=False)  # the fingerprint of the files themselves is that of the fields shown
+    on: str = field(default="id", repr=False)
 
 
 def to_document(row: Mapping[str, Any], columns: Columns, where: str) -> Document:
@@ -52,7 +57,7 @@ def to_document(row: Mapping[str, Any], columns: Columns, where: str) -> Documen
         raise BadRecord(f"{where}: column {columns.text!r} is {type(text).__name__}, not text")
     _check_unicode(text, f"{where}: column {columns.text!r}")
     skipped = {columns.text, "origin"} - {columns.origin}
-    strings = {k: _as_string(v, f"{where}: column {k!r}") for k, v in row.items() if k not in skipped}
+    strings = {k: as_string(v, f"{where}: column {k!r}") for k, v in row.items() if k not in skipped}
     metadata = {k: v for k, v in strings.items() if v}
     return Document(text, metadata, _origin(row, columns, metadata, text, where))
 
@@ -62,7 +67,7 @@ def _origin(row: Mapping[str, Any], columns: Columns, metadata: dict[str, str], 
         if columns.origin not in metadata:
             raise BadRecord(f"{where}: no value in column {columns.origin!r}, which origin= names")
         return metadata[columns.origin]
-    named = _as_string(row.get("origin"), f"{where}: column 'origin'")
+    named = as_string(row.get("origin"), f"{where}: column 'origin'")
     return named or _host(metadata.get("url", "")) or hashlib.sha1(text.encode()).hexdigest()
 
 
@@ -89,7 +94,7 @@ def _check_unicode(text: str, where: str) -> None:
         raise BadRecord(f"{where} holds half of a surrogate pair at character {error.start}") from None
 
 
-def _as_string(value: Any, where: str) -> str:
+def as_string(value: Any, where: str) -> str:
     """A scalar as metadata; '' for None and for nested values."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -109,7 +114,7 @@ def parse_json(line: bytes, columns: Columns, where: str) -> Document:
     except UnicodeDecodeError as error:
         raise BadRecord(f"{where}: not UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
-        raise BadRecord(f"{where}: not JSON that can be read ({_first_line(error)})") from None
+        raise BadRecord(f"{where}: not JSON that can be read ({first_line(error)})") from None
     if not isinstance(row, dict):
         raise BadRecord(f"{where}: a JSON {type(row).__name__}, not an object with a {columns.text!r} field")
     return to_document(row, columns, where)
@@ -275,7 +280,7 @@ class Parquet(Files):
             try:
                 self._readers[path] = pq.ParquetFile(epath.Path(path).open("rb"), page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)}); write it again") from None
+                raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from None
         return self._readers[path]
 
     def _open(self, path: str) -> int:
@@ -314,7 +319,7 @@ class Parquet(Files):
             try:
                 table = self._reader(self.paths[file]).read_row_group(group, columns=self._scalars[file])
             except (pa.ArrowException, OSError) as error:
-                raise BadRecord(f"{self.paths[file]}, row group {group}: cannot be decoded ({_first_line(error)})") from None
+                raise BadRecord(f"{self.paths[file]}, row group {group}: cannot be decoded ({first_line(error)})") from None
             for position, field in enumerate(table.schema):
                 if pa.types.is_temporal(field.type):  # as text: Python's dates hold no nanoseconds
                     table = table.set_column(position, field.name, table.column(position).cast(pa.string()))
@@ -345,7 +350,7 @@ class ArrayRecord(Files):
             source = grain.sources.ArrayRecordDataSource([path])
             count = len(source)
         except RuntimeError as error:  # the reader's only kind of error
-            raise UserError(f"{path}: not a readable ArrayRecord file ({_first_line(error)}); write it again") from None
+            raise UserError(f"{path}: not a readable ArrayRecord file ({first_line(error)}); write it again") from None
         self._sources.append(source)
         return count
 
@@ -355,9 +360,10 @@ class ArrayRecord(Files):
         try:
             record = self._sources[file][row]
         except RuntimeError as error:
-            raise BadRecord(f"{where}: cannot be read ({_first_line(error)})") from None
+            raise BadRecord(f"{where}: cannot be read ({first_line(error)})") from None
         return parse_json(record, self.columns, where)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
     return (str(error).strip().splitlines() or ["damaged or cut short"])[0]

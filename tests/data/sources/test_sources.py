@@ -157,7 +157,7 @@ def test_a_relative_path_without_data_dir_is_below_the_working_directory(tmp_pat
     [
         ("jsnol:a", "did you mean 'jsonl'"),
         ("jsonl:a?txt=body", "did you mean 'text'"),
-        ("jsonl:a?text=", "names no column"),
+        ("jsonl:a?text=", "is empty"),
         ("jsonl", "jsonl:PATH"),
         ("tfds", "tfds:NAME"),
         ("pydocs?text=a", "columns of its own"),
