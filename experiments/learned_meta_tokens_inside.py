@@ -9,6 +9,7 @@ from .learned_meta_tokens import (
     APE,
     BY_TASK,
     CONTROLS,
+    GPT_NEO,
     LENGTHS,
     MAIN,
     MINUTES,
@@ -54,6 +55,7 @@ table(
     "learned_meta_tokens/train_length",
     summary="accuracy at one length after training up to a quarter, half and all of it",
     paper=f"{PAPER}, figure 1",
+    paper_rows=10,
     rows=[
         *(trained_shorter(arm, share) for share in SHARES for arm in MODELS),
         *(
@@ -67,7 +69,8 @@ table(
     parts=BY_TASK,
     fill=LENGTHS,
     notes=[
-        "Every row is evaluated on the same examples; the steps of fine-tuning are the same, so shorter ones are also fewer tokens."
+        "Every row is evaluated on the same examples; the steps of fine-tuning are the same, so shorter ones are also fewer tokens.",
+        GPT_NEO,
     ],
 )(fine_tuned)
 
@@ -151,6 +154,7 @@ table(
     "learned_meta_tokens/yarn",
     summary="list recall beyond the window of pre-training, lengthened with YaRN",
     paper=f"{PAPER}, table 1 of a later version (list recall, token accuracy)",
+    paper_rows=4,
     rows=[
         Row("yarn4_tuned2", extended(4, 2), table_1(19.5, 13.7, 0.0, 0.9, 1.1)),
         Row("yarn4_tuned4", extended(4, 4), table_1(85.0, 90.2, 1.8, 3.5, 4.4)),
@@ -211,6 +215,7 @@ table(
     "learned_meta_tokens/zero_position",
     summary="positions of the meta-tokens zeroed in the trained models",
     paper=f"{PAPER}, table 2",
+    paper_rows=7,
     rows=[
         *(Row(arm, of=of_main(arm), fill={"length": LENGTHS["trained"]}) for arm in ("meta_ape", "meta_rope")),
         without_positions("meta_ape", "half", "quarter", 77.8, 88.9),
@@ -262,6 +267,7 @@ table(
     "learned_meta_tokens/sharpening",
     summary="what a meta-token's embedding does to causal attention, and what its residual vector resembles",
     paper=f"{PAPER}, figure 2",
+    paper_rows=1,
     rows=[
         Row("meta_rope", of=of_main("meta_rope"), published={
             f"list_recall: {BOOST}.mean": Published(1.26, "figure 2"), f"list_recall: {DROP}.mean": Published(1.40, "figure 2"),
@@ -294,14 +300,17 @@ def bottleneck(budget: str, beta: str) -> list[Column]:
     return [of_recall(f"rate, {name}", f"{path}.rate", 1), of_recall(f"distortion, {name}", f"{path}.distortion", 2, "lower")]
 
 
+IN_A_FIGURE = {bottleneck("stated", "0_01")[1].key: Published(None, "a curve in a figure")}
+
+
 table(
     "learned_meta_tokens/rate_distortion",
     summary="what the last meta-token and the last token say about the answer, through bottlenecks of growing price",
     paper=f"{PAPER}, section 5.2",
+    paper_rows=3,
     rows=[
-        Row("last_token", of=of_main("meta_rope"), fill={"code": "last"}),
-        Row("meta_token", of=of_main("meta_rope"), fill={"code": "meta"}),
-        Row("meta_token_no_position", of=of_main("meta_rope"), fill={"code": "meta_zero_position"}),
+        Row(name, of=of_main("meta_rope"), fill={"code": code}, published=IN_A_FIGURE)
+        for name, code in {"last_token": "last", "meta_token": "meta", "meta_token_no_position": "meta_zero_position"}.items()
     ],
     columns=[*bottleneck("stated", "0_01"), *bottleneck("stated", "1"), *bottleneck("converged", "0_01"), *bottleneck("converged", "0_1")],
     baseline="last_token",
@@ -326,6 +335,7 @@ table(
     "learned_meta_tokens/overhead",
     summary="time of a train step and of generation, with meta-attention and without, taking turns in one process",
     paper=f"{PAPER}, the section on overhead",
+    paper_rows=2,
     rows=[
         Row(name, of=of_main("meta_rope"), fill={"twin": name}, published={
             f"list_recall: analyses.overhead.{{twin}}.generation.{key}": Published(value, "on an A100, PyTorch")
@@ -354,6 +364,7 @@ table(
     "learned_meta_tokens/pg19_perplexity",
     summary="perplexity of long text, per real token",
     paper=f"{PAPER}, table 3 of a later version: 6B tokens of PG19",
+    paper_rows=3,
     rows=[
         Row("plain_ape", PLAIN | APE, {"eval.none.perplexity": 16.13}),
         Row("plain_rope", PLAIN),
@@ -366,7 +377,7 @@ table(
     minutes={"cpu": 2, "gpu": 8, "paper": 180},
     notes=[
         "Books of PG19 at paper scale; at cpu and gpu scale the longer docstrings of pydocs, which are no books. Evaluation length, tokenizer and the "
-        "tokens that count are not stated in the paper: rows as in training, real tokens alone. Landmark Attention, 16.23 there, is not implemented.",
+        "tokens that count are not stated in the paper: rows as in training, real tokens alone. Landmark Attention, 16.23 there, is not here.",
     ],
 )
 def pg19_perplexity(scale: str) -> Config:

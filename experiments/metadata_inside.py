@@ -23,6 +23,7 @@ table(
     "metadata/speedup",
     summary="the share of the steps after which a model is as good as text alone is at the end",
     paper=f"{BEYOND}, the figure on training tokens",
+    paper_rows=4,
     rows=[
         of_positions("standard"),
         of_positions("shuffled_url"),
@@ -90,15 +91,23 @@ def looked(part: str, title: str = "", value: str = "mean") -> Column:
     return Column(title or f"{part}, %", f"analyses.metadata_attention.parts.{part}.{value}", 1, "", 100)
 
 
+CLUSTERS = Column("distances by quality or popularity", "analyses.metadata_attention.clusters.label_1.ratio", 3, "")
+IN_A_FIGURE = Published(None, "in a figure")
+
 table(
     "metadata/attention",
     summary="where text looks in its URL, and in learnable tokens",
     paper=f"{BEYOND}, figures on attention",
-    rows=[of_positions("prepend_url"), of_positions("meta_tokens"), of_positions("shuffled_url")],
+    paper_rows=2,
+    rows=[
+        of_positions("prepend_url", published={looked("scheme").key: IN_A_FIGURE}),
+        of_positions("meta_tokens", published={CLUSTERS.key: IN_A_FIGURE}),
+        of_positions("shuffled_url"),
+    ],
     columns=[
         *(column for part in ("scheme", "host", "path") for column in (looked(part), looked(part, f"equal shares, {part}", "uniform"))),
         looked("bos"), looked("begin", "delimiter in front, %"), looked("end", "delimiter behind, %"),
-        Column("distances by quality or popularity", "analyses.metadata_attention.clusters.label_1.ratio", 3, ""),
+        CLUSTERS,
         Column("by topic", "analyses.metadata_attention.clusters.label_0.ratio", 3, ""),
     ],
     baseline=None,
@@ -116,17 +125,20 @@ def drawn(strength: str, value: str, title: str, digits: int = 1, factor: float 
     return Column(title, f"analyses.guidance.g_{strength}.{value}", digits, "higher" if value == "accuracy" else "lower", factor)
 
 
+STEERED = {drawn("2", "accuracy", "").key: Published(None, "told in words")}
+
 table(
     "metadata/guidance",
     summary="texts drawn with less and more of the difference that metadata makes, and whether they have its topic",
     paper=f"{HELP}, the section on guidance",
+    paper_rows=4,
     rows=[
-        of_positions("standard"),
-        of_positions("prepend_url"),
-        of_positions("prepend_domain_coarse"),
+        of_positions("standard", published=STEERED),
+        of_positions("prepend_url", published=STEERED),
+        of_positions("prepend_domain_coarse", published=STEERED),
         of_positions("prepend_domain_fine"),
         of_positions("prepend_popularity_coarse", core=False),
-        of_positions("prepend_quality_coarse", core=False),
+        of_positions("prepend_quality_coarse", core=False, published=STEERED),
     ],
     columns=[
         *(drawn(strength.replace(".", "_"), "accuracy", f"topic, g = {strength}, %") for strength in ("0", "1", "1.5", "2", "3")),

@@ -141,6 +141,7 @@ NOISE = [
     "prompt_learning/base_to_new",
     summary="few-shot learning on the first half of the classes, tested on these and on the other half: zero-shot CLIP, CoOp, CoCoOp, AAPL",
     paper=PAPER,
+    paper_rows=5,
     rows=[
         Row("clip", ZERO_SHOT, _published((69.34, 74.22, 71.70), SECOND, _CLIP, SECOND), note="one template, no training"),
         Row("coop", COOP, _published((82.69, 63.22, 71.66), SECOND, _COOP, SECOND)),
@@ -217,6 +218,7 @@ def _transfer_rows(order: tuple[str, ...], values: dict) -> list[Row]:
     "prompt_learning/cross_dataset",
     summary="learned on all classes of one data set, tested on the classes of others",
     paper=PAPER,
+    paper_rows=3,
     rows=_transfer_rows(_TARGET_ORDER, _TARGET_VALUES),
     columns=[
         _target_column("all", "emoji"), _target_column("digits", "emoji"),
@@ -245,6 +247,7 @@ _VARIANT_ORDER = ("all", *VARIANTS)
     "prompt_learning/domain_generalisation",
     summary="learned on one data set, tested on the same classes as others draw or photograph them",
     paper=PAPER,
+    paper_rows=4,
     rows=_transfer_rows(_VARIANT_ORDER, _VARIANT_VALUES),
     columns=[
         *(_target_column(name, "emoji") for name in ("all", "emoji:noto", "emoji:grey")),
@@ -267,7 +270,8 @@ SHOTS = (1, 2, 4, 8, 16)
 @table(
     "prompt_learning/few_shot",
     summary="accuracy on all classes against the number of training images of each class",
-    paper=PAPER,
+    paper="CoOp (arXiv 2109.01134), the row that its repository states; the few-shot tables of AAPL (arXiv 2404.16804) could not be read",
+    paper_rows=1,
     rows=[
         Row("clip", ZERO_SHOT, parts=("1",), note="the number of shots means nothing to it"),
         Row("coop", {**COOP, "prompts.context": 16, "prompts.context_init": "", "weights": ByScale(paper="RN50.pt")},

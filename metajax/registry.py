@@ -123,6 +123,9 @@ class Table:
     )  # name -> what it changes, at the scales that have it
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # for {names} in the columns' paths, below a row's own
     analyses: tuple[str, ...] = ()  # of every run, made where a run has not been through them; columns read `analyses.NAME...`
+    paper_rows: int = (
+        0  # of the paper's table or figure that this one reproduces; 0: it reproduces none, or its rows are not known
+    )
 
     def __post_init__(self) -> None:
         check_analyses(f"table {self.name}", self.analyses)
@@ -177,6 +180,16 @@ class Table:
         return at_scale({"field": row.lacks}, scale).get("field", "")
 
     @property
+    def paper_rows_here(self) -> int:
+        """How many rows have what the paper says of them, be it the mark `not stated`, and can be run at paper scale."""
+        return sum(bool(row.published) and not self.lacks(row, "paper") for row in self.rows) if "paper" in self.scales else 0
+
+    @property
+    def coverage(self) -> str:
+        """Such as `12 of 13 rows`; "" where there is no table of a paper to hold it against."""
+        return f"{self.paper_rows_here} of {self.paper_rows} rows" if self.paper_rows else ""
+
+    @property
     def example(self) -> str:
         """The name of an experiment of this table: its baseline's, or its first row's."""
         row = next((row for row in self.rows if row.name == self.baseline), self.rows[0])
@@ -219,7 +232,7 @@ _tables: dict[str, Table] = {}
 def table(
     name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
     minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any] | ByScale] | None = None,
-    fill: Mapping[str, str | ByScale] | None = None, analyses: Sequence[str] = (),
+    fill: Mapping[str, str | ByScale] | None = None, analyses: Sequence[str] = (), paper_rows: int = 0,
 ) -> Callable[[Base], Table]:  # fmt: skip
     """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
 
@@ -228,6 +241,7 @@ def table(
     Args:
       baseline: the row that the others are compared with, None for a table without one.
       minutes: expected minutes of one run, by scale; the scales it names are the scales there are.
+      paper_rows: the rows of the paper's table or figure, those that are lacking here too.
     """
 
     def register(base: Base) -> Table:
@@ -246,6 +260,7 @@ def table(
             parts or {},
             fill or {},
             tuple(analyses),
+            paper_rows,
         )
         _add(_tables, name, made)
         for row in (row for row in made.rows if not row.of):

@@ -33,6 +33,14 @@ def test_every_table_plans_its_core_at_every_scale(name):
         assert plan_table(table, scale, (0, 1), {}, Path("runs"), core).runs()
 
 
+@pytest.mark.parametrize("name", registry.tables())
+def test_every_table_with_values_of_a_paper_says_how_many_rows_the_paper_has(name):
+    table = registry.tables()[name]
+    if any(row.published for row in table.rows) or table.paper_rows:
+        assert "arXiv" in table.paper and 1 <= table.paper_rows_here <= table.paper_rows
+        assert table.paper_rows_here == table.paper_rows or "not here" in " ".join(table.notes)
+
+
 @pytest.mark.parametrize("name", ["learned_meta_tokens/pretrain/meta_rope", "learned_meta_tokens/pretrain/second_causal"])
 def test_cpu_bases_are_small_and_controls_match_in_parameters(name):
     config = registry.experiments()[name].build("cpu")

@@ -65,6 +65,7 @@ def gather(
         "seeds": list(seeds),
         "summary": table.summary,
         "paper": table.paper,
+        "coverage": table.coverage,
         "notes": list(table.notes),
         "changes": {k: str(v) for k, v in changes.items()},
         "baseline": basis.name if basis else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def print_list(pattern: str) -> None:
         _entry_line("rows", f"{table.name}/", [row.name for row in table.rows])
         if table.parts:
             _entry_line("each with", "/", table.parts)
+        if table.coverage:
+            _entry_line("paper:", "", [f"{table.coverage} of {table.paper}"])
     for experiment in single:
         changes = experiment.row.changes if experiment.row else {}
         what = ", ".join(f"{k} = {_short(v)}" for k, v in changes.items()) or experiment.summary
@@ -59,7 +62,21 @@ def print_list(pattern: str) -> None:
         _entry(experiment.name, ", ".join(times), what)
     if not tables and not single:
         console.print(f"nothing named like {pattern!r}")
+    _print_coverage(tables)
     console.print(f"\nrun: {PROGRAM} NAME    look first: {PROGRAM} show NAME    help: {PROGRAM} --help")
+
+
+def _print_coverage(tables: Iterable[registry.Table]) -> None:
+    """For each paper the rows of its tables and figures above, table by table: what two of them share counts twice."""
+    here, printed = Counter[str](), Counter[str]()
+    for table in (table for table in tables if table.coverage):
+        paper = table.paper.partition(")")[0] + ")"
+        here[paper] += table.paper_rows_here
+        printed[paper] += table.paper_rows
+    if printed:
+        console.print("\n[bold]rows of the papers' tables and figures[/bold] that there are at paper scale")
+    for paper, count in printed.items():
+        console.print(Text(f"    {paper}: {here[paper]} of {count} rows"))
 
 
 def _entry(name: str, times: str, what: str) -> None:
@@ -95,6 +112,8 @@ def print_table_plan(plan: TablePlan) -> None:
     """A table before it runs: its rows, what each changes, what it starts from, what the paper says, and the hash of its runs."""
     table, scale, seed = plan.table, plan.scale, plan.seeds[0]
     console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
+    if table.coverage:
+        console.print(Text(f"{table.coverage} of {table.paper}"))
     grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
     for row in plan.rows:
         of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
