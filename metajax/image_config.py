@@ -110,6 +110,11 @@ class Prompts:
             f"prompts.context_init has {words} words but prompts.context = {self.context}; they must agree",
         )
 
+    @property
+    def paired(self) -> bool:
+        """Whether a step sees a second image, and both under two augmentations."""
+        return self.alpha > 0 or self.condition == "delta"
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -137,3 +142,8 @@ class ImageConfig:
                 bool(self.init.from_) != bool(self.weights),
                 "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
             )
+
+    @property
+    def still(self) -> bool:
+        """Whether a learner's training images are the same in every step, so that their features are too."""
+        return self.images.view == "centre" and not self.prompts.augment and not self.prompts.paired

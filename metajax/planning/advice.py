@@ -5,29 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from metajax.config import Config, override
+from metajax.config import override
+from metajax.families import AnyConfig
+from metajax.image_config import ImageConfig
 
 _MOST = 2**20  # rows; no batch is larger
 
 
-def candidates(config: Config, shards: int) -> Iterator[dict[str, Any]]:
+def candidates(config: AnyConfig, shards: int) -> Iterator[dict[str, Any]]:
     """Changes that need less memory and leave the gradient as it is, those that cost least time first."""
     kept = {"none": ["dots", "full"], "dots": ["full"], "full": []}[config.runtime.remat]
     for remat in kept:
         yield {"runtime.remat": remat}
+    if isinstance(config, ImageConfig):
+        return
     pieces = 2 * config.training.accumulate
     while config.data.batch_rows % (pieces * shards) == 0:
         yield {"runtime.remat": "full", "training.accumulate": pieces}
         pieces *= 2
 
 
-def advise(config: Config, shards: int, plan: Callable[[Config], Mapping[str, Any]]) -> dict[str, Any] | None:
+def advise(config: AnyConfig, shards: int, plan: Callable[[AnyConfig], Mapping[str, Any]]) -> dict[str, Any] | None:
     """The first of `candidates` whose plan fits, as {changes, total}; None where none does."""
     for changes in candidates(config, shards):
         found = plan(override(config, changes))
         if found["fits"]:
             return {"changes": changes, "total": found["memory"]["total"]}
     return None
+
+
+def batch_of(config: AnyConfig) -> tuple[str, int, int]:
+    """(the field of its batch's size, that size, into how many pieces it is cut)."""
+    if not isinstance(config, ImageConfig):
+        return "data.batch_rows", config.data.batch_rows, config.training.accumulate
+    return ("images.batch", config.images.batch, 1) if config.prompts is None else ("prompts.batch", config.prompts.batch, 1)
 
 
 def largest_batch(unit: int, start: int, fits: Callable[[int], bool]) -> int:

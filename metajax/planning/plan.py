@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import Config, config_hash
+from metajax.families import AnyConfig
 from metajax.parallel.rules import batch_sharding
 from metajax.planning.buffers import largest_buffers
 from metajax.planning.flops import step_flops
@@ -49,32 +51,56 @@ def whole_batch(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-def plan(config: Config, vocab_size: int, topology: str, dump: Path | None = None) -> dict[str, Any]:
+class Planned(NamedTuple):
+    """A run's step on the devices of a slice, as shapes with their shardings, and what it is counted by."""
+
+    mesh: Mesh
+    state: Any  # a `State`
+    frozen: Any  # what the step reads beside it and the batch
+    compile: Callable[[], Any]
+    flops: int
+    reads: tuple[int, str]  # how many of what
+
+
+def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> Planned:
+    """The step of a language model on full rows."""
+    program = Program.build(config, vocab_size, devices)
+    state, batch = program.abstract_state(), whole_batch(config)
+    count = step_flops(config, vocab_size, batch)
+    return Planned(program.mesh, state, (), lambda: _compile(program, state, batch), count, (batch["tokens"].size, "tokens"))
+
+
+def plan(
+    config: AnyConfig, step: Callable[[AnyConfig, list[jax.Device]], Planned], topology: str, dump: Path | None = None
+) -> dict[str, Any]:
     """The plan of one config as plain data: see `memory`, `collectives`, `bound`.
 
     Args:
+      step: what is planned of a config; its kind of run decides (`text_step`, `metajax.planning.images.image_step`).
       dump: where the compiler was told to write what it does; the largest buffers are read there.
 
     Raises:
       UserError: no such slice, or a batch that does not spread over it.
     """
     chip, devices = chip_of(topology), slice_devices(topology)
-    program = Program.build(config, vocab_size, devices)
-    state, batch = program.abstract_state(), whole_batch(config)
+    planned = step(config, devices)
+    reads, unit = planned.reads
     found: dict[str, Any] = {
         "name": config.name,
         "scale": config.scale,
         "hash": config_hash(config),
         "topology": topology,
         "chips": len(devices),
-        "mesh": dict(program.mesh.shape),
-        "flops": step_flops(config, vocab_size, batch),
-        "tokens": batch["tokens"].size,
-        "state": {"parameters": _bytes_of(state.model), "optimizer": _bytes_of(state.opt_state)},
+        "mesh": dict(planned.mesh.shape),
+        "flops": planned.flops,
+        "reads": {"count": reads, "unit": unit},
+        "state": {"parameters": _bytes_of(planned.state.model), "optimizer": _bytes_of(planned.state.opt_state)},
     }
+    if planned.frozen:
+        found["state"]["frozen"] = _bytes_of(planned.frozen)
     began = time.monotonic()
     try:
-        compiled = _compile(program, state, batch)
+        compiled = planned.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

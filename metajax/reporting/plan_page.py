@@ -34,7 +34,8 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
                 ("XLA's estimate, kernels left out", f"{1e3 * bound['xla_estimate']:.2f} ms"),
                 ("links", f"{1e3 * bound['links']:.2f} ms"),
                 ("MFU at most", f"{bound['mfu']:.1%}"),
-                ("tokens, operations of a step", f"{plan['tokens']:,}, {plan['flops']:.3e}"),
+                (f"{plan['reads']['unit']}, operations of a step", f"{plan['reads']['count']:,}, {plan['flops']:.3e}"),
+                (f"operations for each of the {plan['reads']['unit']}", f"{plan['flops'] / plan['reads']['count']:.3e}"),
                 ("kernels found", ", ".join(plan["kernels"]) or "none"),
                 ("compiled in", f"{plan['compile_seconds']:.0f} s"),
             ],
@@ -60,5 +61,5 @@ def advice_lines(plan: dict[str, Any]) -> list[str]:
             else "Recomputing activations and accumulating over the smallest micro-batches do not make it fit: take a larger slice, or a smaller model."
         )
     if "largest_batch" in plan:
-        lines.append(f"The largest batch that fits: data.batch_rows={plan['largest_batch']}.")
+        lines.append("The largest batch that fits: {field}={size}.".format(**plan["largest_batch"]))
     return lines

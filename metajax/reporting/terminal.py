@@ -205,7 +205,7 @@ def print_plan(found: dict[str, Any]) -> None:
     words = {"operations": "operations at the peak", "xla_estimate": "XLA's estimate, kernels left out", "links": "links"}
     console.print("; ".join(f"{words[name]} {1e3 * bound[name]:.2f} ms" for name in words))
     console.print(
-        f"a step of {found['tokens']:,} tokens and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "
+        f"a step of {found['reads']['count']:,} {found['reads']['unit']} and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "
         f"{bound['mfu']:.1%}; kernels: {', '.join(found['kernels']) or 'none'}; compiled in {found['compile_seconds']:.0f} s"
     )
     _print_buffers(found)

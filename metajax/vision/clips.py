@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from metajax.config import require
 from metajax.data.images.clip_tokens import ClipTokenizer
@@ -15,16 +15,23 @@ from metajax.data.pipeline import Paths
 from metajax.image_config import ImageConfig
 from metajax.interop.clip import load_clip
 from metajax.models.clip.model import CLIP
+from metajax.parallel.mesh import make_mesh
 from metajax.reporting.records import find_run, read_config
 from metajax.training.checkpoints import read_parameters
 
 
+def whole(config: ImageConfig) -> NamedSharding:
+    """An array that every device of the run has to itself."""
+    return NamedSharding(make_mesh(config.runtime.mesh), PartitionSpec())
+
+
 def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
     """(model, tokenizer) that a prompt learner stands on; UserError where they are not to be had."""
+    here = whole(config)
     if config.weights:
         place = Path(str(paths.data)) / config.weights if paths.data is not None else Path(config.weights)
         vocabulary = place.parent if place.suffix == ".pt" else place
-        return load_clip(place, config.runtime), ClipTokenizer.open(vocabulary)
+        return jax.device_put(load_clip(place, config.runtime), here), ClipTokenizer.open(vocabulary)
     parent = find_run(config.init.from_, paths.runs)
     theirs = read_config(parent)
     require(
@@ -32,6 +39,5 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
         f"init.from = {config.init.from_}: not the run of a CLIP",
     )
     model = jax.eval_shape(lambda: CLIP(theirs.clip, runtime=config.runtime, key=jax.random.key(0)))
-    here = SingleDeviceSharding(jax.devices()[0])
     model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model)
     return read_parameters(parent, model), WordTokenizer.load(parent)

@@ -45,13 +45,13 @@ def contrastive_task(config: ImageConfig, paths: Paths) -> Task:
     tx = make_optimizer(config, decay_mask(jax.eval_shape(create, jax.random.key(0))))
     return Task(
         steps=config.training.steps, epoch=config.training.steps, batches=batches, create=create, tx=tx,
-        rate=schedule(config.optimizer, config.training.steps), frozen=(), loss=_loss,
+        rate=schedule(config.optimizer, config.training.steps), frozen=(), loss=caption_loss,
         evaluate=lambda model: {s.spec: zero_shot(model, tokenizer, s) for s in sets},
         images=fingerprint_of(*(s.fingerprint for s in sets)), tokenizer=tokenizer, manifest=[describe(s) for s in sets],
     )  # fmt: skip
 
 
-def _loss(model: CLIP, frozen: Any, batch: dict[str, jax.Array], choice: jax.Array, key: jax.Array) -> Losses:
+def caption_loss(model: CLIP, frozen: Any, batch: dict[str, jax.Array], choice: jax.Array, key: jax.Array) -> Losses:
     """Images and texts of a batch; texts that are the same belong to each other's images too."""
     tokens = batch["tokens"]
     matches = jnp.all(tokens[:, None] == tokens[None], axis=-1)

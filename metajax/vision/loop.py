@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.config import config_hash, require
 from metajax.data.pipeline import read_batches
 from metajax.image_config import ImageConfig
+from metajax.parallel.mesh import make_mesh
+from metajax.parallel.rules import batch_sharding
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory
@@ -24,6 +27,7 @@ from metajax.training.checkpoints import Checkpoints, save_arrays
 from metajax.training.loop import NonFinite
 from metajax.training.metrics import Loggers, MetricsFile
 from metajax.training.state import State, initialiser
+from metajax.vision.clips import whole
 from metajax.vision.task import Task
 
 Batch = dict[str, Any]
@@ -49,7 +53,7 @@ def train(task: Task, config: ImageConfig, run: RunDirectory, phases: Phases) ->
         with phases.time("init"):
             checkpoints = Checkpoints(run.path, config.runtime.keep, run.warn)
             closing.callback(checkpoints.close)
-            state = jax.jit(initialiser(task.create, task.tx))(jax.random.key(config.seed))
+            state = jax.jit(initialiser(task.create, task.tx), out_shardings=whole(config))(jax.random.key(config.seed))
             state, choice, start = _restore(checkpoints, state, task, config)
         step_fn = _compiled(task, config, state, choice, start, phases)
         metrics = MetricsFile(run.path / "metrics.jsonl", start)
@@ -104,6 +108,20 @@ def step_function(task: Task) -> Callable[..., tuple[State, dict[str, jax.Array]
     return step
 
 
+def compile_step(task: Task, mesh: Mesh, *arguments: Any) -> Any:
+    """The step of a task compiled ahead of time for (state, frozen, batch, choice, key), arrays or shapes.
+
+    Images are spread over the mesh where their number divides, prompts of classes always; what is trained and what is frozen is whole on
+    every device.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = batch_sharding(mesh) if len(arguments[2]["pixels"]) % mesh.size == 0 else everywhere
+    shardings = (everywhere, everywhere, spread, everywhere, everywhere)
+    with jax.set_mesh(mesh):
+        step = jax.jit(step_function(task), donate_argnums=0, in_shardings=shardings, out_shardings=everywhere)
+        return step.lower(*arguments).compile()
+
+
 def _compiled(task: Task, config: ImageConfig, state: State, choice: np.ndarray, start: int, phases: Phases) -> Any:
     """The step compiled ahead of time; None where no step is left."""
     if start >= task.steps:
@@ -111,8 +129,8 @@ def _compiled(task: Task, config: ImageConfig, state: State, choice: np.ndarray,
     with phases.time("data"):
         batch = task.batches[start]
     with phases.time("compile"):
-        arguments = (state, task.frozen, batch, choice, jax.random.key(config.seed))
-        return jax.jit(step_function(task), donate_argnums=0).lower(*arguments).compile()
+        mesh = make_mesh(config.runtime.mesh)
+        return compile_step(task, mesh, state, task.frozen, batch, choice, jax.random.key(config.seed))
 
 
 @dataclass

@@ -64,10 +64,8 @@ def prompt_task(config: ImageConfig, paths: Paths) -> Task:
         check_set(target, "test")
     epoch = max(1, len(items) // cfg.batch)
     texts = texts_for(model, tokenizer, seen, cfg) if cfg.context else None
-    pairs = cfg.alpha > 0 or cfg.condition == "delta"
-    still = choice.view == "centre" and not cfg.augment  # training images are always the same: their features too
     centres = np.stack([centre(seen.read(item.key), size) for item in items])
-    features = encode_images(model, centres) if still else jnp.zeros((0, model.cfg.embed))
+    features = encode_images(model, centres) if config.still else jnp.zeros((0, model.cfg.embed))
     rate = epoch_schedule(cfg, epoch)
     looked_at = centres[:PROFILED]
     words = context_words(model, tokenizer, cfg)
@@ -80,13 +78,13 @@ def prompt_task(config: ImageConfig, paths: Paths) -> Task:
 
     return Task(
         steps=cfg.epochs * epoch if cfg.context else 0, epoch=epoch,
-        batches=prompt_batches(seen, items, config.seed, cfg.batch, viewer(size, choice.view, choice.crop_area), paired=pairs),
+        batches=prompt_batches(seen, items, config.seed, cfg.batch, viewer(size, choice.view, choice.crop_area), paired=cfg.paired),
         create=create, tx=sgd(cfg, rate), rate=rate, frozen=Frozen(model, texts, features),
         loss=functools.partial(prompt_loss, cfg=cfg),
         evaluate=lambda learner: evaluate(learner, model, tokenizer, whole, targets, config),
         images=fingerprint_of(*(s.fingerprint for s in (whole, *targets))), tokenizer=tokenizer,
         manifest=[describe(s) for s in (whole, *targets)],
-        choose=choose if cfg.sampling == "weighted" and pairs else None,
+        choose=choose if cfg.sampling == "weighted" and cfg.paired else None,
         choice=np.full(len(cfg.augmentations), 1 / len(cfg.augmentations), np.float32),
     )  # fmt: skip
 
@@ -147,16 +145,18 @@ def prompt_loss(
 ) -> Losses:
     """Cross-entropy of the first view, and AAPL's triplets of both views under two augmentations, which are the same for both."""
     model, images = frozen.model, normalise(batch["pixels"])  # [B, views, size, size, 3]
-    keys = jax.random.split(key, 4)
-    seen = images[:, 0] if not cfg.augment else _sometimes(images[:, 0], keys[0], choice, cfg)
-    first = frozen.features[batch["index"]] if len(frozen.features) else unit(model.encode_image(seen))
-    meta = learner.meta_net(first) if learner.meta_net is not None else None
-    moved, metrics, triplets = meta, {}, 0.0
-    if cfg.alpha or cfg.condition == "delta":
-        tokens, deltas = delta_of_views(learner, model, images, draw_types(keys[1], choice, len(images)), keys[2], cfg)
+    keys, metrics, triplets = jax.random.split(key, 4), {}, 0.0
+    if cfg.paired:
+        plain, tokens, deltas = delta_of_views(learner, model, images, draw_types(keys[1], choice, len(images)), keys[2], cfg)
         triplets = ad_triplet(deltas if cfg.triplet_of == "delta" else tokens, cfg.margin, cfg.constraints)
         metrics = {"ad_triplet": triplets, "delta_norm": jnp.mean(jnp.linalg.norm(deltas, axis=-1))}
-        moved = deltas[0, 0] if cfg.condition == "delta" else meta
+    if cfg.augment:
+        first = unit(model.encode_image(_sometimes(images[:, 0], keys[0], choice, cfg)))
+    elif cfg.paired:
+        first = plain[:, 0]
+    else:
+        first = frozen.features[batch["index"]] if len(frozen.features) else unit(model.encode_image(images[:, 0]))
+    moved = {"none": lambda: None, "meta": lambda: learner.meta_net(first), "delta": lambda: deltas[0, 0]}[cfg.condition]()
     logits = prompt_logits(model, frozen.texts, first, learner.contexts(moved))
     ce = cross_entropy(logits, batch["label"])
     return cfg.beta * ce + cfg.alpha * triplets, {"ce": ce, **metrics}
@@ -164,8 +164,9 @@ def prompt_loss(
 
 def delta_of_views(
     learner: Learner, model: CLIP, images: jax.Array, types: jax.Array, key: jax.Array, cfg: Prompts
-) -> tuple[jax.Array, jax.Array]:
-    """(meta tokens of the augmented images, delta tokens), [view, type, B, width], of images [B, 2, H, W, 3] and types [B, 2]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(unit features of the images as they are [B, view, features], meta tokens of the augmented images [view, type, B, width], delta
+    tokens likewise) of images [B, 2, H, W, 3] and types [B, 2]."""
     count, size = len(images), images.shape[-3:]
     both = jnp.broadcast_to(images[:, :, None], (count, 2, 2, *size)).reshape(-1, *size)
     kinds = jnp.broadcast_to(types[:, None], (count, 2, 2)).reshape(-1)
@@ -174,7 +175,7 @@ def delta_of_views(
     features = unit(model.encode_image(jnp.concatenate([images.reshape(-1, *size), changed])))
     tokens = learner.meta_net(features)
     plain, moved = tokens[: 2 * count].reshape(count, 2, 1, -1), tokens[2 * count :].reshape(count, 2, 2, -1)
-    return jnp.moveaxis(moved, 0, 2), jnp.moveaxis(moved - plain, 0, 2)
+    return features[: 2 * count].reshape(count, 2, -1), jnp.moveaxis(moved, 0, 2), jnp.moveaxis(moved - plain, 0, 2)
 
 
 def _sometimes(images: jax.Array, key: jax.Array, weights: jax.Array, cfg: Prompts) -> jax.Array:

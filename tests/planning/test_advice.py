@@ -91,7 +91,8 @@ def test_the_largest_batch_is_found_by_bisection():
 def test_the_page_of_a_plan(tmp_path, dump):
     gib = 2**30
     plan = {
-        "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "fits": True, "compile_seconds": 3.0, "flops": 1e12, "tokens": 8192,
+        "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "fits": True, "compile_seconds": 3.0, "flops": 1e12,
+        "reads": {"count": 8192, "unit": "tokens"},
         "state": {"parameters": gib, "optimizer": 2 * gib}, "kernels": [],
         "memory": {"arguments": 4 * gib, "outputs": 0, "temporaries": 8 * gib, "program": gib, "total": 13 * gib, "limit": 16 * gib},
         "collectives": {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}},
@@ -100,7 +101,12 @@ def test_the_page_of_a_plan(tmp_path, dump):
     write_plan_page(tmp_path / "plan.html", plan)
     page = (tmp_path / "plan.html").read_text()
     assert "13.000 GiB" in page and "of 16 GiB" in page and 'style="width: 50.00%"' in page and "3 times, 5.0 MB" in page
-    broken = {"fits": False, "reason": "RESOURCE_EXHAUSTED", "largest_buffers": largest_buffers(dump), "largest_batch": 8}
+    broken = {
+        "fits": False,
+        "reason": "RESOURCE_EXHAUSTED",
+        "largest_buffers": largest_buffers(dump),
+        "largest_batch": {"field": "data.batch_rows", "size": 8},
+    }
     broken["advice"] = {"changes": {"runtime.remat": "full"}, "total": 13 * gib}
     write_plan_page(tmp_path / "plan.html", plan | broken)
     page = (tmp_path / "plan.html").read_text()

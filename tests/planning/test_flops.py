@@ -6,19 +6,28 @@ import numpy as np
 import pytest
 
 from metajax.config import Config, Data, MetaTokens, Model, Runtime
+from metajax.image_config import ImageConfig, Images, Prompts
+from metajax.models.clip.config import Clip
+from metajax.models.clip.model import CLIP
+from metajax.planning.clip_flops import image_cost, image_step_flops
 from metajax.planning.flops import batch_pairs, flops_per_token, matmul_flops, pair_flops, step_flops
 from metajax.training.program import build_model
+from metajax.vision.loop import step_function
+from metajax.vision.sketch import Shapes, sketch
 
 VOCAB, SLOTS, ROWS = 64, 32, 2
 
 
 def dot_flops(jaxpr):
-    """Multiply-adds x 2 of every dot_general, inner jaxprs included, scans times their length."""
+    """Multiply-adds x 2 of every dot_general and convolution, inner jaxprs included, scans times their length."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             ((contract, _), _), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
             total += 2 * int(np.prod(out)) * int(np.prod([eqn.invars[0].aval.shape[d] for d in contract]))
+        elif eqn.primitive.name == "conv_general_dilated":
+            taps = eqn.invars[1].aval.shape  # rows, columns, inputs, outputs
+            total += 2 * int(np.prod(eqn.outvars[0].aval.shape)) * int(np.prod(taps[:3]))
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         branches = eqn.params.get("branches", ())
         for value in (
@@ -102,3 +111,43 @@ def test_gathered_meta_attention_is_cheap():
     with_meta = Config(name="x", data=Data(row_length=1024), model=model, meta_tokens=MetaTokens())
     block = {k: v for k, v in flops_per_token(plain, VOCAB).items() if k != "head"}
     assert flops_per_token(with_meta, VOCAB)["meta_attention"] / sum(block.values()) < 0.035
+
+
+VIT = Clip(vision_layers=(2,), vision_width=16, vision_heads=2, text_width=24, text_heads=2, embed=12, patch=8, image_size=32, text_layers=3,
+           context=16, vocab=64)  # fmt: skip
+RUNS = {
+    "clip": (None, {"batch": 6}),
+    "coop": (Prompts(batch=3), {}),
+    "coop_still": (Prompts(batch=3), {"view": "centre"}),
+    "cocoop": (Prompts(condition="meta", bottleneck=5, batch=2), {}),
+    "aapl": (Prompts(condition="meta", bottleneck=5, alpha=0.2), {}),
+    "aapl_augmented": (Prompts(condition="meta", bottleneck=5, alpha=0.2, augment=1.0, batch=2), {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_count_of_a_step_on_images_equals_the_programs_own(name):
+    prompts, images = RUNS[name]
+    start = {"clip": VIT} if prompts is None else {"weights": "x"}
+    config = ImageConfig(name=name, images=Images(**images), prompts=prompts, **start)
+    task, draw = sketch(config, Shapes(VIT, classes=7, length=11))
+    key = jax.random.key(0)
+    state, frozen, batch = jax.eval_shape(draw, key)
+    program = jax.make_jaxpr(step_function(task))(state, frozen, batch, task.choice, key)
+    assert image_step_flops(config, VIT, 7, 11, causal=False) == dot_flops(program.jaxpr)
+
+
+def test_the_count_of_a_resnet_equals_the_programs_own():
+    cfg = Clip(
+        vision_layers=(2, 1, 1, 2),
+        vision_width=16,
+        vision_heads=8,
+        text_width=16,
+        text_heads=2,
+        embed=24,
+        image_size=64,
+        vocab=64,
+    )
+    model = jax.eval_shape(lambda key: CLIP(cfg, runtime=Runtime(), key=key), jax.random.key(0))
+    program = jax.make_jaxpr(lambda m, x: m.encode_image(x))(model, jnp.zeros((1, 64, 64, 3)))
+    assert image_cost(cfg).forward == dot_flops(program.jaxpr)

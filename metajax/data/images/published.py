@@ -36,6 +36,10 @@ VARIANTS = {
     "imagenet_r": "imagenet-rendition/imagenet-r",
 }
 NAMES = (*ZHOU, "fgvc_aircraft", "imagenet", *VARIANTS)
+CLASSES = {  # how many there are, for what needs no more than that
+    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
+    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
+}  # fmt: skip
 Splits = dict[str, list[tuple[str, int]]]  # split -> (path, label)
 
 

@@ -62,6 +62,12 @@ PRESETS = {
     ),
     "RN50": replace(_BASE, vision_layers=(3, 4, 6, 3), vision_width=64, vision_heads=32, embed=1024, patch=0),
 }
+PUBLISHED = {  # names of their weights
+    "clip-vit-base-patch16": "ViT-B/16",
+    "clip-vit-base-patch32": "ViT-B/32",
+    "clip-vit-large-patch14": "ViT-L/14",
+    "RN50.pt": "RN50",
+}
 
 
 def preset(name: str, **changes: Any) -> Clip:

@@ -20,7 +20,7 @@ CAPTURABLE = (  # what the tower can return beside its features
     "final",  # [B, H/32, W/32, channels], what the attention pool reads
 )
 _EPS = 1e-5
-_EXPANSION = 4  # a bottleneck's output channels / its inner ones
+EXPANSION = 4  # a bottleneck's output channels / its inner ones
 
 
 class Conv(nnx.Module):
@@ -71,7 +71,7 @@ class Bottleneck(nnx.Module):
     """1x1, 3x3, 1x1 beside a shortcut; where it halves the image, means of 2 x 2 stand in for strides, in the shortcut too."""
 
     def __init__(self, key: PRNGKeyArray, inputs: int, channels: int, *, halves: bool):
-        keys, outputs = jax.random.split(key, 4), channels * _EXPANSION
+        keys, outputs = jax.random.split(key, 4), channels * EXPANSION
         self.halves = halves
         self.reduce = ConvNorm(keys[0], (1, inputs, channels))
         self.spatial = ConvNorm(keys[1], (3, channels, channels))
@@ -90,7 +90,7 @@ class AttentionPool(nnx.Module):
 
     def __init__(self, cfg: Clip, key: PRNGKeyArray):
         keys = jax.random.split(key, 5)
-        width, tokens = cfg.vision_width * 8 * _EXPANSION, (cfg.image_size // 32) ** 2 + 1
+        width, tokens = cfg.vision_width * 8 * EXPANSION, (cfg.image_size // 32) ** 2 + 1
         self.heads, std = cfg.vision_heads, width**-0.5
         self.positions = normal_param(keys[0], (tokens, width), std, ("positions", "embed"))
         names = {"query": width, "key": width, "value": width, "output": cfg.embed}
@@ -118,7 +118,7 @@ class ModifiedResNet(nnx.Module):
             blocks = []
             for n, block_key in enumerate(jax.random.split(key, count)):
                 blocks.append(Bottleneck(block_key, inputs, width << stage, halves=stage > 0 and n == 0))
-                inputs = (width << stage) * _EXPANSION
+                inputs = (width << stage) * EXPANSION
             self.stages.append(nnx.List(blocks))
         self.pool = AttentionPool(cfg, pool_key)
 
