@@ -74,6 +74,29 @@ def test_a_tiny_step_is_planned():
     assert found["collectives"]["all-gather"]["bytes"] > 0
 
 
+@pytest.mark.libtpu
+@needs_compiler
+def test_a_step_on_images_is_planned_by_the_same_code():
+    found = plan(
+        "prompt_learning/base_to_new/aapl/digits", "--topology", "v5e:2x2", "--set", "prompts.batch=4", "--set", "prompts.augmentations=crop,grayscale",
+    )  # fmt: skip
+    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 4} and found["reads"] == {"count": 4, "unit": "images"}
+    state, memory = found["state"], found["memory"]
+    assert 4 * 2368 == state["parameters"] < state["frozen"] and sum(state.values()) < memory["arguments"] < memory["limit"]
+    assert found["collectives"]["all-reduce"]["bytes"] > 0, "gradients of images that are spread are summed"
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+@needs_compiler
+def test_the_papers_step_of_aapl_fits_on_one_host():
+    found = plan(
+        "prompt_learning/cross_dataset/aapl/imagenet", "--scale", "paper", "--topology", "v5e:2x4", "--set", "runtime.unroll=1"
+    )
+    assert found["fits"] and found["chips"] == 8 and found["state"]["parameters"] == 4 * 35_360
+    assert found["memory"]["total"] < 4 * 2**30
+
+
 @pytest.mark.slow
 @pytest.mark.libtpu
 @needs_compiler
