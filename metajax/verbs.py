@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import platform
 import sys
@@ -299,55 +298,10 @@ def plan(options: argparse.Namespace, started: float) -> int:
         from metajax.planning.topology import allow_compiler
 
         allow_compiler(Path(dump))
-        return _plan(options, Path(dump))
+        from metajax.planning.command import run_plan
 
-
-def _plan(options: argparse.Namespace, dump: Path) -> int:
-    from metajax.planning.advice import advise, batch_of, largest_batch
-    from metajax.planning.plan import plan as make_plan
-    from metajax.reporting.plan_page import write_plan_page
-    from metajax.reporting.terminal import print_plan
-
-    config, parents = _config(registry.find_experiment(options.name), options)
-    step = _planned_step(config, parents, options)
-    found = make_plan(config, step, options.topology, dump)
-    if not found["fits"]:
-        say("it does not fit; looking for a change that does")
-        found["advice"] = advise(config, found["chips"], lambda changed: make_plan(changed, step, options.topology))
-    if options.largest_batch:
-        field, size, pieces = batch_of(config)
-
-        def fits(count: int) -> bool:
-            say(f"trying {field}={count}")
-            return make_plan(override(config, {field: count}), step, options.topology)["fits"]
-
-        found["largest_batch"] = {"field": field, "size": largest_batch(found["chips"] * pieces, size, fits)}
-    if options.html is not None:
-        write_plan_page(options.html, found)
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print_plan(found)
-    return 0 if found["fits"] else 1
-
-
-def _planned_step(config: AnyConfig, parents: Sequence[AnyConfig], options: argparse.Namespace) -> Any:
-    """What `plan` makes of a config and devices, for its kind of run."""
-    if isinstance(config, ImageConfig):
-        from metajax.planning.images import image_step
-        from metajax.vision.sketch import shapes_of
-
-        return functools.partial(image_step, shapes=shapes_of(config, parents, _paths(options)))
-    from metajax.data.tokenizers import vocabulary_of
-    from metajax.planning.plan import text_step
-
-    vocabulary = vocabulary_of(config.data.tokenizer)
-    size = options.vocabulary or (vocabulary.size if vocabulary is not None else None)
-    require(
-        size is not None,
-        f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
-    )
-    return functools.partial(text_step, vocab_size=size)
+        config, parents = _config(registry.find_experiment(options.name), options)
+        return run_plan(options, config, parents, _paths(options), Path(dump))
 
 
 def cache(options: argparse.Namespace, started: float) -> int:

@@ -1,0 +1,61 @@
+"""What `plan` does once the compiler has been allowed: a plan of either kind of run, advice, the largest batch."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metajax.config import override, require
+from metajax.data.pipeline import Paths
+from metajax.data.tokenizers import vocabulary_of
+from metajax.families import AnyConfig
+from metajax.image_config import ImageConfig
+from metajax.planning.advice import advise, batch_of, largest_batch
+from metajax.planning.plan import plan, text_step
+from metajax.progress import say
+from metajax.reporting.plan_page import write_plan_page
+from metajax.reporting.terminal import print_plan
+
+
+def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
+    """Print the plan of a config, which starts from the runs of `parents`; 1 where it does not fit."""
+    step = _step(config, parents, paths, options.vocabulary)
+    found = plan(config, step, options.topology, dump)
+    if not found["fits"]:
+        say("it does not fit; looking for a change that does")
+        found["advice"] = advise(config, found["chips"], lambda changed: plan(changed, step, options.topology))
+    if options.largest_batch:
+        field, size, pieces = batch_of(config)
+
+        def fits(count: int) -> bool:
+            say(f"trying {field}={count}")
+            return plan(override(config, {field: count}), step, options.topology)["fits"]
+
+        found["largest_batch"] = {"field": field, "size": largest_batch(found["chips"] * pieces, size, fits)}
+    if options.html is not None:
+        write_plan_page(options.html, found)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_plan(found)
+    return 0 if found["fits"] else 1
+
+
+def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
+    """What is planned of a config and devices, for its kind of run."""
+    if isinstance(config, ImageConfig):
+        from metajax.planning.images import image_step
+        from metajax.vision.sketch import shapes_of
+
+        return functools.partial(image_step, shapes=shapes_of(config, parents, paths))
+    known = vocabulary_of(config.data.tokenizer)
+    size = vocabulary or (known.size if known is not None else None)
+    require(
+        size is not None,
+        f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
+    )
+    return functools.partial(text_step, vocab_size=size)
