@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,15 +74,23 @@ def run_experiment(
             not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards"
         )
         if missing:
-            from metajax.analysis.analyses import run_analyses
-
-            study = open_run(workdir).study(config, paths)
-            done["analyses"] |= run_analyses(study, missing, workdir)
+            done["analyses"] |= _analyse(config, workdir, paths, missing)
             run.write("report.json", done)
             write_report(workdir)
         return done
     finally:
         run.close()
+
+
+def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Analyses of a complete run of either family."""
+    if isinstance(config, Config):
+        from metajax.analysis.analyses import run_analyses
+
+        return run_analyses(open_run(workdir).study(config, paths), names, workdir)
+    from metajax.vision.study import open_image_study, run_image_analyses
+
+    return run_image_analyses(open_image_study(workdir, config, paths), names, workdir)
 
 
 def write_report(workdir: Path) -> None:

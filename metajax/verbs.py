@@ -349,6 +349,11 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     """Make analyses of a run's newest checkpoint."""
     names = tuple(options.what.split(",")) if options.what else ()
     check_analyses("--what", names)
+    from metajax.reporting.records import find_run, read_config
+
+    workdir = find_run(options.run, options.runs_dir)
+    if isinstance(read_config(workdir), ImageConfig):
+        return _analyze_images(workdir, names, options)
     opened = _open_run(options, options.run)
     from metajax.analysis.analyses import fitting, run_analyses
     from metajax.reporting.html import write_analysis_page
@@ -368,6 +373,24 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
         print_analysis(name, numbers)
     say(f"figures: {write_analysis_page(opened.workdir)}")
+    return 0
+
+
+def _analyze_images(workdir: Path, names: Sequence[str], options: argparse.Namespace) -> int:
+    require(
+        options.task is None and options.length is None and options.examples is None,
+        f"{workdir} is a run on images; --task, --length and --examples choose prompts of text",
+    )
+    _start_jax(options.cache_dir)
+    from metajax.reporting.image_analyses import headlines
+    from metajax.reporting.image_page import write_image_report
+    from metajax.reporting.records import read_config
+    from metajax.vision.study import fitting, open_image_study, run_image_analyses
+
+    study = open_image_study(workdir, read_config(workdir), _paths(options))
+    for name, numbers in run_image_analyses(study, names or fitting(study), workdir):
+        print("\n  ".join((name, *headlines(name, numbers))))
+    say(f"figures: {write_image_report(workdir)}")
     return 0
 
 

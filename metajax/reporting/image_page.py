@@ -25,6 +25,7 @@ from metajax.reporting.html import (
     templates,
     write_page,
 )
+from metajax.reporting.image_analyses import image_sections
 from metajax.training.metrics import read_lines
 from metajax.vision.task import DETAILS
 
@@ -56,6 +57,7 @@ def write_image_report(workdir: Path) -> Path:
         delta_facts=[(title, _number(delta[name])) for name, title in FACTS.items()] if delta else [],
         delta_figures=[(Markup(svg), caption) for svg, caption in delta_figures(read_json(details))] if details.exists() else [],
         curves=_curves(workdir),
+        sections=image_sections(workdir),
         time_facts=_time_facts(report),
         parameter_facts=parameter_facts(report["parameters"]) if report["parameters"]["total"] else [("total", "none")],
         sources=[source_line(found) for found in report["corpora"]],

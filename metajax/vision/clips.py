@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
         isinstance(theirs, ImageConfig) and theirs.clip is not None and theirs.prompts is None,
         f"init.from = {config.init.from_}: not the run of a CLIP",
     )
-    model = jax.eval_shape(lambda: CLIP(theirs.clip, runtime=config.runtime, key=jax.random.key(0)))
-    model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model)
-    return read_parameters(parent, model), WordTokenizer.load(parent)
+    return clip_of_run(parent, replace(theirs, runtime=config.runtime), here), WordTokenizer.load(parent)
+
+
+def clip_of_run(workdir: Path, config: ImageConfig, sharding: NamedSharding) -> CLIP:
+    """The newest checkpoint of a run that has trained a CLIP."""
+    model = jax.eval_shape(lambda: CLIP(config.clip, runtime=config.runtime, key=jax.random.key(0)))
+    return read_parameters(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model))

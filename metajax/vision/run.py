@@ -18,6 +18,7 @@ from metajax.training.metrics import read_lines
 from metajax.vision.contrastive import contrastive_task
 from metajax.vision.loop import train
 from metajax.vision.prompt_learning import prompt_task
+from metajax.vision.study import fitting, open_image_study, run_image_analyses
 from metajax.vision.task import DETAILS, Task
 
 
@@ -33,6 +34,8 @@ def make(config: ImageConfig, run: RunDirectory, paths: Paths, phases: Phases) -
     began = time.monotonic()
     results = task.evaluate(trained.state.model)
     clock = trained.time | {"evaluate_seconds": time.monotonic() - began, "total_seconds": time.monotonic() - phases.started}
+    study = open_image_study(run.path, config, paths)
+    maps = dict(run_image_analyses(study, [name for name in fitting(study) if name == "attention"], run.path))
     details = results.get("delta", {}).pop("details", None)
     if details is not None:
         run.write(DETAILS, details)
@@ -47,7 +50,7 @@ def make(config: ImageConfig, run: RunDirectory, paths: Paths, phases: Phases) -
         "counts": {"images": trained.state.step.item() * len(task.batches[0]["pixels"])},
         "eval": results,
         "training": course(run, task),
-        "analyses": {},
+        "analyses": maps,
         "sample": None,
         "startup": dict(phases.seconds),
         "time": clock,
