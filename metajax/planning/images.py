@@ -16,9 +16,8 @@ from metajax.vision.sketch import Shapes, sketch
 def image_step(config: ImageConfig, devices: list[jax.Device], *, shapes: Shapes) -> Planned:
     """The step of a CLIP or of a prompt learner; texts are as long as `shapes` says."""
     mesh = make_mesh(config.runtime.mesh, devices)
-    task, draw = sketch(config, shapes)
+    task, (*held, batch) = sketch(config, shapes)
     key, here = jax.eval_shape(jax.random.key, 0), NamedSharding(mesh, PartitionSpec())
-    *held, batch = jax.eval_shape(draw, key)
     state, frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), held)
     count = image_step_flops(config, shapes.clip, shapes.classes, shapes.length)
     return Planned(

@@ -61,7 +61,7 @@ def _attention(result: Result) -> list[tuple[str, str]]:
     details = result["details"]
     pixels, names = np.array(details["pixels"], np.uint8), details["names"]
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
         panels = figure.subplots(3, len(pixels))
         for n, image in enumerate(pixels):
             panels[0, n].set_title(names[n], fontsize=8)

@@ -1,4 +1,4 @@
-"""A run on images without its images and weights: the same step, on shapes or on random numbers, to be planned or timed."""
+"""A run on images without its images and weights: the same step on shapes, to be planned or counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig
 from metajax.models.clip.config import PUBLISHED, Clip, preset
 from metajax.models.clip.model import CLIP
-from metajax.models.clip.prompts import ClassTexts, Learner, arrange
+from metajax.models.clip.prompts import ClassTexts, Learner
 from metajax.models.lm import decay_mask
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.state import State, initialiser
@@ -28,7 +28,7 @@ from metajax.vision.contrastive import caption_loss
 from metajax.vision.prompt_learning import Frozen, epoch_schedule, prompt_loss, sgd
 from metajax.vision.task import Task
 
-Drawn = tuple[State, Any, dict[str, jax.Array]]  # (state, frozen, batch)
+Batch = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
@@ -63,51 +63,55 @@ def shapes_of(config: ImageConfig, parents: Sequence[AnyConfig], paths: Paths) -
     return Shapes(clip, -(-classes // 2) if config.images.classes == "base" else classes, length)
 
 
-def sketch(config: ImageConfig, shapes: Shapes) -> tuple[Task, Callable[[jax.Array], Drawn]]:
-    """(the task as far as its step needs it, key -> what the step is called with); nothing is drawn yet."""
-    return _of_clip(config, shapes) if config.prompts is None else _of_learner(config, shapes)
+def sketch(config: ImageConfig, shapes: Shapes) -> tuple[Task, tuple[State, Any, Batch]]:
+    """(the task as far as its step needs it, (state, frozen, batch) of it as shapes)."""
+    clip = functools.partial(CLIP, shapes.clip, runtime=config.runtime)
+    if config.prompts is None:
+        return _of_clip(config, shapes, clip)
+    return _of_learner(config, shapes, clip)
 
 
-def _of_clip(config: ImageConfig, shapes: Shapes) -> tuple[Task, Callable[[jax.Array], Drawn]]:
+def _of_clip(config: ImageConfig, shapes: Shapes, clip: Callable[..., CLIP]) -> tuple[Task, tuple[State, Any, Batch]]:
     def create(key: jax.Array) -> CLIP:
-        return CLIP(shapes.clip, runtime=config.runtime, key=key)
+        return clip(key=key)
 
     tx = make_optimizer(config, decay_mask(jax.eval_shape(create, jax.random.key(0))))
     rate = schedule(config.optimizer, config.training.steps)
-
-    def draw(key: jax.Array) -> Drawn:
-        keys, count = jax.random.split(key), config.images.batch
-        tokens = jax.random.randint(keys[0], (count, shapes.length), 0, shapes.clip.vocab)
-        batch = {"pixels": _pixels(keys[1], shapes.clip, count), "tokens": tokens}
-        return initialiser(create, tx)(key), (), batch
-
-    return Task(1, 1, None, create, tx, rate, None, caption_loss, None, "", None), draw
+    task = Task(1, 1, None, create, tx, rate, None, caption_loss, None, "", None)
+    count = config.images.batch
+    batch = {"pixels": _pixels(shapes.clip, count), "tokens": _of(jnp.int32, count, shapes.length)}
+    return task, (_state(task), (), batch)
 
 
-def _of_learner(config: ImageConfig, shapes: Shapes) -> tuple[Task, Callable[[jax.Array], Drawn]]:
-    cfg, clip, classes, length = config.prompts, shapes.clip, shapes.classes, shapes.length
+def _of_learner(config: ImageConfig, shapes: Shapes, clip: Callable[..., CLIP]) -> tuple[Task, tuple[State, Any, Batch]]:
+    cfg, classes, length = config.prompts, shapes.classes, shapes.length
+    rate = epoch_schedule(cfg, 1)
 
     def create(key: jax.Array) -> Learner:
-        return Learner(cfg, clip, classes, key)
-
-    rate = epoch_schedule(cfg, 1)
-    tx = sgd(cfg, rate)
-
-    def draw(key: jax.Array) -> Drawn:
-        keys = jax.random.split(key, 3)
-        slots = arrange(np.zeros((classes, length)), [length - cfg.context - 2] * classes, cfg.context, cfg.class_position)
-        embedded = 0.02 * jax.random.normal(keys[0], (classes, length, clip.text_width))
-        texts = ClassTexts(embedded, jnp.asarray(slots), jnp.full(classes, length - 1, jnp.int32))
-        features = jnp.ones((int(config.still), clip.embed))  # of one image, which all are where they are known
-        frozen = Frozen(CLIP(clip, runtime=config.runtime, key=keys[1]), texts, features)
-        label = jnp.arange(cfg.batch, dtype=jnp.int32) % classes
-        batch = {"index": jnp.zeros_like(label), "label": label, "pixels": _pixels(keys[2], clip, cfg.batch, 1 + cfg.paired)}
-        return initialiser(create, tx)(key), frozen, batch
+        return Learner(cfg, shapes.clip, classes, key)
 
     choice = np.full(len(cfg.augmentations), 1 / len(cfg.augmentations), np.float32)
     loss = functools.partial(prompt_loss, cfg=cfg)
-    return Task(1, 1, None, create, tx, rate, None, loss, None, "", None, choice=choice), draw
+    task = Task(1, 1, None, create, sgd(cfg, rate), rate, None, loss, None, "", None, choice=choice)
+    embedded = _of(jnp.float32, classes, length, shapes.clip.text_width)
+    texts = ClassTexts(embedded, _of(jnp.int32, classes, length), _of(jnp.int32, classes))
+    features = _of(jnp.float32, int(config.still), shapes.clip.embed)  # of one image, where they are known
+    frozen = Frozen(jax.eval_shape(clip, key=jax.random.key(0)), texts, features)
+    label = _of(jnp.int32, cfg.batch)
+    return task, (
+        _state(task),
+        frozen,
+        {"index": label, "label": label, "pixels": _pixels(shapes.clip, cfg.batch, 1 + cfg.paired)},
+    )
 
 
-def _pixels(key: jax.Array, clip: Clip, *count: int) -> jax.Array:
-    return jax.random.bits(key, (*count, clip.image_size, clip.image_size, 3), jnp.uint8)
+def _state(task: Task) -> State:
+    return jax.eval_shape(initialiser(task.create, task.tx), jax.random.key(0))
+
+
+def _of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _pixels(clip: Clip, *count: int) -> jax.ShapeDtypeStruct:
+    return _of(jnp.uint8, *count, clip.image_size, clip.image_size, 3)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Init, override, require
+from metajax.config import override, require
 from metajax.data.images.batches import test_pixels
 from metajax.data.images.preprocessing import normalise
 from metajax.data.images.sets import part_of_classes
@@ -20,12 +20,14 @@ from metajax.data.images.sources import open_images
 from metajax.data.pipeline import Paths
 from metajax.image_config import ImageConfig
 from metajax.models.clip.model import CLIP
+from metajax.models.clip.prompts import ClassTexts
 from metajax.parallel.mesh import make_mesh
 from metajax.progress import progress
 from metajax.reporting.records import write_json
+from metajax.training.state import initialiser
 from metajax.vision.clips import clip_of_run, open_clip, whole
 from metajax.vision.loop import compile_step
-from metajax.vision.prompt_learning import texts_for
+from metajax.vision.prompt_learning import Frozen, texts_for
 from metajax.vision.sketch import Shapes, sketch
 
 SHOWN = 6  # test images
@@ -36,35 +38,33 @@ TWINS = {  # of one image a step, as CoCoOp and AAPL are published; the others a
     "cocoop_augmented": {"prompts.condition": "meta", "prompts.augment": 1.0},
     "aapl": {"prompts.condition": "meta", "prompts.alpha": 0.2},
 }
-_SAME = {"prompts.batch": 1, "prompts.augment": 0.0, "prompts.alpha": 0.0, "prompts.class_position": "end", "images.view": "crop"}
 
 
 @dataclass(frozen=True)
 class ImageStudy:
-    """A run's CLIP, some test images of its first source, and the shapes of a learner's step (None without one)."""
+    """A run's CLIP, some test images of its first source, and the texts of a learner's classes (None without one)."""
 
     config: ImageConfig
     model: CLIP
     pixels: np.ndarray  # uint8[SHOWN, size, size, 3]
     names: tuple[str, ...]  # of their classes
     attribution: str
-    shapes: Shapes | None
+    texts: ClassTexts | None
 
 
 def open_image_study(workdir: Path, config: ImageConfig, paths: Paths) -> ImageStudy:
     """Of a complete run."""
-    images, shapes = open_images(config.images.sources[0], paths.cache, paths.data), None
+    images, texts = open_images(config.images.sources[0], paths.cache, paths.data), None
     if config.prompts is None:
         model = clip_of_run(workdir, config, whole(config))
     else:
         model, tokenizer = open_clip(config, paths)
         if config.prompts.context:
             texts = texts_for(model, tokenizer, part_of_classes(images, config.images.classes), config.prompts)
-            shapes = Shapes(model.cfg, *texts.embedded.shape[:2])
     pixels, labels = test_pixels(images, model.cfg.image_size)
     chosen = np.linspace(0, len(labels) - 1, SHOWN).astype(int)
     names = tuple(images.classes[label] for label in labels[chosen])
-    return ImageStudy(config, model, pixels[chosen], names, images.attribution, shapes)
+    return ImageStudy(config, model, pixels[chosen], names, images.attribution, texts)
 
 
 def attention(study: ImageStudy) -> dict[str, Any]:
@@ -93,32 +93,34 @@ def _probabilities(model: CLIP, pixels: jax.Array) -> jax.Array:
 
 def overhead(study: ImageStudy) -> dict[str, Any]:
     """For each of TWINS: step {ms, ratio, ratio_low, ratio_high}, medians and quartiles over ROUNDS of its time over the first twin's of the
-    same round, and parameters. Images are random and there already: reading them is not in it."""
-    require(study.shapes is not None, "overhead: compares prompt learners; this run trains none")
-    config = replace(study.config, prompts=replace(study.config.prompts, condition="none", alpha=0.0), init=Init("x"), weights="")
-    seconds = step_seconds({name: override(config, _SAME | changes) for name, changes in TWINS.items()}, study.shapes)
-    first = next(iter(TWINS))
-    found: dict[str, Any] = {
-        "rounds": ROUNDS, "classes": study.shapes.classes, "tokens": study.shapes.length, "device": jax.devices()[0].device_kind,
-    }  # fmt: skip
+    same round. Images are there already: reading them is not in it."""
+    require(study.texts is not None, "overhead: compares prompt learners; this run trains none")
+    seconds, first = step_seconds(study), next(iter(TWINS))
+    classes, tokens, _ = study.texts.embedded.shape
+    found: dict[str, Any] = {"rounds": ROUNDS, "classes": classes, "tokens": tokens, "device": jax.devices()[0].device_kind}
     for name, taken in seconds.items():
         low, ratio, high = np.quantile(taken / seconds[first], (0.25, 0.5, 0.75)).tolist()
         found[name] = {"step": {"ms": 1e3 * float(np.median(taken)), "ratio": ratio, "ratio_low": low, "ratio_high": high}}
     return found
 
 
-def step_seconds(configs: dict[str, ImageConfig], shapes: Shapes) -> dict[str, np.ndarray]:
-    """Seconds of a train step, [ROUNDS] for each config, taken in turns after one step of each that is left out."""
-    ready: dict[str, Any] = {}
-    with progress("compiling train steps", total=len(configs)) as advance:
-        for name, config in configs.items():
-            task, draw = sketch(config, shapes)
-            key = jax.random.key(0)
-            state, *rest = jax.jit(draw, out_shardings=whole(config))(key)
-            arguments = (*rest, task.choice, key)
-            ready[name] = (compile_step(task, make_mesh(config.runtime.mesh), state, *arguments), state, arguments)
+def step_seconds(study: ImageStudy) -> dict[str, np.ndarray]:
+    """Seconds of a train step, [ROUNDS] for each of TWINS, taken in turns after one step of each that is left out."""
+    bare = replace(study.config.prompts, condition="none", alpha=0.0, augment=0.0, batch=1, class_position="end")
+    config = replace(study.config, prompts=bare, images=replace(study.config.images, view="crop"))
+    frozen, mesh = Frozen(study.model, study.texts, jnp.zeros((0, study.model.cfg.embed))), make_mesh(config.runtime.mesh)
+    shapes, key, ready = Shapes(study.model.cfg, *study.texts.embedded.shape[:2]), jax.random.key(0), {}
+    with progress("compiling train steps", total=len(TWINS)) as advance:
+        for name, changes in TWINS.items():
+            twin = override(config, changes)
+            task, _ = sketch(twin, shapes)
+            state = jax.jit(initialiser(task.create, task.tx), out_shardings=whole(config))(key)
+            batch = {"index": np.zeros(1, np.int32), "label": np.zeros(1, np.int32)}
+            batch["pixels"] = study.pixels[None, : 1 + twin.prompts.paired]
+            arguments = (frozen, batch, task.choice, key)
+            ready[name] = (compile_step(task, mesh, state, *arguments), state, arguments)
             advance(1)
-    taken: dict[str, list[float]] = {name: [] for name in configs}
+    taken: dict[str, list[float]] = {name: [] for name in TWINS}
     for _ in range(ROUNDS + 1):
         for name, (step, state, arguments) in ready.items():
             began = time.perf_counter()
@@ -133,7 +135,7 @@ ANALYSES = {function.__name__: function for function in (attention, overhead)}
 
 def fitting(study: ImageStudy) -> tuple[str, ...]:
     """The analyses that this run is meant for."""
-    wanted = {"attention": bool(study.model.cfg.patch), "overhead": study.shapes is not None}
+    wanted = {"attention": bool(study.model.cfg.patch), "overhead": study.texts is not None}
     return tuple(name for name, is_meant in wanted.items() if is_meant)
 
 

@@ -130,10 +130,8 @@ def test_the_count_of_a_step_on_images_equals_the_programs_own(name):
     prompts, images = RUNS[name]
     start = {"clip": VIT} if prompts is None else {"weights": "x"}
     config = ImageConfig(name=name, images=Images(**images), prompts=prompts, **start)
-    task, draw = sketch(config, Shapes(VIT, classes=7, length=11))
-    key = jax.random.key(0)
-    state, frozen, batch = jax.eval_shape(draw, key)
-    program = jax.make_jaxpr(step_function(task))(state, frozen, batch, task.choice, key)
+    task, arguments = sketch(config, Shapes(VIT, classes=7, length=11))
+    program = jax.make_jaxpr(step_function(task))(*arguments, task.choice, jax.random.key(0))
     assert image_step_flops(config, VIT, 7, 11, causal=False) == dot_flops(program.jaxpr)
 
 

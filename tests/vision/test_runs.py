@@ -1,7 +1,11 @@
 """Image runs whole: a small CLIP, learners on it, what they report, and a run that was killed against one that was not."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -14,7 +18,7 @@ from metajax.image_config import ImageConfig, Images, Prompts
 from metajax.models.clip.config import Clip
 from metajax.reporting.records import default_workdir, read_config
 from metajax.training.checkpoints import Checkpoints
-from metajax.vision import prompt_learning
+from metajax.vision import prompt_learning, study
 from metajax.vision.loop import train
 
 SMALL = ImageConfig(
@@ -85,7 +89,10 @@ def last_arrays(workdir):
 def test_a_clip_is_a_run_like_any_other(clip):
     workdir, report = clip
     assert report["steps"] == 3 and report["eval"]["digits"]["images"] > 500
-    assert (workdir / "report.html").exists() and read_config(workdir) == SMALL
+    assert read_config(workdir) == SMALL and "Where the class token looks" in (workdir / "report.html").read_text()
+    maps = json.loads((workdir / "analysis" / "attention.json").read_text())["result"]["details"]
+    for found in (np.array(maps["last"]), np.array(maps["rollout"])):
+        assert found.shape == (study.SHOWN, 2, 2) and np.all(found > 0) and np.all(found.sum(axis=(1, 2)) < 1)
     with pytest.raises(UserError, match="is a run on images"):
         open_run(workdir)
 
@@ -94,12 +101,17 @@ def test_a_clip_is_a_run_like_any_other(clip):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeypatch):
     config = learner()
     straight = paths.runs / "straight"
-    report = run_experiment(config, straight, paths)
+    monkeypatch.setattr(study, "ROUNDS", 3)
+    report = run_experiment(config, straight, paths, analyses=["overhead"])
+    timed = report["analyses"]["overhead"]
+    assert timed["cocoop"]["step"]["ratio"] == 1 and timed["aapl"]["step"]["ms"] > 0 and timed["classes"] == 5
     assert report["steps"] == 15 and set(report["eval"]) == {"base", "new", "harmonic", "delta"}
     assert report["training"]["ad_triplet"]["first"] > 0 and -1 <= report["eval"]["delta"]["silhouette"] <= 1
     assert report["parameters"] == {"context": 64, "meta_net": 16 * 16 + 16 + 16 * 16 + 16, "total": 64 + 544}
     page = (straight / "report.html").read_text()
-    assert "t-SNE" in page and "silhouette of deltas by augmentation" in page
+    assert "t-SNE" in page and "silhouette of deltas by augmentation" in page and "Time of a step" in page
+    with pytest.raises(UserError, match="sharpening: not of runs on images"):
+        run_experiment(config, straight, paths, analyses=["sharpening"])
 
     def killed(task, *others):
         return train(replace(task, batches=EndsAt(task.batches, 11)), *others)
@@ -118,6 +130,32 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeyp
         for n in ("straight", "killed")
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 15
+
+
+@pytest.mark.slow
+def test_four_devices_compute_what_one_does(tmp_path):
+    changes = {
+        "images.sources": "digits", "images.classes": "all", "images.shots": 2, "images.batch": 8, "training.steps": 3, "prompts.batch": 4,
+        "prompts.epochs": 1, "prompts.warmup_rate": 0.01, "runtime.log_every": 1,
+    }  # fmt: skip
+    words = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
+    found = []
+    for devices in (1, 4):
+        command = [
+            sys.executable,
+            "run.py",
+            "prompt_learning/base_to_new/aapl/digits",
+            "--runs-dir",
+            tmp_path / str(devices),
+            *words,
+        ]
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ | flags, check=True)
+        files = sorted((tmp_path / str(devices)).rglob("metrics.jsonl"))
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        found.append([[line["loss"], line["grad_norm"]] for line in lines])
+    assert len(found[0]) == 3 + 5, "of the CLIP, and of the learner"
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
 def flat(tree, path=""):
