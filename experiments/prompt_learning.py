@@ -155,7 +155,7 @@ NOISE = [
         Row("aapl", AAPL_PUBLISHED, _published((80.27, 72.17, 76.01), README, _AAPL, RECALLED)),
     ],
     columns=[
-        *_accuracies("*", "average"), *_of("emoji"),
+        *_accuracies("*", "average"), *_of("emoji"), *_of("digits"),
         *(column for part in ("emoji", "digits", *DATASETS) for column in _accuracies(part, part)),
     ],
     baseline="cocoop",
