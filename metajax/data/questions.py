@@ -1,4 +1,4 @@
-"""Multiple-choice questions from local JSON lines files, with the fields that the lm-evaluation-harness' tasks have.
+"""Multiple-choice questions and passages to complete from local JSON lines files, with the fields that the lm-evaluation-harness' tasks have.
 
 A kind says how a record becomes a question. Prompts are the harness' own, so that scores can be set beside published ones; `jsonl` is for
 files of one's own, with query, choices and gold.
@@ -91,6 +91,11 @@ def _openbookqa(record: Record) -> Question:
     return asked(record["question_stem"], choices["text"], choices["label"].index(record["answerKey"].strip()))
 
 
+def _passage(record: Record) -> Question:
+    """A passage that breaks off before the value, which stands somewhere in it (Arora et al., arXiv 2407.05483)."""
+    return Question((record["text"],), (DELIMITER + record["value"],), (record["value"],), 0)
+
+
 def _piqa(record: Record) -> Question:
     return asked(f"Question: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], record["label"])
 
@@ -109,9 +114,10 @@ def _winogrande(record: Record) -> Question:
 
 KINDS: dict[str, Callable[[Record], Question]] = {
     "arc_easy": _arc, "arc_challenge": _arc, "commonsense_qa": _commonsense_qa, "hellaswag": _hellaswag, "lambada": _lambada,
-    "mmlu_continuation": _mmlu, "openbookqa": _openbookqa, "piqa": _piqa, "social_iqa": _social_iqa, "winogrande": _winogrande,
+    "fda": _passage, "squad_completion": _passage, "swde": _passage, "mmlu_continuation": _mmlu, "openbookqa": _openbookqa, "piqa": _piqa, "social_iqa": _social_iqa, "winogrande": _winogrande,
     "jsonl": lambda record: asked(record["query"], record["choices"], record["gold"]),
 }  # fmt: skip
+COMPLETED = ("fda", "squad_completion", "swde")  # kinds whose value a model is to write, the others' answers are weighed
 # What MeCo puts in front for conditional inference: invented addresses that fit a task.
 SITES = {
     "mmlu_continuation": "testprepportal", "arc_easy": "sciencestudyquiz", "arc_challenge": "sciencestudyquiz", "commonsense_qa": "quizsmart",

@@ -1,5 +1,6 @@
 """Multiple-choice questions by log-likelihood, as the lm-evaluation-harness scores them: the answer whose tokens are most likely behind the
-question, by the sum of their log-probabilities (acc) or that sum by the answer's length in characters (acc_norm).
+question, by the sum of their log-probabilities (acc) or that sum by the answer's length in characters (acc_norm). Passages (SQuAD completion, SWDE,
+FDA) are completed instead: acc is the share of greedy continuations that contain the value.
 
 Questions and their answers are packed as documents of rows. A context that is too long loses its beginning; what stands in front of
 everything (BOS, metadata) stays, where the harness would cut it off too.
@@ -18,11 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metajax.config import Config, Metadata, require
-from metajax.data.metadata import delimiters
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
-from metajax.data.questions import BETWEEN, Question, Task, encode_pair
+from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
 from metajax.data.rows import Row, padding_row, stack
-from metajax.data.tokenizers import Tokenizer
+from metajax.inference.decoding import Sampling
+from metajax.inference.forward import prepare
+from metajax.inference.generation import generate, opening, room_for_prompt
 from metajax.progress import progress
 from metajax.training.losses import token_nll
 from metajax.training.step import apply_model
@@ -30,11 +32,15 @@ from metajax.training.step import apply_model
 if TYPE_CHECKING:
     from metajax.training.program import Program
 
+COMPLETION = 48  # tokens behind a passage, at most, as in the harness
 Piece = tuple[list[int], int]  # ids, and how many at their end are the answer
 
 
 def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
-    """{task: {acc, acc_norm, n}, "average": mean acc} with the first context and number of shots; all of them as settings.CONTEXT_SHOTS."""
+    """{task: {acc, acc_norm, n}, "average": mean acc} with the first context and number of shots; all of them as settings.CONTEXT_SHOTS.
+
+    "questions" and "passages": the mean acc of each sort, where there is one.
+    """
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [Task.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
@@ -50,11 +56,19 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
             examples = questions if task.shots_from == task.path else task.read(task.shots_from, corpora.paths.data)
             for context, shots in settings:
                 shown = [with_shots(q, n, examples, shots, examples is questions) for n, q in enumerate(questions)]
-                head = opening(config, corpora.tokenizer, context, task)
-                found[f"{context}_{shots}"][task.name] = summarise(shown, score(program, corpora, model, shown, head))
+                said = in_front(config, context, task)
+                if task.kind in COMPLETED:
+                    right = contains(program, corpora, model, shown, said)
+                    found[f"{context}_{shots}"][task.name] = shares(right, right)
+                else:
+                    answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, said))
+                    found[f"{context}_{shots}"][task.name] = summarise(shown, answers)
                 advance(1)
+    sorts: dict[str, list[str]] = {"average": names}
+    for task in tasks:
+        sorts.setdefault("passages" if task.kind in COMPLETED else "questions", []).append(task.name)
     for of_setting in found.values():
-        of_setting["average"] = float(np.mean([of_setting[name]["acc"] for name in names]))
+        of_setting |= {sort: float(np.mean([of_setting[name]["acc"] for name in members])) for sort, members in sorts.items()}
     return next(iter(found.values())) | {"settings": found}
 
 
@@ -69,20 +83,31 @@ def with_shots(question: Question, number: int, examples: Sequence[Question], sh
     return replace(question, contexts=tuple(before + context for context in question.contexts))
 
 
-def opening(config: Config, tokenizer: Tokenizer, context: str, task: Task) -> list[int]:
-    """The ids in front of everything: BOS, with the empty pair or a task's source where metadata stands in training."""
-    bos = [tokenizer.vocabulary.bos]
-    if context == "none":
-        return bos
-    recipe = config.metadata or Metadata()
-    before, after = delimiters(recipe, tokenizer)
-    said = ""
-    if context == "task":
-        require(task.source is not None, f"evaluation.choice: {task.name} has no source to name; give it one with ?source=TEXT")
-        fields = [name for _, name, _, _ in string.Formatter().parse(recipe.template) if name]
-        said = recipe.template.format_map(dict.fromkeys(fields, task.source))
-    metadata = [*before, *tokenizer.encode(said), *after]
-    return bos + metadata if recipe.bos_eos == "outside" else metadata + bos
+def in_front(config: Config, context: str, task: Task) -> str | None:
+    """What metadata says in front of everything: nothing, the empty pair or a task's source."""
+    if context != "task":
+        return None if context == "none" else ""
+    require(task.source is not None, f"evaluation.choice: {task.name} has no source to name; give it one with ?source=TEXT")
+    template = (config.metadata or Metadata()).template
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    return template.format_map(dict.fromkeys(fields, task.source))
+
+
+def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:
+    """Whether the first line of each context's greedy continuation has the answer in it, in upper or lower case."""
+    config, tokenizer = corpora.config, corpora.tokenizer
+    room = room_for_prompt(config, tokenizer, said) - COMPLETION
+    require(
+        room > 0, f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.row_length"
+    )
+    prompts = [tokenizer.encode(question.contexts[0])[-room:] for question in questions]
+    ready, size, texts = prepare(program.whole(model)), config.data.batch_rows, []
+    options = {"count": COMPLETION, "context": said, "sampling": Sampling(temperature=0)}
+    for n in range(0, len(prompts), size):
+        texts += generate(ready, config, tokenizer, prompts[n : n + size], **options)
+    return [
+        question.weighed[0].lower() in text.partition("\n")[0].lower() for question, text in zip(questions, texts, strict=True)
+    ]
 
 
 def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], head: list[int]) -> np.ndarray:
@@ -169,7 +194,12 @@ def summarise(questions: Sequence[Question], found: np.ndarray) -> dict[str, flo
             lengths = np.array([len(text) for text in question.weighed], np.float64)
             right.append(np.argmax(likely) == question.gold)
             right_norm.append(np.argmax(likely / lengths) == question.gold)
-    n, out = len(questions), {}
+    return shares(right, right_norm)
+
+
+def shares(right: Sequence[bool], right_norm: Sequence[bool]) -> dict[str, float]:
+    """acc and acc_norm with their standard errors, and n."""
+    n, out = len(right), {}
     for name, values in (("acc", right), ("acc_norm", right_norm)):
         share = float(np.mean(values))
         out |= {name: share, f"{name}_stderr": float(np.sqrt(share * (1 - share) / max(1, n - 1)))}

@@ -16,6 +16,7 @@ from metajax.inference.decoding import Decoding, Rules, Sampling, advance, start
 from metajax.inference.forward import Ready
 
 DEFAULT = Sampling()
+Prompt = str | Sequence[int]  # ids without BOS
 Context = str | Sequence[str | None] | None
 SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
 
@@ -34,7 +35,7 @@ def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
     return meta_slots, np.setdiff1d(np.arange(slots), meta_slots)
 
 
-def _head(config: Config, tokenizer: Tokenizer, context: str | None) -> list[int]:
+def opening(config: Config, tokenizer: Tokenizer, context: str | None) -> list[int]:
     """BOS, and the metadata between the delimiters it had in training, on the side of BOS where it stood."""
     if context is None:
         return [tokenizer.vocabulary.bos]
@@ -46,7 +47,7 @@ def _head(config: Config, tokenizer: Tokenizer, context: str | None) -> list[int
 
 def room_for_prompt(config: Config, tokenizer: Tokenizer, context: str | None) -> int:
     """Tokens of a row that prompt and continuation can share behind `context`."""
-    return len(_layout(config)[1]) - len(_head(config, tokenizer, context))
+    return len(_layout(config)[1]) - len(opening(config, tokenizer, context))
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed:
 
 
 def stream(
-    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: Context = None,
+    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
     guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
 ) -> Iterator[list[str]]:  # fmt: skip
     """The text that follows each prompt, piece by piece: at most `count` tokens, cut at the end-of-text token.
@@ -128,15 +129,15 @@ def stream(
     """
     vocabulary = tokenizer.vocabulary
     contexts = [context] * len(prompts) if isinstance(context, str | None) else list(context)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    ids = [[*_head(config, tokenizer, said), *prompt] for said, prompt in zip(contexts, encoded, strict=True)]
+    encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = [[*opening(config, tokenizer, said), *prompt] for said, prompt in zip(contexts, encoded, strict=True)]
     if guidance is not None:
         require(None not in contexts, "guidance is away from text without metadata: it needs a context")
         require(
             config.meta_tokens is None,
             "guidance: a row's two readings have their meta-tokens at different tokens; use a model without",
         )
-        ids += [[*_head(config, tokenizer, ""), *prompt] for prompt in encoded]
+        ids += [[*opening(config, tokenizer, ""), *prompt] for prompt in encoded]
     rows = Rows.of(config, ids, vocabulary, count)
     rules = make_rules(config, vocabulary, sampling, seed, guidance)
     return _pieces(ready, rows, rows.start(ready, rules), rules, tokenizer, stride, len(prompts))
@@ -169,7 +170,7 @@ def _settled(text: str) -> str:
 
 
 def generate(
-    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[str], *, count: int, context: Context = None,
+    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
     guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0,
 ) -> list[str]:  # fmt: skip
     """The text that follows each prompt, whole; see `stream`."""

@@ -18,7 +18,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
         for name, scored in tasks.items():
             if name == "average":
                 rows.append(["mean", IN_FRONT[context], shots, f"{scored:.1%}", "", ""])
-                continue
-            shares = [f"{scored[key]:.1%} ± {scored[f'{key}_stderr']:.1%}" for key in ("acc", "acc_norm")]
-            rows.append([title(name), IN_FRONT[context], shots, *shares, f"{scored['n']:,}"])
+            elif isinstance(scored, dict):
+                shares = [f"{scored[key]:.1%} ± {scored[f'{key}_stderr']:.1%}" for key in ("acc", "acc_norm")]
+                rows.append([title(name), IN_FRONT[context], shots, *shares, f"{scored['n']:,}"])
     return rows

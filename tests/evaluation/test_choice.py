@@ -11,8 +11,11 @@ import pytest
 from metajax.config import Choice, Metadata, UserError
 from metajax.data.pipeline import check_evaluation, open_corpora
 from metajax.data.questions import KINDS, Question, Task, encode_pair
-from metajax.evaluation.choice import evaluate_choice, opening, score, summarise, with_shots
+from metajax.evaluation.choice import COMPLETION, evaluate_choice, in_front, score, summarise, with_shots
 from metajax.experiment import run_experiment
+from metajax.inference.decoding import Sampling
+from metajax.inference.forward import prepare
+from metajax.inference.generation import generate, opening
 from metajax.reporting.choices import table_rows
 from metajax.training.program import Program
 
@@ -107,6 +110,26 @@ def test_results_by_task_context_and_shots(prepared):
     assert found["average"] == found["jsonl"]["acc"]
 
 
+def test_passages_are_completed_and_their_first_line_searched_for_the_value(prepared, tmp_path):
+    texts = ["Ada was born in", "so long a passage that its beginning is lost, by", "Ada was born in"]
+    file, changes = tmp_path / "swde.jsonl", {"data.row_length": 72, "evaluation.choice.shots": (0,)}
+    file.touch()
+    program, corpora, model = prepared([f"swde:{file}"], **changes)
+    room = 72 - 1 - COMPLETION  # beside BOS
+    cut, greedy = [text[-room:] for text in texts], Sampling(temperature=0)
+    said = generate(prepare(model), corpora.config, corpora.tokenizer, cut, count=COMPLETION, sampling=greedy)
+    lines = [text.partition("\n")[0] for text in said]
+    assert min(map(len, lines)) > 3 and lines[0] != lines[1]
+    values = [lines[0][1:4].swapcase(), lines[1][-3:], lines[2] + "?"]
+    records = [{"text": text, "value": value} for text, value in zip(texts, values, strict=True)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shown = with_shots(*(KINDS["swde"](record) for record in records[:1]), 0, [KINDS["swde"](records[1])], 1, same_file=False)
+    assert shown.contexts == (f"{texts[1]} {values[1]}\n\n{texts[0]}",)
+    found = evaluate_choice(program, corpora, model)
+    assert found["swde"]["acc"] == found["passages"] == pytest.approx(2 / 3) and found["questions"] == found["jsonl"]["acc"]
+    assert found["average"] == pytest.approx((found["passages"] + found["questions"]) / 2)
+
+
 def test_a_run_with_questions_from_start_to_finish(tiny_config, paths, tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     choice = Choice((f"jsonl:{tmp_path}/own.jsonl?name=own",), shots=(0,))
@@ -137,10 +160,11 @@ def test_conditional_inference_names_a_source_where_metadata_stood_in_training(p
     _, corpora, _ = prepared([], metadata=recipe)
     task, tokenizer = Task.of("openbookqa:f.jsonl"), corpora.tokenizer
     bos = tokenizer.vocabulary.bos
-    assert opening(corpora.config, tokenizer, "task", task) == [bos, *tokenizer.encode("URL: www.factquizmaster.com\n\n")]
-    assert opening(corpora.config, tokenizer, "empty", task) == opening(corpora.config, tokenizer, "none", task) == [bos]
+    head = lambda context: opening(corpora.config, tokenizer, in_front(corpora.config, context, task))  # noqa: E731
+    assert head("task") == [bos, *tokenizer.encode("URL: www.factquizmaster.com\n\n")]
+    assert head("empty") == head("none") == [bos]
     with pytest.raises(UserError, match="own has no source to name; give it one with"):
-        opening(corpora.config, tokenizer, "task", Task.of("jsonl:f.jsonl?name=own"))
+        in_front(corpora.config, "task", Task.of("jsonl:f.jsonl?name=own"))
 
 
 def test_mistakes_in_files_are_named(prepared, tmp_path):

@@ -12,7 +12,7 @@ from metajax.data.pipeline import open_corpora, training_batches
 from metajax.data.tokenizers import Bytes
 from metajax.inference.decoding import Sampling, guided
 from metajax.inference.forward import prepare
-from metajax.inference.generation import _head, generate, meta_layout, room_for_prompt, stream
+from metajax.inference.generation import generate, meta_layout, opening, room_for_prompt, stream
 from metajax.training.program import build_model
 
 TOKENIZER = Bytes()
@@ -150,7 +150,7 @@ def test_a_context_stands_where_training_had_it(tiny_config, paths, recipe):
     batch = training_batches(corpora)[0]
     first = batch["tokens"][0][batch["segment_ids"][0] == 1]
     topic = TOKENIZER.decode([int(i) for i in first[batch["is_metadata"][0][: len(first)]] if i < 256])
-    head = _head(config, TOKENIZER, topic)
+    head = opening(config, TOKENIZER, topic)
     assert first[: len(head)].tolist() == head and len(head) > len(topic)
 
 
