@@ -378,6 +378,7 @@ table(
     notes=[
         "Books of PG19 at paper scale; at cpu and gpu scale the longer docstrings of pydocs, which are no books. Evaluation length, tokenizer and the "
         "tokens that count are not stated in the paper: rows as in training, real tokens alone. Landmark Attention, 16.23 there, is not here.",
+        f"{SEEN}meta_rope leans below plain_ape, as in the paper, and is above plain_rope, which the paper lacks: positions, not meta-tokens, make that lead.",
     ],
 )
 def pg19_perplexity(scale: str) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) ->
             _draw_spread(axes, column, baseline)
             if limits[column.quantity] is not None:
                 axes.set_xlim(*limits[column.quantity])
-            axes.set_title(column.title, fontweight="bold")
+            axes.set_title(textwrap.fill(column.title, 44), fontweight="bold")
             drawn.append(to_svg(figure, f"Spread over seeds of {column.title} for {', '.join(column.values)}"))
     return drawn
 
