@@ -55,11 +55,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a manifest; delete {folder} and the corpus is built again") from None
 
 
+def folder_of(kind: str, key: str, cache_dir: Path) -> Path:
+    """Where a built corpus is or will be."""
+    return Path(cache_dir) / "corpora" / f"{kind}-{key[:12]}"
+
+
 def open_or_build(
     spec: str, kind: str, key: str, cache_dir: Path, build: Callable[[], tuple[list[Document], dict[str, Any]]]
 ) -> BuiltCorpus:
     """The corpus in cache_dir/corpora/KIND-KEY12, built by `build() -> (documents, manifest)` when it is not there."""
-    folder = Path(cache_dir) / "corpora" / f"{kind}-{key[:12]}"
+    folder = folder_of(kind, key, cache_dir)
     if not folder.exists():
         documents, manifest = build()
         require(len(documents) > 0, f"{spec}: no documents with enough words; name other modules or sources")

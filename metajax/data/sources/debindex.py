@@ -24,7 +24,7 @@ from typing import Any
 
 from metajax.config import UserError, require
 from metajax.data.documents import Document
-from metajax.data.sources.built import BuiltCorpus, open_or_build
+from metajax.data.sources.built import BuiltCorpus, folder_of, open_or_build
 from metajax.progress import say
 
 RECIPE = 2  # raise when a change below changes the documents
@@ -44,13 +44,13 @@ Stanza = dict[str, str]
 
 
 def open_debindex(spec: str, cache_dir: Path) -> BuiltCorpus:
-    """The corpus of this machine's Debian release, fetched (16 MB) and built on first use; elsewhere that of the pinned one, from the cache.
+    """The pinned release's corpus where the cache has it, else that of this machine's, fetched (16 MB) and built on first use.
 
     Raises UserError where it has to be built, and there is no Debian, no apt, or no mirror that answers.
     """
-    here = debian_release()
-    release, architecture = here or (PINNED["release"], PINNED["architecture"])
-    key = hashlib.sha256(json.dumps([RECIPE, release, architecture]).encode()).hexdigest()
+    here, release, architecture = debian_release(), PINNED["release"], PINNED["architecture"]
+    if here is not None and not folder_of("debindex", _key(release, architecture), cache_dir).exists():
+        release, architecture = here
 
     def build() -> tuple[list[Document], dict[str, Any]]:
         require(here is not None, f"debindex: this machine does not run a Debian release with apt; {_REMEDY}")
@@ -59,7 +59,11 @@ def open_debindex(spec: str, cache_dir: Path) -> BuiltCorpus:
         documents = build_documents(packages.decode(), translation.decode())
         return documents, describe(release, architecture, raw)
 
-    return open_or_build(spec, "debindex", key, cache_dir, build)
+    return open_or_build(spec, "debindex", _key(release, architecture), cache_dir, build)
+
+
+def _key(release: str, architecture: str) -> str:
+    return hashlib.sha256(json.dumps([RECIPE, release, architecture]).encode()).hexdigest()
 
 
 def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[str, Any]:
