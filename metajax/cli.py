@@ -254,6 +254,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="experiment, whose data.sources and data.tokenizer count")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one for each core)")
+    parser.add_argument("--measure", action="store_true", help="how fast one core reads it, alone and as rows, and tokenises")
     _add_config(parser)
     _add_place(parser)
 

@@ -305,18 +305,21 @@ def plan(options: argparse.Namespace, started: float) -> int:
 
 
 def cache(options: argparse.Namespace, started: float) -> int:
-    """Tokenise what an experiment reads, and print what there is."""
+    """Tokenise what an experiment reads, and print what there is; with --measure how fast it is read."""
     from metajax.data.pipeline import open_corpora
+    from metajax.reporting.feeding import feeding
 
     require(options.workers >= 1, f"--workers {options.workers}: at least 1")
     config, _ = _config(registry.find_experiment(options.name), options)
-    for found in open_corpora(config, _paths(options), options.workers).caches:
+    for found in (corpora := open_corpora(config, _paths(options), options.workers)).caches:
         manifest = found.manifest
         skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
         print(
             f"{manifest['source']['spec']}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of the body, "
             f"{manifest['bytes']:,} bytes{skipped}; sha256 {manifest['sha256'][:12]}\n  {found.folder}"
         )
+    if options.measure:
+        print("one core: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in feeding(corpora).items()))
     return 0
 
 

@@ -1,0 +1,43 @@
+"""How fast the input path is on one core, against reading token records alone.
+
+Counted in CPU seconds of this process, all of its threads together, so that other work on the machine does not count. Handing a batch from a reader
+process to the one that trains is not in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from metajax.data.pipeline import Corpora, training_batches
+
+SECONDS, CHUNK = 3.0, 512  # of each measurement; documents tokenised at a time, as in metajax/data/tokenising.py
+
+
+def feeding(corpora: Corpora, seconds: float = SECONDS) -> dict[str, float]:
+    """Tokens a second of one core.
+
+    reading: bodies of the first source's training documents from its cache, in a random order; rows: slots of whole batches as a run reads them;
+    tokenising: from text, as `cache` does it once.
+    """
+    cache, data, tokenizer = corpora.caches[0], corpora.config.data, corpora.tokenizer
+    documents = np.random.default_rng(0).permutation(cache.documents("train", data.held_out, data.min_bytes))
+    batches = training_batches(corpora)
+    texts = [tokenizer.decode(cache[d].tolist()) for d in documents[:CHUNK].tolist()]
+    return {
+        "reading": rate(lambda n: len(cache[int(documents[n % len(documents)])]), seconds),
+        "rows": rate(lambda n: batches[n]["tokens"].size, seconds),
+        "tokenising": rate(lambda n: sum(map(len, tokenizer.encode_batch(texts))), seconds),
+    }
+
+
+def rate(read: Callable[[int], int], seconds: float) -> float:
+    """What `read(1)`, `read(2)` ... give together in each CPU second, over so many of them; `read(0)` opens what there is to open."""
+    read(0)
+    begun, tokens, n = time.process_time(), 0, 0
+    while (spent := time.process_time() - begun) < seconds:
+        n += 1
+        tokens += read(n)
+    return tokens / spent
