@@ -118,7 +118,10 @@ def compile_step(task: Task, mesh: Mesh, *arguments: Any) -> Any:
     spread = batch_sharding(mesh) if len(arguments[2]["pixels"]) % mesh.size == 0 else everywhere
     shardings = (everywhere, everywhere, spread, everywhere, everywhere)
     with jax.set_mesh(mesh):
-        step = jax.jit(step_function(task), donate_argnums=0, in_shardings=shardings, out_shardings=everywhere)
+        step = jax.jit(
+            step_function(task), donate_argnums=0, in_shardings=shardings, out_shardings=everywhere,
+            keep_unused=True,  # the frozen CLIP is there whole, so that a plan counts all of it
+        )  # fmt: skip
         return step.lower(*arguments).compile()
 
 
