@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # The log of a test run names its slowest tests; two workers because JAX already uses several threads in each.
 PYTEST := $(PY) -m pytest -n 2 --durations=10
 
-.PHONY: quickstart test test-all test-faults test-next bench bench-gpu docs lint format clean
+.PHONY: quickstart test test-all test-faults test-next plan-all bench bench-gpu docs lint format clean
 
 quickstart: $(VENV)/.runtime
 	$(PY) run.py quickstart
@@ -28,6 +28,10 @@ test-next:
 	test -z "$(NEXT_PYTHON)" || $(NEXT_PYTHON) -m venv .venv-next
 	test -z "$(NEXT_PYTHON)" || sed -E 's/==.*//; /^-r|libtpu/d' requirements.txt requirements-dev.txt | .venv-next/bin/python -m pip install -q -r /dev/stdin
 	test -z "$(NEXT_PYTHON)" || .venv-next/bin/python -m pytest -n 2 -m "not slow" -W error::DeprecationWarning:metajax tests
+
+# Every program of the papers' size compiled for TPU slices that are not there, minutes each: what fits, and how fast a step can be at best.
+plan-all: $(VENV)/.dev
+	$(PY) run.py plan --all --scale paper
 
 # The kernels' costs beside their rivals', into docs/kernels.md: the clock of a chip, or the compiled schedule without one.
 bench: $(VENV)/.dev

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from metajax.config import Config, Data, Evaluation, Hybrid, Init, Model, Optimizer, Runtime, Switch, Tasks, Training
 from metajax.models.presets import hymba, hymba_1_5b, hymba_125m, hymba_300m, hymba_350m
-from metajax.registry import ByScale, Column, Published, Row, experiment, table
+from metajax.registry import ByScale, Column, Published, Row, experiment, table, vocabularies
 
 PAPER = "Hymba (arXiv 2411.13676)"
+vocabularies["sentencepiece:llama2/tokenizer.model"] = 32_000
 
 NO_META = {"model.hybrid.meta_tokens": 0}
 UNSHARED = {"model.hybrid.kv_groups": ()}

@@ -10,9 +10,10 @@ from typing import Any
 
 from metajax.config import Choice, Config, Data, Evaluation, Metadata, Model, Optimizer, Runtime, Switch, Training
 from metajax.models.presets import llama
-from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, table
+from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, table, vocabularies
 
 BEYOND, HELP, MECO = "Beyond URLs (arXiv 2511.21613)", "URLs Help, Topics Guide (arXiv 2505.16570)", "MeCo (arXiv 2501.01956)"
+vocabularies |= {"hf:tokenizer.json": 131_072, "hf:llama3/tokenizer.json": 128_256}
 NOTES = "as told in notes on the paper"  # of the first two papers no full text was at hand
 TASKS = (
     "arc_challenge",

@@ -348,6 +348,7 @@ TIMES = Published(1.25, "training time, 2511.03367 by third parties")
     "prompt_learning/cost",
     summary="time of training and of testing, from the runs of base_to_new",
     paper=f"{PAPER}: 1.25 times CoCoOp's training time, 1.01 times its inference (2511.03367, by third parties)",
+    paper_rows=1,
     rows=[
         Row(name, {}, {RATIO: TIMES} if name == "aapl" else {}, of=f"prompt_learning/base_to_new/{name}", fill={"twin": name}, note=note)
         for name, note in (("coop", ""), ("cocoop", ""), ("aapl", "six passes of the image tower a step where CoCoOp has one"))

@@ -235,8 +235,13 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="experiment")
-    parser.add_argument("--topology", required=True, metavar="KIND:SIZE", help="such as v5e:4x4, v5p:2x2x2, v6e:8x8")
+    parser.add_argument("name", nargs="?", default="", metavar="NAME", help="experiment; with --all: what names contain")
+    parser.add_argument("--all", action="store_true", help="all experiments of the scale, one of each distinct program")
+    parser.add_argument(
+        "--topology",
+        metavar="KIND:SIZE",
+        help="such as v5e:4x4, v5p:2x2x2, v6e:8x8; with --all several, tried in this order until it fits (slices of v5p)",
+    )
     parser.add_argument(
         "--vocabulary", type=int, default=None, metavar="N", help="tokens, where the tokenizer is a file of yours"
     )

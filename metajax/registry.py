@@ -227,6 +227,7 @@ def _joined(*words: str) -> str:
 
 _experiments: dict[str, Experiment] = {}
 _tables: dict[str, Table] = {}
+vocabularies: dict[str, int] = {}  # ids of tokenizers whose files are the user's: enough to plan without them
 
 
 def table(

@@ -293,13 +293,19 @@ def _open_run(options: argparse.Namespace, word: str) -> Any:
 
 
 def plan(options: argparse.Namespace, started: float) -> int:
-    """Compile an experiment's train step for a slice that is not there; 1 where it does not fit."""
+    """Compile the train step of an experiment, or of all, for a slice that is not there; 1 where one does not fit."""
+    require(options.all or bool(options.name and options.topology), "name an experiment and its --topology, or say --all")
+    given = {"--set": options.changes, "--json": options.json, "--html": options.html, "--largest-batch": options.largest_batch}
+    for flag in (flag for flag, value in given.items() if options.all and value):
+        raise UserError(f"{flag} does not go with --all, which plans experiments as they are; name one, or leave it out")
     with tempfile.TemporaryDirectory(prefix="plan-") as dump:
         from metajax.planning.topology import allow_compiler
 
         allow_compiler(Path(dump))
-        from metajax.planning.command import run_plan
+        from metajax.planning.command import run_plan, run_survey
 
+        if options.all:
+            return run_survey(options, _paths(options), Path(dump))
         config, parents = _config(registry.find_experiment(options.name), options)
         return run_plan(options, config, parents, _paths(options), Path(dump))
 

@@ -44,7 +44,8 @@ def names_nothing(words):
 def test_commands_are_commands(page, words):
     registry.load()
     options = cli._parse(list(words))
-    if (options.verb in ("run", "table", "plan") and options.name) or (options.verb == "show" and "/" in options.name):
+    named = options.verb in ("run", "table", "plan") and options.name and not options.all
+    if named or (options.verb == "show" and "/" in options.name):
         target = registry.find(options.name)
         example = registry.find_experiment(target.example) if isinstance(target, registry.Table) else target
         fields = dict(pair.split("=", 1) for pair in options.changes)

@@ -9,16 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from metajax import registry
 from metajax.config import override, require
 from metajax.data.pipeline import Paths
-from metajax.data.tokenizers import vocabulary_of
+from metajax.data.tokenizers import Vocabulary, vocabulary_of
 from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig
+from metajax.lineage import resolve_parents
 from metajax.planning.advice import advise, batch_of, largest_batch
 from metajax.planning.plan import plan, text_step
+from metajax.planning.survey import SLICES, survey
 from metajax.progress import say
 from metajax.reporting.plan_page import write_plan_page
-from metajax.reporting.terminal import print_plan
+from metajax.reporting.terminal import print_plan, print_survey
 
 
 def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
@@ -45,6 +50,26 @@ def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[A
     return 0 if found["fits"] else 1
 
 
+def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
+    """Print and write the plans of all experiments of a scale, one for each program; 1 where one failed or does not fit."""
+    named = [one for one in registry.experiments().values() if options.name in one.name]
+    chosen = [one.build(options.scale) for one in named if options.scale in one.scales]
+    require(bool(chosen), f"nothing of scale {options.scale} is named like {options.name!r}")
+
+    def plan_one(config: AnyConfig, topology: str) -> dict[str, Any]:
+        for file in dump.iterdir():
+            file.unlink()
+        jax.clear_caches()
+        resolved, parents = resolve_parents(config, {}, paths.runs)
+        return plan(resolved, _step(resolved, parents, paths, options.vocabulary), topology, dump)
+
+    file = paths.runs / "plans" / f"{options.scale}.json"
+    made = survey(chosen, options.topology.split(",") if options.topology else SLICES, plan_one, file)
+    print_survey(made)
+    say(f"plans: {file}")
+    return 0 if all(found["fits"] for found in made) else 1
+
+
 def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
     """What is planned of a config and devices, for its kind of run."""
     if isinstance(config, ImageConfig):
@@ -52,7 +77,10 @@ def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabul
         from metajax.vision.sketch import shapes_of
 
         return functools.partial(image_step, shapes=shapes_of(config, parents, paths))
-    known = vocabulary_of(config.data.tokenizer)
+    tokenizer = config.data.tokenizer
+    known = vocabulary_of(tokenizer)
+    if known is None and tokenizer in registry.vocabularies:
+        known = Vocabulary.above(registry.vocabularies[tokenizer])
     size = vocabulary or (known.size if known is not None else None)
     require(
         size is not None,

@@ -212,6 +212,23 @@ def print_plan(found: dict[str, Any]) -> None:
     _print_advice(found)
 
 
+def print_survey(made: Sequence[dict[str, Any]]) -> None:
+    """The plans of many programs, a line for each."""
+    grid = _grid("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s")
+    for found in made:
+        line = [found["name"], str(len(found["stands_for"])), found["topology"]]
+        if not found["fits"]:
+            grid.add_row(*line, f"does not fit: {found['reason']}")
+            continue
+        memory, bound, gib = found["memory"], found["bound"], 2**30
+        grid.add_row(
+            *line, f"{memory['total'] / gib:.2f} of {memory['limit'] / gib:g}", f"{1e3 * bound['step']:.1f}", f"{bound['mfu']:.1%}",
+            f"{found['compile_seconds']:.0f}",
+        )  # fmt: skip
+    console.print(grid)
+    console.print(f"{sum(found['fits'] for found in made)} of {len(made)} programs fit")
+
+
 def _print_buffers(found: dict[str, Any]) -> None:
     for buffer in found["largest_buffers"]:
         text = (
