@@ -187,6 +187,15 @@ def test_a_phase_has_lengths_up_to_its_bound(task):
         assert made.shortest(task) <= min(lengths) < middle < max(lengths) <= longest[phase]
 
 
+@pytest.mark.parametrize("task", KINDS)
+def test_a_short_way_has_examples_in_every_phase(task):
+    shortest = examples().shortest(task)
+    for length in range(shortest + 1, shortest + 7):
+        made = examples(train_length=length)
+        for phase in range(5):
+            assert shortest <= len(made.training(task, phase, 0).ids) <= made.longest(task, phase) <= length
+
+
 def test_phases_are_equal_parts_of_the_run():
     assert [phase_of(step, 10, 5) for step in range(12)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
     assert Counter(phase_of(step, 1000, 3) for step in range(1000)) == {0: 334, 1: 333, 2: 333}

@@ -69,9 +69,10 @@ class Examples:
         return self._shortest[task]
 
     def longest(self, task: str, phase: int) -> int:
-        """Tokens of the longest training example of a phase: its share of the way from the shortest to tasks.train_length."""
-        shortest = self.shortest(task)
-        return shortest + round(self.tasks.phases[phase] * (self.tasks.train_length - shortest))
+        """Tokens of the longest training example of a phase: its share of the way from the shortest to tasks.train_length, and not of one
+        length alone, which the pieces of no example might add up to."""
+        way = self.tasks.train_length - self.shortest(task)
+        return self.shortest(task) + min(way, max(1, round(self.tasks.phases[phase] * way)))
 
     def check(self) -> None:
         """UserError where a task has no example of the lengths that the config asks for."""
