@@ -71,6 +71,7 @@ table(
     notes=[
         "Every row is evaluated on the same examples; the steps of fine-tuning are the same, so shorter ones are also fewer tokens.",
         GPT_NEO,
+        f"{SEEN}not reproduced. What is learned on shorter examples goes no further with meta-tokens than without; all of it within the intervals.",
     ],
 )(fine_tuned)
 
