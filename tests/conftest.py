@@ -10,10 +10,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
+hypothesis.settings.load_profile("untimed")
 jaxtyping.install_import_hook(
     ["metajax.models", "metajax.analysis", "metajax.ops", "metajax.training.losses", "kernels_pallas"], "beartype.beartype"
 )  # before any of them is imported
