@@ -235,7 +235,7 @@ table(
     notes=[
         "The paper's splits are named medium, hard and extra-hard; that they are bins of up to 256, 512 and 1,024 tokens is our reading.",
         "A rotary angle of 0 is what zeroing means here; the scope (causal attention, meta-attention, both) is not stated and is both.",
-        f"{SEEN}not reproduced. Zeroed positions change list recall by nothing that is clear of zero, and cost copying (meta_rope) and parity (meta_ape).",
+        f"{SEEN}not reproduced. Zeroed positions cost list recall in three of four bins (meta_rope), copying (meta_rope) and parity (meta_ape), and help nowhere.",
     ],
 )(fine_tuned)
 
