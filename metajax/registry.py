@@ -123,9 +123,8 @@ class Table:
     )  # name -> what it changes, at the scales that have it
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # for {names} in the columns' paths, below a row's own
     analyses: tuple[str, ...] = ()  # of every run, made where a run has not been through them; columns read `analyses.NAME...`
-    paper_rows: int = (
-        0  # of the paper's table or figure that this one reproduces; 0: it reproduces none, or its rows are not known
-    )
+    # Of the paper's table or figure that this one reproduces; 0: it reproduces none, or its rows are not known.
+    paper_rows: int = 0
 
     def __post_init__(self) -> None:
         check_analyses(f"table {self.name}", self.analyses)

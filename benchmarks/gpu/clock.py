@@ -25,9 +25,8 @@ class Side(NamedTuple):
     name: str
     call: Callable[[], Any]  # launches the work, returns what it makes
     wait: Callable[[Any], Any]  # until that is made
-    arrays: Callable[[Any], list[np.ndarray]] | None = (
-        None  # float32, to be held against our own; None: it computes something else
-    )
+    # float32, to be held against our own; None: it computes something else.
+    arrays: Callable[[Any], list[np.ndarray]] | None = None
     facts: dict[str, Any] = {}  # what is known of it besides its times  # noqa: RUF012
 
 

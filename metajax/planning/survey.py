@@ -14,15 +14,8 @@ from metajax.progress import say
 from metajax.reporting.records import write_json
 
 SLICES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")  # tried in this order: a host, then larger ones
-_RATES = (
-    "context_init",
-    "beta",
-    "margin",
-    "epochs",
-    "learning_rate",
-    "warmup_rate",
-    "weight_decay",
-)  # numbers that a learner's step has in it
+# Numbers that a learner's step has in it.
+_RATES = ("context_init", "beta", "margin", "epochs", "learning_rate", "warmup_rate", "weight_decay")
 
 
 def has_step(config: AnyConfig) -> bool:

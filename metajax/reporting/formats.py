@@ -35,7 +35,7 @@ DELTA, PLUS_MINUS = "\N{GREEK CAPITAL LETTER DELTA}", "\N{PLUS-MINUS SIGN}"
 def ours_text(row: Mapping[str, Any], column: Mapping[str, Any], seeds: int) -> str:
     """Mean and half width of the interval; the number of seeds where some are missing; else why there is no number."""
     summary = row["cells"][column["key"]]["ours"]
-    return _interval(summary, column["digits"], seeds) if summary else state_of(row)
+    return _interval(summary, column["digits"], seeds) if summary else state_of(row, column)
 
 
 def difference_text(row: Mapping[str, Any], column: Mapping[str, Any], result: Result) -> str:
@@ -69,11 +69,11 @@ def _interval(summary: Mapping[str, Any], digits: int, seeds: int, sign: str = "
     return text if summary["n"] == seeds else f"{text} (n={summary['n']})"
 
 
-def state_of(row: Mapping[str, Any]) -> str:
-    """What a cell without a number says: what is the matter with the row or its runs, or that they have no such number."""
+def state_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    """What a cell without a number says: what is the matter with the row or the runs that the column reads, or that there is no such number."""
     if row["lacks"]:
         return "no such field"
-    states = {run["state"] for run in row["runs"]}
+    states = {run["state"] for run in row["runs"] if column["part"] in (run["part"], "*")}
     return next((state for state in (FAILED, UNFINISHED, NOT_RUN) if state in states), "-")
 
 

@@ -127,7 +127,7 @@ def _cell(row: Row, column: Mapping[str, Any], result: formats.Result) -> dict[s
     return {
         "ours": ours,
         "spread": spread,
-        "state": "" if cell["ours"] else formats.state_of(row),
+        "state": "" if cell["ours"] else formats.state_of(row, column),
         "difference": formats.difference_text(row, column, result) if difference else "",
         "verdict": _verdict(difference, column["better"]),
         "has_paper": formats.has_paper(result, column),

@@ -410,6 +410,9 @@ def test_a_row_may_have_a_run_for_each_part(tmp_path, page):
         "lab_parts/meta/long", "lab_parts/plain/long", "lab_parts/plain/short"
     ]  # fmt: skip
     plan = plan_of(table, tmp_path)
+    plan.write()
+    [meta] = [line.split("|") for line in (plan.folder / "table.md").read_text().splitlines() if line.startswith("| meta ")][:1]
+    assert meta[2].strip() == "-" and "not run yet" in meta[5], "a part that a row lacks is not one that it has still to run"
     result = run_table(plan, Runs())
     assert cell(result, "plain", "short: steps")["values"] == [30, 30, 30]
     assert cell(result, "plain", "long: steps")["values"] == [70, 70, 70]
