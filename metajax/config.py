@@ -463,7 +463,8 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def config_hash(config: Config) -> str:
     """Eight hex digits over every field that can change a number; name, seed and `runtime` stand outside."""
     identity = {k: v for k, v in to_dict(config).items() if k not in ("name", "scale", "seed", "runtime")}
-    # An evaluation that a run does without is no part of it: a new kind leaves the names of the runs there are.
-    if "evaluation" in identity:  # runs on images have none
-        identity["evaluation"] = {k: v for k, v in identity["evaluation"].items() if v is not None}
+    # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
+    for part in ("evaluation", "prompts"):
+        if identity.get(part):
+            identity[part] = {k: v for k, v in identity[part].items() if v is not None}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

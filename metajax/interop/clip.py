@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,23 +136,27 @@ def from_state(state: Mapping[str, Tensor], cfg: Clip, kind: str, runtime: Runti
     return fill(model, clip_tensors(model, kind), state, layout_of(cfg, kind))
 
 
-def load_clip(folder: Path, runtime: Runtime | None = None) -> CLIP:
+def load_clip(folder: Path, runtime: Runtime | None = None, compute_dtype: str = "float32") -> CLIP:
     """The CLIP of a folder from Hugging Face (config.json) or open_clip (open_clip_config.json), in safetensors; or of OpenAI's .pt file.
 
     Raises:
       UserError: a file, tensor or setting that is missing or that this model cannot follow.
     """
+    state, cfg, kind = _open_published(folder)
+    return from_state(state, replace(cfg, compute_dtype=compute_dtype), kind, runtime)
+
+
+def _open_published(folder: Path) -> tuple[Mapping[str, Tensor], Clip, str]:
+    """(tensors, model, name of the layout) of what `load_clip` takes."""
     if folder.suffix == ".pt":
         state = _read_archive(folder)
-        return from_state(state, openai_config(state), "openai", runtime)
+        return state, openai_config(state), "openai"
     if (folder / OPEN_CLIP_CONFIG).exists():
         weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).exists()), None)
         require(weights is not None, f"{folder} has no {' and no '.join(OPEN_CLIP_WEIGHTS)}; fetch the weights as safetensors")
-        return from_state(
-            open_tensors(weights), open_clip_config(read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]), "openai", runtime
-        )
+        return open_tensors(weights), open_clip_config(read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]), "openai"
     values, tensors = open_directory(folder, "clip")
-    return from_state(tensors, huggingface_config(values), "huggingface", runtime)
+    return tensors, huggingface_config(values), "huggingface"
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:

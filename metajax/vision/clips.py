@@ -32,14 +32,16 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
     if config.weights:
         place = Path(str(paths.data)) / config.weights if paths.data is not None else Path(config.weights)
         vocabulary = place.parent if place.suffix == ".pt" else place
-        return jax.device_put(load_clip(place, config.runtime), here), ClipTokenizer.open(vocabulary)
+        model = load_clip(place, config.runtime, config.prompts.compute_dtype or "float32")
+        return jax.device_put(model, here), ClipTokenizer.open(vocabulary)
     parent = find_run(config.init.from_, paths.runs)
     theirs = read_config(parent)
     require(
         isinstance(theirs, ImageConfig) and theirs.clip is not None and theirs.prompts is None,
         f"init.from = {config.init.from_}: not the run of a CLIP",
     )
-    return clip_of_run(parent, replace(theirs, runtime=config.runtime), here), WordTokenizer.load(parent)
+    clip = replace(theirs.clip, compute_dtype=config.prompts.compute_dtype or theirs.clip.compute_dtype)
+    return clip_of_run(parent, replace(theirs, clip=clip, runtime=config.runtime), here), WordTokenizer.load(parent)
 
 
 def clip_of_run(workdir: Path, config: ImageConfig, sharding: NamedSharding) -> CLIP:

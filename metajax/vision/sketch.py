@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ def shapes_of(config: ImageConfig, parents: Sequence[AnyConfig], paths: Paths) -
         f"weights = {config.weights!r}: sizes are known of {', '.join(PUBLISHED)}, and of experiments in init.from",
     )
     clip = parents[-1].clip if parents else preset(PUBLISHED[name])
+    clip = replace(clip, compute_dtype=config.prompts.compute_dtype or clip.compute_dtype)
     classes, length = CLASSES.get(source), clip.context
     if classes is None:
         names = open_images(source, paths.cache, paths.data).classes

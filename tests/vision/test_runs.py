@@ -7,12 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from metajax import registry
-from metajax.config import Init, Optimizer, Runtime, Training, UserError, override
+from metajax.config import Init, Optimizer, Runtime, Training, UserError, config_hash, override
 from metajax.experiment import open_run, run_experiment
 from metajax.image_config import ImageConfig, Images, Prompts
 from metajax.models.clip.config import Clip
@@ -20,6 +21,7 @@ from metajax.reporting.records import default_workdir, read_config
 from metajax.training.checkpoints import Checkpoints
 from metajax.vision import prompt_learning, study
 from metajax.vision.loop import train
+from metajax.vision.sketch import shapes_of, sketch
 
 SMALL = ImageConfig(
     name="small_clip",
@@ -156,6 +158,22 @@ def test_four_devices_compute_what_one_does(tmp_path):
         found.append([[line["loss"], line["grad_norm"]] for line in lines])
     assert len(found[0]) == 3 + 5, "of the CLIP, and of the learner"
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_a_frozen_clip_computes_in_bfloat16_on_request(learner, paths):
+    def loss(dtype):
+        config = learner(**{"prompts.compute_dtype": dtype})
+        task, key = prompt_learning.prompt_task(config, paths), jax.random.key(0)
+        assert task.frozen.model.cfg.compute_dtype == dtype
+        assert (
+            sketch(config, shapes_of(config, [read_config(Path(config.init.from_))], paths))[1][1].model.cfg.compute_dtype
+            == dtype
+        )
+        return float(jax.jit(task.loss)(task.create(key), task.frozen, dict(task.batches[0]), task.choice, key)[0])
+
+    exact, rounded = loss("float32"), loss("bfloat16")
+    assert exact != rounded and abs(exact - rounded) < 0.05 * exact
+    assert config_hash(learner()) != config_hash(learner(**{"prompts.compute_dtype": "bfloat16"}))
 
 
 def flat(tree, path=""):
