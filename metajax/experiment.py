@@ -13,7 +13,7 @@ import jax
 from metajax.config import Config, Runtime, config_hash, require, to_dict
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora, training_rows
 from metajax.data.tokenizers import Tokenizer
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.evaluation.choice import evaluate_choice
@@ -29,6 +29,7 @@ from metajax.pods.hosts import is_first, of_first, together
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory, check_data, read_config
+from metajax.reporting.rows import for_page
 from metajax.training.checkpoints import read_parameters
 from metajax.training.loop import Trained, Trainer
 from metajax.training.metrics import memory_use, read_lines
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
+ROWS_SHOWN = 2  # of training, in the report
 
 
 def run_experiment(
@@ -139,6 +141,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "curves": _curves(config, run, results),
         "analyses": {},
         "sample": text,
+        "rows": for_page(training_rows(trained.corpora, note=lambda _: None), trained.corpora.tokenizer, ROWS_SHOWN),
         "startup": trained.startup,
         "time": trained.time | {"total_seconds": seconds},
         "goodput": trained.goodput.shares(),

@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from metajax import registry
 from metajax.atomic import write_text
-from metajax.config import Config, Metadata, Switch, flatten, from_dict
+from metajax.config import Config, Metadata, Switch, difference, flatten, from_dict
 from metajax.families import AnyConfig
 from metajax.reporting import choices
 from metajax.reporting.analysis_sections import sections
@@ -72,6 +73,8 @@ def write_run_report(workdir: Path) -> Path:
         parameter_facts=parameter_facts(report["parameters"]),
         corpora=[corpus(manifest) for manifest in report["corpora"]],
         held_out=held_out(report),
+        rows=report.get("rows"),
+        against=against(config),
         config=[(name, as_set(value)) for name, value in flatten(config).items()],
         environment_facts=environment_facts(read_json(workdir / "environment.json")),
         manifest=json.dumps(report["corpora"], indent=1, ensure_ascii=False),
@@ -112,6 +115,29 @@ def curves(workdir: Path) -> tuple[Curve, Curve]:
     training = [(line["step"], line.get("bpb", line.get("body_nll", line["loss"]))) for line in lines if "loss" in line]
     held_out = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
     return tuple(([s for s, _ in pairs], [v for _, v in pairs]) for pairs in (training, held_out))
+
+
+def against(config: AnyConfig) -> dict[str, Any] | None:
+    """The fields that differ from the baseline of the run's table, or from the experiment of its name; None where there is no such."""
+    experiment = registry.experiments().get(config.name)
+    if experiment is None or config.scale not in experiment.scales:
+        return None
+    baseline = _baseline(experiment, config.scale)
+    changed = {
+        k: v for k, v in difference(config, baseline).items() if k not in ("name", "seed") and not k.startswith("runtime.")
+    }
+    return {"name": baseline.name, "fields": [(k, *map(as_set, values)) for k, values in changed.items()]}
+
+
+def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
+    """The config of the table's baseline in the same part, or the experiment's own."""
+    table, row = experiment.table, experiment.row
+    if table is not None and table.baseline is not None:
+        part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
+        compared = next(row for row in table.rows if row.name == table.baseline)
+        if part in table.parts_of(compared, scale):
+            return table.config(compared, scale, part)
+    return experiment.build(scale)
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers

@@ -16,6 +16,7 @@ from metajax.families import config_from
 from metajax.image_config import ImageConfig
 from metajax.reporting.figures import MARKERS, STYLE, WIDTH, look, loss_curves, to_svg
 from metajax.reporting.html import (
+    against,
     as_set,
     environment_facts,
     parameter_facts,
@@ -61,6 +62,7 @@ def write_image_report(workdir: Path) -> Path:
         time_facts=_time_facts(report),
         parameter_facts=parameter_facts(report["parameters"]) if report["parameters"]["total"] else [("total", "none")],
         sources=[source_line(found) for found in report["corpora"]],
+        against=against(config),
         config=[(name, as_set(value)) for name, value in flatten(config).items()],
         environment_facts=environment_facts(read_json(workdir / "environment.json")),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from rich.text import Text
@@ -13,6 +14,8 @@ from metajax.data.rows import Row, RowSource
 from metajax.data.tokenizers import Tokenizer
 
 LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this slot"
+COLOURS = {"metadata": "blue", "meta-token": "magenta", "": ""}
+PAGE_LETTERS = 1200  # of a row on a run's page
 
 
 def summary(rows: RowSource) -> str:
@@ -32,12 +35,18 @@ class Run:
 
     document: which document of the row, from 1. holds: "text" or "metadata". asked: what its slots are asked for, with the weight
     in the loss where that is not 1: body, metadata, end (of the document) or nothing; with meta-tokens between, counts of these.
+    pieces: (decoded text, "metadata", "meta-token" or "", whether its slots are left out of the loss).
     """
 
     document: int
     holds: str
     asked: str
-    text: Text
+    pieces: tuple[tuple[str, str, bool], ...]
+
+    @property
+    def text(self) -> Text:
+        """As a terminal shows it."""
+        return Text.assemble(*((text, f"{COLOURS[kind]} dim" if silent else COLOURS[kind]) for text, kind, silent in self.pieces))
 
     def __str__(self) -> str:
         return f"{self.document} {self.holds:8} | {self.asked:12} | {self.text.plain}"
@@ -57,7 +66,7 @@ def runs(row: Row, tokenizer: Tokenizer) -> list[Run]:
         slots = np.array(list(group))
         counts = Counter(asked[slots].tolist())
         words = asked[slots[0]] if len(counts) == 1 else ", ".join(f"{n} {what}" for what, n in counts.items())
-        found.append(Run(int(documents[slots[0]]), str(holds[slots[0]]), str(words), _text(row, slots, is_meta, tokenizer)))
+        found.append(Run(int(documents[slots[0]]), str(holds[slots[0]]), str(words), _pieces(row, slots, is_meta, tokenizer)))
     return found
 
 
@@ -69,11 +78,26 @@ def _asked(row: Row) -> np.ndarray:
     return np.where((weights == 1) | (names == "nothing"), names, times)
 
 
-def _text(row: Row, slots: np.ndarray, is_meta: np.ndarray, tokenizer: Tokenizer) -> Text:
+def _pieces(row: Row, slots: np.ndarray, is_meta: np.ndarray, tokenizer: Tokenizer) -> tuple[tuple[str, str, bool], ...]:
     """The slots decoded; neighbours of one look together, so that a letter of several tokens stays whole."""
-    text = Text()
-    for (meta, silent), part in groupby(slots, lambda s: (is_meta[s], row["loss_weights"][s] == 0)):
-        ids = row["tokens"][list(part)].tolist()
-        colour = "magenta" if meta else "blue" if row["is_metadata"][slots[0]] else ""
-        text.append(tokenizer.decode(ids), f"{colour} dim" if silent else colour)
-    return text
+    kind = "metadata" if row["is_metadata"][slots[0]] else ""
+    return tuple(
+        (tokenizer.decode(row["tokens"][list(part)].tolist()), "meta-token" if meta else kind, bool(silent))
+        for (meta, silent), part in groupby(slots, lambda s: (is_meta[s], row["loss_weights"][s] == 0))
+    )
+
+
+def for_page(rows: Any, tokenizer: Tokenizer, count: int) -> list[list[dict[str, Any]]]:
+    """The first rows for a run's page: of each its documents, of each the pieces, as long as there is room."""
+    found = []
+    for n in range(count):
+        documents: dict[int, list[Any]] = {}
+        left = PAGE_LETTERS
+        for run in runs(rows[n], tokenizer):
+            for text, kind, silent in run.pieces:
+                if left > 0:
+                    short = text if len(text) <= left else text[:left] + " ..."
+                    documents.setdefault(run.document, []).append([short, kind, silent])
+                left -= len(text)
+        found.append([{"document": number, "pieces": pieces} for number, pieces in documents.items()])
+    return found

@@ -10,10 +10,11 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash, to_dict
+from metajax import registry
+from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash, override, to_dict
 from metajax.registry import Column, Row, Table
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
-from metajax.reporting.html import write_run_report
+from metajax.reporting.html import against, write_run_report
 from metajax.reporting.records import write_json
 from metajax.reporting.tables import plan_table, run_table
 
@@ -84,6 +85,7 @@ REPORT = {
         "prompt": "Return the eigenvalues of a matrix" + HOSTILE, "continuation": " which is\n    the value of" + HOSTILE,
         "document": " in ascending order.\n\n    Parameters\n    ----------\n    a : array_like" + HOSTILE,
     },
+    "rows": [[{"document": 1, "pieces": [["numpy " + HOSTILE, "metadata", True], ["Return the", "", False], ["<|meta|>", "meta-token", True]]}]],
     "startup": {"imports": 3.1, "data": 1.2, "init": 0.8, "compile": 6.4, "first_step": 0.15, "total": 11.65},
     "time": {"train_seconds": 41.2, "steps_here": 150, "data_wait_share": 0.013, "checkpoint_blocking_share": 0.021, "total_seconds": 58.0},
     "restarted_from": 50, "parent": None, "warnings": ["the newest checkpoint was damaged " + HOSTILE],
@@ -150,6 +152,18 @@ def test_pages_fetch_nothing_and_their_links_lead_somewhere(pages):
             else:
                 assert not re.match(r"[a-z]+:|//|/", address), address
                 assert (path.parent / unquote(address)).exists(), address
+
+
+def test_the_page_of_a_run_tells_what_its_config_changes():
+    registry.load()
+    config = registry.find_experiment("quickstart/metadata").build("cpu")
+    found = against(override(config, {"model.layers": 3, "seed": 4}))
+    assert found["name"] == "quickstart/plain" and ("model.layers", "3", "4") in found["fields"]
+    assert {name for name, *_ in found["fields"]} >= {"metadata.position"} and "seed" not in {
+        name for name, *_ in found["fields"]
+    }
+    assert against(registry.find_experiment("quickstart/plain").build("cpu"))["fields"] == []
+    assert against(base("cpu")) is None, "nobody has registered it"
 
 
 def test_ids_are_unique(pages):

@@ -9,7 +9,7 @@ from metajax.data.metadata import MetadataIds, Sides, delimiters
 from metajax.data.packing import pack
 from metajax.data.rows import RowSource, finish
 from metajax.data.tokenizers import Bytes
-from metajax.reporting.rows import runs, summary
+from metajax.reporting.rows import for_page, runs, summary
 
 TOKENIZER = Bytes()
 
@@ -51,6 +51,18 @@ def test_meta_tokens_stand_in_their_runs_with_counts(loss):
     assert {str(span.style).split()[0] for span in text.spans} >= {"magenta"}
     asked = dict(part.split(" ", 1)[::-1] for part in found[2].asked.split(", "))
     assert int(asked["body"]) == 7 and int(asked["end"]) == 1, "the first letter is asked for by the metadata"
+
+
+def test_a_page_gets_documents_in_pieces_as_long_as_there_is_room(monkeypatch):
+    rows = [finish(row, attend_across_documents=False) for row in source(["abcdefgh", "ijkl"], ["xy", "z"])]
+    (documents,) = for_page(rows, TOKENIZER, 1)
+    assert [document["document"] for document in documents] == [1, 2]
+    for document, words, kind in zip(documents, ("abcdefgh", "ijkl"), ("xy", "z"), strict=True):
+        assert words in "".join(text for text, kind, _ in document["pieces"] if not kind)
+        assert kind in "".join(text for text, kind, silent in document["pieces"] if kind == "metadata" and silent)
+    monkeypatch.setattr("metajax.reporting.rows.PAGE_LETTERS", 40)
+    cut = "".join(text for text, *_ in for_page(rows, TOKENIZER, 1)[0][0]["pieces"])
+    assert cut.endswith(" ...") and len(cut) == 40 + 4
 
 
 def test_a_summary_counts_beginnings_and_metadata():
