@@ -27,7 +27,7 @@ from metajax.config import UserError, nearest, require
 from metajax.data.tasks.prompts import RESERVED_PIECES
 from metajax.progress import say
 
-KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf")
+KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf", "run")
 FILE = "tokenizer.json"
 _NAMED = ("eot", "pad", "meta", "context_begin", "context_end", "s1", "s2", "s3", "s4", "s5")
 RESERVED = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare{i}" for i in range(1, 7))))
@@ -330,7 +330,7 @@ def vocabulary_of(spec: str) -> Vocabulary | None:
 def open_tokenizer(
     spec: str, *, cache_dir: Path, data_dir: Path | None, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]
 ) -> Tokenizer:
-    """The tokenizer of a spec: byte, bpe:N, bpe:N+tasks, gpt2:DIR, sentencepiece:PATH or hf:PATH.
+    """The tokenizer of a spec: byte, bpe:N, bpe:N+tasks, gpt2:DIR, sentencepiece:PATH, hf:PATH, or run:DIR, that of a run.
 
     bpe:N is trained on `texts()` when the cache has none for this corpus; paths are relative to `data_dir`, else to
     the working directory. Raises UserError for a bad spec and for a missing or damaged file.
@@ -340,11 +340,17 @@ def open_tokenizer(
         return Bytes()
     if kind == "bpe":
         return _cached_bpe(spec, Path(cache_dir), corpus_fingerprint, texts)
-    wanted = "the folder of vocab.bpe and encoder.json" if kind == "gpt2" else "the path of its file"
+    wanted = {"gpt2": "the folder of vocab.bpe and encoder.json", "run": "the folder of the run"}.get(
+        kind, "the path of its file"
+    )
     remedy = f"; {_GPT2_REMEDY}" if kind == "gpt2" else ""
     require(bool(rest), f"data.tokenizer = {spec!r}: {wanted} is missing, write {kind}:PATH{remedy}")
     path = Path(data_dir or ".") / rest
-    return {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
+    return (
+        load(path)
+        if kind == "run"
+        else {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
+    )
 
 
 def load(folder: Path) -> Tokenizer:

@@ -144,7 +144,7 @@ class Trainer:
         if theirs != ours:
             raise UserError(
                 f"init.from = {self.config.init.from_}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
-                "mean other tokens; use the same data.sources and data.tokenizer"
+                f"mean other tokens; use data.tokenizer=run:{parent}"
             )
         return read_parameters(parent, abstract)
 
