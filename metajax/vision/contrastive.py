@@ -25,10 +25,13 @@ from metajax.vision.task import Losses, Task
 
 
 def contrastive_task(config: ImageConfig, paths: Paths) -> Task:
-    """Images and captions of all sources' pretraining images; evaluated on their test images by names alone."""
+    """Images and captions of all sources' pretraining images; evaluated on the test images of those with classes, by names alone."""
     sets = [open_images(spec, paths.cache, paths.data) for spec in config.images.sources]
+    tested = [images for images in sets if images.classes]
+    require(bool(tested), f"images.sources = {config.images.sources}: none has classes to be tested by; add one such as digits")
     for images in sets:
-        check_set(images, "pretrain")
+        require(bool(images.splits.get("pretrain")), f"{images.spec} has no pretrain images, which a CLIP learns from")
+    for images in tested:
         check_set(images, "test")
     tokenizer, clip = WordTokenizer.of(texts_of_sets(sets)), config.clip
     require(
@@ -46,7 +49,7 @@ def contrastive_task(config: ImageConfig, paths: Paths) -> Task:
     return Task(
         steps=config.training.steps, epoch=config.training.steps, batches=batches, create=create, tx=tx,
         rate=schedule(config.optimizer, config.training.steps), frozen=(), loss=caption_loss,
-        evaluate=lambda model: {s.spec: zero_shot(model, tokenizer, s) for s in sets},
+        evaluate=lambda model: {s.spec: zero_shot(model, tokenizer, s) for s in tested},
         images=fingerprint_of(*(s.fingerprint for s in sets)), tokenizer=tokenizer, manifest=[describe(s) for s in sets],
     )  # fmt: skip
 

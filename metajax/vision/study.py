@@ -42,7 +42,7 @@ TWINS = {  # of one image a step, as CoCoOp and AAPL are published; the others a
 
 @dataclass(frozen=True)
 class ImageStudy:
-    """A run's CLIP, some test images of its first source, and the texts of a learner's classes (None without one)."""
+    """A run's CLIP, some test images of its first source with classes, and the texts of a learner's classes (None without one)."""
 
     config: ImageConfig
     model: CLIP
@@ -54,7 +54,8 @@ class ImageStudy:
 
 def open_image_study(workdir: Path, config: ImageConfig, paths: Paths) -> ImageStudy:
     """Of a complete run."""
-    images, texts = open_images(config.images.sources[0], paths.cache, paths.data), None
+    sources = (open_images(spec, paths.cache, paths.data) for spec in config.images.sources)
+    images, texts = next(source for source in sources if source.classes), None
     if config.prompts is None:
         model = clip_of_run(workdir, config, whole(config))
     else:

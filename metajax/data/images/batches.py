@@ -80,7 +80,7 @@ def caption_batches(
     sets: Sequence[ImageSet], seed: int, batch: int, see: Callable, tokenize: Callable[[str], np.ndarray]
 ) -> grain.MapDataset:
     """Records of pixels [size, size, 3] and tokens [T] for contrastive training: an image, and a template filled with what it shows, or,
-    every other time, with its class."""
+    every other time, with its class. Texts of sets without classes stand as they are."""
     items = [(one, item) for one in sets for item in one.splits["pretrain"]]
 
     def make(pair: tuple[ImageSet, Item], rng: np.random.Generator) -> Record:
@@ -88,7 +88,8 @@ def caption_batches(
         template, name = CAPTIONS[int(rng.integers(len(CAPTIONS)))], images.name_of(item)
         if item.label >= 0 and rng.random() < 0.5:
             name = images.classes[item.label]
-        return {"pixels": see(images.read(item.key), rng), "tokens": tokenize(template.format(name))}
+        text = template.format(name) if images.classes else name
+        return {"pixels": see(images.read(item.key), rng), "tokens": tokenize(text)}
 
     return _batches(items, seed, batch, make)
 

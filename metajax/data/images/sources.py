@@ -13,13 +13,14 @@ from metajax.data.images.emoji import open_emoji
 from metajax.data.images.published import NAMES, open_published
 from metajax.data.images.sets import ImageSet, Item, fingerprint_of, split_by_hash
 
-KINDS = ("emoji", "digits", "folder", *NAMES)
+KINDS = ("emoji", "digits", "folder", "captions", *NAMES)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def open_images(spec: str, cache_dir: Path, data_dir: Path | None) -> ImageSet:
-    """A source of images: emoji[:noto|:grey], digits, folder:PATH (PATH/CLASS/*.png, or PATH/{train,test}/CLASS/*.png), or a published set.
+    """A source of images: emoji[:noto|:grey], digits, folder:PATH (PATH/CLASS/*.png, or PATH/{train,test}/CLASS/*.png), captions:PATH (images,
+    each with a text beside it: x.png and x.txt), or a published set.
 
     Raises UserError for an unknown kind, and for files that are not there.
     """
@@ -30,7 +31,9 @@ def open_images(spec: str, cache_dir: Path, data_dir: Path | None) -> ImageSet:
         return open_emoji(spec, cache_dir)
     if kind == "digits":
         return open_digits()
-    return open_folder(spec, root / path) if kind == "folder" else open_published(kind, root)
+    if kind in ("folder", "captions"):
+        return {"folder": open_folder, "captions": open_captions}[kind](spec, root / path)
+    return open_published(kind, root)
 
 
 def open_digits() -> ImageSet:
@@ -70,3 +73,25 @@ def open_folder(spec: str, folder: Path) -> ImageSet:
         spec, tuple(name.replace("_", " ") for name in classes), items, lambda key: Image.open(folder / key),
         fingerprint_of(classes, sizes), manifest={name: len(rows) for name, rows in items.items()},
     )  # fmt: skip
+
+
+def open_captions(spec: str, folder: Path) -> ImageSet:
+    """Images anywhere below a folder with what they show in a text file of the same name: for a CLIP to learn from, without classes."""
+    require(folder.is_dir(), f"{folder} is not a folder; name one of images with their texts, x.png and x.txt")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    require(len(files) >= 2, f"{folder} has {len(files)} images; at least 2")
+    items = []
+    for file in files:
+        text = file.with_suffix(".txt")
+        require(text.is_file(), f"{file} has no text beside it; write what it shows into {text.name}")
+        items.append(Item(file.relative_to(folder).as_posix(), -1, " ".join(text.read_text(encoding="utf-8").split())))
+    sizes = [(item.key, item.caption, (folder / item.key).stat().st_size) for item in items]
+    return ImageSet(
+        spec,
+        (),
+        {"pretrain": tuple(items)},
+        lambda key: Image.open(folder / key),
+        fingerprint_of(sizes),
+        "{}",
+        {"pretrain": len(items)},
+    )

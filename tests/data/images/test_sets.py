@@ -38,6 +38,25 @@ def test_a_folder_of_folders_is_a_set(folder):
         open_images("emojis", folder, None)
 
 
+def test_images_with_texts_beside_them_are_for_a_clip_to_learn_from(tmp_path):
+    for name, text in {"a": "a  red\nsquare ", "deep/b": "two {} braces"}.items():
+        file = tmp_path / "pairs" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(file)
+        file.with_suffix(".txt").write_text(text)
+    images = open_images("captions:pairs", tmp_path, tmp_path)
+    assert [images.name_of(item) for item in images.splits["pretrain"]] == [
+        "a red square",
+        "two {} braces",
+    ] and not images.classes
+    told = []
+    batches = caption_batches([images], 0, 2, viewer(4, "centre", 1.0), lambda text: told.append(text) or np.zeros(2, np.int32))
+    assert batches[0]["pixels"].shape == (2, 4, 4, 3) and sorted(told) == ["a red square", "two {} braces"]
+    (tmp_path / "pairs" / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.png has no text beside it"):
+        open_images("captions:pairs", tmp_path, tmp_path)
+
+
 def test_published_split_files_say_what_is_in_a_set(tmp_path):
     rows = {"train": [["a/1.jpg", 1, "Forest"], ["a/2.jpg", 0, "River"]], "val": [], "test": [["a/3.jpg", 1, "Forest"]]}
     with pytest.raises(UserError, match=r"split_zhou_EuroSAT\.json"):
