@@ -149,6 +149,8 @@ table(
         "Were it as in the paper: heads beside Mamba raise recall, the first ones most; windows in all layers take most of it away and a few full layers "
         "bring it back; sharing costs nothing and saves cache; compressing the cache hurts attention alone far more; concat is no better than the mean; "
         "meta tokens help the whole model's recall and Mamba's commonsense.",
+        "Seen at cpu scale with seeds 0 to 2 (core rows, commit d058baa; docs/hymba.md): Mamba alone falls short and windows lose recall in longer rows, as in the paper; meta tokens lean towards "
+        "better text; but attention alone recalls more than the whole.",
     ],
 )(base)  # fmt: skip
 
