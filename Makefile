@@ -26,7 +26,7 @@ NEXT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python $
 test-next:
 	@test -n "$(NEXT_PYTHON)" || { echo "test-next skips: no Python 3.12 or 3.13 found; name one with NEXT_PYTHON=..."; exit 0; }
 	test -z "$(NEXT_PYTHON)" || $(NEXT_PYTHON) -m venv .venv-next
-	test -z "$(NEXT_PYTHON)" || sed -E 's/==.*//; /^-r|libtpu/d' requirements.txt requirements-dev.txt | .venv-next/bin/python -m pip install -q -r /dev/stdin
+	test -z "$(NEXT_PYTHON)" || sed -E 's/==.*//; /^-r|libtpu|beam/d' requirements.txt requirements-dev.txt | .venv-next/bin/python -m pip install -q -r /dev/stdin
 	test -z "$(NEXT_PYTHON)" || .venv-next/bin/python -m pytest -n 2 -m "not slow" -W error::DeprecationWarning:metajax tests
 
 # Every program of the papers' size compiled for TPU slices that are not there, minutes each: what fits, and how fast a step can be at best.

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +22,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
     """A new folder to fill, which takes its name `folder` at the end: it is there whole or not at all.
 
-    Where another process was faster its folder stays, for names say what the content is.
+    Where another process was faster its folder stays, for names say what the content is. A bucket has no folders to rename: there
+    the file `last`, copied behind all others, says that they are there.
     """
+    if "://" in os.fspath(folder):
+        with tempfile.TemporaryDirectory() as filled:
+            yield Path(filled)
+            copy_files(Path(filled), folder, last)
+        return
     work = folder.parent / f".making-{secrets.token_hex(4)}"  # not by tempfile, which keeps everyone else out of it for good
     work.mkdir(parents=True)
     try:
@@ -35,3 +42,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         require(folder.exists(), f"cannot write {folder}; check the space and the permissions there")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def copy_files(source: Path, target: Path, last: str = "") -> None:
+    """Copy the files of a folder into another one, either may be on a bucket, `last` after all others."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        (target / path.name).write_bytes(path.read_bytes())

@@ -258,7 +258,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="experiment, whose data.sources and data.tokenizer count")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one for each core)")
+    makers = parser.add_mutually_exclusive_group()
+    makers.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one for each core)")
+    beam_help = "by Apache Beam instead, with the options of its runner, which are all that follows: docs/data.md"
+    makers.add_argument("--beam", nargs=argparse.REMAINDER, default=None, metavar="OPTION", help=beam_help)
     parser.add_argument("--measure", action="store_true", help="how fast one core reads it, alone and as rows, and tokenises")
     _add_config(parser)
     _add_place(parser)

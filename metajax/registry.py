@@ -247,21 +247,9 @@ def table(
     def register(base: Base) -> Table:
         scales = tuple(s for s in SCALES if s in minutes)
         made = Table(
-            name,
-            summary,
-            paper,
-            base,
-            tuple(rows),
-            tuple(columns),
-            baseline,
-            minutes,
-            scales,
-            tuple(notes),
-            parts or {},
-            fill or {},
-            tuple(analyses),
-            paper_rows,
-        )
+            name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes), parts or {}, fill or {},
+            tuple(analyses), paper_rows,
+        )  # fmt: skip
         _add(_tables, name, made)
         for row in (row for row in made.rows if not row.of):
             has = tuple(scale for scale in scales if not made.lacks(row, scale))

@@ -259,10 +259,7 @@ def show(options: argparse.Namespace, started: float) -> int:
     except UserError as error:
         raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
     if isinstance(target, registry.Table):
-        require(
-            not options.count,
-            f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}",
-        )
+        require(not options.count, f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}")
         from metajax.reporting.tables import plan_table
 
         target.parts_at(options.scale)  # an unknown scale stops here, before a parent is looked for
@@ -312,12 +309,15 @@ def plan(options: argparse.Namespace, started: float) -> int:
 
 def cache(options: argparse.Namespace, started: float) -> int:
     """Tokenise what an experiment reads, and print what there is; with --measure how fast it is read."""
+    from metajax.data import beam, tokenising
     from metajax.data.pipeline import open_corpora
     from metajax.reporting.feeding import feeding
 
     require(options.workers >= 1, f"--workers {options.workers}: at least 1")
+    local = functools.partial(tokenising.in_processes, workers=options.workers)
+    make = local if options.beam is None else functools.partial(beam.on_beam, options=options.beam)
     config, _ = _config(registry.find_experiment(options.name), options)
-    for found in (corpora := open_corpora(config, _paths(options), options.workers)).caches:
+    for found in (corpora := open_corpora(config, _paths(options), make)).caches:
         manifest = found.manifest
         skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
         print(

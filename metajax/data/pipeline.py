@@ -39,7 +39,7 @@ from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
-from metajax.data.tokenising import build_token_cache
+from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 from metajax.progress import warn
 
@@ -81,8 +81,8 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "little")
 
 
-def open_corpora(config: Config, paths: Paths, workers: int = 1) -> Corpora:
-    """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, by `workers` processes."""
+def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Corpora:
+    """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, its parts by `make`."""
     data = config.data
     sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
 
@@ -100,7 +100,7 @@ def open_corpora(config: Config, paths: Paths, workers: int = 1) -> Corpora:
         texts=training_texts,
     )
     caches = tuple(
-        build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record, workers=workers) for s in sources
+        build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record, make=make) for s in sources
     )
     return Corpora(config, tokenizer, caches, paths)
 

@@ -1,17 +1,18 @@
-"""Making the tokenised corpus: part by part, by as many processes as wanted, taking up what an earlier start has left.
+"""Making the tokenised corpus: part by part, by processes here or elsewhere (`Make`), taking up what an earlier start has left.
 
-A part is a range of records, the same whatever the number of processes, and is written whole or not at all. The cache that the parts are
+A part is a range of records, the same whoever makes it, and is written whole or not at all. The cache that the parts are
 put together to is the same byte for byte however it was made. Compressed files are read from their beginning for every part of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,22 +30,32 @@ from metajax.data.documents import Document, Source, origin_bucket
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
 
-CHUNK = 512  # documents tokenised at a time
+CHUNK = 512  # records tokenised at a time
 PART = 1 << 16  # records of a part
 FACTS = "part.json"
 SCHEMA = pa.schema([("metadata", pa.string())])
 Advance = Callable[[int], None]
 Facts = dict[str, Any]
 ARRAYS = {"lengths": np.int32, "bytes": np.int32, "origins": np.int16}
+Make = Callable[["Job", Sequence[int]], Iterator[int]]  # makes these parts of a job and gives the number of each that is there
+
+
+def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[int]:
+    """`Make` by that many processes of this machine, 1: by this one."""
+    if workers == 1:
+        yield from map(job.make, parts)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(job.make, parts)  # after an error what is under way becomes whole; the rest is left to the next start
 
 
 def build_token_cache(
-    source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str, workers: int = 1, part: int = PART
+    source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str, make: Make = in_processes, part: int = PART
 ) -> TokenCache:
     """The tokenised form of `source`, made now with a progress bar or opened when it is there.
 
     Args:
-      workers: processes; 1 makes it in this one. part: records of a part.
+      make: who makes the parts of a corpus of several. part: records of a part.
 
     Raises:
       BadRecord: a corrupt record with on_bad_record "stop".
@@ -53,20 +64,20 @@ def build_token_cache(
     key = digest(source.fingerprint(), tokenizer.fingerprint(), on_bad_record)
     folder = cache_dir / "tokens" / f"{source.spec.partition(':')[0]}-{key}"
     if not folder.exists():
-        job = _Job(source, tokenizer, on_bad_record, folder.with_name(f"{folder.name}.parts-{part}"), part)
+        job = Job(source, tokenizer, on_bad_record, folder.with_name(f"{folder.name}.parts-{part}"), part)
         with progress(f"tokenising {source.spec}", total=len(source)) as advance:
             if len(job.ranges) == 1:
                 with whole_folder(folder) as work:
                     _finish(job, work, [job.write(0, work, advance)])
             else:
-                job.run(workers, advance)
+                job.run(make, advance)
                 with whole_folder(folder) as work:
                     _finish(job, work, _join(job, work))
     return TokenCache(folder)
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What every process that makes parts has to know."""
 
     source: Source
@@ -83,30 +94,20 @@ class _Job:
     def folder(self, number: int) -> Path:
         return self.home / f"{number:05d}"
 
-    def run(self, workers: int, advance: Advance) -> None:
+    def run(self, make: Make, advance: Advance) -> None:
         """Make the parts that are missing."""
         ranges = self.ranges
         missing = [n for n in range(len(ranges)) if not self.folder(n).exists()]
         advance(len(self.source) - sum(len(ranges[n]) for n in missing))
-        if workers == 1:
-            for n in missing:
-                self.make(n)
-                advance(len(ranges[n]))
-            return
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(self.make, n): n for n in missing}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    advance(len(ranges[futures[future]]))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # what is under way becomes whole; the rest is left to the next start
-                raise
+        for n in make(self, missing) if missing else ():
+            advance(len(ranges[n]))
 
-    def make(self, number: int) -> None:
-        """A part, whole or not at all."""
-        with whole_folder(self.folder(number)) as work:
-            (work / FACTS).write_text(json.dumps(self.write(number, work, lambda records: None)))
+    def make(self, number: int) -> int:
+        """A part, whole or not at all, unless it is there; its number comes back."""
+        if not (self.folder(number) / FACTS).exists():
+            with whole_folder(self.folder(number), FACTS) as work:
+                (work / FACTS).write_text(json.dumps(self.write(number, work, lambda records: None)))
+        return number
 
     def write(self, number: int, folder: Path, advance: Advance) -> Facts:
         """Tokens, the arrays of the cache and the metadata of a part's documents; returns what the manifest needs of it."""
@@ -141,7 +142,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocabulary.size <= 1 << 16 else "<u4")
 
 
-def _join(job: _Job, folder: Path) -> list[Facts]:
+def _join(job: Job, folder: Path) -> list[Facts]:
     """One cache of all parts, which stay where they are; tokens are linked, or copied where the file system has no links."""
     facts = [json.loads((job.folder(n) / FACTS).read_text()) for n in range(len(job.ranges))]
     parts = [job.folder(n) for n, of_part in enumerate(facts) if of_part["documents"]]
@@ -158,7 +159,7 @@ def _join(job: _Job, folder: Path) -> list[Facts]:
     return facts
 
 
-def _finish(job: _Job, folder: Path, facts: list[Facts]) -> None:
+def _finish(job: Job, folder: Path, facts: list[Facts]) -> None:
     """The manifest; UserError when no document is left."""
     bad, used = sum(of_part["bad"] for of_part in facts), [of_part for of_part in facts if of_part["documents"]]
     require(bool(used), f"{job.source.spec} holds no usable document ({bad} bad records skipped)")
@@ -178,16 +179,7 @@ def _finish(job: _Job, folder: Path, facts: list[Facts]) -> None:
 
 
 def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[tuple[list[Document], int]]:
-    """Documents in groups of CHUNK, with the number of bad records met in each."""
-    group: list[Document] = []
-    failed = 0
-    for _, document in documents:
-        if document is None:
-            failed += 1
-        else:
-            group.append(document)
-        if len(group) == CHUNK:
-            yield group, failed
-            group, failed = [], 0
-    if group or failed:
-        yield group, failed
+    """The documents of CHUNK records, with the number of bad records among them."""
+    while group := list(itertools.islice(documents, CHUNK)):
+        found = [document for _, document in group if document is not None]
+        yield found, len(group) - len(found)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import sentencepiece
 import tiktoken
@@ -66,35 +66,8 @@ class Vocabulary:
         return cls(base, size, eot if bos is None else bos, eot if eos is None else eos, pad, meta, begin, end, tuple(spare))
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. Implementations are picklable."""
-
-    spec: str
-    vocabulary: Vocabulary
-
-    def encode(self, text: str) -> list[int]:
-        """Ids below `vocabulary.base`; no bos or eos is added."""
-        ...
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, in threads where the library has them."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text; reserved ids are shown by name, bytes that are not UTF-8 as U+FFFD. UserError outside the table."""
-        ...
-
-    def fingerprint(self) -> str:
-        """sha256 of the content that defines the ids."""
-        ...
-
-    def save(self, folder: Path) -> Path:
-        """Write `tokenizer.json` into a folder, for `load`; returns its path."""
-        ...
-
-
-class _Base:
-    """What all kinds share: reserved ids in `decode`, the fingerprint, and the saved form, which pickling uses too."""
+class Tokenizer:
+    """Text to ids and back, the same for all kinds: reserved ids in `decode`, the fingerprint, and the saved form, which pickling uses too."""
 
     kind: ClassVar[str]
     spec: str
@@ -105,20 +78,23 @@ class _Base:
         raise NotImplementedError
 
     @classmethod
-    def from_content(cls, spec: str, content: str) -> _Base:
+    def from_content(cls, spec: str, content: str) -> Tokenizer:
         """The tokenizer that `content` defines."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
+        """Ids below `vocabulary.base`; no bos or eos is added."""
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, in threads where the library has them."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Text; reserved ids are shown by name, bytes that are not UTF-8 as U+FFFD. UserError outside the table."""
         base, size = self.vocabulary.base, self.vocabulary.size
         ids = [int(i) for i in ids]
         outside = next((i for i in ids if not 0 <= i < size), None)
@@ -130,9 +106,11 @@ class _Base:
         return "".join(parts)
 
     def fingerprint(self) -> str:
+        """sha256 of the content that defines the ids."""
         return hashlib.sha256(f"{self.kind}\n{self.content()}".encode()).hexdigest()
 
     def save(self, folder: Path) -> Path:
+        """Write `tokenizer.json` into a folder, for `load`; returns its path."""
         path = Path(folder) / FILE
         whole = {"kind": self.kind, "spec": self.spec, "fingerprint": self.fingerprint(), "content": self.content()}
         write_text(path, json.dumps(whole))
@@ -146,7 +124,7 @@ def _reserved_name(offset: int) -> str:
     return RESERVED[offset] if offset < len(RESERVED) else f"<|unused{offset}|>"
 
 
-class Bytes(_Base):
+class Bytes(Tokenizer):
     """UTF-8 bytes: 256 ids, nothing to train or to fetch."""
 
     kind = "byte"
@@ -168,7 +146,7 @@ class Bytes(_Base):
         return bytes(ids).decode(errors="replace")
 
 
-class HuggingFace(_Base):
+class HuggingFace(Tokenizer):
     """A `tokenizer.json` of the tokenizers library; bos and eos are the file's own where it has them."""
 
     kind = "hf"
@@ -224,7 +202,7 @@ class TrainedBpe(HuggingFace):
         return Vocabulary.above(_bpe_base(self.spec))  # a small corpus may yield fewer merges; the table stays N
 
 
-class Gpt2(_Base):
+class Gpt2(Tokenizer):
     """GPT-2's BPE through tiktoken; <|endoftext|> (50256) is both bos and eos."""
 
     kind = "gpt2"
@@ -253,7 +231,7 @@ class Gpt2(_Base):
         return self._encoding.decode(ids, errors="replace")
 
 
-class SentencePiece(_Base):
+class SentencePiece(Tokenizer):
     """A SentencePiece model; control pieces such as <s> come from ids alone, never from text."""
 
     kind = "sentencepiece"

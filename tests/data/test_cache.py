@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -15,7 +16,7 @@ from metajax.config import UserError
 from metajax.data.cache import build_metadata_table, digest, read_documents
 from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket
 from metajax.data.sources import open_source
-from metajax.data.tokenising import build_token_cache
+from metajax.data.tokenising import build_token_cache, in_processes
 from metajax.data.tokenizers import Bytes, train_bpe
 
 TEXTS = ["", "a", "héllo wörld", "<|meta|> is text", "x" * 700, "line\nline"]
@@ -143,7 +144,8 @@ def test_more_documents_than_one_chunk(corpus, tmp_path):
 
 
 def _parts(source, home, workers=1, part=2):
-    return build_token_cache(source, Bytes(), cache_dir=home, on_bad_record="skip", workers=workers, part=part)
+    make = partial(in_processes, workers=workers)
+    return build_token_cache(source, Bytes(), cache_dir=home, on_bad_record="skip", make=make, part=part)
 
 
 def _files(cache):
