@@ -14,7 +14,10 @@ from metajax.config import require
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a hidden name and rename it into place."""
+    """Write a UTF-8 text file under a hidden name and rename it into place; an object of a bucket is whole or not there anyway."""
+    if "://" in os.fspath(path):
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

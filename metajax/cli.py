@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry, verbs
+from metajax.buckets import SCHEME, outages, storage
 from metajax.config import ANALYSES, UserError, nearest, require
 from metajax.fields import Stopped
 from metajax.interop import command as interop
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
         for package in packages:
             registry.load(package)
         options = _parse(list(arguments))
-        return options.act(options, started) or 0
+        with outages():
+            return options.act(options, started) or 0
     except Stopped as reason:
         print(reason, file=sys.stderr)
         return Stopped.EXIT_CODE
@@ -155,12 +157,19 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 def _data_folder(text: str) -> Any:
     from etils import epath
 
+    if "://" in text:
+        storage(text)
     return epath.Path(text)
 
 
 def _local_folder(text: str) -> Path:
-    require("://" not in text, f"{text}: runs and caches live in a local folder; only --data-dir can be a bucket")
+    require("://" not in text, f"{text}: runs and caches live in a local folder; only --data-dir and --workdir can be a bucket")
     return Path(text)
+
+
+def _workdir(text: str) -> str | Path:
+    """gs://... as it is; what it stages is below --runs-dir."""
+    return text if text.startswith(SCHEME) else _local_folder(text)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -185,10 +194,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument(
         "--workdir",
-        type=_local_folder,
+        type=_workdir,
         default=None,
         metavar="DIR",
-        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED; for a table the same as --runs-dir",
+        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED, also gs://BUCKET/PATH; for a table the same as --runs-dir",
     )
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="a table or a sweep: this many seeds, from --seed on (1)"
@@ -268,7 +277,9 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument(
+        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
+    )
     parser.add_argument("--documents", type=int, default=None, metavar="N", help="held-out documents (as in the run)")
     parser.add_argument(
         "--task", default=None, metavar="LIST", help="tasks such as list_recall,parity, or a run without (as in the run)"
@@ -294,7 +305,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument(
+        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
+    )
     parser.add_argument("--what", default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)")
     parser.add_argument(
         "--task", default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
@@ -313,7 +326,9 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument(
+        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
     parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
     parser.add_argument(
@@ -344,7 +359,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument(
+        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="read every file and hold it against its hash; 1 when one is damaged"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
+from metajax.buckets import publish, stage
 from metajax.config import UserError, check_analyses, nearest, override, require
 from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig
@@ -79,6 +80,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     require(options.all == (options.name is None), "name an experiment or a table, or say --all")
     require(options.all or options.budget is None, "--budget goes with --all")
     target = None if options.all else registry.find(options.name)
+    single = isinstance(target, registry.Experiment) and not options.sweeps
+    require(single or not isinstance(options.workdir, str), f"{options.workdir}: a bucket is for one experiment; name a folder")
     require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
     startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
 
@@ -92,9 +95,7 @@ def run(options: argparse.Namespace, started: float) -> int:
 
     if target is None:
         return _run_sample(options, run_one)
-    if isinstance(target, registry.Table) or options.sweeps:
-        return _run_table(target, options, run_one)
-    return _run_single(target, options, run_one)
+    return (_run_single if single else _run_table)(target, options, run_one)
 
 
 def _run_single(experiment: registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
@@ -115,6 +116,8 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
             say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
             run_one(parent, default_workdir(parent, options.runs_dir))
         workdir = options.workdir or default_workdir(config, options.runs_dir)
+        if isinstance(workdir, str):
+            say(f"{workdir}: logs and reports are staged in {(workdir := stage(workdir, options.runs_dir))}")
         report = run_one(config, workdir)
         if is_first():
             _print_evaluation(report["eval"])
@@ -136,10 +139,7 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
     if isinstance(target, registry.Experiment):
         table = sweep_table(target, options.sweeps, options.scale, changes)
     else:
-        require(
-            not options.sweeps,
-            f"{target.name} is a table; --sweep is for one experiment, such as {target.example}",
-        )
+        require(not options.sweeps, f"{target.name} is a table; --sweep is for one experiment, such as {target.example}")
         table = target
     rows, seeds = choose_rows(table, options.rows), range(options.seed, options.seed + options.seeds)
     plan = plan_table(table, options.scale, seeds, changes, options.runs_dir, rows)
@@ -382,6 +382,7 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
         print_analysis(name, numbers)
     say(f"figures: {write_analysis_page(opened.workdir)}")
+    publish(opened.workdir)
     return 0
 
 
@@ -400,6 +401,7 @@ def _analyze_images(workdir: Path, names: Sequence[str], options: argparse.Names
     for name, numbers in run_image_analyses(study, names or fitting(study), workdir):
         print("\n  ".join((name, *headlines(name, numbers))))
     say(f"figures: {write_image_report(workdir)}")
+    publish(workdir)
     return 0
 
 

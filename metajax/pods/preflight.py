@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metajax.buckets import outages
 from metajax.config import UserError, require
 from metajax.fields import Stopped
 
@@ -165,12 +166,17 @@ def _report(address: str, count: int, me: int, facts: dict[str, Any], deadline: 
 def _storage(arguments: dict[str, Any]) -> dict[str, Any]:
     from etils import epath
 
+    from metajax.buckets import SCHEME, require_bucket
+
     began, said = time.monotonic(), secrets.token_hex(8)
-    probe = epath.Path(arguments["workdir"]) / f".probe-{said}"
+    probe, on_bucket = epath.Path(arguments["workdir"]) / f".probe-{said}", arguments["workdir"].startswith(SCHEME)
+    if on_bucket:
+        require_bucket(arguments["workdir"])
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        if not on_bucket:
+            probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text(said)
-        heard = probe.read_text()
+        heard = _read_as_checkpoints(probe) if on_bucket else probe.read_text()
         probe.unlink()
     except OSError as error:
         raise UserError(
@@ -178,6 +184,13 @@ def _storage(arguments: dict[str, Any]) -> dict[str, Any]:
         ) from None
     require(heard == said, f"{socket.gethostname()}: {probe} reads back as something else; use another --workdir")
     return {"text": f"{probe.parent}: written, read back and deleted in {time.monotonic() - began:.2f} s"}
+
+
+def _read_as_checkpoints(path: Any) -> str:
+    """A file of a bucket through TensorStore, which signs in by itself."""
+    import tensorstore
+
+    return tensorstore.KvStore.open(f"{path.parent}/").result().read(path.name).result().value.decode()
 
 
 def _collective(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +221,8 @@ CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def main(words: Sequence[str]) -> int:
     """One check in this process: its finding as a line of JSON, or the error as one line and exit code 2."""
     try:
-        print(json.dumps(CHECKS[words[0]](json.loads(words[1]))))
+        with outages():
+            print(json.dumps(CHECKS[words[0]](json.loads(words[1]))))
     except (UserError, Stopped) as error:
         print(error, file=sys.stderr)
         return 2

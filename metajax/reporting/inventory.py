@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from metajax.buckets import files, hashes_of, home, remove, steps_of
 from metajax.training.checkpoints import verify
 
 
@@ -20,25 +20,23 @@ class Kept(NamedTuple):
     damaged: bool
 
 
-def _steps(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
-
-
-def _hash_files(workdir: Path, step: int) -> list[Path]:
-    return sorted((workdir / "hashes").glob(f"{step}-p*.json"))
-
-
 def inventory(workdir: Path, read_all: bool) -> list[Kept]:
     """A run's checkpoints, oldest first; `read_all` holds every file against its hash."""
     found = []
-    for step in _steps(workdir):
-        folder, hashes = workdir / "checkpoints" / str(step), _hash_files(workdir, step)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
+    for step in steps_of(workdir):
+        folder, hashes = home(workdir) / "checkpoints" / str(step), hashes_of(workdir, step)
+        infos = files(folder).values()
+        size, written = sum(info["size"] for info in infos), max(map(_written, infos), default="")
         problem = verify(folder, hashes) if read_all else None
         state = "verified" if read_all else "complete" if hashes else "without hashes: cut off, or being written"
         found.append(Kept(step, size, written, f"damaged: {problem}" if problem else state, problem is not None))
     return found
+
+
+def _written(info: dict[str, Any]) -> str:
+    time = info["mtime"]  # seconds of a local file, a time of UTC on a bucket
+    seconds = time.timestamp() if isinstance(time, datetime.datetime) else time
+    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
 
 
 def prune(workdir: Path, keep: int) -> list[Path]:
@@ -46,18 +44,16 @@ def prune(workdir: Path, keep: int) -> list[Path]:
 
     Nothing goes before as many have been found whole, so that damage never leaves the run without a checkpoint.
     """
-    whole = [
-        step
-        for step in reversed(_steps(workdir))
-        if verify(workdir / "checkpoints" / str(step), _hash_files(workdir, step)) is None
-    ]
+    there = home(workdir)
+    steps = steps_of(workdir)
+    whole = [step for step in reversed(steps) if verify(there / "checkpoints" / str(step), hashes_of(workdir, step)) is None]
     kept, gone = whole[:keep], []
-    for step in _steps(workdir) if kept else []:
+    for step in steps if kept else []:
         if step not in kept:
-            gone.append(workdir / "checkpoints" / str(step))
-            for path in _hash_files(workdir, step):
+            gone.append(there / "checkpoints" / str(step))
+            for path in hashes_of(workdir, step):
                 path.unlink()
-    gone += [workdir / "damaged"] if kept and (workdir / "damaged").exists() else []
+    gone += [there / "damaged"] if kept and (there / "damaged").exists() else []
     for folder in gone:
-        shutil.rmtree(folder)
+        remove(folder)
     return gone

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax.atomic import write_text
+from metajax.buckets import SCHEME, fill, home, outages, publish, stage
 from metajax.config import UserError, config_hash, difference, nearest, require, to_dict
 from metajax.families import AnyConfig, config_from
 from metajax.progress import warn
@@ -111,19 +112,13 @@ class RunDirectory:
             return cls(path, config)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            present = sorted(
-                p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in (FAILURE_LOG, RUN_LOG)
-            )
-            if not (path / "config.json").exists():
-                kept = ", ".join(present[:3])
-                require(not present, f"{path} is not empty and is not a run (it holds {kept}); choose another --workdir")
-            lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+            with outages():
+                _require_run_or_empty(home(path))
+            lock = _lock(path)
         except OSError as error:
-            raise UserError(f"{path} cannot be a run directory ({error.strerror}); choose another --workdir") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is running in {path}; wait for it or choose another --workdir") from None
+            raise UserError(f"{path} cannot be a run directory ({error.strerror or error}); choose another --workdir") from None
+        require(lock is not None, f"another process is running in {path}; wait for it or choose another --workdir")
+        fill(path)
         run = cls(path, config, _lock=lock)
         if (path / "config.json").exists():
             _require_same(read_config(path), config, path)
@@ -151,10 +146,12 @@ class RunDirectory:
         self.write("environment.json", here)
         if known is None:
             self.write("data.json", {"key": key, "tokenizer": tokenizer})
+        publish(self.path)
 
     def close(self) -> None:
-        """Release the lock."""
+        """Publish what a stage holds, and release the lock."""
         if self._lock is not None:
+            publish(self.path)
             self._lock.close()
 
     def read(self, name: str, default: Any = None) -> Any:
@@ -173,6 +170,25 @@ class RunDirectory:
         if message not in self.warnings:  # a start after the first says it again
             self.warnings.append(message)
             self.write("warnings.json", self.warnings)
+
+
+def _lock(path: Path) -> Any:
+    """A lock held until it is closed, None where another process has it."""
+    lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def _require_run_or_empty(there: Any) -> None:
+    if not there.exists() or (there / "config.json").exists():
+        return
+    present = sorted(p.name for p in there.iterdir() if not p.name.startswith(".") and p.name not in (FAILURE_LOG, RUN_LOG))
+    kept = ", ".join(present[:3])
+    require(not present, f"{there} is not empty and is not a run (it holds {kept}); choose another --workdir")
 
 
 def check_data(workdir: Path, key: str, tokenizer: str) -> dict[str, str] | None:
@@ -240,12 +256,25 @@ def _readable(workdir: Path) -> bool:
     return True
 
 
+def _find_on_bucket(url: str, root: Path) -> Path:
+    folder = stage(url, root)
+    lock = _lock(folder)
+    if lock is not None:  # else it is running on this machine, and what it has staged is newer
+        with lock:
+            fill(folder)
+    require((folder / "config.json").exists(), f"{url} is not a run: it has no config.json")
+    return folder
+
+
 def find_run(word: str, root: Path) -> Path:
-    """The workdir that `word` means: a path, from `root` or from here, a unique prefix of HASH-sSEED, or an experiment's name (its newest run).
+    """The workdir that `word` means: a path, from `root` or from here, a unique prefix of HASH-sSEED, an experiment's name (its newest run),
+    or gs://BUCKET/PATH, whose stage is brought up to date.
 
     Raises:
       UserError: none, or more than one.
     """
+    if word.startswith(SCHEME):
+        return _find_on_bucket(word, root)
     for folder in (root / word, Path(word)):
         if (folder / "config.json").exists():
             return folder

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from metajax.atomic import write_text
+from metajax.buckets import files, hashes_of, home, move, publish, steps_of
 from metajax.config import UserError, require
 from metajax.pods.hosts import gather, is_first, of_first
 from metajax.progress import say, warn
@@ -31,7 +32,7 @@ from metajax.training.state import State, from_arrays, to_arrays
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -47,29 +48,21 @@ def _storage_errors(folder: Path) -> Iterator[None]:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
-        number = int(code.group(1))
-        raise OSError(number, os.strerror(number), str(folder)) from error
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        raise OSError(int(code.group(1)), os.strerror(int(code.group(1))), str(folder)) from error
 
 
 class Checkpoints:
     """The checkpoints of one run: DIR/checkpoints/STEP, DIR/hashes/STEP-pHOST.json, DIR/damaged/ for what failed.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; DIR is its home, which may be a bucket.
       keep: newest checkpoints kept, two at least; the best by held-out bits per byte is kept besides.
       on_warning: told what was wrong with a checkpoint that had to be set aside.
     """
 
     def __init__(self, workdir: Path, keep: int, on_warning: Callable[[str], None] = warn):
-        self.folder = (workdir / "checkpoints").absolute()
-        self.hashes = (workdir / "hashes").absolute()
-        self.damaged = (workdir / "damaged").absolute()
-        if is_first():
-            self.hashes.mkdir(parents=True, exist_ok=True)
+        self._workdir, there = workdir, home(workdir)
+        self.folder, self.hashes, self.damaged = there / "checkpoints", there / "hashes", there / "damaged"
         self._warn = on_warning
         self._host, self._hosts = jax.process_index(), jax.process_count()
         best = policies.BestN(
@@ -106,17 +99,21 @@ class Checkpoints:
     def poll(self) -> None:
         """Hash a save that has been committed since; cheap, called between steps."""
         if self._unhashed is not None and not self._manager.is_saving_in_progress():
-            self._jobs.append(self._hasher.submit(self._write_hashes, self._unhashed))
-            self._unhashed = None
+            self._hash()
 
     def finish(self) -> None:
         """Wait until every save is committed and hashed; errors of the background work surface here."""
+        if self._unhashed is not None:
+            self._hash()
+        while self._jobs:
+            self._jobs.pop().result()
+
+    def _hash(self) -> None:
+        """Hash the newest save in the background once it is committed; one that failed is an error here, once."""
+        step, self._unhashed = self._unhashed, None
         with _storage_errors(self.folder):
             self._manager.wait_until_finished()
-        self.poll()
-        for job in self._jobs:
-            job.result()
-        self._jobs.clear()
+        self._jobs.append(self._hasher.submit(self._write_hashes, step))
 
     def close(self) -> None:
         """Finish, and let go of the threads."""
@@ -127,15 +124,15 @@ class Checkpoints:
     def _write_hashes(self, step: int) -> None:
         folder = self.folder / str(step)
         deadline = time.monotonic() + COMMIT_SECONDS
-        while not folder.exists():
+        while not ocp.utils.is_checkpoint_finalized(folder):
             require(time.monotonic() < deadline, f"the save at step {step} was not committed within {COMMIT_SECONDS:g} s")
             time.sleep(0.02)
-        mine = _files(folder)[self._host :: self._hosts]
+        mine = list(files(folder))[self._host :: self._hosts]
         hashes = {"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}
+        if is_first():
+            publish(self._workdir)  # before the save counts as complete, for its steps will not be made again
         write_text(self.hashes / f"{step}-p{self._host}.json", json.dumps(hashes))
-        if not is_first():
-            return
-        for old in self.hashes.glob("*.json"):
+        for old in self.hashes.glob("*.json") if is_first() else ():
             if not (self.folder / old.name.partition("-")[0]).exists():
                 old.unlink(missing_ok=True)
 
@@ -147,7 +144,7 @@ class Checkpoints:
 
     def verify(self, step: int) -> str | None:
         """None when every file is as it was committed, else what is wrong; each process reads its share of them."""
-        found = gather(verify(self.folder / str(step), self._hash_files(step), self._host, self._hosts) or "")
+        found = gather(verify(self.folder / str(step), hashes_of(self._workdir, step), self._host, self._hosts) or "")
         return next(filter(None, found), None)
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
@@ -159,7 +156,7 @@ class Checkpoints:
           UserError: there are checkpoints and none of them is good.
         """
         steps = self.steps()
-        if steps and of_first(_cut_off(self._hash_files(steps[-1]))):
+        if steps and of_first(_cut_off(hashes_of(self._workdir, steps[-1]))):
             say(f"the save at step {steps[-1]} was cut off before it was complete; it is kept in {self.damaged}")
             self._set_aside(steps.pop())
         for step in reversed(steps):
@@ -186,17 +183,13 @@ class Checkpoints:
         restored = self._manager.restore(step, args=arguments)
         return from_arrays(abstract, restored["state"], f"the checkpoint at step {step}"), restored["meta"]
 
-    def _hash_files(self, step: int) -> list[Path]:
-        return sorted(self.hashes.glob(f"{step}-p*.json"))
-
     def _set_aside(self, step: int) -> None:
         if is_first():
-            self.damaged.mkdir(exist_ok=True)
             target = self.damaged / f"{step}-{time.time_ns()}"
             if (self.folder / str(step)).exists():
-                os.replace(self.folder / str(step), target)
-            for file in self._hash_files(step):
-                os.replace(file, self.damaged / f"{target.name}-{file.name}")
+                move(self.folder / str(step), target)
+            for file in hashes_of(self._workdir, step):
+                move(file, self.damaged / f"{target.name}-{file.name}")
         gather("")  # no one looks before it is done
         self._manager.reload()
 
@@ -224,21 +217,21 @@ def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) 
             return f"its hash file {file.name} is not readable"
     if len(hash_files) < writers:
         return f"the hashes of {writers - len(hash_files)} hosts are missing"
-    if not folder.exists():
+    if not (there := files(folder)):
         return "its folder is gone"
     for name, sha in sorted(expected.items())[host::hosts]:
-        if not (folder / name).exists():
+        if name not in there:
             return f"{name} is missing"
         if _sha256(folder / name) != sha:
             return f"{name} has changed since it was written"
-    extra = sorted(set(_files(folder)) - set(expected))
+    extra = sorted(set(there) - set(expected))
     return f"{extra[0]} was not there when it was written" if extra else None
 
 
 def save_arrays(folder: Path, tree: Any) -> None:
-    """Write a pytree as {path: array} into a folder of its own, at once (replay bundles)."""
+    """Write a pytree as {path: array} into a folder of its own, an absolute path, at once (replay bundles)."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), to_arrays(tree), force=True)
+        checkpointer.save(folder, to_arrays(tree), force=True)
 
 
 def load_arrays(folder: Path, abstract: Any) -> Any:
@@ -253,11 +246,10 @@ def read_parameters(workdir: Path, abstract_model: Any) -> Any:
     Raises:
       UserError: no checkpoint there, or none that verifies or fits `abstract_model`.
     """
-    folder, hashes = (workdir / "checkpoints").absolute(), workdir / "hashes"
-    steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
-    for step in steps:
-        files = sorted(hashes.glob(f"{step}-p*.json"))
-        if files and verify(folder / str(step), files) is None:
+    folder = home(workdir) / "checkpoints"
+    for step in reversed(steps_of(workdir)):
+        found = hashes_of(workdir, step)
+        if found and verify(folder / str(step), found) is None:
             wanted = {f"model/{path}": leaf for path, leaf in to_arrays(abstract_model).items()}
             with ocp.PyTreeCheckpointer() as checkpointer:
                 arrays = checkpointer.restore(

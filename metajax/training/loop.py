@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from metajax.atomic import write_text
+from metajax.buckets import home
 from metajax.config import Config, UserError, config_hash
 from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
@@ -265,13 +267,7 @@ class Trainer:
             say(_log_line(step, self.config.training.steps, record, speed, seconds))
 
     def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
-        """Write the state before the step and its batch; the step kept that state because it was not finite."""
-        folder = self.run.path / f"replay-step-{step}"
-        folder.mkdir(exist_ok=True)
-        save_arrays(folder / "state", state.model)
-        np.savez(folder / f"batch-p{jax.process_index()}.npz", **batch)
-        if is_first():
-            (folder / "metrics.json").write_text(json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
+        folder = write_bundle(self.run.path, step, values, batch, state)
         return (
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
             f"{folder} (metajax.training.loop.replay reproduces it). Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
@@ -289,8 +285,19 @@ def _lost_peers_stop() -> Iterator[None]:
         raise Stopped(f"another process of this run is gone ({str(error).splitlines()[0]}); the same command goes on") from error
 
 
+def write_bundle(workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> Any:
+    """Write the state before a step, which kept it because it was not finite, and the batch; the folder with both."""
+    folder = home(workdir) / f"replay-step-{step}"
+    save_arrays(folder / "state", state.model)
+    with (folder / f"batch-p{jax.process_index()}.npz").open("wb") as file:
+        np.savez(file, **batch)
+    if is_first():
+        write_text(folder / "metrics.json", json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
+    return folder
+
+
 def replay(folder: Path, config: Config, vocab_size: int) -> dict[str, float]:
-    """Loss and gradient norm of the step kept in a replay bundle, computed anew on one device."""
+    """Loss and gradient norm of the step kept in a replay bundle, computed anew on one device; of a bucket's a local copy."""
     program = Program.build(config, vocab_size, jax.devices()[:1])
     state = program.create_state().replace(model=load_arrays(folder / "state", program.abstract_state().model))
     slices = [np.load(path) for path in sorted(folder.glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))]

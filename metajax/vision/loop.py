@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from metajax.parallel.rules import batch_sharding
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory
-from metajax.training.checkpoints import Checkpoints, save_arrays
-from metajax.training.loop import NonFinite
+from metajax.training.checkpoints import Checkpoints
+from metajax.training.loop import NonFinite, write_bundle
 from metajax.training.metrics import Loggers, MetricsFile
 from metajax.training.state import State, initialiser
 from metajax.vision.clips import whole
@@ -194,10 +193,5 @@ class _Loop:
             say(f"step {step}/{self.task.steps}  {said}  {pace * 1000:.1f} ms/step  ETA {int(left // 60)}:{int(left % 60):02d}")
 
     def _bundle(self, step: int, values: dict[str, float], batch: Batch, state: State) -> str:
-        """Write the state before the step, which kept it, and its batch."""
-        folder = self.files.path / f"replay-step-{step}"
-        folder.mkdir(exist_ok=True)
-        save_arrays(folder / "state", state.model)
-        np.savez(folder / "batch.npz", **batch)
-        (folder / "metrics.json").write_text(json.dumps({"step": step, **{name: str(value) for name, value in values.items()}}))
+        folder = write_bundle(self.files.path, step, values, batch, state)
         return f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; what led to it is in {folder}"

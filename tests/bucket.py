@@ -1,0 +1,99 @@
+"""A Cloud Storage of this machine for tests: gcp-storage-emulator, made to keep what runs rely on, and to fail when asked to.
+
+The emulator takes no notice of the generation of an object; here a read tells it and conditions on it hold, without which
+TensorStore cannot write. While `Bucket.down` is set every request is answered with 503.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from http.server import HTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.server import RequestHandler, Router
+from gcp_storage_emulator.storage import Storage
+
+NAME = "bucket"
+
+
+class Bucket:
+    """gs://bucket, empty; `down` makes it answer 503, `refused` counts how often it did."""
+
+    def __init__(self) -> None:
+        self.storage = Storage(use_memory_fs=True)
+        buckets.create_bucket(NAME, self.storage)
+        self.down = threading.Event()
+        self.refused = 0
+
+    def objects(self) -> dict[str, Any]:
+        """What there is, by name."""
+        return self.storage.objects.get(NAME, {})
+
+
+class _Handler(RequestHandler):
+    def __init__(self, bucket: Bucket, *arguments: Any):
+        self._bucket, self._generation = bucket, None
+        super().__init__(bucket.storage, *arguments)
+
+    def _answer(self, method: str) -> None:
+        where = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(where.query).items()}
+        name = query.get("name") or unquote(where.path.rpartition("/o/")[2])
+        found = self._bucket.objects().get(name, {}).get("generation", "0")
+        if self._bucket.down.is_set():
+            self._bucket.refused += 1
+            self._refuse(503)
+        elif query.get("ifGenerationMatch", found) != found:
+            self._refuse(412)
+        elif query.get("ifGenerationNotMatch", "0") == found != "0":
+            self._refuse(304)
+        else:
+            self._generation = found if query.get("alt") == "media" else None
+            Router(self).handle(method)
+
+    def _refuse(self, status: int) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def end_headers(self) -> None:
+        if self._generation is not None:
+            self.send_header("X-Goog-Generation", self._generation)
+        super().end_headers()
+
+    do_GET, do_POST, do_PUT, do_PATCH, do_DELETE = map(
+        functools.partial(functools.partialmethod, _answer), ("GET", "POST", "PUT", "PATCH", "DELETE")
+    )
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Bucket]:
+    """A bucket that this process and those it starts reach as gs://bucket."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    bucket = Bucket()
+    server = HTTPServer(("localhost", 0), functools.partial(_Handler, bucket))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://localhost:{server.server_port}"
+    mine = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT"), address)
+    mine |= {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # no one to sign in with
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
+    try:
+        yield bucket
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        server.shutdown()
+        server.server_close()
+        thread.join()
