@@ -1,16 +1,18 @@
 """A Cloud Storage of this machine for tests: gcp-storage-emulator, made to keep what runs rely on, and to fail when asked to.
 
 The emulator takes no notice of the generation of an object; here a read tells it and conditions on it hold, without which
-TensorStore cannot write. While `Bucket.down` is set every request is answered with 503.
+TensorStore cannot write. What a kill leaves on a bucket is what is there at that moment: it can be kept, and put back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import HTTPServer
 from typing import Any
@@ -24,13 +26,24 @@ NAME = "bucket"
 
 
 class Bucket:
-    """gs://bucket, empty; `down` makes it answer 503, `refused` counts how often it did."""
+    """gs://bucket, empty.
+
+    `kept` has a copy of `storage` as it was when an object of this name had been written, once that is so; `away` the seconds for
+    which every request is answered with 503 from then on, and `refused` counts them.
+    """
 
     def __init__(self) -> None:
         self.storage = Storage(use_memory_fs=True)
         buckets.create_bucket(NAME, self.storage)
-        self.down = threading.Event()
-        self.refused = 0
+        self.kept: dict[str, Storage | None] = {}
+        self.away: dict[str, float] = {}
+        self.down_until, self.refused = 0.0, 0
+
+    def written(self, name: str) -> None:
+        """An object has been written."""
+        if self.kept.get(name, name) is None:
+            self.kept[name] = copy.deepcopy(self.storage)
+        self.down_until = max(self.down_until, time.monotonic() + self.away.pop(name, 0.0))
 
     def objects(self) -> dict[str, Any]:
         """What there is, by name."""
@@ -47,7 +60,7 @@ class _Handler(RequestHandler):
         query = {name: values[0] for name, values in parse_qs(where.query).items()}
         name = query.get("name") or unquote(where.path.rpartition("/o/")[2])
         found = self._bucket.objects().get(name, {}).get("generation", "0")
-        if self._bucket.down.is_set():
+        if time.monotonic() < self._bucket.down_until:
             self._bucket.refused += 1
             self._refuse(503)
         elif query.get("ifGenerationMatch", found) != found:
@@ -57,6 +70,8 @@ class _Handler(RequestHandler):
         else:
             self._generation = found if query.get("alt") == "media" else None
             Router(self).handle(method)
+            if method == "POST":
+                self._bucket.written(name)
 
     def _refuse(self, status: int) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -241,7 +241,8 @@ def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(comman
         (["quickstart/plain", "--set", "seed=7"], "use --seed N"),
         (["quickstart/plain", "--set", "scale=gpu"], "use --scale"),
         (["show", "quickstart", "--set", "model.layrs=3"], "unknown field model.layrs"),
-        (["quickstart/plain", "--workdir", "gs://bucket/run"], "local folder"),
+        (["quickstart/plain", "--runs-dir", "gs://bucket/runs"], "local folder"),
+        (["quickstart", "--workdir", "gs://bucket/run"], "a bucket is for one experiment"),
         (["quickstart/plain", "--set", "runtime.mesh=data=3"], "but there are 1 devices"),
     ],
 )
