@@ -7,6 +7,8 @@ A run that was disturbed must end with the parameters, the curve and the evaluat
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -54,14 +56,14 @@ def command(home: Path, workdir: Path, *more: str) -> list[str]:
     return ["quickstart/meta_tokens", *words, "--workdir", str(workdir), "--cache-dir", str(home / "cache")]
 
 
-def child(words: Sequence[str], log: Path, largest_file: int | None) -> None:
-    """What a forked process does: one command line, with what it prints in `log`."""
+def child(words: Sequence[str], log: Path, first: Callable[[], None] | None) -> None:
+    """What a forked process does: `first`, then one command line, with what it prints in `log`."""
     os.setpgrp()
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if first is not None:
+        first()
     from metajax.cli import main
 
     code = main(words)
@@ -82,16 +84,16 @@ class Suite:
         self._runs += 1
         return self.home / f"run{self._runs}"
 
-    def start(self, workdir: Path, *more: str, words: Sequence[str] = (), largest_file: int | None = None) -> Any:
-        """A command on its way."""
-        arguments = ([*command(self.home, workdir, *more), *words], self.home / f"{workdir.name}.log", largest_file)
+    def start(self, workdir: Path, *more: str, words: Sequence[str] = (), first: Callable[[], None] | None = None) -> Any:
+        """A command on its way, in a process that begins with `first`."""
+        arguments = ([*command(self.home, workdir, *more), *words], self.home / f"{workdir.name}.log", first)
         process = CONTEXT.Process(target=child, args=arguments)
         process.start()
         return process
 
-    def finish(self, workdir: Path, *more: str) -> None:
-        """The same command, undisturbed to its end."""
-        process = self.start(workdir, *more)
+    def finish(self, workdir: Path, *more: str, first: Callable[[], None] | None = None) -> None:
+        """The same command to its end."""
+        process = self.start(workdir, *more, first=first)
         process.join()
         assert process.exitcode == 0, (self.home / f"{workdir.name}.log").read_text()[-3000:]
 
@@ -101,6 +103,20 @@ class Suite:
         lines = read_lines(workdir / "metrics.jsonl")
         with CONTEXT.Pool(1) as pool:
             return pool.apply(parameters, (str(workdir),)), lines, report["eval"], report["counts"]
+
+    def cut(self, workdir: Path, step: int, *more: str, first: Callable[[], None] | None = None) -> None:
+        """The command, killed once it has logged `step`."""
+        process = self.start(workdir, *more, first=first)
+        self.wait_for(workdir, step, process)
+        process.kill()
+        process.join()
+
+    def refused(self, workdir: Path, first: Callable[[], None] | None = None) -> tuple[int, list[str]]:
+        """(exit code, errors it told) of the command where it cannot go on."""
+        process = self.start(workdir, first=first)
+        process.join()
+        lines = (self.home / f"{workdir.name}.log").read_text().splitlines()
+        return process.exitcode, [line for line in lines if line.startswith("error: ")]
 
     def wait_for(self, workdir: Path, step: int, process: Any) -> None:
         """Until a run has logged `step`, or is over."""
@@ -184,10 +200,7 @@ def damaged_checkpoints(suite: Suite, whole: tuple[Any, ...]) -> None:
     """The newest checkpoint flipped, cut short, torn: the one before is used, and the report says so."""
     workdir = suite.new()
     for number, damage in enumerate((_flip, _truncate, _tear), 1):
-        process = suite.start(workdir, "runtime.keep=4")
-        suite.wait_for(workdir, 17 * number, process)
-        process.kill()
-        process.join()
+        suite.cut(workdir, 17 * number, "runtime.keep=4")
         newest = max(int(path.name.partition("-")[0]) for path in (workdir / "hashes").glob("*.json"))
         damage(workdir / "checkpoints" / str(newest))
     suite.finish(workdir)
@@ -197,34 +210,77 @@ def damaged_checkpoints(suite: Suite, whole: tuple[Any, ...]) -> None:
         suite.check(f"the newest checkpoint with {damage}: the one before was used", good)
 
 
+def _small_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
+
+
 def full_disk(suite: Suite, whole: tuple[Any, ...]) -> None:
     """No file may grow beyond 32 kB, a limit that the system keeps as it does that of a full disk: one line, exit code 2, nothing damaged."""
     workdir = suite.new()
-    process = suite.start(workdir)
-    suite.wait_for(workdir, 12, process)
-    process.kill()
-    process.join()
-    process = suite.start(workdir, largest_file=1 << 15)
-    process.join()
-    said = [line for line in (suite.home / f"{workdir.name}.log").read_text().splitlines() if line.startswith("error: ")]
+    suite.cut(workdir, 12)
+    code, said = suite.refused(workdir, _small_disk)
     suite.finish(workdir)
-    suite.check(f"full disk: exit code {process.exitcode}, {said}", process.exitcode == 2 and len(said) == 1 and suite.outcome(workdir) == whole)  # fmt: skip
+    suite.check(
+        f"full disk: exit code {code}, {said}",
+        code == 2 and len(said) == 1 and "make room" in said[0] and suite.outcome(workdir) == whole,
+    )
+
+
+def _no_privileges() -> None:
+    """Root obeys the permissions of files from here on, as everyone else does."""
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # capget(2), version 3; 0: this thread
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
+    sets[0] &= ~0b110  # effective: CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+
+
+def unwritable(suite: Suite, whole: tuple[Any, ...]) -> None:
+    """The permission to write in the workdir is gone at a restart: one line that names a path; it comes back, and the run goes on."""
+    workdir = suite.new()
+    suite.cut(workdir, 12)
+    folders = [workdir, *(path for path in workdir.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    code, said = suite.refused(workdir, _no_privileges)
+    for folder in folders:
+        folder.chmod(0o755)
+    suite.finish(workdir)
+    named = len(said) == 1 and str(workdir) in said[0]
+    suite.check(f"unwritable directory: exit code {code}, {said}", code == 2 and named and suite.outcome(workdir) == whole)
+
+
+def _slow_storage(seconds: float) -> None:
+    """Every call that makes, names or lists files takes this much longer."""
+    for name in ("mkdir", "rename", "replace", "scandir", "listdir"):
+        setattr(os, name, functools.partial(_slowly, getattr(os, name), seconds))
+
+
+def _slowly(act: Callable[..., Any], seconds: float, *arguments: Any, **named: Any) -> Any:
+    time.sleep(seconds)
+    return act(*arguments, **named)
+
+
+def slow_storage(suite: Suite, whole: tuple[Any, ...]) -> None:
+    """A save takes longer than the steps to the next one; killed in the middle, then to its end: it costs time alone."""
+    workdir, slow = suite.new(), functools.partial(_slow_storage, 0.03)
+    suite.cut(workdir, 17, first=slow)
+    suite.finish(workdir, first=slow)
+    spent = json.loads((workdir / "report.json").read_text())["goodput"]
+    waited = spent["seconds"] * spent["checkpoint"]
+    suite.check(f"slow storage: {waited:.1f} s of waiting for saves", waited > 1 and suite.outcome(workdir) == whole)
 
 
 def vanished_data(suite: Suite, whole: tuple[Any, ...]) -> None:
     """The corpus is gone at a restart: one line that names it; it comes back, and the run goes on."""
     workdir, corpus = suite.new(), suite.home / "corpus.jsonl"
-    process = suite.start(workdir)
-    suite.wait_for(workdir, 12, process)
-    process.kill()
-    process.join()
+    suite.cut(workdir, 12)
     os.replace(corpus, suite.home / "gone.jsonl")
-    process = suite.start(workdir)
-    process.join()
+    code, said = suite.refused(workdir)
     os.replace(suite.home / "gone.jsonl", corpus)
-    named = f"error: {corpus}: no such file" in (suite.home / f"{workdir.name}.log").read_text()
     suite.finish(workdir)
-    suite.check(f"vanished data file: exit code {process.exitcode}", process.exitcode == 2 and named and suite.outcome(workdir) == whole)  # fmt: skip
+    named = len(said) == 1 and f"{corpus}: no such file" in said[0]
+    suite.check(f"vanished data file: exit code {code}", code == 2 and named and suite.outcome(workdir) == whole)
 
 
 def lost_host(suite: Suite, whole: tuple[Any, ...], signal_number: int, name: str) -> None:
@@ -234,8 +290,9 @@ def lost_host(suite: Suite, whole: tuple[Any, ...], signal_number: int, name: st
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = ("--coordinator", f"localhost:{port}", "--processes", "2", "--process-id")
-    pair = [suite.start(workdir, "runtime.hang_seconds=15", words=(*place, str(i))) for i in range(2)]
+    pair = [suite.start(workdir, "runtime.hang_seconds=60", words=(*place, str(i))) for i in range(2)]
     suite.wait_for(workdir, 12, pair[0])
+    assert pair[0].is_alive(), (suite.home / f"{workdir.name}.log").read_text()[-3000:]
     os.kill(pair[1].pid, signal_number)
     pair[0].join()
     pair[1].kill()
@@ -258,6 +315,8 @@ FAULTS: dict[str, Callable[..., None]] = {
     "preemption": preemption,
     "damage": damaged_checkpoints,
     "full_disk": full_disk,
+    "unwritable": unwritable,
+    "slow_storage": slow_storage,
     "vanished_data": vanished_data,
     "lost_hosts": lost_hosts,
 }
