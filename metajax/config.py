@@ -17,35 +17,14 @@ from typing import Any, Literal
 from metajax.fields import UserError, flatten, from_dict, nearest, override, require, to_dict
 from metajax.model_config import Hybrid, Model
 
-__all__ = [
-    "Hybrid",
-    "Model",
-    "UserError",
-    "flatten",
-    "from_dict",
-    "nearest",
-    "override",
-    "require",
-    "to_dict",
-]  # every sub-config and the access to them, from one place
+# every sub-config and the access to them, from one place
+__all__ = ["Hybrid", "Model", "UserError", "flatten", "from_dict", "nearest", "override", "require", "to_dict"]
 
 Scale = Literal["cpu", "gpu", "paper"]
 ANALYSES = (
-    "interventions",
-    "sharpening",
-    "caching",
-    "attention",
-    "theory",
-    "rate_distortion",
-    "overhead",
-    "mixing_maps",
-    "branches",
-    "needle",
-    "probes",
-    "metadata_attention",
-    "guidance",
-    "by_position",
-)  # in metajax/analysis
+    "interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead", "mixing_maps", "branches", "needle",
+    "probes", "metadata_attention", "guidance", "by_position",
+)  # fmt: skip  # in metajax/analysis
 TASKS = ("list_recall", "segment_counting", "parity", "copying", "needle", "mqar")  # in metajax/data/tasks
 
 
@@ -269,9 +248,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Init:
-    """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read."""
+    """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read.
+
+    RUN?PART&PART=NAME reads those parts alone, the second under the NAME that it has there; a part is the beginning of a parameter's
+    path, such as blocks/attention. The others start afresh.
+    """
 
     from_: str = ""
+
+    @property
+    def run(self) -> str:
+        """The run without the parts."""
+        return self.from_.partition("?")[0]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """{part of this model: its name in the run}; empty: all of it, under the same names."""
+        pairs = (item.partition("=") for item in self.from_.partition("?")[2].split("&") if item)
+        return {ours: theirs or ours for ours, _, theirs in pairs}
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,14 @@ def inherited(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in changes.items() if field.partition(".")[0] not in ("evaluation", "init")}
 
 
-def find_parent(word: str, runs: Path) -> str:
-    """The run that `word` means, relative to `runs`, said aloud. A name means its newest run that has no parent of its own, so that
-    the same command twice names the same parent."""
+def find_parent(text: str, runs: Path) -> str:
+    """The run that `text` means, relative to `runs`, said aloud, with the parts that it names. A name means its newest run that has no
+    parent of its own, so that the same command twice names the same parent."""
+    word, *parts = text.split("?", 1)
     fresh = [run for run in list_runs(runs) if read_config(run).name == word and not read_config(run).init.from_]
     found = fresh[-1] if fresh else find_run(word, runs)
     say(f"starting from the parameters of {found}")
-    return str(found.relative_to(runs) if found.is_relative_to(runs) else found.absolute())
+    return "?".join([str(found.relative_to(runs) if found.is_relative_to(runs) else found.absolute()), *parts])
 
 
 def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
@@ -59,7 +60,8 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
 def _resolve(
     config: AnyConfig, changes: Mapping[str, Any], root: Path, chain: tuple[str, ...]
 ) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
-    word, known = config.init.from_, registry.experiments()
+    word, *parts = config.init.from_.split("?", 1)
+    known = registry.experiments()
     if not word:
         return config, ()
     if word not in known and word not in registry.tables():
@@ -70,5 +72,5 @@ def _resolve(
     require(word not in chain, f"init.from goes round in a circle: {circle}; one of them has to start afresh (init.from empty)")
     parent = replace(apply_changes(registry.find_experiment(word).build(config.scale), changes), seed=config.seed)
     parent, older = _resolve(parent, changes, root, (*chain, word))
-    child = override(config, {"init.from": default_workdir(parent, Path()).as_posix()})
+    child = override(config, {"init.from": "?".join([default_workdir(parent, Path()).as_posix(), *parts])})
     return child, (*older, parent)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from metajax.atomic import write_text
 from metajax.buckets import files, hashes_of, home, move, publish, steps_of
 from metajax.config import UserError, require
+from metajax.partial_restore import read_parts
 from metajax.pods.hosts import gather, is_first, of_first
 from metajax.progress import say, warn
 from metajax.training.state import State, from_arrays, to_arrays
@@ -240,8 +241,11 @@ def load_arrays(folder: Path, abstract: Any) -> Any:
         return from_arrays(abstract, checkpointer.restore(folder.absolute(), to_arrays(abstract)), str(folder))
 
 
-def read_parameters(workdir: Path, abstract_model: Any) -> Any:
+def read_parameters(workdir: Path, abstract_model: Any, parts: Mapping[str, str] | None = None, fresh: Any = None) -> Any:
     """Parameters of the newest good checkpoint of a finished or running experiment, read without changing its folder.
+
+    Args:
+      parts: {part of this model: its name there} to read these alone (`Init.parts`); the others are those of `fresh`, another such model.
 
     Raises:
       UserError: no checkpoint there, or none that verifies or fits `abstract_model`.
@@ -250,13 +254,6 @@ def read_parameters(workdir: Path, abstract_model: Any) -> Any:
     for step in reversed(steps_of(workdir)):
         found = hashes_of(workdir, step)
         if found and verify(folder / str(step), found) is None:
-            wanted = {f"model/{path}": leaf for path, leaf in to_arrays(abstract_model).items()}
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                arrays = checkpointer.restore(
-                    folder / str(step) / "state",
-                    args=ocp.args.PyTreeRestore(
-                        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-                    ),
-                )
-            return from_arrays(abstract_model, {k.removeprefix("model/"): v for k, v in arrays.items()}, f"{folder}/{step}")
+            mine = {} if fresh is None else to_arrays(fresh)
+            return read_parts(folder / str(step), abstract_model, parts or {"": ""}, mine)
     raise UserError(f"{workdir} has no complete checkpoint yet; run the experiment first")

@@ -130,7 +130,7 @@ class Trainer:
         found = self.checkpoints.restore(abstract)
         if found is None:
             if self.config.init.from_:
-                fresh = fresh.replace(model=self._parent_parameters(abstract.model))
+                fresh = fresh.replace(model=self._parent_parameters(abstract.model, fresh.model))
             return fresh, Counts(), 0
         state, meta = found
         if meta["config_hash"] != config_hash(self.config):
@@ -140,15 +140,16 @@ class Trainer:
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
         return state, Counts(**meta["counts"]) if is_first() else Counts(), meta["step"]
 
-    def _parent_parameters(self, abstract: Any) -> Any:
-        parent = find_run(self.config.init.from_, self.paths.runs)
+    def _parent_parameters(self, abstract: Any, fresh: Any) -> Any:
+        init = self.config.init
+        parent = find_run(init.run, self.paths.runs)
         theirs, ours = load_tokenizer(parent).fingerprint(), self.corpora.tokenizer.fingerprint()
-        if theirs != ours:
+        if theirs != ours and not init.parts:
             raise UserError(
-                f"init.from = {self.config.init.from_}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
-                f"mean other tokens; use data.tokenizer=run:{parent}"
+                f"init.from = {init.run}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
+                f"mean other tokens; use data.tokenizer=run:{parent}, or name the parts to take, such as RUN?blocks"
             )
-        return read_parameters(parent, abstract)
+        return read_parameters(parent, abstract, init.parts, fresh)
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.config.training.steps

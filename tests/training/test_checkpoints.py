@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import UserError
+from metajax.config import Init, UserError
 from metajax.training.checkpoints import Checkpoints, read_parameters
 from metajax.training.state import State, from_arrays, to_arrays
 
@@ -176,6 +176,28 @@ def test_parameters_alone_can_be_read_and_damage_is_skipped(saved):
     shutil.rmtree(saved / "checkpoints")
     with pytest.raises(UserError, match="no complete checkpoint"):
         read_parameters(saved, like)
+
+
+def test_parts_of_the_parameters_are_read_under_other_names(saved):
+    like = {"body": {"w": abstract().model["w"]}, "b": abstract().model["b"]}
+    fresh = {"body": {"w": jnp.zeros((64, 8))}, "b": jnp.full(3, 7.0)}
+    found = read_parameters(saved, like, Init("run?body/w=w").parts, fresh)
+    assert float(found["body"]["w"][0, 0]) == 3.0 and float(found["b"][0]) == 7.0, "what is not named stays fresh"
+    assert Init("run?b&body=x/y").parts == {"b": "b", "body": "x/y"} and Init("run?b").run == "run" and not Init("run").parts
+
+
+@pytest.mark.parametrize(
+    ("like", "parts", "message"),
+    [
+        ({"w": jnp.zeros((64, 9)), "b": jnp.zeros(3)}, {}, r"w has shape \(64, 8\), this model needs \(64, 9\)"),
+        ({"w": jnp.zeros((64, 8))}, {}, "has b, which this model does not have"),
+        ({"head": {"w": jnp.zeros((64, 8))}}, {"head": "tail"}, "lacks tail/w"),
+        ({"w": jnp.zeros((64, 8))}, {"v": "w"}, "this model has no part 'v'"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(saved, like, parts, message):
+    with pytest.raises(UserError, match=message):
+        read_parameters(saved, like, parts, like)
 
 
 def test_paths_do_not_name_a_module_system(saved):

@@ -24,8 +24,10 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 import jax
+import numpy as np
 from metajax.config import Config, from_dict
 from metajax.data.pipeline import Paths, open_corpora, training_batches
+from metajax.training.checkpoints import Checkpoints, read_parameters
 from metajax.training.program import Program
 from metajax.training.state import to_arrays
 
@@ -38,12 +40,19 @@ for mesh in ("data=1,fsdp=1", *sys.argv[3:]):
     program = Program.build(replace(config, runtime=replace(config.runtime, mesh=mesh)), corpora.tokenizer.vocabulary.size, devices)
     state = program.create_state()
     arrays = to_arrays(state.model)
+    if not results:
+        first, folder = jax.device_get(arrays), Path(sys.argv[2]) / f"parent-{len(sys.argv)}"
+        parent = Checkpoints(folder, keep=2)
+        parent.save(state, {})
+        parent.close()
+    read = to_arrays(read_parameters(folder, program.abstract_state().model))
+    moved = all(read[p].sharding == a.sharding and np.array_equal(read[p], first[p]) for p, a in arrays.items())
     local = sum(a.addressable_shards[0].data.nbytes for a in arrays.values()) / sum(a.nbytes for a in arrays.values())
     step_fn, losses = program.compile_step(state, program.put(batches[0])), []
     for n in range(3):
         state, metrics = step_fn(state, program.put(batches[n]))
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    results[mesh] = {"losses": losses, "local": local}
+    results[mesh] = {"losses": losses, "local": local, "moved": moved}
 print(json.dumps(results))
 """
 
@@ -80,6 +89,7 @@ def test_eight_devices_equal_one(tiny_config, paths, kind, meshes):
     one = results.pop("data=1,fsdp=1")
     for mesh, result in results.items():
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5, err_msg=mesh)
+        assert result["moved"], f"{mesh}: it reads the parameters that one device saved, each where its rules put it"
         assert SHARES[mesh] <= result["local"] < 2 * SHARES[mesh], (
             f"{mesh}: parameters are spread over fsdp, small ones stay whole"
         )
