@@ -248,11 +248,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Init:
-    """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read.
-
-    RUN?PART&PART=NAME reads those parts alone, the second under the NAME that it has there; a part is the beginning of a parameter's
-    path, such as blocks/attention. The others start afresh.
-    """
+    """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read. RUN?PART&PART=NAME reads these parts
+    alone, the second under the NAME that it has there; a part is the beginning of a parameter's path, such as blocks/attention."""
 
     from_: str = ""
 

@@ -118,9 +118,7 @@ class Table:
     minutes: Mapping[str, float]
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    parts: Mapping[str, Mapping[str, Any] | ByScale] = field(
-        default_factory=dict
-    )  # name -> what it changes, at the scales that have it
+    parts: Mapping[str, Mapping[str, Any] | ByScale] = field(default_factory=dict)  # name -> its changes, where it is
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # for {names} in the columns' paths, below a row's own
     analyses: tuple[str, ...] = ()  # of every run, made where a run has not been through them; columns read `analyses.NAME...`
     # Of the paper's table or figure that this one reproduces; 0: it reproduces none, or its rows are not known.

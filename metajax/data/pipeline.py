@@ -92,12 +92,9 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
                 if document is not None and not is_held_out(document.origin, data.held_out):
                     yield document.text
 
+    fingerprint = digest([s.fingerprint() for s in sources], data.held_out, data.on_bad_record)
     tokenizer = open_tokenizer(
-        data.tokenizer,
-        cache_dir=paths.cache,
-        data_dir=paths.data,
-        corpus_fingerprint=digest([s.fingerprint() for s in sources], data.held_out, data.on_bad_record),
-        texts=training_texts,
+        data.tokenizer, cache_dir=paths.cache, data_dir=paths.data, corpus_fingerprint=fingerprint, texts=training_texts
     )
     caches = tuple(
         build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record, make=make) for s in sources

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from metajax.config import UserError, nearest, require
@@ -38,7 +39,16 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
 
 def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices (or the given ones), axes named `AXES`, sharding left to the compiler within the rules."""
+    """The mesh over all devices (or the given ones), axes named `AXES`, sharding left to the compiler within the rules.
+
+    Slices of TPUs, which a slow network joins, are spread over `data`.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(text, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+    spread = f"runtime.mesh = {text!r}: {slices} slices are spread over data; give it a multiple, such as data={slices},fsdp=-1"
+    require(shape[0] % slices == 0, spread)
+    return Mesh(create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1), devices), tuple(sizes), axis_types=types)

@@ -29,6 +29,9 @@ from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step
 
 KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_SCATTER = re.compile(r"^%(all-reduce-scatter[\w.\-]*) \((.*?)\) ->", re.MULTILINE)  # XLA's fusions that reduce and scatter
+_SCATTERED = re.compile(r" fusion\(.*calls=%(all-reduce-scatter[\w.\-]*)")
+_BETWEEN = re.compile(r"= \((.*?), u32\[\], .* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 _ARRAY = re.compile(r"\b([a-z]+)(\d+)?\[([\d,]*)\]")
 _WIRE = {"all-reduce": 2.0}  # how often an array crosses the links of a chip; once in all others
 
@@ -147,14 +150,22 @@ def memory(compiled: Any, chip: Chip) -> dict[str, float]:
 def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
     """{kind: {count, bytes, seconds}} of a step on one chip; seconds at the peak of its links."""
     found: dict[str, dict[str, float]] = {}
+    scatters = dict(_SCATTER.findall(hlo))
+
+    def add(kind: str, arrays: str, times: int, speed: float) -> None:
+        size = max((_array_bytes(*array) for array in _ARRAY.findall(arrays)), default=0)
+        so_far = found.setdefault(kind, {"count": 0, "bytes": 0, "seconds": 0.0})
+        so_far["count"] += times
+        so_far["bytes"] += times * size
+        so_far["seconds"] += times * size * _WIRE.get(kind, 1.0) / speed
+
     for line, times in operations(hlo):
-        match = _COLLECTIVE.search(line)
-        if match:
-            size = max((_array_bytes(*array) for array in _ARRAY.findall(match.group(1))), default=0)
-            kind = found.setdefault(match.group(2), {"count": 0, "bytes": 0, "seconds": 0.0})
-            kind["count"] += times
-            kind["bytes"] += times * size
-            kind["seconds"] += times * size * _WIRE.get(match.group(2), 1.0) / chip.links
+        if match := _COLLECTIVE.search(line):
+            add(match.group(2), match.group(1), times, chip.links)
+        elif match := _SCATTERED.search(line):
+            add("reduce-scatter", scatters[match.group(1)], times, chip.links)
+        elif match := _BETWEEN.search(line):
+            add(f"{match.group(2).lower().replace('_', '-')} between slices", match.group(1), times, chip.network)
     return found
 
 
@@ -164,11 +175,12 @@ def _array_bytes(kind: str, bits: str, sizes: str) -> int:
 
 
 def bound(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-    """Seconds of a step, at least: its operations at the chips' peak, XLA's estimate (kernels left out), links; and the MFU that the largest allows."""
+    """Seconds of a step, at least: its operations at the chips' peak, XLA's estimate (kernels left out), links, the network between slices; and the MFU that the largest allows."""
     seconds = {
         "operations": found["flops"] / (found["chips"] * chip.flops),
         "xla_estimate": found["xla_cycles"] / chip.clock,
-        "links": sum(kind["seconds"] for kind in found["collectives"].values()),
+        "links": sum(kind["seconds"] for name, kind in found["collectives"].items() if "slices" not in name),
+        "network": sum(kind["seconds"] for name, kind in found["collectives"].items() if "slices" in name),
     }
     least = max(seconds.values())
     return seconds | {"step": least, "mfu": seconds["operations"] / least}

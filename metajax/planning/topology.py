@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,31 +12,38 @@ from metajax.planning.buffers import FLAGS
 
 
 class Chip(NamedTuple):
-    """Peak figures of one chip as its maker publishes them."""
+    """Peak figures of one device as its maker publishes them: a chip, of tpu7x one of its two cores, which JAX counts one by one."""
 
     flops: float  # bf16 operations per second
     memory: float  # bytes of HBM
     bandwidth: float  # bytes per second of HBM
     links: float  # bytes per second between chips, all links together
+    network: float  # bytes per second to other slices
     clock: float  # cycles per second, of XLA's estimates
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 1.75e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, 1.5e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, 1.75e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 12.5e9, 1.75e9),
+    "tpu7x": Chip(
+        1153.5e12, 96 * 2**30, 3690e9, 300e9, 6.25e9, 2.2e9
+    ),  # the clock: what the peak makes of its two 256 x 256 units
 }
 
 
-def chip_of(topology: str) -> Chip:
-    """The chip of a slice named KIND:SIZE, such as v5e:4x4 or v5p:2x2x2; UserError for an unknown kind."""
-    kind, colon, size = topology.partition(":")
+def parse_topology(topology: str) -> tuple[int, str, str]:
+    """(slices, kind, size) of [Nx]KIND:SIZE, such as v5e:4x4, v5p:2x2x2 or, two slices, 2xv5e:4x4; UserError for an unknown kind."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", topology)
+    require(found is not None, f"--topology {topology}: expected KIND:SIZE, such as v5e:4x4, or 2xv5e:4x4 for two slices of it")
+    count, kind, size = found.groups()
     require(kind in CHIPS, f"--topology {topology}: unknown kind {kind!r}{nearest(kind, CHIPS)}; known: {', '.join(CHIPS)}")
-    require(
-        bool(colon) and all(part.isdigit() for part in size.split("x")),
-        f"--topology {topology}: expected KIND:SIZE, such as v5e:4x4",
-    )
-    return CHIPS[kind]
+    return int(count or 1), kind, size
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology."""
+    return CHIPS[parse_topology(topology)[1]]
 
 
 def allow_compiler(dump: Path) -> None:
@@ -50,12 +58,14 @@ def allow_compiler(dump: Path) -> None:
 
 
 def slice_devices(topology: str) -> list[Any]:
-    """The devices of a slice; UserError where libtpu is not installed or has no such slice."""
+    """The devices of a topology; UserError where libtpu is not installed or has no such slice."""
     from jax.experimental import topologies
 
-    options = {"chips_per_host_bounds": (1, 1, 1)} if topology.partition(":")[2].replace("x", "").strip("1") == "" else {}
+    slices, kind, size = parse_topology(topology)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if size.replace("x", "").strip("1") == "" else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+        return list(topologies.get_topology_desc(f"{kind}:{size}", "tpu", **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -33,6 +33,7 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
                 ("operations at the chips' peak", f"{1e3 * bound['operations']:.2f} ms"),
                 ("XLA's estimate, kernels left out", f"{1e3 * bound['xla_estimate']:.2f} ms"),
                 ("links", f"{1e3 * bound['links']:.2f} ms"),
+                ("network between slices", f"{1e3 * bound['network']:.2f} ms"),
                 ("MFU at most", f"{bound['mfu']:.1%}"),
                 (f"{plan['reads']['unit']}, operations of a step", f"{plan['reads']['count']:,}, {plan['flops']:.3e}"),
                 (f"operations for each of the {plan['reads']['unit']}", f"{plan['flops'] / plan['reads']['count']:.3e}"),

@@ -202,7 +202,12 @@ def print_plan(found: dict[str, Any]) -> None:
         grid.add_row(name, f"{n['count']:,}", f"{n['bytes'] / 1e6:,.1f}", f"{1e3 * n['seconds']:.3f}")
     console.print(grid)
     bound = found["bound"]
-    words = {"operations": "operations at the peak", "xla_estimate": "XLA's estimate, kernels left out", "links": "links"}
+    words = {
+        "operations": "operations at the peak",
+        "xla_estimate": "XLA's estimate, kernels left out",
+        "links": "links",
+        "network": "network",
+    }
     console.print("; ".join(f"{words[name]} {1e3 * bound[name]:.2f} ms" for name in words))
     console.print(
         f"a step of {found['reads']['count']:,} {found['reads']['unit']} and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "

@@ -134,9 +134,7 @@ class Trainer:
             return fresh, Counts(), 0
         state, meta = found
         if meta["config_hash"] != config_hash(self.config):
-            raise UserError(
-                f"the checkpoint in {self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir"
-            )
+            raise UserError(f"{self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir")
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
         return state, Counts(**meta["counts"]) if is_first() else Counts(), meta["step"]
 

@@ -96,7 +96,7 @@ def test_the_page_of_a_plan(tmp_path, dump):
         "state": {"parameters": gib, "optimizer": 2 * gib}, "kernels": [],
         "memory": {"arguments": 4 * gib, "outputs": 0, "temporaries": 8 * gib, "program": gib, "total": 13 * gib, "limit": 16 * gib},
         "collectives": {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}},
-        "bound": {"operations": 0.1, "xla_estimate": 0.2, "links": 0.01, "step": 0.2, "mfu": 0.5},
+        "bound": {"operations": 0.1, "xla_estimate": 0.2, "links": 0.01, "network": 0.0, "step": 0.2, "mfu": 0.5},
     }  # fmt: skip
     write_plan_page(tmp_path / "plan.html", plan)
     page = (tmp_path / "plan.html").read_text()

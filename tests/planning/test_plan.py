@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metajax.config import UserError
-from metajax.planning.topology import chip_of
+from metajax.planning.topology import chip_of, parse_topology
 
 HLO = """HloModule jit_step
 
@@ -21,9 +21,16 @@ HLO = """HloModule jit_step
   %constant.9 = s32[]{:T(128)} constant(3)
 }
 
+%all-reduce-scatter.2 (input: f32[100]) -> f32[25] {
+  %all-reduce.3 = f32[100]{0} all-reduce(%input), replica_groups={{0,1,2,3}}
+}
+
 ENTRY %main.5 (a: f32[8]) -> f32[8] {
   %ar = (f32[100]{0}, f32[100]{0}) all-reduce-start(%a), replica_groups={}
   %done = f32[100]{0} all-reduce-done(%ar)
+  %scattered = f32[25]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.2, backend_config={}
+  %send = (f32[25]{0}, u32[], token[]) send(%scattered, %after), is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), is_host_transfer=true
   %while.1 = (s32[], f32[8]) while(%tuple.1), condition=%condition.1, body=%body.1
 }
 """
@@ -33,15 +40,27 @@ def test_collectives_count_once_for_each_trip():
     from metajax.planning.plan import collectives
 
     found = collectives(HLO, chip_of("v5e:2x2"))
-    assert found.keys() == {"all-reduce", "all-gather"}
+    assert found.keys() == {"all-reduce", "all-gather", "reduce-scatter", "all-reduce between slices"}
     assert (found["all-gather"]["count"], found["all-gather"]["bytes"]) == (3, 3 * 4 * 128 * 2)
     assert (found["all-reduce"]["count"], found["all-reduce"]["bytes"]) == (1, 400)
     assert found["all-reduce"]["seconds"] == pytest.approx(2 * 400 / 200e9)
+    assert found["reduce-scatter"] == {"count": 1, "bytes": 400, "seconds": pytest.approx(400 / 200e9)}
+    assert found["all-reduce between slices"] == {"count": 1, "bytes": 100, "seconds": pytest.approx(100 / 3.125e9)}
+
+
+def test_topologies_of_several_slices_and_cores():
+    assert parse_topology("v5e:4x4") == (1, "v5e", "4x4") and parse_topology("16xtpu7x:2x2x1") == (16, "tpu7x", "2x2x1")
+    assert chip_of("2xv5p:2x2x2") == chip_of("v5p:2x2x2")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("v6:2x2", "unknown kind 'v6'; did you mean 'v6e'"), ("v5e", "expected KIND:SIZE"), ("v5e:2by2", "expected KIND:SIZE")],
+    [
+        ("v6:2x2", "unknown kind 'v6'; did you mean 'v6e'"),
+        ("v5e", "expected KIND:SIZE"),
+        ("v5e:2by2", "expected KIND:SIZE"),
+        ("0xv5e:2x2", "2xv5e:4x4 for two slices"),
+    ],
 )
 def test_slices_that_do_not_exist(name, message):
     with pytest.raises(UserError, match=message):

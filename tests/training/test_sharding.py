@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from metajax.config import UserError
-from metajax.parallel.mesh import parse_mesh
+from metajax.parallel.mesh import make_mesh, parse_mesh
 from metajax.parallel.rules import param_shardings, partition_spec
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,12 @@ def test_rules_refuse_collisions_and_unknown_axes():
 def test_mesh_errors_say_what_is_wrong(text, devices, message):
     with pytest.raises(UserError, match=message):
         parse_mesh(text, devices)
+
+
+def test_slices_are_spread_over_data_alone():
+    devices = [SimpleNamespace(platform="tpu", slice_index=i // 2, id=i) for i in range(4)]
+    with pytest.raises(UserError, match="2 slices are spread over data; give it a multiple, such as data=2,fsdp=-1"):
+        make_mesh("fsdp=-1", devices)
 
 
 def test_mesh_takes_what_is_left():
