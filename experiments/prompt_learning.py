@@ -228,7 +228,7 @@ def _transfer_rows(order: tuple[str, ...], values: dict) -> list[Row]:
         Column("average of targets, %", "eval.targets", 1, "higher", 100, part="imagenet"),
     ],
     baseline="cocoop",
-    minutes={"cpu": 2, "paper": 900},
+    minutes={"cpu": 0.5, "paper": 900},
     parts=_transfer_parts(("digits",), _TARGETS),
     notes=["At cpu scale the CLIP has seen images of both sets, the learner of emoji alone.", *NOISE],
 )  # fmt: skip
@@ -258,7 +258,7 @@ _VARIANT_ORDER = ("all", *VARIANTS)
         Column("average of variants, %", "eval.targets", 1, "higher", 100, part="imagenet"),
     ],
     baseline="cocoop",
-    minutes={"cpu": 2, "paper": 900},
+    minutes={"cpu": 0.5, "paper": 900},
     parts=_transfer_parts(("emoji:noto", "emoji:grey"), tuple(VARIANTS)),
     notes=["At cpu scale: OpenMoji's drawings are learned; Noto's are another hand's, grey ones are OpenMoji's without colour.", *NOISE],
 )  # fmt: skip
@@ -284,7 +284,7 @@ SHOTS = (1, 2, 4, 8, 16)
     ],
     columns=[Column(f"{n} shot{'s' if n > 1 else ''}, %", "eval.all.accuracy", 1, "higher", 100, part=str(n)) for n in SHOTS],
     baseline="cocoop",
-    minutes={"cpu": 1, "paper": 60},
+    minutes={"cpu": 0.5, "paper": 60},
     parts={str(n): {"images.shots": n} for n in SHOTS},
     notes=[
         "At paper scale Caltech101, the one data set whose seeds are published; others: --set images.sources=dtd.",
@@ -331,7 +331,7 @@ def _weights_of(alpha: float, beta: float) -> dict:
     ],
     parts={"emoji": ByScale(cpu={}), "dtd": ByScale(paper={"images.sources": ("dtd",)})},
     baseline="aapl",
-    minutes={"cpu": 1.5, "paper": 60},
+    minutes={"cpu": 0.5, "paper": 60},
     notes=["At paper scale DTD, where AAPL loses most by its own account.", "`good` and `bad` are the two halves of the 14 in the authors' deleted trainers.", *NOISE],
 )  # fmt: skip
 def ablations(scale: str) -> ImageConfig:
