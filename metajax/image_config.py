@@ -79,9 +79,8 @@ class Prompts:
     augmentations: tuple[str, ...] = AUGMENTATIONS
     sampling: Literal["uniform", "weighted"] = "uniform"  # weighted: those whose deltas are poorly separated more often, by epoch
     space: Literal["normalised", "rgb"] = "normalised"  # where augmentations work; the released code's is the first
-    compute_dtype: Literal["float32", "bfloat16"] | None = (
-        None  # of the frozen CLIP; None: its own, and float32 of published weights
-    )
+    # Of the frozen CLIP; None: its own, and float32 of published weights.
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
     epochs: int = 10
     batch: int = 1
     learning_rate: float = 0.002

@@ -318,17 +318,14 @@ def open_tokenizer(
         return Bytes()
     if kind == "bpe":
         return _cached_bpe(spec, Path(cache_dir), corpus_fingerprint, texts)
-    wanted = {"gpt2": "the folder of vocab.bpe and encoder.json", "run": "the folder of the run"}.get(
-        kind, "the path of its file"
-    )
+    folders = {"gpt2": "the folder of vocab.bpe and encoder.json", "run": "the folder of the run"}
+    wanted = folders.get(kind, "the path of its file")
     remedy = f"; {_GPT2_REMEDY}" if kind == "gpt2" else ""
     require(bool(rest), f"data.tokenizer = {spec!r}: {wanted} is missing, write {kind}:PATH{remedy}")
     path = Path(data_dir or ".") / rest
-    return (
-        load(path)
-        if kind == "run"
-        else {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
-    )
+    if kind == "run":
+        return load(path)
+    return {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
 
 
 def load(folder: Path) -> Tokenizer:

@@ -36,13 +36,13 @@ config = from_dict(Config, json.loads(sys.argv[1]))
 corpora = open_corpora(config, Paths(cache=Path(sys.argv[2])))
 batches = training_batches(corpora)
 results = {}
-for mesh in ("data=1,fsdp=1", *sys.argv[3:]):
+for mesh in ("data=1,fsdp=1", *sys.argv[4:]):
     devices = jax.devices()[:1] if mesh == "data=1,fsdp=1" else jax.devices()
     program = Program.build(replace(config, runtime=replace(config.runtime, mesh=mesh)), corpora.tokenizer.vocabulary.size, devices)
     state = program.create_state()
     arrays = to_arrays(state.model)
     if not results:
-        first, folder = jax.device_get(arrays), Path(sys.argv[2]) / f"parent-{len(sys.argv)}"
+        first, folder = jax.device_get(arrays), Path(sys.argv[3])
         parent = Checkpoints(folder, keep=2)
         parent.save(state, {})
         parent.close()
@@ -70,7 +70,7 @@ BOTH_AXES = MESHES[2:]
         pytest.param("meta_tokens", MESHES[:2], marks=pytest.mark.slow), pytest.param("hybrid", MESHES[:2], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_eight_devices_equal_one(tiny_config, paths, kind, meshes):
+def test_eight_devices_equal_one(tiny_config, paths, tmp_path, kind, meshes):
     from metajax.config import Hybrid, MetaTokens, to_dict
 
     changes = {"data.batch_rows": 8, "model.width": 32, "meta_tokens": MetaTokens() if kind == "meta_tokens" else None}
@@ -79,7 +79,7 @@ def test_eight_devices_equal_one(tiny_config, paths, kind, meshes):
         changes |= {"model.hybrid": mixers, "model.layers": 2, "model.window": 8, "runtime.implementation": "reference"}
     config = tiny_config(**changes)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(to_dict(config)), str(paths.cache), *meshes],
+        [sys.executable, "-c", PROGRAM, json.dumps(to_dict(config)), str(paths.cache), str(tmp_path / "parent"), *meshes],
         capture_output=True,
         text=True,
         cwd=ROOT,
