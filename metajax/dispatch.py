@@ -1,20 +1,17 @@
-"""How an operation finds its implementation, by name or by the platform that is lowered for, and how rows spread over a mesh."""
+"""How an operation finds its implementation, by name or by the platform that is lowered for."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AxisType, PartitionSpec
 
 from metajax.config import UserError, nearest, require
-from metajax.parallel.rules import partition_spec
 
 ONLY_ON = {"pallas_tpu": "tpu"}  # implementation -> the one platform that it runs on
 DTYPES = {"float32", "bfloat16"}  # what the implementations in ONLY_ON compute with
@@ -66,28 +63,3 @@ def _raise(context: mlir.LoweringRuleContext | None, *, reason: str) -> None:
 
 _not_here.def_impl(functools.partial(_raise, None))
 mlir.register_lowering(_not_here, _raise)
-
-
-def over_rows(kernel: Callable, rows: Collection[str]) -> Callable:
-    """`kernel` on the rows that each device holds: the compiler cannot split a Pallas call over a mesh by itself.
-
-    rows: names of the parameters whose first axis is the batch, as that of all outputs is; other arrays are whole on every device.
-    The batch axes are those of the mesh in use (`jax.set_mesh`); rows that do not divide by them are whole on every device too.
-    Inside `jax.shard_map`, or without a mesh of several devices, it is `kernel` itself.
-    """
-    signature = inspect.signature(kernel)
-
-    @functools.wraps(kernel)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
-            return kernel(*args, **kwargs)
-        arrays = {name: x for name, x in given.items() if hasattr(x, "dtype")}
-        (count,) = {x.shape[0] for name, x in arrays.items() if name in rows}
-        split = partition_spec(("batch",), (count,), mesh)
-        specs = {name: split if name in rows else PartitionSpec() for name in arrays}
-        local = lambda arrays: kernel(**(given | arrays))  # noqa: E731
-        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=split, check_vma=False)(arrays)
-
-    return call

@@ -6,6 +6,8 @@ another platform holds that platform's kernels.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,29 +18,38 @@ from kernels_pallas.selective_scan.conv import causal_conv_tpu
 from kernels_pallas.selective_scan.reference import causal_conv_reference, selective_scan_reference
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
-from metajax.dispatch import dispatch, over_rows
+from metajax.dispatch import dispatch
 from metajax.models.masks import Mask, gathered_expiry
+from metajax.parallel.spread import attention_in_parts, conv_in_parts, on_devices, parts_of, scan_in_parts
 
-ATTENTION = {
-    "reference": attention_reference,
-    "xla": attention_xla,
-    "pallas_tpu": over_rows(attention_tpu, {"q", "k", "v", "expiry"}),
-}
-SELECTIVE_SCAN = {
-    "reference": selective_scan_reference,
-    "xla": selective_scan_xla,
-    "pallas_tpu": over_rows(selective_scan_tpu, {"u", "delta", "B", "C", "z", "initial_state", "segment_ids"}),
-}
-CAUSAL_CONV = {
-    "reference": causal_conv_reference,
-    "xla": causal_conv_xla,
-    "pallas_tpu": over_rows(causal_conv_tpu, {"x", "initial_tail", "segment_ids"}),
-}
+ATTENTION = {"reference": attention_reference, "xla": attention_xla, "pallas_tpu": attention_tpu}
+SELECTIVE_SCAN = {"reference": selective_scan_reference, "xla": selective_scan_xla, "pallas_tpu": selective_scan_tpu}
+CAUSAL_CONV = {"reference": causal_conv_reference, "xla": causal_conv_xla, "pallas_tpu": causal_conv_tpu}
 AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
 # Queries x keys of a row up to which "auto" is XLA on every platform: one tile of the kernel, which has nothing to leave out
 # there, while its layouts cost more than they save (docs/kernels.md, meta_attention). Scan and convolution are XLA for rows of one token,
 # which the kernels would fill up to a group of tokens.
 ONE_TILE = 256 * 256
+
+# How their arrays lie on a mesh; lifetimes and segments of a row are known to all its parts.
+_KEYS, _CHANNELS, _STATE, _SEGMENTS = (
+    ("batch", "length", "kv_heads", None),
+    ("batch", "length", "ssm"),
+    ("batch", "ssm", None),
+    ("batch", None),
+)
+ATTENTION_AXES = {
+    "q": ("batch", "length", "heads", None), "k": _KEYS, "v": _KEYS, "expiry": _SEGMENTS,
+    "meta_k": (None, "kv_heads", None), "meta_v": (None, "kv_heads", None), "q_offset": (),
+}  # fmt: skip
+SCAN_AXES = {
+    "u": _CHANNELS, "delta": _CHANNELS, "A": ("ssm", None), "B": ("batch", "length", None), "C": ("batch", "length", None), "D": ("ssm",),
+    "delta_bias": ("ssm",), "z": _CHANNELS, "segment_ids": _SEGMENTS, "initial_state": _STATE, "reset_state": ("ssm", None),
+}  # fmt: skip
+CONV_AXES = {
+    "x": _CHANNELS, "w": ("ssm", None), "b": ("ssm",), "segment_ids": _SEGMENTS,
+    "initial_tail": ("batch", None, "ssm"), "reset_tail": (None, "ssm"),
+}  # fmt: skip
 
 
 def attention(
@@ -59,7 +70,8 @@ def attention(
     key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
     Raises UserError for an unknown implementation, and for one that does not take the dtype or the platform.
     """
-    return _attention(q, k, v, mask.expiry(segment_ids), implementation, meta_k, meta_v, q_offset)
+    window = None if mask.prefix else mask.window  # how far back keys can be seen
+    return _attention(q, k, v, mask.expiry(segment_ids), implementation, window, meta_k, meta_v, q_offset)
 
 
 def meta_attention(
@@ -107,14 +119,22 @@ def _attention(
     v: Array,
     expiry: Array,
     implementation: str,
+    window: int | None = None,
     meta_k: Array | None = None,
     meta_v: Array | None = None,
     q_offset: int | Array | None = None,
 ) -> tuple[Array, Array]:
-    scale = q.shape[-1] ** -0.5
-    options = {"meta_k": meta_k, "meta_v": meta_v, "q_offset": q_offset}
-    auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
-    return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=scale, **options)
+    def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Array | int) -> tuple[Array, Array]:
+        auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
+        return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=q.shape[-1] ** -0.5, **options)
+
+    parts = parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
+    if parts > 1:
+        attend = functools.partial(attention_in_parts, attend, window)
+    elif isinstance(q_offset, int):  # known when the program is made: keys behind the queries are left out then
+        attend, q_offset = functools.partial(attend, q_offset=q_offset), None
+    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "meta_k": meta_k, "meta_v": meta_v}
+    return on_devices(attend, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
 
 
 def selective_scan(
@@ -137,9 +157,26 @@ def selective_scan(
     Where a segment starts the state is `reset_state` (None: zeros); the row itself continues `initial_state` (None: `reset_state`).
     Raises UserError as `attention` does.
     """
-    options = {"z": z, "segment_ids": segment_ids, "initial_state": initial_state, "reset_state": reset_state}
-    auto = AUTO if u.shape[1] > 1 else {}
-    return dispatch(SELECTIVE_SCAN, auto, implementation, u, delta, A, B, C, D, delta_bias, **options)
+
+    def scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array, **options: Array) -> tuple:
+        auto = AUTO if u.shape[1] > 1 else {}
+        return dispatch(SELECTIVE_SCAN, auto, implementation, u, delta, A, B, C, D, delta_bias, **options)
+
+    tokens = {
+        "u": u,
+        "delta": delta,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "delta_bias": delta_bias,
+        "z": z,
+        "segment_ids": segment_ids,
+    }
+    parts = parts_of(u.shape[1])
+    kernel = scan if parts == 1 else functools.partial(scan_in_parts, scan)
+    states = {"initial_state": initial_state, "reset_state": reset_state}
+    return on_devices(kernel, SCAN_AXES, (_CHANNELS, _STATE), parts, **tokens, **states)
 
 
 def causal_conv(
@@ -157,6 +194,12 @@ def causal_conv(
     Before a segment stands `reset_tail` (None: zeros), before the row `initial_tail` (None: `reset_tail`), oldest first.
     Raises UserError as `attention` does.
     """
-    options = {"segment_ids": segment_ids, "initial_tail": initial_tail, "reset_tail": reset_tail}
-    auto = AUTO if x.shape[1] > 1 else {}
-    return dispatch(CAUSAL_CONV, auto, implementation, x, w, b, **options)
+
+    def conv(x: Array, w: Array, b: Array, **options: Array) -> tuple[Array, Array]:
+        return dispatch(CAUSAL_CONV, AUTO if x.shape[1] > 1 else {}, implementation, x, w, b, **options)
+
+    parts = parts_of(x.shape[1])
+    kernel = conv if parts == 1 else functools.partial(conv_in_parts, conv)
+    tails = {"initial_tail": initial_tail, "reset_tail": reset_tail}
+    outputs = _CHANNELS, CONV_AXES["initial_tail"]
+    return on_devices(kernel, CONV_AXES, outputs, parts, x=x, w=w, b=b, segment_ids=segment_ids, **tails)

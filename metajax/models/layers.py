@@ -47,9 +47,7 @@ class Linear(nnx.Module):
         self.b = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=("norm",)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        # One row dimension: the weight gradient then contracts one dimension, which XLA's CPU backend does several times
-        # faster than two (it would materialise transposed copies, with the elementwise work before them done again).
-        y = x.reshape(-1, x.shape[-1]) @ self.w[...].astype(x.dtype)
+        y = as_rows(x) @ self.w[...].astype(x.dtype)
         y = y if self.b is None else y + self.b[...].astype(x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -102,6 +100,15 @@ def scan_layers(body: Callable[..., Any], carry: Any, stacked: Any, *, layers: i
         # Inside a loop the compiler cannot merge forward and recomputation; unrolled whole it could, and undo the saving.
         body = jax.checkpoint(body, policy=policy, prevent_cse=unroll >= layers)
     return jax.lax.scan(body, carry, stacked, unroll=unroll)
+
+
+def as_rows(x: Float[Array, "*batch width"]) -> Float[Array, "... width"]:
+    """`x` with one row dimension, [rows, width]; as it is where the mesh in use spreads its length, which a merged dimension could not be.
+
+    The weight gradient then contracts one dimension, which XLA's CPU backend does several times faster than two (it would
+    materialise transposed copies, with the elementwise work before them done again).
+    """
+    return x if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else x.reshape(-1, x.shape[-1])
 
 
 def gather_rows(x: Array, slots: Array) -> Array:

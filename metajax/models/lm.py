@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from metajax.config import MetaTokens, Model, Runtime, nearest, override, require
 from metajax.models import hybrid
 from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
-from metajax.models.layers import Mlp, Norm, gather_rows, normal_param, scan_layers, scatter_add_rows
+from metajax.models.layers import Mlp, Norm, as_rows, gather_rows, normal_param, scan_layers, scatter_add_rows
 from metajax.models.masks import meta_flags
 from metajax.models.rotary import rotary_table
 from metajax.parallel.rules import RESIDUAL_AXES, constrain
@@ -215,8 +215,7 @@ class LM(nnx.Module):
     def unembed(self, x: Float[Array, "B T width"]) -> Float[Array, "B T vocab"]:
         """float32 logits of every row of the (tied or own) output matrix."""
         matrix = self.embedding if self.unembedding is None else self.unembedding
-        flat = x.reshape(-1, x.shape[-1])  # one row dimension, as in `Linear`
-        logits = jnp.einsum("nd,vd->nv", flat, matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", as_rows(x), matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
         return logits.reshape(*x.shape[:2], -1)
 
     def _rows(self, positions: Array, segment_ids: Array, meta_slots: Array | None) -> Rows:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import NamedTuple
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from metajax.config import UserError, nearest, require
+from metajax.parallel.rules import RULES, batch_sharding
 
-AXES = ("data", "fsdp")
+# Rows of a batch are spread over data and fsdp, parameters and optimiser over fsdp, long rows over context, and heads, channels and
+# the hidden units of feed-forward networks over tensor. Neighbours in the last axes are neighbours in the hardware.
+AXES = ("data", "fsdp", "context", "tensor")
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
@@ -51,4 +56,36 @@ def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
         return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
     spread = f"runtime.mesh = {text!r}: {slices} slices are spread over data; give it a multiple, such as data={slices},fsdp=-1"
     require(shape[0] % slices == 0, spread)
-    return Mesh(create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1), devices), tuple(sizes), axis_types=types)
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return Mesh(create_hybrid_device_mesh(within, between, devices), tuple(sizes), axis_types=types)
+
+
+class HostRows(NamedTuple):
+    """Which of `count` equal slices of a batch a process reads; of the processes that read the same one, one counts it."""
+
+    index: int
+    count: int
+    counts: bool
+
+    @classmethod
+    def of(cls, mesh: Mesh, process: int) -> HostRows:
+        """The rows that the devices of a process hold.
+
+        Raises:
+          UserError: two processes hold the same rows in part, which happens where context or tensor cross processes askew.
+        """
+        shards, held = row_shards(mesh), defaultdict(set)
+        for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+            held[device.process_index].add(rows.start or 0)
+        slices = sorted({tuple(sorted(starts)) for starts in held.values()})
+        askew = "runtime.mesh spreads the rows unevenly over processes; let context and tensor stay inside a process, or span whole ones"
+        require(len({len(starts) for starts in slices}) == 1 and sum(map(len, slices)) == shards, askew)
+        mine = tuple(sorted(held[process]))
+        return cls(
+            slices.index(mine), len(slices), process == min(p for p, starts in held.items() if tuple(sorted(starts)) == mine)
+        )
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -1,12 +1,13 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it.
 
 Collisions are refused: an array whose two logical axes would land on one mesh axis is an error, not a guess.
-A dimension that the mesh axis does not divide stays whole; for parameters another dimension takes fsdp in its place, and a
+A dimension that its mesh axes do not divide stays whole; for parameters another dimension takes fsdp in its place, and a
 large parameter that no dimension can spread is refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +20,12 @@ from metajax.config import UserError, require
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
-    "vocab": (),
+    "vocab": ("tensor",),
     "positions": (),
-    "heads": (),
-    "kv_heads": (),
-    "mlp": (),
-    "ssm": (),  # Mamba's channels beside "embed"
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "ssm": ("tensor",),  # Mamba's channels beside "embed", and between its two products
     "channels": ("fsdp",),  # the same where there is no width to spread
     "selection": (),
     "taps": (),
@@ -33,7 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rate": (),
     "meta": (),
     "norm": (),
-    "length": (),
+    "length": ("context",),
     "layers": (),
 }
 RESIDUAL_AXES = ("batch", "length", None)
@@ -52,28 +53,28 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
     entries: list[tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
         require(logical is None or logical in RULES, f"no sharding rule for the logical axis {logical!r}")
-        names = tuple(n for n in RULES.get(logical or "length", ()) if n in mesh.shape)
+        names = tuple(n for n in RULES[logical] if mesh.shape.get(n, 1) > 1) if logical else ()
         for name in names:
             if name in taken:
                 raise UserError(f"logical axes {taken[name]!r} and {logical!r} of one array both map to mesh axis {name!r}")
             taken[name] = str(logical)
-        shards = 1
-        for name in names:
-            shards *= mesh.shape[name]
+        shards = math.prod(mesh.shape[name] for name in names)
         entries.append(names if names and size % shards == 0 else None)
-    if "fsdp" in taken and taken["fsdp"] != "batch" and mesh.shape["fsdp"] > 1 and ("fsdp",) not in entries:
-        _spread_elsewhere(entries, axes, shape, mesh.shape["fsdp"])
+    if "fsdp" in taken and taken["fsdp"] != "batch" and ("fsdp",) not in entries:
+        _spread_elsewhere(entries, axes, shape, mesh)
     return PartitionSpec(*entries)
 
 
 def _spread_elsewhere(
-    entries: list[tuple[str, ...] | None], axes: Sequence[str | None], shape: Sequence[int], shards: int
+    entries: list[tuple[str, ...] | None], axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> None:
-    """Where the width does not divide by fsdp, another whole axis of the parameter that does takes it."""
+    """Where the width does not divide by fsdp, another axis of the parameter takes it, beside what it is spread over already."""
     for logical in SECOND_CHOICE:
-        if logical in axes and shape[axes.index(logical)] % shards == 0:
-            entries[axes.index(logical)] = ("fsdp",)
-            return
+        if logical in axes:
+            names = entries[axes.index(logical)] or ()
+            if shape[axes.index(logical)] % math.prod(mesh.shape[n] for n in (*names, "fsdp")) == 0:
+                entries[axes.index(logical)] = (*names, "fsdp")
+                return
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -83,7 +84,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
         if isinstance(leaf, nnx.Variable):
             spec = partition_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)
             require(
-                leaf.size < LARGE or mesh.shape.get("fsdp", 1) == 1 or any(entry is not None for entry in spec),
+                leaf.size < LARGE or mesh.shape.get("fsdp", 1) == 1 or any("fsdp" in entry for entry in spec if entry),
                 f"a parameter of shape {leaf.shape} does not divide by fsdp = {mesh.shape.get('fsdp', 1)} and would be whole on every "
                 "device; choose a smaller fsdp in runtime.mesh, such as data=4,fsdp=64",
             )
@@ -95,7 +96,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of the batch over every data-like axis."""
-    return NamedSharding(mesh, PartitionSpec(tuple(n for n in RULES["batch"] if n in mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

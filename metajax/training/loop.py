@@ -24,6 +24,7 @@ from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks, mean_exact
 from metajax.fields import Stopped
+from metajax.parallel.mesh import HostRows, make_mesh
 from metajax.planning.flops import peak_flops, step_flops
 from metajax.pods.hosts import agree, is_first, together
 from metajax.pods.preemption import Preemption
@@ -73,7 +74,8 @@ class Trainer:
     def _open(self) -> None:
         self.corpora = open_corpora(self.config, self.paths)
         notes: list[str] = []
-        self.batches = training_batches(self.corpora, host=jax.process_index(), hosts=jax.process_count(), note=notes.append)
+        self.rows = HostRows.of(make_mesh(self.config.runtime.mesh), jax.process_index())
+        self.batches = training_batches(self.corpora, host=self.rows.index, hosts=self.rows.count, note=notes.append)
         self.batches[0]
         check_evaluation(self.corpora)
         self.run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
@@ -153,7 +155,7 @@ class Trainer:
         config, steps = self.config, self.config.training.steps
         stream = self.program.feed(self._timed(read_batches(self.batches, start, config.runtime.workers), steps - start))
         pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
-        self._pace = Pace()
+        self._pace = Pace(hosts=self.rows.count)
         with progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance:
             advance(start)
             for step, (batch, on_host) in enumerate(stream, start + 1):
@@ -245,7 +247,8 @@ class Trainer:
         if not kept and self.config.runtime.on_bad_step == "stop":
             raise NonFinite(self._replay_bundle(step, values, batch, state))
         flops = step_flops(self.config, self.vocab_size, batch)
-        self.counts.add(batch, flops)
+        if self.rows.counts:
+            self.counts.add(batch, flops)
         self._pace.add(batch["tokens"].size, flops)
         if not kept:
             self.run.warn(
@@ -266,7 +269,7 @@ class Trainer:
             say(_log_line(step, self.config.training.steps, record, speed, seconds))
 
     def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
-        folder = write_bundle(self.run.path, step, values, batch, state)
+        folder = write_bundle(self.run.path, step, values, batch, state, self.rows)
         return (
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
             f"{folder} (metajax.training.loop.replay reproduces it). Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
@@ -284,12 +287,15 @@ def _lost_peers_stop() -> Iterator[None]:
         raise Stopped(f"another process of this run is gone ({str(error).splitlines()[0]}); the same command goes on") from error
 
 
-def write_bundle(workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> Any:
+def write_bundle(
+    workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State, rows: HostRows
+) -> Any:
     """Write the state before a step, which kept it because it was not finite, and the batch; the folder with both."""
     folder = home(workdir) / f"replay-step-{step}"
     save_arrays(folder / "state", state.model)
-    with (folder / f"batch-p{jax.process_index()}.npz").open("wb") as file:
-        np.savez(file, **batch)
+    if rows.counts:
+        with (folder / f"batch-p{rows.index}.npz").open("wb") as file:
+            np.savez(file, **batch)
     if is_first():
         write_text(folder / "metrics.json", json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
     return folder

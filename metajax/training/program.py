@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.config import Config, require
 from metajax.models.lm import LM, decay_mask
-from metajax.parallel.mesh import make_mesh
+from metajax.parallel.mesh import HostRows, make_mesh, row_shards
 from metajax.parallel.rules import batch_sharding, param_shardings
 from metajax.training.optimizers import make_optimizer
 from metajax.training.state import State, initialiser
@@ -32,6 +32,23 @@ def abstract_model(config: Config, vocab_size: int) -> LM:
     return jax.eval_shape(lambda: build_model(config, vocab_size, jax.random.key(0)))
 
 
+def check_axes(config: Config, mesh: Mesh) -> None:
+    """UserError where context does not divide the rows, or tensor the heads or channels, which would be whole on every device then."""
+    context, tensor, model = mesh.shape["context"], mesh.shape["tensor"], config.model
+    slots = config.row_slots
+    require(
+        slots % context == 0,
+        f"runtime.mesh: rows of {slots} slots do not divide by context = {context}; choose a divisor of {slots}",
+    )
+    sizes = {"model.heads": model.heads, "model.kv_heads": model.num_kv_heads, "model.mlp_width": model.mlp_width}
+    if model.hybrid is not None:
+        sizes["Mamba's channels"] = model.ssm_width
+    for name, size in sizes.items():
+        require(
+            size % tensor == 0, f"runtime.mesh: {name} = {size} does not divide by tensor = {tensor}; choose a divisor of {size}"
+        )
+
+
 @dataclass(frozen=True)
 class Program:
     """What a config compiles to on a mesh."""
@@ -44,12 +61,13 @@ class Program:
     @classmethod
     def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
         mesh = make_mesh(config.runtime.mesh, devices)
-        rows, shards = config.data.batch_rows // config.training.accumulate, mesh.size
+        rows, shards = config.data.batch_rows // config.training.accumulate, row_shards(mesh)
         require(
             rows % shards == 0,
-            f"data.batch_rows / training.accumulate = {rows} rows do not spread over the {shards} devices of runtime.mesh; "
-            f"choose a multiple of {shards}",
+            f"data.batch_rows / training.accumulate = {rows} rows do not spread over the {shards} devices of data and fsdp in "
+            f"runtime.mesh; choose a multiple of {shards}",
         )
+        check_axes(config, mesh)
         return cls(config, vocab_size, mesh, make_optimizer(config, decay_mask(abstract_model(config, vocab_size))))
 
     def abstract_state(self) -> State:
@@ -81,8 +99,9 @@ class Program:
 
     def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """This host's slice of a whole batch."""
-        rows = len(batch["tokens"]) // jax.process_count()
-        return {name: values[jax.process_index() * rows :][:rows] for name, values in batch.items()}
+        host = HostRows.of(self.mesh, jax.process_index())
+        rows = len(batch["tokens"]) // host.count
+        return {name: values[host.index * rows :][:rows] for name, values in batch.items()}
 
     def whole(self, tree: Any) -> Any:
         """A tree that this process holds whole, gathered from all of them where there are several."""

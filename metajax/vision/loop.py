@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metajax.config import config_hash, require
 from metajax.data.pipeline import read_batches
 from metajax.image_config import ImageConfig
-from metajax.parallel.mesh import make_mesh
+from metajax.parallel.mesh import HostRows, make_mesh
 from metajax.parallel.rules import batch_sharding
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
@@ -193,5 +193,5 @@ class _Loop:
             say(f"step {step}/{self.task.steps}  {said}  {pace * 1000:.1f} ms/step  ETA {int(left // 60)}:{int(left % 60):02d}")
 
     def _bundle(self, step: int, values: dict[str, float], batch: Batch, state: State) -> str:
-        folder = write_bundle(self.files.path, step, values, batch, state)
+        folder = write_bundle(self.files.path, step, values, batch, state, HostRows(0, 1, True))
         return f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; what led to it is in {folder}"

@@ -58,15 +58,22 @@ print(json.dumps(results))
 """
 
 
-SHARES = {"data=1,fsdp=8": 1 / 8, "data=8,fsdp=1": 1.0, "data=2,fsdp=4": 1 / 4}  # of the parameters, on one device at least
+# Mesh -> the share of the parameters on one device, at least.
+SHARES = {
+    "data=1,fsdp=8": 1 / 8,
+    "data=8,fsdp=1": 1.0,
+    "data=2,fsdp=4": 1 / 4,
+    "fsdp=4,context=2": 1 / 4,
+    "fsdp=2,context=2,tensor=2": 1 / 4,
+}
 MESHES = tuple(SHARES)
-BOTH_AXES = MESHES[2:]
+ALL_AXES = MESHES[2:]
 
 
 @pytest.mark.parametrize(
     ("kind", "meshes"),
     [
-        ("plain", MESHES), ("meta_tokens", BOTH_AXES), ("hybrid", BOTH_AXES),
+        ("plain", MESHES), ("meta_tokens", ALL_AXES), ("hybrid", ALL_AXES),
         pytest.param("meta_tokens", MESHES[:2], marks=pytest.mark.slow), pytest.param("hybrid", MESHES[:2], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
