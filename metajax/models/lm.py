@@ -147,7 +147,8 @@ class LM(nnx.Module):
     ) -> Float[Array, "B T width"]:
         """Token embeddings plus learned positions, where there are any, in the compute dtype."""
         dtype = jnp.dtype(self.cfg.compute_dtype)
-        x = self.embedding[...][tokens]
+        # Each device looks its own tokens up: spread over the width, the table would give every device a slice of all tokens.
+        x = constrain(self.embedding[...], ("vocab", None))[tokens]
         if self.meta is not None and self.meta.embedding != "learned":
             std = self.cfg.init_std if self.meta.embedding == "frozen" else 0.0
             vector = std * np.random.default_rng(FROZEN_SEED).standard_normal(self.cfg.width).astype(np.float32)

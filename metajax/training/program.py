@@ -33,19 +33,15 @@ def abstract_model(config: Config, vocab_size: int) -> LM:
 
 
 def check_axes(config: Config, mesh: Mesh) -> None:
-    """UserError where context does not divide the rows, or tensor the heads or channels, which would be whole on every device then."""
-    context, tensor, model = mesh.shape["context"], mesh.shape["tensor"], config.model
-    slots = config.row_slots
-    require(
-        slots % context == 0,
-        f"runtime.mesh: rows of {slots} slots do not divide by context = {context}; choose a divisor of {slots}",
-    )
-    sizes = {"model.heads": model.heads, "model.kv_heads": model.num_kv_heads, "model.mlp_width": model.mlp_width}
-    if model.hybrid is not None:
-        sizes["Mamba's channels"] = model.ssm_width
-    for name, size in sizes.items():
+    """UserError where context does not divide the rows, or tensor the heads: they would be whole on every device then."""
+    slots, context, tensor = config.row_slots, mesh.shape["context"], mesh.shape["tensor"]
+    for what, size, axis, shards in (
+        ("slots of a row", slots, "context", context),
+        ("heads (model.heads)", config.model.heads, "tensor", tensor),
+        ("heads of keys (model.kv_heads)", config.model.num_kv_heads, "tensor", tensor),
+    ):
         require(
-            size % tensor == 0, f"runtime.mesh: {name} = {size} does not divide by tensor = {tensor}; choose a divisor of {size}"
+            size % shards == 0, f"runtime.mesh: the {size} {what} do not divide by {axis} = {shards}; choose a divisor of {size}"
         )
 
 
