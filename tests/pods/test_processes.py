@@ -74,14 +74,20 @@ def cut(config, workdir, paths, after, monkeypatch):
             run_experiment(config, workdir, paths)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_one_process_then_several_then_one_make_one_run(changes, paths, tmp_path, monkeypatch, count):
-    """Start in one, go on in several until SIGTERM, end in one: the curve is that of one process throughout."""
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(2, "context=2"), pytest.param(2, "fsdp=2", marks=pytest.mark.slow), pytest.param(4, "fsdp=2,context=2", marks=pytest.mark.slow)],
+)
+def test_one_process_then_several_then_one_make_one_run(changes, paths, tmp_path, monkeypatch, count, mesh):
+    """Start in one, go on in several until SIGTERM, end in one: the curve is that of one process throughout.
+
+    With context, processes share rows: they read the same ones, and each row is counted once.
+    """
     load()
     config = override(find_experiment("quickstart/meta_tokens").build("cpu"), changes)
     whole, workdir = run_experiment(config, tmp_path / "whole", paths), tmp_path / "moved"
     cut(override(config, {"runtime.save_every": 4}), workdir, paths, 7, monkeypatch)
-    pair = start(count, changes, workdir, paths)
+    pair = start(count, changes | {"runtime.mesh": mesh}, workdir, paths)
     while pair[0].poll() is None and len(read_lines(workdir / "metrics.jsonl")) < 12:
         time.sleep(0.005)
     pair[-1].send_signal(signal.SIGTERM)
