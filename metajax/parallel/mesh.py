@@ -36,10 +36,9 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     require(len(free) <= 1, f"runtime.mesh = {text!r}: only one axis can be -1")
     if free:
         sizes[free[0]] = max(1, devices // math.prod(s for s in sizes.values() if s != -1))
-    require(
-        math.prod(sizes.values()) == devices,
-        f"runtime.mesh = {text!r} is {' x '.join(map(str, sizes.values()))} = {math.prod(sizes.values())}, but there are {devices} devices",
-    )
+    product = " x ".join(str(size) for size in sizes.values() if size > 1) or "1"
+    total = math.prod(sizes.values())
+    require(total == devices, f"runtime.mesh = {text!r} is {product} = {total}, but there are {devices} devices")
     return sizes
 
 

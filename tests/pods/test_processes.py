@@ -76,7 +76,11 @@ def cut(config, workdir, paths, after, monkeypatch):
 
 @pytest.mark.parametrize(
     ("count", "mesh"),
-    [(2, "context=2"), pytest.param(2, "fsdp=2", marks=pytest.mark.slow), pytest.param(4, "fsdp=2,context=2", marks=pytest.mark.slow)],
+    [
+        (2, "context=2"),
+        pytest.param(2, "fsdp=2", marks=pytest.mark.slow),
+        pytest.param(4, "fsdp=2,context=2", marks=pytest.mark.slow),
+    ],
 )
 def test_one_process_then_several_then_one_make_one_run(changes, paths, tmp_path, monkeypatch, count, mesh):
     """Start in one, go on in several until SIGTERM, end in one: the curve is that of one process throughout.

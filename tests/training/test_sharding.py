@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from metajax.config import UserError
-from metajax.parallel.mesh import make_mesh, parse_mesh
+from metajax.parallel.mesh import HostRows, make_mesh, parse_mesh
 from metajax.parallel.rules import param_shardings, partition_spec
+from metajax.training.program import check_axes
 
 ROOT = Path(__file__).parents[2]
 MESH = AbstractMesh((2, 4), ("data", "fsdp"))
@@ -146,8 +147,8 @@ def test_slices_are_spread_over_data_alone():
 
 
 def test_mesh_takes_what_is_left():
-    assert parse_mesh("data=2,fsdp=-1", 8) == {"data": 2, "fsdp": 4}
-    assert parse_mesh("", 1) == {"data": 1, "fsdp": 1}
+    assert parse_mesh("data=2,fsdp=-1", 8) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    assert set(parse_mesh("", 1).values()) == {1}
 
 
 @pytest.mark.parametrize("kind", ["meta_tokens", "hybrid"])
@@ -164,3 +165,37 @@ def test_every_parameter_of_the_model_has_rules(kind):
     assert len(params) > 20
     for param in params:
         assert len(partition_spec(param.get_metadata()["axes"], param.shape, MESH)) == len(param.shape)
+
+
+class Chip:
+    """A device of a process, for meshes that only say where things lie."""
+
+    platform, device_kind = "cpu", "chip"
+
+    def __init__(self, number, process):
+        self.id, self.process_index = number, process
+
+
+def rows_of(processes, shape, process):
+    chips = np.array([Chip(i, p) for i, p in enumerate(processes)], object).reshape(*shape, 1)
+    return HostRows.of(Mesh(chips, ("data", "fsdp", "context", "tensor")), process)
+
+
+def test_processes_that_hold_the_same_rows_read_the_same_slice():
+    assert [rows_of([0, 0, 1, 1], (1, 4, 1), p) for p in (0, 1)] == [(0, 2, True), (1, 2, True)]
+    assert [rows_of([0, 0, 1, 1], (1, 2, 2), p) for p in (0, 1)] == [(0, 2, True), (1, 2, True)], "context inside each process"
+    assert [rows_of([0, 1, 0, 1], (1, 2, 2), p) for p in (0, 1)] == [(0, 1, True), (0, 1, False)], (
+        "both hold all rows, one counts them"
+    )
+    assert [rows_of([0, 1, 2, 3], (2, 1, 2), p) for p in range(4)] == [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]
+    with pytest.raises(UserError, match="spreads the rows unevenly over processes"):
+        rows_of([0, 1, 1, 1], (1, 2, 2), 0)
+
+
+def test_rows_and_heads_that_an_axis_does_not_divide_are_refused(tiny_config):
+    sizes = lambda **axes: SimpleNamespace(shape={"context": 1, "tensor": 1} | axes)  # noqa: E731
+    check_axes(tiny_config(), sizes(context=2, tensor=2))
+    with pytest.raises(UserError, match=r"the 32 slots of a row do not divide by context = 3; choose a divisor of 32"):
+        check_axes(tiny_config(), sizes(context=3))
+    with pytest.raises(UserError, match=r"the 2 heads \(model.heads\) do not divide by tensor = 4"):
+        check_axes(tiny_config(), sizes(tensor=4))
