@@ -162,20 +162,10 @@ def selective_scan(
         auto = AUTO if u.shape[1] > 1 else {}
         return dispatch(SELECTIVE_SCAN, auto, implementation, u, delta, A, B, C, D, delta_bias, **options)
 
-    tokens = {
-        "u": u,
-        "delta": delta,
-        "A": A,
-        "B": B,
-        "C": C,
-        "D": D,
-        "delta_bias": delta_bias,
-        "z": z,
-        "segment_ids": segment_ids,
-    }
+    tokens = {"u": u, "delta": delta, "B": B, "C": C, "z": z, "segment_ids": segment_ids}
+    states = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state, "reset_state": reset_state}
     parts = parts_of(u.shape[1])
     kernel = scan if parts == 1 else functools.partial(scan_in_parts, scan)
-    states = {"initial_state": initial_state, "reset_state": reset_state}
     return on_devices(kernel, SCAN_AXES, (_CHANNELS, _STATE), parts, **tokens, **states)
 
 

@@ -43,6 +43,8 @@ def on_devices(kernel: Kernel, axes: Mapping[str, Axes], outputs: tuple[Axes, Ax
         return kernel(**given)
     sizes = {axis: size for name, x in given.items() for axis, size in zip(axes[name], x.shape, strict=True) if axis}
     layout = {axis: partition_spec((axis,), (size,), mesh)[0] for axis, size in sizes.items() if axis != "length" or parts > 1}
+    if None in (layout.get("heads"), layout.get("kv_heads")):
+        layout |= {"heads": None, "kv_heads": None}  # query heads lie where the key heads of their groups do
     spec = lambda names: PartitionSpec(*(layout.get(name) for name in names))  # noqa: E731
     specs = {name: spec(axes[name]) for name in given}
     local = lambda given: kernel(**given)  # noqa: E731

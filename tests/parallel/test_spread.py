@@ -59,6 +59,7 @@ xla = {
     "window of itself": (functools.partial(attention, 0, "xla"), heads),
     "window over several parts": (functools.partial(attention, 19, "xla"), heads),
     "all": (functools.partial(attention, None, "xla"), heads | metas),
+    "one head of keys": (functools.partial(attention, 3, "xla"), heads | {"k": (4, LENGTH, 1, 8), "v": (4, LENGTH, 1, 6)}),
     "meta": (meta_attention, gathered),
     "scan": (functools.partial(selective_scan, "reference"), scan),
     "scan from zeros": (functools.partial(selective_scan, "reference"), {n: s for n, s in scan.items() if "state" not in n and n != "z"}),
