@@ -82,6 +82,12 @@ def parse_spec(spec: str) -> tuple[str, str, Columns]:
     return kind, path, Columns(**options)
 
 
+def where_is(source: Source, record: int) -> str:
+    """File and record of a record, as messages name them."""
+    files = source.corpus if isinstance(source, Joined) else source
+    return files.where(record) if isinstance(files, Files) else f"{source.spec}, record {record}"
+
+
 def find_files(spec: str, path: str, root: str) -> list[str]:
     """The file at `path`, or the sorted files of a glob, below `root` unless absolute; UserError when there is none."""
     whole = path if "://" in path else os.path.join(root, path)
