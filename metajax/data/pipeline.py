@@ -37,7 +37,7 @@ from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
-from metajax.data.sources import open_source
+from metajax.data.sources import open_source, place_of
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
@@ -152,7 +152,10 @@ def _index(corpora: Corpora, cache: TokenCache, sides: Sides, condition: str, do
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
     if not folder.exists():
-        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style)
+        where = partial(
+            place_of, cache.manifest["source"]["spec"], config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
+        )
+        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, where)
         with whole_folder(folder) as work:
             np.save(work / "pieces.npy", index.pieces)
             np.save(work / "offsets.npy", index.offsets)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from metajax.config import UserError, nearest, require
-from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table, read_documents
+from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table
 from metajax.data.metadata import Sides
 from metajax.data.packing import RowIndex, pack
 from metajax.data.rows import Row, RowSource
-from metajax.data.sources import open_source, where_is
+from metajax.data.sources import place_of
 
 if TYPE_CHECKING:
     from metajax.data.pipeline import Corpora
@@ -65,7 +64,8 @@ def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.n
     }
     for reason, found in wrong.items():
         if found.any():
-            where = _where(corpora, spec, int(documents[found].min()))
+            place = spec, corpora.config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
+            where = place_of(*place, int(documents[found].min()))
             raise UserError(f"{where}: {reason}; so are {found.sum()} of {len(found)} records")
     index = pack(documents, slots, np.zeros_like(slots), capacity, "best_fit")
     pairs = index.pieces[:, :1]
@@ -73,10 +73,3 @@ def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.n
     index = RowIndex(halves.reshape(-1, 3).astype(np.int32), 2 * index.offsets)
     prompts = replace(sides, front=replace(sides.front, owner=np.repeat(sides.front.owner, 2)))
     return PairRows(index, answers, prompts, tokenizer.vocabulary, capacity)
-
-
-def _where(corpora: Corpora, spec: str, document: int) -> str:
-    """File and record of a document; their numbers count good records alone."""
-    source = open_source(spec, cache_dir=corpora.paths.cache, data_dir=corpora.paths.data)
-    good = (n for n, found in read_documents(source, corpora.config.data.on_bad_record) if found is not None)
-    return where_is(source, next(itertools.islice(good, document, None)))

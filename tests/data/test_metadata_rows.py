@@ -33,7 +33,8 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
     """The longest modules do not fit beside 16 tokens of text; nothing of theirs is shown."""
     names = [json.loads(line)["module"] for line in tiny_corpus.read_text().splitlines()]
     changes = {"data.row_length": 26, "data.batch_rows": 1, "metadata": Metadata(template="{module}", keep=1.0)}
-    with pytest.raises(UserError, match=r"metadata tokens, which leaves no room .* metadata\.too_long=drop"):
+    too_long = r"document .*corpus\.jsonl, line \d+: \d+ metadata tokens, which leaves no room .* metadata\.too_long=drop"
+    with pytest.raises(UserError, match=too_long):
         training_rows(open_corpora(tiny_config(**changes), paths))
     corpora = open_corpora(tiny_config(**changes, **{"metadata.too_long": "drop"}), paths)
     train = corpora.caches[0].documents("train", corpora.config.data.held_out).tolist()
