@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from metajax.fields import UserError, flatten, from_dict, nearest, override, require, to_dict
 from metajax.model_config import Hybrid, Model
+from metajax.preferences.config import Dpo
 
 # every sub-config and the access to them, from one place
-__all__ = ["Hybrid", "Model", "UserError", "flatten", "from_dict", "nearest", "override", "require", "to_dict"]
+__all__ = ["Dpo", "Hybrid", "Model", "UserError", "flatten", "from_dict", "nearest", "override", "require", "to_dict"]
 
 Scale = Literal["cpu", "gpu", "paper"]
 ANALYSES = (
@@ -370,6 +371,7 @@ class Config:
     meta_tokens: MetaTokens | None = None
     metadata: Metadata | None = None
     tasks: Tasks | None = None
+    dpo: Dpo | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     init: Init = field(default_factory=Init)
@@ -398,6 +400,8 @@ class Config:
                 data.switch.metadata == "same" or (self.metadata is not None and self.metadata.position != "none"),
                 "data.switch.metadata = 'none' takes metadata away, but this experiment trains without (metadata.position)",
             )
+        if self.dpo is not None:
+            self.dpo.check(self)
         self._check_lengths()
         if self.meta_tokens is not None:
             self.meta_tokens.check_position(self.model.position)
@@ -455,6 +459,8 @@ def config_hash(config: Config) -> str:
     """Eight hex digits over every field that can change a number; name, seed and `runtime` stand outside."""
     identity = {k: v for k, v in to_dict(config).items() if k not in ("name", "scale", "seed", "runtime")}
     # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
+    if identity.get("dpo", 0) is None:
+        del identity["dpo"]
     for part in ("evaluation", "prompts"):
         if identity.get(part):
             identity[part] = {k: v for k, v in identity[part].items() if v is not None}

@@ -26,6 +26,7 @@ from metajax.models.lm import param_count
 from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
 from metajax.pods.hosts import is_first, of_first, together
+from metajax.preferences.evaluation import evaluate_preferences
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory, check_data, read_config
@@ -177,7 +178,7 @@ def _cache_mb(config: Config) -> dict[str, float]:
 
 def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
     """Held-out results under every condition of `config.evaluation`; as "tasks" those of `config.tasks`, by task and length; as "choice"
-    those of `config.evaluation.choice`."""
+    those of `config.evaluation.choice`; as "preferences" those of held-out pairs, with `config.dpo`."""
     results: dict[str, dict[str, Any]] = {}
     if config.tasks is not None:
         results["tasks"] = evaluate_tasks(program, corpora, model)
@@ -187,6 +188,8 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
         for condition in config.evaluation.conditions:
             results[condition] = evaluate_held_out(program, corpora, model, condition)
             advance(1)
+    if config.dpo is not None:
+        results["preferences"] = evaluate_preferences(program, corpora, model)
     if config.evaluation.choice is not None:
         results["choice"] = evaluate_choice(program, corpora, model)
     return results

@@ -30,8 +30,8 @@ def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
 
 
 def inherited(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes of a command that hold for parents too: all but `evaluation`, which leaves parameters as they are, and `init`."""
-    return {field: value for field, value in changes.items() if field.partition(".")[0] not in ("evaluation", "init")}
+    """The changes of a command that hold for parents too: all but `evaluation`, which leaves parameters as they are, `init` and `dpo`."""
+    return {field: value for field, value in changes.items() if field.partition(".")[0] not in ("evaluation", "init", "dpo")}
 
 
 def find_parent(text: str, runs: Path) -> str:

@@ -229,9 +229,10 @@ def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
         print_choices(results["choice"])
     for name, values in results.items():
         if isinstance(values, dict) and "accuracy" in values:
-            print(
-                f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {values['images']} images)"
+            size = (
+                f"{values['images']} images" if "images" in values else f"{values['pairs']} pairs, margin {values['margin']:.3f}"
             )
+            print(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         shown = "no" if condition == "none" else condition

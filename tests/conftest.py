@@ -18,7 +18,15 @@ import pytest
 hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
 hypothesis.settings.load_profile("untimed")
 jaxtyping.install_import_hook(
-    ["metajax.models", "metajax.analysis", "metajax.ops", "metajax.training.losses", "kernels_pallas"], "beartype.beartype"
+    [
+        "metajax.models",
+        "metajax.analysis",
+        "metajax.ops",
+        "metajax.training.losses",
+        "metajax.preferences.loss",
+        "kernels_pallas",
+    ],
+    "beartype.beartype",
 )  # before any of them is imported
 
 from metajax import registry  # noqa: E402

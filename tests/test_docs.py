@@ -49,7 +49,7 @@ def test_commands_are_commands(page, words):
         target = registry.find(options.name)
         example = registry.find_experiment(target.example) if isinstance(target, registry.Table) else target
         fields = dict(pair.split("=", 1) for pair in options.changes)
-        override(example.build(options.scale), {name: value for name, value in fields.items() if name != "init.from"})
+        override(example.build(options.scale), fields)
 
 
 def test_most_commands_are_checked():

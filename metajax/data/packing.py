@@ -9,6 +9,7 @@ never body tokens. The style "new_document" (MeCo) leaves out what of a row's la
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,9 @@ class RowIndex:
         return self.pieces[self.offsets[n] : self.offsets[n + 1]]
 
 
-def pack(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, style: str) -> RowIndex:
+def pack(
+    documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, style: str, where: Callable[[int], str] = str
+) -> RowIndex:
     """Pack `documents` (ids, in order) with `inputs` and `overhead` tokens each into rows of `capacity` tokens.
 
     Args:
@@ -48,6 +51,7 @@ def pack(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capaci
       style: "concat" fills each row to its end and cuts documents there; "best_fit" cuts only documents longer than a
         row and places each piece in the fullest row that takes it (best-fit decreasing); "new_document" begins every row
         with a document and leaves out the rest of one that the row's end cuts.
+      where: how an error tells which document.
 
     Raises:
       UserError: metadata leaves no room for body tokens in a row.
@@ -55,7 +59,7 @@ def pack(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capaci
     if len(documents) and int(overhead.max()) > most_overhead(capacity):
         worst = int(np.argmax(overhead))
         raise UserError(
-            f"document {int(documents[worst])} has {int(overhead[worst])} metadata tokens, which leaves no room for its body in a row "
+            f"document {where(int(documents[worst]))}: {int(overhead[worst])} metadata tokens, which leaves no room for the body in a row "
             f"of {capacity}; choose a shorter metadata.template or a larger data.row_length, or metadata.too_long=drop"
         )
     styles = {"concat": _concat, "best_fit": _best_fit, "new_document": _new_document}

@@ -37,10 +37,11 @@ from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
-from metajax.data.sources import open_source
+from metajax.data.sources import open_source, place_of
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
+from metajax.preferences.pairs import pair_rows
 from metajax.progress import warn
 
 Note = Callable[[str], None]
@@ -151,7 +152,10 @@ def _index(corpora: Corpora, cache: TokenCache, sides: Sides, condition: str, do
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
     if not folder.exists():
-        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style)
+        where = partial(
+            place_of, cache.manifest["source"]["spec"], config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
+        )
+        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, where)
         with whole_folder(folder) as work:
             np.save(work / "pieces.npy", index.pieces)
             np.save(work / "offsets.npy", index.offsets)
@@ -188,6 +192,8 @@ def _rows(
     corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str, note: Note = warn
 ) -> RowSource:
     sides = _sides(corpora, cache, condition, documents, note)
+    if condition == "training" and corpora.config.dpo is not None:
+        return pair_rows(corpora, cache, sides, documents, row_capacity(corpora.config))
     index = _index(corpora, cache, sides, condition, documents, packing)
     inputs = int(cache.lengths[documents].sum(dtype=np.int64)) + len(documents)
     left_out = inputs - int(index.pieces[:, 2].sum(dtype=np.int64))
@@ -313,13 +319,14 @@ def check_evaluation(corpora: Corpora) -> None:
         for path in {task.path, task.shots_from}:
             task.read(path, corpora.paths.data)
     if corpora.config.evaluation.documents:
-        for condition in corpora.config.evaluation.conditions:
+        pairs = ("training",) if corpora.config.dpo is not None else ()
+        for condition in (*corpora.config.evaluation.conditions, *pairs):
             for i in range(len(corpora.caches)):
                 _evaluation_rows(corpora, i, condition)
 
 
 def held_out(corpora: Corpora, condition: str) -> HeldOut:
-    """The held-out rows with metadata "none", "right", "empty" or "shuffled"; the same documents for every condition."""
+    """The held-out rows with metadata "none", "right", "empty", "shuffled", or as "training" has it; the same documents for all."""
     config, data = corpora.config, corpora.config.data
     rows, documents, body_bytes = [], 0, 0
     for i, cache in enumerate(corpora.caches):

@@ -74,6 +74,11 @@ def batch_pairs(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]
     return causal, int(past.sum()) + among
 
 
+def passes(config: Config) -> int:
+    """What a step costs in forward passes: the backward pass is two, the reference's of `dpo` one."""
+    return 3 + (config.dpo is not None)
+
+
 def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) -> int:
     """Operations of one training step on this batch, all hosts' rows included when `batch` holds them all."""
     slots = batch["tokens"].size
@@ -82,10 +87,10 @@ def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) ->
     if config.model.hybrid is not None:
         pairs = hybrid_flops.pair_operations(config.model) * hybrid_flops.batch_pairs(config.model, batch)
         in_front = config.model.hybrid.meta_tokens * (sum(parts.values()) - parts["head"])
-        return 3 * (slots * sum(parts.values()) + in_front + pairs)
+        return passes(config) * (slots * sum(parts.values()) + in_front + pairs)
     dense = sum(cost * (_meta_rows(config, metas, slots) if name == "meta_attention" else slots) for name, cost in parts.items())
     causal, meta = batch_pairs(config, batch)
-    return 3 * (dense + config.model.layers * pair_flops(config) * (causal + meta))
+    return passes(config) * (dense + config.model.layers * pair_flops(config) * (causal + meta))
 
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
@@ -94,8 +99,9 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     if config.model.hybrid is not None:
         return _hybrid_per_token(config, vocab_size)
     metas = _meta_rows(config, config.row_meta_tokens, slots)
-    parts = {k: 3.0 * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
-    scale = 3.0 * config.model.layers * pair_flops(config) / slots
+    times = float(passes(config))
+    parts = {k: times * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
+    scale = times * config.model.layers * pair_flops(config) / slots
     parts["attention_pairs"] = scale * Mask(window=config.model.window).pairs([slots])
     if "meta_attention" in parts:
         parts["meta_attention"] += scale * Mask().pairs([metas])
@@ -106,10 +112,10 @@ def _hybrid_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """`flops_per_token` of a hybrid model; the meta tokens' own part is shared by all slots of a batch."""
     model, rows, slots = config.model, config.data.batch_rows, config.row_slots
     batch = {"positions": np.tile(np.arange(slots), (rows, 1)), "segment_ids": np.ones((rows, slots), np.int32)}
-    share = 1 + model.hybrid.meta_tokens / (rows * slots)
-    parts = {name: 3.0 * cost * (1 if name == "head" else share) for name, cost in matmul_flops(config, vocab_size).items()}
+    share, times = 1 + model.hybrid.meta_tokens / (rows * slots), float(passes(config))
+    parts = {name: times * cost * (1 if name == "head" else share) for name, cost in matmul_flops(config, vocab_size).items()}
     pairs = hybrid_flops.pair_operations(model) * hybrid_flops.batch_pairs(model, batch)
-    return parts | ({"attention_pairs": 3.0 * pairs / (rows * slots)} if "attention" in parts else {})
+    return parts | ({"attention_pairs": times * pairs / (rows * slots)} if "attention" in parts else {})
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

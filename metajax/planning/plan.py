@@ -25,7 +25,7 @@ from metajax.planning.buffers import largest_buffers
 from metajax.planning.flops import step_flops
 from metajax.planning.topology import Chip, chip_of, slice_devices
 from metajax.training.program import Program
-from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step
+from metajax.training.step import DEVICE_FIELDS, Batch
 
 KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -70,7 +70,8 @@ def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> 
     program = Program.build(config, vocab_size, devices)
     state, batch = program.abstract_state(), whole_batch(config)
     count = step_flops(config, vocab_size, batch)
-    return Planned(program.mesh, state, (), lambda: _compile(program, state, batch), count, (batch["tokens"].size, "tokens"))
+    frozen = program.frozen(state.model)
+    return Planned(program.mesh, state, frozen, lambda: _compile(program, state, batch), count, (batch["tokens"].size, "tokens"))
 
 
 def plan(
@@ -123,9 +124,7 @@ def _compile(program: Program, state: Any, batch: Mapping[str, np.ndarray]) -> A
         for name in DEVICE_FIELDS
         if name in batch
     }
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    with jax.set_mesh(program.mesh):
-        return compile_train_step(program.config, program.tx, shardings, program.mesh).lower(state, abstract).compile()
+    return program.compile_step(state, abstract)
 
 
 def _bytes_of(tree: Any) -> int:

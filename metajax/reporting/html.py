@@ -61,6 +61,7 @@ def write_run_report(workdir: Path) -> Path:
         sentence=_run_sentence(report, config),
         conditions=[_condition(name, result) for name, result in conditions(report["eval"]).items()],
         tasks=tasks and {"head": HEAD, "rows": table_rows(tasks), "figure": Markup(accuracy_figure(tasks, config.tasks))},
+        preferences=report["eval"].get("preferences"),
         choices=_choices(report["eval"].get("choice")),
         analyses=sections(workdir) if report.get("analyses") else [],
         curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]}, unit)),
@@ -230,6 +231,7 @@ def budget(name: str, counts: dict[str, float], config: Config) -> dict[str, Any
     slots = counts["slots"] or 1
     other = max(0, slots - sum(counts[key] for key, _, _ in SLOT_PARTS))
     body, rest = ("body text", "ends of documents") if config.tasks is None else ("answers", "prompts")
+    rest = "rejected answers, ends" if config.dpo is not None else rest
     parts = [*((body if key == "body" else label, css, counts[key]) for key, label, css in SLOT_PARTS), (rest, "p5", other)]
     return {
         "name": name,

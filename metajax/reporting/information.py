@@ -78,7 +78,9 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
         numbers[name] = number_values(values)
         fields.append(_field(name, values, numbers[name], words))
     paired = [f.name for f in fields if 1 < f.distinct <= f.documents / 2][:_PAIRS]
-    pairs = np.array([[mutual_information(numbers[a], numbers[b]) for b in paired] for a in paired]).reshape(len(paired), -1)
+    pairs = np.array([[mutual_information(numbers[a], numbers[b]) for b in paired] for a in paired]).reshape(
+        len(paired), len(paired)
+    )
     sizes = np.array([len(d.text.encode()) for d in documents])
     return Survey(every, sizes, len({d.origin for d in documents}), fields, paired, pairs)
 

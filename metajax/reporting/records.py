@@ -52,6 +52,7 @@ def read_config(workdir: Path) -> AnyConfig:
         raise UserError(f"{workdir} is not a run: it has no config.json") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); delete that file if the run can be made again") from None
+    require("config" in saved, f"{workdir} is not a run: its config.json is another program's, such as that of an exported model")
     return config_from(saved["config"])
 
 

@@ -34,7 +34,7 @@ class Run:
     """Slots in a row that stand together.
 
     document: which document of the row, from 1. holds: "text" or "metadata". asked: what its slots are asked for, with the weight
-    in the loss where that is not 1: body, metadata, end (of the document) or nothing; with meta-tokens between, counts of these.
+    in the loss where that is not 1: body, metadata, end (of the document), rejected (answer) or nothing; with meta-tokens between, counts of these.
     pieces: (decoded text, "metadata", "meta-token" or "", whether its slots are left out of the loss).
     """
 
@@ -55,7 +55,7 @@ class Run:
 def runs(row: Row, tokenizer: Tokenizer) -> list[Run]:
     """The row in order, padding left out."""
     is_meta = row["tokens"] == tokenizer.vocabulary.meta
-    asked = _asked(row)
+    asked = _asked(row, tokenizer.vocabulary.eos)
     holds = np.where(row["is_metadata"], "metadata", "text")
     for slot in np.flatnonzero(is_meta):  # a meta-token belongs to what it stands in
         holds[slot] = holds[slot - 1]
@@ -70,10 +70,11 @@ def runs(row: Row, tokenizer: Tokenizer) -> list[Run]:
     return found
 
 
-def _asked(row: Row) -> np.ndarray:
+def _asked(row: Row, eos: int) -> np.ndarray:
     """What each slot is asked for, str [slots]."""
     weights = row["loss_weights"]
-    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", np.where(weights > 0, "end", "nothing")))
+    behind = np.where(weights == 0, "nothing", np.where(row["targets"] == eos, "end", "rejected"))
+    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", behind))
     times = np.array([f"{name} x {w:g}" for name, w in zip(names, weights, strict=True)])
     return np.where((weights == 1) | (names == "nothing"), names, times)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metajax.atomic import write_text
-from metajax.buckets import home
+from metajax.buckets import home, steps_of
 from metajax.config import Config, UserError, config_hash
 from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
@@ -64,6 +65,7 @@ class Trainer:
 
     def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases):
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
+        self.frozen: tuple[Any, ...] = ()  # what the step reads beside state and batch
         self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started)
         with phases.time("data"):
             together(self._open)
@@ -129,20 +131,29 @@ class Trainer:
 
     def _restore(self, fresh: State) -> tuple[State, Counts, int]:
         abstract = self.program.abstract_state()
-        found = self.checkpoints.restore(abstract)
+        found, config = self.checkpoints.restore(abstract), self.config
+        if config.init.from_ and (found is None or config.dpo is not None):
+            parent = self._parent_parameters(abstract.model, fresh.model)
+            self.frozen = self.program.frozen(parent)
+            # A copy, for the step writes over its state and leaves the reference.
+            fresh = fresh.replace(model=jax.tree.map(jnp.copy, parent) if self.frozen else parent)
         if found is None:
-            if self.config.init.from_:
-                fresh = fresh.replace(model=self._parent_parameters(abstract.model, fresh.model))
             return fresh, Counts(), 0
         state, meta = found
-        if meta["config_hash"] != config_hash(self.config):
+        if meta["config_hash"] != config_hash(config):
             raise UserError(f"{self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir")
+        if self.frozen and meta["parent_step"] != self._parent_step:
+            raise UserError(
+                f"init.from = {config.init.run} has gone on, and the reference with it: step {self._parent_step} now, {meta['parent_step']} when "
+                "this run began; start a new run with another --workdir"
+            )
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
         return state, Counts(**meta["counts"]) if is_first() else Counts(), meta["step"]
 
     def _parent_parameters(self, abstract: Any, fresh: Any) -> Any:
         init = self.config.init
         parent = find_run(init.run, self.paths.runs)
+        self._parent_step = max(steps_of(parent), default=None)
         theirs, ours = load_tokenizer(parent).fingerprint(), self.corpora.tokenizer.fingerprint()
         if theirs != ours and not init.parts:
             raise UserError(
@@ -161,7 +172,7 @@ class Trainer:
             for step, (batch, on_host) in enumerate(stream, start + 1):
                 self._profile(step, start + 1)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch)
+                    state, metrics = step_fn(state, batch, *self.frozen)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     self.phases.finish(time.monotonic() - self._pace.since)
@@ -234,6 +245,7 @@ class Trainer:
             "step": int(jax.device_get(state.step)),
             "config_hash": config_hash(self.config),
             "counts": vars(self.counts.of_all()),
+            **({"parent_step": self._parent_step} if self.frozen else {}),
         }
         with self.goodput.spend("checkpoint"):
             self.checkpoints.save(state, meta, score)
@@ -269,7 +281,7 @@ class Trainer:
             say(_log_line(step, self.config.training.steps, record, speed, seconds))
 
     def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
-        folder = write_bundle(self.run.path, step, values, batch, state, self.rows)
+        folder = write_bundle(self.run.path, step, values, batch, state, self.rows, self.frozen)
         return (
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
             f"{folder} (metajax.training.loop.replay reproduces it). Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
@@ -288,11 +300,19 @@ def _lost_peers_stop() -> Iterator[None]:
 
 
 def write_bundle(
-    workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State, rows: HostRows
+    workdir: Path,
+    step: int,
+    values: dict[str, float],
+    batch: dict[str, np.ndarray],
+    state: State,
+    rows: HostRows,
+    frozen: tuple[Any, ...] = (),
 ) -> Any:
-    """Write the state before a step, which kept it because it was not finite, and the batch; the folder with both."""
+    """Write the state before a step, which kept it because it was not finite, what the step reads beside it, and the batch; their folder."""
     folder = home(workdir) / f"replay-step-{step}"
     save_arrays(folder / "state", state.model)
+    if frozen:
+        save_arrays(folder / "frozen", frozen)
     if rows.counts:
         with (folder / f"batch-p{rows.index}.npz").open("wb") as file:
             np.savez(file, **batch)
@@ -304,10 +324,12 @@ def write_bundle(
 def replay(folder: Path, config: Config, vocab_size: int) -> dict[str, float]:
     """Loss and gradient norm of the step kept in a replay bundle, computed anew on one device; of a bucket's a local copy."""
     program = Program.build(config, vocab_size, jax.devices()[:1])
-    state = program.create_state().replace(model=load_arrays(folder / "state", program.abstract_state().model))
+    abstract = program.abstract_state().model
+    state = program.create_state().replace(model=load_arrays(folder / "state", abstract))
+    frozen = load_arrays(folder / "frozen", (abstract,)) if program.frozen(abstract) else ()
     slices = [np.load(path) for path in sorted(folder.glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))]
     batch = program.put({name: np.concatenate([part[name] for part in slices]) for name in slices[0].files})
-    _, metrics = program.compile_step(state, batch)(state, batch)
+    _, metrics = program.compile_step(state, batch)(state, batch, *frozen)
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
@@ -321,6 +343,7 @@ def _log_line(step: int, steps: int, record: dict[str, float], speed: dict[str, 
         f"grad {record['grad_norm']:.3f}",
         f"{speed['tokens_per_second']:,.0f} tokens/s",
     ]
+    parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
     if "mfu" in speed:
         parts.append(f"MFU {speed['mfu']:.1%}")
     if "hbm_gib" in speed:

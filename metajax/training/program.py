@@ -86,7 +86,12 @@ class Program:
         """The train step compiled ahead of time for these shapes: it can never be compiled a second time."""
         shardings = jax.tree.map(lambda x: x.sharding, state)
         with jax.set_mesh(self.mesh):
-            return compile_train_step(self.config, self.tx, shardings, self.mesh).lower(state, batch).compile()
+            step = compile_train_step(self.config, self.tx, shardings, self.mesh)
+            return step.lower(state, batch, *self.frozen(state.model)).compile()
+
+    def frozen(self, parent: Any) -> tuple[Any, ...]:
+        """What the step reads beside state and batch: with `dpo` the model that training starts from."""
+        return (parent,) if self.config.dpo is not None else ()
 
     @cached_property
     def eval_step(self) -> Any:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from metajax.config import Config
 from metajax.parallel.rules import batch_sharding
+from metajax.preferences.loss import METRICS, preference_sums
 from metajax.training.losses import token_nll, weighted_sums
 from metajax.training.optimizers import schedule
 from metajax.training.state import State
@@ -28,12 +29,17 @@ def apply_model(model: Any, batch: Batch) -> jax.Array:
     return model(inputs.pop("tokens"), **inputs)
 
 
-def _loss_and_grad(model: Any, batch: Batch, config: Config) -> tuple[Metrics, Any]:
+def _loss_and_grad(model: Any, batch: Batch, config: Config, reference: Any) -> tuple[Metrics, Any]:
     """Sums over the batch, and the gradient of the loss sum, accumulated over micro-batches."""
+    names = ("nll", "body_nll", "loss", *(("pairs", *METRICS) if config.dpo is not None else ()))
 
     def loss_sum(model: Any, micro: Batch) -> tuple[jax.Array, Metrics]:
         logits = apply_model(model, micro)
         total, parts = weighted_sums(logits, micro["targets"], micro["loss_weights"], micro["is_body"], config.optimizer.z_loss)
+        if config.dpo is not None:
+            nll, reference_nll = (token_nll(scores, micro["targets"])[0] for scores in (logits, apply_model(reference, micro)))
+            total, pairs = preference_sums(nll, reference_nll, micro["loss_weights"], micro["segment_ids"], config.dpo.beta)
+            parts |= pairs
         return total, parts | {"loss": total}
 
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
@@ -48,31 +54,34 @@ def _loss_and_grad(model: Any, batch: Batch, config: Config) -> tuple[Metrics, A
         (_, sums), grads = value_and_grad(model, micro)
         return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-    zero = dict.fromkeys(("nll", "body_nll", "loss"), jnp.zeros(())), jax.tree.map(jnp.zeros_like, model)
+    zero = dict.fromkeys(names, jnp.zeros(())), jax.tree.map(jnp.zeros_like, model)
     (sums, grads), _ = jax.lax.scan(add, zero, micro_batches)
     return sums, grads
 
 
-def train_step(state: State, batch: Batch, *, config: Config, tx: optax.GradientTransformation) -> tuple[State, Metrics]:
-    """One optimiser step: gradient of the token-weighted mean loss over the whole batch.
+def train_step(
+    state: State, batch: Batch, reference: Any = None, *, config: Config, tx: optax.GradientTransformation
+) -> tuple[State, Metrics]:
+    """One optimiser step: gradient of the token-weighted mean loss over the whole batch, with `config.dpo` of the mean over its pairs.
 
     Metrics: loss (what is minimised), nll (nats a weighted token), body_nll (nats a body token), grad_norm before
-    clipping, learning_rate, finite, kept. A bad step (not finite, or its gradient norm above `runtime.max_grad_norm`) leaves
-    parameters and optimiser untouched and sets `halted`, so the state that led to it is still there when the host, one step behind,
-    notices; with `runtime.on_bad_step` "skip" the next step goes on from it.
+    clipping, learning_rate, finite, kept, of pairs METRICS. A bad step (not finite, or its gradient norm above `runtime.max_grad_norm`)
+    leaves parameters and optimiser untouched and sets `halted`, so the state that led to it is still there when the host, one step behind,
+    notices; with `runtime.on_bad_step` "skip" the next step goes on from it. `reference` is the frozen model of `config.dpo`.
     """
-    sums, grads = _loss_and_grad(state.model, batch, config)
-    weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+    sums, grads = _loss_and_grad(state.model, batch, config, reference)
+    tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+    weight = jnp.maximum(sums["pairs"], 1.0) if config.dpo is not None else tokens
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
     metrics = {
         "loss": sums["loss"] / weight,
-        "nll": sums["nll"] / weight,
+        "nll": sums["nll"] / tokens,
         "body_nll": sums["body_nll"] / jnp.maximum(jnp.sum(batch["is_body"]), 1),
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": schedule(config.optimizer, config.training.steps)(state.step),
-    }
+    } | {name: sums[name] / weight for name in METRICS if name in sums}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     runtime = config.runtime
     good = finite & (metrics["grad_norm"] <= (runtime.max_grad_norm or jnp.inf))
@@ -84,13 +93,14 @@ def train_step(state: State, batch: Batch, *, config: Config, tx: optax.Gradient
 
 def compile_train_step(
     config: Config, tx: optax.GradientTransformation, shardings: State, mesh: Mesh
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+) -> Callable[..., tuple[State, Metrics]]:
     """The jitted step with donated state; parameters in and out keep their shardings, metrics are replicated."""
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        return train_step(state, batch, config=config, tx=tx)
+    def step(state: State, batch: Batch, *frozen: Any) -> tuple[State, Metrics]:
+        return train_step(state, batch, *frozen, config=config, tx=tx)
 
-    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, None))
+    places = (shardings, batch_sharding(mesh), *((shardings.model,) if config.dpo is not None else ()))
+    return jax.jit(step, donate_argnums=0, in_shardings=places, out_shardings=(shardings, None))
 
 
 def eval_step(model: Any, batch: Batch) -> Metrics:

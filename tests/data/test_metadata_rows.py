@@ -9,6 +9,8 @@ import pytest
 from metajax.config import Metadata, UserError
 from metajax.data import pipeline
 from metajax.data.pipeline import check_evaluation, open_corpora, training_batches, training_rows
+from metajax.data.rows import stack
+from metajax.reporting.pace import Counts
 
 
 def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):
@@ -31,7 +33,8 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
     """The longest modules do not fit beside 16 tokens of text; nothing of theirs is shown."""
     names = [json.loads(line)["module"] for line in tiny_corpus.read_text().splitlines()]
     changes = {"data.row_length": 26, "data.batch_rows": 1, "metadata": Metadata(template="{module}", keep=1.0)}
-    with pytest.raises(UserError, match=r"metadata tokens, which leaves no room .* metadata\.too_long=drop"):
+    too_long = r"document .*corpus\.jsonl, line \d+: \d+ metadata tokens, which leaves no room .* metadata\.too_long=drop"
+    with pytest.raises(UserError, match=too_long):
         training_rows(open_corpora(tiny_config(**changes), paths))
     corpora = open_corpora(tiny_config(**changes, **{"metadata.too_long": "drop"}), paths)
     train = corpora.caches[0].documents("train", corpora.config.data.held_out).tolist()
@@ -52,6 +55,26 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
         for at in (i for i, token in enumerate(tokens) if token == vocabulary.context_begin):
             shown.add(bytes(tokens[at + 1 : tokens.index(vocabulary.context_end, at)]).decode())
     assert shown == {names[i] for i in train if i not in long} | {""}, "whole or not at all"
+
+
+@pytest.mark.parametrize("position", ["prepend", "append", "both"])
+def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_corpus, paths, position):
+    """What a run counts in an epoch of rows that cut no document is what the file holds, byte for byte."""
+    recipe = Metadata(template="{topic}", position=position, keep=1.0)
+    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 600, "data.packing": "best_fit"}), paths)
+    [cache], counts = corpora.caches, Counts()
+    documents = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
+    train = [documents[i] for i in cache.documents("train", 0.2)]
+    rows = pipeline.phase_rows(corpora, 0)
+    for n in range(len(rows)):
+        counts.add(stack([rows[n]]), flops=1.0)
+    body, sides = sum(len(d["text"]) for d in train), 1 + (position == "both")
+    metadata = sides * sum(len(d["topic"]) + 2 for d in train)
+    behind = 0 if position == "prepend" else metadata // sides  # the delimiters are asked for, too
+    expected = {"slots": 600 * len(rows), "body": body, "metadata": metadata, "loss_tokens": body + behind + len(train)}
+    expected |= {"padding": 600 * len(rows) - body - metadata - len(train), "flops": len(rows), "meta_tokens": 0}
+    assert vars(counts) == expected and len(rows) > 3
+    assert cache.manifest["tokens"] == cache.manifest["bytes"] == sum(len(d["text"]) for d in documents)
 
 
 @pytest.mark.parametrize("position", ["prepend", "append"])

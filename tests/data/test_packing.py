@@ -172,7 +172,7 @@ def test_no_documents_make_no_rows(style):
 def test_metadata_that_leaves_no_room_is_named(style):
     documents, inputs = np.array([3, 8]), np.array([4, 90])
     pack(documents, inputs, np.array([0, 64 - MIN_PIECE]), 64, style)
-    with pytest.raises(UserError, match=r"document 8 has 49 metadata tokens.*row of 64; choose a shorter metadata.template"):
+    with pytest.raises(UserError, match=r"document 8: 49 metadata tokens.*row of 64; choose a shorter metadata.template"):
         pack(documents, inputs, np.array([0, 65 - MIN_PIECE]), 64, style)
 
 
@@ -180,5 +180,5 @@ def test_metadata_that_leaves_no_room_is_named(style):
 def test_a_row_shorter_than_the_smallest_piece_holds_text_without_metadata(style):
     documents, inputs = np.arange(2), np.array([20, 3])
     assert len(pack(documents, inputs, np.zeros(2, int), 8, style)) == 3
-    with pytest.raises(UserError, match="document 1 has 1 metadata tokens"):
+    with pytest.raises(UserError, match="document 1: 1 metadata tokens"):
         pack(documents, inputs, np.array([0, 1]), 8, style)

@@ -131,12 +131,17 @@ def pairs():
     return [[context, answer, *TemplateLM._encode_pair(Encoder(), context, answer)] for context, answer in PAIRS]
 
 
-if __name__ == "__main__":
+def frozen_sample(folder):
+    """What the golden file holds, JSON-ready; `folder` takes the files of records."""
     import lm_eval
 
     rng = np.random.default_rng(0)
+    tasks = {kind: sample(kind, rng, folder) for kind in RECORDS}
+    return {"lm_eval": lm_eval.__version__, "tasks": tasks, "pairs": {"words": WORDS, "cases": pairs()}}
+
+
+if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        tasks = {kind: sample(kind, rng, Path(folder)) for kind in RECORDS}
-    made = {"lm_eval": lm_eval.__version__, "tasks": tasks, "pairs": {"words": WORDS, "cases": pairs()}}
+        made = frozen_sample(Path(folder))
     path = Path(__file__).parents[1] / "goldens" / "choice_harness.json"
     path.write_text(json.dumps(made, indent=1) + "\n")

@@ -22,6 +22,14 @@ from metajax.training.program import Program
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "choice_harness.json").read_text())
 
 
+@pytest.mark.harness
+def test_the_frozen_sample_is_what_the_harness_says_today(tmp_path):
+    pytest.importorskip("lm_eval", reason="pip install lm_eval==0.4.13")
+    from harness import frozen_sample
+
+    assert json.loads(json.dumps(frozen_sample(tmp_path))) == GOLDENS
+
+
 @pytest.mark.parametrize("kind", GOLDENS["tasks"])
 def test_prompts_and_scores_are_those_of_the_harness(kind):
     """The frozen sample holds records of our own, what the harness asks a model about each, and its metrics for made-up answers."""

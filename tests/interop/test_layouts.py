@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -78,6 +79,10 @@ def test_hugging_faces_gpt2_is_a_run_and_comes_back(tmp_path, capsys):
     assert config == {name: known.get(name) for name in config} | explicit
     assert main(["export", "llama", "imported/hub", str(tmp_path / "other"), *places]) == 2
     assert "error: model.activation is 'gelu_tanh', but Llama has 'swiglu' alone" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "out", tmp_path / "runs" / "out")
+    assert main(["runs", *places]) == 0, "an exported folder among the runs is none"
+    said = capsys.readouterr()
+    assert "imported/hub" in said.out and "out is not a run: its config.json is another program's" in said.err
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "bias": True}], ids=["own head", "tied, biases"])

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 from etils import epath
 
 from metajax.config import UserError, nearest, require
+from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document, Source
 from metajax.data.sources.compressed import CompressedLines, is_compressed
 from metajax.data.sources.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
@@ -80,6 +81,15 @@ def parse_spec(spec: str) -> tuple[str, str, Columns]:
             kind != "tfds" or not options.get("join"), f"data source {spec!r}: join= is for files; tfds has a set's columns alone"
         )
     return kind, path, Columns(**options)
+
+
+def place_of(spec: str, on_bad_record: str, cache_dir: Path, data_dir: Path | None, document: int) -> str:
+    """File and record of a document of the corpus, as messages name them; documents are numbered by the good records alone."""
+    source = open_source(spec, cache_dir=cache_dir, data_dir=data_dir)
+    good = (n for n, found in read_documents(source, on_bad_record) if found is not None)
+    record = next(itertools.islice(good, document, None))
+    files = source.corpus if isinstance(source, Joined) else source
+    return files.where(record) if isinstance(files, Files) else f"{spec}, record {record}"
 
 
 def find_files(spec: str, path: str, root: str) -> list[str]:

@@ -64,7 +64,7 @@ class CompressedLines(Files):
                 self._file, self._next, self._stream = file, 0, lines(self.paths[file])
             line = next(itertools.islice(self._stream, row - self._next, None))
             self._next = row + 1
-        return parse_json(line, self.columns, f"{self.paths[file]}, record {row}")
+        return parse_json(line, self.columns, self.where(i))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_file", "_next", "_stream")}

@@ -165,6 +165,11 @@ class Files:
         file = bisect.bisect_right(self._starts, i) - 1
         return file, int(i) - self._starts[file]
 
+    def where(self, i: int) -> str:
+        """File and record of record i, as messages name them."""
+        file, row = self.locate(i)
+        return f"{self.paths[file]}, record {row}"
+
     def fingerprint(self) -> str:
         """sha256 over columns and each file's path below the data directory, size and modification time."""
         digest = hashlib.sha256(f"{self.kind} {self.columns}\n".encode())
@@ -206,9 +211,12 @@ class JsonLines(Files):
         try:
             return parse_json(line, self.columns, self.paths[file])
         except BadRecord as error:
-            number = _line_number(self.paths[file], int(starts[row]))
             reason = str(error).removeprefix(f"{self.paths[file]}: ")
-            raise BadRecord(f"{self.paths[file]}, line {number}: {reason}") from None
+            raise BadRecord(f"{self.where(i)}: {reason}") from None
+
+    def where(self, i: int) -> str:
+        file, row = self.locate(i)
+        return f"{self.paths[file]}, line {_line_number(self.paths[file], int(self._lines[file][0][row]))}"
 
     def _descriptor(self, file: int) -> int:
         if file not in self._descriptors:
@@ -299,7 +307,7 @@ class Parquet(Files):
 
     def __getitem__(self, i: int) -> Document:
         file, row = self.locate(i)
-        where = f"{self.paths[file]}, record {row}"
+        where = self.where(i)
         starts = self._groups[file]
         group = bisect.bisect_right(starts, row) - 1
         table = self._table(file, group)
@@ -356,7 +364,7 @@ class ArrayRecord(Files):
 
     def __getitem__(self, i: int) -> Document:
         file, row = self.locate(i)
-        where = f"{self.paths[file]}, record {row}"
+        where = self.where(i)
         try:
             record = self._sources[file][row]
         except RuntimeError as error:

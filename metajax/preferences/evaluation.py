@@ -1,0 +1,40 @@
+"""How often a trained policy prefers the chosen answers of held-out pairs, more than its reference does."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from metajax.data.pipeline import Corpora, held_out
+from metajax.preferences.loss import METRICS, preference_sums
+from metajax.reporting.records import find_run
+from metajax.reporting.statistics import share_interval
+from metajax.training.checkpoints import read_parameters
+from metajax.training.losses import token_nll
+from metajax.training.step import Batch, apply_model
+
+if TYPE_CHECKING:
+    from metajax.training.program import Program
+
+
+def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
+    """Means over the held-out pairs: margin, accuracy (the share with a margin above 0), chosen_reward; see `preference_sums`.
+
+    Beside them: pairs, how many there are, and low and high, the 95 % interval of the accuracy.
+    """
+    init, beta = program.config.init, program.config.dpo.beta
+    reference = read_parameters(find_run(init.run, corpora.paths.runs), program.abstract_state().model)
+    sums_of = jax.jit(partial(_sums, beta=beta))
+    with jax.set_mesh(program.mesh):
+        batches = [program.put(program.local_rows(batch)) for batch in held_out(corpora, "training").batches]
+        sums = jax.device_get([sums_of(model, reference, batch) for batch in batches])
+    total = {name: sum(found[name].item() for found in sums) for name in ("pairs", *METRICS)}
+    low, high = share_interval(round(total["accuracy"]), round(total["pairs"]))
+    return {name: total[name] / total["pairs"] for name in METRICS} | {"pairs": round(total["pairs"]), "low": low, "high": high}
+
+
+def _sums(model: Any, reference: Any, batch: Batch, *, beta: float) -> dict[str, jax.Array]:
+    nll, reference_nll = (token_nll(apply_model(m, batch), batch["targets"])[0] for m in (model, reference))
+    return preference_sums(nll, reference_nll, batch["loss_weights"], batch["segment_ids"], beta)[1]

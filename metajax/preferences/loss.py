@@ -1,0 +1,37 @@
+"""The loss of direct preference optimisation, by pairs of segments."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+METRICS = ("margin", "accuracy", "chosen_reward")  # sums over pairs, in a batch's metrics means
+
+
+def preference_sums(
+    nll: Float[Array, "B T"],
+    reference_nll: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    beta: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """(sum over pairs of -log sigmoid(margin), parts): Rafailov et al., arXiv 2305.18290, equation 7.
+
+    Segments 2p - 1 and 2p of a row are the chosen and the rejected answer to one prompt. The reward of an answer is beta times the sum over
+    its weighted tokens of log p - log p_reference, in nats; the margin of a pair is the chosen answer's less the rejected one's. Parts, sums
+    over the batch: "pairs", "margin", "accuracy" (margins above 0), "chosen_reward".
+    """
+    reward = beta * weights * (reference_nll - nll)
+    is_chosen = segment_ids % 2 == 1
+    most = segment_ids.shape[1] // 4  # two answers of BOS and a token
+    belongs = ((segment_ids + 1) // 2)[..., None] == jnp.arange(1, most + 1)  # [B, T, pair]; padding is in none
+    margins = jnp.sum(jnp.where(belongs, jnp.where(is_chosen, reward, -reward)[..., None], 0.0), axis=1)
+    exists = jnp.any(belongs, axis=1)
+    parts = {
+        "pairs": jnp.sum(exists, dtype=jnp.float32),
+        "margin": jnp.sum(margins),
+        "accuracy": jnp.sum(margins > 0, dtype=jnp.float32),
+        "chosen_reward": jnp.sum(jnp.where(is_chosen, reward, 0.0)),
+    }
+    return -jnp.sum(jnp.where(exists, jax.nn.log_sigmoid(margins), 0.0)), parts
