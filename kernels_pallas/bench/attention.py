@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from kernels_pallas.bench import splash
@@ -99,8 +98,8 @@ def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
     block = min(BLOCK, -(-shape.length // LANES) * LANES)
     with jax.default_device(jax.devices("cpu")[0]):
         lists = block_lists(_expiry(shape), 0, shape.length, block, block)
-        visits = np.asarray(lists.by_query)[: int(lists.query_count)]
-    full, blocks = int(np.sum(is_full(visits))), -(-shape.length // block)
+        visits = lists.by_query[: int(lists.query_count)]
+        full, blocks = int(jnp.sum(is_full(visits))), -(-shape.length // block)
     per_step = heads_of_a_step(shape.kv_heads, shape.heads // shape.kv_heads)
     lines = shape.kv_heads // per_step  # the grid's outer axis: so many times the whole list
     steps, start, end = lines * len(visits), when(lines * blocks), when(lines * blocks)

@@ -81,12 +81,11 @@ def operation_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def kernel_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Calls of each kernel in a step; the cycles of each form of it, where they were asked for."""
-    calls = [(name, f"{times:,} calls") for name, times in plan["kernels"].items()]
+    """Calls of each kernel in a step; where its cycles were asked for, those of each form of it."""
+    calls = [(name, f"{times:,} calls") for name, times in plan["kernels"].items() if "schedules" not in plan]
     for kernel in plan.get("schedules", ()):
-        shape = max(kernel["operands"], key=len)
         text = f"{kernel['times']:,} calls of {kernel['cycles']:,} cycles, {_ms(kernel['seconds'])}"
-        calls.append((f"{kernel['name']} of {shape}", text))
+        calls.append((f"{kernel['name']} of {max(kernel['operands'], key=len)}", text))
     return calls or [("none", "XLA alone")]
 
 
