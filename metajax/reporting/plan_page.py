@@ -37,8 +37,10 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
 
 def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:
     """Bytes of a chip by kind, as they add up to the total; "temporaries" are those that are neither activations nor gradients."""
-    memory, state, kinds = plan["memory"], plan["state"], dict(plan["temporaries"])
-    kinds.pop("other", None)
+    memory, state = plan["memory"], plan["state"]
+    kinds = {name: size for name, size in plan["temporaries"].items() if name != "other"}
+    if sum(kinds.values()) > memory["temporaries"]:  # of a few kilobytes the compiler's two accounts differ
+        kinds = {}
     return {
         **state,
         "batch": memory["arguments"] - sum(state.values()),
@@ -85,7 +87,8 @@ def kernel_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     calls = [(name, f"{times:,} calls") for name, times in plan["kernels"].items() if "schedules" not in plan]
     for kernel in plan.get("schedules", ()):
         text = f"{kernel['times']:,} calls of {kernel['cycles']:,} cycles, {_ms(kernel['seconds'])}"
-        calls.append((f"{kernel['name']} of {max(kernel['operands'], key=len)}", text))
+        unread = f"{kernel['times']:,} calls, whose schedule cannot be read: {kernel.get('unread')}"
+        calls.append((f"{kernel['name']} of {max(kernel['operands'], key=len)}", unread if "unread" in kernel else text))
     return calls or [("none", "XLA alone")]
 
 

@@ -125,13 +125,17 @@ def plan(*words):
 def test_a_tiny_step_is_planned():
     found = plan(
         "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
-        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1",
+        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--schedules",
     )  # fmt: skip
     assert found["fits"] and found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4}
     assert found["kernels"].keys() == {f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")}
     memory = found["memory"]
     assert found["state"]["parameters"] + found["state"]["optimizer"] < memory["arguments"] < memory["total"] < memory["limit"]
-    assert 0 < found["bound"]["operations"] <= found["bound"]["step"] and 0 < found["bound"]["mfu"] <= 1
+    assert found["temporaries"]["activations"] > 0 and found["temporaries"]["gradients"] > 0
+    bound, estimate = found["bound"], found["estimate"]
+    assert 0 < bound["operations"] <= bound["step"] and 0 < bound["mfu"] <= 1
+    assert {kernel["name"] for kernel in found["schedules"]} == found["kernels"].keys()
+    assert 0 < estimate["kernels"] < bound["kernels"] <= bound["step"] < estimate["step"]
     assert found["collectives"]["all-gather"]["bytes"] > 0
 
 

@@ -48,6 +48,16 @@ def test_rows_of_tokens_and_of_meta_tokens_are_told_apart_by_their_visits(spawne
         scheduled(Counter({attention_call("forward", 2, 2048, 29): 1}), config, "v5e")
 
 
+def test_a_schedule_that_cannot_be_read_is_told(monkeypatch, tiny_config):
+    def spawn(program, chip):
+        raise RuntimeError("it did not compile:\nValueError: 4 regions are declared")
+
+    monkeypatch.setattr(compiled, "spawn", spawn)
+    config = tiny_config(**{"data.row_length": 1024})
+    (found,) = scheduled(Counter({attention_call("forward", 2, 1024, 14): 24}), config, "v5e")
+    assert (found["times"], found["seconds"], found["unread"]) == (24, 0, "ValueError: 4 regions are declared")
+
+
 def test_layers_of_a_hybrid_share_a_kernel_and_differ_in_visits(spawned, tiny_config):
     """One layer in three sees all, two a window, with a prefix; the cost of a call is their mean. A v5p has two cores."""
     mixers = Hybrid(meta_tokens=128, full_layers=(0,), state=8)
