@@ -261,6 +261,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--largest-batch", action="store_true", help="find the most rows that fit, by bisection: a compilation for each trial"
     )
+    parser.add_argument(
+        "--schedules", action="store_true", help="count the kernels' cycles too: each is compiled once more, alone"
+    )
     _add_config(parser)
     _add_place(parser)
 

@@ -163,10 +163,8 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
 
 def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     """Make a sample of all tables; 1 when something in it failed."""
-    given = {
-        "--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--seeds": options.seeds > 1,
-        "--jobs": options.jobs > 1, "--render": options.render,
-    }  # fmt: skip
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("json", "html", "largest_batch", "schedules")}
+    given |= {"--set": options.changes}
     for flag in (flag for flag, value in given.items() if value):
         raise UserError(
             f"{flag} does not go with --all, which takes a row of every table as it is; name a table, or leave it out"
@@ -293,7 +291,8 @@ def _open_run(options: argparse.Namespace, word: str) -> Any:
 def plan(options: argparse.Namespace, started: float) -> int:
     """Compile the train step of an experiment, or of all, for a slice that is not there; 1 where one does not fit."""
     require(options.all or bool(options.name and options.topology), "name an experiment and its --topology, or say --all")
-    given = {"--set": options.changes, "--json": options.json, "--html": options.html, "--largest-batch": options.largest_batch}
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("json", "html", "largest_batch", "schedules")}
+    given["--set"] = options.changes
     for flag in (flag for flag, value in given.items() if options.all and value):
         raise UserError(f"{flag} does not go with --all, which plans experiments as they are; name one, or leave it out")
     with tempfile.TemporaryDirectory(prefix="plan-") as dump:

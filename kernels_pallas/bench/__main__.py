@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dump", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
-    programs = {program.name: program for program in (*attention.programs(), *scan.programs())}
     if options.compile is not None:
-        print(json.dumps(compiled.measure(programs[options.compile], options.chip, options.dump)))
+        print(json.dumps(compiled.measure(_named(options.compile), options.chip, options.dump)))
         return 0
+    programs = _programs()
     if options.list:
         print("\n".join(programs))
         return 0
@@ -66,6 +66,19 @@ def main(arguments: list[str]) -> int:
             report.plot(chosen, results, options.chip, options.output / "kernels.png")
         print(f"written to {options.output}/kernels.md")
     return 0
+
+
+def _programs() -> dict[str, Program]:
+    return {program.name: program for program in (*attention.programs(), *scan.programs())}
+
+
+def _named(name: str) -> Program:
+    """A program of the table, or our kernels at a shape that is written out, as its fields in JSON."""
+    op, shape, _, passes = name.split("/")
+    if not shape.startswith("["):
+        return _programs()[name]
+    module = scan if op in ("selective_scan", "causal_conv") else attention
+    return module.ours(op, shape, module.Shape(*json.loads(shape)), passes)
 
 
 def _each(programs: Sequence[Program], measure: Callable[[Program], dict], workers: int) -> dict[str, dict]:

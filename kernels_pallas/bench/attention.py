@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from kernels_pallas.bench import splash
@@ -30,6 +29,7 @@ class Shape(NamedTuple):
     key_width: int
     value_width: int
     documents: int = 1
+    dtype: str = "bfloat16"
 
 
 SHAPES = {
@@ -54,7 +54,7 @@ def programs() -> Iterator[Program]:
     """Every attention that is measured."""
     for name, shape in SHAPES.items():
         for passes in PASSES if name in FORWARD_ALONE else ("both",):
-            yield _ours("attention", name, shape, passes)
+            yield ours("attention", name, shape, passes)
             widths, heads = (shape.key_width, shape.value_width), (shape.heads, shape.kv_heads)
             blocks, documents = BEST.get(name, SMALL), shape.documents
             yield splash.program(name, passes, shape.length, shape.window, shape.meta, widths, heads, blocks, documents)
@@ -63,17 +63,17 @@ def programs() -> Iterator[Program]:
     for length in META_LENGTHS:
         shape = Shape(int(META_SHARE * length), None, 0, 12, 12, 64, 64)
         name = f"T {length}, M {shape.length}"
-        yield _ours("meta_attention", name, shape, "both")
+        yield ours("meta_attention", name, shape, "both")
         yield Program("meta_attention", name, "xla", "both", functools.partial(_build, shape, "both", attention_xla))
 
 
 def _build(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tuple]:
-    def bf16(*sizes: int) -> jax.ShapeDtypeStruct:
-        return array(*sizes, dtype="bfloat16")
+    def of(*sizes: int) -> jax.ShapeDtypeStruct:
+        return array(*sizes, dtype=shape.dtype)
 
     keys, values = (shape.kv_heads, shape.key_width), (shape.kv_heads, shape.value_width)
-    arrays = [bf16(1, shape.length, shape.heads, shape.key_width), bf16(1, shape.length, *keys), bf16(1, shape.length, *values)]
-    metas = [bf16(shape.meta, *keys), bf16(shape.meta, *values)] if shape.meta else []
+    arrays = [of(1, shape.length, shape.heads, shape.key_width), of(1, shape.length, *keys), of(1, shape.length, *values)]
+    metas = [of(shape.meta, *keys), of(shape.meta, *values)] if shape.meta else []
 
     def run(expiry: Array, *arrays: Array) -> Array:
         def call(q: Array, k: Array, v: Array, *metas: Array) -> Array:
@@ -93,13 +93,13 @@ def _expiry(shape: Shape) -> Array:
     return (end if shape.window is None else jnp.minimum(index + shape.window + 1, end))[None].astype(jnp.int32)
 
 
-def _ours(op: str, name: str, shape: Shape, passes: str) -> Program:
+def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
     """Our kernels, with the visits that their own lists have for this mask."""
     block = min(BLOCK, -(-shape.length // LANES) * LANES)
     with jax.default_device(jax.devices("cpu")[0]):
         lists = block_lists(_expiry(shape), 0, shape.length, block, block)
-        visits = np.asarray(lists.by_query)[: int(lists.query_count)]
-    full, blocks = int(np.sum(is_full(visits))), -(-shape.length // block)
+        visits = lists.by_query[: int(lists.query_count)]
+        full, blocks = int(jnp.sum(is_full(visits))), -(-shape.length // block)
     per_step = heads_of_a_step(shape.kv_heads, shape.heads // shape.kv_heads)
     lines = shape.kv_heads // per_step  # the grid's outer axis: so many times the whole list
     steps, start, end = lines * len(visits), when(lines * blocks), when(lines * blocks)

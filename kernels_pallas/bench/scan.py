@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas.bench.programs import PASSES, Kernel, Program, array, loop, when, with_passes
+from kernels_pallas.bench.schedule import Visits
 from kernels_pallas.selective_scan.backward import WALK
 from kernels_pallas.selective_scan.conv import GROUP as CONV_GROUP
 from kernels_pallas.selective_scan.conv import causal_conv_tpu
@@ -19,7 +20,7 @@ from kernels_pallas.selective_scan.tiling import GROUP, LANES, SPREAD, columns_o
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
 
-CHUNK, CONV_CHUNK = 128, 256
+CHUNK, CONV_CHUNK = 128, 256  # of rows that are as long
 SEGMENTS = 8  # documents of a row
 # Operations per (token, channel, state) that the recurrence itself demands, counted in README.md.
 NECESSARY = {"forward": 7, "both": 7 + 19}
@@ -29,6 +30,8 @@ class Shape(NamedTuple):
     length: int
     channels: int
     states: int
+    segments: int = SEGMENTS
+    dtype: str = "bfloat16"
 
     @property
     def width(self) -> int:
@@ -47,20 +50,26 @@ def programs() -> Iterator[Program]:
     """Every scan and convolution that is measured."""
     for name, shape in SHAPES.items():
         for passes in PASSES:
-            kernels = _scan_kernels(shape, passes)
-            necessary = NECESSARY[passes] * shape.length * shape.channels * shape.states
-            for implementation, function in SCANS.items():
-                own = implementation == "pallas_tpu"
-                if name not in WITH_RIVALS and not own:
-                    continue
+            with_rivals = name in WITH_RIVALS
+            yield from (ours(op, name, shape, passes) for op in ("selective_scan", "causal_conv"))
+            for implementation, function in RIVALS.items() if with_rivals else ():
                 build = functools.partial(_build_scan, shape, passes, function)
-                yield Program("selective_scan", name, implementation, passes, build, kernels if own else (), necessary=necessary)
-            rivals = {"xla": causal_conv_xla} if name in WITH_RIVALS else {}
-            for implementation, function in {"pallas_tpu": causal_conv_tpu, **rivals}.items():
-                kernels = _conv_kernels(shape, passes) if implementation == "pallas_tpu" else ()
-                yield Program(
-                    "causal_conv", name, implementation, passes, functools.partial(_build_conv, shape, passes, function), kernels
-                )
+                yield Program("selective_scan", name, implementation, passes, build, necessary=_necessary(shape, passes))
+            if with_rivals:
+                yield Program("causal_conv", name, "xla", passes, functools.partial(_build_conv, shape, passes, causal_conv_xla))
+
+
+def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
+    """Our kernels of one of the two operations."""
+    if op == "causal_conv":
+        build = functools.partial(_build_conv, shape, passes, causal_conv_tpu)
+        return Program(op, name, "pallas_tpu", passes, build, _conv_kernels(shape, passes))
+    build = functools.partial(_build_scan, shape, passes, _segmented(selective_scan_tpu))
+    return Program(op, name, "pallas_tpu", passes, build, _scan_kernels(shape, passes), necessary=_necessary(shape, passes))
+
+
+def _necessary(shape: Shape, passes: str) -> int:
+    return NECESSARY[passes] * shape.length * shape.channels * shape.states
 
 
 def associative(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array, z: Array) -> Array:
@@ -77,8 +86,7 @@ def _segmented(function: Callable) -> Callable:
     return lambda *arrays: function(*arrays[:-1], segment_ids=arrays[-1])
 
 
-SCANS: dict[str, Callable] = {
-    "pallas_tpu": _segmented(selective_scan_tpu),
+RIVALS: dict[str, Callable] = {
     "xla": _segmented(selective_scan_xla),
     "lax.scan": _segmented(selective_scan_reference),
     "associative_scan": lambda *arrays: associative(*arrays[:-1]),
@@ -86,8 +94,8 @@ SCANS: dict[str, Callable] = {
 
 
 def _build_scan(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tuple]:
-    token = array(1, shape.length, shape.channels, dtype="bfloat16")
-    per_state = array(1, shape.length, shape.states, dtype="bfloat16")
+    token = array(1, shape.length, shape.channels, dtype=shape.dtype)
+    per_state = array(1, shape.length, shape.states, dtype=shape.dtype)
     per_channel = array(shape.channels)
     arrays = (token, token, array(shape.channels, shape.states), per_state, per_state, per_channel, per_channel, token)
 
@@ -98,7 +106,7 @@ def _build_scan(shape: Shape, passes: str, function: Callable) -> tuple[Callable
 
 
 def _build_conv(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tuple]:
-    arrays = (array(1, shape.length, shape.channels, dtype="bfloat16"), array(shape.channels, 4), array(shape.channels))
+    arrays = (array(1, shape.length, shape.channels, dtype=shape.dtype), array(shape.channels, 4), array(shape.channels))
 
     def run(segments: Array, *arrays: Array) -> Array:
         return with_passes(passes, lambda x, w, b: function(x, w, b, segment_ids=segments)[0])(*arrays)
@@ -111,9 +119,10 @@ def _build_conv(shape: Shape, passes: str, function: Callable) -> tuple[Callable
 
 def _scan_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
     """Regions as forward.py and backward.py write them, each `pl.when` and loop in order."""
-    chunks, spread = shape.length // CHUNK, loop(shape.length // SPREAD)
+    chunk = min(CHUNK, shape.length)
+    chunks, spread = shape.length // chunk, loop(shape.length // SPREAD)
     steps = chunks * shape.tiles
-    groups, marked = steps * (CHUNK // GROUP), SEGMENTS * shape.tiles
+    groups, marked = steps * (chunk // GROUP), shape.segments * shape.tiles
     quiet = groups - marked
     token, per_state = shape.length * shape.channels * 2, shape.length * shape.states * 4
     starts = chunks * shape.channels * shape.states * 4
@@ -124,16 +133,24 @@ def _scan_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
         return (forward,)
     walks = GROUP // WALK
     walk_back = (loop(groups), when(quiet), loop(quiet * walks), when(marked), loop(marked * walks))
-    inside = (when(chunks), spread, when(shape.tiles), *per_group, *walk_back, when(chunks), spread, spread)
+    last = _when_of_several(shape, chunks)
+    inside = (when(chunks), spread, *last, *per_group, *walk_back, when(chunks), spread, spread)
     return forward, Kernel("selective_scan_backward", steps, inside, 7 * token + 4 * per_state + starts)
 
 
 def _conv_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
-    steps = shape.length // CONV_CHUNK * shape.tiles
-    groups, marked = steps * (CONV_CHUNK // CONV_GROUP), SEGMENTS * shape.tiles
+    chunk = min(CONV_CHUNK, shape.length)
+    steps = shape.length // chunk * shape.tiles
+    groups, marked = steps * (chunk // CONV_GROUP), shape.segments * shape.tiles
     token = shape.length * shape.channels * 2
     per_group = (loop(groups), when(groups - marked), when(marked))
     forward = Kernel("causal_conv_forward", steps, per_group, 2 * token)
     if passes == "forward":
         return (forward,)
-    return forward, Kernel("causal_conv_backward", steps, (when(shape.tiles), loop(groups), *per_group), 3 * token)
+    inside = (*_when_of_several(shape, shape.length // chunk), loop(groups), *per_group)
+    return forward, Kernel("causal_conv_backward", steps, inside, 3 * token)
+
+
+def _when_of_several(shape: Shape, chunks: int) -> tuple[Visits, ...]:
+    """What the first or last chunk alone does; of an only chunk nobody asks which it is."""
+    return (when(shape.tiles),) if chunks > 1 else ()

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-DELAY_SLOTS = 4  # bundles behind a branch that run whether or not it is taken
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s[^{]*:[ >]*\{")
 _BRANCH = re.compile(r"sbr\.rel (\([^)]*\) )?target = \$region(\d+)")
 _START = re.compile(r"(?:Start|Start/End empty) region (\d+)")
@@ -64,10 +64,10 @@ class Schedule:
     program: Region
     capacity: dict[str, int]
 
-    def visited(self, steps: int, inside: Sequence[Visits]) -> list[tuple[Region, int]]:
+    def visited(self, steps: int, inside: Sequence[Visits], copies: int | None = None) -> list[tuple[Region, int]]:
         """Every region with its visits in a call of `steps` grid steps; `inside` are the step's own regions in program order.
 
-        Copies are counted once a step, an upper bound. They stand beside the step, or behind its declared regions.
+        Copies are counted once a step, an upper bound, or `copies` times. They stand beside the step, or behind its declared regions.
         Raises ValueError when the program has not these regions: then the visits belong to another one.
         """
         grid = next(region for region in self.program.walk() if region.kind == "loop")
@@ -80,20 +80,21 @@ class Schedule:
             raise ValueError(f"{self.name}: {len(inside)} regions are declared, but the schedule has {shape}")
         times = {id(region): visits.times for region, visits in zip(found, inside, strict=False)}
         times |= {id(region): 1 for region in self.program.walk() if region.start < grid.start}  # "is the grid empty?"
-        times[id(grid)] = steps + 2  # the pipeline runs two steps longer than the grid
-        return [(region, times.get(id(region), steps)) for region in self.program.walk()]
+        times |= {id(step): steps, id(grid): steps + 2}  # the pipeline runs two steps longer than the grid
+        return [(region, times.get(id(region), steps if copies is None else copies)) for region in self.program.walk()]
 
-    def cost(self, steps: int, inside: Sequence[Visits]) -> Cost:
+    def cost(self, steps: int, inside: Sequence[Visits], copies: int | None = None) -> Cost:
         """What a call costs; the arguments are those of `visited`."""
-        visited = self.visited(steps, inside)
+        visited = self.visited(steps, inside, copies)
         cycles = sum(region.own * times for region, times in visited)
         used = (sum(region.slots[i] * times for region, times in visited) for i in range(len(self.capacity)))
         return Cost(cycles, {name: n / (cycles * width) for (name, width), n in zip(self.capacity.items(), used, strict=True)})
 
 
-def read_schedule(folder: Path, kernel: str, smallest: int = 16) -> Schedule:
+def read_schedule(folder: Path, kernel: str, smallest: int = 16, delay: int = 4) -> Schedule:
     """The schedule of the only kernel in dump `folder` whose name contains `kernel`.
 
+    `delay` bundles behind a branch run whether or not it is taken.
     Predicated regions of fewer than `smallest` bundles (one copy started or awaited) count as part of what surrounds them,
     as if always taken. Raises ValueError where the dump holds none or several, or is not what this reads.
     """
@@ -108,7 +109,7 @@ def read_schedule(folder: Path, kernel: str, smallest: int = 16) -> Schedule:
     used = [tuple(map(int, line.split())) for line in lines]
     if len(used) != len(bundles):
         raise ValueError(f"{paths[0].name}: {len(bundles)} bundles but slots of {len(used)}: an unknown form of the dump")
-    program = _nest(_regions(bundles, smallest), len(bundles))
+    program = _nest(_regions(bundles, smallest, delay), len(bundles))
     for region in program.walk():
         inside = {i for child in region.inner for i in range(child.start, child.end)}
         own = [used[i] for i in range(region.start, region.end) if i not in inside]
@@ -116,7 +117,7 @@ def read_schedule(folder: Path, kernel: str, smallest: int = 16) -> Schedule:
     return Schedule(kernel, program, capacity)
 
 
-def _regions(bundles: Sequence[str], smallest: int) -> list[Region]:
+def _regions(bundles: Sequence[str], smallest: int, delay: int) -> list[Region]:
     """Loops and predicated regions from the branches: forward ones skip a region, backward ones close a loop."""
     starts = {name: i for i, line in enumerate(bundles) for name in _START.findall(line)}
     loops, regions = [], []
@@ -127,7 +128,7 @@ def _regions(bundles: Sequence[str], smallest: int) -> list[Region]:
         if branch is None:
             continue
         target = starts.get(branch.group(2), len(bundles))  # a label that is never printed: the end
-        after = i + 1 + DELAY_SLOTS
+        after = i + 1 + delay
         if target <= i:
             regions.append(Region("loop", loops.pop(), after))
         elif target - after >= smallest:
@@ -152,18 +153,28 @@ def _nest(regions: list[Region], length: int) -> Region:
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CALLED = re.compile(r"\b(?:calls|to_apply)=%([\w.\-]+)")
 _WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
 _TRIPS = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
+class Operation(NamedTuple):
+    """A line of an optimised program, how often it runs, the computation that it stands in, and whether that is a fusion's or a call's."""
+
+    line: str
+    times: int
+    computation: str
+    called: bool
+
+
 def xla_cycles(hlo: str) -> int:
     """XLA's estimate for an optimised TPU program: cycles of its operations. Pallas kernels carry no estimate and count 0."""
-    return sum(times * int(cycles) for line, times in operations(hlo) for cycles in _CYCLES.findall(line))
+    return sum(op.times * int(cycles) for op in operations(hlo) for cycles in _CYCLES.findall(op.line))
 
 
-def operations(hlo: str) -> Iterator[tuple[str, int]]:
-    """(line, how often it runs) for the operations of an optimised program; those of loops run once for each trip.
+def operations(hlo: str, called: bool = False) -> Iterator[Operation]:
+    """The operations of an optimised program, where `called` those inside fusions and calls too; those of loops run once for each trip.
 
     The trips of a `while` are those that XLA states beside it, else the one integer constant of its condition.
     """
@@ -177,7 +188,7 @@ def operations(hlo: str) -> Iterator[tuple[str, int]]:
         else:
             lines.append(line)
 
-    def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
+    def walk(name: str, times: int, inside: bool = False) -> Iterator[Operation]:
         for line in bodies[name]:
             loop = _WHILE.search(line)
             if loop:
@@ -185,8 +196,10 @@ def operations(hlo: str) -> Iterator[tuple[str, int]]:
                 if len(trips) != 1:
                     condition = "; ".join(text.strip() for text in bodies[loop.group(1)])
                     raise ValueError(f"the loop {loop.group(2)} has no single constant number of trips: {trips} in {condition}")
-                yield from walk(loop.group(2), times * int(trips[0]))
-            else:
-                yield line, times
+                yield from walk(loop.group(2), times * int(trips[0]), inside)
+                continue
+            yield Operation(line, times, name, inside)
+            for inner in _CALLED.findall(line) if called else ():
+                yield from walk(inner, times, True)
 
     return walk(entry, 1)

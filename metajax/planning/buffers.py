@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FLAGS = "--xla_dump_hlo_module_re=jit_step"  # the train step alone
 _ALLOCATION = re.compile(r"^allocation (\d+): size \d+(.*)")
-_VALUE = re.compile(r"^ value: <\d+ ([^\s{]+)(?:\{[\d,]*\})? @0> \(size=(\d+),offset=(\d+)\): (\S+)")  # @0: HBM
+_VALUE = re.compile(r"^ value: <\d+ ([^\s{]+)(\{[\d,]*\})? @0> \(size=(\d+),offset=(\d+)\): (\S+)")  # @0: HBM
+_RANGE = re.compile(r"^    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$", re.MULTILINE)
+_OPERATION = re.compile(r'^\s*(?:ROOT )?%(\S+) = .*?op_name="([^"]*)"', re.MULTILINE)
 _ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
+
+
+class Value(NamedTuple):
+    """A buffer that is neither an argument nor a result; those of one place share its memory."""
+
+    size: int
+    name: str
+    index: str  # which part of the instruction's result
+    shape: str
+    place: tuple[str, str]
 
 
 def largest_buffers(dump: Path, count: int = 3) -> list[dict[str, Any]]:
@@ -17,20 +31,56 @@ def largest_buffers(dump: Path, count: int = 3) -> list[dict[str, Any]]:
 
     Values that share their place count once, as the largest of them.
     """
-    files = sorted(dump.glob("*after_optimizations-buffer-assignment.txt"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return []
-    places: dict[tuple[str, str], tuple[int, str, str]] = {}
+    places: dict[tuple[str, str], Value] = {}
+    for value in _values(dump):
+        places[value.place] = max(places.get(value.place, value), value)
+    largest = sorted(places.values(), reverse=True)[:count]
+    program = _last(dump, "") if largest else ""
+    return [{"bytes": v.size, "shape": v.shape, "name": v.name, **_origin(program, v.name)} for v in largest]
+
+
+def temporaries(dump: Path) -> dict[str, int]:
+    """Bytes by kind at the moment when the last program of a dump holds most: activations (what the forward pass made, or made again),
+    gradients (of activations and of parameters), other; {} where the dump does not tell."""
+    ranges = {(name, index): (int(start), int(end)) for name, index, start, end in _RANGE.findall(_last(dump, "-live-range"))}
+    live = [(*ranges[value.name, value.index], value) for value in _values(dump) if (value.name, value.index) in ranges]
+    steps: Counter[int] = Counter()
+    for start, end, value in live:
+        steps[start] += value.size
+        steps[end + 1] -= value.size
+    total = most = fullest = 0
+    for step in sorted(steps):
+        total += steps[step]
+        most, fullest = max((most, fullest), (total, step))
+    operations = dict(_OPERATION.findall(_last(dump, "")))
+    kinds = dict.fromkeys(("activations", "gradients", "other"), 0) if live else {}
+    for start, end, value in live:
+        if start <= fullest <= end:
+            kinds[kind_of(operations.get(value.name, ""))] += value.size
+    return kinds
+
+
+def kind_of(operation: str) -> str:
+    """Of what a JAX operation makes: JAX names the transforms that it went through."""
+    if "transpose(" in operation and "rematted_computation" not in operation:
+        return "gradients"
+    return "activations" if "jvp(" in operation else "other"
+
+
+def _last(dump: Path, kind: str) -> str:
+    """What the dump says of its last program: itself, or the report `kind`; nothing where there is none."""
+    files = sorted(dump.glob(f"*after_optimizations{kind}.txt"), key=lambda path: path.stat().st_mtime)
+    return files[-1].read_text() if files else ""
+
+
+def _values(dump: Path) -> Iterator[Value]:
     allocation, temporary = "", False
-    for line in files[-1].read_text().splitlines():
+    for line in _last(dump, "-buffer-assignment").splitlines():
         if head := _ALLOCATION.match(line):
             allocation, temporary = head.group(1), "parameter" not in head.group(2) and "live-out" not in head.group(2)
         elif temporary and (value := _VALUE.match(line)):
-            name, size, offset, shape = value.groups()
-            places[allocation, offset] = max(places.get((allocation, offset), (0, "", "")), (int(size), name, shape))
-    largest = sorted(places.values(), reverse=True)[:count]
-    program = files[-1].with_name(files[-1].name.replace("-buffer-assignment", "")).read_text()
-    return [{"bytes": size, "shape": shape, "name": name, **_origin(program, name)} for size, name, shape in largest]
+            name, index, size, offset, shape = value.groups()
+            yield Value(int(size), name, index or "{}", shape, (allocation, offset))
 
 
 def _origin(program: str, name: str) -> dict[str, str | None]:

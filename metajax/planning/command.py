@@ -29,7 +29,7 @@ from metajax.reporting.terminal import print_plan, print_survey
 def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
     """Print the plan of a config, which starts from the runs of `parents`; 1 where it does not fit."""
     step = _step(config, parents, paths, options.vocabulary)
-    found = plan(config, step, options.topology, dump)
+    found = plan(config, step, options.topology, dump, schedules=options.schedules)
     if not found["fits"]:
         say("it does not fit; looking for a change that does")
         found["advice"] = advise(config, found["chips"], lambda changed: plan(changed, step, options.topology))

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,19 +22,20 @@ from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import Config, config_hash
 from metajax.families import AnyConfig
 from metajax.parallel.rules import batch_sharding
-from metajax.planning.buffers import largest_buffers
-from metajax.planning.flops import step_flops
-from metajax.planning.topology import Chip, chip_of, slice_devices
+from metajax.planning.buffers import largest_buffers, temporaries
+from metajax.planning.flops import flops_per_token, step_flops
+from metajax.planning.schedules import kernel_calls, scheduled
+from metajax.planning.topology import Chip, chip_of, parse_topology, slice_devices
 from metajax.training.program import Program
 from metajax.training.step import DEVICE_FIELDS, Batch
 
-KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
-_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_SCATTER = re.compile(r"^%(all-reduce-scatter[\w.\-]*) \((.*?)\) ->", re.MULTILINE)  # XLA's fusions that reduce and scatter
-_SCATTERED = re.compile(r" fusion\(.*calls=%(all-reduce-scatter[\w.\-]*)")
+_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_MESH_AXES, _MESH_GROUP = re.compile(r"'(\w+)'=(\d+)"), re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 _BETWEEN = re.compile(r"= \((.*?), u32\[\], .* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 _ARRAY = re.compile(r"\b([a-z]+)(\d+)?\[([\d,]*)\]")
-_WIRE = {"all-reduce": 2.0}  # how often an array crosses the links of a chip; once in all others
+_IN_KERNELS = ("attention_pairs", "meta_attention", "conv", "scan")  # parts of `flops_per_token` that kernels may do
 
 
 def whole_batch(config: Config) -> dict[str, np.ndarray]:
@@ -63,6 +65,7 @@ class Planned(NamedTuple):
     compile: Callable[[], Any]
     flops: int
     reads: tuple[int, str]  # how many of what
+    parts: Mapping[str, float] = MappingProxyType({})  # operations of each that is read, where they are told apart
 
 
 def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> Planned:
@@ -70,18 +73,24 @@ def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> 
     program = Program.build(config, vocab_size, devices)
     state, batch = program.abstract_state(), whole_batch(config)
     count = step_flops(config, vocab_size, batch)
-    frozen = program.frozen(state.model)
-    return Planned(program.mesh, state, frozen, lambda: _compile(program, state, batch), count, (batch["tokens"].size, "tokens"))
+    frozen, reads, parts = program.frozen(state.model), (batch["tokens"].size, "tokens"), flops_per_token(config, vocab_size)
+    return Planned(program.mesh, state, frozen, lambda: _compile(program, state, batch), count, reads, parts)
 
 
 def plan(
-    config: AnyConfig, step: Callable[[AnyConfig, list[jax.Device]], Planned], topology: str, dump: Path | None = None
+    config: AnyConfig,
+    step: Callable[[AnyConfig, list[jax.Device]], Planned],
+    topology: str,
+    dump: Path | None = None,
+    *,
+    schedules: bool = False,
 ) -> dict[str, Any]:
-    """The plan of one config as plain data: see `memory`, `collectives`, `bound`.
+    """The plan of one config as plain data: see `memory`, `collectives`, `scheduled`, `bound`, `estimate`.
 
     Args:
       step: what is planned of a config; its kind of run decides (`text_step`, `metajax.planning.images.image_step`).
-      dump: where the compiler was told to write what it does; the largest buffers are read there.
+      dump: where the compiler was told to write what it does; the largest buffers and the kinds of temporaries are read there.
+      schedules: whether the kernels are compiled once more, each alone, for the cycles that they are scheduled for.
 
     Raises:
       UserError: no such slice, or a batch that does not spread over it.
@@ -97,6 +106,7 @@ def plan(
         "chips": len(devices),
         "mesh": dict(planned.mesh.shape),
         "flops": planned.flops,
+        "flops_by_part": dict(planned.parts),
         "reads": {"count": reads, "unit": unit},
         "state": {"parameters": _bytes_of(planned.state.model), "optimizer": _bytes_of(planned.state.opt_state)},
     }
@@ -112,9 +122,14 @@ def plan(
         return found | {"largest_buffers": largest_buffers(dump) if dump else []}
     hlo = compiled.as_text()
     found |= {"fits": True, "compile_seconds": time.monotonic() - began, "memory": memory(compiled, chip)}
-    found["largest_buffers"] = largest_buffers(dump) if dump else []
-    found |= {"collectives": collectives(hlo, chip), "kernels": sorted(set(KERNELS.findall(hlo))), "xla_cycles": xla_cycles(hlo)}
-    return found | {"bound": bound(found, chip)}
+    found |= {"temporaries": temporaries(dump) if dump else {}, "largest_buffers": largest_buffers(dump) if dump else []}
+    calls = kernel_calls(hlo)
+    found |= {"collectives": collectives(hlo, chip), "kernels": {}, "xla_cycles": xla_cycles(hlo)}
+    for call, times in calls.items():
+        found["kernels"][call.name] = found["kernels"].get(call.name, 0) + times
+    if schedules:
+        found["schedules"] = scheduled(calls, config, parse_topology(topology)[1])
+    return found | bounds(found, chip)
 
 
 def _compile(program: Program, state: Any, batch: Mapping[str, np.ndarray]) -> Any:
@@ -147,25 +162,46 @@ def memory(compiled: Any, chip: Chip) -> dict[str, float]:
 
 
 def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
-    """{kind: {count, bytes, seconds}} of a step on one chip; seconds at the peak of its links."""
-    found: dict[str, dict[str, float]] = {}
-    scatters = dict(_SCATTER.findall(hlo))
+    """{kind: {count, bytes, seconds}} of a step on one chip: whole arrays, and seconds at the peak of its links, or of the network.
 
-    def add(kind: str, arrays: str, times: int, speed: float) -> None:
-        size = max((_array_bytes(*array) for array in _ARRAY.findall(arrays)), default=0)
+    One that XLA spreads over several fusions, to be done beside other work, stands in each of them and counts once.
+    """
+    found: dict[str, dict[str, float]] = {}
+    seen: set[str] = set()
+    for line, times, computation, called in operations(hlo, called=True):
+        if match := _COLLECTIVE.search(line):
+            if called and (channel := _CHANNEL.search(line)):
+                if channel.group(1) in seen:
+                    continue
+                seen.add(channel.group(1))
+            kind, members, speed = match.group(2), _group_size(line), chip.links
+            sizes = [_array_bytes(*array) for array in _ARRAY.findall(match.group(1))]
+            size = max(sizes) if match.group(3) else sum(sizes)  # what is started names its input and contexts too
+            if kind == "reduce-scatter":
+                size *= members
+            elif computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            # A chip holds its own share of a group's array already; a sum is scattered, then gathered.
+            wire = (2 if kind == "all-reduce" else 1) * (1.0 if kind == "collective-permute" else 1 - 1 / members)
+        elif match := _BETWEEN.search(line):
+            kind, speed, wire = f"{match.group(2).lower().replace('_', '-')} between slices", chip.network, 1.0
+            size = max(_array_bytes(*array) for array in _ARRAY.findall(match.group(1)))
+        else:
+            continue
         so_far = found.setdefault(kind, {"count": 0, "bytes": 0, "seconds": 0.0})
         so_far["count"] += times
         so_far["bytes"] += times * size
-        so_far["seconds"] += times * size * _WIRE.get(kind, 1.0) / speed
-
-    for line, times in operations(hlo):
-        if match := _COLLECTIVE.search(line):
-            add(match.group(2), match.group(1), times, chip.links)
-        elif match := _SCATTERED.search(line):
-            add("reduce-scatter", scatters[match.group(1)], times, chip.links)
-        elif match := _BETWEEN.search(line):
-            add(f"{match.group(2).lower().replace('_', '-')} between slices", match.group(1), times, chip.network)
+        so_far["seconds"] += times * size * wire / speed
     return found
+
+
+def _group_size(line: str) -> int:
+    """Chips that a collective joins; 1 where it names none."""
+    if mesh := _MESH_GROUP.search(line):
+        sizes = {name: int(size) for name, size in _MESH_AXES.findall(mesh.group(1))}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh.group(2)))
+    listed = _GROUP.search(line)
+    return int(listed.group(2) or len(listed.group(1).split(","))) if listed else 1
 
 
 def _array_bytes(kind: str, bits: str, sizes: str) -> int:
@@ -173,13 +209,25 @@ def _array_bytes(kind: str, bits: str, sizes: str) -> int:
     return math.prod(int(n) for n in sizes.split(",") if n) * width // 8
 
 
-def bound(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-    """Seconds of a step, at least: its operations at the chips' peak, XLA's estimate (kernels left out), links, the network between slices; and the MFU that the largest allows."""
+def bounds(found: Mapping[str, Any], chip: Chip) -> dict[str, dict[str, float]]:
+    """ "bound": seconds of a step, at least, and the MFU that the longest of them allows; "estimate": what the compiler expects.
+
+    At least: all operations at the chips' peak; the kernels as they are scheduled and all else at the peak; reading and writing the
+    state; links; the network between slices. The estimate adds XLA's of all but the kernels, which is a model and no bound.
+    """
+    kernels = sum(kernel["seconds"] for kernel in found.get("schedules", ()))
+    state, peak = found["state"], found["chips"] * chip.flops
+    elsewhere = sum(cost for part, cost in found["flops_by_part"].items() if part not in _IN_KERNELS) * found["reads"]["count"]
+    between = {True: 0.0, False: 0.0}
+    for name, kind in found["collectives"].items():
+        between["slices" in name] += kind["seconds"]
     seconds = {
-        "operations": found["flops"] / (found["chips"] * chip.flops),
-        "xla_estimate": found["xla_cycles"] / chip.clock,
-        "links": sum(kind["seconds"] for name, kind in found["collectives"].items() if "slices" not in name),
-        "network": sum(kind["seconds"] for name, kind in found["collectives"].items() if "slices" in name),
+        "operations": found["flops"] / peak,
+        "kernels": kernels + elsewhere / peak,
+        "state": (2 * (state["parameters"] + state["optimizer"]) + state.get("frozen", 0)) / chip.bandwidth,
+        "links": between[False],
+        "network": between[True],
     }
-    least = max(seconds.values())
-    return seconds | {"step": least, "mfu": seconds["operations"] / least}
+    least, xla = max(seconds.values()), found["xla_cycles"] / chip.clock
+    estimate = {"kernels": kernels, "xla": xla, "step": kernels + xla, "mfu": seconds["operations"] / (kernels + xla)}
+    return {"bound": seconds | {"step": least, "mfu": seconds["operations"] / least}, "estimate": estimate}

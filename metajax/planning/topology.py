@@ -12,7 +12,10 @@ from metajax.planning.buffers import FLAGS
 
 
 class Chip(NamedTuple):
-    """Peak figures of one device as its maker publishes them: a chip, of tpu7x one of its two cores, which JAX counts one by one."""
+    """Peak figures of one device as its maker publishes them: a chip, of tpu7x one of its two cores, which JAX counts one by one.
+
+    The cores of a tpu7x hand each other what one of them received, so the links of the chip count for both. Clocks: `compiled.CHIPS`.
+    """
 
     flops: float  # bf16 operations per second
     memory: float  # bytes of HBM
@@ -26,9 +29,7 @@ CHIPS = {
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, 1.5e9),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, 1.75e9),
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 12.5e9, 1.75e9),
-    "tpu7x": Chip(
-        1153.5e12, 96 * 2**30, 3690e9, 300e9, 6.25e9, 2.2e9
-    ),  # the clock: what the peak makes of its two 256 x 256 units
+    "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 600e9, 6.25e9, 2.2e9),
 }
 
 

@@ -178,6 +178,8 @@ def _expected(experiment: registry.Experiment, scale: str) -> str:
 
 def print_plan(found: dict[str, Any]) -> None:
     """A plan: what the chips hold, what crosses between them, and how fast a step can be at best."""
+    from metajax.reporting import plan_page
+
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
     console.print(
         f"[bold]{found['name']}[/bold] at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"
@@ -189,32 +191,24 @@ def print_plan(found: dict[str, Any]) -> None:
         _print_advice(found)
         return
     memory, gib = found["memory"], 2**30
-    grid = _grid("memory of a chip", "GiB")
-    grid.add_row("arguments", f"{memory['arguments'] / gib:.3f}")
-    for name, size in found["state"].items():
-        grid.add_row(f"  of them {name}", f"{size / gib:.3f}")
-    for name in ("outputs", "temporaries", "program"):
-        grid.add_row(name, f"{memory[name] / gib:.3f}")
-    grid.add_row("total", f"{memory['total'] / gib:.3f} of {memory['limit'] / gib:g}")
-    console.print(grid)
-    grid = _grid("between chips, in a step", "times", "MB", "ms at least")
-    for name, n in found["collectives"].items():
-        grid.add_row(name, f"{n['count']:,}", f"{n['bytes'] / 1e6:,.1f}", f"{1e3 * n['seconds']:.3f}")
-    console.print(grid)
-    bound = found["bound"]
-    words = {
-        "operations": "operations at the peak",
-        "xla_estimate": "XLA's estimate, kernels left out",
-        "links": "links",
-        "network": "network",
-    }
-    console.print("; ".join(f"{words[name]} {1e3 * bound[name]:.2f} ms" for name in words))
-    console.print(
-        f"a step of {found['reads']['count']:,} {found['reads']['unit']} and {found['flops']:.3e} operations takes {1e3 * bound['step']:.2f} ms or more: MFU at most "
-        f"{bound['mfu']:.1%}; kernels: {', '.join(found['kernels']) or 'none'}; compiled in {found['compile_seconds']:.0f} s"
-    )
+    sizes = [(name, f"{size / gib:.3f}") for name, size in plan_page.memory_kinds(found).items()]
+    total = ("total", f"{memory['total'] / gib:.3f} of {memory['limit'] / gib:g}")
+    _print_facts("memory of a chip", "GiB", [*sizes, total])
+    _print_facts("operations", "", plan_page.operation_facts(found))
+    _print_facts("between chips, in a step", "", plan_page.link_facts(found))
+    _print_facts("Pallas kernels found", "", plan_page.kernel_facts(found))
+    _print_facts("time of a step, at least", "", plan_page.time_facts(found))
+    _print_facts("by the compiler's estimate", "", plan_page.estimate_facts(found))
+    console.print(f"compiled in {found['compile_seconds']:.0f} s; the largest buffers:")
     _print_buffers(found)
     _print_advice(found)
+
+
+def _print_facts(title: str, unit: str, facts: Sequence[tuple[str, str]]) -> None:
+    grid = _grid(title, unit)
+    for fact in facts:
+        grid.add_row(*fact)
+    console.print(grid)
 
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from metajax.planning.advice import advise, candidates, largest_batch
-from metajax.planning.buffers import largest_buffers
+from metajax.planning.buffers import kind_of, largest_buffers, temporaries
 from metajax.reporting.plan_page import write_plan_page
 
 ASSIGNMENT = """BufferAssignment:
@@ -17,6 +17,15 @@ allocation 2: size 30000, preallocated-temp:
  value: <47 iota.3 @0> (size=15000,offset=512): s32[50,75]{1,0}
  value: <48 in_vmem @6> (size=99999,offset=0): pred[]{:T(512)S(6)}
  value: <49 small @0> (size=8,offset=25000): f32[2]{0}
+"""
+RANGES = """HloLiveRange (max 30):
+  BufferLiveRange:
+    x.1{}:0-30
+    fusion.2{}:1-10
+    sort.6{1}:11-20
+    iota.3{}:15-25
+    small{}:2-28
+    in_vmem{}:15-20
 """
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -36,7 +45,8 @@ StackFrames
 
 ENTRY %main {
   %fusion.2 = bf16[50,100]{1,0} fusion(%x.1), kind=kOutput
-  %sort.6 = (bf16[50,100], s32[50,100]) sort(%a, %b), metadata={op_name="jit(step)/sort" stack_frame_id=2}
+  %sort.6 = (bf16[50,100], s32[50,100]) sort(%a, %b), metadata={op_name="jit(step)/transpose(jvp())/sort" stack_frame_id=2}
+  %iota.3 = s32[50,75]{1,0} iota(), metadata={op_name="jit(step)/jvp()/iota"}
 }
 """
 
@@ -52,11 +62,22 @@ def dump(tmp_path):
 def test_the_largest_buffers_are_read_off_the_dump(dump, tmp_path_factory):
     first, second, third = largest_buffers(dump)
     assert first == {
-        "bytes": 20000, "shape": "s32[50,100]{1,0:T(8,128)}", "name": "sort.6", "operation": "jit(step)/sort", "source": "/x/models/lm.py:73",
+        "bytes": 20000, "shape": "s32[50,100]{1,0:T(8,128)}", "name": "sort.6", "operation": "jit(step)/transpose(jvp())/sort", "source": "/x/models/lm.py:73",
     }  # fmt: skip
     assert (second["bytes"], second["name"], second["source"]) == (10000, "fusion.2", None)
     assert third["bytes"] == 8, "arguments, results, other memories and what shares a place are left out"
-    assert largest_buffers(tmp_path_factory.mktemp("empty")) == []
+    assert largest_buffers(tmp_path_factory.mktemp("empty")) == [] and temporaries(tmp_path_factory.mktemp("none")) == {}
+
+
+def test_what_lives_when_most_does_is_told_by_kind(dump):
+    """`fusion.2` is gone when `sort.6` and `iota.3` stand side by side; what is in another memory, or has no range, is left out."""
+    (dump / "module_0000.jit_step.cl_1.after_optimizations-live-range.txt").write_text(RANGES)
+    assert temporaries(dump) == {"activations": 15000, "gradients": 20000, "other": 8}
+
+
+def test_what_is_computed_again_is_no_gradient():
+    assert kind_of("jit(step)/transpose(jvp())/checkpoint/rematted_computation/dot_general") == "activations"
+    assert kind_of("jit(step)/transpose(jvp())/checkpoint/dot_general") == "gradients" and kind_of("jit(step)/mul") == "other"
 
 
 def test_the_first_change_that_fits_is_advised(tiny_config):
@@ -93,14 +114,30 @@ def test_the_page_of_a_plan(tmp_path, dump):
     plan = {
         "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "fits": True, "compile_seconds": 3.0, "flops": 1e12,
         "reads": {"count": 8192, "unit": "tokens"},
-        "state": {"parameters": gib, "optimizer": 2 * gib}, "kernels": [],
+        "state": {"parameters": gib, "optimizer": 2 * gib}, "kernels": {"causal_conv_forward": 24}, "flops_by_part": {"mlp": 3e7, "head": 1e7},
         "memory": {"arguments": 4 * gib, "outputs": 0, "temporaries": 8 * gib, "program": gib, "total": 13 * gib, "limit": 16 * gib},
         "collectives": {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}},
-        "bound": {"operations": 0.1, "xla_estimate": 0.2, "links": 0.01, "network": 0.0, "step": 0.2, "mfu": 0.5},
+        "temporaries": {"activations": 5 * gib, "gradients": 2 * gib, "other": gib // 2},
+        "bound": {"operations": 0.1, "kernels": 0.2, "state": 0.003, "links": 0.01, "network": 0.0, "step": 0.2, "mfu": 0.5},
+        "estimate": {"kernels": 0.15, "xla": 0.5, "step": 0.65, "mfu": 0.154},
     }  # fmt: skip
     write_plan_page(tmp_path / "plan.html", plan)
     page = (tmp_path / "plan.html").read_text()
-    assert "13.000 GiB" in page and "of 16 GiB" in page and 'style="width: 50.00%"' in page and "3 times, 5.0 MB" in page
+    assert "13.000 GiB" in page and "of 16 GiB" in page and "3 times, 5.0 MB" in page
+    assert 'p1" style="width: 6.25%"' in page and "activations</dt>" in page and "24 calls" in page and "75.0%" in page
+    assert "as scheduled, all else at the peak" not in page, "nobody asked for schedules"
+    call = {
+        "name": "causal_conv_forward",
+        "operands": ["s32[1]", "bf16[2, 256, 640]"],
+        "times": 24,
+        "cycles": 8000,
+        "seconds": 0.15,
+    }
+    write_plan_page(tmp_path / "plan.html", plan | {"schedules": [call]})
+    page = (tmp_path / "plan.html").read_text()
+    assert (
+        "causal_conv_forward of bf16[2, 256, 640]" in page and "24 calls of 8,000 cycles, 150.00 ms" in page and "15.4%" in page
+    )
     broken = {
         "fits": False,
         "reason": "RESOURCE_EXHAUSTED",

@@ -13,22 +13,37 @@ from metajax.planning.topology import chip_of, parse_topology
 
 HLO = """HloModule jit_step
 
+%fused.1 (p: bf16[4,128]) -> bf16[8,128] {
+  ROOT %ag.1 = bf16[8,128]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, dimensions={0}
+}
+
+%fused.2 (p: bf16[4,128]) -> bf16[8,128] {
+  ROOT %ag.2 = bf16[8,128]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, dimensions={0}
+}
+
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %ag = bf16[4,128]{1,0} all-gather(%x), dimensions={0}
+  %ag = bf16[8,128]{1,0} fusion(%x), kind=kCustom, calls=%fused.1
+  %ag-done = bf16[8,128]{1,0} fusion(%ag), kind=kCustom, calls=%fused.2
+  %passed = (bf16[16,128]{1,0}, bf16[16,128]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %causal_conv_forward.3 = bf16[2,256,640]{2,1,0} custom-call(%words, %rows), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[2,1,1,16]{3,2,1,0}, bf16[2,256,640]{2,1,0}}, frontend_attributes={}
 }
 
 %condition.1 (p: (s32[], f32[8])) -> pred[] {
   %constant.9 = s32[]{:T(128)} constant(3)
 }
 
+%called.1 (p: f32[100]) -> f32[25] {
+  ROOT %rs = f32[25]{0} reduce-scatter(%p), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
 %all-reduce-scatter.2 (input: f32[100]) -> f32[25] {
-  %all-reduce.3 = f32[100]{0} all-reduce(%input), replica_groups={{0,1,2,3}}
+  %all-reduce.3 = f32[100]{0} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}
 }
 
 ENTRY %main.5 (a: f32[8]) -> f32[8] {
-  %ar = (f32[100]{0}, f32[100]{0}) all-reduce-start(%a), replica_groups={}
-  %done = f32[100]{0} all-reduce-done(%ar)
+  %ar = (f32[60]{0}, f32[40]{0}) all-reduce(%a, %b), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
   %scattered = f32[25]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.2, backend_config={}
+  %offloaded = ((f32[100]{0}), f32[25]{0}, u32[]{:S(8)}) call-start(%a), async_execution_thread="sparsecore", to_apply=%called.1
   %send = (f32[25]{0}, u32[], token[]) send(%scattered, %after), is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %sent = token[] send-done(%send), is_host_transfer=true
   %while.1 = (s32[], f32[8]) while(%tuple.1), condition=%condition.1, body=%body.1
@@ -36,16 +51,43 @@ ENTRY %main.5 (a: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_count_once_for_each_trip():
+def test_collectives_count_once_for_each_trip_wherever_they_stand():
+    """In the program, in a fusion, in several fusions that share the work of one, and in a call on a thread of its own."""
     from metajax.planning.plan import collectives
 
-    found = collectives(HLO, chip_of("v5e:2x2"))
-    assert found.keys() == {"all-reduce", "all-gather", "reduce-scatter", "all-reduce between slices"}
-    assert (found["all-gather"]["count"], found["all-gather"]["bytes"]) == (3, 3 * 4 * 128 * 2)
-    assert (found["all-reduce"]["count"], found["all-reduce"]["bytes"]) == (1, 400)
-    assert found["all-reduce"]["seconds"] == pytest.approx(2 * 400 / 200e9)
-    assert found["reduce-scatter"] == {"count": 1, "bytes": 400, "seconds": pytest.approx(400 / 200e9)}
-    assert found["all-reduce between slices"] == {"count": 1, "bytes": 100, "seconds": pytest.approx(100 / 3.125e9)}
+    found = collectives(HLO, chip_of("v5e:2x4"))
+    assert found.pop("all-gather") == {"count": 3, "bytes": 3 * 2048, "seconds": pytest.approx(3 * 2048 / 2 / 200e9)}
+    assert found.pop("all-reduce") == {"count": 1, "bytes": 400, "seconds": pytest.approx(2 * 400 * 7 / 8 / 200e9)}
+    assert found.pop("reduce-scatter") == {"count": 2, "bytes": 800, "seconds": pytest.approx(800 * 3 / 4 / 200e9)}
+    assert found.pop("collective-permute") == {"count": 3, "bytes": 3 * 4096, "seconds": pytest.approx(3 * 4096 / 200e9)}
+    assert found.pop("all-reduce between slices") == {"count": 1, "bytes": 100, "seconds": pytest.approx(100 / 3.125e9)}
+    assert not found
+
+
+def test_kernels_count_once_for_each_trip():
+    from metajax.planning.schedules import Call, kernel_calls
+
+    operands = (("s32", (2, 1, 1, 16)), ("bf16", (2, 256, 640)))
+    assert kernel_calls(HLO) == {Call("causal_conv_forward", operands): 3}
+
+
+def test_no_bound_is_above_what_is_possible():
+    """The kernels' cycles count beside the other operations at the peak; XLA's estimate is told, and bounds nothing."""
+    from metajax.planning.plan import bounds
+
+    chip = chip_of("v5e:2x2")
+    found = {
+        "chips": 4, "flops": 4 * 1970e9, "flops_by_part": {"mlp": 500e9, "attention_pairs": 1470e9}, "reads": {"count": 4, "unit": "tokens"},
+        "state": {"parameters": 819_000_000, "optimizer": 0}, "xla_cycles": 15e9, "schedules": [{"seconds": 0.3}],
+        "collectives": {"all-gather": {"seconds": 0.01}, "all-reduce between slices": {"seconds": 0.02}},
+    }  # fmt: skip
+    bound = bounds(found, chip)["bound"]
+    assert bound == {
+        "operations": pytest.approx(0.01), "kernels": pytest.approx(0.3 + 0.0025380711), "state": pytest.approx(0.002), "links": 0.01,
+        "network": 0.02, "step": bound["kernels"], "mfu": pytest.approx(0.01 / bound["kernels"]),
+    }  # fmt: skip
+    estimate = bounds(found, chip)["estimate"]
+    assert estimate == {"kernels": 0.3, "xla": 10.0, "step": 10.3, "mfu": pytest.approx(0.01 / 10.3)}
 
 
 def test_topologies_of_several_slices_and_cores():
@@ -83,13 +125,17 @@ def plan(*words):
 def test_a_tiny_step_is_planned():
     found = plan(
         "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
-        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1",
+        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--schedules",
     )  # fmt: skip
     assert found["fits"] and found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4}
-    assert found["kernels"] == [f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")]
+    assert found["kernels"].keys() == {f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")}
     memory = found["memory"]
     assert found["state"]["parameters"] + found["state"]["optimizer"] < memory["arguments"] < memory["total"] < memory["limit"]
-    assert 0 < found["bound"]["operations"] <= found["bound"]["step"] and 0 < found["bound"]["mfu"] <= 1
+    assert found["temporaries"]["activations"] > 0 and found["temporaries"]["gradients"] > 0
+    bound, estimate = found["bound"], found["estimate"]
+    assert 0 < bound["operations"] <= bound["step"] and 0 < bound["mfu"] <= 1
+    assert {kernel["name"] for kernel in found["schedules"]} == found["kernels"].keys()
+    assert 0 < estimate["kernels"] < bound["kernels"] <= bound["step"] < estimate["step"]
     assert found["collectives"]["all-gather"]["bytes"] > 0
 
 

@@ -1,0 +1,108 @@
+"""The Pallas kernels of a compiled step: how often each is called, and the cycles that the TPU compiler schedules for it alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from kernels_pallas.bench import attention, compiled, scan
+from kernels_pallas.bench.programs import Program
+from kernels_pallas.bench.schedule import operations
+from metajax.config import Config
+from metajax.planning.hybrid_flops import layers_of
+
+KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
+_CALL = re.compile(rf"%({KERNELS.pattern})[.\w]* = .* custom-call\(.*operand_layout_constraints=\{{(.*?)\}}\}}")
+_OPERAND = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+
+
+class Call(NamedTuple):
+    """A kernel with the types of its operands, as (dtype, sizes)."""
+
+    name: str
+    operands: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def kernel_calls(hlo: str) -> Counter[Call]:
+    """How often an optimised program runs each kernel on each form of operands, the trips of loops counted."""
+    found: Counter[Call] = Counter()
+    for op in operations(hlo):
+        if match := _CALL.search(op.line):
+            operands = ((kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _OPERAND.findall(match.group(2)))
+            found[Call(match.group(1), tuple(operands))] += op.times
+    return found
+
+
+def scheduled(calls: Counter[Call], config: Config, kind: str) -> list[dict[str, Any]]:
+    """[{name, operands, times, cycles, seconds}] of the calls of a step on rows that are one document each, on a chip of `kind`.
+
+    Each kernel is compiled alone, in a process of its own. cycles: bundles x visits of one call, of the layers' mean where masks differ.
+    Nothing stalls in them and no copy is counted, so no chip is faster. A schedule that cannot be read counts 0 and has the reason, `unread`.
+    """
+    programs = {call: _programs(call, config) for call in calls}
+    distinct = {program.name: program for made, _ in programs.values() for program in made}
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(distinct, pool.map(lambda program: _result(program, kind), distinct.values()), strict=True))
+    chip, found = compiled.CHIPS[kind], []
+    for call, times in sorted(calls.items()):
+        made, rows = programs[call]
+        unread = [results[p.name]["unread"] for p in made if "unread" in results[p.name]]
+        costs = [k["least"] for p in made for k in results[p.name]["kernels"] if k["name"] == call.name and not unread]
+        cycles = rows * sum(costs) / max(len(costs), 1) / chip.cores
+        operands = [f"{dtype}{list(sizes)}" for dtype, sizes in call.operands]
+        seconds = times * cycles / (1e9 * chip.clock)
+        entry = {"name": call.name, "operands": operands, "times": times, "cycles": round(cycles), "seconds": seconds}
+        found.append(entry | ({"unread": unread[0]} if unread else {}))
+    return found
+
+
+def _result(program: Program, kind: str) -> dict[str, Any]:
+    try:
+        return compiled.spawn(program, kind)
+    except RuntimeError as error:  # told in the plan, whose bound holds without it
+        return {"kernels": [], "unread": str(error).splitlines()[-1]}
+
+
+def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
+    """(the call on one row, once for each layer that makes it, rows of a call)."""
+    model, operands = config.model, call.operands
+    if call.name.startswith("prefix_window_attention"):
+        (kv_heads, group, key_width, queries), value_width = operands[4][1], operands[6][1][2]
+        length, rows = _rows(queries, operands[1][1][0] - 1, (config.row_slots, _metas(config)))
+        windows, metas = _windows(config), _metas(config) if model.hybrid is not None else 0
+        if length != config.row_slots:  # meta-tokens among themselves
+            windows, metas = [None], 0
+        rest = (metas, kv_heads * group, kv_heads, key_width, value_width, 1, _DTYPES[operands[4][0]])
+        shapes = [(length, window, *rest) for window in windows]
+        return [attention.ours("attention", json.dumps(s), attention.Shape(*s), "both") for s in shapes], rows
+    dtype, (rows, length, channels) = operands[1]
+    op, shape = call.name.rpartition("_")[0], (length, channels, model.hybrid.state, 1, _DTYPES[dtype])
+    return [scan.ours(op, json.dumps(shape), scan.Shape(*shape), "both")], rows
+
+
+def _windows(config: Config) -> list[int | None]:
+    """Windows of all attention to a row's own tokens."""
+    if config.model.hybrid is not None:
+        return [kind.window for kind in layers_of(config.model) if kind.attends]
+    second = config.meta_tokens is not None and config.meta_tokens.attention == "causal"
+    return [config.model.window, *([None] if second else [])]
+
+
+def _metas(config: Config) -> int:
+    return config.model.hybrid.meta_tokens if config.model.hybrid is not None else config.row_meta_tokens
+
+
+def _rows(queries: int, visits: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """(length, count) of a call's rows: those whose lists of visits are as long as the call's. Raises ValueError where none are."""
+    for length in filter(None, lengths):
+        block = min(attention.BLOCK, -(-length // attention.LANES) * attention.LANES)
+        blocks = -(-length // block)
+        rows, rest = divmod(queries, blocks * block)
+        if not rest and visits == rows * (blocks * (blocks + 1) // 2 + blocks):
+            return length, rows
+    raise ValueError(f"{queries} queries with {visits} visits are no rows of {' or '.join(map(str, lengths))} tokens")
