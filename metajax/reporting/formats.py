@@ -72,7 +72,7 @@ def _interval(summary: Mapping[str, Any], digits: int, seeds: int, sign: str = "
 def state_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     """What a cell without a number says: what is the matter with the row or the runs that the column reads, or that there is no such number."""
     if row["lacks"]:
-        return "no such field"
+        return "not here"
     states = {run["state"] for run in row["runs"] if column["part"] in (run["part"], "*")}
     return next((state for state in (FAILED, UNFINISHED, NOT_RUN) if state in states), "-")
 
@@ -120,6 +120,10 @@ def remarks(result: Result) -> list[str]:
         )
     said += [f"[{i}] {note}" for i, note in enumerate(paper_notes(result), 1)]
     said += [f"{row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
+    for lacks in dict.fromkeys(row["lacks"] for row in result["rows"] if row["lacks"]):
+        said.append(
+            f"Not here, for want of {lacks}: {', '.join(row['name'] for row in result['rows'] if row['lacks'] == lacks)}."
+        )
     return [*said, *_code_remarks(result), *_power_remarks(result)]
 
 

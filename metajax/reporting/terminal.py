@@ -68,15 +68,17 @@ def print_list(pattern: str) -> None:
 
 def _print_coverage(tables: Iterable[registry.Table]) -> None:
     """For each paper the rows of its tables and figures above, table by table: what two of them share counts twice."""
-    here, printed = Counter[str](), Counter[str]()
+    here, in_print, printed = Counter[str](), Counter[str](), Counter[str]()
     for table in (table for table in tables if table.coverage):
         paper = table.paper.partition(")")[0] + ")"
         here[paper] += table.paper_rows_here
+        in_print[paper] += table.paper_rows_in_print
         printed[paper] += table.paper_rows
     if printed:
         console.print("\n[bold]rows of the papers' tables and figures[/bold] that there are at paper scale")
     for paper, count in printed.items():
-        console.print(Text(f"    {paper}: {here[paper]} of {count} rows"))
+        more = f", {in_print[paper]} more in print alone" * (in_print[paper] > 0)
+        console.print(Text(f"    {paper}: {here[paper]} of {count} rows{more}"))
 
 
 def _entry(name: str, times: str, what: str) -> None:
@@ -105,7 +107,7 @@ def _duration(minutes: float) -> str:
 
 def _short(value: Any) -> str:
     is_config = hasattr(value, "__dataclass_fields__") and not isinstance(value, registry.ByScale)
-    return type(value).__name__ if is_config else str(value)
+    return type(value).__name__ if is_config else str(value).replace("\n", "\\n")
 
 
 def print_table_plan(plan: TablePlan) -> None:
@@ -116,18 +118,20 @@ def print_table_plan(plan: TablePlan) -> None:
         console.print(Text(f"{table.coverage} of {table.paper}"))
     grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
     for row in plan.rows:
-        of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
-        run, parents = of_row[0]
+        lacks = table.lacks(row, scale)
+        of_row = [] if lacks else [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
         differs = (
-            ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
+            (lacks and f"not here, for want of {lacks}")
+            or ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
             or (row.of and f"the runs of {row.of}")
             or "-"
         )
         said = [(column.title, row.paper(column.key)) for column in table.columns_at(scale)]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
-        start = parents[-1].config.name if parents else run.config.init.from_ or "-"
+        starts = dict.fromkeys(parents[-1].config.name if parents else run.config.init.from_ for run, parents in of_row)
         name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
-        grid.add_row(name, differs, start, published or "-", ", ".join(config_hash(run.config) for run, _ in of_row))
+        hashes = ", ".join(config_hash(run.config) for run, _ in of_row)
+        grid.add_row(name, differs, ", ".join(filter(None, starts)) or "-", published or "-", hashes or "-")
     console.print(grid)
     console.print(
         f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: {PROGRAM} {table.name}"

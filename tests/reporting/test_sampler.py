@@ -29,6 +29,7 @@ def tables(monkeypatch):
         Row("meta", {"init.from": "lab/start", "model.layers": 6}),
         Row("scratch", {"training.steps": 50}),
     ]
+    rows.append(Row("others", lacks="their weights"))
     good, typo = Column("bits/byte", "eval.none.bpb"), Column("typo", "eval.non.bpb")
     common = {"summary": "s", "baseline": None, "minutes": {"cpu": 2}}
     return registry.table("lab/one", rows=rows, columns=[good], **common)(base), registry.table(
