@@ -9,7 +9,7 @@ from metajax.models.presets import gpt2_small
 from metajax.registry import ByScale, Column, Published, Row, table
 
 PAPER = "Language Modeling with Learned Meta-Tokens (arXiv 2509.16278)"
-FIGURE_1 = "figure 1 of version 1, evaluated at length 512 after training at 512"
+FIGURE_1 = "figure 1 of version 1, evaluated at length 512"
 TASKS = ("list_recall", "segment_counting", "parity", "copying")
 
 # What each arm changes in the paper's main model, which has rotary positions and gathered meta-attention.
