@@ -9,11 +9,8 @@ from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, at_s
 from .hymba import LLAMA, MAMBA, MAMBA_2, PAPER, base
 from .hymba_sizes import LLAMA_1B, MAMBA_2_ALONE, base_1b
 
-SHORT = {
-    "cpu": 64,
-    "gpu": 256,
-    "paper": 1024,
-}  # slots of a row in pre-training; in fine-tuning four times as many, at the end sixteen times
+# Slots of a row in pre-training; in fine-tuning four times as many, at the end sixteen times.
+SHORT = {"cpu": 32, "gpu": 256, "paper": 1024}
 
 
 def longer(times: int) -> ByScale:
