@@ -8,7 +8,7 @@ from pathlib import Path
 FILE_LINES, FUNCTION_LINES = 500, 60
 CORE = ("config", "model_config", "fields", "registry", "ops", "models", "training", "parallel", "data")
 NOT_CORE = ("metajax/models/clip/", "metajax/data/tasks/", "metajax/data/images", "metajax/data/sources/")
-LIMITS = {"core": 6_000, "metajax": 22_500, "kernels_pallas": 4_000}
+LIMITS = {"core": 6_000, "metajax": 22_550, "kernels_pallas": 4_000}
 
 
 def lines(path: Path) -> int:

@@ -115,7 +115,9 @@ def _groups(result: formats.Result) -> list[dict[str, Any]]:
         if not groups or groups[-1]["name"] != row["group"]:
             groups.append({"name": row["group"], "rows": []})
         cells = [_cell(row, column, result) for column in result["columns"]]
-        groups[-1]["rows"].append({"name": row["name"], "baseline": row["name"] == result["baseline"], "cells": cells})
+        groups[-1]["rows"].append(
+            {"name": formats.label(row, result), "baseline": row["name"] == result["baseline"], "cells": cells}
+        )
     return groups
 
 
