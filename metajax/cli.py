@@ -376,7 +376,7 @@ def _add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", default=None, metavar="NAME", help="the experiment, whose configuration and data are compared"
     )
-    parser.add_argument("--workdir", default="runs", metavar="DIR", help="where it will run: written and read back (runs)")
+    parser.add_argument("--workdir", default=None, metavar="DIR", help="where it will run: written and read back (--runs-dir)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each check (10)")
     _add_config(parser)
     _add_processes(parser)
