@@ -178,7 +178,8 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     _start_jax(options.cache_dir)
     root = options.workdir or options.runs_dir
     made = sample(registry.tables().values(), options.scale, seconds, options.seed, root, run_one)
-    print_sample(summary(made))
+    there = [name for name, table in registry.tables().items() if options.scale in table.scales]
+    print_sample(summary(made), there)
     return 1 if any(one.reason for one in made) else 0
 
 

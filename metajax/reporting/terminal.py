@@ -413,10 +413,15 @@ def _last_step(run: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def print_sample(lines: Sequence[dict[str, Any]]) -> None:
-    """What a sample of all tables found."""
+def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
+    """What a sample of all tables found, and which of them it did not reach."""
     grid = _grid("table", "lines", "minutes", "failed", "columns without a number")
     for line in lines:
-        failed = Text("\n".join(line["failed"]) or "-", style="red" if line["failed"] else "")
-        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", failed, ", ".join(line["empty"]) or "-")
+        failed, empty = "\n".join(line["failed"]) or "-", ", ".join(line["empty"]) or "-"
+        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", failed, empty)
     console.print(grid if lines else "no line of any table fits the time; give it more with --budget")
+    reached, failed = {line["table"] for line in lines}, sum(len(line["failed"]) for line in lines)
+    rest = ", ".join(name for name in tables if name not in reached)
+    console.print(
+        f"{len(reached)} of {len(tables)} tables reached, {failed} lines failed" + f"; not reached: {rest}" * bool(rest)
+    )
