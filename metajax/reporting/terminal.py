@@ -417,11 +417,10 @@ def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None
     """What a sample of all tables found, and which of them it did not reach."""
     grid = _grid("table", "lines", "minutes", "failed", "columns without a number")
     for line in lines:
-        failed, empty = "\n".join(line["failed"]) or "-", ", ".join(line["empty"]) or "-"
-        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", failed, empty)
+        empty = ", ".join(line["empty"]) or "-"
+        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), empty)
     console.print(grid if lines else "no line of any table fits the time; give it more with --budget")
-    reached, failed = {line["table"] for line in lines}, sum(len(line["failed"]) for line in lines)
-    rest = ", ".join(name for name in tables if name not in reached)
-    console.print(
-        f"{len(reached)} of {len(tables)} tables reached, {failed} lines failed" + f"; not reached: {rest}" * bool(rest)
-    )
+    for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
+        console.print(Text(f"failed: {failure}", "red"), soft_wrap=True)
+    rest = ", ".join(name for name in tables if name not in {line["table"] for line in lines})
+    console.print(f"{len(lines)} of {len(tables)} tables reached" + f"; not reached: {rest}" * bool(rest))

@@ -78,8 +78,8 @@ def test_a_line_of_every_table_in_turn(tables, tmp_path, capsys):
     )
     print_sample(summary(made), ["lab/one", "lab/other", "lab/third"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "meta: FloatingPointError: loss nan" in said and "typo" in said
-    assert "2 of 3 tables reached, 1 lines failed; not reached: lab/third" in said
+    assert "failed: lab/one/meta: FloatingPointError: loss nan 2 of 3 tables reached; not reached: lab/third" in said
+    assert "typo" in said
     assert [one["row"] for one in json.loads((tmp_path / "sample" / "cpu.json").read_text())] == [one.row for one in made]
 
 
