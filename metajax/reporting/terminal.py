@@ -385,6 +385,8 @@ def print_comparison(runs: list[Path]) -> None:
     fields = sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"})
     for field in fields:
         grid.add_row(field, *(str(flatten(c).get(field, "-")) for c in configs))
+    if None in reports:
+        grid.add_row("state", *("complete" if report else "not complete" for report in reports))
     found = [report["eval"] for report in reports if report]
     for condition in dict.fromkeys(k for results in found for k in conditions(results)):
         values = [report and report["eval"].get(condition) for report in reports]
@@ -392,12 +394,20 @@ def print_comparison(runs: list[Path]) -> None:
     for task, length in dict.fromkeys((t, n) for results in found for t, bins in results.get("tasks", {}).items() for n in bins):
         scored = [report and report["eval"].get("tasks", {}).get(task, {}).get(length) for report in reports]
         grid.add_row(f"{task}, {length} tokens", *(f"{s['exact']:.1%}" if s and s["exact"] is not None else "-" for s in scored))
-    for title, path in (
-        ("parameters", ("parameters", "total")),
-        ("body tokens", ("counts", "body")),
-        ("slots", ("counts", "slots")),
+    for name in dict.fromkeys(k for results in found for k, v in results.items() if isinstance(v, dict) and "accuracy" in v):
+        values = [report and report["eval"].get(name) for report in reports]
+        grid.add_row(f"accuracy, {name}", *(f"{v['accuracy']:.1%}" if v else "-" for v in values))
+    if any("choice" in results for results in found):
+        asked = [report and report["eval"].get("choice") for report in reports]
+        grid.add_row("multiple choice, mean", *(f"{choice['average']:.1%}" if choice else "-" for choice in asked))
+    for title, part, key in (
+        ("parameters", "parameters", "total"),
+        ("body tokens", "counts", "body"),
+        ("slots", "counts", "slots"),
+        ("images", "counts", "images"),
     ):
-        grid.add_row(title, *(f"{report[path[0]][path[1]]:,}" if report else "not complete" for report in reports))
+        if any(key in report[part] for report in reports if report):
+            grid.add_row(title, *(f"{report[part][key]:,}" if report and key in report[part] else "-" for report in reports))
     console.print(grid)
 
 
