@@ -33,10 +33,10 @@ class _Grid(Grid):
 
 
 def _grid(*titles: str) -> _Grid:
-    """A plain table whose first column, a name to be copied, never wraps."""
+    """A plain table whose names to be copied, its first column's and experiments', never wrap."""
     grid = _Grid(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
-        grid.add_column(title, overflow="fold", no_wrap=i == 0)
+        grid.add_column(title, overflow="fold", no_wrap=i == 0 or title == "experiment")
     return grid
 
 
@@ -93,6 +93,8 @@ def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
 def _table_time(table: registry.Table, scale: str) -> str:
     """Expected time of a whole table with three seeds, its core rows in brackets where they are fewer."""
     whole = _duration(3 * expected_minutes(table, scale))
+    if all(table.lacks(row, scale) for row in table.rows):
+        return "nothing to run"
     if choose_rows(table, "core") == table.rows:
         return whole
     return f"{whole} (core {_duration(3 * expected_minutes(table, scale, 'core'))})"
