@@ -1,18 +1,17 @@
 """Metadata-conditioned pre-training: where metadata stands and what it says (Beyond URLs, arXiv 2511.21613; URLs Help, Topics Guide, arXiv
-2505.16570), and MeCo (arXiv 2501.01956).
+2505.16570). MeCo is experiments/metadata_meco.py.
 
 Every row says what differs from a model that sees text alone. Optimiser and batch of the first two papers are not stated there; what stands
 here at paper scale is that of the same authors' public training scripts.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from metajax.config import Choice, Config, Data, Evaluation, Metadata, Model, Optimizer, Runtime, Switch, Training
 from metajax.models.presets import llama
 from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, table, vocabularies
 
-BEYOND, HELP, MECO = "Beyond URLs (arXiv 2511.21613)", "URLs Help, Topics Guide (arXiv 2505.16570)", "MeCo (arXiv 2501.01956)"
+BEYOND, HELP = "Beyond URLs (arXiv 2511.21613)", "URLs Help, Topics Guide (arXiv 2505.16570)"
 vocabularies |= {"hf:tokenizer.json": 131_072, "hf:llama3/tokenizer.json": 128_256}
 NOTES = "as told in notes on the paper"  # of the first two papers no full text was at hand
 TASKS = (
@@ -24,17 +23,6 @@ TASKS = (
     "social_iqa",
     "hellaswag",
     "lambada",
-    "winogrande",
-)
-MECO_TASKS = (
-    "mmlu_continuation",
-    "arc_easy",
-    "arc_challenge",
-    "commonsense_qa",
-    "hellaswag",
-    "openbookqa",
-    "piqa",
-    "social_iqa",
     "winogrande",
 )
 
@@ -106,7 +94,10 @@ DOMAIN = {
     "domain_coarse": ByScale(SECTION, SECTION, "{topic}, {format}"),
 }
 # FineWeb-Edu has scores of quality and no popularity, Debian's index the other way round.
-WITHOUT_SCORE, WITHOUT_POPULARITY = ByScale(cpu="score", gpu="score"), ByScale(paper="popularity")
+WITHOUT_SCORE, WITHOUT_POPULARITY = (
+    ByScale(cpu="a score of quality", gpu="a score of quality"),
+    ByScale(paper="a column of popularity"),
+)
 KINDS = {
     "url": ("{url}", ""),
     **{name: (template, WITHOUT_SCORE) for name, template in SCORE.items()},
@@ -148,7 +139,7 @@ def arm(position: str, kind: str, value: float | None = None, **options: Any) ->
     return Row(
         f"{position}_{kind}",
         changes,
-        said(value),
+        {} if kind in POPULARITY else said(value),
         lacks=lacks,
         group=f"metadata {'in front' if position == 'prepend' else 'behind'}",
         **options,
@@ -238,7 +229,7 @@ table(
         of_positions("prepend_domain_coarse", "domain", published=said(46.7)),
         joined("url_domain", f"{{url}} {SECTION}", "{url} {topic}, {format}", note="order and what stands between them are not stated"),
         joined("url_quality", "", "{url} {int_score}", 46.1, lacks=WITHOUT_SCORE, core=False),
-        joined("url_popularity", "{url} {popularity|floor|cap2}", "", lacks=WITHOUT_POPULARITY, core=False),
+        Row("url_popularity", {"metadata.position": "prepend", "metadata.template": "{url} {popularity|floor|cap2}"}, lacks=WITHOUT_POPULARITY, core=False),
         Row("url_and_domain_behind", {
             "metadata.position": "both", "metadata.template": "{url}", "metadata.appended": DOMAIN["domain_coarse"],
         }, note="URL in front and domain behind: asked for by reviewers, ours"),
@@ -295,203 +286,3 @@ table(
         "That the standard model has the same value without and with examples may be a slip in the notes on the paper.",
     ],
 )(base)
-
-
-# ------------------------------------------------------------------------------------------------------------ MeCo
-
-
-def meco_base(scale: str) -> Config:
-    """MeCo's text alone: every row begins with a document. Paper scale: 1.6B parameters, 40,000 steps of 512 rows of 8,192 tokens of DCLM."""
-    config = base(scale)
-    data = replace(config.data, packing="new_document")
-    if scale != "paper":
-        return replace(config, data=data)
-    return replace(
-        config,
-        data=replace(data, sources=("jsonl:dclm/*.jsonl?origin=url",), tokenizer="hf:llama3/tokenizer.json", row_length=8192, batch_rows=512),
-        model=MECO_MODELS["1.6b"],
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2000, weight_decay=0.033),
-        training=Training(steps=40_000),
-        evaluation=replace(
-            config.evaluation, every=4000, choice=questions(MECO_TASKS, contexts=("none", "task")), labels=("{url|host|top100}",)
-        ),
-    )  # fmt: skip
-
-
-def _meco_model(layers: int, width: int, mlp_width: int, heads: int, kv_heads: int) -> Model:
-    return llama(
-        layers, heads, width, kv_heads=kv_heads, mlp_width=mlp_width, rope_theta=5e5, init_std=0.02, compute_dtype="bfloat16"
-    )
-
-
-MECO_MODELS = {
-    "600m": _meco_model(24, 1024, 4096, 16, 16), "1.6b": _meco_model(24, 2048, 5504, 16, 8), "3b": _meco_model(28, 3072, 8192, 24, 8),
-    "8b": _meco_model(32, 4096, 14336, 32, 8),
-}  # fmt: skip
-MECO_AVERAGE = Column("tasks, %", "eval.choice.average", 1, "higher", 100)
-CONDITIONAL = Column("with a source, %", "eval.choice.settings.task_5.average", 1, "higher", 100)
-MECO_COLUMNS = [
-    COLUMNS[0],
-    COLUMNS[2],
-    COLUMNS[3],
-    Column("perplexity, no metadata", "eval.none.perplexity", 2),
-    MECO_AVERAGE,
-    CONDITIONAL,
-]
-MECO_NOTES = [
-    "The paper's mean is of ten tasks, the better of two forms each, 5-shot; its standard deviation over orders of the data is 0.1. TruthfulQA is not among ours.",
-    "With a source: a fitting, invented address in front of each task (conditional inference).",
-    MAPPING,
-]
-
-
-def meco(name: str, template: str | ByScale, value: float, *, share: int = 10, **options: Any) -> Row:
-    """An arm of MeCo: all documents with metadata, then the last part of the steps without."""
-    changes = HOST | {"metadata.template": template, "data.switch": cooldown(share, meco_base)}
-    return Row(name, changes, {MECO_AVERAGE.key: value}, **options)
-
-
-def of_meco(row: str, name: str, value: float, **options: Any) -> Row:
-    return Row(name, of=f"metadata/meco_main/{row}", published={MECO_AVERAGE.key: value}, **options)
-
-
-PERPLEXITY = MECO_COLUMNS[3].key
-LONGER = ByScale(**{scale: meco_base(scale).training.steps * 3 // 2 for scale in SCALES})
-
-
-table(
-    "metadata/meco_main",
-    summary="metadata first, then a cooldown without, against text alone",
-    paper=f"{MECO}, tables 1 and 2, and on attention across documents",
-    paper_rows=6,
-    rows=[
-        Row("standard", {}, {PERPLEXITY: 13.2, MECO_AVERAGE.key: 55.7, CONDITIONAL.key: 55.8}),
-        Row("half_more", {"training.steps": LONGER}, {PERPLEXITY: 12.9, MECO_AVERAGE.key: 56.7}, note="text alone, half more tokens"),
-        Row("meco", HOST | {"data.switch": cooldown(10, meco_base)}, {PERPLEXITY: 13.3, MECO_AVERAGE.key: 56.7, CONDITIONAL.key: 57.2}),
-        Row("standard_open", {"data.attend_across_documents": True}, {MECO_AVERAGE.key: 55.0}, core=False,
-            note="attention across the documents of a row"),
-        Row("meco_open", HOST | {"data.switch": cooldown(10, meco_base), "data.attend_across_documents": True}, {MECO_AVERAGE.key: 56.6}, core=False),
-        Row("meco_loss", HOST | {"data.switch": cooldown(10, meco_base), "metadata.loss_weights": (1.0, 1.0)}, core=False,
-            note="asked for its metadata too: said to be slightly worse"),
-    ],
-    columns=MECO_COLUMNS,
-    baseline="standard",
-    minutes=MINUTES,
-    notes=[*MECO_NOTES, "The paper's row that trains on text chosen by a classifier (13.3, 56.0) needs another corpus and is not here."],
-)(meco_base)  # fmt: skip
-
-MIXED = HOST | {"metadata.when_dropped": "nothing"}
-
-table(
-    "metadata/meco_cooldown",
-    summary="metadata all the time, mixed with text alone, or with a cooldown without it",
-    paper=f"{MECO}, the tables on mixing and on the length of the cooldown",
-    paper_rows=6,
-    rows=[
-        of_meco("standard", "standard", 55.7),
-        Row("always", HOST, {MECO_AVERAGE.key: 50.3}),
-        Row(
-            "mixed",
-            MIXED | {"metadata.keep": 0.9},
-            {MECO_AVERAGE.key: 56.4},
-            note="nine documents of ten, from the beginning to the end",
-        ),
-        of_meco("meco", "cooldown_10", 56.7),
-        meco("cooldown_20", HOST["metadata.template"], 56.8, share=20),
-        meco("cooldown_30", HOST["metadata.template"], 56.2, share=30),
-    ],
-    columns=MECO_COLUMNS,
-    baseline="standard",
-    minutes=MINUTES,
-    notes=MECO_NOTES,
-)(meco_base)
-
-FEW, MORE = ByScale(cpu=13, gpu=13, paper=20_000), ByScale(cpu=132, gpu=132, paper=200_000)
-
-
-def most_frequent(count: ByScale) -> ByScale:
-    """The host where it is one of so many; else the word unknown."""
-    return ByScale(**{scale: f"URL: {{url|host|top{getattr(count, scale)}}}\n\n" for scale in SCALES})
-
-
-table(
-    "metadata/meco_metadata",
-    summary="what has to be said in front of the text: host, whole URL, its end, frequent hosts, groups without words, topics",
-    paper=f"{MECO}, the table on kinds of metadata",
-    paper_rows=8,
-    rows=[
-        of_meco("standard", "standard", 55.7),
-        of_meco("meco", "host", 56.7),
-        meco("url", "URL: {url}\n\n", 56.8, core=False),
-        meco("tld", "URL: {url|tld}\n\n", 56.2),
-        meco("few_hosts", most_frequent(FEW), 56.4, core=False, note="the 0.2% most frequent; of paper scale their number is a guess"),
-        meco("more_hosts", most_frequent(MORE), 56.3, note="the 2% most frequent"),
-        meco("hashed", "URL: {url|host|hash}\n\n", 56.7),
-        meco("topic", ByScale(cpu=f"Topic: {SECTION}\n\n", gpu=f"Topic: {SECTION}\n\n", paper="Topic: {topic_llm}\n\n"), 56.6,
-             note="the paper's are phrases of a language model"),
-    ],
-    columns=MECO_COLUMNS,
-    baseline="standard",
-    minutes=MINUTES,
-    notes=MECO_NOTES,
-)(meco_base)  # fmt: skip
-
-SIZES = {
-    "600m": (51.5, 51.7, {}),
-    "3b": (59.2, 59.8, {}),
-    "8b": (57.8, 58.4, {"training.steps": 20_000, "optimizer.learning_rate": 5e-4}),
-}
-
-
-def of_size(size: str, is_meco: bool) -> Row:
-    standard, conditioned, changes = SIZES[size]
-    changes = {"model": MECO_MODELS[size]} | changes
-    if is_meco:
-        steps = changes.get("training.steps", meco_base("paper").training.steps)
-        changes |= HOST | {"data.switch": Switch(steps * 9 // 10, metadata="none", unseen=0.1)}
-    return Row(
-        f"{'meco' if is_meco else 'standard'}_{size}",
-        changes,
-        {MECO_AVERAGE.key: conditioned if is_meco else standard},
-        group=size,
-    )
-
-
-table(
-    "metadata/meco_sizes",
-    summary="MeCo by the size of the model, at paper scale alone",
-    paper=f"{MECO}, the figure on sizes",
-    paper_rows=8,
-    rows=[
-        *(of_size(size, is_meco) for size in SIZES for is_meco in (False, True)),
-        of_meco("standard", "standard_1.6b", 55.7, core=False, group="1.6b"),
-        of_meco("meco", "meco_1.6b", 56.7, core=False, group="1.6b"),
-    ],
-    columns=MECO_COLUMNS,
-    baseline=None,
-    minutes={"paper": 5800},
-    notes=[*MECO_NOTES[:2], "8B: half of the tokens, weight decay 0.1 in the paper. 1.6B is metadata/meco_main."],
-)(meco_base)
-
-CORPORA = {"c4": (50.5, 51.6), "refinedweb": (53.2, 54.0)}
-
-
-table(
-    "metadata/meco_corpora",
-    summary="MeCo by the corpus, at paper scale alone",
-    paper=f"{MECO}, on other corpora",
-    paper_rows=6,
-    rows=[
-        *(
-            Row(f"{name}_{corpus}", changes | {"data.sources": (f"jsonl:{corpus}/*.jsonl?origin=url",)}, {MECO_AVERAGE.key: value}, group=corpus)
-            for corpus, values in CORPORA.items()
-            for (name, changes), value in zip({"standard": {}, "meco": HOST | {"data.switch": cooldown(10, meco_base)}}.items(), values, strict=True)
-        ),
-        of_meco("standard", "standard_dclm", 55.7, group="dclm"),
-        of_meco("meco", "meco_dclm", 56.7, group="dclm"),
-    ],
-    columns=MECO_COLUMNS,
-    baseline=None,
-    minutes={"paper": 2900},
-    notes=[*MECO_NOTES[:2], "c4 is SlimPajama's, refinedweb DCLM's making of RefinedWeb: folders of jsonl files below --data-dir."],
-)(meco_base)  # fmt: skip

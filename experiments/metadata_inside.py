@@ -2,9 +2,10 @@
 
 import math
 
-from experiments.metadata import BEYOND, HELP, MAPPING, MINUTES, NOTES, base, cooldown, of_positions
 from metajax.config import Config, Data, Evaluation, Metadata, Model, Optimizer, Runtime, Training
 from metajax.registry import Column, Published, Row, table
+
+from .metadata import BEYOND, HELP, MAPPING, MINUTES, NOTES, base, cooldown, of_positions
 
 MARGINS = {"bpb": 0.01, "choice": 0.002}  # noise that a comparison has to be safe from: bits/byte; a share of right answers
 CURVES = {"bpb": "bits/byte", "choice": "tasks"}

@@ -205,7 +205,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas")
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps",
-        help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product",
+        help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product, several in one "
+        "word ('model.layers=2,4 model.width=64,128') go in step",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="a table: N runs at a time, each on its share of the cores (1)"
@@ -378,7 +379,7 @@ def _add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", default=None, metavar="NAME", help="the experiment, whose configuration and data are compared"
     )
-    parser.add_argument("--workdir", default="runs", metavar="DIR", help="where it will run: written and read back (runs)")
+    parser.add_argument("--workdir", default=None, metavar="DIR", help="where it will run: written and read back (--runs-dir)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each check (10)")
     _add_config(parser)
     _add_processes(parser)

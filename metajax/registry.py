@@ -53,11 +53,11 @@ class Row:
     core: bool = True
     note: str = ""  # one line below the table
     group: str = ""  # rows in succession with the same group stand under it as their heading
-    of: str = ""  # the experiment whose config and whose runs this row takes, instead of the table's base and runs of its own
+    of: str = ""  # the experiment, or NAME/PART, whose config and runs this row takes instead of the base's and its own
     # For {names} in the columns' paths: rows that read one run in several ways.
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)
     parts: tuple[str, ...] = ()  # those of the table's parts that this row has; empty: all of them
-    lacks: str | ByScale = ""  # a field of metadata that the corpus has not got: the row is shown, and not run
+    lacks: str | ByScale = ""  # what a run would need and there is not, such as others' weights: the row is shown, and not run
 
     def paper(self, key: str) -> Published | None:
         """What the paper says in that column; None where this row does not speak of it."""
@@ -81,6 +81,7 @@ class Column:
     part: str = ""  # of the table, whose run has the number; "*": the mean over the parts, of each path by itself
     # The share of the steps after which the curve at `path` is for the first time better by `match` than the baseline's is at its end.
     match: float | None = None
+    scales: tuple[str, ...] = SCALES  # at which it is shown
 
     def __post_init__(self) -> None:
         require(
@@ -169,12 +170,12 @@ class Table:
         return tuple(part for part in row.parts or there if part in there) or ("",)
 
     def columns_at(self, scale: str) -> tuple[Column, ...]:
-        """Those whose part there is at a scale."""
-        return tuple(column for column in self.columns if column.part in ("", "*", *self.parts_at(scale)))
+        """Those that are shown at a scale, and whose part there is."""
+        return tuple(c for c in self.columns if scale in c.scales and c.part in ("", "*", *self.parts_at(scale)))
 
     def lacks(self, row: Row, scale: str) -> str:
-        """The field that a row needs and this scale's corpus has not got, or ""."""
-        return at_scale({"field": row.lacks}, scale).get("field", "")
+        """What a row would need and there is not at this scale, or ""."""
+        return at_scale({"what": row.lacks}, scale).get("what", "")
 
     @property
     def paper_rows_here(self) -> int:
@@ -183,8 +184,18 @@ class Table:
 
     @property
     def coverage(self) -> str:
-        """Such as `12 of 13 rows`; "" where there is no table of a paper to hold it against."""
-        return f"{self.paper_rows_here} of {self.paper_rows} rows" if self.paper_rows else ""
+        """Such as `12 of 13 rows (1 more in print alone)`; "" where there is no table of a paper to hold it against."""
+        more = self.paper_rows_in_print
+        return (
+            f"{self.paper_rows_here} of {self.paper_rows} rows" + (f" ({more} more in print alone)" * (more > 0))
+            if self.paper_rows
+            else ""
+        )
+
+    @property
+    def paper_rows_in_print(self) -> int:
+        """How many rows have what the paper says of them, and cannot be run."""
+        return sum(bool(row.published) for row in self.rows) - self.paper_rows_here if "paper" in self.scales else 0
 
     @property
     def example(self) -> str:
@@ -197,9 +208,10 @@ class Table:
         parts = self.parts_at(scale)
         require(not part or part in parts, f"{self.name} has no {part} at scale {scale}; it has {', '.join(parts)}")
         lacks = self.lacks(row, scale)
-        require(not lacks, f"{self.name}/{row.name} has no such field at scale {scale}: its corpus lacks {lacks!r}")
+        require(not lacks, f"{self.name}/{row.name} cannot be run at scale {scale}, for want of {lacks}")
         if row.of:
-            return override(find_experiment(_joined(row.of, part)).build(scale), at_scale(row.changes, scale))
+            of = _joined(row.of, part)
+            return override(find_experiment(of if of in _experiments else row.of).build(scale), at_scale(row.changes, scale))
         config = override(override(self.base(scale), at_scale(row.changes, scale)), at_scale(parts.get(part, {}), scale))
         return replace(config, name=_joined(self.name, row.name, part), scale=scale)
 
@@ -320,5 +332,7 @@ def find_experiment(name: str) -> Experiment:
     """The experiment of that name; UserError also when it is a table's."""
     found = find(name)
     if isinstance(found, Table):
-        raise UserError(f"{name} is a table; name one of its rows, such as {found.example}")
+        raise UserError(
+            f"{name} is a table" + f"; name one of its rows, such as {found.example}" * (found.example in _experiments)
+        )
     return found

@@ -1,10 +1,11 @@
-"""Sweeps: a table made on the fly, with a row for each combination of some fields' values."""
+"""Sweeps: a row for each combination of some fields' values, in a file of experiments and in a table made on the fly."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,28 +17,42 @@ from metajax.lineage import apply_changes
 from metajax.registry import Column, Experiment, Row, Table
 
 
+def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """A row for each combination of the axes' values; the fields of one axis go in step.
+
+    swept({"model.layers": (2, 4), "model.width": (64, 128)}, {"optimizer.learning_rate": (1e-3, 2e-3)}) makes four rows, the first of them
+    layers_2_width_64_learning_rate_0.001.
+    """
+    for axis in axes:
+        require(len(set(map(len, axis.values()))) == 1, f"a sweep in step: {' and '.join(axis)} have different numbers of values")
+    steps = [[dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)] for axis in axes]
+    made = [{field: value for step in chosen for field, value in step.items()} for chosen in itertools.product(*steps)]
+    named = lambda changes: "_".join(f"{field.rpartition('.')[2]}_{value}" for field, value in changes.items())  # noqa: E731
+    return [Row(re.sub(r"[^\w.+-]+", "-", named(changes)), changes) for changes in made]
+
+
 def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, changes: Mapping[str, Any]) -> Table:
     """The table of an experiment swept over fields; its runs are the experiment's own, as `--set` would make them.
 
     Args:
-      words: FIELD=VALUE,VALUE,... each; several make a product.
+      words: FIELD=VALUE,VALUE,... each; several make a product. Several in one word, with spaces between, go in step.
       changes: those of the command for every row. The row that they alone would make, where there is one, is the baseline.
 
     Raises:
       UserError: a word of another form, or a field that is set or swept twice.
     """
-    axes = dict(_axis(word) for word in words)
-    require(len(axes) == len(words), "--sweep: a field is swept twice; give all of its values at once")
-    for field in axes:
+    pairs = [[_axis(one) for one in word.split() or [word]] for word in words]
+    axes, fields = [dict(of_word) for of_word in pairs], [field for of_word in pairs for field, _ in of_word]
+    require(len(set(fields)) == len(fields), "--sweep: a field is swept twice; give all of its values at once")
+    for field in fields:
         require(field not in changes, f"--sweep {field}: it is set with --set too; leave one of them out")
     fill = {**experiment.table.fill, **experiment.row.fill} if experiment.table else {}
     rows = [
-        Row(" ".join(f"{field}={value}" for field, value in zip(axes, values, strict=True)), dict(zip(axes, values, strict=True)),
-            of=experiment.name, fill=fill)
-        for values in itertools.product(*axes.values())
-    ]  # fmt: skip
+        replace(row, name=" ".join(f"{field}={value}" for field, value in row.changes.items()), of=experiment.name, fill=fill)
+        for row in swept(*axes)
+    ]
     own = apply_changes(experiment.build(scale), changes)
-    said = " and ".join(f"{field} = {', '.join(values)}" for field, values in axes.items())
+    said = " and ".join(f"{field} = {', '.join(values)}" for axis in axes for field, values in axis.items())
     table = Table(
         name=f"{experiment.name}/sweep-{hashlib.sha256(json.dumps(axes).encode()).hexdigest()[:8]}",
         summary=f"{experiment.name} with {said}",
@@ -60,7 +75,7 @@ def _axis(word: str) -> tuple[str, list[str]]:
     require(
         field not in ("seed", "scale", "name", "init.from"), f"--sweep {field}: not a field to sweep; see --seeds and --scale"
     )
-    return field, list(dict.fromkeys(found))
+    return field, found
 
 
 def _columns(config: AnyConfig) -> tuple[Column, ...]:

@@ -176,7 +176,8 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     _start_jax(options.cache_dir)
     root = options.workdir or options.runs_dir
     made = sample(registry.tables().values(), options.scale, seconds, options.seed, root, run_one)
-    print_sample(summary(made))
+    there = [name for name, table in registry.tables().items() if options.scale in table.scales]
+    print_sample(summary(made), there)
     return 1 if any(one.reason for one in made) else 0
 
 
@@ -479,7 +480,7 @@ def preflight(options: argparse.Namespace, started: float) -> int:
         config, _ = _config(registry.find_experiment(options.name), options)
         facts["configuration"], sources = config_hash(config), config.data.sources
     arguments = {
-        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": options.workdir,
+        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": options.workdir or str(options.runs_dir),
         "sources": sources, "data_dir": options.data_dir and str(options.data_dir),
         "cache_dir": str(options.cache_dir), "facts": facts,
     }  # fmt: skip

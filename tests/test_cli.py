@@ -405,3 +405,9 @@ def test_the_readmes_example_registers_a_table(own_registry):
     exec(code, {})
     table = registry.tables()["rates"]
     assert [table.config(row, "cpu").meta_tokens.rate for row in table.rows] == [0.05, 0.1, 0.2]
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_them():
+    bare = [sys.executable, "-S", "-E", "run.py", "list"]  # -S: no site-packages
+    done = subprocess.run(bare, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and "make quickstart" in done.stderr and "Traceback" not in done.stderr

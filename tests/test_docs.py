@@ -1,5 +1,6 @@
 """The documentation: every command in it is one, experiments and fields that it names exist, the site builds without a dead link."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -65,6 +66,20 @@ def test_most_commands_are_checked():
 def test_looks_are_taken(words, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert cli.main(list(words)) == 0 and capsys.readouterr().out
+
+
+BLOCKS = [
+    (page.name, block)
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
+def test_python_in_the_pages_names_what_there_is(page, block):
+    imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports
+    exec("\n".join(map(ast.unparse, imports)), {})
 
 
 def test_a_misspelt_command_would_show():

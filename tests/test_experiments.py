@@ -1,5 +1,6 @@
 """Every registered experiment, as far as it can be seen without running it."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from metajax.reporting.tables import choose_rows, plan_table
 from metajax.training.program import abstract_model
 
 registry.load()
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_experiments_name_each_other_as_the_wheel_does(path):
+    """In a wheel the package has another name, and `experiments` is the user's own."""
+    found = [
+        node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and not node.level
+    ]
+    assert not any(name.split(".")[0] == "experiments" for name in found)
 
 
 @pytest.mark.parametrize("name", registry.experiments())
@@ -30,15 +40,15 @@ def test_every_table_plans_its_core_at_every_scale(name):
     core = choose_rows(table, "core")
     assert 1 <= len(core) <= 6
     for scale in table.scales:
-        assert plan_table(table, scale, (0, 1), {}, Path("runs"), core).runs()
+        plan = plan_table(table, scale, (0, 1), {}, Path("runs"), core)
+        assert plan.runs() or all(table.lacks(row, scale) for row in core)
 
 
 @pytest.mark.parametrize("name", registry.tables())
 def test_every_table_with_values_of_a_paper_says_how_many_rows_the_paper_has(name):
     table = registry.tables()[name]
     if any(row.published for row in table.rows) or table.paper_rows:
-        assert "arXiv" in table.paper and 1 <= table.paper_rows_here <= table.paper_rows
-        assert table.paper_rows_here == table.paper_rows or "not here" in " ".join(table.notes)
+        assert "arXiv" in table.paper and table.paper_rows_here + table.paper_rows_in_print == table.paper_rows
 
 
 @pytest.mark.parametrize("name", ["learned_meta_tokens/pretrain/meta_rope", "learned_meta_tokens/pretrain/second_causal"])

@@ -27,8 +27,9 @@ def wheel(tmp_path_factory):
         if (REPOSITORY / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((REPOSITORY / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
-    subprocess.run(command, check=True, timeout=300)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert "absent from the `packages`" not in done.stdout + done.stderr, "setuptools takes a folder of data for a package"
     return next(folder.glob("*.whl"))
 
 

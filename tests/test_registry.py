@@ -21,6 +21,14 @@ def test_a_row_is_the_base_with_its_changes():
     assert TABLE.config(TABLE.rows[0], "cpu").model.layers == 4
 
 
+def test_coverage_tells_rows_that_run_from_rows_in_print():
+    printed = {"eval.none.bpb": 1.0}
+    rows = (Row("a", published=printed), Row("b", published=printed, lacks="weights"), Row("ours"))
+    table = replace(TABLE, rows=rows, scales=("cpu", "paper"), paper_rows=2)
+    assert table.coverage == "1 of 2 rows (1 more in print alone)"
+    assert replace(table, rows=rows[:1], paper_rows=1).coverage == "1 of 1 rows" and TABLE.coverage == ""
+
+
 def test_a_scale_that_is_not_there():
     with pytest.raises(UserError, match="demo has no 'paper' scale; it has cpu"):
         TABLE.config(TABLE.rows[0], "paper")

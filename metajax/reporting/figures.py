@@ -67,7 +67,9 @@ def loss_curves(
       held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((len(series) - 1) // 2)), layout="constrained")
+        # Names of the legend stand two in a line where they are short, and are broken where they are longer than a line.
+        columns, room = (2, 24) if max(map(len, series)) <= 24 else (1, 56)
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((len(series) - 1) // columns)), layout="constrained")
         axes = figure.add_subplot()
         lines, points, handles = [], [], []
         for number, (name, curves) in enumerate(series.items()):
@@ -76,7 +78,7 @@ def loss_curves(
             for steps, values in (held_out or {}).get(name, ()):
                 axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="#14171c", zorder=4)
                 points += list(values)
-            handles.append(Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=name))
+            handles.append(Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=textwrap.fill(name, room)))
         if points:
             handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="held-out text"))
         cut = _frame(axes, lines, points)
@@ -85,7 +87,7 @@ def loss_curves(
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(handles) > 1:
-            figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, handlelength=1.8, borderpad=0)
+            figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=1.8, borderpad=0)
         return to_svg(figure, f"Training {unit} against the step: {', '.join(series)}")
 
 
@@ -189,7 +191,7 @@ def _draw_spread(axes: Axes, column: SpreadColumn, baseline: str | None) -> None
             axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
         marker = MARKERS[y // len(COLOURS) % len(MARKERS)]
         axes.plot(values, [y] * len(values), marker, color=colour, markersize=5.5, alpha=0.85, markeredgecolor="white")
-    axes.set_yticks(range(len(column.values)), list(column.values))
+    axes.set_yticks(range(len(column.values)), [textwrap.fill(name, 28) for name in column.values])
     axes.set_ylim(len(column.values) - 0.4, -0.6)
     axes.grid(axis="x", color="#e7e9ec", linewidth=0.8)
     axes.tick_params(axis="y", length=0)

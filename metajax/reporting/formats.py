@@ -26,6 +26,7 @@ CSV_HEAD = (
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\N{MINUS SIGN}": "$-$"} | {
     sign: f"\\{sign}" for sign in "&%$#_{}"
 }
+STAR = " *"
 DELTA, PLUS_MINUS = "\N{GREEK CAPITAL LETTER DELTA}", "\N{PLUS-MINUS SIGN}"
 
 
@@ -72,9 +73,16 @@ def _interval(summary: Mapping[str, Any], digits: int, seeds: int, sign: str = "
 def state_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     """What a cell without a number says: what is the matter with the row or the runs that the column reads, or that there is no such number."""
     if row["lacks"]:
-        return "no such field"
+        return "not here"
     states = {run["state"] for run in row["runs"] if column["part"] in (run["part"], "*")}
     return next((state for state in (FAILED, UNFINISHED, NOT_RUN) if state in states), "-")
+
+
+def label(row: Mapping[str, Any], result: Result) -> str:
+    """The row's name, with a star where a run of it was made by other code than the first of the baseline, or of the first row."""
+    codes = {r["name"]: [(run["git"]["commit"], run["git"]["dirty"]) for run in r["runs"] if run["git"]] for r in result["rows"]}
+    basis = codes[result["baseline"] or result["rows"][0]["name"]]
+    return row["name"] + STAR * any(code != basis[0] for code in codes[row["name"]] if basis)
 
 
 def run_name(row: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -120,6 +128,10 @@ def remarks(result: Result) -> list[str]:
         )
     said += [f"[{i}] {note}" for i, note in enumerate(paper_notes(result), 1)]
     said += [f"{row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
+    for lacks in dict.fromkeys(row["lacks"] for row in result["rows"] if row["lacks"]):
+        said.append(
+            f"Not here, for want of {lacks}: {', '.join(row['name'] for row in result['rows'] if row['lacks'] == lacks)}."
+        )
     return [*said, *_code_remarks(result), *_power_remarks(result)]
 
 
@@ -171,7 +183,7 @@ def _code_remarks(result: Result) -> Iterator[str]:
         more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
         commit = f"commit {code['commit'][:9]}" if code["commit"] else "no git checkout"
         parts.append(f"{commit}{' with uncommitted changes' if code['dirty'] else ''}: {', '.join(runs[:4])}{more}")
-    yield "The runs were not all made by the same code. " + "; ".join(parts) + "."
+    yield f"The runs were not all made by the same code; rows with{STAR} differ from the baseline. " + "; ".join(parts) + "."
 
 
 def _power_remarks(result: Result) -> Iterator[str]:
@@ -204,7 +216,7 @@ def head_and_body(result: Result) -> tuple[list[str], list[tuple[str, list[str]]
 
 
 def _cells(row: Mapping[str, Any], result: Result) -> list[str]:
-    cells = [row["name"]]
+    cells = [label(row, result)]
     for column in result["columns"]:
         cells.append(ours_text(row, column, len(result["seeds"])))
         if has_difference(result):

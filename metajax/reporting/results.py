@@ -69,7 +69,7 @@ def gather(
         "notes": list(table.notes),
         "changes": {k: str(v) for k, v in changes.items()},
         "baseline": basis.name if basis else None,
-        "columns": [dataclasses.asdict(c) | {"key": c.key} for c in columns],
+        "columns": [dataclasses.asdict(c) | {"key": c.key, "scales": list(c.scales)} for c in columns],
         "rows": [
             {
                 "name": row.name,

@@ -74,7 +74,8 @@ def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root:
 def _order(tables: Sequence[Table], scale: str, seed: int) -> Iterator[tuple[Table, Row, str]]:
     chance = random.Random(seed)
     lines: Mapping[str, list[tuple[Row, str]]] = {
-        table.name: [(row, part) for row in table.rows for part in table.parts_of(row, scale)] for table in tables
+        table.name: [(row, part) for row in table.rows if not table.lacks(row, scale) for part in table.parts_of(row, scale)]
+        for table in tables
     }
     for name in lines:
         chance.shuffle(lines[name])

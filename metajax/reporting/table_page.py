@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,7 +29,7 @@ from metajax.reporting.html import (
     write_page,
 )
 from metajax.reporting.image_page import source_line
-from metajax.reporting.records import FAILURE_LOG
+from metajax.reporting.records import FAILURE_LOG, read_config
 from metajax.reporting.results import COMPLETE, FAILED
 
 Row = Mapping[str, Any]  # of a result
@@ -44,7 +44,7 @@ def write_table_page(folder: Path, result: formats.Result, root: Path) -> Path:
       root: where the result's run folders start.
     """
     first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
-    unit = curve_unit(config_from(next(iter(first.values()))["config"])) if first else ""
+    filled = [c for c in result["columns"] if any(row["cells"][c["key"]]["ours"] for row in result["rows"])]
     basis_row = result["baseline"] if result["baseline"] in first else next(iter(first), None)
     page = templates.get_template("table.html").render(
         title=f"{result['name']} at scale {result['scale']}",
@@ -55,13 +55,12 @@ def write_table_page(folder: Path, result: formats.Result, root: Path) -> Path:
         columns=[_head(column, result) for column in result["columns"]],
         groups=_groups(result),
         costs=_costs(result),
-        seed_values=_seed_values(result),
+        seed_values=_seed_values(result, filled),
         remarks=[with_code(note) for note in [*result["notes"], *formats.remarks(result)]],
         differs_from=f"The config against {result['baseline']}'s" if result["baseline"] in first else "The config against the table's base",
         rows=[_row_card(folder, root, row, result, first) for row in result["rows"]],
-        curves=_curve_figure(result, root, unit),
-        curve_caption=_curve_caption(len(result["seeds"]), unit),
-        spreads=[Markup(svg) for svg in seed_spread([_spread(result, c) for c in result["columns"]], result["baseline"])] if first else [],
+        curves=_curve_figures(result, root),
+        spreads=[Markup(svg) for svg in seed_spread([_spread(result, c) for c in filled], result["baseline"])],
         spread_caption=_spread_caption(result),
         budgets=[budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]],
         samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
@@ -116,7 +115,9 @@ def _groups(result: formats.Result) -> list[dict[str, Any]]:
         if not groups or groups[-1]["name"] != row["group"]:
             groups.append({"name": row["group"], "rows": []})
         cells = [_cell(row, column, result) for column in result["columns"]]
-        groups[-1]["rows"].append({"name": row["name"], "baseline": row["name"] == result["baseline"], "cells": cells})
+        groups[-1]["rows"].append(
+            {"name": formats.label(row, result), "baseline": row["name"] == result["baseline"], "cells": cells}
+        )
     return groups
 
 
@@ -151,7 +152,7 @@ def _costs(result: formats.Result) -> dict[str, Any] | None:
     return {"head": ["row", *(title for _, title in shown)], "rows": rows}
 
 
-def _seed_values(result: formats.Result) -> list[dict[str, Any]]:
+def _seed_values(result: formats.Result, columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every seed's number, a block for each column."""
     return [
         {
@@ -161,7 +162,7 @@ def _seed_values(result: formats.Result) -> list[dict[str, Any]]:
                 for row in result["rows"]
             ],
         }
-        for column in result["columns"]
+        for column in columns
     ]  # fmt: skip
 
 
@@ -218,16 +219,21 @@ def _machine(root: Path, row: Row) -> str:
 # ------------------------------------------------------------------------------------------------------ figures
 
 
-def _curve_figure(result: formats.Result, root: Path, unit: str) -> Markup | None:
-    """Learning curves of the complete runs; None while there is none."""
-    found: dict[str, list] = {}
-    for row in result["rows"]:
-        for run in (run for run in row["runs"] if run["state"] == COMPLETE):
-            found.setdefault(formats.run_name(row, run), []).append(curves(root / run["folder"]))
-    found = {name: of_row for name, of_row in found.items() if any(len(training[0]) for training, _ in of_row)}
-    if not found:
-        return None
-    return Markup(loss_curves(*({name: [pair[i] for pair in of_row] for name, of_row in found.items()} for i in (0, 1)), unit))
+def _curve_figures(result: formats.Result, root: Path) -> list[tuple[Markup, str]]:
+    """Learning curves of the complete runs, a figure with its caption for each part of the table: parts count different things."""
+    found: dict[tuple[str, str], dict[str, list]] = {}
+    complete = [(row["name"], run) for row in result["rows"] for run in row["runs"] if run["state"] == COMPLETE]
+    for name, run in complete:
+        pair = curves(root / run["folder"])
+        if len(pair[0][0]):
+            part = run["part"], curve_unit(read_config(root / run["folder"]))
+            found.setdefault(part, {}).setdefault(name, []).append(pair)
+    drawn = []
+    for (part, unit), of_rows in found.items():
+        series = ({name: [pair[i] for pair in of_row] for name, of_row in of_rows.items()} for i in (0, 1))
+        caption = _curve_caption(len(result["seeds"]), unit)
+        drawn.append((Markup(loss_curves(*series, unit)), f"{part}: {caption}" if part else caption))
+    return drawn
 
 
 def _curve_caption(seeds: int, unit: str) -> str:
@@ -240,7 +246,7 @@ def _spread(result: formats.Result, column: Mapping[str, Any]) -> SpreadColumn:
     """A column's figure; columns whose paths end alike ("bpb") measure the same thing."""
     better = f" ({column['better']} is better)" if column["better"] else ""
     quantity = " - ".join(path.rpartition(".")[2] for path in (column["path"], column["minus"]) if path)
-    cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"]}
+    cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"] if not row["lacks"]}
     values = {name: [v for v in cell["values"] if v is not None] for name, cell in cells.items()}
     halves = {name: cell["ours"] and cell["ours"]["half"] for name, cell in cells.items()}
     return SpreadColumn(column["title"] + better, quantity, values, halves)

@@ -33,10 +33,10 @@ class _Grid(Grid):
 
 
 def _grid(*titles: str) -> _Grid:
-    """A plain table whose first column, a name to be copied, never wraps."""
+    """A plain table whose names to be copied, its first column's and experiments', never wrap."""
     grid = _Grid(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
-        grid.add_column(title, overflow="fold", no_wrap=i == 0)
+        grid.add_column(title, overflow="fold", no_wrap=i == 0 or title == "experiment")
     return grid
 
 
@@ -68,15 +68,17 @@ def print_list(pattern: str) -> None:
 
 def _print_coverage(tables: Iterable[registry.Table]) -> None:
     """For each paper the rows of its tables and figures above, table by table: what two of them share counts twice."""
-    here, printed = Counter[str](), Counter[str]()
+    here, in_print, printed = Counter[str](), Counter[str](), Counter[str]()
     for table in (table for table in tables if table.coverage):
         paper = table.paper.partition(")")[0] + ")"
         here[paper] += table.paper_rows_here
+        in_print[paper] += table.paper_rows_in_print
         printed[paper] += table.paper_rows
     if printed:
         console.print("\n[bold]rows of the papers' tables and figures[/bold] that there are at paper scale")
     for paper, count in printed.items():
-        console.print(Text(f"    {paper}: {here[paper]} of {count} rows"))
+        more = f", {in_print[paper]} more in print alone" * (in_print[paper] > 0)
+        console.print(Text(f"    {paper}: {here[paper]} of {count} rows{more}"))
 
 
 def _entry(name: str, times: str, what: str) -> None:
@@ -91,6 +93,8 @@ def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
 def _table_time(table: registry.Table, scale: str) -> str:
     """Expected time of a whole table with three seeds, its core rows in brackets where they are fewer."""
     whole = _duration(3 * expected_minutes(table, scale))
+    if all(table.lacks(row, scale) for row in table.rows):
+        return "nothing to run"
     if choose_rows(table, "core") == table.rows:
         return whole
     return f"{whole} (core {_duration(3 * expected_minutes(table, scale, 'core'))})"
@@ -105,7 +109,7 @@ def _duration(minutes: float) -> str:
 
 def _short(value: Any) -> str:
     is_config = hasattr(value, "__dataclass_fields__") and not isinstance(value, registry.ByScale)
-    return type(value).__name__ if is_config else str(value)
+    return type(value).__name__ if is_config else str(value).replace("\n", "\\n")
 
 
 def print_table_plan(plan: TablePlan) -> None:
@@ -116,18 +120,20 @@ def print_table_plan(plan: TablePlan) -> None:
         console.print(Text(f"{table.coverage} of {table.paper}"))
     grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
     for row in plan.rows:
-        of_row = [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
-        run, parents = of_row[0]
+        lacks = table.lacks(row, scale)
+        of_row = [] if lacks else [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
         differs = (
-            ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
+            (lacks and f"not here, for want of {lacks}")
+            or ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
             or (row.of and f"the runs of {row.of}")
             or "-"
         )
         said = [(column.title, row.paper(column.key)) for column in table.columns_at(scale)]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
-        start = parents[-1].config.name if parents else run.config.init.from_ or "-"
+        starts = dict.fromkeys(parents[-1].config.name if parents else run.config.init.from_ for run, parents in of_row)
         name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
-        grid.add_row(name, differs, start, published or "-", ", ".join(config_hash(run.config) for run, _ in of_row))
+        hashes = ", ".join(config_hash(run.config) for run, _ in of_row)
+        grid.add_row(name, differs, ", ".join(filter(None, starts)) or "-", published or "-", hashes or "-")
     console.print(grid)
     console.print(
         f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: {PROGRAM} {table.name}"
@@ -375,6 +381,8 @@ def print_comparison(runs: list[Path]) -> None:
     fields = sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"})
     for field in fields:
         grid.add_row(field, *(str(flatten(c).get(field, "-")) for c in configs))
+    if None in reports:
+        grid.add_row("state", *("complete" if report else "not complete" for report in reports))
     found = [report["eval"] for report in reports if report]
     for condition in dict.fromkeys(k for results in found for k in conditions(results)):
         values = [report and report["eval"].get(condition) for report in reports]
@@ -382,12 +390,20 @@ def print_comparison(runs: list[Path]) -> None:
     for task, length in dict.fromkeys((t, n) for results in found for t, bins in results.get("tasks", {}).items() for n in bins):
         scored = [report and report["eval"].get("tasks", {}).get(task, {}).get(length) for report in reports]
         grid.add_row(f"{task}, {length} tokens", *(f"{s['exact']:.1%}" if s and s["exact"] is not None else "-" for s in scored))
-    for title, path in (
-        ("parameters", ("parameters", "total")),
-        ("body tokens", ("counts", "body")),
-        ("slots", ("counts", "slots")),
+    for name in dict.fromkeys(k for results in found for k, v in results.items() if isinstance(v, dict) and "accuracy" in v):
+        values = [report and report["eval"].get(name) for report in reports]
+        grid.add_row(f"accuracy, {name}", *(f"{v['accuracy']:.1%}" if v else "-" for v in values))
+    if any("choice" in results for results in found):
+        asked = [report and report["eval"].get("choice") for report in reports]
+        grid.add_row("multiple choice, mean", *(f"{choice['average']:.1%}" if choice else "-" for choice in asked))
+    for title, part, key in (
+        ("parameters", "parameters", "total"),
+        ("body tokens", "counts", "body"),
+        ("slots", "counts", "slots"),
+        ("images", "counts", "images"),
     ):
-        grid.add_row(title, *(f"{report[path[0]][path[1]]:,}" if report else "not complete" for report in reports))
+        if any(key in report[part] for report in reports if report):
+            grid.add_row(title, *(f"{report[part][key]:,}" if report and key in report[part] else "-" for report in reports))
     console.print(grid)
 
 
@@ -403,10 +419,14 @@ def _last_step(run: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def print_sample(lines: Sequence[dict[str, Any]]) -> None:
-    """What a sample of all tables found."""
+def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
+    """What a sample of all tables found, and which of them it did not reach."""
     grid = _grid("table", "lines", "minutes", "failed", "columns without a number")
     for line in lines:
-        failed = Text("\n".join(line["failed"]) or "-", style="red" if line["failed"] else "")
-        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", failed, ", ".join(line["empty"]) or "-")
+        empty = ", ".join(line["empty"]) or "-"
+        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), empty)
     console.print(grid if lines else "no line of any table fits the time; give it more with --budget")
+    for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
+        console.print(Text(f"failed: {failure}", "red"), soft_wrap=True)
+    rest = ", ".join(name for name in tables if name not in {line["table"] for line in lines})
+    console.print(f"{len(lines)} of {len(tables)} tables reached" + f"; not reached: {rest}" * bool(rest))

@@ -161,6 +161,10 @@ def test_the_needle_is_found_at_every_depth():
     made = examples(names=("needle",))
     depths = [[line[0] == "Text:" for line in drawn_lines(made, n)].index(False) for n in range(200)]
     assert Counter(depths).keys() == set(range(max(depths) + 1)) and max(depths) >= 5
+    for draw in (lambda n: made.test("needle", 128, n), lambda n: made.training("needle", 4, n)):
+        assert len({draw(n).text.rpartition("A: ")[2] for n in range(300)}) > 40, (
+            "every item is asked for, in training and in the test"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ split, curriculum

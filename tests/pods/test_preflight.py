@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from metajax.cli import main
 from metajax.config import UserError
 from metajax.pods import preflight
 
@@ -82,3 +83,10 @@ def test_a_check_that_does_not_answer_is_ended_and_a_broken_one_told(monkeypatch
     monkeypatch.setattr(sys, "executable", "/bin/false")
     good, text, _ = preflight._bounded("storage", {}, seconds=5.0)
     assert not good and "ended with 1; mount it" in text
+
+
+def test_the_folder_of_the_runs_is_what_it_writes_to(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(preflight, "preflight", lambda arguments, seconds: seen.update(arguments) or [])
+    assert main(["preflight", "--runs-dir", str(tmp_path)]) == 0 and seen["workdir"] == str(tmp_path)
+    assert main(["preflight", "--workdir", "elsewhere", "--runs-dir", str(tmp_path)]) == 0 and seen["workdir"] == "elsewhere"

@@ -235,6 +235,15 @@ def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():
     assert loss_curves({"not started": [([], [])]}).startswith("<svg")
 
 
+def test_a_legend_of_long_names_has_a_line_for_each():
+    curve = ([1, 2, 3], [3.0, 2.0, 1.0])
+    short, long = (loss_curves({letter * length: [curve] for letter in "abc"}) for length in (20, 40))
+    columns = [len(set(re.findall(r'x="([\d.]+)"[^>]*>(?:aa+|bb+|cc+)<', drawn))) for drawn in (short, long)]
+    assert columns == [2, 1]
+    broken = loss_curves({"a" * 70: [curve], "b": [curve]})
+    assert f">{'a' * 56}<" in broken and f">{'a' * 14}<" in broken
+
+
 # ---------------------------------------------------------------------------------------------------- browser
 
 PROBE = """<!doctype html><title>probe</title><iframe src="{page}" width="{width}" height="900" style="border:0"></iframe>

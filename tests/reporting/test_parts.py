@@ -1,5 +1,7 @@
 """Parts of a table that only some scales have, and columns over all parts."""
 
+from dataclasses import replace
+
 import pytest
 
 from metajax import registry
@@ -19,6 +21,7 @@ def table(own_registry):
             Column("average H", "eval.base", 1, "higher", 100, harmonic="eval.new", part="*"),
             Column("small H", "eval.base", 1, "higher", 100, harmonic="eval.new", part="small"),
             Column("large base", "eval.base", part="large"),
+            Column("in print", "in_print.mean", part="*", scales=("paper",)),
         ],
         baseline=None, minutes={"cpu": 1, "paper": 60},
         parts={
@@ -69,3 +72,11 @@ def test_columns_over_parts_are_made_of_their_means(table, tmp_path):
 def test_a_difference_and_a_harmonic_mean_are_not_one_column():
     with pytest.raises(UserError, match="not both"):
         Column("x", "eval.a", minus="eval.b", harmonic="eval.c")
+
+
+def test_a_row_of_an_experiment_without_parts_has_one(table, tmp_path):
+    registry.experiment("lab_large", summary="s", minutes={"cpu": 1})(lambda scale: Config(name="x", training=Training(steps=70)))
+    row = Row("large", of="lab_large", parts=("small",))
+    plan = plan_table(replace(table, rows=(row,)), "cpu", (0,), {}, tmp_path, [row])
+    [run] = plan.runs()
+    assert (run.config.name, run.config.training.steps, run.part) == ("lab_large", 70, "small")

@@ -9,6 +9,7 @@ from metajax.reporting.formats import markdown
 from metajax.reporting.records import write_json
 from metajax.reporting.results import share_to_match
 from metajax.reporting.tables import plan_table
+from metajax.reporting.terminal import print_table_plan
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 REPORT = {
@@ -23,14 +24,17 @@ def plan_of(rows, columns, root):
     return plan_table(made, "cpu", [0], {}, root, made.rows)
 
 
-def test_a_row_whose_field_the_corpus_lacks_is_shown_and_not_run(tmp_path):
-    rows = [Row("plain"), Row("scored", {"training.steps": 50}, lacks=ByScale(cpu="score"))]
+def test_a_row_whose_field_the_corpus_lacks_is_shown_and_not_run(tmp_path, capsys):
+    rows = [Row("plain"), Row("scored", {"training.steps": 50}, lacks=ByScale(cpu="a score"))]
     plan = plan_of(rows, [Column("bits/byte", "eval.none.bpb")], tmp_path)
     [run] = plan.runs()
     write_json(run.workdir / "report.json", REPORT)
-    assert "| scored | no such field | " in markdown(plan.result())
+    assert "| scored | not here  | " in markdown(plan.result())
+    assert "- Not here, for want of a score: scored.\n" in markdown(plan.result())
+    print_table_plan(plan)
+    assert "not here, for want" in " ".join(capsys.readouterr().out.split())
     assert registry.find_experiment("lab/scored").scales == ("gpu",)
-    with pytest.raises(UserError, match="lab/scored has no such field at scale cpu: its corpus lacks 'score'"):
+    with pytest.raises(UserError, match="lab/scored cannot be run at scale cpu, for want of a score"):
         registry.find_experiment("lab/scored").build("cpu")
     assert plan.table.config(plan.table.rows[1], "gpu").training.steps == 50
 

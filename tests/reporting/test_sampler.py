@@ -10,6 +10,7 @@ from metajax.config import Config, UserError
 from metajax.registry import Column, Row
 from metajax.reporting.records import write_json
 from metajax.reporting.sampler import budget_seconds, sample, summary
+from metajax.reporting.terminal import print_sample
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 REPORT = {
@@ -29,6 +30,7 @@ def tables(monkeypatch):
         Row("meta", {"init.from": "lab/start", "model.layers": 6}),
         Row("scratch", {"training.steps": 50}),
     ]
+    rows.append(Row("others", lacks="their weights"))
     good, typo = Column("bits/byte", "eval.none.bpb"), Column("typo", "eval.non.bpb")
     common = {"summary": "s", "baseline": None, "minutes": {"cpu": 2}}
     return registry.table("lab/one", rows=rows, columns=[good], **common)(base), registry.table(
@@ -52,7 +54,7 @@ class Runs:
         return REPORT
 
 
-def test_a_line_of_every_table_in_turn(tables, tmp_path):
+def test_a_line_of_every_table_in_turn(tables, tmp_path, capsys):
     runs = Runs(fail="lab/one/meta")
     made = sample(tables, "cpu", 3600, 3, tmp_path, runs)
     assert sorted(one.table for one in made[:2]) == ["lab/one", "lab/other"]
@@ -74,6 +76,10 @@ def test_a_line_of_every_table_in_turn(tables, tmp_path):
     assert sorted(runs.made) == ["lab/one/plain", "lab/one/scratch", "lab/other/scratch", "lab/start"], (
         "what two start from, once"
     )
+    print_sample(summary(made), ["lab/one", "lab/other", "lab/third"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "failed: lab/one/meta: FloatingPointError: loss nan 2 of 3 tables reached; not reached: lab/third" in said
+    assert "typo" in said
     assert [one["row"] for one in json.loads((tmp_path / "sample" / "cpu.json").read_text())] == [one.row for one in made]
 
 

@@ -16,10 +16,10 @@ from metajax import registry
 from metajax.config import Config, Training, UserError, config_hash, override, to_dict
 from metajax.lineage import resolve_parents
 from metajax.registry import ByScale, Column, Published, Row
-from metajax.reporting.formats import failures
+from metajax.reporting.formats import failures, markdown
 from metajax.reporting.records import FAILURE_LOG, write_json
 from metajax.reporting.tables import choose_rows, expected_minutes, plan_table, run_table
-from metajax.sweeps import sweep_table
+from metajax.sweeps import sweep_table, swept
 from metajax.workers import workers
 
 SCORE = "eval.tasks.recall.exact"
@@ -294,13 +294,13 @@ def test_fewer_seeds_later_run_fewer_and_show_what_there_is(table, tmp_path):
 
 
 def test_rows_made_by_other_code_are_named(table, tmp_path, monkeypatch):
-    plan = plan_of(table, tmp_path, [0])
-    assert "same code" not in "".join(run_table(plan, Runs())["notes"]) + (plan.folder / "table.md").read_text()
+    text = markdown(run_table(plan_of(table, tmp_path, [0], rows=ROWS[:2]), Runs()))
+    assert "same code" not in text and "meta *" not in text
     monkeypatch.setitem(ENVIRONMENT, "git", {"commit": "b" * 40, "dirty": True})
-    plan = plan_of(table, tmp_path, [0, 1])
-    run_table(plan, Runs())
-    text = (plan.folder / "table.md").read_text()
-    assert "not all made by the same code" in text
+    text = markdown(run_table(plan_of(table, tmp_path, [0]), Runs()))
+    assert "| scratch *" in text and "| meta *" not in text, "the row alone that is not of the baseline's code"
+    text = markdown(run_table(plan_of(table, tmp_path, [0, 1]), Runs()))
+    assert "| meta *" in text and "not all made by the same code" in text
     assert "commit aaaaaaaaa: plain (seed 0)" in text and "commit bbbbbbbbb with uncommitted changes: plain (seed 1)" in text
 
 
@@ -482,3 +482,17 @@ def test_a_sweep_with_other_values_has_no_baseline(table):
     assert sweep_table(base_alone, ["model.layers=2,4"], "cpu", {}).name != made.name
     with pytest.raises(UserError, match="swept twice"):
         sweep_table(base_alone, ["model.layers=2", "model.layers=3"], "cpu", {})
+
+
+def test_fields_of_one_axis_go_in_step(table):
+    made = sweep_table(
+        registry.find("lab_base/plain"), ["model.layers=2,4 model.width=64,128", "optimizer.weight_decay=0,0.1"], "cpu", {}
+    )
+    assert [row.name for row in made.rows] == [
+        f"model.layers={n} model.width={w} optimizer.weight_decay={d}" for n, w in ((2, 64), (4, 128)) for d in ("0", "0.1")
+    ]
+    rows = swept({"model.layers": (2, 4), "model.width": (64, 128)}, {"data.tokenizer": ("byte", "hf:a/b.json")})
+    assert [row.name for row in rows][:2] == ["layers_2_width_64_tokenizer_byte", "layers_2_width_64_tokenizer_hf-a-b.json"]
+    assert rows[3].changes == {"model.layers": 4, "model.width": 128, "data.tokenizer": "hf:a/b.json"}
+    with pytest.raises(UserError, match=r"model\.layers and model\.width have different numbers of values"):
+        swept({"model.layers": (2, 4), "model.width": (64,)})

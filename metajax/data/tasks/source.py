@@ -1,7 +1,7 @@
 """Examples of the tasks as ids, and rows packed from them: both pure functions of their number.
 
 Train and test are disjoint by construction: a hash of what an example is about (its lists, its bits, its text to copy, with
-question and answer, neutral text apart) says which of the two it belongs to, whatever seed or phase draws it.
+question and answer, neutral text apart but for the needle's) says which of the two it belongs to, whatever seed or phase draws it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = TASKS
 class Encoded:
     """An example as ids: what is read, what each slot is asked for, where a question counts, and where its answer is.
 
-    ids, targets: int32 [n]; asked, answers: bool [n], the second without the end of the text; core: without neutral text; text: all of it.
+    ids, targets: int32 [n]; asked, answers: bool [n], the second without the end of the text; core: what it is about; text: all of it.
     """
 
     ids: np.ndarray
@@ -102,6 +102,8 @@ class Examples:
         low, high = lengths
         room = int(rng.integers(low, high + 1)) - 1  # BOS has its own
         core = self._writer.write(task, rng, room)
+        if core is not None and task == "needle":  # there are 48 of them: what is held out is the text that they lie in
+            core = self._writer.fill(core, rng, room)
         if core is None or is_test(core) != (split == "test"):
             return None
         example = self._writer.fill(core, rng, room)
