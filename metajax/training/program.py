@@ -98,11 +98,14 @@ class Program:
         """The jitted evaluation step."""
         return jax.jit(eval_step)
 
+    @cached_property
+    def _rows(self) -> HostRows:
+        return HostRows.of(self.mesh, jax.process_index())
+
     def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """This host's slice of a whole batch."""
-        host = HostRows.of(self.mesh, jax.process_index())
-        rows = len(batch["tokens"]) // host.count
-        return {name: values[host.index * rows :][:rows] for name, values in batch.items()}
+        rows = len(batch["tokens"]) // self._rows.count
+        return {name: values[self._rows.index * rows :][:rows] for name, values in batch.items()}
 
     def whole(self, tree: Any) -> Any:
         """A tree that this process holds whole, gathered from all of them where there are several."""
