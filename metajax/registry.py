@@ -177,6 +177,10 @@ class Table:
         """What a row would need and there is not at this scale, or ""."""
         return at_scale({"what": row.lacks}, scale).get("what", "")
 
+    def runs_at(self, scale: str) -> bool:
+        """Whether there is a row to run at a scale."""
+        return scale in self.scales and not all(self.lacks(row, scale) for row in self.rows)
+
     @property
     def paper_rows_here(self) -> int:
         """How many rows have what the paper says of them, be it the mark `not stated`, and can be run at paper scale."""

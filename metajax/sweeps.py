@@ -41,7 +41,8 @@ def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, change
     Raises:
       UserError: a word of another form, or a field that is set or swept twice.
     """
-    pairs = [[_axis(one) for one in word.split() or [word]] for word in words]
+    pairs = [[_axis(one) for one in re.split(r"\s+(?=[\w.]+=)", word)] for word in words]  # a value may have spaces
+    pairs = [[(f, list(dict.fromkeys(v))) for f, v in word] if len(word) == 1 else word for word in pairs]
     axes, fields = [dict(of_word) for of_word in pairs], [field for of_word in pairs for field, _ in of_word]
     require(len(set(fields)) == len(fields), "--sweep: a field is swept twice; give all of its values at once")
     for field in fields:

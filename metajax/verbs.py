@@ -163,8 +163,10 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
 
 def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     """Make a sample of all tables; 1 when something in it failed."""
-    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in ("json", "html", "largest_batch", "schedules")}
-    given |= {"--set": options.changes}
+    given = {
+        "--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--seeds": options.seeds > 1,
+        "--jobs": options.jobs > 1, "--render": options.render,
+    }  # fmt: skip
     for flag in (flag for flag, value in given.items() if value):
         raise UserError(
             f"{flag} does not go with --all, which takes a row of every table as it is; name a table, or leave it out"
@@ -176,7 +178,7 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     _start_jax(options.cache_dir)
     root = options.workdir or options.runs_dir
     made = sample(registry.tables().values(), options.scale, seconds, options.seed, root, run_one)
-    there = [name for name, table in registry.tables().items() if options.scale in table.scales]
+    there = [table.name for table in registry.tables().values() if table.runs_at(options.scale)]
     print_sample(summary(made), there)
     return 1 if any(one.reason for one in made) else 0
 
@@ -228,9 +230,8 @@ def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
         print_choices(results["choice"])
     for name, values in results.items():
         if isinstance(values, dict) and "accuracy" in values:
-            size = (
-                f"{values['images']} images" if "images" in values else f"{values['pairs']} pairs, margin {values['margin']:.3f}"
-            )
+            pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
+            size = ("{images} images" if "images" in values else pairs).format(**values)
             print(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"

@@ -15,12 +15,13 @@ from metajax.training.program import abstract_model
 registry.load()
 
 
-@pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "experiments").glob("*.py")), ids=lambda path: path.stem)
 def test_experiments_name_each_other_as_the_wheel_does(path):
     """In a wheel the package has another name, and `experiments` is the user's own."""
-    found = [
-        node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and not node.level
-    ]
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    found += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert found or path.stem == "__init__"
     assert not any(name.split(".")[0] == "experiments" for name in found)
 
 

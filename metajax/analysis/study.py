@@ -20,6 +20,7 @@ from metajax.data.rows import Row, finish, padding_row, stack
 from metajax.data.tasks.source import PAUSES, assemble
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
+from metajax.parallel.mesh import row_shards
 from metajax.progress import progress
 from metajax.training.program import Program
 from metajax.training.step import MODEL_INPUTS
@@ -76,8 +77,9 @@ class Study:
     def over_prompts(self, title: str, function: Callable[..., dict[str, jax.Array]], *models: LM) -> dict[str, np.ndarray]:
         """`function(*models, batch)`, a dict of arrays with a leading axis of prompts, over all prompts; jitted."""
         cfg, (count, length) = self.model.cfg, self.rows["tokens"].shape
-        fits = max(1, BATCH_FLOATS // (cfg.layers * cfg.heads * length**2)) * self.program.mesh.size
-        size = min(fits, -(-count // self.program.mesh.size) * self.program.mesh.size)
+        shards = row_shards(self.program.mesh)
+        fits = max(1, BATCH_FLOATS // (cfg.layers * cfg.heads * length**2)) * shards
+        size = min(fits, -(-count // shards) * shards)
         padding = padding_row({name: values[0] for name, values in self.rows.items()}, self.corpora.tokenizer.vocabulary.pad)
         fill = stack([padding] * (-count % size)) if count % size else None
         whole = {name: np.concatenate([v, fill[name]]) if fill else v for name, v in self.rows.items()}

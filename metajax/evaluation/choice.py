@@ -25,6 +25,7 @@ from metajax.data.rows import Row, padding_row, stack
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
+from metajax.parallel.mesh import row_shards
 from metajax.progress import progress
 from metajax.training.losses import token_nll
 from metajax.training.step import apply_model
@@ -124,7 +125,8 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
             pieces.append((head + (before + behind)[-room:], len(behind)))
     found = np.zeros((len(pieces), 2))
     found[:, 1] = 1
-    size = max(1, corpora.config.data.batch_rows // corpora.config.training.accumulate // program.mesh.size) * program.mesh.size
+    shards = row_shards(program.mesh)
+    size = max(1, corpora.config.data.batch_rows // corpora.config.training.accumulate // shards) * shards
     of_tokens = token_scores(program)
     with jax.set_mesh(program.mesh):
         for batch in _batches(corpora, pieces, size):

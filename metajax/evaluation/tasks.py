@@ -13,6 +13,7 @@ import numpy as np
 from metajax.config import Config
 from metajax.data.pipeline import Corpora, task_batches
 from metajax.data.tasks.prompts import chance
+from metajax.parallel.mesh import row_shards
 from metajax.progress import progress
 from metajax.reporting.statistics import share_interval
 from metajax.training.step import apply_model
@@ -40,7 +41,9 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
                 reason = impossible(program.config, length)
                 scored = {"exact": None, "token": None, "n": 0, "reason": reason}
                 if reason is None:
-                    scored = summarise(_score(program, task_batches(corpora, task, length, program.mesh.size), model, apply))
+                    scored = summarise(
+                        _score(program, task_batches(corpora, task, length, row_shards(program.mesh)), model, apply)
+                    )
                 results[task][str(length)] = scored | {"chance": chance(task, tasks)}
                 advance(1)
     return results

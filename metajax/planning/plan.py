@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kernels_pallas.bench.schedule import operations, xla_cycles
-from metajax.config import Config, config_hash
+from metajax.config import Config, config_hash, require
 from metajax.families import AnyConfig
 from metajax.parallel.rules import batch_sharding
 from metajax.planning.buffers import largest_buffers, temporaries
@@ -98,6 +98,8 @@ def plan(
     chip, devices = chip_of(topology), slice_devices(topology)
     planned = step(config, devices)
     reads, unit = planned.reads
+    parts = planned.mesh.shape["context"]
+    require(not schedules or parts == 1, "--schedules reads kernels on whole rows; leave it out, or context out of runtime.mesh")
     found: dict[str, Any] = {
         "name": config.name,
         "scale": config.scale,
@@ -176,7 +178,8 @@ def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
                 seen.add(channel.group(1))
             kind, members, speed = match.group(2), _group_size(line), chip.links
             sizes = [_array_bytes(*array) for array in _ARRAY.findall(match.group(1))]
-            size = max(sizes) if match.group(3) else sum(sizes)  # what is started names its input and contexts too
+            # What is started names its input and contexts too, but for a sum, whose results are all it names.
+            size = max(sizes) if match.group(3) and kind != "all-reduce" else sum(sizes)
             if kind == "reduce-scatter":
                 size *= members
             elif computation.startswith("all-reduce-scatter"):

@@ -14,7 +14,7 @@ from metajax.planning.buffers import FLAGS
 class Chip(NamedTuple):
     """Peak figures of one device as its maker publishes them: a chip, of tpu7x one of its two cores, which JAX counts one by one.
 
-    The cores of a tpu7x hand each other what one of them received, so the links of the chip count for both. Clocks: `compiled.CHIPS`.
+    The cores of a tpu7x hand each other what one of them received, so the links of the chip count for both.
     """
 
     flops: float  # bf16 operations per second
@@ -25,11 +25,12 @@ class Chip(NamedTuple):
     clock: float  # cycles per second, of XLA's estimates
 
 
-CHIPS = {
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, 1.5e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, 1.75e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 12.5e9, 1.75e9),
-    "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 600e9, 6.25e9, 2.2e9),
+# bf16 operations a second, GiB of HBM, bytes a second of all links together and of the network; the rest is `compiled.CHIPS`.
+PEAKS = {
+    "v5e": (197e12, 16, 200e9, 3.125e9),
+    "v5p": (459e12, 95, 600e9, 6.25e9),
+    "v6e": (918e12, 32, 448e9, 12.5e9),
+    "tpu7x": (1153.5e12, 96, 600e9, 6.25e9),
 }
 
 
@@ -38,13 +39,17 @@ def parse_topology(topology: str) -> tuple[int, str, str]:
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", topology)
     require(found is not None, f"--topology {topology}: expected KIND:SIZE, such as v5e:4x4, or 2xv5e:4x4 for two slices of it")
     count, kind, size = found.groups()
-    require(kind in CHIPS, f"--topology {topology}: unknown kind {kind!r}{nearest(kind, CHIPS)}; known: {', '.join(CHIPS)}")
+    require(kind in PEAKS, f"--topology {topology}: unknown kind {kind!r}{nearest(kind, PEAKS)}; known: {', '.join(PEAKS)}")
     return int(count or 1), kind, size
 
 
 def chip_of(topology: str) -> Chip:
     """The chip of a topology."""
-    return CHIPS[parse_topology(topology)[1]]
+    from kernels_pallas.bench.compiled import CHIPS  # which imports JAX, after `allow_compiler`
+
+    kind = parse_topology(topology)[1]
+    flops, gib, links, network = PEAKS[kind]
+    return Chip(flops, gib * 2**30, 1e9 * CHIPS[kind].bandwidth, links, network, 1e9 * CHIPS[kind].clock)
 
 
 def allow_compiler(dump: Path) -> None:

@@ -32,8 +32,10 @@ class Dpo:
         wanted = {
             "init.from": (bool(config.init.run) and not config.init.parts, "a whole run, which is the reference, too"),
             "metadata": (
-                recipe is not None and (recipe.position, recipe.keep) == ("prepend", 1),
-                "the prompt, with position prepend and keep 1",
+                recipe is not None
+                and (recipe.position, recipe.keep, recipe.tokens, recipe.assigned) == ("prepend", 1, 0, "own")
+                and recipe.loss_weights[0] == 0,
+                "the prompt, with position prepend, keep 1, tokens 0, its own, and no loss on it",
             ),
             "data.switch.metadata": (switch is None or switch.metadata == "same", "same"),
             "data.attend_across_documents": (not config.data.attend_across_documents, "false"),

@@ -11,7 +11,7 @@ from metajax.data.pipeline import Corpora, held_out
 from metajax.preferences.loss import METRICS, preference_sums
 from metajax.reporting.records import find_run
 from metajax.reporting.statistics import share_interval
-from metajax.training.checkpoints import read_parameters
+from metajax.training.checkpoints import newest_good, read_parameters
 from metajax.training.losses import token_nll
 from metajax.training.step import Batch, apply_model
 
@@ -22,17 +22,19 @@ if TYPE_CHECKING:
 def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
     """Means over the held-out pairs: margin, accuracy (the share with a margin above 0), chosen_reward; see `preference_sums`.
 
-    Beside them: pairs, how many there are, and low and high, the 95 % interval of the accuracy.
+    Beside them: pairs, how many there are, low and high, the 95 % interval of the accuracy, and the step of the reference.
     """
-    init, beta = program.config.init, program.config.dpo.beta
-    reference = read_parameters(find_run(init.run, corpora.paths.runs), program.abstract_state().model)
+    parent, beta = find_run(program.config.init.run, corpora.paths.runs), program.config.dpo.beta
+    step = newest_good(parent)
+    reference = read_parameters(parent, program.abstract_state().model, step=step)
     sums_of = jax.jit(partial(_sums, beta=beta))
     with jax.set_mesh(program.mesh):
         batches = [program.put(program.local_rows(batch)) for batch in held_out(corpora, "training").batches]
         sums = jax.device_get([sums_of(model, reference, batch) for batch in batches])
     total = {name: sum(found[name].item() for found in sums) for name in ("pairs", *METRICS)}
     low, high = share_interval(round(total["accuracy"]), round(total["pairs"]))
-    return {name: total[name] / total["pairs"] for name in METRICS} | {"pairs": round(total["pairs"]), "low": low, "high": high}
+    counted = {"pairs": round(total["pairs"]), "low": low, "high": high, "reference_step": step}
+    return {name: total[name] / total["pairs"] for name in METRICS} | counted
 
 
 def _sums(model: Any, reference: Any, batch: Batch, *, beta: float) -> dict[str, jax.Array]:

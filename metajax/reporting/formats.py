@@ -79,10 +79,16 @@ def state_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
 
 
 def label(row: Mapping[str, Any], result: Result) -> str:
-    """The row's name, with a star where a run of it was made by other code than the first of the baseline, or of the first row."""
+    """The row's name, with a star where a run of it was made by other code than the first run of `_basis`."""
     codes = {r["name"]: [(run["git"]["commit"], run["git"]["dirty"]) for run in r["runs"] if run["git"]] for r in result["rows"]}
-    basis = codes[result["baseline"] or result["rows"][0]["name"]]
+    basis = codes.get(_basis(result), [])
     return row["name"] + STAR * any(code != basis[0] for code in codes[row["name"]] if basis)
+
+
+def _basis(result: Result) -> str:
+    """The row whose code the others' is held against: the baseline, or the first that has runs; "" where none has."""
+    made = [row["name"] for row in result["rows"] if any(run["git"] for run in row["runs"])]
+    return result["baseline"] or next(iter(made), "")
 
 
 def run_name(row: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -183,7 +189,7 @@ def _code_remarks(result: Result) -> Iterator[str]:
         more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
         commit = f"commit {code['commit'][:9]}" if code["commit"] else "no git checkout"
         parts.append(f"{commit}{' with uncommitted changes' if code['dirty'] else ''}: {', '.join(runs[:4])}{more}")
-    yield f"The runs were not all made by the same code; rows with{STAR} differ from the baseline. " + "; ".join(parts) + "."
+    yield f"The runs were not all made by the same code; rows with{STAR} differ from {_basis(result)}. " + "; ".join(parts) + "."
 
 
 def _power_remarks(result: Result) -> Iterator[str]:

@@ -93,7 +93,7 @@ def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
 def _table_time(table: registry.Table, scale: str) -> str:
     """Expected time of a whole table with three seeds, its core rows in brackets where they are fewer."""
     whole = _duration(3 * expected_minutes(table, scale))
-    if all(table.lacks(row, scale) for row in table.rows):
+    if not table.runs_at(scale):
         return "nothing to run"
     if choose_rows(table, "core") == table.rows:
         return whole

@@ -241,19 +241,26 @@ def load_arrays(folder: Path, abstract: Any) -> Any:
         return from_arrays(abstract, checkpointer.restore(folder.absolute(), to_arrays(abstract)), str(folder))
 
 
-def read_parameters(workdir: Path, abstract_model: Any, parts: Mapping[str, str] | None = None, fresh: Any = None) -> Any:
-    """Parameters of the newest good checkpoint of a finished or running experiment, read without changing its folder.
+def newest_good(workdir: Path) -> int:
+    """The step of the newest checkpoint of a finished or running experiment that verifies; UserError where there is none."""
+    for step in reversed(steps_of(workdir)):
+        found = hashes_of(workdir, step)
+        if found and verify(home(workdir) / "checkpoints" / str(step), found) is None:
+            return step
+    raise UserError(f"{workdir} has no complete checkpoint yet; run the experiment first")
+
+
+def read_parameters(
+    workdir: Path, abstract_model: Any, parts: Mapping[str, str] | None = None, fresh: Any = None, step: int | None = None
+) -> Any:
+    """Parameters of a checkpoint, read without changing the run's folder.
 
     Args:
       parts: {part of this model: its name there} to read these alone (`Init.parts`); the others are those of `fresh`, another such model.
+      step: of the checkpoint, which `newest_good` has given; None asks it.
 
     Raises:
       UserError: no checkpoint there, or none that verifies or fits `abstract_model`.
     """
-    folder = home(workdir) / "checkpoints"
-    for step in reversed(steps_of(workdir)):
-        found = hashes_of(workdir, step)
-        if found and verify(folder / str(step), found) is None:
-            mine = {} if fresh is None else to_arrays(fresh)
-            return read_parts(folder / str(step), abstract_model, parts or {"": ""}, mine)
-    raise UserError(f"{workdir} has no complete checkpoint yet; run the experiment first")
+    folder = home(workdir) / "checkpoints" / str(newest_good(workdir) if step is None else step)
+    return read_parts(folder, abstract_model, parts or {"": ""}, {} if fresh is None else to_arrays(fresh))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.atomic import write_text
-from metajax.buckets import home, steps_of
+from metajax.buckets import home
 from metajax.config import Config, UserError, config_hash
 from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
@@ -34,7 +34,7 @@ from metajax.progress import progress, say
 from metajax.reporting.goodput import Goodput
 from metajax.reporting.pace import Counts, Pace, Phases
 from metajax.reporting.records import RunDirectory, find_run
-from metajax.training.checkpoints import Checkpoints, load_arrays, read_parameters, save_arrays
+from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, read_parameters, save_arrays
 from metajax.training.metrics import Loggers, MetricsFile, Nowhere, memory_use
 from metajax.training.program import Program
 from metajax.training.state import State
@@ -135,8 +135,8 @@ class Trainer:
         if config.init.from_ and (found is None or config.dpo is not None):
             parent = self._parent_parameters(abstract.model, fresh.model)
             self.frozen = self.program.frozen(parent)
-            # A copy, for the step writes over its state and leaves the reference.
-            fresh = fresh.replace(model=jax.tree.map(jnp.copy, parent) if self.frozen else parent)
+            if found is None:  # a copy, for the step writes over its state and leaves the reference
+                fresh = fresh.replace(model=jax.tree.map(jnp.copy, parent) if self.frozen else parent)
         if found is None:
             return fresh, Counts(), 0
         state, meta = found
@@ -153,14 +153,14 @@ class Trainer:
     def _parent_parameters(self, abstract: Any, fresh: Any) -> Any:
         init = self.config.init
         parent = find_run(init.run, self.paths.runs)
-        self._parent_step = max(steps_of(parent), default=None)
+        self._parent_step = newest_good(parent)
         theirs, ours = load_tokenizer(parent).fingerprint(), self.corpora.tokenizer.fingerprint()
         if theirs != ours and not init.parts:
             raise UserError(
                 f"init.from = {init.run}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
                 f"mean other tokens; use data.tokenizer=run:{parent}, or name the parts to take, such as RUN?blocks"
             )
-        return read_parameters(parent, abstract, init.parts, fresh)
+        return read_parameters(parent, abstract, init.parts, fresh, self._parent_step)
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.config.training.steps

@@ -218,7 +218,7 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
         assert resumed[name] == whole[name], name
 
     (here.runs / "cut" / "report.json").unlink()
-    (here.runs / "parent" / "checkpoints" / "9").mkdir()
+    monkeypatch.setattr(loop, "newest_good", lambda workdir: 9)  # what it says once the parent has gone on
     with pytest.raises(UserError, match=r"init\.from = parent has gone on, and the reference with it: step 9 now, 1 when"):
         run_experiment(config, here.runs / "cut", here)
 
