@@ -169,7 +169,7 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     }  # fmt: skip
     for flag in (flag for flag, value in given.items() if value):
         raise UserError(
-            f"{flag} does not go with --all, which takes a row of every table as it is; name a table, or leave it out"
+            f"{flag} does not go with --all, which takes rows of all tables as they are; name a table, or leave it out"
         )
     from metajax.reporting.sampler import budget_seconds, sample, summary
     from metajax.reporting.terminal import print_sample
@@ -235,8 +235,7 @@ def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
             print(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
-        shown = "no" if condition == "none" else condition
-        print(f"held-out bits/byte, {shown} metadata: {values['bpb']:.4f}  {size}")
+        print(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
 
 
 def list_all(options: argparse.Namespace, started: float) -> int:
