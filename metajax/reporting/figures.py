@@ -47,7 +47,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class SpreadColumn:
-    """One figure of `seed_spread`: a value for each seed of each row. Figures of one quantity share their axis."""
+    """One figure of `seed_spread`: a value for each seed of each row. Figures of one quantity share their axis where they fill a third of it."""
 
     title: str
     quantity: str
@@ -93,15 +93,16 @@ def loss_curves(
 
 def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> list[str]:
     """An SVG for each column: a dot for each seed, a stroke at the mean, a bar for its interval, a dashed line at the baseline's mean."""
-    limits = {c.quantity: _limits([other for other in columns if other.quantity == c.quantity]) for c in columns}
     drawn = []
     with matplotlib.rc_context(STYLE):
         for column in columns:
             figure = Figure(figsize=(WIDTH, 0.95 + 0.29 * len(column.values)), layout="constrained")
             axes = figure.add_subplot()
             _draw_spread(axes, column, baseline)
-            if limits[column.quantity] is not None:
-                axes.set_xlim(*limits[column.quantity])
+            if limits := _limits([column]):
+                low, high = _limits([other for other in columns if other.quantity == column.quantity])
+                fills = 3 * (limits[1] - limits[0]) >= high - low
+                axes.set_xlim(*((low, high) if fills else limits))
             axes.set_title(textwrap.fill(column.title, 44), fontweight="bold")
             drawn.append(to_svg(figure, f"Spread over seeds of {column.title} for {', '.join(column.values)}"))
     return drawn

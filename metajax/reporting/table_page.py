@@ -258,5 +258,5 @@ def _spread_caption(result: formats.Result) -> str:
         return f"One dot a row, because there is one seed: how far another seed would fall is not known.{line} Axes do not start at 0."
     return (
         f"A dot for each of {len(result['seeds'])} seeds, an upright stroke at their mean, a bar for its 95 % interval "
-        f"(one that reaches the frame goes on).{line} Axes do not start at 0, and columns of one quantity share theirs."
+        f"(one that reaches the frame goes on).{line} Axes do not start at 0, and columns of one quantity share theirs where they fill a third of it."
     )

@@ -235,6 +235,12 @@ def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():
     assert loss_curves({"not started": [([], [])]}).startswith("<svg")
 
 
+def test_columns_of_one_quantity_share_an_axis_unless_one_would_be_lost_in_it():
+    own, near, far = (SpreadColumn("a", "bpb", {"row": values}, {"row": None}) for values in ([1.0, 1.2], [1.1, 1.3], [1.0, 9.0]))
+    alone = seed_spread([own])[0]
+    assert seed_spread([own, far])[0] == alone != seed_spread([own, near])[0]
+
+
 def test_a_legend_of_long_names_has_a_line_for_each():
     curve = ([1, 2, 3], [3.0, 2.0, 1.0])
     short, long = (loss_curves({letter * length: [curve] for letter in "abc"}) for length in (20, 40))
