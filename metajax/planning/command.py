@@ -30,9 +30,10 @@ def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[A
     """Print the plan of a config, which starts from the runs of `parents`; 1 where it does not fit."""
     step = _step(config, parents, paths, options.vocabulary)
     found = plan(config, step, options.topology, dump, schedules=options.schedules)
+    shards = found["mesh"]["data"] * found["mesh"]["fsdp"]  # of a batch's rows
     if not found["fits"]:
         say("it does not fit; looking for a change that does")
-        found["advice"] = advise(config, found["chips"], lambda changed: plan(changed, step, options.topology))
+        found["advice"] = advise(config, shards, lambda changed: plan(changed, step, options.topology))
     if options.largest_batch:
         field, size, pieces = batch_of(config)
 
@@ -40,7 +41,7 @@ def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[A
             say(f"trying {field}={count}")
             return plan(override(config, {field: count}), step, options.topology)["fits"]
 
-        found["largest_batch"] = {"field": field, "size": largest_batch(found["chips"] * pieces, size, fits)}
+        found["largest_batch"] = {"field": field, "size": largest_batch(shards * pieces, size, fits)}
     if options.html is not None:
         write_plan_page(options.html, found)
     if options.json:

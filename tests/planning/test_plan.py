@@ -6,10 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jsonschema
 import pytest
 
 from metajax.config import UserError
+from metajax.planning.plan import memory, text_step, whole_batch
 from metajax.planning.topology import chip_of, parse_topology
+from metajax.training.program import Program
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "plan.schema.json").read_text())
 
 HLO = """HloModule jit_step
 
@@ -117,7 +123,31 @@ def plan(*words):
     command = [sys.executable, "run.py", "plan", *words, "--json"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA)
+    return found
+
+
+def test_a_plan_without_its_memory_is_no_plan():
+    broken = {"fits": True, "name": "a", "chips": 0}
+    problems = {error.message for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(broken)}
+    assert {"'memory' is a required property", "'mesh' is a required property", "0 is less than the minimum of 1"} <= problems
+
+
+def test_memory_agrees_with_the_step_that_runs(tiny_config):
+    """On a CPU, whose arrays are not padded: the planned program's arguments are the bytes of a real state and batch, which it runs on."""
+    config, device = tiny_config(), jax.devices()[:1]
+    planned = text_step(config, device, vocab_size=272)
+    compiled = planned.compile()
+    program = Program.build(config, 272, device)
+    state, batch = program.create_state(), program.put(whole_batch(config))
+    sizes = {part: sum(x.nbytes for x in jax.tree.leaves(tree)) for part, tree in {"state": state, "batch": batch}.items()}
+    found = memory(compiled, chip_of("v5e:1x1"))
+    assert found["arguments"] == sum(sizes.values()) - batch["asks_metadata"].nbytes, "which evaluation alone reads"
+    assert found["outputs"] < sizes["batch"] < sizes["state"], "the state comes back in the place of the old one"
+    assert found["temporaries"] > 0
+    state, metrics = compiled(state, batch)
+    assert bool(metrics["kept"]) and int(state.step) == 1
 
 
 @pytest.mark.libtpu
