@@ -32,12 +32,10 @@ AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform t
 ONE_TILE = 256 * 256
 
 # How their arrays lie on a mesh; lifetimes and segments of a row are known to all its parts.
-_KEYS, _CHANNELS, _STATE, _SEGMENTS = (
-    ("batch", "length", "kv_heads", None),
-    ("batch", "length", "ssm"),
-    ("batch", "ssm", None),
-    ("batch", None),
-)
+_KEYS = ("batch", "length", "kv_heads", None)
+_CHANNELS = ("batch", "length", "ssm")
+_STATE = ("batch", "ssm", None)
+_SEGMENTS = ("batch", None)
 ATTENTION_AXES = {
     "q": ("batch", "length", "heads", None), "k": _KEYS, "v": _KEYS, "expiry": _SEGMENTS,
     "meta_k": (None, "kv_heads", None), "meta_v": (None, "kv_heads", None), "q_offset": (),

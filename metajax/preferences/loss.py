@@ -23,11 +23,11 @@ def preference_sums(
     over the batch: "pairs", "margin", "accuracy" (margins above 0), "chosen_reward".
     """
     reward = beta * weights * (reference_nll - nll)
-    is_chosen = segment_ids % 2 == 1
+    is_chosen, pair = segment_ids % 2 == 1, (segment_ids + 1) // 2  # pair 0 is padding
     most = segment_ids.shape[1] // 4  # two answers of BOS and a token
-    belongs = ((segment_ids + 1) // 2)[..., None] == jnp.arange(1, most + 1)  # [B, T, pair]; padding is in none
-    margins = jnp.sum(jnp.where(belongs, jnp.where(is_chosen, reward, -reward)[..., None], 0.0), axis=1)
-    exists = jnp.any(belongs, axis=1)
+    by_pair = jax.vmap(lambda x, pair: jax.ops.segment_sum(x, pair, most + 1)[1:])
+    margins = by_pair(jnp.where(is_chosen, reward, -reward), pair)
+    exists = by_pair(jnp.ones_like(pair), pair) > 0
     parts = {
         "pairs": jnp.sum(exists, dtype=jnp.float32),
         "margin": jnp.sum(margins),

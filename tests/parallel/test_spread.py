@@ -42,6 +42,9 @@ conv = {"x": channels, "w": (6, 4), "b": (6,), "initial_tail": (4, 3, 6), "reset
 def attention(window, implementation, **arrays):
     return ops.attention(**arrays, mask=Mask(window=window), segment_ids=ids, implementation=implementation)
 
+def three_rows(**arrays):
+    return ops.attention(**arrays, mask=Mask(window=3), segment_ids=ids[:3], implementation="xla")
+
 def meta_attention(**arrays):
     return ops.meta_attention(**arrays, slots=slots, segment_ids=ids, implementation="xla")
 
@@ -71,6 +74,7 @@ pallas = {
     "all": (functools.partial(attention, None, "interpreted"), heads | metas),
     "scan": (functools.partial(selective_scan, "interpreted"), scan),
     "conv": (functools.partial(causal_conv, "interpreted"), conv),
+    "three rows, which data does not divide": (three_rows, {name: (3, *shape[1:]) for name, shape in heads.items()}),
 }
 
 def with_gradients(op, arrays):
