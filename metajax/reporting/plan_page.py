@@ -18,8 +18,8 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
         memory, sizes = plan["memory"], memory_kinds(plan)
         shown |= {
             "memory": [
-                {"name": name, "css": f"p{1 + i % 4}", "gib": f"{size / GIB:.3f}", "percent": f"{100 * size / memory['limit']:.2f}"}
-                for i, (name, size) in enumerate(sizes.items())
+                {"name": name, "css": f"p{i}", "gib": f"{size / GIB:.3f}", "percent": f"{100 * size / memory['limit']:.2f}"}
+                for i, (name, size) in enumerate(sizes.items(), 1)  # nine at most, and as many colours
             ],
             "memory_facts": [(name, f"{size / GIB:.3f} GiB") for name, size in sizes.items()],
             "total": f"{memory['total'] / GIB:.3f}",

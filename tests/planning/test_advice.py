@@ -1,5 +1,7 @@
 """What is advised where a plan does not fit, without a compiler; the page of a plan."""
 
+import re
+
 import pytest
 
 from metajax.planning.advice import advise, candidates, largest_batch
@@ -112,9 +114,9 @@ def test_the_largest_batch_is_found_by_bisection():
 def test_the_page_of_a_plan(tmp_path, dump):
     gib = 2**30
     plan = {
-        "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "fits": True, "compile_seconds": 3.0, "flops": 1e12,
+        "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 1, "fsdp": 4}, "fits": True, "compile_seconds": 3.0, "flops": 1e12,
         "reads": {"count": 8192, "unit": "tokens"},
-        "state": {"parameters": gib, "optimizer": 2 * gib}, "kernels": {"causal_conv_forward": 24}, "flops_by_part": {"mlp": 3e7, "head": 1e7},
+        "state": {"parameters": gib, "optimizer": gib, "frozen": gib}, "kernels": {"causal_conv_forward": 24}, "flops_by_part": {"mlp": 3e7, "head": 1e7},
         "memory": {"arguments": 4 * gib, "outputs": 0, "temporaries": 8 * gib, "program": gib, "total": 13 * gib, "limit": 16 * gib},
         "collectives": {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}},
         "temporaries": {"activations": 5 * gib, "gradients": 2 * gib, "other": gib // 2},
@@ -125,6 +127,11 @@ def test_the_page_of_a_plan(tmp_path, dump):
     page = (tmp_path / "plan.html").read_text()
     assert "13.000 GiB" in page and "of 16 GiB" in page and "3 times, 5.0 MB" in page
     assert 'p1" style="width: 6.25%"' in page and "activations</dt>" in page and "24 calls" in page and "75.0%" in page
+    kinds = re.findall(r'<i class="(p\d)"></i>', page)
+    assert len(set(kinds)) == len(kinds) == 9 and all(f".{kind} {{" in page for kind in kinds), (
+        "each kind of memory has a colour of its own"
+    )
+    assert "4 chips, fsdp 4" in page
     assert "as scheduled, all else at the peak" not in page, "nobody asked for schedules"
     call = {
         "name": "causal_conv_forward",
