@@ -461,7 +461,7 @@ def config_hash(config: Config) -> str:
     # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
     if identity.get("dpo", 0) is None:
         del identity["dpo"]
-    for part in ("evaluation", "prompts"):
+    for part in ("evaluation", "prompts", "clip"):
         if identity.get(part):
             identity[part] = {k: v for k, v in identity[part].items() if v is not None}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

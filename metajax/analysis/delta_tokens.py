@@ -29,7 +29,7 @@ EMBEDDED = 40  # images in t-SNE, whose time grows faster than its points
 
 def delta_groups(learner: Learner, model: CLIP, pixels: np.ndarray, cfg: Prompts, seed: int) -> tuple[jax.Array, jax.Array]:
     """(meta tokens [types + 1, N, width] with the images as they are in front, deltas [types, N, width]) of uint8 images."""
-    key, plain = jax.random.key(seed), _tokens(learner, model, normalise(jnp.asarray(pixels)))
+    key, plain = jax.random.key(seed), _tokens(learner, model, normalise(jnp.asarray(pixels), model.cfg))
     groups = [plain]
     for n in range(len(cfg.augmentations)):
         keys = jax.random.split(jax.random.fold_in(key, n), len(pixels))
@@ -52,8 +52,8 @@ def _hidden(learner: Learner, model: CLIP, images: jax.Array) -> jax.Array:
 def _augmented(
     learner: Learner, model: CLIP, pixels: jax.Array, kind: jax.Array, keys: jax.Array, *, names: tuple[str, ...], space: str
 ) -> jax.Array:
-    one = functools.partial(augment, names=names, space=space)
-    changed = jax.lax.map(lambda x: one(x[0], kind, x[1]), (normalise(pixels), keys))
+    one = functools.partial(augment, clip=model.cfg, names=names, space=space)
+    changed = jax.lax.map(lambda x: one(x[0], kind, x[1]), (normalise(pixels, model.cfg), keys))
     return learner.meta_net(unit(model.encode_image(changed)))
 
 
@@ -77,7 +77,7 @@ def analyse(learner: Learner, model: CLIP, pixels: np.ndarray, labels: np.ndarra
     A silhouette is None where a meta-net that is dead, or a single class, leaves nothing to tell apart.
     """
     tokens, deltas = (np.asarray(part) for part in delta_groups(learner, model, pixels, cfg, seed))
-    hidden = np.asarray(_hidden(learner, model, normalise(jnp.asarray(pixels))))
+    hidden = np.asarray(_hidden(learner, model, normalise(jnp.asarray(pixels), model.cfg)))
     dead, alive = float(np.mean(np.all(hidden == 0, axis=0))), bool(np.any(deltas))
     types, count = deltas.shape[:2]
     flat, kinds, classes = deltas.reshape(types * count, -1), np.repeat(np.arange(types), count), np.tile(labels, types)

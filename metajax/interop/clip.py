@@ -18,8 +18,9 @@ import numpy as np
 from metajax.config import Runtime, require
 from metajax.interop.files import WHOLE, open_directory, open_tensors, read_json
 from metajax.interop.layouts import Layout, Stored, Tensor, fill, stored_of
-from metajax.models.clip.config import Clip
+from metajax.models.clip.config import PIXEL_MEAN, PIXEL_STD, Clip
 from metajax.models.clip.model import CLIP
+from metajax.progress import warn
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", WHOLE)
 
@@ -154,9 +155,11 @@ def _open_published(folder: Path) -> tuple[Mapping[str, Tensor], Clip, str]:
     if (folder / OPEN_CLIP_CONFIG).exists():
         weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).exists()), None)
         require(weights is not None, f"{folder} has no {' and no '.join(OPEN_CLIP_WEIGHTS)}; fetch the weights as safetensors")
-        return open_tensors(weights), open_clip_config(read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]), "openai"
+        values = read_json(folder / OPEN_CLIP_CONFIG)
+        cfg = open_clip_config(values["model_cfg"])
+        return open_tensors(weights), open_clip_pixels(values.get("preprocess_cfg", {}), cfg), "openai"
     values, tensors = open_directory(folder, "clip")
-    return tensors, huggingface_config(values), "huggingface"
+    return tensors, huggingface_pixels(_image_processor(folder), huggingface_config(values)), "huggingface"
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
@@ -211,6 +214,14 @@ def open_clip_config(values: Mapping[str, Any]) -> Clip:
     _only("model_cfg", values, {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias", "init_logit_scale"})
     layers, patch = image["layers"], image.get("patch_size")
     convolutional = isinstance(layers, list)
+    sizes = {f"vision_cfg.{name}": image[name] for name in ("width", "image_size")} | {
+        "vision_cfg.head_width": image.get("head_width", 64)
+    }
+    sizes |= {f"vision_cfg.layers[{n}]": count for n, count in enumerate(layers if convolutional else [layers])}
+    sizes |= {f"text_cfg.{name}": text[name] for name in ("context_length", "vocab_size", "width", "heads", "layers")}
+    _sizes(
+        OPEN_CLIP_CONFIG, sizes | {"embed_dim": values["embed_dim"]} | ({} if convolutional else {"vision_cfg.patch_size": patch})
+    )
     # A ResNet's attention pool is 32 times as wide as its first stage.
     heads = image["width"] * (32 if convolutional else 1) // image.get("head_width", 64)
     return Clip(
@@ -222,30 +233,131 @@ def open_clip_config(values: Mapping[str, Any]) -> Clip:
     )  # fmt: skip
 
 
+def _sizes(file: str, sizes: Mapping[str, Any]) -> None:
+    """UserError for a size that is no whole number, or too large for any CLIP."""
+    for name, size in sizes.items():
+        fits = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= (1_000 if "layers" in name else 10_000_000)
+        require(fits, f"{file}: {name} = {size!r} is not a size that a CLIP can have; fetch the file again")
+
+
 def _only(what: str, values: Mapping[str, Any], known: set[str]) -> None:
     other = sorted(values.keys() - known)
     require(not other, f"{OPEN_CLIP_CONFIG}: {what} has {', '.join(other)}, which this CLIP cannot follow")
 
 
+def open_clip_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
+    """The model with the normalisation of an open_clip_config.json's `preprocess_cfg`. UserError for another way to see an image."""
+    same = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB", "size": cfg.image_size}
+    for name, value in values.items():
+        if name in same:
+            sides = [value] if name != "size" or isinstance(value, int) else value
+            require(
+                all(side == same[name] for side in sides),
+                f"{OPEN_CLIP_CONFIG}: preprocess_cfg.{name} = {value!r}, but only {same[name]!r} is supported here",
+            )
+    _only("preprocess_cfg", values, {*same, "mean", "std", "fill_color"})  # nothing is filled where the short side fits
+    return _with_pixels(f"{OPEN_CLIP_CONFIG}: preprocess_cfg", cfg, values.get("mean"), values.get("std"))
+
+
+def _with_pixels(what: str, cfg: Clip, mean: Any, std: Any) -> Clip:
+    """The model with its own mean and deviation of pixels; None: OpenAI's."""
+    for name, numbers in (("mean", mean), ("std", std)):
+        fits = numbers is None or (
+            isinstance(numbers, list)
+            and len(numbers) == 3
+            and all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
+        )
+        require(fits, f"{what}: {name} = {numbers!r} is not a number for each of three channels")
+    mean, std = (None if numbers is None else tuple(map(float, numbers)) for numbers in (mean, std))
+    return replace(cfg, pixel_mean=None if mean == PIXEL_MEAN else mean, pixel_std=None if std == PIXEL_STD else std)
+
+
+def _image_processor(folder: Path) -> Mapping[str, Any]:
+    """What a Hugging Face folder says of its images; warns where it says nothing."""
+    single, together = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if single.exists():
+        return read_json(single)
+    if together.exists():
+        return read_json(together)["image_processor"]
+    warn(f"{folder} has no {single.name}: images are normalised with OpenAI's mean and deviation")
+    return {}
+
+
+def huggingface_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
+    """The model with the normalisation of a preprocessor_config.json. UserError for another way to see an image."""
+    size, sides = cfg.image_size, {"shortest_edge": cfg.image_size}
+    square = {"height": size, "width": size}
+    # Each name with what is done here, as files write it; 3 is bicubic.
+    known: dict[str, tuple[Any, ...]] = {
+        "do_resize": (True,), "size": (size, sides), "resample": (3,), "do_center_crop": (True,), "crop_size": (size, square),
+        "do_rescale": (True,), "do_normalize": (True,), "do_convert_rgb": (True, None), "do_pad": (False, None),
+    }  # fmt: skip
+    for name, ways in known.items():
+        found = values.get(name, ways[0])
+        require(found in ways, f"preprocessor_config.json: {name} = {found!r}, but only {ways[0]!r} is supported here")
+    factor = values.get("rescale_factor", 1 / 255)
+    require(
+        isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6),
+        f"preprocessor_config.json: rescale_factor = {factor!r}, but only 1/255 is supported here",
+    )
+    told = values.keys() - known.keys() - {"rescale_factor", "image_mean", "image_std", *_TOLD}
+    if told:
+        warn(f"preprocessor_config.json: {', '.join(sorted(told))} not known here, and left out of account")
+    return _with_pixels("preprocessor_config.json", cfg, values.get("image_mean"), values.get("image_std"))
+
+
+# Of a preprocessor_config.json: what changes no pixel.
+_TOLD = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "data_format",
+    "input_data_format",
+    "device",
+    "return_tensors",
+)
 # Hugging Face leaves out what equals these.
-_COMMON = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+_COMMON = {
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12, "attention_dropout": 0.0, "initializer_factor": 1.0,
+    "initializer_range": 0.02, "projection_dim": 512,
+}  # fmt: skip
 _TEXT = _COMMON | {
     "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49_408,
+    "bos_token_id": 49_406, "eos_token_id": 49_407, "pad_token_id": 1,
 }  # fmt: skip
 _VISION = _COMMON | {
-    "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
+    "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "num_channels": 3,
 }  # fmt: skip
+
+
+def _tower(values: Mapping[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A tower's settings. An older `NAME_dict` goes before NAME, its defaults too, as in the transformers library."""
+    own, older = values.get(name) or {}, values.get(f"{name}_dict")
+    for what, found in ((name, own), (f"{name}_dict", older or {})):
+        require(isinstance(found, dict), f"config.json: {what} is {type(found).__name__}, not a JSON object")
+    return defaults | own | ({} if older is None else defaults | older)
 
 
 def huggingface_config(values: Mapping[str, Any]) -> Clip:
     """The model of a config.json. UserError for a setting that this model cannot follow."""
-    text, image = _TEXT | values.get("text_config", {}), _VISION | values.get("vision_config", {})
+    text, image = _tower(values, "text_config", _TEXT), _tower(values, "vision_config", _VISION)
     for what, part in {"text_config": text, "vision_config": image}.items():
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        names += ("max_position_embeddings", "vocab_size") if part is text else ("image_size", "patch_size")
+        _sizes("config.json", {f"{what}.{name}": part[name] for name in names})
         wanted = {"intermediate_size": 4 * part["hidden_size"], "layer_norm_eps": 1e-5, "hidden_act": text["hidden_act"]}
         for name, value in wanted.items():
             require(part[name] == value, f"config.json: {what}.{name} = {part[name]!r}, but only {value!r} is supported here")
+    require(image["num_channels"] == 3, f"config.json: vision_config.num_channels = {image['num_channels']!r}, but images have 3")
+    # The features of a text are those of its end token: of the largest id where the setting is 2 (an older default), else of that id.
+    last = text["vocab_size"] - 1
+    require(
+        text["eos_token_id"] in (2, last, 49_407),
+        f"config.json: text_config.eos_token_id = {text['eos_token_id']!r}, but only the largest id, {last}, is supported here",
+    )
     known = ("quick_gelu", "gelu")
     require(text["hidden_act"] in known, f"config.json: hidden_act = {text['hidden_act']!r}; supported: {', '.join(known)}")
+    _sizes("config.json", {"projection_dim": values.get("projection_dim", 512)})
     return Clip(
         vision_layers=(image["num_hidden_layers"],), vision_width=image["hidden_size"], vision_heads=image["num_attention_heads"],
         text_width=text["hidden_size"], text_heads=text["num_attention_heads"], embed=values.get("projection_dim", 512),

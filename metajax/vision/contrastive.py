@@ -11,7 +11,7 @@ import numpy as np
 from metajax.config import require
 from metajax.data.images.batches import caption_batches, test_pixels, texts_of_sets, viewer
 from metajax.data.images.preprocessing import normalise
-from metajax.data.images.sets import ImageSet, check_set, fingerprint_of
+from metajax.data.images.sets import ImageSet, check_set, content_of, fingerprint_of
 from metajax.data.images.sources import open_images
 from metajax.data.images.templates import texts_of
 from metajax.data.images.words import WordTokenizer
@@ -50,7 +50,7 @@ def contrastive_task(config: ImageConfig, paths: Paths) -> Task:
         steps=config.training.steps, epoch=config.training.steps, batches=batches, create=create, tx=tx,
         rate=schedule(config.optimizer, config.training.steps), frozen=(), loss=caption_loss,
         evaluate=lambda model: {s.spec: zero_shot(model, tokenizer, s) for s in tested},
-        images=fingerprint_of(*(s.fingerprint for s in sets)), tokenizer=tokenizer, manifest=[describe(s) for s in sets],
+        images=fingerprint_of(*(content_of(s, "pretrain", "test") for s in sets)), tokenizer=tokenizer, manifest=[describe(s) for s in sets],
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def caption_loss(model: CLIP, frozen: Any, batch: dict[str, jax.Array], choice: 
     """Images and texts of a batch; texts that are the same belong to each other's images too."""
     tokens = batch["tokens"]
     matches = jnp.all(tokens[:, None] == tokens[None], axis=-1)
-    loss = LOSSES[model.cfg.loss](model(normalise(batch["pixels"]), tokens), matches)
+    loss = LOSSES[model.cfg.loss](model(normalise(batch["pixels"], model.cfg), tokens), matches)
     return loss, {"logit_scale": jnp.exp(model.logit_scale[...])}
 
 
@@ -77,7 +77,7 @@ def encode_images(model: CLIP, pixels: Any, at_once: int = 100) -> jax.Array:
 
 @jax.jit
 def _encode(model: CLIP, pixels: jax.Array) -> jax.Array:
-    return unit(model.encode_image(normalise(pixels)))
+    return unit(model.encode_image(normalise(pixels, model.cfg)))
 
 
 def describe(images: ImageSet) -> dict[str, Any]:

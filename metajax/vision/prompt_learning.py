@@ -16,12 +16,13 @@ from metajax.config import require
 from metajax.data.images.augmentations import augment
 from metajax.data.images.batches import prompt_batches, test_pixels, viewer
 from metajax.data.images.preprocessing import centre, normalise
-from metajax.data.images.sets import ImageSet, check_set, few_shot, fingerprint_of, part_of_classes
+from metajax.data.images.sets import ImageSet, check_set, content_of, few_shot, fingerprint_of, part_of_classes
 from metajax.data.images.sources import open_images
 from metajax.data.images.templates import SELECTED
 from metajax.data.pipeline import Paths
 from metajax.evaluation.zero_shot import accuracy, harmonic
 from metajax.image_config import ImageConfig, Prompts
+from metajax.models.clip.config import Clip
 from metajax.models.clip.model import CLIP, unit
 from metajax.models.clip.prompts import (
     ClassTexts,
@@ -63,6 +64,7 @@ def prompt_task(config: ImageConfig, paths: Paths) -> Task:
     for target in targets:
         check_set(target, "test")
     epoch = max(1, len(items) // cfg.batch)
+    content = [content_of(_with_train(whole, shots), "train", "test"), *(content_of(target, "test") for target in targets)]
     texts = texts_for(model, tokenizer, seen, cfg) if cfg.context else None
     centres = np.stack([centre(seen.read(item.key), size) for item in items])
     features = encode_images(model, centres) if config.still else jnp.zeros((0, model.cfg.embed))
@@ -82,7 +84,7 @@ def prompt_task(config: ImageConfig, paths: Paths) -> Task:
         create=create, tx=sgd(cfg, rate), rate=rate, frozen=Frozen(model, texts, features),
         loss=functools.partial(prompt_loss, cfg=cfg),
         evaluate=lambda learner: evaluate(learner, model, tokenizer, whole, targets, config),
-        images=fingerprint_of(*(s.fingerprint for s in (whole, *targets))), tokenizer=tokenizer,
+        images=fingerprint_of(*content), tokenizer=tokenizer,
         manifest=[describe(s) for s in (whole, *targets)],
         choose=choose if cfg.sampling == "weighted" and cfg.paired else None,
         choice=np.full(len(cfg.augmentations), 1 / len(cfg.augmentations), np.float32),
@@ -144,14 +146,15 @@ def prompt_loss(
     learner: Learner, frozen: Frozen, batch: dict[str, jax.Array], choice: jax.Array, key: jax.Array, *, cfg: Prompts
 ) -> Losses:
     """Cross-entropy of the first view, and AAPL's triplets of both views under two augmentations, which are the same for both."""
-    model, images = frozen.model, normalise(batch["pixels"])  # [B, views, size, size, 3]
+    model = frozen.model
+    images = normalise(batch["pixels"], model.cfg)  # [B, views, size, size, 3]
     keys, metrics, triplets = jax.random.split(key, 4), {}, 0.0
     if cfg.paired:
         plain, tokens, deltas = delta_of_views(learner, model, images, draw_types(keys[1], choice, len(images)), keys[2], cfg)
         triplets = ad_triplet(deltas if cfg.triplet_of == "delta" else tokens, cfg.margin, cfg.constraints)
         metrics = {"ad_triplet": triplets, "delta_norm": jnp.mean(jnp.linalg.norm(deltas, axis=-1))}
     if cfg.augment:
-        first = unit(model.encode_image(_sometimes(images[:, 0], keys[0], choice, cfg)))
+        first = unit(model.encode_image(_sometimes(images[:, 0], keys[0], choice, cfg, model.cfg)))
     elif cfg.paired:
         first = plain[:, 0]
     else:
@@ -170,7 +173,7 @@ def delta_of_views(
     count, size = len(images), images.shape[-3:]
     both = jnp.broadcast_to(images[:, :, None], (count, 2, 2, *size)).reshape(-1, *size)
     kinds = jnp.broadcast_to(types[:, None], (count, 2, 2)).reshape(-1)
-    one = functools.partial(augment, names=cfg.augmentations, space=cfg.space)
+    one = functools.partial(augment, clip=model.cfg, names=cfg.augmentations, space=cfg.space)
     changed = jax.lax.map(lambda x: one(*x), (both, kinds, jax.random.split(key, len(both))))
     features = unit(model.encode_image(jnp.concatenate([images.reshape(-1, *size), changed])))
     tokens = learner.meta_net(features)
@@ -178,11 +181,11 @@ def delta_of_views(
     return features[: 2 * count].reshape(count, 2, -1), jnp.moveaxis(moved, 0, 2), jnp.moveaxis(moved - plain, 0, 2)
 
 
-def _sometimes(images: jax.Array, key: jax.Array, weights: jax.Array, cfg: Prompts) -> jax.Array:
+def _sometimes(images: jax.Array, key: jax.Array, weights: jax.Array, cfg: Prompts, clip: Clip) -> jax.Array:
     """Each image under one augmentation with probability `cfg.augment`."""
     keys = jax.random.split(key, 3)
     types = jax.random.categorical(keys[0], jnp.log(weights), shape=(len(images),))
-    one = functools.partial(augment, names=cfg.augmentations, space=cfg.space)
+    one = functools.partial(augment, clip=clip, names=cfg.augmentations, space=cfg.space)
     changed = jax.lax.map(lambda x: one(*x), (images, types, jax.random.split(keys[1], len(images))))
     chosen = jax.random.bernoulli(keys[2], cfg.augment, (len(images), 1, 1, 1))
     return jnp.where(chosen, changed, images)

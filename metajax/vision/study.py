@@ -89,7 +89,7 @@ def attention(study: ImageStudy) -> dict[str, Any]:
 
 @jax.jit
 def _probabilities(model: CLIP, pixels: jax.Array) -> jax.Array:
-    return model.visual(normalise(jnp.asarray(pixels)), ("attention_probabilities",))[1]["attention_probabilities"]
+    return model.visual(normalise(jnp.asarray(pixels), model.cfg), ("attention_probabilities",))[1]["attention_probabilities"]
 
 
 def overhead(study: ImageStudy) -> dict[str, Any]:

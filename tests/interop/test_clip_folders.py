@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from metajax.config import Runtime, UserError
+from metajax.data.images.preprocessing import centre, normalise
 from metajax.interop.clip import clip_tensors, from_state, layout_of, load_clip, open_clip_config, openai_config
 from metajax.interop.layouts import values_of
 from metajax.models.clip.config import preset
-from metajax.models.clip.model import CLIP
+from metajax.models.clip.model import CLIP, unit
 from metajax.models.lm import named_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -139,6 +142,122 @@ def test_open_clip_settings():
     assert open_clip_config({"embed_dim": 1024, "quick_gelu": True, "vision_cfg": resnet, "text_cfg": text}) == preset("RN50")
     with pytest.raises(UserError, match="vision_cfg has pool_type, which this CLIP cannot follow"):
         open_clip_config(OPEN_CLIP | {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"pool_type": "tok"}})
+
+
+PROCESSOR = {
+    "do_resize": True,
+    "size": {"shortest_edge": 32},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 32, "width": 32},
+}
+
+
+def hugging_face_folder(folder, config=CONFIG, processor=None):
+    (folder / "config.json").write_text(json.dumps(config))
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_file(hugging_face(state_of("clip_vit_a")), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.fault(7)
+def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path, capsys):
+    pixels, half = np.full((1, 32, 32, 3), 255, np.uint8), {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    found = load_clip(hugging_face_folder(tmp_path, processor=PROCESSOR | half)).cfg
+    np.testing.assert_allclose(normalise(pixels, found), 1.0)
+    assert not capsys.readouterr().err
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR | half}))
+    assert load_clip(tmp_path).cfg == found
+    (tmp_path / "processor_config.json").unlink()
+    openai = load_clip(tmp_path).cfg
+    assert (
+        openai.pixel_mean is None
+        and "no preprocessor_config.json: images are normalised with OpenAI's" in capsys.readouterr().err
+    )
+    np.testing.assert_allclose(normalise(pixels, openai)[0, 0, 0], [1.93033625, 2.07488384, 2.14589777], rtol=1e-6)
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}})
+    )
+    save_file(state_of("clip_vit_a"), tmp_path / "open_clip_model.safetensors")
+    assert load_clip(tmp_path).cfg == found
+
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resample": 2}, {"size": {"shortest_edge": 36}}, {"size": {"height": 32, "width": 32}}, {"do_center_crop": False},
+        {"crop_size": 16}, {"rescale_factor": 1.0}, {"do_normalize": False}, {"image_mean": [0.5]}, {"image_std": "0.5"},
+        {"image_mean": [0.5, 0.5, float("nan")]}, {"image_std": [0.5, 0.0, 0.5]},
+    ],
+    ids=lambda changes: f"{changes}",
+)  # fmt: skip
+def test_another_way_to_see_an_image_is_refused_by_name(tmp_path, changes):
+    (name,) = changes
+    with pytest.raises(UserError, match=name.removeprefix("image_")):
+        load_clip(hugging_face_folder(tmp_path, processor=PROCESSOR | changes))
+    ours = {"image_mean": "mean", "image_std": "std", "resample": "interpolation", "size": "size"}
+    if name in ours:
+        theirs = {
+            "preprocess_cfg": {
+                ours[name]: {2: "bilinear"}.get(changes[name], changes[name]) if name == "resample" else changes[name]
+            }
+        }
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP} | theirs))
+        with pytest.raises(UserError, match=r"open_clip_config\.json: preprocess_cfg|pixel_std"):
+            load_clip(tmp_path)
+
+
+@pytest.mark.fault(7)
+def test_an_older_config_dict_goes_before_the_config(tmp_path):
+    gelu = {tower: CONFIG[tower] | {"hidden_act": "gelu"} for tower in ("text_config", "vision_config")}
+    older = {f"{tower}_dict": values for tower, values in gelu.items()}
+    assert load_clip(hugging_face_folder(tmp_path, CONFIG | older, PROCESSOR)).cfg.activation == "gelu"
+    one = CONFIG | {"text_config_dict": gelu["text_config"]}
+    with pytest.raises(UserError, match=r"vision_config\.hidden_act = 'quick_gelu', but only 'gelu'"):
+        load_clip(hugging_face_folder(tmp_path, one, PROCESSOR))
+    defaults = CONFIG | {"text_config_dict": {"hidden_act": "quick_gelu"}}  # the sizes are the library's then
+    with pytest.raises(UserError, match="the checkpoint lacks text_model"):
+        load_clip(hugging_face_folder(tmp_path, defaults, PROCESSOR))
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("size", [0, -1, 10**12, "32", None, True, 1.5])
+def test_a_size_that_no_clip_has_is_refused(tmp_path, size):
+    changed = CONFIG | {"vision_config": CONFIG["vision_config"] | {"num_hidden_layers": size}}
+    with pytest.raises(UserError, match=r"config\.json: vision_config\.num_hidden_layers = .* is not a size"):
+        load_clip(hugging_face_folder(tmp_path, changed, PROCESSOR))
+    with pytest.raises(UserError, match=r"open_clip_config\.json: text_cfg\.width = .* is not a size"):
+        open_clip_config(OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | {"width": size}})
+
+
+@pytest.mark.peers
+@pytest.mark.fault(7)
+def test_features_of_images_and_texts_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    transformers = pytest.importorskip("transformers", reason="compares with the transformers library")
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    text = CONFIG["text_config"] | {"hidden_act": "gelu", "eos_token_id": 99}
+    vision = CONFIG["vision_config"] | {"hidden_act": "gelu"}
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    theirs.save_pretrained(tmp_path)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4], **size)
+    processor.save_pretrained(tmp_path)
+    ours = load_clip(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 77, 3), dtype=np.uint8))
+    tokens = np.array([[98, 5, 9, 99, 0, 0], [98, 3, 1, 7, 8, 99]])
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(tokens), **processor(image, return_tensors="pt"))
+    pixels = jnp.asarray(normalise(centre(image, ours.cfg.image_size), ours.cfg))[None]
+    seen, read = unit(ours.encode_image(pixels)), unit(ours.encode_text(jnp.asarray(tokens)))
+    np.testing.assert_allclose(seen, wanted.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(read, wanted.text_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours.logits(seen, read), wanted.logits_per_image.numpy(), atol=1e-4)
 
 
 def test_refusals(tmp_path, monkeypatch, clip_config):

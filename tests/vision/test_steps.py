@@ -97,7 +97,7 @@ def test_triplets_leave_what_cocoop_computes_as_it_is_and_features_may_be_comput
         return jax.jit(functools.partial(prompt_loss, cfg=cfg))(learner, frozen, batch, choice, KEY)
 
     plain, parts = run(cfg, jnp.zeros((0, 48)))
-    cached = encode(prompt_clip, normalise(jnp.asarray(pixels[:, 0])))
+    cached = encode(prompt_clip, normalise(jnp.asarray(pixels[:, 0]), prompt_clip.cfg))
     np.testing.assert_allclose(run(cfg, cached)[0], plain, rtol=2e-6)
     total, with_triplets = run(replace(cfg, alpha=0.2), jnp.zeros((0, 48)))
     np.testing.assert_allclose(with_triplets["ce"], parts["ce"], rtol=2e-6)

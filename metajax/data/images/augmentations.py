@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.data.images.preprocessing import MEAN, STD
 from metajax.image_config import AUGMENTATIONS
+from metajax.models.clip.config import Clip
 
 Image = Float[Array, "H W 3"]
 _GREY = (0.2989, 0.587, 0.114)
@@ -22,12 +22,15 @@ _CROP_SHIFT = 30 / 224  # of a side: 30 pixels of the published 224
 _CUTOUT_AREA, _CUTOUT_ASPECT, _CUTOUT_TRIES = 0.5, (0.3, 3.3), 10
 
 
-def augment(image: Image, types: Int[Array, ""], key: PRNGKeyArray, *, names: Sequence[str] = AUGMENTATIONS, space: str) -> Image:
-    """The image under the operation names[types]."""
+def augment(
+    image: Image, types: Int[Array, ""], key: PRNGKeyArray, *, clip: Clip, names: Sequence[str] = AUGMENTATIONS, space: str
+) -> Image:
+    """The image, normalised for `clip`, under the operation names[types]."""
+    mean, std = (jnp.array(numbers, image.dtype) for numbers in clip.pixel_statistics)
     if space == "rgb":
-        image = image * STD + MEAN
+        image = image * std + mean
     image = jax.lax.switch(types, [OPERATIONS[name] for name in names], image, key)
-    return (image - MEAN) / STD if space == "rgb" else image
+    return (image - mean) / std if space == "rgb" else image
 
 
 # ---------------------------------------------------------------------------------------------------------- colours

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from metajax.data.images.preprocessing import centre, resize
+from metajax.data.images.preprocessing import as_rgb, centre, resize
 from metajax.data.images.sets import ImageSet, Item
 from metajax.data.images.templates import SELECTED
 
@@ -25,7 +25,7 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator, least: 
 
     As torchvision's RandomResizedCrop: ten tries for a shape that fits, else the middle.
     """
-    image = image.convert("RGB")
+    image = as_rgb(image)
     width, height = image.size
     box = None
     for _ in range(_TRIES):

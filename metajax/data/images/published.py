@@ -10,10 +10,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
-
-from metajax.config import require
-from metajax.data.images.sets import ImageSet, Item, fingerprint_of
+from metajax.config import UserError, require
+from metajax.data.images.sets import ImageSet, Item, image_files, of_files
 from metajax.data.images.templates import TEMPLATES
 
 # name: (folder below the data folder, images below that, split file)
@@ -45,17 +43,17 @@ Splits = dict[str, list[tuple[str, int]]]  # split -> (path, label)
 
 def open_published(name: str, root: Path) -> ImageSet:
     """A data set by its name; UserError where its folder or one of its lists is not there."""
-    if name in ZHOU:
-        base, classes, splits = _zhou(name, root)
-    elif name == "fgvc_aircraft":
-        base, classes, splits = _aircraft(root / name)
-    else:
-        base, classes, splits = _imagenet(name, root)
-    items = {split: tuple(Item(path, label) for path, label in found) for split, found in splits.items()}
-    return ImageSet(
-        name, tuple(classes), items, lambda path: Image.open(base / path), fingerprint_of(name, classes, splits), TEMPLATES[name],
-        {split: len(found) for split, found in items.items()},
-    )  # fmt: skip
+    try:
+        if name in ZHOU:
+            base, classes, splits = _zhou(name, root)
+        elif name == "fgvc_aircraft":
+            base, classes, splits = _aircraft(root / name)
+        else:
+            base, classes, splits = _imagenet(name, root)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what a list of another form runs into
+        raise UserError(f"{name}: its lists below {root} are not the published ones ({error!r}); fetch them again") from None
+    items = {split: [Item(path, label) for path, label in found] for split, found in splits.items()}
+    return of_files(name, base, classes, items, TEMPLATES[name])
 
 
 def _read(path: Path, what: str) -> str:
@@ -104,7 +102,7 @@ def _imagenet(name: str, root: Path) -> tuple[Path, list[str], Splits]:
         split: [
             (path.relative_to(base).as_posix(), present.index(synset_of[folder]))
             for folder in found
-            for path in sorted(folder.iterdir())
+            for path in image_files(folder)
         ]
         for split, found in folders.items()
     }
@@ -116,7 +114,7 @@ def _folders(base: Path) -> list[Path]:
         base.is_dir(),
         f"{base} is not there; put the images in folders of their classes, and name the folder above with --data-dir",
     )
-    return _sorted(path for path in base.iterdir() if path.is_dir())
+    return _sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _sorted(paths: Iterable[Path]) -> list[Path]:

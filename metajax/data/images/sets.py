@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from metajax.config import require
+from metajax.data.images.preprocessing import read_image
+from metajax.progress import progress, warn
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class ImageSet:
     template: str = "a photo of a {}."
     manifest: Mapping[str, Any] = field(default_factory=dict)
     attribution: str = ""  # to stand beside any picture of it
+    folder: Path | None = None  # whose files the items' keys are; None: the images are not files of the user's
 
     def name_of(self, item: Item) -> str:
         return item.caption or self.classes[item.label]
@@ -45,6 +53,61 @@ class ImageSet:
 def fingerprint_of(*parts: object) -> str:
     """sha256 of parts whose text says what they are."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def of_files(
+    spec: str, folder: Path, classes: Sequence[str], splits: Mapping[str, Sequence[Item]], template: str = ImageSet.template
+) -> ImageSet:
+    """A set whose items' keys are paths below a folder."""
+    items = {name: tuple(found) for name, found in splits.items()}
+    sizes = {name: len(found) for name, found in items.items()}
+    return ImageSet(
+        spec, tuple(classes), items, lambda key: read_image(folder / key), fingerprint_of(spec.partition(":")[0], classes, items),
+        template, sizes, folder=folder,
+    )  # fmt: skip
+
+
+def image_files(place: Path) -> list[Path]:
+    """The images of a folder by name, hidden files left out; a warning counts the files that are no images.
+
+    Raises:
+      UserError: the folder has no image.
+    """
+    files = [path for path in sorted(place.iterdir(), key=lambda path: path.name) if not path.name.startswith(".")]
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
+    kinds = ", ".join(SUFFIXES)
+    require(
+        bool(found),
+        f"{place} has no image, but it is the folder of a class; images end with {kinds}. Put some there, or remove the folder",
+    )
+    if others := [path.name for path in files if path not in set(found)]:
+        warn(f"{place}: {len(others)} entries are no images and are left out, such as {others[0]}; images end with {kinds}")
+    return found
+
+
+def content_of(images: ImageSet, *splits: str) -> str:
+    """sha256 of what the images of these splits show; every file among them is decoded once.
+
+    Raises:
+      UserError: a file that is no whole image.
+    """
+    if images.folder is None:
+        return images.fingerprint
+    keys = sorted({item.key for split in splits for item in images.splits.get(split, ())})
+    total = hashlib.sha256(images.fingerprint.encode())
+
+    def check(key: str) -> bytes:
+        images.read(key)
+        return hashlib.sha256((images.folder / key).read_bytes()).digest()
+
+    with (
+        progress(f"checking the images of {images.spec}", total=len(keys)) as advance,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for key, digest in zip(keys, pool.map(check, keys), strict=True):
+            total.update(key.encode() + b"\0" + digest)
+            advance(1)
+    return total.hexdigest()
 
 
 def split_by_hash(key: str, shares: Mapping[str, float]) -> str:

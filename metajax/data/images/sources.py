@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from metajax.config import nearest, require
+from metajax.config import UserError, nearest, require
 from metajax.data.images.emoji import open_emoji
 from metajax.data.images.published import NAMES, open_published
-from metajax.data.images.sets import ImageSet, Item, fingerprint_of, split_by_hash
+from metajax.data.images.sets import SUFFIXES, ImageSet, Item, image_files, of_files, split_by_hash
 
 KINDS = ("emoji", "digits", "folder", "captions", *NAMES)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def open_images(spec: str, cache_dir: Path, data_dir: Path | None) -> ImageSet:
@@ -57,41 +56,39 @@ def open_folder(spec: str, folder: Path) -> ImageSet:
     parts = ("train", "test") if all((folder / part).is_dir() for part in ("train", "test")) else ()
     found: dict[str, list[Path]] = {}
     for base in [folder / part for part in parts] or [folder]:
-        for place in sorted(p for p in base.iterdir() if p.is_dir()):
-            found.setdefault(place.name, []).extend(sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES))
-    classes = tuple(sorted(name for name, files in found.items() if files))
+        for place in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            found.setdefault(place.name, []).extend(image_files(place))
+    classes = tuple(sorted(found))
     require(len(classes) >= 2, f"{folder} has {len(classes)} folder with images; a class is a folder, and there are at least 2")
+    for part in parts:
+        lost = [name for name in classes if not (folder / part / name).is_dir()]
+        require(not lost, f"{folder / part} has no folder {lost and lost[0]}, which the other split has; every class is in both")
     splits: dict[str, list[Item]] = {"train": [], "test": []}
     for label, name in enumerate(classes):
         for file in found[name]:
             key = file.relative_to(folder).as_posix()
             split = key.partition("/")[0] if parts else split_by_hash(key, {"train": 1.0, "test": 1.0})
             splits[split].append(Item(key, label))
-    items = {name: tuple(rows) for name, rows in splits.items()}
-    sizes = [(item.key, (folder / item.key).stat().st_size) for rows in items.values() for item in rows]
-    return ImageSet(
-        spec, tuple(name.replace("_", " ") for name in classes), items, lambda key: Image.open(folder / key),
-        fingerprint_of(classes, sizes), manifest={name: len(rows) for name, rows in items.items()},
-    )  # fmt: skip
+    return of_files(spec, folder, [name.replace("_", " ") for name in classes], splits)
 
 
 def open_captions(spec: str, folder: Path) -> ImageSet:
     """Images anywhere below a folder with what they show in a text file of the same name: for a CLIP to learn from, without classes."""
     require(folder.is_dir(), f"{folder} is not a folder; name one of images with their texts, x.png and x.txt")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     require(len(files) >= 2, f"{folder} has {len(files)} images; at least 2")
     items = []
     for file in files:
         text = file.with_suffix(".txt")
         require(text.is_file(), f"{file} has no text beside it; write what it shows into {text.name}")
-        items.append(Item(file.relative_to(folder).as_posix(), -1, " ".join(text.read_text(encoding="utf-8").split())))
-    sizes = [(item.key, item.caption, (folder / item.key).stat().st_size) for item in items]
-    return ImageSet(
-        spec,
-        (),
-        {"pretrain": tuple(items)},
-        lambda key: Image.open(folder / key),
-        fingerprint_of(sizes),
-        "{}",
-        {"pretrain": len(items)},
-    )
+        items.append(Item(file.relative_to(folder).as_posix(), -1, _caption(text)))
+    return of_files(spec, folder, (), {"pretrain": items}, "{}")
+
+
+def _caption(path: Path) -> str:
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; write the caption as UTF-8") from None
+    require(bool(words), f"{path} is empty; write what the image shows into it")
+    return " ".join(words)

@@ -7,6 +7,11 @@ from typing import Any, Literal
 
 from metajax.config import Model, nearest, require
 
+PIXEL_MEAN, PIXEL_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # OpenAI's, for red, green and blue
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -26,6 +31,9 @@ class Clip:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's (arXiv 2303.15343), whose logits have a learned bias
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # The image tower reads (pixel / 255 - mean) / std of each channel; None: OpenAI's numbers.
+    pixel_mean: tuple[float, float, float] | None = None
+    pixel_std: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         stages = 1 if self.patch else 4
@@ -35,6 +43,12 @@ class Clip:
         )
         side = self.patch or 32
         require(self.image_size % side == 0, f"clip.image_size = {self.image_size} does not divide by {side}")
+        require(min(self.pixel_std or (1.0,)) > 0, f"clip.pixel_std = {self.pixel_std}: positive numbers")
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, standard deviation) that pixels from 0 to 1 are normalised with, by channel."""
+        return self.pixel_mean or PIXEL_MEAN, self.pixel_std or PIXEL_STD
 
     @property
     def vision(self) -> Model:

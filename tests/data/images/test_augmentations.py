@@ -9,10 +9,11 @@ import pytest
 
 from metajax.data.images import augmentations as ops
 from metajax.image_config import AUGMENTATIONS
+from metajax.models.clip.config import preset
 
 Z = np.load(Path(__file__).parents[2] / "goldens" / "aapl_augment_a.npz")
 IMAGE = jnp.asarray(Z["image_normalised_chw"].transpose(1, 2, 0))
-KEY = jax.random.key(0)
+KEY, CLIP = jax.random.key(0), preset("ViT-B/16")
 
 
 def same(found, name):
@@ -46,13 +47,13 @@ def test_colour_jitter(colour, hue):
 def test_each_type_is_its_operation_and_a_function_of_the_key():
     assert tuple(ops.OPERATIONS) == AUGMENTATIONS
     names = ("vertical_flip", "gaussian_noise", "color_jitter_blue")
-    run = jax.jit(lambda image, types, key: ops.augment(image, types, key, names=names, space="normalised"))
+    run = jax.jit(lambda image, types, key: ops.augment(image, types, key, names=names, clip=CLIP, space="normalised"))
     np.testing.assert_array_equal(run(IMAGE, 0, KEY), IMAGE[::-1])
     np.testing.assert_array_equal(run(IMAGE, 1, KEY), run(IMAGE, 1, KEY))
     assert np.any(run(IMAGE, 1, KEY) != run(IMAGE, 1, jax.random.key(1)))
     jittered = run(IMAGE, 2, KEY)
     assert IMAGE.min() < 0 <= jittered.min(), "colours clamp to [0, 1] on normalised images too"
-    np.testing.assert_allclose(ops.augment(IMAGE, 0, KEY, names=names, space="rgb"), IMAGE[::-1], atol=1e-5)
+    np.testing.assert_allclose(ops.augment(IMAGE, 0, KEY, names=names, clip=CLIP, space="rgb"), IMAGE[::-1], atol=1e-5)
 
 
 def test_cutout_takes_half_the_image():

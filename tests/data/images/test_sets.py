@@ -1,6 +1,7 @@
 """Sets of images: sources, published split files, few-shot choices, halves of the classes, views, batches by step."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from metajax.config import UserError
 from metajax.data.images.batches import caption_batches, prompt_batches, random_view, texts_of_sets, viewer
 from metajax.data.images.emoji import LEAST, assign
-from metajax.data.images.sets import Item, few_shot, part_of_classes
+from metajax.data.images.sets import Item, content_of, few_shot, part_of_classes
 from metajax.data.images.sources import open_images
 from metajax.data.images.words import WordTokenizer
 
@@ -170,3 +171,68 @@ def test_captions_and_the_words_of_a_small_clip():
     batch = caption_batches([digits], 0, 6, viewer(8, "centre", 1.0), lambda text: tokenizer.tokenize([text], 12)[0])[0]
     assert batch["pixels"].shape == (6, 8, 8, 3) and batch["tokens"].shape == (6, 12)
     assert not np.any(batch["tokens"] == 1), "no unknown word in training"
+
+
+@pytest.mark.fault(18)
+def test_every_folder_of_a_class_gives_images_or_is_named(folder, capsys):
+    (folder / "set" / "yellow").mkdir()
+    with pytest.raises(UserError, match=r"/set/yellow has no image"):
+        open_images("folder:set", folder, folder)
+    (folder / "set" / "yellow" / "notes.txt").write_text("none yet")
+    with pytest.raises(UserError, match=r"/set/yellow has no image"):
+        open_images("folder:set", folder, folder)
+    for n in range(4):
+        Image.new("RGB", (8, 8), "yellow").save(folder / "set" / "yellow" / f"{n}.gif")
+    (folder / "set" / ".cache").mkdir()
+    (folder / "set" / "yellow" / ".DS_Store").write_bytes(b"x")
+    assert open_images("folder:set", folder, folder).classes == ("dark red", "green", "pale blue", "yellow")
+    assert "yellow: 1 entries are no images and are left out, such as notes.txt" in capsys.readouterr().err
+    for split in ("train", "test"):
+        (folder / "set" / split).mkdir()
+    for split, names in {"train": ("red", "green"), "test": ("red",)}.items():
+        for name in names:
+            (folder / "set" / split / name).mkdir()
+            Image.new("RGB", (8, 8)).save(folder / "set" / split / name / "0.png")
+    with pytest.raises(UserError, match=r"/set/test has no folder green"):
+        open_images("folder:set", folder, folder)
+
+
+@pytest.mark.fault(16)
+def test_the_content_of_files_tells_sets_apart(folder):
+    images = open_images("folder:set", folder, folder)
+    first, path = content_of(images, "train", "test"), folder / "set" / images.splits["train"][0].key
+    status, size = path.stat(), Image.open(path).size
+    pixels = np.asarray(images.read(images.splits["train"][0].key)).copy()
+    pixels[..., 2] = 255 - pixels[..., 2]
+    Image.fromarray(pixels).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data + bytes(max(0, status.st_size - len(data))))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Image.open(path).size == size and content_of(images, "train", "test") != first
+    digits = open_images("digits", None, None)
+    assert content_of(digits, "train", "test") == digits.fingerprint, "no files, nothing to read"
+
+
+@pytest.mark.fault(34)
+def test_damaged_images_are_named_before_anything_is_trained(folder):
+    images = open_images("folder:set", folder, folder)
+    broken = folder / "set" / images.splits["test"][1].key
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(UserError, match=rf"{broken.name}: not a whole image"):
+        content_of(images, "train", "test")
+    assert content_of(images, "train") != content_of(images)
+
+
+@pytest.mark.fault(34)
+def test_published_lists_of_another_form_are_named(tmp_path):
+    (tmp_path / "eurosat").mkdir()
+    for content in (
+        "{",
+        "[]",
+        '{"train": 3}',
+        '{"train": [["a", 1]], "val": [], "test": []}',
+        '{"train": [["a", 7, "x"]], "test": []}',
+    ):
+        (tmp_path / "eurosat" / "split_zhou_EuroSAT.json").write_text(content)
+        with pytest.raises(UserError, match=r"eurosat: its lists .* are not the published ones"):
+            open_images("eurosat", tmp_path, tmp_path)
