@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import logging
 import os
 import threading
@@ -29,7 +30,8 @@ class Bucket:
     """gs://bucket, empty.
 
     `kept` has a copy of `storage` as it was when an object of this name had been written, once that is so; `away` the seconds for
-    which every request is answered with 503 from then on, and `refused` counts them.
+    which every request is answered with 503 from then on, and `refused` counts them. Every answer comes `slow` seconds late; the
+    next `cut` answers with the content of an object end in the middle.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,7 @@ class Bucket:
         self.kept: dict[str, Storage | None] = {}
         self.away: dict[str, float] = {}
         self.down_until, self.refused = 0.0, 0
+        self.slow, self.cut = 0.0, 0
 
     def written(self, name: str) -> None:
         """An object has been written."""
@@ -69,9 +72,23 @@ class _Handler(RequestHandler):
             self._refuse(304)
         else:
             self._generation = found if query.get("alt") == "media" else None
-            Router(self).handle(method)
+            time.sleep(self._bucket.slow)
+            if self._generation is not None and self._bucket.cut:
+                self._cut_short(method)
+            else:
+                Router(self).handle(method)
             if method == "POST":
                 self._bucket.written(name)
+
+    def _cut_short(self, method: str) -> None:
+        """Answer with half of the content, and hang up."""
+        self._bucket.cut -= 1
+        whole, self.wfile = self.wfile, io.BytesIO()
+        Router(self).handle(method)
+        answer, self.wfile = self.wfile.getvalue(), whole
+        headers = answer.find(b"\r\n\r\n") + 4
+        self.wfile.write(answer[: (headers + len(answer)) // 2])
+        self.close_connection = True
 
     def _refuse(self, status: int) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

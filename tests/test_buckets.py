@@ -30,7 +30,7 @@ from metajax.training.metrics import read_lines
 from metajax.training.state import State, to_arrays
 from tests.bucket import serving
 from tests.conftest import corpus_rows
-from tests.faults import command
+from tests.faults.suite import command
 
 
 @pytest.fixture(scope="module")
