@@ -313,18 +313,14 @@ def cache(options: argparse.Namespace, started: float) -> int:
     from metajax.data import beam, tokenising
     from metajax.data.pipeline import open_corpora
     from metajax.reporting.feeding import feeding
+    from metajax.reporting.terminal import print_cache
 
     require(options.workers >= 1, f"--workers {options.workers}: at least 1")
     local = functools.partial(tokenising.in_processes, workers=options.workers)
     make = local if options.beam is None else functools.partial(beam.on_beam, options=options.beam)
     config, _ = _config(registry.find_experiment(options.name), options)
     for found in (corpora := open_corpora(config, _paths(options), make)).caches:
-        manifest = found.manifest
-        skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
-        print(
-            f"{manifest['source']['spec']}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of the body, "
-            f"{manifest['bytes']:,} bytes{skipped}; sha256 {manifest['sha256'][:12]}\n  {found.folder}"
-        )
+        print_cache(found)
     if options.measure:
         print("one core: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in feeding(corpora).items()))
     return 0

@@ -4,15 +4,18 @@ A filter maps the values of a whole column, None where a document has none; one 
 papers' names clash, so here each part of an address has one name:
 
   scheme    https://                       "prefix" in Beyond URLs
-  host      www.example.co.uk:80           "domain" in Beyond URLs, the default in MeCo
+  host      www.example.co.uk              "domain" in Beyond URLs, the default in MeCo; without user and port, in lower case
   domain    example.co.uk                  the registered domain, by tldextract's bundled list; the host where there is none
   tld       co.uk                          "URL suffix" in MeCo
   path      /a/b.html?x=1#y                "suffix" in Beyond URLs
   hash      a UUID that stands for the value: groups without words (MeCo)
   topK      the value where it is one of the K most frequent of the corpus, else the word unknown (MeCo)
   floor, round, tenths, capK               of numbers: 3.27 becomes 3, 3, 32 and K at most; ties round to the even number
-  year, month                              of an ISO date: 2024, 2024-05
+  year, month                              of a date or of seconds since 1970: 2024, 2024-05 (metajax/data/dates.py)
   or_unknown                               the word unknown where a document has no value
+
+Numbers are written with their digits, never with an exponent. A column whose name has one of {}|:!" stands in double quotes, "og:title"|top9;
+a double quote within them is written twice.
 """
 
 from __future__ import annotations
@@ -21,25 +24,22 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, InvalidOperation
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
 
-from metajax.config import UserError, nearest
+from metajax.config import UserError, nearest, require
+from metajax.data.addresses import parts
+from metajax.data.dates import year_and_month
 
 Column = list[str | None]
 UNKNOWN = "unknown"
-VERSION = 1  # raise when a filter below changes what it gives
-
-
-def split_url(url: str) -> tuple[str, str, str]:
-    """(scheme with its ://, host, path with query and fragment); parts that are not there are ''."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        scheme, rest = "", url
-    end = re.search(r"[/?#]|$", rest).start()
-    return scheme + separator, rest[:end], rest[end:]
+VERSION = 2  # raise when a filter below changes what it gives
+_DIGITS = 10_000  # of a number that is written out
+_EXACT = Context(prec=3 * _DIGITS, Emax=MAX_EMAX, Emin=MIN_EMIN)
+_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?\s*")
+_FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"{}|:!]+))((?:\|[^{}|:!]*)*)')  # a column, quoted or not, and its filters
 
 
 @lru_cache
@@ -51,40 +51,62 @@ def _suffixes() -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _site(host: str) -> tuple[str, str | None]:
-    """(registered domain or else the host without its port, public suffix or None)."""
-    parts = _suffixes()(host)
-    return parts.top_domain_under_public_suffix or re.sub(r":\d*$", "", host), parts.suffix or None
+    """(registered domain or else the host, public suffix or None)."""
+    found = _suffixes()(host)
+    return found.top_domain_under_public_suffix or host, found.suffix or None
 
 
-def _number(change: Callable[[Decimal], Decimal | str], value: str) -> str | None:
-    try:
-        number = Decimal(value)
-    except InvalidOperation:
-        return None
-    return str(change(number)) if number.is_finite() else None
+def _part(number: int, value: str) -> str | None:
+    found = parts(value)
+    return found and (found[number] if number == 2 else found[number] or None)
 
 
-def _whole(rounding: str, number: Decimal) -> Decimal:
-    return number.to_integral_value(rounding)
+def _of_site(number: int, value: str) -> str | None:
+    host = _part(1, value)
+    return host and _site(host)[number]
 
 
-def _prefix(pattern: str, value: str) -> str | None:
-    match = re.match(pattern, value)
-    return match and match.group()
+def plain(number: Decimal) -> str:
+    """The digits of a finite number, without an exponent or a sign of zero; with one where there were more than 10,000 digits."""
+    return format(number if number else abs(number), "f" if _is_short(number) else "")
+
+
+def _is_short(number: Decimal) -> bool:
+    return number.is_finite() and abs(number.adjusted()) < _DIGITS and abs(number.as_tuple().exponent) < _DIGITS
+
+
+def as_number(value: str) -> Decimal | None:
+    """The number that a text is, None where it is none or would take more than 10,000 digits."""
+    number = Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
+    return number if number is not None and _is_short(number) else None
+
+
+def _number(change: Callable[[Decimal], Decimal], width: int, value: str) -> str | None:
+    number = as_number(value)
+    return None if number is None else plain(_EXACT.normalize(change(number))).zfill(width)
+
+
+def _whole(rounding: str, tens: int, number: Decimal) -> Decimal:
+    return _EXACT.scaleb(number, tens).to_integral_value(rounding, _EXACT)
+
+
+def _date(month: bool, value: str) -> str | None:
+    found = year_and_month(value)
+    return found and (found if month and len(found) > 4 else None if month else found[:4])
 
 
 _EACH: dict[str, Callable[[str], str | None]] = {  # of one value
-    "scheme": lambda value: split_url(value)[0] or None,
-    "host": lambda value: split_url(value)[1] or None,
-    "path": lambda value: split_url(value)[2],
-    "domain": lambda value: _site(split_url(value)[1])[0] or None,
-    "tld": lambda value: _site(split_url(value)[1])[1],
+    "scheme": partial(_part, 0),
+    "host": partial(_part, 1),
+    "path": partial(_part, 2),
+    "domain": partial(_of_site, 0),
+    "tld": partial(_of_site, 1),
     "hash": lambda value: str(uuid.uuid5(uuid.NAMESPACE_URL, value)),
-    "floor": partial(_number, partial(_whole, ROUND_FLOOR)),
-    "round": partial(_number, partial(_whole, ROUND_HALF_EVEN)),
-    "tenths": partial(_number, lambda number: f"{int(_whole(ROUND_FLOOR, 10 * number)):02d}"),
-    "year": partial(_prefix, r"\d{4}"),
-    "month": partial(_prefix, r"\d{4}-\d{2}"),
+    "floor": partial(_number, partial(_whole, ROUND_FLOOR, 0), 1),
+    "round": partial(_number, partial(_whole, ROUND_HALF_EVEN, 0), 1),
+    "tenths": partial(_number, partial(_whole, ROUND_FLOOR, 1), 2),
+    "year": partial(_date, False),
+    "month": partial(_date, True),
 }
 _NUMBERED = ("top", "cap")
 FILTERS = (*_EACH, *(f"{name}K" for name in _NUMBERED), "or_unknown")
@@ -96,11 +118,12 @@ def _filter(name: str) -> Callable[[Column], Column]:
         return partial(_map, _EACH[name])
     if name == "or_unknown":
         return lambda column: [UNKNOWN if value is None else value for value in column]
-    numbered = re.fullmatch(rf"({'|'.join(_NUMBERED)})(\d+)", name)
+    numbered = re.fullmatch(rf"({'|'.join(_NUMBERED)})([0-9]{{1,9}})", name)
     if numbered is None:
         raise UserError(f"metadata filter {name!r} is unknown{nearest(name, FILTERS)}; known: {', '.join(FILTERS)}")
     kind, number = numbered[1], int(numbered[2])
-    return partial(_top, number) if kind == "top" else partial(_map, partial(_number, lambda value: min(value, Decimal(number))))
+    require(kind != "top" or number > 0, f"metadata filter {name!r}: at least top1")
+    return partial(_top, number) if kind == "top" else partial(_map, partial(_number, partial(min, Decimal(number)), 1))
 
 
 def _map(change: Callable[[str], str | None], column: Column) -> Column:
@@ -114,9 +137,23 @@ def _top(count: int, column: Column) -> Column:
     return [value if value is None or value in kept else UNKNOWN for value in column]
 
 
+def parse_field(name: str) -> tuple[str, list[str]]:
+    """(column, names of its filters) of `column|filter|filter`; UserError where it is none."""
+    found = _FIELD.fullmatch(name)
+    require(found is not None, f'metadata field {name!r}: a column whose name has one of {{}}|:!" stands in double quotes')
+    quoted, bare, filters = found.groups()
+    return bare if quoted is None else quoted.replace('""', '"'), filters.split("|")[1:]
+
+
+def field_of(column: str) -> str:
+    """A column's name as a template has it: in double quotes where it needs them."""
+    found = _FIELD.fullmatch(column)
+    return column if found and found[2] == column else '"' + column.replace('"', '""') + '"'
+
+
 def split_field(name: str) -> tuple[str, list[Callable[[Column], Column]]]:
     """(column, its filters in order) of `column|filter|filter`; UserError for an unknown filter."""
-    column, *filters = name.split("|")
+    column, filters = parse_field(name)
     return column, [_filter(each) for each in filters]
 
 
@@ -130,5 +167,5 @@ def annotate(name: str, column: Sequence[str | None]) -> Column:
 
 def annotators_version(names: Sequence[str]) -> list[Any]:
     """What the values of these fields depend on beside the corpus, JSON-ready."""
-    filters = {each for name in names for each in name.split("|")[1:]}
+    filters = {each for name in names for each in parse_field(name)[1]}
     return [VERSION, version("tldextract")] if filters & {"domain", "tld"} else [VERSION] if filters else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +47,11 @@ class Source(Protocol):
     def manifest(self) -> dict[str, Any]:
         """JSON-ready: kind, versions, number of records, files with bytes and sha256. Reads the files whole."""
         ...
+
+
+def tally_of(source: Source) -> Counter[str]:
+    """What a source has counted of the documents read so far in this process; empty for one that does not count."""
+    return getattr(source, "tally", Counter())
 
 
 BUCKETS = 10_000

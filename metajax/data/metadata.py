@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,20 +13,39 @@ from metajax.config import Metadata, UserError, nearest, require
 from metajax.data.annotators import annotate, split_field
 from metajax.data.tokenizers import Tokenizer
 
+# A doubled brace; {column|filter:format}, the column in double quotes or not; other text; a character that is none of these.
+_PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)
+
+
+@lru_cache
+def _parsed(template: str) -> tuple[tuple[str | None, str], ...]:
+    """(None, text) and (field with its filters, format) in order; UserError where it does not parse."""
+    pieces = []
+    for brace, field, form, text, wrong in (found.groups("") for found in _PIECE.finditer(template)):
+        if wrong:
+            raise UserError(
+                f"metadata.template = {template!r}: a brace without its other half, or a field that is none. A field is a column in braces, "
+                'such as {url}; a name with one of {}|:!" stands in double quotes, {"og:title"}; a brace as text is doubled'
+            )
+        pieces.append((field, form) if field else (None, brace[:1] or text))
+    return tuple(pieces)
+
 
 def template_fields(template: str) -> tuple[str, ...]:
     """The metadata fields a template names, with their filters; UserError when it names none or does not parse."""
+    pieces = [piece for piece in _parsed(template) if piece[0] is not None]
+    require(bool(pieces), f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
     try:
-        names = tuple(name for _, name, _, _ in string.Formatter().parse(template) if name)
+        _ = [format("", form) for _, form in pieces]
     except ValueError as error:
-        raise UserError(f"metadata.template = {template!r}: {error}") from None
-    if not names:
-        raise UserError(f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
-    try:
-        template.format_map(dict.fromkeys(names, ""))
-    except (ValueError, LookupError) as error:
-        raise UserError(f"metadata.template = {template!r}: {error}; a field is a name in braces, such as {{url}}") from None
-    return names
+        said = 'what follows a colon is a format; a name with a colon stands in double quotes, such as {"og:title"}'
+        raise UserError(f"metadata.template = {template!r}: {error}; {said}") from None
+    return tuple(field for field, _ in pieces)
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with a value for each of its fields."""
+    return "".join(form if field is None else format(values[field], form) for field, form in _parsed(template))
 
 
 def render(template: str, columns: Mapping[str, Sequence[str | None]]) -> list[str | None]:
@@ -36,7 +56,7 @@ def render(template: str, columns: Mapping[str, Sequence[str | None]]) -> list[s
     names = dict.fromkeys(template_fields(template))
     values = [annotate(name, columns[split_field(name)[0]]) for name in names]
     rows = zip(*values, strict=True)
-    return [None if None in row else template.format_map(dict(zip(names, row, strict=True))) for row in rows]
+    return [None if None in row else fill(template, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def template_columns(template: str) -> set[str]:

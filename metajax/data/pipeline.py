@@ -7,6 +7,7 @@ with meta-tokens, and only then is the host's slice of the global batch taken. R
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +38,8 @@ from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
-from metajax.data.sources import open_source, place_of
+from metajax.data.sources import open_source, place_of, told
+from metajax.data.sources.files import JOINED
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
@@ -100,7 +102,15 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
     caches = tuple(
         build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record, make=make) for s in sources
     )
+    for cache in caches:
+        require("joined" not in cache.manifest["source"] or bool(cache.manifest["tally"].get(JOINED)), " ".join(notes(cache)))
     return Corpora(config, tokenizer, caches, paths)
+
+
+def notes(cache: TokenCache) -> list[str]:
+    """What a person should know of a tokenised corpus, a line each."""
+    manifest, source = cache.manifest, cache.manifest["source"]
+    return told(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -247,6 +257,8 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
             TaskRows(config, task_examples(corpora, derive_seed("tasks", config.seed)))
         )
     switch, sources = data.switch, len(corpora.caches)
+    for line in itertools.chain.from_iterable(map(notes, corpora.caches)):
+        note(line)
     streams = []
     for phase in (0, 1) if switch is not None and switch.anew else (0,):
         for i in range(sources):

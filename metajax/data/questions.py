@@ -6,7 +6,6 @@ files of one's own, with query, choices and gold.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from etils import epath
-
 from metajax.config import nearest, require
+from metajax.core import json_lines
 from metajax.data.sources import find_files
 
 Record = Mapping[str, Any]
@@ -159,13 +157,10 @@ class Task:
         root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
         found = []
         for file in find_files(f"{self.kind}:{path}", path, root):
-            for number, line in enumerate(epath.Path(file).read_text().splitlines(), 1):
+            for number, record in json_lines.records(file):
                 where = f"{file}, line {number}: "
                 try:
-                    record = json.loads(line)
                     question = KINDS[self.kind](record)
-                except json.JSONDecodeError as error:
-                    require(False, f"{where}no JSON ({error})")
                 except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
                     require(
                         False,

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from metajax.atomic import whole_folder
 from metajax.config import require
 from metajax.data.cache import TokenCache, digest, read_documents
-from metajax.data.documents import Document, Source, origin_bucket
+from metajax.data.documents import Document, Source, origin_bucket, tally_of
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
 
@@ -113,7 +114,7 @@ class Job:
         """Tokens, the arrays of the cache and the metadata of a part's documents; returns what the manifest needs of it."""
         dtype = _dtype(self.tokenizer)
         found: dict[str, list[int]] = {name: [] for name in ARRAYS}
-        bad, sha, fields = 0, hashlib.sha256(), set()
+        bad, sha, fields, before = 0, hashlib.sha256(), set(), Counter(tally_of(self.source))
         writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
         table = pq.ParquetWriter(folder / "metadata.parquet", SCHEMA)
         for documents, failed in _chunks(read_documents(self.source, self.on_bad_record, self.ranges[number])):
@@ -135,7 +136,8 @@ class Job:
         for name, kind in ARRAYS.items():
             np.save(folder / f"{name}.npy", np.array(found[name], kind))
         sizes = {name: sum(found[name]) for name in ("lengths", "bytes")}
-        return {"bad": bad, "sha256": sha.hexdigest(), "fields": sorted(fields), "documents": len(found["lengths"]), **sizes}
+        facts = {"bad": bad, "sha256": sha.hexdigest(), "fields": sorted(fields), "documents": len(found["lengths"]), **sizes}
+        return {**facts, "tally": tally_of(self.source) - before}
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -171,6 +173,7 @@ def _finish(job: Job, folder: Path, facts: list[Facts]) -> None:
         "tokens": sum(of_part["lengths"] for of_part in used),
         "bytes": sum(of_part["bytes"] for of_part in used),
         "bad_records_skipped": bad,
+        "tally": dict(sorted(sum((Counter(of_part.get("tally")) for of_part in facts), Counter()).items())),
         "metadata_fields": sorted({field for of_part in used for field in of_part["fields"]}),
         "dtype": _dtype(job.tokenizer).str,
         "sha256": hashes[0] if len(facts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),

@@ -8,7 +8,6 @@ everything (BOS, metadata) stays, where the harness would cut it off too.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metajax.config import Config, Metadata, require
+from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
 from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
 from metajax.data.rows import Row, padding_row, stack
@@ -90,8 +90,7 @@ def in_front(config: Config, context: str, task: Task) -> str | None:
         return None if context == "none" else ""
     require(task.source is not None, f"evaluation.choice: {task.name} has no source to name; give it one with ?source=TEXT")
     template = (config.metadata or Metadata()).template
-    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    return template.format_map(dict.fromkeys(fields, task.source))
+    return fill(template, dict.fromkeys(template_fields(template), task.source))
 
 
 def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metajax.config import UserError, nearest, require
+from metajax.data.annotators import field_of
 from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table
 from metajax.data.metadata import Sides
 from metajax.data.packing import RowIndex, pack
@@ -53,7 +54,7 @@ def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.n
         column in known,
         f"dpo.rejected = {column!r}: {spec} has no such column{nearest(column, known)}; it has {', '.join(known)}",
     )
-    answers = Answers(cache, build_metadata_table(cache, tokenizer, f"{{{column}}}"))
+    answers = Answers(cache, build_metadata_table(cache, tokenizer, f"{{{field_of(column)}}}"))
     inputs = answers.lengths()[documents] + 1
     slots = inputs.sum(axis=1) + 2 * sides.overhead(documents)
     wrong = {

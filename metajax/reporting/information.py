@@ -15,11 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metajax.data.annotators import Column
-from metajax.data.documents import BUCKETS, Document, Source, origin_bucket
-from metajax.data.metadata import render, template_columns
+from metajax.data.annotators import Column, field_of
+from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket, tally_of
+from metajax.data.metadata import render, template_columns, template_fields
+from metajax.data.sources import told
+from metajax.data.sources.files import NO_TEXT
+from metajax.data.sources.joined import Joined
 
 SAMPLE = 200_000  # of a larger corpus, documents at even distances
+_COLUMNS = 200  # those that most documents have, of a corpus with more
 URL_PARTS = ("scheme", "host", "domain", "tld", "path")
 _SHRINK = tuple(10.0**n for n in range(1, 8))  # words of all documents mixed into those of a value
 _RARE = 5  # words counted fewer times are one class
@@ -46,16 +50,19 @@ class Field:
 class Survey:
     """A corpus or an even sample of it: sizes in bytes of its texts, origins, fields, and the information of pairs of fields.
 
+    notes: what else a person should know, a line each.
     pairs: float [N, N] in bits over the documents that have both, entropy on the diagonal, of the fields named in `paired`: those
     whose values have two documents or more on average, without which every field says everything.
     """
 
     every: int
+    documents: list[Document]
     sizes: np.ndarray
     origins: int
     fields: list[Field]
     paired: list[str]
     pairs: np.ndarray
+    notes: list[str]
 
 
 def survey(source: Source, more: Sequence[str] = ()) -> Survey:
@@ -64,17 +71,22 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
     Columns that hold addresses are looked at by their parts, too.
     """
     every = -(-len(source) // SAMPLE)
-    documents = [source[i] for i in range(0, len(source), every)]
-    columns = {name: [d.metadata.get(name) for d in documents] for name in sorted({n for d in documents for n in d.metadata})}
-    templates = [f"{{{name}}}" for name in columns]
-    templates += [f"{{{name}|{part}}}" for name in columns if _is_url(columns[name]) for part in URL_PARTS]
+    documents, notes = _readable(source, range(0, len(source), every))
+    coverage = Counter(name for d in documents for name in d.metadata)
+    if len(coverage) > _COLUMNS:
+        notes.append(f"{len(coverage):,} columns; here are the {_COLUMNS} that most documents have")
+    shown, named = (
+        sorted(dict(coverage.most_common(_COLUMNS))),
+        (name for template in more for name in template_columns(template)),
+    )
+    columns = {name: [d.metadata.get(name) for d in documents] for name in dict.fromkeys([*shown, *named])}
+    templates = [f"{{{field_of(name)}}}" for name in shown]
+    templates += [f"{{{field_of(name)}|{part}}}" for name in shown if _is_url(columns[name]) for part in URL_PARTS]
     words = Words(documents)
     fields, numbers = [], {}
     for template in dict.fromkeys([*templates, *more]):
-        values = render(
-            template, columns | {name: [None] * len(documents) for name in template_columns(template) - columns.keys()}
-        )
-        name = template[1:-1] if re.fullmatch(r"\{[^{}]*\}", template) else template
+        values = render(template, columns)
+        name = template[1:-1] if f"{{{template_fields(template)[0]}}}" == template else template
         numbers[name] = number_values(values)
         fields.append(_field(name, values, numbers[name], words))
     paired = [f.name for f in fields if 1 < f.distinct <= f.documents / 2][:_PAIRS]
@@ -82,7 +94,28 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
         len(paired), len(paired)
     )
     sizes = np.array([len(d.text.encode()) for d in documents])
-    return Survey(every, sizes, len({d.origin for d in documents}), fields, paired, pairs)
+    return Survey(every, documents, sizes, len({d.origin for d in documents}), fields, paired, pairs, notes)
+
+
+def _readable(source: Source, records: range) -> tuple[list[Document], list[str]]:
+    """(the documents, what to say of them and of records that cannot be read); BadRecord where none can."""
+    documents, first = [], None
+    for i in records:
+        try:
+            documents.append(source[i])
+        except BadRecord as error:
+            first = first or error
+    if not documents:
+        raise first
+    bad = len(records) - len(documents)
+    notes = [f"{bad:,} of {len(records):,} records cannot be read, first {first}"] if bad else []
+    tally = Counter(tally_of(source))
+    notes += told(source.spec, len(documents), tally, source.ids() if isinstance(source, Joined) else None)
+    left_out = {name: count for name, count in tally.items() if name.startswith(NO_TEXT) and count}
+    return documents, notes + [
+        f"column {name.removeprefix(NO_TEXT)!r}: {count:,} values cannot be text and are left out"
+        for name, count in left_out.items()
+    ]
 
 
 def _is_url(column: Column) -> bool:
@@ -107,7 +140,7 @@ def entropy(numbers: np.ndarray) -> float:
     """Bits of the values' frequencies among the documents that have one."""
     _, counts = np.unique(numbers[numbers >= 0], return_counts=True)
     share = counts / counts.sum()
-    return float(-(share * np.log2(share)).sum())
+    return abs(float((share * np.log2(share)).sum()))  # the sum is never positive
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:

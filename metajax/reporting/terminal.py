@@ -328,10 +328,12 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
     source = open_source(spec, cache_dir=paths.cache, data_dir=paths.data)
     found = survey(source, more)
     sizes, sample = found.sizes, f" (here and below a sample: every {found.every}th document)" if found.every > 1 else ""
-    console.print(
-        f"[bold]{spec}[/bold]: {len(source):,} documents, {sizes.sum():,} bytes (median {int(np.median(sizes)):,}), "
-        f"{found.origins:,} origins{sample}"
+    size = (
+        f"{len(source):,} documents, {sizes.sum():,} bytes (median {int(np.median(sizes)):,}), {found.origins:,} origins{sample}"
     )
+    console.print(Text.assemble((spec, "bold"), f": {size}"))
+    for note in found.notes:
+        console.print(Text(note, "yellow"))
     grid = _grid("field", "has it", "distinct", "entropy", "bits/word", "most frequent")
     grid.expand, last = True, grid.columns[-1]  # the last column gets what the others leave
     last.ratio, last.no_wrap, last.overflow = 1, True, "ellipsis"
@@ -353,11 +355,21 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
         for n, (name, row) in enumerate(zip(found.paired, found.pairs, strict=True), 1):
             pairs.add_row(f"{n} {name}", *(f"{bits:.1f}" for bits in row))
         console.print(pairs)
-    for i in np.linspace(0, len(source) - 1, count).astype(int).tolist():
-        document = source[i]
+    for i in np.linspace(0, len(found.documents) - 1, count).astype(int).tolist():
+        document = found.documents[i]
         console.print(Text(json.dumps(document.metadata), "blue"))
         console.print(Text(document.text[:600]))
     console.print_json(json.dumps(source.manifest()))
+
+
+def print_cache(cache: Any) -> None:
+    """A tokenised corpus: its size, where it is, and what a person should know of its documents."""
+    from metajax.data.pipeline import notes
+
+    manifest = cache.manifest
+    skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
+    size = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens of the body, {manifest['bytes']:,} bytes{skipped}"
+    print(f"{manifest['source']['spec']}: {size}; sha256 {manifest['sha256'][:12]}", cache.folder, *notes(cache), sep="\n  ")
 
 
 def print_runs(root: Path) -> None:

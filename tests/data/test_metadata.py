@@ -25,6 +25,8 @@ def test_templates():
     assert render("{url:>4}|", {"url": ["c"]}) == ["   c|"]
     assert render("{topic} {url}", {"topic": ["a", "b"], "url": [None, "c"]}) == [None, "b c"]
     assert render("{url}", {"url": [""]}) == [""]
+    assert render("{meta.url|host} {0}", {"meta.url": ["http://a.b/c"], "0": ["x"]}) == ["a.b x"]
+    assert render('{"og:title":>3}{{{"a{b}"|or_unknown}}}', {"og:title": ["t"], "a{b}": [None]}) == ["  t{unknown}"]
     assert render("{url|host}, {score|tenths}", {"url": ["http://a.b/c", "/c"], "score": ["2.71", "3"]}) == ["a.b, 27", None]
 
 
@@ -43,6 +45,10 @@ def test_templates():
         "{url[0]}",
         "{url.host}",
         "{url:{size}}",
+        '{"url}',
+        '{ur"l}',
+        "{og:title}",
+        '{"url"x}',
     ],
 )
 def test_a_template_that_cannot_be_filled_in_is_refused(template):

@@ -26,6 +26,9 @@ from metajax.data.pipeline import (
     training_batches,
     training_rows,
 )
+from metajax.data.sources import open_source
+from metajax.data.tokenising import build_token_cache
+from metajax.data.tokenizers import Bytes
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {}
@@ -427,3 +430,23 @@ def test_reader_processes_give_the_same_batches(full, paths, tmp_path):
         env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.fault(14)
+def test_a_run_is_told_that_documents_have_no_origin(tiny_config, tmp_path):
+    """In one part or several, and by a corpus whose cache is there already; not where every document has one."""
+    rows = [
+        {"text": f"words and words {i}", **({"meta": {"url": f"https://s{i % 9}.org/{i}"}} if i % 2 else {})} for i in range(60)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, home = tiny_config(**{"data.sources": ("jsonl:a.jsonl",)}), Paths(cache=tmp_path, data=tmp_path)
+    for _ in range(2):
+        told = []
+        training_rows(open_corpora(config, home), told.append)
+        assert len(told) == 1 and "30 of 60 documents have no origin" in told[0]
+    source = open_source("jsonl:a.jsonl", cache_dir=tmp_path, data_dir=tmp_path)
+    parts = build_token_cache(source, Bytes(), cache_dir=tmp_path / "parts", on_bad_record="stop", part=16)
+    assert parts.manifest["tally"] == {"no origin": 30}
+    told = []
+    training_rows(open_corpora(tiny_config(), home), told.append)
+    assert not told

@@ -1,5 +1,6 @@
 """Multiple choice: prompts and scores against the lm-evaluation-harness' own, and packed scores against one pass for each answer."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -175,9 +176,23 @@ def test_conditional_inference_names_a_source_where_metadata_stood_in_training(p
         in_front(corpora.config, "task", Task.of("jsonl:f.jsonl?name=own"))
 
 
+@pytest.mark.fault(30)
+def test_questions_are_read_as_corpora_are(tmp_path):
+    record = {"query": "The\u2028sea\x85is", "choices": ["blue", "a cup"], "gold": 0}
+    text = "\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n \n" + json.dumps(record) + "\n\n"
+    (tmp_path / "q.jsonl").write_bytes(text.encode())
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("q.jsonl", "q.jsonl.gz"):
+        questions = Task.of(f"jsonl:{name}").read(name, tmp_path)
+        assert [q.contexts[0] for q in questions] == [record["query"]] * 2
+    (tmp_path / "bad.jsonl").write_text(json.dumps(record) + "\n\n{\n")
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 3: not JSON"):
+        Task.of("jsonl:bad.jsonl").read("bad.jsonl", tmp_path)
+
+
 def test_mistakes_in_files_are_named(prepared, tmp_path):
     for line, message in (
-        ("{", "line 1: no JSON"),
+        ("{", "line 1: not JSON"),
         ('{"goal": "g"}', "no question of piqa .KeyError: 'sol1'.; a record has goal"),
     ):
         (tmp_path / "piqa.jsonl").write_text(line)

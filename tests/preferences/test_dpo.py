@@ -276,6 +276,20 @@ def test_numbers_of_documents_count_good_records_alone(dpo_config, paths, tmp_pa
         run_experiment(config, tmp_path / "run", paths)
 
 
+@pytest.mark.fault(30)
+def test_pairs_are_read_as_other_corpora_are(dpo_config, paths, tmp_path):
+    """Separators of Unicode and a byte order mark, and the rejected answer in a column whose name a template has to quote."""
+    rows = [{("og:no" if k == "rejected" else k): v for k, v in row.items()} for row in records(40)]
+    rows[3]["og:no"] += "\u2028\x85"
+    (tmp_path / "pairs.jsonl").write_text(
+        "\ufeff\n" + "\n \n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8"
+    )
+    config = dpo_config(**{"data.sources": (f"jsonl:{tmp_path}/pairs.jsonl?text=chosen&origin=id",), "dpo.rejected": "og:no"})
+    corpora = open_corpora(config, paths)
+    assert len(corpora.caches[0]) == 40
+    training_batches(corpora)[0]
+
+
 def test_a_column_that_is_not_there_is_named(dpo_config, paths):
     corpora = open_corpora(dpo_config(**{"dpo.rejected": "rejeted"}), paths)
     with pytest.raises(UserError, match=r"dpo\.rejected = 'rejeted': jsonl:.* has no such column; did you mean 'rejected'"):

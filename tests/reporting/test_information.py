@@ -1,5 +1,7 @@
 """Entropies and information of fields on corpora whose values are known."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from metajax.config import UserError
 from metajax.data.documents import Document
+from metajax.data.sources import open_source
 from metajax.reporting.information import Words, entropy, mutual_information, number_values, survey
 
 COLUMNS = st.lists(st.tuples(*[st.sampled_from(["a", "b", "c", None])] * 2), min_size=1, max_size=40)
@@ -77,3 +80,41 @@ def test_a_survey():
     )
     with pytest.raises(UserError, match="did you mean 'host'"):
         survey(Corpus(documents(10)), ["{url|hots}"])
+
+
+@pytest.mark.fault(29)
+def test_a_survey_refuses_no_corpus(tmp_path):
+    """Names that need quoting, records that cannot be read, values that cannot be text; columns that few documents have are left out."""
+    rows = [
+        {"text": f"a{i}", "og:title": f"t{i % 2}", "": "e", "a{b}": "x", "meta": {"url": f"https://s{i}.org/x"}} for i in range(6)
+    ]
+    rows[5]["blob"] = "\ud800"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    found = survey(
+        open_source("jsonl:a.jsonl", cache_dir=tmp_path, data_dir=tmp_path),
+        ['{"og:title"|top1}, {meta.url|host}', "{absent|or_unknown}"],
+    )
+    fields = {field.name: field for field in found.fields}
+    assert {'"og:title"', '""', '"a{b}"', "meta.url", "meta.url|host", '{"og:title"|top1}, {meta.url|host}'} < fields.keys()
+    assert (
+        fields["absent|or_unknown"].common == [("unknown", 6)]
+        and fields['""'].entropy == 0
+        and str(fields['""'].entropy) == "0.0"
+    )
+    assert (
+        [note.partition(" ")[0] for note in found.notes] == ["1", "column"]
+        and "line 7" in found.notes[0]
+        and "'blob'" in found.notes[1]
+    )
+    wide = survey(
+        Corpus([Document("a b", {f"c{n}": "x" for n in range(300)} | {"all": "y"}, "o"), Document("a", {"all": "y"}, "o")])
+    )
+    assert len(wide.fields) == 200 and "all" in {field.name for field in wide.fields} and "301 columns" in wide.notes[0]
+
+
+@pytest.mark.fault(14)
+def test_a_survey_says_that_documents_have_no_origin(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"a {i}", "page": i}) + "\n" for i in range(5)))
+    (note,) = survey(open_source("jsonl:a.jsonl", cache_dir=tmp_path, data_dir=tmp_path)).notes
+    assert "5 of 5 documents have no origin" in note and "?origin=" in note
+    assert not survey(open_source("jsonl:a.jsonl?origin=page", cache_dir=tmp_path, data_dir=tmp_path)).notes

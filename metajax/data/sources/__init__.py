@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,24 @@ from urllib.parse import parse_qsl
 from etils import epath
 
 from metajax.config import UserError, nearest, require
+from metajax.core.array_records import ArrayRecords
+from metajax.core.json_lines import is_compressed
+from metajax.core.reading import reading
 from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document, Source
-from metajax.data.sources.compressed import CompressedLines, is_compressed
-from metajax.data.sources.files import ArrayRecord, Columns, Files, JsonLines, Parquet, file_entry, file_stamp, to_document
+from metajax.data.sources.compressed import CompressedLines
+from metajax.data.sources.files import (
+    JOINED,
+    NO_ORIGIN,
+    ArrayRecord,
+    Columns,
+    Files,
+    JsonLines,
+    Parquet,
+    file_entry,
+    file_stamp,
+    to_document,
+)
 from metajax.data.sources.joined import Joined
 
 _READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
@@ -55,7 +70,8 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     corpus = reader(spec, files, root, columns)
     if not columns.join:
         return corpus
-    fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), path.split("/")[:-1]))
+    is_one = files == [os.path.join(root, path)]
+    fixed = "/".join(itertools.takewhile(lambda part: is_one or not glob.has_magic(part), path.split("/")[:-1]))
     return Joined(corpus, os.path.join(root, fixed, ""), os.path.join(root, columns.join), columns.on)
 
 
@@ -93,17 +109,43 @@ def place_of(spec: str, on_bad_record: str, cache_dir: Path, data_dir: Path | No
 
 
 def find_files(spec: str, path: str, root: str) -> list[str]:
-    """The file at `path`, or the sorted files of a glob, below `root` unless absolute; UserError when there is none."""
+    """The file at `path`, or the sorted files of a glob, below `root` unless absolute; UserError when there is none.
+
+    Only `path` is a pattern, and only where no file has that name.
+    """
     whole = path if "://" in path else os.path.join(root, path)
-    if "://" in whole:
-        base, _, pattern = whole.partition("://")[2].partition("/")
-        bucket = epath.Path(f"{whole.partition('://')[0]}://{base}")
-        found = [os.fspath(p) for p in bucket.glob(pattern)] if glob.has_magic(pattern) else [whole] * epath.Path(whole).exists()
+    if not glob.has_magic(path) or epath.Path(whole).exists():
+        found = [whole] if epath.Path(whole).is_file() else []
+    elif "://" in whole:
+        base, pattern = re.fullmatch(r"(.*?://[^/]*)/?(.*)", path).groups() if "://" in path else (glob.escape(root), path)
+        found = [os.fspath(p) for p in epath.Path(base).glob(pattern)]
     else:
-        found = glob.glob(whole, recursive=True) if glob.has_magic(whole) and not os.path.exists(whole) else [whole]
+        found = [os.path.join(root, match) for match in glob.glob(path, root_dir=root, recursive=True)]
         found = [p for p in found if os.path.isfile(p)]
     require(bool(found), f"{whole}: no such file; {spec!r} looks below {root} (set the data directory, or give a full path)")
     return sorted(found)
+
+
+def told(spec: str, documents: int, tally: Mapping[str, int], ids: str | None = None) -> list[str]:
+    """What a person should know of the documents of a source, a line each. ids: those of documents and labels, where labels are joined."""
+    lines, of = [], f"of {documents:,} documents"
+    if tally.get(NO_ORIGIN):
+        lines.append(
+            f"{spec}: {tally[NO_ORIGIN]:,} {of} have no origin: no value in a column `origin` or `url`. Each counts as a site of its own, so that "
+            "pages of one site may be on both sides of the split; name the column of the site or its address with ?origin=COLUMN"
+        )
+    joined = tally.get(JOINED, 0)
+    if ids is not None and joined < documents:
+        lines.append(f"{spec}: {joined:,} {of} ({joined / documents:.1%}) have labels from join={'' if joined else '; ' + ids}")
+    return lines
+
+
+def leaves_of(features: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the features of a set, dotted where they are nested."""
+    names: list[str] = []
+    for name, feature in features.items():
+        names += leaves_of(feature, f"{prefix}{name}.") if hasattr(feature, "items") else [prefix + name]
+    return names
 
 
 class TfdsText:
@@ -111,6 +153,8 @@ class TfdsText:
 
     def __init__(self, spec: str, path: str, data_dir: Path | None, columns: Columns):
         import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from tensorflow_datasets.core.data_sources.base import file_instructions
 
         name, _, split = path.partition("@")
         self.spec, self.name, self.split, self.columns = spec, name, split or "train", columns
@@ -127,7 +171,7 @@ class TfdsText:
         splits = list(builder.info.splits)
         base = re.split(r"[\[+]", self.split)[0]
         require(base in splits, f"{spec}: unknown split {base!r}{nearest(base, splits)}; splits: {', '.join(splits)}")
-        features = list(builder.info.features)
+        features = leaves_of(builder.info.features)
         for option, column in (("text", columns.text), ("origin", columns.origin)):
             require(
                 not column or column in features,
@@ -139,8 +183,11 @@ class TfdsText:
             raise UserError(f"{spec}: {self._folder} is in a format without random access; {remedy}") from None
         except ValueError as error:  # a slice that cannot be read
             raise UserError(f"{spec}: {str(error).splitlines()[0]}") from None
+        if isinstance(self._records.data_source, ArrayRecordDataSource):  # it would keep every shard open
+            parts = file_instructions(builder.info, self.split)
+            self._records.data_source = ArrayRecords((os.fspath(part.filename), part.skip, part.take) for part in parts)
         self._shards = [os.fspath(p) for p in builder.info.splits[base].filepaths]
-        self._version = str(builder.info.full_name)
+        self._version, self.tally = str(builder.info.full_name), Counter()
         require(len(self._records) > 0, f"{spec}: no records in split {self.split!r}; name another split")
 
     def __len__(self) -> int:
@@ -150,11 +197,9 @@ class TfdsText:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.spec}")
         where = f"{self._folder} ({self.split}), record {i}"
-        try:
+        with reading(where, lambda reason: BadRecord(f"{where}: cannot be read ({reason})")):
             row = self._records[int(i)]
-        except RuntimeError as error:
-            raise BadRecord(f"{where}: cannot be read ({str(error).strip()})") from None
-        return to_document(row, self.columns, where)
+        return to_document(row, self.columns, where, self.tally)
 
     def fingerprint(self) -> str:
         """sha256 over name, version, split, columns and each shard's name, size and modification time."""

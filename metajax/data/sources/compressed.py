@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-from etils import epath
-
-from metajax.config import UserError, require
+from metajax.config import require
+from metajax.core.json_lines import is_compressed, lines
 from metajax.data.documents import Document
-from metajax.data.sources.files import Columns, Files, parse_json
-
-SUFFIXES = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-
-
-def is_compressed(path: str) -> bool:
-    """Whether the file's name says that it can be read here."""
-    return path.lower().endswith(tuple(SUFFIXES))
-
-
-def lines(path: str) -> Iterator[bytes]:
-    """The lines that hold more than white space, of a local file or one in a bucket; UserError where the file is damaged."""
-    kind = next(kind for suffix, kind in SUFFIXES.items() if path.lower().endswith(suffix))
-    try:
-        with epath.Path(path).open("rb") as file, io.BufferedReader(pa.input_stream(file, compression=kind)) as stream:
-            for line in stream:
-                if line.strip():
-                    yield line
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be decompressed ({str(error).splitlines()[0]}); fetch or write it again") from None
+from metajax.data.sources.files import Columns, Files
 
 
 class CompressedLines(Files):
@@ -42,7 +21,7 @@ class CompressedLines(Files):
     kind = "jsonl"
 
     def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
-        self.spec, self.paths, self.root, self.columns = spec, tuple(paths), root, columns
+        self.spec, self.paths, self.root, self.columns, self.tally = spec, tuple(paths), root, columns, Counter()
         plain = [path for path in paths if not is_compressed(path)]
         require(not plain, f"{spec}: {plain and plain[0]} is not compressed as others are; make two sources of them")
         self._fresh()
@@ -62,9 +41,9 @@ class CompressedLines(Files):
         with self._lock:
             if file != self._file or row < self._next:
                 self._file, self._next, self._stream = file, 0, lines(self.paths[file])
-            line = next(itertools.islice(self._stream, row - self._next, None))
+            _, line = next(itertools.islice(self._stream, row - self._next, None))
             self._next = row + 1
-        return parse_json(line, self.columns, self.where(i))
+        return self.parsed(line, i)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_file", "_next", "_stream")}

@@ -6,32 +6,39 @@ Every reader can be pickled for reader processes: handles and decoded row groups
 from __future__ import annotations
 
 import bisect
+import codecs
 import hashlib
 import itertools
-import json
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
-import grain
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
 from metajax.config import UserError, nearest, require
+from metajax.core import json_lines
+from metajax.core.array_records import ArrayRecords
+from metajax.core.reading import first_line, handle, reading
+from metajax.data.addresses import parts
 from metajax.data.documents import BadRecord, Document
+from metajax.data.sources.values import as_string, as_text, cells, flat, flatten, leaves, why
 
 _DECODED_BYTES = 256 << 20  # decoded Parquet row groups kept by one reader
+ADDRESSES = ("url", "uri", "warc-target-uri", "source_url")  # columns of a document's address, nested ones too, in any case
+NO_ORIGIN, NO_TEXT, JOINED = "no origin", "no text: ", "joined"  # what a source's tally counts
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the text and the origin; '' as origin means the rule of `to_document`.
+    """Which columns hold the text and the origin; '' as origin means the rule of `to_document`. A dotted name is that of a nested column.
 
     join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share.
     """
@@ -40,84 +47,62 @@ class Columns:
     origin: str = ""
     join: str = field(default="", repr=False)  # the fingerprint of the files themselves is that of the fields shown
     on: str = field(default="id", repr=False)
+    rules: int = field(default=2, init=False)  # part of every fingerprint: raise it when rows become other documents than before
 
 
-def to_document(row: Mapping[str, Any], columns: Columns, where: str) -> Document:
+def to_document(row: Mapping[str, Any], columns: Columns, where: str, tally: Counter[str] | None = None) -> Document:
     """A row as a Document; raises BadRecord, its message opened by `where` (file and record).
 
-    Metadata is every other scalar column as a string; None, '' and nested values are left out. The origin is the
-    column asked for, else a column named `origin`, else the host of `url`, else a digest of the text.
+    Metadata is every other column as a string, those of nested objects by dotted names; what is missing, lists, and what cannot be text are
+    left out. The origin is the column asked for, else a column named `origin`, else the host of the first column of an address, else a digest
+    of the text. Of an origin that is an address its host counts.
+
+    tally: counts the documents without an origin (NO_ORIGIN), and by column what could not be text (NO_TEXT and its name).
     """
+    row, tally = flatten(row), Counter() if tally is None else tally
     if columns.text not in row:
         names = ", ".join(row) or "none"
         raise BadRecord(f"{where}: no column {columns.text!r}{nearest(columns.text, row)}; columns: {names}")
     text = row[columns.text]
-    text = _decode(text, f"{where}: column {columns.text!r}") if isinstance(text, bytes) else text
-    if not isinstance(text, str):
+    if not isinstance(text, (str, bytes)):
         raise BadRecord(f"{where}: column {columns.text!r} is {type(text).__name__}, not text")
-    _check_unicode(text, f"{where}: column {columns.text!r}")
+    strings = {}
+    for name, value in row.items():
+        try:
+            strings[name] = as_text(value) if name == columns.text else as_string(value)
+        except UnicodeError as error:
+            if name in (columns.text, columns.origin):
+                raise BadRecord(f"{where}: column {name!r} {why(error)}") from None
+            tally[NO_TEXT + name] += 1
+    text = strings[columns.text]
     skipped = {columns.text, "origin"} - {columns.origin}
-    strings = {k: as_string(v, f"{where}: column {k!r}") for k, v in row.items() if k not in skipped}
-    metadata = {k: v for k, v in strings.items() if v}
-    return Document(text, metadata, _origin(row, columns, metadata, text, where))
+    metadata = {name: string for name, string in strings.items() if string and name not in skipped}
+    if columns.origin and columns.origin not in metadata:
+        raise BadRecord(f"{where}: no value in column {columns.origin!r}, which origin= names")
+    origin = _origin(strings, columns.origin or "origin", metadata)
+    tally[NO_ORIGIN] += not origin
+    return Document(text, metadata, origin or hashlib.sha1(text.encode()).hexdigest())
 
 
-def _origin(row: Mapping[str, Any], columns: Columns, metadata: dict[str, str], text: str, where: str) -> str:
-    if columns.origin:
-        if columns.origin not in metadata:
-            raise BadRecord(f"{where}: no value in column {columns.origin!r}, which origin= names")
-        return metadata[columns.origin]
-    named = as_string(row.get("origin"), f"{where}: column 'origin'")
-    return named or _host(metadata.get("url", "")) or hashlib.sha1(text.encode()).hexdigest()
+def _origin(strings: Mapping[str, str], column: str, metadata: Mapping[str, str]) -> str:
+    """The value of a column or the host of an address, '' where there is neither."""
+    if named := strings.get(column, ""):
+        return (named.lower().startswith(("http://", "https://")) and host(named)) or named
+    addresses = sorted((rank, name) for name in metadata if (rank := _address_rank(name)) is not None)
+    return next(filter(None, (host(metadata[name]) for _, name in addresses)), "")
 
 
-def _host(url: str) -> str:
+@lru_cache(maxsize=1 << 12)
+def _address_rank(name: str) -> tuple[int, int] | None:
+    """Where a column stands among those that hold a document's address, by its name; None for others."""
+    last = name.rpartition(".")[2].casefold()
+    return (name.count("."), ADDRESSES.index(last)) if last in ADDRESSES else None
+
+
+def host(url: str) -> str:
     """The host of an address with or without a scheme, '' when there is none."""
-    try:
-        return urlsplit(url if "://" in url else f"//{url}").hostname or ""
-    except ValueError:  # unbalanced brackets of an IPv6 host: an address that names no site
-        return ""
-
-
-def _decode(value: bytes, where: str) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"{where} is not UTF-8 at byte {error.start}") from None
-
-
-def _check_unicode(text: str, where: str) -> None:
-    """Raise BadRecord for half of a surrogate pair, which JSON can spell but no tokenizer can encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(f"{where} holds half of a surrogate pair at character {error.start}") from None
-
-
-def as_string(value: Any, where: str) -> str:
-    """A scalar as metadata; '' for None and for nested values."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or (isinstance(value, (Mapping, Sequence, np.ndarray)) and not isinstance(value, (str, bytes))):
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    text = _decode(value, where) if isinstance(value, bytes) else str(value)
-    _check_unicode(text, where)
-    return text
-
-
-def parse_json(line: bytes, columns: Columns, where: str) -> Document:
-    """A UTF-8 JSON object as a Document; raises BadRecord."""
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"{where}: not UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
-        raise BadRecord(f"{where}: not JSON that can be read ({first_line(error)})") from None
-    if not isinstance(row, dict):
-        raise BadRecord(f"{where}: a JSON {type(row).__name__}, not an object with a {columns.text!r} field")
-    return to_document(row, columns, where)
+    found = parts(url)
+    return found[1] if found else ""
 
 
 def file_entry(path: str) -> dict[str, Any]:
@@ -141,12 +126,17 @@ def file_stamp(path: str) -> str:
 
 
 class Files:
-    """Records numbered through one or more files, in the order given; raises UserError when there is none."""
+    """Records numbered through one or more files, in the order given; raises UserError when there is none.
+
+    tally: what `to_document` counts, of all documents read so far in this process.
+    """
 
     kind: ClassVar[str]
 
     def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
         self.spec, self.paths, self.root, self.columns = spec, tuple(paths), root, columns
+        self.tally: Counter[str] = Counter()
+        self._key = uuid.uuid4().hex
         counts = [self._open(path) for path in self.paths]
         self._starts = list(itertools.accumulate(counts, initial=0))
         require(len(self) > 0, f"{', '.join(self.paths)}: no records; {self.kind} data needs at least one")
@@ -169,6 +159,23 @@ class Files:
         """File and record of record i, as messages name them."""
         file, row = self.locate(i)
         return f"{self.paths[file]}, record {row}"
+
+    def parsed(self, line: bytes, i: int) -> Document:
+        """Record i from its JSON; raises BadRecord."""
+        try:
+            row = json_lines.parse(line)
+        except ValueError as error:
+            raise BadRecord(f"{self.where(i)}: {error}") from None
+        if not isinstance(row, dict):
+            raise BadRecord(f"{self.where(i)}: a JSON {type(row).__name__}, not an object with a {self.columns.text!r} field")
+        return self.document(row, i)
+
+    def document(self, row: Mapping[str, Any], i: int) -> Document:
+        """Record i from its row; raises BadRecord."""
+        try:
+            return to_document(row, self.columns, "", self.tally)
+        except BadRecord as error:  # the place is looked for now, for a number of a line costs reading the file
+            raise BadRecord(f"{self.where(i)}{error}") from None
 
     def fingerprint(self) -> str:
         """sha256 over columns and each file's path below the data directory, size and modification time."""
@@ -195,42 +202,28 @@ class JsonLines(Files):
 
     def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
         self._lines: list[tuple[np.ndarray, np.ndarray]] = []
-        self._descriptors: dict[int, int] = {}
         super().__init__(spec, paths, root, columns)
 
     def _open(self, path: str) -> int:
         require(not path.lower().endswith(".xz"), f"{path}: .xz is not read; decompress it, or compress it as .zst or .gz")
         require("://" not in path, f"{path}: jsonl is read from local disks alone; copy it, or convert it to arrayrecord")
-        self._lines.append(line_index(path))
+        with reading(path, unreadable(path, "file of JSON lines")):
+            self._lines.append(line_index(path))
         return len(self._lines[-1][0])
 
     def __getitem__(self, i: int) -> Document:
         file, row = self.locate(i)
         starts, lengths = self._lines[file]
-        line = os.pread(self._descriptor(file), int(lengths[row]), int(starts[row]))
-        try:
-            return parse_json(line, self.columns, self.paths[file])
-        except BadRecord as error:
-            reason = str(error).removeprefix(f"{self.paths[file]}: ")
-            raise BadRecord(f"{self.where(i)}: {reason}") from None
+        with reading(self.paths[file], unreadable(self.paths[file], "file of JSON lines")):
+            line = handle(pa.OSFile, self.paths[file], self._key).read_at(int(lengths[row]), int(starts[row]))
+        return self.parsed(line, i)
 
     def where(self, i: int) -> str:
         file, row = self.locate(i)
         return f"{self.paths[file]}, line {_line_number(self.paths[file], int(self._lines[file][0][row]))}"
 
-    def _descriptor(self, file: int) -> int:
-        if file not in self._descriptors:
-            opened = os.open(self.paths[file], os.O_RDONLY)
-            if self._descriptors.setdefault(file, opened) != opened:  # another thread was first
-                os.close(opened)
-        return self._descriptors[file]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+_FILLED = np.array([byte not in json_lines.BLANK for byte in range(256)], np.uint8)
 
 
 def line_index(path: str, block_bytes: int = 1 << 24) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +232,7 @@ def line_index(path: str, block_bytes: int = 1 << 24) -> tuple[np.ndarray, np.nd
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     data = np.memmap(path, np.uint8, "r")
     starts, lengths = [], []
-    begin, size = 0, block_bytes
+    begin, size = len(codecs.BOM_UTF8) * (bytes(data[:3]) == codecs.BOM_UTF8), block_bytes
     while begin < len(data):
         block = data[begin : begin + size]
         ends = np.flatnonzero(block == ord("\n"))
@@ -250,11 +243,11 @@ def line_index(path: str, block_bytes: int = 1 << 24) -> tuple[np.ndarray, np.nd
             continue
         firsts = np.concatenate([[0], ends[:-1] + 1])
         block = block[: ends[-1] + 1]  # what follows is the beginning of the next block's first line
-        filled = np.bitwise_or.reduceat((block > ord(" ")).view(np.uint8), firsts).astype(bool)
+        filled = np.bitwise_or.reduceat(_FILLED[block], firsts).astype(bool)
         starts.append(begin + firsts[filled])
         lengths.append((ends - firsts)[filled])
         begin, size = begin + int(ends[-1]) + 1, block_bytes
-    return np.concatenate(starts).astype(np.int64), np.concatenate(lengths).astype(np.int64)
+    return tuple(np.concatenate([np.zeros(0, np.int64), *found]).astype(np.int64) for found in (starts, lengths))
 
 
 def _line_number(path: str, offset: int) -> int:
@@ -267,6 +260,10 @@ def _line_number(path: str, offset: int) -> int:
     return number
 
 
+def _open_parquet(path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(epath.Path(path).open("rb") if "://" in path else pa.OSFile(path), page_checksum_verification=True)
+
+
 class Parquet(Files):
     """Parquet files; the row groups decoded last stay in memory, up to 256 MiB (write small row groups for random access)."""
 
@@ -274,26 +271,21 @@ class Parquet(Files):
 
     def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
         self._groups: list[list[int]] = []  # cumulative rows of each file's row groups
-        self._scalars: list[list[str]] = []
+        self._columns: list[list[str]] = []
         self._fresh()
         super().__init__(spec, paths, root, columns)
 
     def _fresh(self) -> None:
         self._lock = threading.Lock()
         self._decoded: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        self._readers: dict[str, pq.ParquetFile] = {}
 
     def _reader(self, path: str) -> pq.ParquetFile:
-        if path not in self._readers:
-            try:
-                self._readers[path] = pq.ParquetFile(epath.Path(path).open("rb"), page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from None
-        return self._readers[path]
+        with reading(path, unreadable(path, "Parquet file")):
+            return handle(_open_parquet, path, self._key)
 
     def _open(self, path: str) -> int:
         reader = self._reader(path)
-        names = reader.schema_arrow.names
+        names = leaves(reader.schema_arrow)
         for option, name in (("text", self.columns.text), ("origin", self.columns.origin)):
             require(
                 not name or name in names,
@@ -302,42 +294,34 @@ class Parquet(Files):
         metadata = reader.metadata
         rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         self._groups.append(list(itertools.accumulate(rows, initial=0)))
-        self._scalars.append([f.name for f in reader.schema_arrow if not pa.types.is_nested(f.type)])
+        self._columns.append(list(dict.fromkeys(names.values())))
         return metadata.num_rows
 
     def __getitem__(self, i: int) -> Document:
         file, row = self.locate(i)
-        where = self.where(i)
         starts = self._groups[file]
         group = bisect.bisect_right(starts, row) - 1
-        table = self._table(file, group)
-        try:
-            values = {
-                name: column[row - starts[group]].as_py() for name, column in zip(table.column_names, table.columns, strict=True)
-            }
-        except UnicodeDecodeError as error:
-            raise BadRecord(f"{where}: not UTF-8 at byte {error.start}") from None
-        return to_document(values, self.columns, where)
+        return self.document(cells(self._table(file, group), row - starts[group]), i)
 
     def _table(self, file: int, group: int) -> pa.Table:
+        path = self.paths[file]
         with self._lock:
             if (file, group) in self._decoded:
                 self._decoded.move_to_end((file, group))
                 return self._decoded[file, group]
-            try:
-                table = self._reader(self.paths[file]).read_row_group(group, columns=self._scalars[file])
-            except (pa.ArrowException, OSError) as error:
-                raise BadRecord(f"{self.paths[file]}, row group {group}: cannot be decoded ({first_line(error)})") from None
-            for position, field in enumerate(table.schema):
-                if pa.types.is_temporal(field.type):  # as text: Python's dates hold no nanoseconds
-                    table = table.set_column(position, field.name, table.column(position).cast(pa.string()))
+            reader = self._reader(path)
+            with reading(path, lambda reason: BadRecord(f"{path}, row group {group}: cannot be decoded ({reason})")):
+                try:
+                    table = flat(reader.read_row_group(group, columns=self._columns[file]))
+                except pa.ArrowNotImplementedError as error:
+                    raise UserError(f"{path}: {first_line(error)}; write it again in a form that pyarrow reads") from None
             self._decoded[file, group] = table
             while len(self._decoded) > 1 and sum(t.nbytes for t in self._decoded.values()) > _DECODED_BYTES:
                 self._decoded.popitem(last=False)
             return table
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decoded", "_readers")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_decoded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -350,28 +334,19 @@ class ArrayRecord(Files):
     kind = "arrayrecord"
 
     def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
-        self._sources: list[grain.sources.ArrayRecordDataSource] = []
+        self._records = ArrayRecords((path, 0, None) for path in paths)
         super().__init__(spec, paths, root, columns)
 
     def _open(self, path: str) -> int:
-        try:
-            source = grain.sources.ArrayRecordDataSource([path])
-            count = len(source)
-        except RuntimeError as error:  # the reader's only kind of error
-            raise UserError(f"{path}: not a readable ArrayRecord file ({first_line(error)}); write it again") from None
-        self._sources.append(source)
-        return count
+        return self._records.parts[self.paths.index(path)][2]
 
     def __getitem__(self, i: int) -> Document:
-        file, row = self.locate(i)
-        where = self.where(i)
-        try:
-            record = self._sources[file][row]
-        except RuntimeError as error:
-            raise BadRecord(f"{where}: cannot be read ({first_line(error)})") from None
-        return parse_json(record, self.columns, where)
+        file, _ = self.locate(i)
+        with reading(self.paths[file], lambda reason: BadRecord(f"{self.where(i)}: cannot be read ({reason})")):
+            record = self._records[i]
+        return self.parsed(record, i)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    return (str(error).strip().splitlines() or ["damaged or cut short"])[0]
+def unreadable(path: str, kind: str) -> Callable[[str], UserError]:
+    """For `reading`: the error of a file that is no `kind`."""
+    return lambda reason: UserError(f"{path}: not a readable {kind} ({reason}); write it again")

@@ -10,22 +10,28 @@ import hashlib
 import os
 import re
 import threading
+from collections import Counter
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from metajax.config import UserError, nearest, require
+from metajax.config import nearest, require
+from metajax.core.reading import reading
+from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document
-from metajax.data.sources.files import Files, as_string, file_entry, file_stamp, first_line
+from metajax.data.sources.files import JOINED, Files, file_entry, file_stamp, unreadable
+from metajax.data.sources.values import as_string, cells, flat
 
 Labels = dict[str, dict[str, str]]  # id -> its row
+_FRACTION = re.compile(r"-?[0-9]+\.[0-9]+")
 _ENDINGS = r"(\.(jsonl?|parquet|array_?record))?(\.(gz|bz2|zst))?$"
 
 
 class Joined:
     """A corpus of files whose documents also have the columns of the label file's row with their id, where there is one.
+
+    Ids are the same when their text is, or else their value: 3, 3.0 and "3" are one id. The tally counts the documents that have labels.
 
     Raises UserError where a file of labels is missing or cannot be read, lacks the column of ids, or has an id twice; BadRecord where a document
     has no id, or a column that the labels have too.
@@ -42,7 +48,7 @@ class Joined:
 
     def _fresh(self) -> None:
         self._lock = threading.Lock()
-        self._file, self._rows = -1, {}
+        self._file, self._rows, self._by_value = -1, {}, {}
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -54,16 +60,29 @@ class Joined:
         if self.on not in document.metadata:
             raise BadRecord(f"{where}: no value in column {self.on!r}, by which labels are joined")
         with self._lock:
-            if file != self._file:
-                self._file, self._rows = file, _read(self.labels[file], self.on)
-            labels = self._rows.get(document.metadata[self.on], {})
+            labels = self._labels(file, document.metadata[self.on])
+        self.tally[JOINED] += labels is not None
+        labels = labels or {}
         both = sorted(labels.keys() & document.metadata.keys())
         if both:
             raise BadRecord(f"{where}: column {both[0]!r} is in the labels, too; rename it there")
         return Document(document.text, document.metadata | labels, document.origin)
 
+    @property
+    def tally(self) -> Counter[str]:
+        """That of the corpus, with the documents that have labels."""
+        return self.corpus.tally
+
+    def _labels(self, file: int, key: str) -> dict[str, str] | None:
+        """The row of an id, of the labels of that file; None where it has none."""
+        if file != self._file:
+            self._file, self._rows = file, _read(self.labels[file], self.on)
+            values = Counter(map(_value, self._rows))
+            self._by_value = {value: self._rows[k] for k in self._rows if values[value := _value(k)] == 1}
+        return self._rows[key] if key in self._rows else self._by_value.get(_value(key))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_file", "_rows")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_file", "_rows", "_by_value")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -76,22 +95,40 @@ class Joined:
 
     def manifest(self) -> dict[str, Any]:
         """The corpus' manifest with the files of labels; the sha256 of each file is computed now."""
-        joined = {"on": self.on, "files": [file_entry(path) for path in self.labels]}
+        joined = {"on": self.on, "files": [file_entry(path) for path in self.labels], "ids": self.ids()}
         return self.corpus.manifest() | {"fingerprint": self.fingerprint(), "joined": joined}
+
+    def ids(self) -> str:
+        """An id of the documents and one of the labels, in words."""
+        keys = (found.metadata.get(self.on) for _, found in read_documents(self.corpus, "skip") if found is not None)
+        rows = _read(self.labels[0], self.on)
+        return f"documents have {self.on} = {next(keys, None)!r}, labels {next(iter(rows), None)!r}"
+
+
+def _value(key: str) -> str:
+    """The same text for the same number; a whole float stands for all of its digits, not for the shortest that tell it from others."""
+    if not _FRACTION.fullmatch(key):
+        return key
+    return str(int(float(key))) if key.endswith(".0") and len(key) < 300 else key.rstrip("0").rstrip(".")
 
 
 def _read(path: str, on: str) -> Labels:
-    try:
-        with epath.Path(path).open("rb") as file:
-            table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from None
+    with reading(path, unreadable(path, "Parquet file")), epath.Path(path).open("rb") as file:
+        table = flat(pq.read_table(file))
     names = table.column_names
     require(on in names, f"{path}: no column {on!r} to join by{nearest(on, names)}; columns: {', '.join(names)}")
-    rows = {}
-    for row in table.to_pylist():
-        strings = {name: as_string(value, f"{path}: column {name!r}") for name, value in row.items()}
-        key = strings.pop(on)
-        rows[key] = {name: text for name, text in strings.items() if text}
-    require(len(rows) == table.num_rows, f"{path}: an id stands twice in column {on!r}; keep one row of each")
+    rows, count = {}, 0
+    for n in range(table.num_rows):
+        strings = {name: _text(value) for name, value in cells(table, n).items()}
+        if key := strings.pop(on):
+            rows[key] = {name: text for name, text in strings.items() if text}
+            count += 1
+    require(len(rows) == count, f"{path}: an id stands twice in column {on!r}; keep one row of each")
     return rows
+
+
+def _text(value: Any) -> str:
+    try:
+        return as_string(value)
+    except UnicodeError:  # it cannot be text, as in `to_document`
+        return ""

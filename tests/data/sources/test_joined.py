@@ -1,5 +1,6 @@
 """Labels joined to the documents of a corpus by id, shard by shard."""
 
+import decimal
 import gzip
 import json
 import pickle
@@ -8,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from metajax.config import UserError
+from metajax.config import Config, Data, Model, UserError
 from metajax.data.documents import BadRecord
+from metajax.data.pipeline import Paths, notes, open_corpora
 from metajax.data.sources import open_source
+from metajax.data.sources.files import JOINED
 from metajax.data.tokenising import build_token_cache
 from metajax.data.tokenizers import Bytes
+from metajax.reporting.information import survey
 
 LABELS = [
     {"id": "d1", "topic": "Health", "format": None},
@@ -42,6 +46,10 @@ def files(tmp_path):
 @pytest.fixture
 def opened(tmp_path):
     return lambda spec: open_source(spec, cache_dir=tmp_path / "cache", data_dir=tmp_path)
+
+
+def config(data):
+    return Config(name="test", scale="cpu", model=Model(), data=data)
 
 
 def texts(*ids):
@@ -76,6 +84,65 @@ def test_compressed_shards_and_another_column_of_ids(files, opened):
     )
     source = opened("jsonl:c4-train.*.json.gz?join=wo&on=url")
     assert [source[i].metadata.get("topic") for i in (0, 1)] == [None, "Food"]
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize(
+    ("ids", "labels"),
+    [
+        ([3, 4, 2**60], pa.array([3.0, 4.0, float(2**60)])),
+        ([3, 4, 2**24], pa.array([3.0, 4.0, float(2**24)], pa.float32())),
+        ([3.0, 4.0, float(2**60)], pa.array([3, 4, 2**60])),
+        ([3.0, 4.0, 1.5], pa.array(["3", "4", "1.50"])),
+        (["3.0", "4", "5"], pa.array([3, 4, 5], pa.uint8())),
+        ([3, 4, 5], pa.array([decimal.Decimal("3.00"), decimal.Decimal("4.00"), decimal.Decimal("5.00")])),
+        (["a b", "1.0", "1"], pa.array(["a b", "1.0", "1"])),
+        (["x", "y", "z"], pa.array(["z", "y", "x"]).dictionary_encode().take(pa.array([2, 1, 0]))),
+    ],
+)
+def test_ids_are_joined_by_their_value(ids, labels, files, opened, tmp_path):
+    files(**{"web/0.jsonl": [{"text": "t", "id": i} for i in ids]})
+    (tmp_path / "wo").mkdir()
+    pq.write_table(pa.table({"id": labels, "topic": ["a", "b", "c"]}), tmp_path / "wo/0.parquet")
+    source = opened("jsonl:web/0.jsonl?join=wo")
+    assert [source[i].metadata.get("topic") for i in range(3)] == ["a", "b", "c"]
+    assert source.tally[JOINED] == 3
+
+
+@pytest.mark.fault(20)
+def test_a_value_that_two_labels_have_joins_by_its_text_alone(files, opened):
+    files(**{"web/0.jsonl": texts("1.1", "1.10", "1.100"), "wo/0.parquet": [{"id": "1.1", "t": "a"}, {"id": "1.10", "t": "b"}]})
+    source = opened("jsonl:web/0.jsonl?join=wo")
+    assert [source[i].metadata.get("t") for i in range(3)] == ["a", "b", None]
+
+
+@pytest.mark.fault(20)
+def test_the_share_that_is_joined_is_told(files, tmp_path):
+    """In a run, by `cache` and by `show`; none is an error before training, which a cache that is there does not silence."""
+    rows = [{"text": f"word {i} word", "id": i, "url": f"https://s{i}.org"} for i in range(40)]
+    files(**{"web/0.jsonl": rows, "wo/0.parquet": [{"id": str(i), "topic": "t"} for i in range(30)]})
+    paths = Paths(tmp_path / "cache", tmp_path)
+    data = Data(sources=("jsonl:web/0.jsonl?join=wo",), tokenizer="byte", held_out=0.2)
+    (line,) = notes(open_corpora(config(data), paths).caches[0])
+    assert "30 of 40 documents (75.0%) have labels" in line
+    source = open_source(data.sources[0], cache_dir=tmp_path, data_dir=tmp_path)
+    assert survey(source).notes == [line]
+    files(**{"wo/0.parquet": [{"id": f"doc-{i}", "topic": "t"} for i in range(30)]})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"0 of 40 documents .* documents have id = '0', labels 'doc-0'"):
+            open_corpora(config(data), paths)
+
+
+@pytest.mark.fault(13)
+def test_labels_without_an_id_or_a_value_are_missing(files, opened, tmp_path):
+    files(**{"web/0.jsonl": texts("d0", "d1")})
+    (tmp_path / "wo").mkdir()
+    columns = {"id": ["d0", None, None, "d1"], "score": [3.3, 1.0, 2.0, float("nan")], "raw": [b"ok", b"", b"", b"\xff"]}
+    columns["by"] = pa.array([{"model": "m"}, None, None, {"model": None}])
+    pq.write_table(pa.table({**columns, "score": pa.array(columns["score"], pa.float32())}), tmp_path / "wo/0.parquet")
+    source = opened("jsonl:web/0.jsonl?join=wo")
+    labels = [{k: v for k, v in source[i].metadata.items() if k not in ("id", "url")} for i in range(2)]
+    assert labels == [{"score": "3.3", "raw": "ok", "by.model": "m"}, {}]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""JSON lines: one JSON value a line, UTF-8, in a plain or a compressed file, on a disk or in a bucket.
+
+A line ends at \\n alone, or \\r\\n: other separators of Unicode are text. Lines of white space count as lines and hold no value. A byte order mark
+is skipped. Of two equal keys of an object the last one counts.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from metajax.core.reading import reading
+from metajax.fields import UserError, require
+
+BLANK = b" \t\r\n\v\f"
+MAGIC = {
+    ".gz": (b"\x1f\x8b",),
+    ".bz2": (b"BZh",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([n, 0x2A, 0x4D, 0x18]) for n in range(0x50, 0x60))),
+}
+REWRITE = "its window is larger than the 128 MiB that are read here; rewrite it: zstd --long=31 -dc FILE | zstd -o NEW.zst"
+
+
+def parse(line: bytes) -> Any:
+    """The value of a line; a ValueError gives the reason in one line. Numbers that no float holds are Decimals."""
+    try:
+        text = line.removeprefix(codecs.BOM_UTF8).decode()
+        try:
+            return _DECODER.decode(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of thousands of digits
+            return _LONG_INTEGERS.decode(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON that can be read ({error})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (its values are nested too deeply)") from None
+
+
+def _float(digits: str) -> float | Decimal:
+    value = float(digits)
+    return value if math.isfinite(value) else Decimal(digits)
+
+
+_DECODER = json.JSONDecoder(parse_float=_float)
+_LONG_INTEGERS = json.JSONDecoder(parse_float=_float, parse_int=Decimal)
+
+
+def records(path: str) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank; UserError with file and line where one cannot be read."""
+    for number, line in lines(path):
+        try:
+            value = parse(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        yield number, value
+
+
+def lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of every line that is not blank; UserError where the file is damaged."""
+    with reading(path, lambda reason: _damaged(path, reason)), epath.Path(path).open("rb") as file, _plain(path, file) as stream:
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip(BLANK):
+                yield number, line
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the file's name says that it is compressed in a way that is read here."""
+    return path.lower().endswith(tuple(MAGIC))
+
+
+def _plain(path: str, file: BinaryIO) -> io.BufferedIOBase:
+    """The decompressed bytes of an open file; UserError where its content is not what its name says."""
+    suffix = next((suffix for suffix in MAGIC if path.lower().endswith(suffix)), None)
+    if suffix is None:
+        return io.BufferedReader(file, 1 << 20)
+    start = file.read(4)
+    file.seek(0)
+    require(bool(start), f"{path}: empty, not even a {suffix} file without content; fetch or write it again")
+    other = next((known for known, magic in MAGIC.items() if start.startswith(magic)), ".jsonl for plain lines")
+    require(
+        start.startswith(MAGIC[suffix]), f"{path}: not {suffix}, though its name ends so; rename it after its content ({other})"
+    )
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(file, compression="zstd"), 1 << 20)
+    return io.BufferedReader(gzip.GzipFile(fileobj=file) if suffix == ".gz" else bz2.BZ2File(file), 1 << 20)
+
+
+def _damaged(path: str, reason: str) -> UserError:
+    remedy = REWRITE if "too much memory" in reason else "it is damaged or cut short; fetch or write it again"
+    return UserError(f"{path}: cannot be decompressed ({reason}); {remedy}")

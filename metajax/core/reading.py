@@ -1,0 +1,77 @@
+"""Reading files of others: few are open at a time, and what goes wrong is said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from metajax.fields import UserError
+
+OPEN = 16  # files that `handle` keeps open in a process
+REMEDIES = {
+    errno.ENFILE: "this machine has no file handle left; close other programs",
+    errno.EMFILE: "this process may have {limit} files open (ulimit -n); raise the limit",
+    errno.ENOMEM: "free some memory, or give the process more",
+    errno.EIO: "check the disk or the mount",
+    errno.ESTALE: "check the mount",
+    errno.EACCES: "give yourself the right to read it",
+    errno.EPERM: "give yourself the right to read it",
+    errno.ENOENT: "put it back",
+}
+
+
+@lru_cache(maxsize=OPEN)
+def handle(opener: Callable[[str], Any], path: str, key: str) -> Any:
+    """opener(path), kept while it is among the last used; an older one is closed when nobody holds it any more.
+
+    key: of the source, so that a file written anew under the same path is opened anew.
+    """
+    return opener(path)
+
+
+@contextlib.contextmanager
+def reading(path: str, damaged: Callable[[str], UserError]) -> Iterator[None]:
+    """Turn the error of a library that reads `path` into damaged(reason), unless the machine is at fault.
+
+    Raises:
+      UserError: the process or the machine ran out of something, or cannot reach the file. That is never a damaged record.
+      OSError: a bucket cannot be reached, as its library says it.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError, EOFError, zlib.error, pa.ArrowException) as error:
+        if isinstance(error, OSError) and _is_of_network(error):
+            raise
+        fault = _fault(error)
+        if fault is None:
+            raise damaged(first_line(error)) from None
+        remedy = REMEDIES.get(fault, "mend that").format(limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        raise UserError(f"{path}: {os.strerror(fault)}; {remedy}, and give the same command again") from None
+
+
+def _is_of_network(error: OSError) -> bool:
+    """Whether a bucket or the way to it is at fault, which `metajax.buckets.outages` tells."""
+    is_builtin = type(error).__module__ in ("builtins", "gzip")
+    return not is_builtin or isinstance(error, (ConnectionError, TimeoutError)) or str(error).startswith("Forbidden")
+
+
+def _fault(error: BaseException) -> int | None:
+    """The error number of what the machine refuses, None where the file itself is at fault."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError):
+        return error.errno
+    return next((code for code in REMEDIES if isinstance(error, RuntimeError) and os.strerror(code) in str(error)), None)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip().splitlines() or ["damaged or cut short"])[0]

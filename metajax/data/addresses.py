@@ -1,0 +1,60 @@
+"""Web addresses: which part is the scheme, the host, the path."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from functools import lru_cache
+
+import idna
+
+_SCHEME = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """(scheme with its ://, user, host and port as they are written, path with query and fragment); absent parts are ''."""
+    scheme = _SCHEME.match(url)
+    begin = scheme.end() if scheme else 0
+    end = re.compile(r"[/\\?#]|$").search(url, begin).start()
+    return url[:begin], url[begin:end], url[end:]
+
+
+@lru_cache(maxsize=1 << 16)
+def parts(url: str) -> tuple[str, str, str] | None:
+    """(scheme in lower case, host, path) of an address with or without a scheme, None for a text that is none.
+
+    The host is that of `host_of`; '' where the address has none, as in /a/path and file:///a/path.
+    """
+    scheme, authority, path = split_url(url.strip())
+    host = host_of(authority)
+    if not host and (authority or not path.startswith("/")):
+        return None
+    if host and not scheme and "." not in host and ":" not in host:  # a word
+        return None
+    return scheme.lower(), host or "", path
+
+
+def host_of(authority: str) -> str | None:
+    """The host without user, port and last dot, in lower case and as DNS has it (xn--); None where it is none.
+
+    IPv6 addresses stand without their brackets.
+    """
+    host = re.sub(r":[0-9]*$", "", authority.rpartition("@")[2])
+    try:
+        if host.startswith("[") and host.endswith("]"):
+            return str(ipaddress.IPv6Address(host[1:-1]))
+        host = (host if host.isascii() else _ascii(host)).lower().removesuffix(".")
+        labels = host.split(".")
+        if labels[-1].isdecimal():
+            return str(ipaddress.IPv4Address(host))
+    except (ValueError, UnicodeError):
+        return None
+    return host if len(host) <= 253 and all(map(_LABEL.fullmatch, labels)) else None
+
+
+def _ascii(host: str) -> str:
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError:  # what the newer rules forbid is in use none the less: pictures, underscores
+        return host.encode("idna").decode()

@@ -1,0 +1,105 @@
+"""Rows of JSON, Parquet and TFDS as columns of text: nested ones by dotted names, what is missing left out."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from metajax.data.annotators import plain
+
+_SMALL_FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32}
+
+
+def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
+    """{"meta": {"url": ...}} as {"meta.url": ...}; a column that has the dotted name itself comes before a nested one."""
+    flat: dict[str, Any] = {}
+    queue = deque([("", row)])
+    while queue:
+        prefix, fields = queue.popleft()
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                queue.append((f"{prefix}{name}.", value))
+            else:
+                flat.setdefault(prefix + name, value)
+    return flat
+
+
+def as_string(value: Any) -> str:
+    """A value as text, '' where it is missing (None, NaN, NaT, infinite) or a list; UnicodeError where it cannot be text.
+
+    Numbers have the fewest digits that their own type tells apart, no exponent, and zero has no sign.
+    """
+    if isinstance(value, (str, bytes)):
+        return as_text(value)
+    if isinstance(value, np.generic) and not isinstance(value, np.floating):
+        value = value.item()
+    if isinstance(value, (float, np.floating)):
+        return np.format_float_positional(value + 0, trim="0") if math.isfinite(value) else ""
+    if value is None or isinstance(value, (Mapping, Sequence, np.ndarray)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Decimal):
+        return plain(value) if value.is_finite() else ""
+    return str(value)
+
+
+def as_text(value: str | bytes) -> str:
+    """UnicodeError for bytes that are not UTF-8, and for half of a surrogate pair, which JSON can spell but no tokenizer can encode."""
+    text = value.decode() if isinstance(value, bytes) else value
+    text.encode()
+    return text
+
+
+def why(error: UnicodeError) -> str:
+    """What is wrong with a value that cannot be text."""
+    if isinstance(error, UnicodeEncodeError):
+        return f"holds half of a surrogate pair at character {error.start}"
+    return f"is not UTF-8 at byte {error.start}"
+
+
+def leaves(schema: pa.Schema) -> dict[str, str]:
+    """The columns of `flat` by name, each with the column of the file that it is read from."""
+    found: dict[str, str] = {}
+    queue = deque((field.name, field.type, field.name) for field in schema)
+    while queue:
+        name, kind, column = queue.popleft()
+        if pa.types.is_struct(kind):
+            queue.extend((f"{name}.{field.name}", field.type, column) for field in kind)
+        elif not pa.types.is_nested(kind):
+            found.setdefault(name, column)
+    return found
+
+
+def flat(table: pa.Table) -> pa.Table:
+    """Every field of a structure as a column with a dotted name, dates as text, without lists."""
+    found: dict[str, pa.ChunkedArray] = {}
+    queue = deque(zip(table.column_names, table.columns, strict=True))
+    while queue:
+        name, column = queue.popleft()
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_struct(column.type):
+            queue.extend((f"{name}.{field.name}", part) for field, part in zip(column.type, column.flatten(), strict=True))
+        elif not pa.types.is_nested(column.type):  # dates as text, for Python's hold no nanoseconds
+            found.setdefault(name, column.cast(pa.string()) if pa.types.is_temporal(column.type) else column)
+    return pa.table(found)
+
+
+def cells(table: pa.Table, row: int) -> dict[str, Any]:
+    """A row of `flat`: text as bytes, whatever they hold, and floats in their own width."""
+    return {name: _cell(column[row]) for name, column in zip(table.column_names, table.columns, strict=True)}
+
+
+def _cell(scalar: pa.Scalar) -> Any:
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pa.BinaryScalar):
+        return scalar.as_buffer().to_pybytes()
+    return _SMALL_FLOATS.get(scalar.type, lambda value: value)(scalar.as_py())
