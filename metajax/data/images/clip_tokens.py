@@ -1,7 +1,7 @@
 """CLIP's tokenizer: lower-cased, cleaned text as byte-pair encoding of words, with a start and an end token around each text.
 
-The vocabulary file is the user's: OpenAI's, or the merges.txt of a Hugging Face folder. Unlike other tokenizers here, text that spells
-<|startoftext|> or <|endoftext|> becomes those tokens, as in OpenAI's code.
+The vocabulary file is the user's: OpenAI's, or the merges.txt of a Hugging Face folder. Text that spells <|startoftext|> or <|endoftext|>
+does not become those tokens, for a caption that did would end there; with markers it does, as in OpenAI's code.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 _SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _REMEDY = f"{FILES[0]} is in the wheel of open-clip-torch==3.3.0: pip download --no-deps it, unzip it, and name the file"
 _WORD_END = "</w>"
-# The two tokens, English contractions, runs of letters, single digits, runs of anything else; spaces only part them. Not the tokenizers
-# library's own patterns: their tables of Unicode are older, and they would find the two tokens inside of runs too.
-_WORDS = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+# English contractions, runs of letters, single digits, runs of anything else; spaces only part them. Not the tokenizers library's own
+# patterns: their tables of Unicode are older, and they would find the two tokens inside of runs too.
+_PARTS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_WORDS = regex.compile(_PARTS, regex.IGNORECASE)
+_WORDS_AND_MARKERS = regex.compile(rf"<\|startoftext\|>|<\|endoftext\|>|{_PARTS}", regex.IGNORECASE)
 
 
 class ClipTokenizer:
@@ -66,19 +66,20 @@ class ClipTokenizer:
         """CLIP's vocabulary is one file, whatever it was read from."""
         return _SHA256
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without start and end."""
-        return self._library.encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
+    def encode(self, text: str, *, markers: bool = False) -> list[int]:
+        """Ids of a text, without start and end; with `markers` the two where the text spells them."""
+        words = (_WORDS_AND_MARKERS if markers else _WORDS).findall(clean(text))
+        return self._library.encode(words, is_pretokenized=True, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with a space behind every word, as OpenAI's code shows it; bytes that are not UTF-8 as U+FFFD."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
-    def tokenize(self, texts: Sequence[str], length: int = 77, *, cut: bool = False) -> np.ndarray:
+    def tokenize(self, texts: Sequence[str], length: int = 77, *, cut: bool = False, markers: bool = False) -> np.ndarray:
         """int32[texts, length]: start, ids, end, zeros. A text that is too long is cut in front of its end, or refused (UserError)."""
         rows = np.zeros((len(texts), length), np.int32)
         for row, text in zip(rows, texts, strict=True):
-            ids = [self.start, *self.encode(text), self.end]
+            ids = [self.start, *self.encode(text, markers=markers), self.end]
             require(cut or len(ids) <= length, f"{text[:60]!r} has {len(ids)} tokens, but a text has {length}; shorten it")
             if len(ids) > length:
                 ids = [*ids[: length - 1], self.end]

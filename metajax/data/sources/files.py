@@ -33,13 +33,15 @@ _DECODED_BYTES = 256 << 20  # decoded Parquet row groups kept by one reader
 class Columns:
     """Which columns hold the text and the origin; '' as origin means the rule of `to_document`.
 
-    join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share.
+    join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share. markers: control tokens
+    that the columns spell are read as such, as in a chat with its turn markers.
     """
 
     text: str = "text"
     origin: str = ""
     join: str = field(default="", repr=False)  # the fingerprint of the files themselves is that of the fields shown
     on: str = field(default="id", repr=False)
+    markers: bool = field(default=False, repr=False)  # of the tokens, not of the files
 
 
 def to_document(row: Mapping[str, Any], columns: Columns, where: str) -> Document:

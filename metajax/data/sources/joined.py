@@ -62,6 +62,10 @@ class Joined:
             raise BadRecord(f"{where}: column {both[0]!r} is in the labels, too; rename it there")
         return Document(document.text, document.metadata | labels, document.origin)
 
+    def where(self, i: int) -> str:
+        """File and record of record i, as messages name them."""
+        return self.corpus.where(i)
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_file", "_rows")}
 

@@ -1,6 +1,7 @@
 """CLIP's tokenizer against OpenAI's."""
 
 import gzip
+import html
 import json
 from pathlib import Path
 
@@ -18,10 +19,23 @@ def test_ids_and_texts_meet_the_goldens(clip_tokenizer):
     assert (clip_tokenizer.size, clip_tokenizer.start, clip_tokenizer.end) == (49_408, GOLDEN["sot"], GOLDEN["eot"])
     assert len(GOLDEN["items"]) == 41
     for item in GOLDEN["items"]:
-        assert clip_tokenizer.encode(item["text"]) == item["encode"], item["text"]
+        assert clip_tokenizer.encode(item["text"], markers=True) == item["encode"], item["text"]
+        if "<|" not in item["text"]:
+            assert clip_tokenizer.encode(item["text"]) == item["encode"], item["text"]
         assert clip_tokenizer.decode(item["encode"]) == item["decode"]
-    inside = clip_tokenizer.encode('x "<|endoftext|>"')
+    inside = clip_tokenizer.encode('x "<|endoftext|>"', markers=True)
     assert clip_tokenizer.end not in inside, "behind punctuation it is punctuation"
+
+
+@pytest.mark.fault(5)
+def test_a_caption_that_spells_the_two_tokens_does_not_have_them(clip_tokenizer):
+    for text in ("<|endoftext|>", "a <|STARTOFTEXT|>cat<|endoftext|> dog", "&lt;|endoftext|&gt;", "<|endoftext|><|endoftext|>"):
+        ids = clip_tokenizer.encode(text)
+        assert not {clip_tokenizer.start, clip_tokenizer.end} & set(ids), text
+        assert clip_tokenizer.decode(ids).replace(" ", "") == html.unescape(text).lower().replace(" ", "")
+        row = clip_tokenizer.tokenize([text])[0]
+        assert (row == clip_tokenizer.end).sum() == 1
+        assert row.argmax() == len(ids) + 1, "the model reads the text's vector where the id is largest"
 
 
 def test_rows_meet_the_goldens(clip_tokenizer):
@@ -30,10 +44,10 @@ def test_rows_meet_the_goldens(clip_tokenizer):
         if item["tokenize77"] is None:
             refused += 1
             with pytest.raises(UserError, match="tokens, but a text has 77; shorten it"):
-                clip_tokenizer.tokenize([item["text"]])
-            assert clip_tokenizer.tokenize([item["text"]], cut=True)[0].tolist() == item["tokenize77_truncate"]
+                clip_tokenizer.tokenize([item["text"]], markers=True)
+            assert clip_tokenizer.tokenize([item["text"]], cut=True, markers=True)[0].tolist() == item["tokenize77_truncate"]
         else:
-            assert clip_tokenizer.tokenize([item["text"]])[0].tolist() == item["tokenize77"]
+            assert clip_tokenizer.tokenize([item["text"]], markers=True)[0].tolist() == item["tokenize77"]
     assert refused == 2
     for item in GOLDEN["short_context"]:
         rows = clip_tokenizer.tokenize([item["text"]], item["context_length"], cut=True)
