@@ -120,12 +120,12 @@ def unknown_name(library: tokenizers.Tokenizer) -> str | None:
     return None if number is None else library.id_to_token(number)
 
 
-def as_markers(library: tokenizers.Tokenizer, control: Iterable[str]) -> tokenizers.Tokenizer:
-    """A copy that reads every control token's spelling as that token, as transformers does."""
+def as_markers(library: tokenizers.Tokenizer, declared: Iterable[str]) -> tokenizers.Tokenizer:
+    """A copy that reads the spellings of its added tokens, and of those that files beside it declare, as transformers does."""
     copy = tokenizers.Tokenizer.from_str(library.to_str())
     copy.encode_special_tokens = False
     added = {token.content for token in copy.get_added_tokens_decoder().values()}
-    copy.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in control if name not in added])
+    copy.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in declared if name not in added])
     return copy
 
 
@@ -133,7 +133,8 @@ def without_spellings(library: tokenizers.Tokenizer, control: Collection[str]) -
     """A copy with the same ids in which the control tokens have names that no text spells, and no merge leads to them."""
     whole = json.loads(library.to_str())
     model, hidden = whole["model"], {name: f"\ufdd0 no text spells this \ufdd1{name}\ufdd0" for name in control}
-    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in hidden]
+    for token in whole["added_tokens"]:  # renamed and not taken out: those that stay would get other ids
+        token["content"] = hidden.get(token["content"], token["content"])
     whole["post_processor"] = None
     if isinstance(model["vocab"], dict):
         model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}

@@ -103,7 +103,8 @@ class HuggingFace(Tokenizer):
 
     def _define(self, ids: dict[str, int], begin: str | None, end: str | None, named: Sequence[str]) -> None:
         self.vocabulary = Vocabulary.above(_own_ids(ids), ids.get(begin), ids.get(end))
-        self.control = control_of(self._library, ids, {*named, *filter(None, (begin, end))})
+        self._declared = {*named, *filter(None, (begin, end))}
+        self.control = control_of(self._library, ids, self._declared)
         unknown = ids.get(unknown_name(self._library))
         self.unknown = None if unknown in (self.vocabulary.bos, self.vocabulary.eos) else unknown
 
@@ -117,8 +118,11 @@ class HuggingFace(Tokenizer):
 
     def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
         if reading not in self._readers:
-            make = as_markers if reading == "markers" else without_spellings
-            self._readers[reading] = make(self._library, self.control)
+            self._readers[reading] = (
+                as_markers(self._library, self._declared & self.control.keys())
+                if reading == "markers"
+                else without_spellings(self._library, self.control)
+            )
         return [e.ids for e in self._readers[reading].encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
@@ -375,10 +379,10 @@ def _open_hf(spec: str, path: Path) -> HuggingFace:
     """The file, with bos, eos and control tokens from the files beside it where there are some."""
     library, said = _parse_library(path, "copy a tokenizer.json there, or name another path"), Said(path.parent)
     ends = [said.roles.get(f"{end}_token") for end in ("bos", "eos")]
-    found = HuggingFace(spec, library, *ends)
-    added = {token.content for token in library.get_added_tokens_decoder().values()}
-    named = said.control(library.get_vocab(with_added_tokens=True), added) - found.control.keys()
-    return HuggingFace(spec, library, *ends, sorted(named)) if named else found
+    added = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    named = said.control(library.get_vocab(with_added_tokens=True), added.keys()) - {*ends}
+    shown = {name for name in named & added.keys() if added[name].special or is_marker(name)}  # by the file itself
+    return HuggingFace(spec, library, *ends, sorted(named - shown))
 
 
 def _parse_library(path: Path, remedy: str) -> tokenizers.Tokenizer:
