@@ -133,7 +133,9 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
         require(
             any(text is not None for text in texts), f"metadata.template = {template!r}: no document of {spec} has all its fields"
         )
-        encoded = (tokenizer.marked() if cache.markers else tokenizer).encode_batch([text or "" for text in texts])
+        encoded = (tokenizer.marked() if cache.markers else tokenizer).encode_each([text or "" for text in texts])
+        bad = next((n for n, ids in enumerate(encoded) if isinstance(ids, BadRecord)), None)
+        require(bad is None, f"{spec}, document {bad}, metadata.template = {template!r}: {encoded[bad or 0]}")
         with whole_folder(folder) as work:
             np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
             np.save(work / "present.npy", np.array([text is not None for text in texts]))
