@@ -104,7 +104,7 @@ class Tokenizer:
 
     def marked(self) -> Tokenizer:
         """The same tokenizer for text whose markers are control tokens, as transformers encodes it; UserError where there are none."""
-        require(bool(self.control), f"tokenizer {self.spec} has no control tokens: no text is a marker")
+        require(bool(self.control), f"tokenizer {self.spec} has no control tokens, so no text is a marker; leave out markers")
         return _restored(type(self), self.spec, self.content(), True)
 
     def _read(self, texts: list[str], reading: Reading) -> list[list[int]]:
