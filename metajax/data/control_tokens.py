@@ -57,7 +57,7 @@ class Said:
             added = decoder.values() if isinstance(decoder, dict) else ()
             self.names |= {_content(one) or "" for one in added if isinstance(one, dict) and one.get("special")}
         self.ids = {n for name in _NUMBERS for n in _token_ids(_read_object(folder / name))}
-        texts = [(folder / name).read_text(encoding="utf-8") for name in _TEMPLATES if (folder / name).exists()]
+        texts = [(folder / name).read_text("utf-8", "replace") for name in _TEMPLATES if (folder / name).exists()]
         self.template = "\n".join([*texts, *(json.dumps(v.get("chat_template", ""), ensure_ascii=False) for v in told)])
 
     def control(self, ids: Mapping[str, int], added: Collection[str]) -> set[str]:
@@ -66,7 +66,8 @@ class Said:
         A single character stays ordinary whatever its role, for text needs it. So does a token that has a number's role alone and is no
         added one: a line feed may end an answer.
         """
-        by_template = {name for name in added if name in self.template and name.strip() and not _ORDINARY.fullmatch(name)}
+        shown = {name for name in added if name in self.template and name.strip() and not name.isalnum()}
+        by_template = {name for name in shown if not _ORDINARY.fullmatch(name)}
         by_number = {name for name in added if ids.get(name) in self.ids}
         return {name for name in (self.names & ids.keys()) | by_template | by_number if len(name) > 1}
 

@@ -172,7 +172,9 @@ class Gpt2(Tokenizer):
             return [self._encode_marked(text) for text in texts]
         long = {n: text for n, text in enumerate(texts) if len(text) > _LONG and _LONG_SPACE.search(text)}
         short = ["" if n in long else text for n, text in enumerate(texts)]
-        found = self._encoding.encode_ordinary_batch(short, num_threads=os.cpu_count() or 1)
+        threads = min(len(texts), os.cpu_count() or 1)
+        encode = self._encoding.encode_ordinary
+        found = self._encoding.encode_ordinary_batch(short, num_threads=threads) if threads > 1 else [*map(encode, short)]
         for n, text in long.items():
             found[n] = self._encode_long(text)
         return found

@@ -110,7 +110,8 @@ def test_text_never_becomes_a_control_token(each, data):
     assert max(ids, default=0) < tokenizer.vocabulary.base
     if name != "word_level" and {*text} <= {*CHARACTERS, " "}:
         assert tokenizer.unknown not in ids, "for characters that the vocabulary lacks, never for its own name"
-    if tokenizer.unknown not in ids and name not in LOSSY and "▁" not in text:
+    spaced = name.startswith("unigram") and text.startswith(" ")  # which its library takes for the space that it adds itself
+    if tokenizer.unknown not in ids and name not in LOSSY and "▁" not in text and not spaced:
         assert tokenizer.decode(ids) == text
 
 
