@@ -63,12 +63,12 @@ class Said:
     def control(self, ids: Mapping[str, int], added: Collection[str]) -> set[str]:
         """The tokens of a vocabulary that the files make control tokens.
 
-        A single character stays ordinary whatever its role, for text needs it. So does a token that has a number's role alone and is no
-        added one: a line feed may end an answer.
+        A single character stays ordinary whatever its role, for text needs it. So does a token that has its role by number alone, unless it is
+        an added one or has a marker's form: a line feed may end an answer.
         """
         shown = {name for name in added if name in self.template and name.strip() and not name.isalnum()}
         by_template = {name for name in shown if not _ORDINARY.fullmatch(name)}
-        by_number = {name for name in added if ids.get(name) in self.ids}
+        by_number = {name for name, i in ids.items() if i in self.ids and (name in added or is_marker(name))}
         return {name for name in (self.names & ids.keys()) | by_template | by_number if len(name) > 1}
 
 

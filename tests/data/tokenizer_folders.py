@@ -54,7 +54,7 @@ def word_piece():
 
 
 def word_level():
-    words = ["<unk>", "</s>", "<pad>", "the", "fox", "a", "<", "/", "s", ">"]
+    words = ["<unk>", "</s>", "<pad>", "the", "fox", "a", "<", "/", "s", ">", "<end>"]
     made = library.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return made
@@ -79,7 +79,7 @@ KINDS = {
     "unigram_first": (lambda: unigram("first"), {}, {"special_tokens_map.json": ROLES}),
     "llama": (llama, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {}),
     "word_piece": (word_piece, {"pad_token": "[PAD]", "cls_token": "[CLS]"}, {}),
-    "word_level": (word_level, ROLES, {}),
+    "word_level": (word_level, ROLES, {"generation_config.json": {"eos_token_id": [1, 3, 10]}}),
 }
 
 
