@@ -157,7 +157,7 @@ def test_markers_are_those_of_transformers(each, kind, folders):
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders[kind])
     marked = each[kind].marked()
-    texts = spelled(each[kind], 1, 400)
+    texts = [text for text in spelled(each[kind], 1, 400) if "<end>" not in text]  # which generation_config.json alone names
     for text, ids in zip(texts, marked.encode_batch(texts), strict=True):
         assert ids == theirs.encode(text, add_special_tokens=False), text
 
