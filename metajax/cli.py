@@ -335,6 +335,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
     parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
+    marker_help = (
+        "control tokens that the prompt or the context spells, such as a chat's turn markers, are read as those (as text)"
+    )
+    parser.add_argument("--markers", action="store_true", help=marker_help)
     parser.add_argument(
         "--guidance",
         type=float,

@@ -239,13 +239,15 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
     candidates = long_enough if len(long_enough) else available
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
-    context = None
+    ids = None
     if config.metadata is not None and config.metadata.in_front and not config.metadata.tokens:
         ids = build_metadata_table(cache, tokenizer, config.metadata.template)[document]
-        context = None if ids is None else tokenizer.decode(ids.tolist())
+    context = None if ids is None else ids.tolist()  # ids, for text of control tokens would become others
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
     shown = min(PROMPT_TOKENS, room // 2)
-    prompt = tokenizer.decode(body[:shown])
-    count = min(config.evaluation.sample_tokens, room - len(tokenizer.encode(prompt)))
-    (text,) = generate(prepare(model), config, tokenizer, [prompt], count=count, context=context)
-    return {"context": context, "prompt": prompt, "continuation": text, "document": tokenizer.decode(body[shown : shown + count])}
+    prompt = body[:shown]
+    count = min(config.evaluation.sample_tokens, room - len(prompt))
+    (text,) = generate(prepare(model), config, tokenizer, [prompt], count=count, context=[context])
+    parts = {"context": context, "prompt": prompt, "document": body[shown : shown + count]}
+    texts = {name: None if part is None else tokenizer.decode(part) for name, part in parts.items()}
+    return texts | {"continuation": text}

@@ -410,8 +410,8 @@ def generate(options: argparse.Namespace, started: float) -> int:
 
     opened = _open_run(options, options.run)
     pieces = stream(
-        prepare(opened.model, options.decode_window), opened.config, opened.tokenizer, [options.prompt], count=options.tokens, context=options.context,
-        guidance=options.guidance, sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
+        prepare(opened.model, options.decode_window), opened.config, opened.tokenizer.marked() if options.markers else opened.tokenizer,
+        [options.prompt], count=options.tokens, context=options.context, guidance=options.guidance, sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
         stride=1 if sys.stdout.isatty() else opened.config.row_slots,
     )  # fmt: skip
     print(options.prompt, end="")

@@ -179,14 +179,20 @@ def prompt_clip(clip_config):
 
 
 @pytest.fixture(scope="session")
-def clip_tokenizer(tmp_path_factory):
-    """CLIP's tokenizer, exact for the texts of the golden files: METAJAX_CLIP_VOCABULARY names the published file, which knows all texts.
+def clip_tokenizer(clip_merges):
+    """CLIP's tokenizer, as OpenAI's code has it."""
+    return ClipTokenizer.open(clip_merges)
+
+
+@pytest.fixture(scope="session")
+def clip_merges(tmp_path_factory):
+    """The file of CLIP's tokenizer, exact for the texts of the golden files: METAJAX_CLIP_VOCABULARY names the published file, which knows all texts.
 
     tests/goldens/clip_merges_used.json holds those merges that can apply to these texts, under their places in the published file; the
     others here are merges of 39 bytes that are never in a text, as ByteLevel writes them: control characters, and what UTF-8 does not have.
     """
     if "METAJAX_CLIP_VOCABULARY" in os.environ:
-        return ClipTokenizer.open(Path(os.environ["METAJAX_CLIP_VOCABULARY"]))
+        return Path(os.environ["METAJAX_CLIP_VOCABULARY"])
     used = json.loads((Path(__file__).parent / "goldens" / "clip_merges_used.json").read_text())
     never = [chr(c) for c in (*range(0x100, 0x109), *range(0x10E, 0x121), *range(0xF5, 0x100))]
     pairs = ["".join(pair) for pair in itertools.product(never, never)]
@@ -194,7 +200,7 @@ def clip_tokenizer(tmp_path_factory):
     lines = ["#version: 0.2", *(used.get(str(n)) or next(others) for n in range(MERGES))]
     path = tmp_path_factory.mktemp("clip") / "merges.txt"
     path.write_text("\n".join(lines))
-    return ClipTokenizer.open(path)
+    return path
 
 
 @pytest.fixture

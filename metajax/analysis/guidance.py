@@ -93,7 +93,7 @@ def guidance(study: Study) -> dict[str, Any]:
     table = build_metadata_table(cache, tokenizer, recipe.template)
     said = np.array([table[d] is not None for d in documents.tolist()])
     order = np.concatenate([np.flatnonzero(said & (topics == c))[: TEXTS // len(names)] for c in range(len(names))])
-    contexts = [tokenizer.decode(table[d].tolist()) for d in documents[order].tolist()]
+    contexts = [table[d].tolist() for d in documents[order].tolist()]
     out = {
         "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,
         "real": {"accuracy": float(np.mean((real @ weights).argmax(1) == topics)), "documents": len(topics)},
@@ -111,6 +111,6 @@ def guidance(study: Study) -> dict[str, Any]:
         share = float(right.mean())
         out[f"g_{strength:g}".replace(".", "_")] = {
             "accuracy": share, "half": 1.96 * float(np.sqrt(share * (1 - share) / len(order))), "nats": float(-likely[:, 0].sum() / max(tokens, 1)),
-            "example": {"topic": names[topics[order][0]], "context": contexts[0], "text": texts[0]},
+            "example": {"topic": names[topics[order][0]], "context": tokenizer.decode(contexts[0]), "text": texts[0]},
         }  # fmt: skip
     return out

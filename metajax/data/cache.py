@@ -42,9 +42,14 @@ def read_documents(source: Source, on_bad_record: str, records: range | None = N
         try:
             yield i, source[i]
         except BadRecord as error:
-            if on_bad_record == "stop":
-                raise BadRecord(f"{error}; --set data.on_bad_record=skip leaves such records out and counts them") from None
+            bad_record(str(error), on_bad_record)
             yield i, None
+
+
+def bad_record(reason: str, on_bad_record: str) -> None:
+    """BadRecord, with the remedy, unless bad records are left out."""
+    if on_bad_record == "stop":
+        raise BadRecord(f"{reason}; --set data.on_bad_record=skip leaves such records out and counts them") from None
 
 
 class TokenCache:
@@ -73,6 +78,11 @@ class TokenCache:
     def key(self) -> str:
         """Identity of the content: sha256 over the token ids and the metadata of all documents."""
         return self.manifest["sha256"]
+
+    @property
+    def markers(self) -> bool:
+        """Whether control tokens that the corpus spells were read as such."""
+        return self.manifest["tokenizer"].get("markers", False)
 
     def documents(self, split: str, held_out: float, min_bytes: int = 0) -> np.ndarray:
         """Ids of the documents of at least `min_bytes` on one side of the split by origin ("train" or "held_out"), in corpus order."""
@@ -123,7 +133,9 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
         require(
             any(text is not None for text in texts), f"metadata.template = {template!r}: no document of {spec} has all its fields"
         )
-        encoded = tokenizer.encode_batch([text or "" for text in texts])
+        encoded = (tokenizer.marked() if cache.markers else tokenizer).encode_each([text or "" for text in texts])
+        bad = next((n for n, ids in enumerate(encoded) if isinstance(ids, BadRecord)), None)
+        require(bad is None, f"{spec}, document {bad}, metadata.template = {template!r}: {encoded[bad or 0]}")
         with whole_folder(folder) as work:
             np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
             np.save(work / "present.npy", np.array([text is not None for text in texts]))

@@ -27,6 +27,12 @@ class BadRecord(UserError):
     """A corrupt record; the message names file, record and reason."""
 
 
+def place(source: Source, record: int) -> str:
+    """File and record of a source's record, as messages name them."""
+    where = getattr(source, "where", None)
+    return where(record) if where is not None else f"{source.spec}, record {record}"
+
+
 class Source(Protocol):
     """Random access to documents. Implementations are picklable, so that reader processes can hold them."""
 

@@ -38,7 +38,7 @@ from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
-from metajax.data.sources import open_source, place_of, told
+from metajax.data.sources import open_source, parse_spec, place_of, told
 from metajax.data.sources.files import JOINED
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
@@ -100,7 +100,14 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
         data.tokenizer, cache_dir=paths.cache, data_dir=paths.data, corpus_fingerprint=fingerprint, texts=training_texts
     )
     caches = tuple(
-        build_token_cache(s, tokenizer, cache_dir=paths.cache, on_bad_record=data.on_bad_record, make=make) for s in sources
+        build_token_cache(
+            source,
+            tokenizer.marked() if parse_spec(source.spec)[2].markers else tokenizer,
+            cache_dir=paths.cache,
+            on_bad_record=data.on_bad_record,
+            make=make,
+        )
+        for source in sources
     )
     for cache in caches:
         require("joined" not in cache.manifest["source"] or bool(cache.manifest["tally"].get(JOINED)), " ".join(notes(cache)))
@@ -162,9 +169,7 @@ def _index(corpora: Corpora, cache: TokenCache, sides: Sides, condition: str, do
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
     if not folder.exists():
-        where = partial(
-            place_of, cache.manifest["source"]["spec"], config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
-        )
+        where = partial(place_of, cache.manifest, config.data.on_bad_record, corpora.paths.cache, corpora.paths.data)
         index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, where)
         with whole_folder(folder) as work:
             np.save(work / "pieces.npy", index.pieces)

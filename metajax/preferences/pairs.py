@@ -65,7 +65,7 @@ def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.n
     }
     for reason, found in wrong.items():
         if found.any():
-            place = spec, corpora.config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
+            place = cache.manifest, corpora.config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
             where = place_of(*place, int(documents[found].min()))
             raise UserError(f"{where}: {reason}; so are {found.sum()} of {len(found)} records")
     index = pack(documents, slots, np.zeros_like(slots), capacity, "best_fit")

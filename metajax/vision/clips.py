@@ -33,7 +33,7 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
         place = Path(str(paths.data)) / config.weights if paths.data is not None else Path(config.weights)
         vocabulary = place.parent if place.suffix == ".pt" else place
         model = load_clip(place, config.runtime, config.prompts.compute_dtype or "float32")
-        return jax.device_put(model, here), ClipTokenizer.open(vocabulary)
+        return jax.device_put(model, here), ClipTokenizer.open(vocabulary, markers=False)
     parent = find_run(config.init.from_, paths.runs)
     theirs = read_config(parent)
     require(

@@ -68,8 +68,8 @@ def test_lengths_are_tokens_and_bytes_are_bytes(corpus, tmp_path):
 
 def test_ids_beyond_16_bits(corpus, tmp_path):
     class Wide(Bytes):
-        def encode(self, text):
-            return [i + 70_000 for i in text.encode()]
+        def _encode(self, texts, reading):
+            return [[i + 70_000 for i in text.encode()] for text in texts]
 
         def fingerprint(self):
             return "wide"

@@ -1,7 +1,8 @@
 """CLIP's tokenizer: lower-cased, cleaned text as byte-pair encoding of words, with a start and an end token around each text.
 
-The vocabulary file is the user's: OpenAI's, or the merges.txt of a Hugging Face folder. Unlike other tokenizers here, text that spells
-<|startoftext|> or <|endoftext|> becomes those tokens, as in OpenAI's code.
+The vocabulary file is the user's: OpenAI's, or the merges.txt of a Hugging Face folder. With
+`markers`, text that spells <|startoftext|> or <|endoftext|> becomes those tokens, as in OpenAI's code. Captions and names of classes are
+read without: a caption with <|endoftext|> in it would end there.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 _SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _REMEDY = f"{FILES[0]} is in the wheel of open-clip-torch==3.3.0: pip download --no-deps it, unzip it, and name the file"
 _WORD_END = "</w>"
-# The two tokens, English contractions, runs of letters, single digits, runs of anything else; spaces only part them. Not the tokenizers
-# library's own patterns: their tables of Unicode are older, and they would find the two tokens inside of runs too.
-_WORDS = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+# English contractions, runs of letters, single digits, runs of anything else; spaces only part them. Not the tokenizers library's own
+# patterns: their tables of Unicode are older, and they would find the two tokens inside of runs too.
+_PARTS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_WORDS = regex.compile(_PARTS, regex.IGNORECASE)
+_WORDS_AND_MARKERS = regex.compile(rf"<\|startoftext\|>|<\|endoftext\|>|{_PARTS}", regex.IGNORECASE)
 
 
 class ClipTokenizer:
     """49,408 ids: bytes, bytes that end a word, merges in their order, start and end."""
 
-    def __init__(self, merges: Sequence[tuple[str, str]]):
+    def __init__(self, merges: Sequence[tuple[str, str]], markers: bool = True):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         words = [*alphabet, *(letter + _WORD_END for letter in alphabet), *(a + b for a, b in merges), START, END]
         ids = {word: i for i, word in enumerate(words)}
+        self._words = _WORDS_AND_MARKERS if markers else _WORDS
         self.size, self.start, self.end = len(words), len(words) - 2, len(words) - 1
         self._library = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=list(merges), end_of_word_suffix=_WORD_END))
         self._library.add_special_tokens([AddedToken(word, normalized=False) for word in (START, END)])
@@ -47,8 +49,11 @@ class ClipTokenizer:
         self._library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_WORD_END, " ")])
 
     @classmethod
-    def open(cls, path: Path) -> ClipTokenizer:
-        """Of one of `FILES`, or of the folder that holds one; UserError for a missing or damaged file."""
+    def open(cls, path: Path, *, markers: bool = True) -> ClipTokenizer:
+        """Of one of `FILES`, or of the folder that holds one; UserError for a missing or damaged file.
+
+        markers: whether text may spell the start and the end token.
+        """
         if path.is_dir():
             path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
         require(path.is_file(), f"{path}: no such file; {_REMEDY}")
@@ -60,7 +65,7 @@ class ClipTokenizer:
         merges = [tuple(line.split()) for line in content.decode().split("\n")[1 : MERGES + 1]]
         whole = len(merges) == MERGES and all(len(pair) == 2 for pair in merges)
         require(whole, f"{path}: not CLIP's {MERGES} merges behind one line; {_REMEDY}")
-        return cls(merges)
+        return cls(merges, markers)
 
     def fingerprint(self) -> str:
         """CLIP's vocabulary is one file, whatever it was read from."""
@@ -68,7 +73,7 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
-        return self._library.encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
+        return self._library.encode(self._words.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with a space behind every word, as OpenAI's code shows it; bytes that are not UTF-8 as U+FFFD."""

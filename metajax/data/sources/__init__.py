@@ -1,4 +1,4 @@
-"""From a source's spec, KIND[:PATH][?text=COLUMN&origin=COLUMN&join=FOLDER&on=COLUMN], to a Source."""
+"""From a source's spec, KIND[:PATH][?text=COLUMN&origin=COLUMN&join=FOLDER&on=COLUMN&markers=true], to a Source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from metajax.core.array_records import ArrayRecords
 from metajax.core.json_lines import is_compressed
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents
-from metajax.data.documents import BadRecord, Document, Source
+from metajax.data.documents import BadRecord, Document, Source, place
 from metajax.data.sources.compressed import CompressedLines
 from metajax.data.sources.files import (
     JOINED,
@@ -38,7 +38,7 @@ from metajax.data.sources.joined import Joined
 
 _READERS: Mapping[str, type[Files]] = {"jsonl": JsonLines, "parquet": Parquet, "arrayrecord": ArrayRecord}
 KINDS = ("pydocs", "debindex", "generated", *_READERS, "tfds")
-_OPTIONS = ("text", "origin", "join", "on")
+_OPTIONS = ("text", "origin", "join", "on", "markers")
 
 
 def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
@@ -96,16 +96,17 @@ def parse_spec(spec: str) -> tuple[str, str, Columns]:
         require(
             kind != "tfds" or not options.get("join"), f"data source {spec!r}: join= is for files; tfds has a set's columns alone"
         )
-    return kind, path, Columns(**options)
+    said = options.pop("markers", "false").lower()
+    require(said in ("true", "false"), f"data source {spec!r}: markers={said} is neither true nor false")
+    return kind, path, Columns(**options, markers=said == "true")
 
 
-def place_of(spec: str, on_bad_record: str, cache_dir: Path, data_dir: Path | None, document: int) -> str:
-    """File and record of a document of the corpus, as messages name them; documents are numbered by the good records alone."""
-    source = open_source(spec, cache_dir=cache_dir, data_dir=data_dir)
-    good = (n for n, found in read_documents(source, on_bad_record) if found is not None)
-    record = next(itertools.islice(good, document, None))
-    files = source.corpus if isinstance(source, Joined) else source
-    return files.where(record) if isinstance(files, Files) else f"{spec}, record {record}"
+def place_of(manifest: Mapping[str, Any], on_bad_record: str, cache_dir: Path, data_dir: Path | None, document: int) -> str:
+    """File and record of a document of a token cache, as messages name them; documents are numbered by the good records alone."""
+    source = open_source(manifest["source"]["spec"], cache_dir=cache_dir, data_dir=data_dir)
+    bad = set(manifest.get("unencodable", ()))
+    good = (n for n, found in read_documents(source, on_bad_record) if found is not None and n not in bad)
+    return place(source, next(itertools.islice(good, document, None)))
 
 
 def find_files(spec: str, path: str, root: str) -> list[str]:

@@ -40,7 +40,8 @@ NO_ORIGIN, NO_TEXT, JOINED = "no origin", "no text: ", "joined"  # what a source
 class Columns:
     """Which columns hold the text and the origin; '' as origin means the rule of `to_document`. A dotted name is that of a nested column.
 
-    join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share.
+    join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share. markers: control tokens
+    that the columns spell are read as such, as in a chat with its turn markers.
     """
 
     text: str = "text"
@@ -48,6 +49,7 @@ class Columns:
     join: str = field(default="", repr=False)  # the fingerprint of the files themselves is that of the fields shown
     on: str = field(default="id", repr=False)
     rules: int = field(default=2, init=False)  # part of every fingerprint: raise it when rows become other documents than before
+    markers: bool = field(default=False, repr=False)  # of the tokens, not of the files
 
 
 def to_document(row: Mapping[str, Any], columns: Columns, where: str, tally: Counter[str] | None = None) -> Document:

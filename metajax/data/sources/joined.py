@@ -68,6 +68,10 @@ class Joined:
             raise BadRecord(f"{where}: column {both[0]!r} is in the labels, too; rename it there")
         return Document(document.text, document.metadata | labels, document.origin)
 
+    def where(self, i: int) -> str:
+        """File and record of record i, as messages name them."""
+        return self.corpus.where(i)
+
     @property
     def tally(self) -> Counter[str]:
         """That of the corpus, with the documents that have labels."""

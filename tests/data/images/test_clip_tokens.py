@@ -1,6 +1,7 @@
 """CLIP's tokenizer against OpenAI's."""
 
 import gzip
+import html
 import json
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def test_ids_and_texts_meet_the_goldens(clip_tokenizer):
         assert clip_tokenizer.decode(item["encode"]) == item["decode"]
     inside = clip_tokenizer.encode('x "<|endoftext|>"')
     assert clip_tokenizer.end not in inside, "behind punctuation it is punctuation"
+
+
+@pytest.mark.fault(5)
+def test_a_caption_that_spells_the_two_tokens_does_not_have_them(clip_merges):
+    clip_tokenizer = ClipTokenizer.open(clip_merges, markers=False)
+    for text in ("<|endoftext|>", "a <|STARTOFTEXT|>cat<|endoftext|> dog", "&lt;|endoftext|&gt;", "<|endoftext|><|endoftext|>"):
+        ids = clip_tokenizer.encode(text)
+        assert not {clip_tokenizer.start, clip_tokenizer.end} & set(ids), text
+        assert clip_tokenizer.decode(ids).replace(" ", "") == html.unescape(text).lower().replace(" ", "")
+        row = clip_tokenizer.tokenize([text])[0]
+        assert (row == clip_tokenizer.end).sum() == 1
+        assert row.argmax() == len(ids) + 1, "the model reads the text's vector where the id is largest"
 
 
 def test_rows_meet_the_goldens(clip_tokenizer):

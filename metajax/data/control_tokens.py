@@ -1,0 +1,204 @@
+"""Control tokens: which tokens of a model's files they are, and its vocabulary without their spellings or with them as markers.
+
+Text never becomes a control token. A library that finds one in a text gets that text again with a vocabulary in which no control token can be
+spelled, so that other tokens stand for the same characters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from metajax.config import UserError
+
+# An added token of this form is a control token, whatever its file says of it: <|im_start|>, [INST], <tool_call>, but no element of HTML and
+# no single byte, which some vocabularies have as ordinary tokens.
+_MARKER = re.compile(r"▁?(<+[^<>\s]+>+|\[/?\w*[A-Z]\w*\])")
+_ORDINARY = re.compile(
+    r"</?(table|caption|t(head|body|foot|r|h|d)|h[1-6]|blockquote|strong|em|b|i|u|su[bp]|code|p|br|hr|li|ul|ol|div|span|a|img|pre)>"
+    r"|<0x[0-9A-Fa-f]{2}>"
+)
+# A piece of a vocabulary that nothing declares is one only with a name that every library uses.
+_CONVENTIONAL = re.compile(r"</?s>|<(pad|unk|bos|eos|mask|sep|cls)>|\[(PAD|UNK|BOS|EOS|MASK|SEP|CLS)\]|<\|[^|\s]+\|>")
+_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
+_NUMBERS = ("config.json", "generation_config.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def is_marker(name: str) -> bool:
+    """Whether an added token is a control token by its form."""
+    return bool(_MARKER.fullmatch(name)) and not _ORDINARY.fullmatch(name)
+
+
+# -------------------------------------------------------------------------------------------------- what files say
+
+
+class Said:
+    """What the files beside a tokenizer say of its control tokens.
+
+    names: spellings that a file gives a role such as eos_token. ids: numbers that a file gives a role such as eos_token_id. template: the
+    text of the chat templates. UserError for a file that is not a JSON object.
+    """
+
+    def __init__(self, folder: Path):
+        told = [_read_object(folder / name) for name in _NAMES]
+        self.roles = {key: _content(value) for values in told for key, value in values.items() if key.endswith("_token")}
+        self.names = {name for name in self.roles.values() if name}
+        for values in told:
+            for key, listed in values.items():
+                if key.endswith("special_tokens") and isinstance(listed, list | dict):
+                    self.names |= {_content(one) or "" for one in (listed.values() if isinstance(listed, dict) else listed)}
+            decoder = values.get("added_tokens_decoder")
+            added = decoder.values() if isinstance(decoder, dict) else ()
+            self.names |= {_content(one) or "" for one in added if isinstance(one, dict) and one.get("special")}
+        self.ids = {n for name in _NUMBERS for n in _token_ids(_read_object(folder / name))}
+        texts = [(folder / name).read_text("utf-8", "replace") for name in _TEMPLATES if (folder / name).exists()]
+        self.template = "\n".join([*texts, *(json.dumps(v.get("chat_template", ""), ensure_ascii=False) for v in told)])
+
+    def control(self, ids: Mapping[str, int], added: Collection[str]) -> set[str]:
+        """The tokens of a vocabulary that the files make control tokens.
+
+        A single character stays ordinary whatever its role, for text needs it. So does a token that has its role by number alone, unless it is
+        an added one or has a marker's form: a line feed may end an answer.
+        """
+        shown = {name for name in added if name in self.template and name.strip() and not name.isalnum()}
+        by_template = {name for name in shown if not _ORDINARY.fullmatch(name)}
+        by_number = {name for name, i in ids.items() if i in self.ids and (name in added or is_marker(name))}
+        return {name for name in (self.names & ids.keys()) | by_template | by_number if len(name) > 1}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); mend it, or take it away") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON {type(found).__name__} instead of an object; mend it, or take it away")
+    return found
+
+
+def _content(token: Any) -> str | None:
+    """The spelling of a token that is a string, or an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _token_ids(values: Any) -> Iterator[int]:
+    """Every number below a key such as eos_token_id, however deep, alone or in a list."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _token_ids(value)
+        elif key.endswith(("_token_id", "_token_ids")):
+            yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
+
+
+# ------------------------------------------------------------------------------------------- the tokenizers library
+
+
+def control_of(library: tokenizers.Tokenizer, ids: Mapping[str, int], named: Iterable[str]) -> dict[str, int]:
+    """The control tokens of a `tokenizer.json`: special ones, added ones of a marker's form, conventional names, and those `named`."""
+    added = library.get_added_tokens_decoder().values()
+    found = {t.content for t in added if t.special or is_marker(t.content)} | {*named}
+    if not isinstance(library.model, tokenizers.models.BPE):  # its pieces are made by merges, so text has them in it
+        found |= {name for name in ids if name[:1] in ("<", "[") and _CONVENTIONAL.fullmatch(name)}
+    unknown = unknown_name(library)
+    found |= {unknown} if unknown else set()
+    return {name: ids[name] for name in sorted(found) if name in ids and len(name) > 1}
+
+
+def unknown_name(library: tokenizers.Tokenizer) -> str | None:
+    """The token for characters that the vocabulary lacks."""
+    if not isinstance(library.model, tokenizers.models.Unigram):
+        return library.model.unk_token
+    number = json.loads(library.to_str())["model"]["unk_id"]
+    return None if number is None else library.id_to_token(number)
+
+
+def as_markers(library: tokenizers.Tokenizer, declared: Iterable[str]) -> tokenizers.Tokenizer:
+    """A copy that reads the spellings of its added tokens, and of those that files beside it declare, as transformers does."""
+    copy = tokenizers.Tokenizer.from_str(library.to_str())
+    copy.encode_special_tokens = False
+    added = {token.content for token in copy.get_added_tokens_decoder().values()}
+    copy.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in declared if name not in added])
+    return copy
+
+
+def without_spellings(library: tokenizers.Tokenizer, control: Collection[str]) -> tokenizers.Tokenizer:
+    """A copy with the same ids in which the control tokens have names that no text spells, and no merge leads to them."""
+    whole = json.loads(library.to_str())
+    model, hidden = whole["model"], {name: f"\ufdd0 no text spells this \ufdd1{name}\ufdd0" for name in control}
+    for token in whole["added_tokens"]:  # renamed and not taken out: those that stay would get other ids
+        token["content"] = hidden.get(token["content"], token["content"])
+    whole["post_processor"] = None
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        prefix = model["continuing_subword_prefix"] or ""
+        model["merges"] = [(a, b) for a, b in model["merges"] if not {a, b, a + b.removeprefix(prefix)} & hidden.keys()]
+    copy = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    copy.encode_special_tokens = True
+    return copy
+
+
+# --------------------------------------------------------------------------------------------------- SentencePiece
+
+CONTROL, USER_DEFINED = 3, 4  # types of a piece in a SentencePiece model
+_TYPE, _SCORE, _TEXT = 0x18, 0x15, 0x0A  # tags of a piece's fields; a model begins with its pieces, which have the tag of a text
+
+
+def piece_types(model: bytes) -> list[int]:
+    """The type of every piece of a SentencePiece model, in order."""
+    return [_type(piece) for piece in _pieces(model)[0]]
+
+
+def retyped(model: bytes, ids: Collection[int], kind: int) -> bytes:
+    """The model with another type for some pieces: the last type that a piece names counts."""
+    pieces, rest = _pieces(model)
+    pieces = [piece + bytes([_TYPE, kind]) if i in ids else piece for i, piece in enumerate(pieces)]
+    return b"".join(bytes([_TEXT]) + _as_varint(len(piece)) + piece for piece in pieces) + rest
+
+
+def _pieces(model: bytes) -> tuple[list[bytes], bytes]:
+    """(the messages of the pieces, what follows them)."""
+    pieces, at = [], 0
+    while at < len(model) and model[at] == _TEXT:
+        size, start = _varint(model, at + 1)
+        at = start + size
+        pieces.append(model[start:at])
+    return pieces, model[at:]
+
+
+def _type(piece: bytes) -> int:
+    """1, an ordinary piece, where the message names no type."""
+    size, start = _varint(piece, 1)
+    at = start + size
+    at += 5 if piece[at : at + 1] == bytes([_SCORE]) else 0
+    return piece[at + 1] if piece[at : at + 1] == bytes([_TYPE]) else 1
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at
+
+
+def _as_varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
