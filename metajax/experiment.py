@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from metajax.config import Config, Runtime, config_hash, require, to_dict
+from metajax.config import Config, Runtime, config_hash, override, require, to_dict
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora, training_rows
@@ -207,17 +207,22 @@ class OpenedRun:
 
     def evaluate(self, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
         """Held-out results with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
-        corpora = open_corpora(config, paths)
-        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return evaluate(config, self.program, corpora, self.model)
+        return evaluate(config, self.program, self._corpora(config, paths), self.model)
 
     def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
         """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
         from metajax.analysis.study import open_study
 
+        return open_study(self.program, self._corpora(config, paths), self.model, **choice)
+
+    def _corpora(self, config: Config, paths: Paths) -> Corpora:
+        if (
+            config.imported is not None
+        ):  # its own tokenizer knows which ids begin and end a text, the file that it came from may not
+            config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
         corpora = open_corpora(config, paths)
         check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return open_study(self.program, corpora, self.model, **choice)
+        return corpora
 
 
 def open_run(workdir: Path) -> OpenedRun:
@@ -248,4 +253,5 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     prompt = tokenizer.decode(body[:shown])
     count = min(config.evaluation.sample_tokens, room - len(tokenizer.encode(prompt)))
     (text,) = generate(prepare(model), config, tokenizer, [prompt], count=count, context=context)
-    return {"context": context, "prompt": prompt, "continuation": text, "document": tokenizer.decode(body[shown : shown + count])}
+    document = tokenizer.decode(body[: shown + count]).removeprefix(prompt)
+    return {"context": context, "prompt": prompt, "continuation": text, "document": document}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metajax.config import Metadata, UserError, nearest, require
+from metajax.config import Config, Metadata, UserError, nearest, require
 from metajax.data.annotators import annotate, split_field
-from metajax.data.tokenizers import Tokenizer
+from metajax.data.tokenizers import Tokenizer, Vocabulary
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -189,3 +189,11 @@ def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...],
     if recipe.wrap == "plain":
         return (), ()
     return (tokenizer.vocabulary.context_begin,), (tokenizer.vocabulary.context_end,)
+
+
+def special_targets(config: Config, vocabulary: Vocabulary) -> set[int]:
+    """The special ids that rows of a config may ask for, in training or in evaluation: the end of a document and what metadata has."""
+    recipe, ids = config.metadata, {vocabulary.eos}
+    if recipe is not None and recipe.wrap == "special_tokens":
+        ids |= {vocabulary.context_begin, vocabulary.context_end}
+    return ids | set(vocabulary.spare[: recipe.tokens] if recipe is not None else ())
