@@ -192,6 +192,11 @@ class Imported:
     def __post_init__(self) -> None:
         require(self.rows >= 1, f"imported.rows = {self.rows}: at least 1")
 
+    @property
+    def last(self) -> int:
+        """Rows up to the last one that is in the softmax."""
+        return max((self.rows - 1, *self.added)) + 1
+
     def table(self, size: int) -> int:
         """Rows of the model's table where the tokenizer's is `size`: at least the checkpoint's, in blocks of 64."""
         return max(size, -(-self.rows // 64) * 64)

@@ -192,8 +192,13 @@ def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...],
 
 
 def special_targets(config: Config, vocabulary: Vocabulary) -> set[int]:
-    """The special ids that rows of a config may ask for, in training or in evaluation: the end of a document and what metadata has."""
+    """The special ids that training asks for: the end of a document, and what metadata with a loss is made of."""
     recipe, ids = config.metadata, {vocabulary.eos}
-    if recipe is not None and recipe.wrap == "special_tokens":
-        ids |= {vocabulary.context_begin, vocabulary.context_end}
-    return ids | set(vocabulary.spare[: recipe.tokens] if recipe is not None else ())
+    if recipe is None:
+        return ids
+    front, behind = recipe.loss_weights
+    if (recipe.in_front and front) or (recipe.position in ("append", "both") and behind):
+        ids |= set(vocabulary.spare[: recipe.tokens])
+        if recipe.wrap == "special_tokens":
+            ids |= {vocabulary.context_begin, vocabulary.context_end}
+    return ids

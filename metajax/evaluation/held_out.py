@@ -35,7 +35,7 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
 
     Returns:
       bpb, nats_per_token, perplexity (e to the nats a body token), body_tokens, body_bytes, documents, metadata_tokens
-      (slots), metadata_nats_per_token (None where none is asked for).
+      (slots), metadata_nats_per_token (None where none is asked for, or has no row in an imported checkpoint).
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):
@@ -52,5 +52,5 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
         "body_bytes": data.body_bytes,
         "documents": data.documents,
         "metadata_tokens": data.metadata_tokens,
-        "metadata_nats_per_token": metadata_nll / metadata_asked if metadata_asked else None,
+        "metadata_nats_per_token": metadata_nll / metadata_asked if metadata_asked and metadata_nll != math.inf else None,
     }
