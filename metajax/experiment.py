@@ -22,6 +22,7 @@ from metajax.evaluation.tasks import evaluate_tasks
 from metajax.families import AnyConfig, require_text
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
+from metajax.interop.imports import ORIGIN
 from metajax.models.lm import param_count
 from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
@@ -232,6 +233,10 @@ def open_run(workdir: Path) -> OpenedRun:
       UserError: no checkpoint or tokenizer there, or damaged ones only.
     """
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
+    require(
+        config.imported is not None or not (workdir / ORIGIN).exists(),
+        f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
+    )
     config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
     program = Program.build(config, tokenizer.vocabulary.size)
     return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))

@@ -119,10 +119,6 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_content, (self.spec, self.content())
 
-    def with_ends(self, bos: int | None, eos: int | None) -> Tokenizer:
-        """The tokenizer with the ids that a checkpoint's configuration begins and ends texts with, where its own file names none."""
-        return self
-
 
 def _reserved_name(offset: int) -> str:
     return RESERVED[offset] if offset < len(RESERVED) else f"<|unused{offset}|>"
@@ -185,14 +181,6 @@ class HuggingFace(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
-
-    def with_ends(self, bos: int | None, eos: int | None) -> HuggingFace:
-        own, known = self.vocabulary, self._library.id_to_token
-        names = [name or (None if i is None else known(i)) for name, i in zip(self._ends, (bos, eos), strict=True)]
-        ends = HuggingFace(self.spec, self._library, *names)
-        if ends.vocabulary.bos >= own.base > ends.vocabulary.eos:  # texts then begin with what ends the one before
-            ends = HuggingFace(self.spec, self._library, known(ends.vocabulary.eos), names[1])
-        return ends
 
 
 def _own_ids(ids: dict[str, int]) -> int:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from metajax.config import Config, Data, Imported, Runtime, UserError, config_hash, require, to_dict
-from metajax.data.tokenizers import Tokenizer, open_tokenizer
+from metajax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import open_directory, read_json
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.layouts import HEAD, Tensor, load_model
+from metajax.interop.tokenizer_files import as_library
 from metajax.parallel.mesh import make_mesh
 from metajax.parallel.rules import param_shardings
 from metajax.progress import warn
@@ -25,9 +26,7 @@ from metajax.training.checkpoints import Checkpoints
 from metajax.training.state import State
 
 TOKENIZER_FILES = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece"}
-ORIGIN = (
-    "imported.json"  # of the run: the config.json it came with, its rows, the ids that end a text, and whether it had a tied head
-)
+ORIGIN = "imported.json"  # of the run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
 
 
 def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, workdir: Path | None = None) -> Path:
@@ -87,7 +86,7 @@ def import_weights(
     rows = tensors[name_of_table].shape[0]
     words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
     ends = [i for i in dict.fromkeys(ends) if 0 <= i < rows]
-    words = words.with_ends(values.get("bos_token_id"), ends[0] if ends else None)
+    words = _with_ends(words, values.get("bos_token_id"), ends[0] if ends else None)
     if words.vocabulary.eos < rows:
         ends = dict.fromkeys([*ends, words.vocabulary.eos])
     model, length = kind.model_config(values), int(values.get(kind.length, 2048))
@@ -116,6 +115,20 @@ def import_weights(
         "tied_head": model.tied and HEAD in tensors,
     }
     return _write(config, words, weights, origin, workdir or default_workdir(config, runs))
+
+
+def _with_ends(words: Tokenizer, bos: int | None, eos: int | None) -> Tokenizer:
+    """A tokenizer.json with the ids that a checkpoint's configuration begins and ends texts with, where the files beside it name none."""
+    if not isinstance(words, HuggingFace):
+        return words
+    known, (text, *named) = as_library(words).id_to_token, json.loads(words.content())
+    for n, token in enumerate((bos, eos)):
+        named[n] = named[n] or (known(token) if token in range(words.vocabulary.base) else None)
+    found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
+    if found.vocabulary.bos >= words.vocabulary.base > found.vocabulary.eos:  # a text then begins with what ends the one before
+        named[0] = known(found.vocabulary.eos)
+        found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
+    return found
 
 
 def _fill_up(table: jax.Array, rows: int) -> jax.Array:
