@@ -304,6 +304,11 @@ def test_ends_that_mean_nothing(home, capsys):
     assert opened.config.imported.ends == (), "none of them has a row"
     assert "names a token that begins or ends a text" in capsys.readouterr().err
     assert max(greedy(opened)) < ROWS
+    saved = json.loads((workdir / "config.json").read_text())
+    del saved["config"]["imported"]
+    (workdir / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="imported by an older version"):
+        open_run(workdir)
     (folder / "generation_config.json").write_text('{"eos_token_id": "256"}')
     places = ["--runs-dir", str(home / "other"), "--cache-dir", str(home / "cache")]
     assert main(["import", "gpt2", str(folder), *places]) == 2
