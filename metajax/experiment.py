@@ -217,9 +217,8 @@ class OpenedRun:
         return open_study(self.program, self._corpora(config, paths), self.model, **choice)
 
     def _corpora(self, config: Config, paths: Paths) -> Corpora:
-        if (
-            config.imported is not None
-        ):  # its own tokenizer knows which ids begin and end a text, the file that it came from may not
+        if config.imported is not None:
+            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
             config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
         corpora = open_corpora(config, paths)
         check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())

@@ -72,6 +72,7 @@ def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyCon
 def _resolve(
     config: AnyConfig, changes: Mapping[str, Any], root: Path, chain: tuple[str, ...]
 ) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
+    require(getattr(config, "imported", None) is None, "imported: init.from fills it in from an imported run; leave it out")
     word, *parts = config.init.from_.split("?", 1)
     known = registry.experiments()
     if not word:

@@ -148,8 +148,8 @@ def load_model(
 ) -> LM:
     """An LM with the weights of a state dict, float32.
 
-    vocab_size: rows of the embedding, those after the file's filled with zeros and left out of the logits; None: as many as the file has. max_length: rows of a learned
-    position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
+    vocab_size: rows of the embedding, those after the file's filled with zeros and left out of the logits; None: as many as the file has.
+    max_length: rows of a learned position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
     Raises UserError naming a missing, extra or misshapen tensor.
     """
     name = layout.embedding
