@@ -15,11 +15,11 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from metajax.fields import UserError, flatten, from_dict, nearest, override, require, to_dict
-from metajax.model_config import Hybrid, Model
+from metajax.model_config import Hybrid, Imported, Model
 from metajax.preferences.config import Dpo
 
 # every sub-config and the access to them, from one place
-__all__ = ["Dpo", "Hybrid", "Model", "UserError", "flatten", "from_dict", "nearest", "override", "require", "to_dict"]
+__all__ = ["Dpo", "Hybrid", "Imported", "Model", "UserError", "flatten", "from_dict", "nearest", "override", "require", "to_dict"]
 
 Scale = Literal["cpu", "gpu", "paper"]
 ANALYSES = (
@@ -372,6 +372,7 @@ class Config:
     metadata: Metadata | None = None
     tasks: Tasks | None = None
     dpo: Dpo | None = None
+    imported: Imported | None = None  # of `import`, and of runs that start from what it made; not for people to set
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     init: Init = field(default_factory=Init)
@@ -459,8 +460,9 @@ def config_hash(config: Config) -> str:
     """Eight hex digits over every field that can change a number; name, seed and `runtime` stand outside."""
     identity = {k: v for k, v in to_dict(config).items() if k not in ("name", "scale", "seed", "runtime")}
     # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
-    if identity.get("dpo", 0) is None:
-        del identity["dpo"]
+    for part in ("dpo", "imported"):
+        if identity.get(part, 0) is None:
+            del identity[part]
     for part in ("evaluation", "prompts", "clip"):
         if identity.get(part):
             identity[part] = {k: v for k, v in identity[part].items() if v is not None}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from metajax.config import Config, Runtime, config_hash, require, to_dict
+from metajax.config import Config, Runtime, config_hash, override, require, to_dict
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora, training_rows
@@ -22,6 +22,7 @@ from metajax.evaluation.tasks import evaluate_tasks
 from metajax.families import AnyConfig, require_text
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
+from metajax.interop.imports import ORIGIN
 from metajax.models.lm import param_count
 from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.planning.flops import flops_per_token
@@ -207,17 +208,21 @@ class OpenedRun:
 
     def evaluate(self, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
         """Held-out results with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
-        corpora = open_corpora(config, paths)
-        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return evaluate(config, self.program, corpora, self.model)
+        return evaluate(config, self.program, self._corpora(config, paths), self.model)
 
     def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
         """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
         from metajax.analysis.study import open_study
 
+        return open_study(self.program, self._corpora(config, paths), self.model, **choice)
+
+    def _corpora(self, config: Config, paths: Paths) -> Corpora:
+        if config.imported is not None:
+            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
+            config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
         corpora = open_corpora(config, paths)
         check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return open_study(self.program, corpora, self.model, **choice)
+        return corpora
 
 
 def open_run(workdir: Path) -> OpenedRun:
@@ -227,6 +232,10 @@ def open_run(workdir: Path) -> OpenedRun:
       UserError: no checkpoint or tokenizer there, or damaged ones only.
     """
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
+    require(
+        config.imported is not None or not (workdir / ORIGIN).exists(),
+        f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
+    )
     config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
     program = Program.build(config, tokenizer.vocabulary.size)
     return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))
@@ -248,6 +257,6 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     prompt = body[:shown]
     count = min(config.evaluation.sample_tokens, room - len(prompt))
     (text,) = generate(prepare(model), config, tokenizer, [prompt], count=count, context=[context])
-    parts = {"context": context, "prompt": prompt, "document": body[shown : shown + count]}
-    texts = {name: None if part is None else tokenizer.decode(part) for name, part in parts.items()}
-    return texts | {"continuation": text}
+    said = tokenizer.decode(prompt)
+    document = tokenizer.decode(body[: shown + count]).removeprefix(said)
+    return {"context": context and tokenizer.decode(context), "prompt": said, "continuation": text, "document": document}

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import nearest, override, require
+from metajax.config import Config, nearest, override, require
+from metajax.data.metadata import special_targets
+from metajax.data.tokenizers import load as load_tokenizer
 from metajax.families import AnyConfig
 from metajax.progress import say
 from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
@@ -57,9 +59,20 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
     return _resolve(config, inherited(changes), root, (config.name,))
 
 
+def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyConfig:
+    """The config with what its parent keeps of an imported checkpoint, and the ids that it asks for besides; `folder` has its tokenizer."""
+    found, parts = getattr(parent, "imported", None), config.init.parts
+    if found is None or not isinstance(config, Config) or (parts and not parts.keys() & {"embedding", "unembedding"}):
+        return config
+    asked = special_targets(config, load_tokenizer(folder).vocabulary)
+    added = {*found.added, *(i for i in asked if i >= found.rows)}
+    return replace(config, imported=replace(found, added=tuple(sorted(added))))
+
+
 def _resolve(
     config: AnyConfig, changes: Mapping[str, Any], root: Path, chain: tuple[str, ...]
 ) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
+    require(getattr(config, "imported", None) is None, "imported: init.from fills it in from an imported run; leave it out")
     word, *parts = config.init.from_.split("?", 1)
     known = registry.experiments()
     if not word:
@@ -67,10 +80,13 @@ def _resolve(
     if word not in known and word not in registry.tables():
         is_run = any((folder / "config.json").exists() for folder in (root / word, Path(word)))
         require(is_run, f"{config.name}: init.from = {word!r} is neither an experiment nor a run{nearest(word, known)}")
-        return config, ()
+        folder = find_run(word, root)
+        return _with_imported(config, read_config(folder), folder), ()
     circle = " -> ".join((*chain, word))
     require(word not in chain, f"init.from goes round in a circle: {circle}; one of them has to start afresh (init.from empty)")
     parent = replace(apply_changes(registry.find_experiment(word).build(config.scale), changes), seed=config.seed)
     parent, older = _resolve(parent, changes, root, (*chain, word))
     child = override(config, {"init.from": "?".join([default_workdir(parent, Path()).as_posix(), *parts])})
+    if getattr(parent, "imported", None) is not None:
+        child = _with_imported(child, parent, find_run((*older, parent)[0].init.run, root))
     return child, (*older, parent)

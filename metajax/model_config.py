@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from metajax.fields import require
 
 
@@ -177,6 +179,32 @@ class Model:
     @property
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a run keeps of the published checkpoint that it is, or that its parameters come from; `import` and `init.from` fill it in."""
+
+    rows: int  # of the checkpoint's table; the model's table may have more
+    added: tuple[int, ...] = ()  # ids without a row there that this run trains or evaluates
+    ends: tuple[int, ...] = ()  # ids that end a text
+
+    def __post_init__(self) -> None:
+        require(self.rows >= 1, f"imported.rows = {self.rows}: at least 1")
+
+    @property
+    def last(self) -> int:
+        """Rows up to the last one that is in the softmax."""
+        return max((self.rows - 1, *self.added)) + 1
+
+    def table(self, size: int) -> int:
+        """Rows of the model's table where the tokenizer's is `size`: at least the checkpoint's, in blocks of 64."""
+        return max(size, -(-self.rows // 64) * 64)
+
+    def absent(self, size: int) -> np.ndarray:
+        """bool[size]: the ids of a table that have no row in the checkpoint and are not added; no softmax may have them."""
+        ids = np.arange(size)
+        return (ids >= self.rows) & ~np.isin(ids, self.added)
 
 
 def hymba_ntk_factor(length: float, original_length: float, extension: float = 2.0) -> float:

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 from metajax.analysis.study import Batch, Study, capture
 from metajax.config import require
 from metajax.models.lm import LM
-from metajax.training.losses import token_nll
+from metajax.training.losses import token_nll, weighed
 from metajax.training.step import apply_model
 
 BRANCHES = {"attention": "attention_norm", "ssm": "ssm_norm"}
@@ -56,7 +56,7 @@ def magnitudes(model: LM, batch: Batch) -> dict[str, Float[Array, "B L"]]:
 def nats(model: LM, batch: Batch) -> dict[str, Float[Array, " B"]]:
     """Nats a token of each row."""
     weights = batch["loss_weights"]
-    total = jnp.sum(token_nll(apply_model(model, batch), batch["targets"])[0] * weights, axis=1)
+    total = jnp.sum(weighed(weights, token_nll(apply_model(model, batch), batch["targets"])[0]), axis=1)
     return {"nats": total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)}
 
 

@@ -42,7 +42,7 @@ ROUNDS = 40  # of steps, each twin having its turn in each
 
 def twins(config: Config, vocab_size: int) -> dict[str, Config]:
     """The run's config on text under each way to do without something: its meta-attention, or a branch of its hybrid block."""
-    text = replace(config, tasks=None, dpo=None, init=Init(), evaluation=Evaluation())
+    text = replace(config, tasks=None, dpo=None, imported=None, init=Init(), evaluation=Evaluation())
     if config.meta_tokens is not None:
         meta = replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none")
         return {name: override(replace(text, meta_tokens=meta), changes) for name, changes in OF_META_TOKENS.items()}

@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from metajax.config import Metadata, UserError, nearest, require
+from metajax.config import Config, Metadata, UserError, nearest, require
 from metajax.data.annotators import annotate, split_field
-from metajax.data.tokenizers import Tokenizer
+from metajax.data.tokenizers import Tokenizer, Vocabulary
 
 # A doubled brace; {column|filter:format}, the column in double quotes or not; other text; a character that is none of these.
 _PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)
@@ -209,3 +209,16 @@ def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...],
     if recipe.wrap == "plain":
         return (), ()
     return (tokenizer.vocabulary.context_begin,), (tokenizer.vocabulary.context_end,)
+
+
+def special_targets(config: Config, vocabulary: Vocabulary) -> set[int]:
+    """The special ids that training asks for: the end of a document, and what metadata with a loss is made of."""
+    recipe, ids = config.metadata, {vocabulary.eos}
+    if recipe is None:
+        return ids
+    front, behind = recipe.loss_weights
+    if (recipe.in_front and front) or (recipe.position in ("append", "both") and behind):
+        ids |= set(vocabulary.spare[: recipe.tokens])
+        if recipe.wrap == "special_tokens":
+            ids |= {vocabulary.context_begin, vocabulary.context_end}
+    return ids

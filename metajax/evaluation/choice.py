@@ -22,6 +22,7 @@ from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
 from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
 from metajax.data.rows import Row, padding_row, stack
+from metajax.evaluation.held_out import require_rows
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
@@ -133,6 +134,7 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
             piece, asked = batch["piece"], batch["is_body"]
             np.add.at(found[:, 0], piece[asked], -nll[asked].astype(np.float64))
             np.minimum.at(found[:, 1], piece[asked], greedy[asked])
+    require_rows(program.config, -found[:, 0].min(initial=0), "questions and their answers have")
     return found
 
 

@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from metajax.config import Config, require
 from metajax.data.pipeline import Corpora, held_out
 
 if TYPE_CHECKING:
     from metajax.training.program import Program
+
+
+def require_rows(config: Config, nats: float, what: str) -> None:
+    """UserError where an infinite loss says that a token has no row in the imported checkpoint; `what` holds the token."""
+    rows = config.imported.rows if config.imported is not None else 0
+    require(
+        not rows or nats != math.inf,
+        f"{what} tokens without a row in the checkpoint, which has {rows}: use the checkpoint's own tokenizer, or other text",
+    )
 
 
 def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition: str) -> dict[str, Any]:
@@ -25,7 +35,7 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
 
     Returns:
       bpb, nats_per_token, perplexity (e to the nats a body token), body_tokens, body_bytes, documents, metadata_tokens
-      (slots), metadata_nats_per_token (None where none is asked for).
+      (slots), metadata_nats_per_token (None where none is asked for, or has no row in an imported checkpoint).
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):
@@ -33,6 +43,7 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
     nll, tokens, metadata_nll, metadata_asked = (
         sum(s[name].item() for s in sums) for name in ("body_nll", "body_tokens", "metadata_nll", "metadata_tokens")
     )
+    require_rows(program.config, nll, "the held-out documents have")
     return {
         "bpb": nll / math.log(2.0) / data.body_bytes,
         "nats_per_token": nll / tokens,
@@ -41,5 +52,5 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
         "body_bytes": data.body_bytes,
         "documents": data.documents,
         "metadata_tokens": data.metadata_tokens,
-        "metadata_nats_per_token": metadata_nll / metadata_asked if metadata_asked else None,
+        "metadata_nats_per_token": metadata_nll / metadata_asked if metadata_asked and metadata_nll != math.inf else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature = {self.temperature}: not negative")
+        require(0 <= self.temperature < math.inf, f"temperature = {self.temperature}: a number, not negative")
         require(self.top_k >= 0, f"top_k = {self.top_k}: a number of tokens, or 0 for all")
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}: a share of the probability, 0 < top_p <= 1")
 
@@ -32,7 +33,8 @@ class Sampling:
         """One token."""
         if self.temperature == 0:
             return jnp.argmax(logits)
-        logits = logits / self.temperature
+        # The best is 0 and stays so: at a low temperature the others become -inf, and nothing overflows.
+        logits = (logits - jnp.max(logits)) / max(self.temperature, float(jnp.finfo(jnp.float32).tiny))
         if self.top_k == 0 and self.top_p == 1:
             return jax.random.categorical(key, logits)
         order = jnp.argsort(-logits)
@@ -50,7 +52,7 @@ class Decoding:
     tokens: Int[Array, "B N"]  # meta-tokens and prompt from the start, -1 where nothing is drawn yet
     is_meta: Bool[Array, "B N"]
     at: Int[Array, " B"]
-    left: Int[Array, " B"]  # ordinary tokens still to be drawn; 0 after the end-of-text token
+    left: Int[Array, " B"]  # ordinary tokens still to be drawn; 0 after a token that ends the text
     logits: Float[Array, "B V"]  # what the next ordinary token is drawn from
 
 
@@ -59,7 +61,7 @@ class Rules:
     """What holds for every draw. key: a row's draw depends on it, on the row's number and on the slot alone."""
 
     banned: Bool[Array, " V"]  # never drawn
-    eos: Int[Array, ""]
+    ends: Int[Array, " E"]  # ids that end a row
     key: Array
     # Rows are then pairs, the first half with a context and the second without: how much of the difference a draw is made with.
     guidance: Float[Array, ""] | None
@@ -111,5 +113,5 @@ def _draw(state: Decoding, rules: Rules) -> Decoding:
     drawn = jax.vmap(rules.sampling.draw)(jnp.where(rules.banned, -jnp.inf, logits), keys).astype(state.tokens.dtype)
     draws = (state.left > 0) & ~jnp.take_along_axis(state.is_meta, state.at[:, None], axis=1)[:, 0]
     tokens = state.tokens.at[rows, jnp.where(draws, state.at, slots)].set(drawn, mode="drop")
-    left = jnp.where(draws, jnp.where(drawn == rules.eos, 0, state.left - 1), state.left)
+    left = jnp.where(draws, jnp.where(jnp.isin(drawn, rules.ends), 0, state.left - 1), state.left)
     return state.replace(tokens=tokens, left=left)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,19 +108,26 @@ def _padded(length: int, limit: int) -> int:
 
 
 def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed: int, guidance: float | None = None) -> Rules:
-    """The rules of every draw: of the reserved ids the end-of-text token alone, which ends a row."""
-    banned = np.arange(vocabulary.size) >= vocabulary.base
-    banned[vocabulary.eos] = False
+    """The rules of every draw: the ids that end a row, and of reserved ids and rows that are not there none but these."""
+    imported, size = config.imported, vocabulary.size
+    ends, absent = np.array([vocabulary.eos]), np.zeros(size, bool)
+    if imported is not None:
+        size = imported.table(size)
+        ends, absent = np.union1d(ends, imported.ends).astype(int), imported.absent(size)
+    banned = absent | (np.arange(size) >= vocabulary.base)
+    banned[ends] = absent[ends]
     ask_real = config.meta_tokens is not None and config.meta_tokens.loss == "real_only"
     strength = None if guidance is None else jnp.asarray(guidance, jnp.float32)
-    return Rules(jnp.asarray(banned), jnp.asarray(vocabulary.eos), jax.random.key(seed), strength, sampling, ask_real)
+    return Rules(jnp.asarray(banned), jnp.asarray(ends), jax.random.key(seed), strength, sampling, ask_real)
 
 
 def stream(
     ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
     guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """The text that follows each prompt, piece by piece: at most `count` tokens, cut at the end-of-text token.
+    """The text that follows each prompt, piece by piece: at most `count` tokens, cut at a token that ends a text.
+
+    Prompt and continuation are decoded together and the prompt's text is taken off, so that a space or a character at the seam is right.
 
     Args:
       context: metadata text put between the context delimiters in front, of all prompts or of each; None for none.
@@ -133,6 +142,7 @@ def stream(
     encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [[*opening(config, tokenizer, said), *prompt] for said, prompt in zip(contexts, encoded, strict=True)]
     if guidance is not None:
+        require(math.isfinite(guidance), f"guidance = {guidance}: a finite number")
         require(None not in contexts, "guidance is away from text without metadata: it needs a context")
         require(
             config.meta_tokens is None,
@@ -141,33 +151,43 @@ def stream(
         ids += [[*opening(config, tokenizer, ""), *prompt] for prompt in encoded]
     rows = Rows.of(config, ids, vocabulary, count)
     rules = make_rules(config, vocabulary, sampling, seed, guidance)
-    return _pieces(ready, rows, rows.start(ready, rules), rules, tokenizer, stride, len(prompts))
+    return _pieces(ready, rows, rows.start(ready, rules), rules, tokenizer, stride, encoded)
 
 
 def _pieces(
-    ready: Ready, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int, prompts: int
+    ready: Ready, rows: Rows, state: Decoding, rules: Rules, tokenizer: Tokenizer, stride: int, prompts: Sequence[Sequence[int]]
 ) -> Iterator[list[str]]:
-    shown, eos = [""] * prompts, int(rules.eos)
+    ends, count = set(rules.ends.tolist()), len(prompts)
+    shown = [tokenizer.decode(prompt) for prompt in prompts]
     while True:
-        tokens, left = jax.device_get((state.tokens[:prompts], state.left[:prompts]))
+        tokens, left = jax.device_get((state.tokens[:count], state.left[:count]))
         new = [
             row[n:][~flags[n:] & (row[n:] >= 0)].tolist()
-            for row, n, flags in zip(tokens, rows.length[:prompts], rows.is_meta[:prompts], strict=True)
+            for row, n, flags in zip(tokens, rows.length[:count], rows.is_meta[:count], strict=True)
         ]
-        texts = [tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids) for ids in new]
+        written = [list(itertools.takewhile(lambda i: i not in ends, ids)) for ids in new]
+        texts = [tokenizer.decode([*prompt, *ids]) for prompt, ids in zip(prompts, written, strict=True)]
         done = left == 0
         whole = [text if end else _settled(text) for text, end in zip(texts, done, strict=True)]
-        yield [text[len(before) :] for text, before in zip(whole, shown, strict=True)]
+        pieces = [_behind(text, before, end) for text, before, end in zip(whole, shown, done, strict=True)]
+        yield pieces
         if done.all():
             return
-        shown = whole
+        shown = [before + piece for before, piece in zip(shown, pieces, strict=True)]
         state = advance(ready, state, rules, stride)
 
 
 def _settled(text: str) -> str:
-    """`text` without the end of it that further bytes may still change: an incomplete UTF-8 sequence decodes as up to 3 U+FFFD."""
-    held = len(text) - len(text.rstrip("\ufffd"))
-    return text[: len(text) - min(held, 3)]
+    """`text` without the end of it that further bytes may still change: an incomplete UTF-8 sequence decodes as U+FFFD."""
+    return text.rstrip("\ufffd")
+
+
+def _behind(text: str, shown: str, whole: bool) -> str:
+    """What `text` adds to what is shown; where later bytes have changed what is shown, nothing before it is `whole`."""
+    if text.startswith(shown):
+        return text[len(shown) :]
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, shown, strict=False)))
+    return text[same:] if whole else ""
 
 
 def generate(

@@ -45,7 +45,7 @@ def generation_speed(
 
 def _time(ready: Ready, config: Config, vocabulary: Vocabulary, ids: list[int], count: int) -> tuple[float, float]:
     """Seconds up to the first token, and of the rest."""
-    rules = make_rules(config, vocabulary, Sampling(temperature=0.0), seed=0).replace(eos=jnp.asarray(-1))
+    rules = make_rules(config, vocabulary, Sampling(temperature=0.0), seed=0).replace(ends=jnp.asarray([-1]))
     rows = Rows.of(config, [ids], vocabulary, count)
     begin = time.perf_counter()
     state = jax.block_until_ready(rows.start(ready, rules))

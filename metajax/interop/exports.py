@@ -36,8 +36,8 @@ def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; name a new folder")
     kind, config, words = FAMILIES[family], opened.config, opened.tokenizer.vocabulary
     _require_plain(config, kind)
-    origin = _origin(opened.workdir, family)
-    rows, length = origin.get("rows", words.size), max(config.row_slots, config.model.max_positions)
+    origin, imported = _origin(opened.workdir, family), config.imported
+    rows, length = words.size if imported is None else imported.last, max(config.row_slots, config.model.max_positions)
     values = kind.hub_config(config.model, length) | _ids(words, origin) | {"vocab_size": rows, "torch_dtype": dtype}
     model, head = kind.fit(opened.model), bool(origin.get("tied_head"))
     shapes = {name: tensor.shape for name, tensor in stored(model, kind.layout, rows).items()}

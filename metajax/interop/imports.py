@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from metajax.config import Config, Data, Runtime, UserError, config_hash, require, to_dict
-from metajax.data.tokenizers import Tokenizer, open_tokenizer
+from metajax.config import Config, Data, Imported, Runtime, UserError, config_hash, require, to_dict
+from metajax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import open_directory
+from metajax.interop.files import open_directory, read_json
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.layouts import HEAD, Tensor, load_model
+from metajax.interop.tokenizer_files import as_library
 from metajax.parallel.mesh import make_mesh
 from metajax.parallel.rules import param_shardings
 from metajax.progress import warn
@@ -24,19 +26,23 @@ from metajax.training.checkpoints import Checkpoints
 from metajax.training.state import State
 
 TOKENIZER_FILES = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece"}
-ORIGIN = "imported.json"  # of the run: the config.json it came with, and whether a tied head did
+ORIGIN = "imported.json"  # of the run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
 
 
 def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, workdir: Path | None = None) -> Path:
     """Write a model directory as a run at step 0 and return its workdir; weights go straight into the sharded layout.
 
-    tokenizer: a tokenizer's spec, or "" for the file in the folder. The embedding is filled up with zeros to the tokenizer's table.
+    tokenizer: a tokenizer's spec, or "" for the file in the folder. The embedding is filled up to the tokenizer's table with the mean of
+      its rows, which no softmax has: training may start from it with ids that the checkpoint does not know.
 
     Raises:
       UserError: a file, tensor or setting that is missing or that this model cannot follow; a workdir that holds something else.
     """
     values, tensors = open_directory(folder, family)
-    return import_weights(family, folder.resolve().name, values, tensors, runs, tokenizer or _tokenizer_spec(folder), workdir)
+    generation = folder / "generation_config.json"
+    ends = (*end_ids(values), *(end_ids(read_json(generation)) if generation.exists() else ()))
+    spec = tokenizer or _tokenizer_spec(folder)
+    return import_weights(family, folder.resolve().name, values, tensors, runs, spec, ends, workdir)
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
@@ -47,7 +53,15 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{folder / 'tokenizer.json'}"
-    return import_weights("llama", path.stem, values, tensors, runs, tokenizer)
+    return import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
+
+
+def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """What `eos_token_id` says of a config.json or generation_config.json: a number, a list of them, or nothing."""
+    said = values.get("eos_token_id")
+    ids = tuple(said) if isinstance(said, list) else () if said is None else (said,)
+    require(all(type(i) is int for i in ids), f"eos_token_id = {said!r}: it has to be a number, a list of numbers or null")
+    return ids
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
@@ -62,25 +76,68 @@ def import_weights(
     tensors: Mapping[str, Tensor],
     runs: Path,
     spec: str,
+    ends: Sequence[int] = (),
     workdir: Path | None = None,
 ) -> Path:
-    """The same of a config.json and tensors by their names."""
-    words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
+    """The same of a config.json and tensors by their names; `ends` are the ids that end a text besides the tokenizer's own."""
     kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors)
+    name_of_table = kind.layout.embedding
+    require(name_of_table in tensors, f"the checkpoint lacks {name_of_table}: not {kind.layout.family} in this layout")
+    rows = tensors[name_of_table].shape[0]
+    words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
+    ends = [i for i in dict.fromkeys(ends) if 0 <= i < rows]
+    words = _with_ends(words, values.get("bos_token_id"), ends[0] if ends else None)
+    if words.vocabulary.eos < rows:
+        ends = dict.fromkeys([*ends, words.vocabulary.eos])
     model, length = kind.model_config(values), int(values.get(kind.length, 2048))
-    config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, row_length=length), model=model)
-    mesh = make_mesh(Runtime.mesh)
+    imported = Imported(rows, ends=tuple(ends))
+    config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, row_length=length), model=model, imported=imported)
+    mesh, size = make_mesh(Runtime.mesh), imported.table(words.vocabulary.size)
     weights = load_model(
-        tensors, model, kind.layout, vocab_size=words.vocabulary.size, max_length=length, runtime=config.runtime,
+        tensors, model, kind.layout, vocab_size=size, max_length=length, runtime=config.runtime,
         shardings=lambda abstract: param_shardings(abstract, mesh),
     )  # fmt: skip
-    rows = tensors[kind.layout.embedding].shape[0]
+    for table in filter(None, (weights.embedding, weights.unembedding)):
+        table.set_value(_fill_up(table[...], rows))
     if words.vocabulary.base > rows:
         warn(
-            f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: those from {rows} on have zero vectors"
+            f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: text with those from {rows} on has no loss"
         )
-    origin = {"family": family, "config": dict(values), "rows": rows, "tied_head": model.tied and HEAD in tensors}
+    if words.vocabulary.bos >= rows:
+        warn(
+            f"neither config.json nor tokenizer {spec} names a token that begins or ends a text: a vector that means nothing stands there"
+        )
+    origin = {
+        "family": family,
+        "config": dict(values),
+        "rows": rows,
+        "ends": list(ends),
+        "tied_head": model.tied and HEAD in tensors,
+    }
     return _write(config, words, weights, origin, workdir or default_workdir(config, runs))
+
+
+def _with_ends(words: Tokenizer, bos: int | None, eos: int | None) -> Tokenizer:
+    """A tokenizer.json with the ids that a checkpoint's configuration begins and ends texts with, where the files beside it name none."""
+    if not isinstance(words, HuggingFace):
+        return words
+    known, (text, *named) = as_library(words).id_to_token, json.loads(words.content())
+    for n, token in enumerate((bos, eos)):
+        named[n] = named[n] or (known(token) if token in range(words.vocabulary.base) else None)
+    found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
+    if found.vocabulary.bos >= words.vocabulary.base > found.vocabulary.eos:  # a text then begins with what ends the one before
+        named[0] = known(found.vocabulary.eos)
+        found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
+    return found
+
+
+def _fill_up(table: jax.Array, rows: int) -> jax.Array:
+    """The table with the mean of its first `rows` rows in all others, in its place and layout."""
+
+    def fill(table: jax.Array) -> jax.Array:
+        return jnp.where(jnp.arange(len(table))[:, None] < rows, table, jnp.mean(table[:rows], axis=0))
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=table.sharding)(table) if len(table) > rows else table
 
 
 def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, Any], workdir: Path) -> Path:

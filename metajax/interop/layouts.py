@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from metajax.config import Model, Runtime, require
+from metajax.config import Imported, Model, Runtime, require
 from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, named_params
 
@@ -148,8 +148,8 @@ def load_model(
 ) -> LM:
     """An LM with the weights of a state dict, float32.
 
-    vocab_size: rows of the embedding, those behind the file's filled with zeros; None: as many as the file has. max_length: rows of a learned
-    position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
+    vocab_size: rows of the embedding, those after the file's filled with zeros and left out of the logits; None: as many as the file has.
+    max_length: rows of a learned position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
     Raises UserError naming a missing, extra or misshapen tensor.
     """
     name = layout.embedding
@@ -159,7 +159,8 @@ def load_model(
         vocab_size is None or vocab_size >= rows,
         f"{name} has {rows} rows, but the tokenizer's table {vocab_size}; name the checkpoint's own with --tokenizer",
     )
-    options = {"max_length": max_length, "meta": None, "runtime": runtime or Runtime()}
+    imported = None if vocab_size in (None, rows) else Imported(rows)
+    options = {"max_length": max_length, "meta": None, "runtime": runtime or Runtime(), "imported": imported}
     model = jax.eval_shape(lambda: LM(cfg, vocab_size=vocab_size or rows, key=jax.random.key(0), **options))
     return fill(model, stored(model, layout, rows), state, layout, shardings)
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.config import MetaTokens, Model, Runtime, nearest, override, require
+from metajax.config import Imported, MetaTokens, Model, Runtime, nearest, override, require
 from metajax.models import hybrid
 from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
 from metajax.models.layers import Mlp, Norm, as_rows, gather_rows, normal_param, scan_layers, scatter_add_rows
@@ -95,6 +95,7 @@ class LM(nnx.Module):
     """A decoder LM assembled from `cfg`; `meta` adds meta-attention to every block.
 
     vocab_size: rows of the embedding, padded as the caller wants. max_length: rows of a learned position table.
+    imported: which of the rows a checkpoint has; the logits of the others are -inf, None: all have one.
     Initialisation: N(0, init_std), projections into the residual stream init_std / sqrt(2 layers), scales 1, biases 0.
     """
 
@@ -107,8 +108,10 @@ class LM(nnx.Module):
         meta: MetaTokens | None,
         runtime: Runtime,
         key: PRNGKeyArray,
+        imported: Imported | None = None,
     ):
         keys = jax.random.split(key, 4)
+        self.imported = imported
         self.cfg, self.meta, self.remat, self.unroll = cfg, meta, runtime.remat, runtime.unroll or cfg.layers
         self.embedding = normal_param(keys[0], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
         learned = cfg.position == "learned"
@@ -214,9 +217,11 @@ class LM(nnx.Module):
         return x, {**captured, "final": x} if "final" in capture else captured
 
     def unembed(self, x: Float[Array, "B T width"]) -> Float[Array, "B T vocab"]:
-        """float32 logits of every row of the (tied or own) output matrix."""
+        """float32 logits of every row of the (tied or own) output matrix; -inf for rows that an imported checkpoint does not have."""
         matrix = self.embedding if self.unembedding is None else self.unembedding
         logits = jnp.einsum("...d,vd->...v", as_rows(x), matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.imported is not None:
+            logits = jnp.where(self.imported.absent(logits.shape[-1]), -jnp.inf, logits)
         return logits.reshape(*x.shape[:2], -1)
 
     def _rows(self, positions: Array, segment_ids: Array, meta_slots: Array | None) -> Rows:

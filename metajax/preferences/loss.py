@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from metajax.training.losses import weighed
+
 METRICS = ("margin", "accuracy", "chosen_reward")  # sums over pairs, in a batch's metrics means
 
 
@@ -22,7 +24,7 @@ def preference_sums(
     its weighted tokens of log p - log p_reference, in nats; the margin of a pair is the chosen answer's less the rejected one's. Parts, sums
     over the batch: "pairs", "margin", "accuracy" (margins above 0), "chosen_reward".
     """
-    reward = beta * weights * (reference_nll - nll)
+    reward = weighed(beta * weights, reference_nll - nll)
     is_chosen, pair = segment_ids % 2 == 1, (segment_ids + 1) // 2  # pair 0 is padding
     most = segment_ids.shape[1] // 4  # two answers of BOS and a token
     by_pair = jax.vmap(lambda x, pair: jax.ops.segment_sum(x, pair, most + 1)[1:])

@@ -14,6 +14,11 @@ def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple[
     return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
 
 
+def weighed(weights: Float[Array, "*B"], nll: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """weights * nll, 0 where the weight is: a target that no one asks for may have no row in the softmax, and then an infinite loss."""
+    return jnp.where(weights == 0, 0.0, weights * nll)
+
+
 def weighted_sums(
     logits: Float[Array, "B T V"],
     targets: Int[Array, "B T"],
@@ -26,5 +31,5 @@ def weighted_sums(
     `z_loss` adds z_loss * log(Z)^2 at every weighted token. Parts: "nll" without it, and "body_nll" over body tokens.
     """
     nll, log_z = token_nll(logits, targets)
-    parts = {"nll": jnp.sum(weights * nll), "body_nll": jnp.sum(jnp.where(is_body, nll, 0.0))}
+    parts = {"nll": jnp.sum(weighed(weights, nll)), "body_nll": jnp.sum(jnp.where(is_body, nll, 0.0))}
     return parts["nll"] + z_loss * jnp.sum(weights * log_z**2), parts

@@ -22,9 +22,11 @@ from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step, eval
 
 
 def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
-    """The model of a config with fresh parameters."""
-    length = max(config.row_slots, config.model.max_positions)
-    return LM(config.model, vocab_size=vocab_size, max_length=length, meta=config.meta_tokens, runtime=config.runtime, key=key)
+    """The model of a config with fresh parameters; an imported checkpoint may have more rows than the tokenizer's table."""
+    length, imported = max(config.row_slots, config.model.max_positions), config.imported
+    rows = vocab_size if imported is None else imported.table(vocab_size)
+    options = {"meta": config.meta_tokens, "runtime": config.runtime, "imported": imported}
+    return LM(config.model, vocab_size=rows, max_length=length, key=key, **options)
 
 
 def abstract_model(config: Config, vocab_size: int) -> LM:

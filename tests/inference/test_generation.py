@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from metajax.config import Hybrid, Metadata, MetaTokens, UserError
+from metajax.config import Hybrid, Metadata, MetaTokens, UserError, override
 from metajax.data.pipeline import open_corpora, training_batches
-from metajax.data.tokenizers import Bytes
+from metajax.data.tokenizers import Bytes, open_tokenizer
 from metajax.inference.decoding import Sampling, guided
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, meta_layout, opening, room_for_prompt, stream
@@ -109,9 +112,9 @@ class Fixed(Bytes):
 def test_a_character_is_shown_when_it_is_complete(tiny_config):
     config, model = make(tiny_config)
     model.embedding[...] = model.embedding[...].at[TOKENIZER.vocabulary.eos].set(0.0)
-    pieces = [piece for (piece,) in stream(prepare(model), config, Fixed(), ["a"], count=len(Fixed.text), sampling=GREEDY)]
-    assert "".join(pieces) == Fixed.text.decode(errors="replace")
-    assert [piece for piece in pieces if piece][:4] == ["a", "é", "€", "😀"]
+    pieces = [piece for (piece,) in stream(prepare(model), config, Fixed(), ["a"], count=len(Fixed.text) - 1, sampling=GREEDY)]
+    assert "a" + "".join(pieces) == Fixed.text.decode(errors="replace")
+    assert [piece for piece in pieces if piece][:3] == ["é", "€", "😀"]
 
 
 def test_guidance_of_0_and_1_is_text_without_the_context_and_behind_it(tiny_config):
@@ -159,3 +162,72 @@ def test_meta_layout_is_even_and_leaves_the_first_slot(slots, rate):
     layout = meta_layout(slots, rate)
     assert layout.min() >= 1 and layout.max() < slots and len(set(layout.tolist())) == len(layout)
     assert len(set(np.diff(layout).tolist())) <= 1
+
+
+# ------------------------------------------------------------------------------------------- prompt and continuation
+
+
+def llama_pieces(folder):
+    """A tokenizer as Llama 2's is written: a space before the text, pieces with their spaces, bytes for what is in no piece."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"paris"]
+    merges = [("▁", "i"), ("▁i", "s"), ("▁", "p"), ("▁p", "a"), ("▁pa", "r"), ("▁par", "i"), ("▁pari", "s")]
+    vocab = {piece: i for i, piece in enumerate([*pieces, *map("".join, merges)])}
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(parts)
+    library.save(str(folder / "tokenizer.json"))
+    return f"hf:{folder / 'tokenizer.json'}"
+
+
+def sentence_pieces(folder):
+    """Trained on a few words."""
+    options = {"model_prefix": str(folder / "tiny"), "vocab_size": 300, "byte_fallback": True, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["paris is paris", "a list is"] * 20), **options, hard_vocab_limit=False
+    )
+    return f"sentencepiece:{folder / 'tiny.model'}"
+
+
+def byte_pairs(folder):
+    """Byte-level, with a space before the text."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    library.save(str(folder / "tokenizer.json"))
+    return f"hf:{folder / 'tokenizer.json'}"
+
+
+def reciter(tiny_config, tokenizer, ids):
+    """A model that draws the last of `ids` after all but it, and so on: it knows the text by its positions."""
+    size = tokenizer.vocabulary.size
+    config = tiny_config(**{"model.position": "learned", "model.tied": False, "model.layers": 1, "data.row_length": 64})
+    model = jax.tree.map(jnp.zeros_like, build_model(override(config, {"model.width": 64}), size, jax.random.key(0)))
+    model.positions[...] = jnp.eye(64)
+    model.final_norm.scale[...] = jnp.ones(64)
+    model.unembedding[...] = jnp.zeros((size, 64)).at[jnp.asarray(ids[1:]), jnp.arange(len(ids) - 1)].set(1.0)
+    return config, model
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize(
+    "make", [llama_pieces, sentence_pieces, byte_pairs, lambda folder: "byte"], ids=["llama", "sp", "bpe", "byte"]
+)
+@pytest.mark.parametrize(
+    ("prompt", "rest"),
+    [("paris is", " paris"), ("paris", " é is €"), ("", "paris is"), ("a é", "😀 x"), ("is ", "paris"), ("par", "is")],
+)
+def test_prompt_and_continuation_are_one_text(tiny_config, tmp_path, make, prompt, rest):
+    """Whatever the tokenizer does at the beginning of a text or within a character, whole and piece by piece."""
+    tokenizer = open_tokenizer(make(tmp_path), cache_dir=tmp_path, data_dir=None, corpus_fingerprint="", texts=list)
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + rest)
+    new = whole[len(before) :] if whole[: len(before)] == before else tokenizer.encode(rest)
+    expected = tokenizer.decode([*before, *new]).removeprefix(tokenizer.decode(before))
+    vocabulary = tokenizer.vocabulary
+    config, model = reciter(tiny_config, tokenizer, [vocabulary.bos, *before, *new, vocabulary.eos])
+    arguments = {"count": len(new) + 1, "sampling": GREEDY}
+    assert generate(prepare(model), config, tokenizer, [prompt], **arguments) == [expected]
+    pieces = [piece for (piece,) in stream(prepare(model), config, tokenizer, [prompt], **arguments)]
+    assert "".join(pieces) == expected
+    assert "\ufffd" not in expected and all("\ufffd" not in piece for piece in pieces)
+    assert tokenizer.decode(before) + expected == tokenizer.decode([*before, *new])
