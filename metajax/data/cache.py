@@ -5,17 +5,25 @@ A cache folder holds
   lengths.npy           int32 [D], body tokens
   bytes.npy             int32 [D], UTF-8 bytes of the text
   origins.npy           int16 [D], bucket of the origin: which side of the split
+  crc32.npy             uint32 [D], CRC-32 of the document's record, checked whenever it is read
   metadata.parquet      one row a document: its metadata as a JSON object
   manifest.json         source and tokenizer, counts, sha256 of the tokens and the metadata, of several files over those of each
+  hashes.json           sizes and hashes of all these files, see `metajax.core.sealed`
 so one corpus serves every ablation; metadata ids are a side table for each template.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
+import os
+import resource
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +31,9 @@ import grain
 import numpy as np
 import pyarrow.parquet as pq
 
-from metajax.atomic import whole_folder
+from metajax.atomic import system_error
 from metajax.config import require
+from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folder
 from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source
 from metajax.data.metadata import render, template_columns, template_fields
@@ -47,24 +56,41 @@ def read_documents(source: Source, on_bad_record: str, records: range | None = N
             yield i, None
 
 
+ARRAYS = {"lengths": np.int32, "bytes": np.int32, "origins": np.int16, "crc32": np.uint32}
+
+
 class TokenCache:
-    """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes."""
+    """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes.
+
+    Raises UserError that names the folder to delete where a file is not as it was written: of tokens and metadata when they are read.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
-        self.bytes = np.load(self.folder / "bytes.npy", mmap_mode="r")
-        self.origins = np.load(self.folder / "origins.npy", mmap_mode="r")
+        self.folder, self._sealed = Path(folder), Sealed(folder)
+        self.manifest = json.loads(self._sealed.read("manifest.json"))
+        self.lengths, self.bytes, self.origins, self._crc32 = (self._sealed.array(f"{name}.npy") for name in ARRAYS)
         self._dtype = np.dtype(self.manifest["dtype"])
-        self._tokens = grain.sources.ArrayRecordDataSource(sorted(map(str, self.folder.glob("tokens*.array_record"))))
+        self._files = sorted(name for name in self._sealed.files if name.startswith("tokens"))
+        self._starts = list(itertools.accumulate(self.manifest["files"], initial=0))
+        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._reader = lru_cache(max(4, open_files // 4))(grain.sources.ArrayRecordDataSource)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
         """Body ids of a document, in the width they are stored in."""
-        return np.frombuffer(self._tokens[document], self._dtype)
+        file = bisect.bisect_right(self._starts, document) - 1
+        path = self.folder / self._files[file]
+        try:
+            record = self._reader(str(path))[document - self._starts[file]]
+        except (RuntimeError, ValueError) as error:
+            if number := system_error(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+            raise self._sealed.damaged(path.name) from error
+        if zlib.crc32(record) != self._crc32[document]:
+            raise self._sealed.damaged(path.name)
+        return np.frombuffer(record, self._dtype)
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
@@ -82,7 +108,7 @@ class TokenCache:
 
     def metadata(self) -> Iterator[dict[str, str]]:
         """The metadata of every document, in order."""
-        for batch in pq.ParquetFile(self.folder / "metadata.parquet").iter_batches():
+        for batch in pq.ParquetFile(self._sealed.path("metadata.parquet")).iter_batches():
             for text in batch.column(0).to_pylist():
                 yield json.loads(text)
 
@@ -91,7 +117,7 @@ class TokenCache:
 class MetadataTable:
     """Every document's metadata string in one template as ids: ids int32 [N], offsets int64 [D + 1], present bool [D]."""
 
-    ids: np.ndarray
+    ids: Blocks
     offsets: np.ndarray
     present: np.ndarray
 
@@ -111,7 +137,7 @@ class MetadataTable:
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
     """The side table of a template beside the token cache, made once and memory-mapped; filters are applied here."""
-    key = digest(template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
+    key = digest(FORMAT, cache.key, template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
     folder = cache.folder / "metadata" / key
     if not folder.exists():
         columns: dict[str, list[str | None]] = {name: [] for name in template_columns(template)}
@@ -124,8 +150,9 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
             any(text is not None for text in texts), f"metadata.template = {template!r}: no document of {spec} has all its fields"
         )
         encoded = tokenizer.encode_batch([text or "" for text in texts])
-        with whole_folder(folder) as work:
-            np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
-            np.save(work / "present.npy", np.array([text is not None for text in texts]))
-            np.save(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
-    return MetadataTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "present")))
+        with sealed_folder(folder) as work:
+            save_array(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
+            save_array(work / "present.npy", np.array([text is not None for text in texts]))
+            save_array(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
+    sealed = Sealed(folder)
+    return MetadataTable(Blocks(sealed, "ids.npy"), sealed.array("offsets.npy"), sealed.array("present.npy"))

@@ -24,6 +24,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from metajax.atomic import write_text
 from metajax.config import UserError, nearest, require
+from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.tasks.prompts import RESERVED_PIECES
 from metajax.progress import say
 
@@ -344,10 +345,12 @@ def load(folder: Path) -> Tokenizer:
 def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]) -> TrainedBpe:
     base = _bpe_base(spec)
     words = hashlib.sha256(json.dumps(_whole_words(spec)).encode()).hexdigest()[:8] if _whole_words(spec) else ""
-    path = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}{words and '-' + words}-{corpus_fingerprint[:12]}.json"
-    if not path.exists():
-        write_text(path, train_bpe(spec, texts())._library.to_str())
-    return TrainedBpe(spec, _parse_library(path, f"delete {path}, and it is trained again"))
+    folder = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}{words and '-' + words}-{corpus_fingerprint[:12]}"
+    if not folder.exists():
+        trained = train_bpe(spec, texts())
+        with sealed_folder(folder) as work:
+            write_text(work / FILE, trained._library.to_str())
+    return TrainedBpe(spec, tokenizers.Tokenizer.from_buffer(Sealed(folder).read(FILE)))
 
 
 def train_bpe(spec: str, texts: Iterable[str]) -> TrainedBpe:

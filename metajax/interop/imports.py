@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from metajax.config import Config, Data, Runtime, UserError, config_hash, require, to_dict
+from metajax.core.sealed import FORMAT, Sealed
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import open_directory
@@ -46,13 +47,13 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
         folder = cache.absolute() / "tokenizers" / f"gguf-{_digest(fields)}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
-        tokenizer = f"hf:{folder / 'tokenizer.json'}"
+        tokenizer = f"hf:{Sealed(folder).path('tokenizer.json')}"
     return import_weights("llama", path.stem, values, tensors, runs, tokenizer)
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
     own = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([FORMAT, own], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def import_weights(

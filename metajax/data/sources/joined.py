@@ -18,7 +18,7 @@ from etils import epath
 
 from metajax.config import UserError, nearest, require
 from metajax.data.documents import BadRecord, Document
-from metajax.data.sources.files import Files, as_string, file_entry, file_stamp, first_line
+from metajax.data.sources.files import Files, as_string, file_entry, file_stamps, first_line
 
 Labels = dict[str, dict[str, str]]  # id -> its row
 _ENDINGS = r"(\.(jsonl?|parquet|array_?record))?(\.(gz|bz2|zst))?$"
@@ -70,8 +70,8 @@ class Joined:
         self._fresh()
 
     def fingerprint(self) -> str:
-        """sha256 over the corpus' fingerprint and each label file's size and modification time."""
-        stamps = [file_stamp(path) for path in self.labels]
+        """sha256 over the corpus' fingerprint and each label file's size, modification time and hash of its content."""
+        stamps = file_stamps(self.labels)
         return hashlib.sha256(f"{self.corpus.fingerprint()} {self.on} {stamps}".encode()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:

@@ -76,10 +76,10 @@ def test_a_corpus_is_written_once_and_checked(package, tmp_path, monkeypatch):
     assert again[2] == first[2]
     (folder,) = (cache / "corpora").iterdir()
     assert folder.name == f"pydocs-{first.fingerprint()[:12]}"
-    assert sorted(p.name for p in folder.iterdir()) == ["documents.parquet", "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["documents.parquet", "hashes.json", "manifest.json"]
     path = folder / "documents.parquet"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"documents\.parquet: missing or changed.*delete"):
+    with pytest.raises(UserError, match=r"documents\.parquet: changed or damaged.*delete"):
         open_source("pydocs:tinypack", cache_dir=cache, data_dir=None)
 
 
