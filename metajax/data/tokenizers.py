@@ -349,7 +349,7 @@ def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Call
     if not folder.exists():
         trained = train_bpe(spec, texts())
         with sealed_folder(folder) as work:
-            write_text(work / FILE, trained._library.to_str())
+            (work / FILE).write_text(trained._library.to_str(), encoding="utf-8")
     return TrainedBpe(spec, tokenizers.Tokenizer.from_buffer(Sealed(folder).read(FILE)))
 
 
