@@ -87,7 +87,7 @@ class Sealed:
 
     def array(self, name: str) -> np.ndarray:
         """What `save_array` wrote, memory-mapped, checked whole."""
-        return np.load(self.path(name), mmap_mode="r")
+        return np.asarray(np.load(self.path(name), mmap_mode="r"))
 
     def _bytes(self, name: str) -> bytes:
         try:

@@ -70,7 +70,7 @@ class TokenCache:
         self.manifest = json.loads(self._sealed.read("manifest.json"))
         self.lengths, self.bytes, self.origins, self._crc32 = (self._sealed.array(f"{name}.npy") for name in ARRAYS)
         self._dtype = np.dtype(self.manifest["dtype"])
-        self._files = sorted(name for name in self._sealed.files if name.startswith("tokens"))
+        self._files = sorted(str(self.folder / name) for name in self._sealed.files if name.startswith("tokens"))
         self._starts = list(itertools.accumulate(self.manifest["files"], initial=0))
         open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._reader = lru_cache(max(4, open_files // 4))(grain.sources.ArrayRecordDataSource)
@@ -81,15 +81,15 @@ class TokenCache:
     def __getitem__(self, document: int) -> np.ndarray:
         """Body ids of a document, in the width they are stored in."""
         file = bisect.bisect_right(self._starts, document) - 1
-        path = self.folder / self._files[file]
+        path = self._files[file]
         try:
-            record = self._reader(str(path))[document - self._starts[file]]
+            record = self._reader(path)[document - self._starts[file]]
         except (RuntimeError, ValueError) as error:
             if number := system_error(error):
-                raise OSError(number, os.strerror(number), str(path)) from error
-            raise self._sealed.damaged(path.name) from error
+                raise OSError(number, os.strerror(number), path) from error
+            raise self._sealed.damaged(os.path.basename(path)) from error
         if zlib.crc32(record) != self._crc32[document]:
-            raise self._sealed.damaged(path.name)
+            raise self._sealed.damaged(os.path.basename(path))
         return np.frombuffer(record, self._dtype)
 
     def __reduce__(self):

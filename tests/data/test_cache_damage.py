@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import shutil
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 
 from metajax.cli import main
 from metajax.config import UserError, override
-from metajax.core import sealed
-from metajax.core.sealed import HASHES, Blocks, Sealed, save_array, sealed_folder
+from metajax.core.sealed import HASHES, Sealed
 from metajax.data.cache import TokenCache, build_metadata_table
 from metajax.data.documents import Document
 from metajax.data.pipeline import Paths, held_out, open_corpora, phase_rows
@@ -19,7 +17,7 @@ from metajax.data.sources import open_source
 from metajax.data.sources.built import open_or_build
 from metajax.data.tokenising import build_token_cache
 from metajax.data.tokenizers import Bytes
-from tests.damage import DAMAGES, cases, flip
+from tests.damage import DAMAGES, cases
 
 pytestmark = pytest.mark.fault(8)
 
@@ -222,30 +220,3 @@ def test_a_damaged_cache_is_one_line_of_the_command(home, tmp_path, capsys):
         assert f"{folder / name}: changed or damaged" in said[0]
         shutil.rmtree(folder)
         assert main(command) == 0
-
-
-# ------------------------------------------------------------------------------------------------------- sealed folders
-
-
-def test_blocks_are_checked_as_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sealed, "BLOCK", 1 << 10)
-    values = np.arange(3000, dtype=np.int32)
-    with sealed_folder(tmp_path / "a/b") as work:
-        save_array(work / "x.npy", values)
-    flip(tmp_path / "a/b/x.npy", tmp_path, at=0.5)
-    found = Blocks(Sealed(tmp_path / "a/b"), "x.npy")
-    assert len(found) == 3000
-    for blocks in (found, pickle.loads(pickle.dumps(found))):
-        np.testing.assert_array_equal(blocks[:1200], values[:1200])
-        np.testing.assert_array_equal(blocks[1900:], values[1900:])
-        for read in (lambda b: b[1490:1510], lambda b: b[1300:1301], np.asarray, lambda b: b.tolist()):
-            with pytest.raises(UserError, match=r"x\.npy: changed or damaged"):
-                read(blocks)
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (5, 3), ()])
-def test_arrays_come_back(tmp_path, shape):
-    with sealed_folder(tmp_path / "a/b") as work:
-        save_array(work / "x.npy", np.ones(shape, np.int16))
-    found = Sealed(tmp_path / "a/b").array("x.npy")
-    assert found.shape == shape and found.dtype == np.int16 and (found == 1).all()

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,8 +152,9 @@ def file_stamp(path: str, share: int = _HASHED_OF_FILE) -> str:
         info = system.info(name)
         hashes = (str(info[key]) for key in ("crc32c", "md5Hash", "ETag", "etag") if info.get(key))
         return f"{info['size']} {epath.Path(path).stat().mtime} {next(hashes, '')}"
-    stat = os.stat(path)
-    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)  # the same: read already, and not written since
+    stat, now = os.stat(path), time.time_ns()
+    fresh = now if now - stat.st_ctime_ns < 1e9 else 0  # of two writes at once the system may keep one time
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, fresh)  # the same: not written since it was read
     return f"{stat.st_size} {stat.st_mtime_ns} {_sampled(path, share, state)}"
 
 
