@@ -45,10 +45,11 @@ def make(folder: Path, documents: int) -> None:
             writer.close()
         arrays = {"lengths": np.full(documents, TOKENS, np.int32), "bytes": np.full(documents, 4 * TOKENS, np.int32)}
         arrays |= {"origins": rng.integers(0, 10_000, documents, np.int16), "crc32": np.resize(checks, documents)}
+        arrays["files"] = np.array(sizes)
         for name, array in arrays.items():
             save_array(work / f"{name}.npy", array)
         pq.write_table(pa.table({"metadata": ["{}"] * documents}, schema=SCHEMA), work / "metadata.parquet")
-        (work / "manifest.json").write_text(json.dumps({"dtype": "<u2", "files": sizes, "sha256": "0" * 64}))
+        (work / "manifest.json").write_text(json.dumps({"dtype": "<u2", "sha256": "0" * 64}))
     with sealed_folder(folder / "metadata" / "table") as work:
         save_array(work / "ids.npy", rng.integers(0, 2048, METADATA * documents, np.int32))
         save_array(work / "offsets.npy", np.arange(0, METADATA * documents + 1, METADATA))

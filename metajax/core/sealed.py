@@ -81,6 +81,12 @@ class Sealed:
             raise self.damaged(name)
         return path
 
+    def check(self) -> Sealed:
+        """Read every file whole, and find them as they were written."""
+        for name in self.files:
+            self.path(name)
+        return self
+
     def read(self, name: str) -> bytes:
         """The content of a small file."""
         return self.path(name).read_bytes()

@@ -5,6 +5,7 @@ A cache folder holds
   lengths.npy           int32 [D], body tokens
   bytes.npy             int32 [D], UTF-8 bytes of the text
   origins.npy           int16 [D], bucket of the origin: which side of the split
+  files.npy             int64 [F], documents in each file of tokens
   crc32.npy             uint32 [D], CRC-32 of the document's record, checked whenever it is read
   metadata.parquet      one row a document: its metadata as a JSON object
   manifest.json         source and tokenizer, counts, sha256 of the tokens and the metadata, of several files over those of each
@@ -59,6 +60,15 @@ def read_documents(source: Source, on_bad_record: str, records: range | None = N
 ARRAYS = {"lengths": np.int32, "bytes": np.int32, "origins": np.int16, "crc32": np.uint32}
 
 
+_opened = itertools.count()
+
+
+@lru_cache(max(2, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 48) // 4))
+def _reader(path: str, cache: int) -> grain.sources.ArrayRecordDataSource:
+    """A file of tokens, opened for one of this process's caches: two descriptors each, half of what the system allows for all."""
+    return grain.sources.ArrayRecordDataSource(path)
+
+
 class TokenCache:
     """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes.
 
@@ -71,9 +81,8 @@ class TokenCache:
         self.lengths, self.bytes, self.origins, self._crc32 = (self._sealed.array(f"{name}.npy") for name in ARRAYS)
         self._dtype = np.dtype(self.manifest["dtype"])
         self._files = sorted(str(self.folder / name) for name in self._sealed.files if name.startswith("tokens"))
-        self._starts = list(itertools.accumulate(self.manifest["files"], initial=0))
-        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._reader = lru_cache(max(4, open_files // 4))(grain.sources.ArrayRecordDataSource)
+        self._starts = list(itertools.accumulate(self._sealed.array("files.npy").tolist(), initial=0))
+        self._opened = next(_opened)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,7 +92,7 @@ class TokenCache:
         file = bisect.bisect_right(self._starts, document) - 1
         path = self._files[file]
         try:
-            record = self._reader(path)[document - self._starts[file]]
+            record = _reader(path, self._opened)[document - self._starts[file]]
         except (RuntimeError, ValueError) as error:
             if number := system_error(error):
                 raise OSError(number, os.strerror(number), path) from error

@@ -175,7 +175,6 @@ def _finish(job: Job, folder: Path, facts: list[Facts], stamp: str) -> None:
         "source": job.source.manifest(),
         "tokenizer": {"spec": job.tokenizer.spec, "fingerprint": job.tokenizer.fingerprint()},
         "documents": sum(of_part["documents"] for of_part in used),
-        "files": [of_part["documents"] for of_part in used],
         "tokens": sum(of_part["lengths"] for of_part in used),
         "bytes": sum(of_part["bytes"] for of_part in used),
         "bad_records_skipped": bad,
@@ -183,6 +182,7 @@ def _finish(job: Job, folder: Path, facts: list[Facts], stamp: str) -> None:
         "dtype": _dtype(job.tokenizer).str,
         "sha256": hashes[0] if len(facts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }
+    save_array(folder / "files.npy", np.array([of_part["documents"] for of_part in used]))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -326,6 +326,8 @@ def open_tokenizer(
     path = Path(data_dir or ".") / rest
     if kind == "run":
         return load(path)
+    if path.is_relative_to(Path(cache_dir).absolute() / "tokenizers"):  # what was written there of a GGUF file
+        Sealed(path.parent).check()
     return {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
 
 

@@ -47,7 +47,7 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
         folder = cache.absolute() / "tokenizers" / f"gguf-{_digest(fields)}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
-        tokenizer = f"hf:{Sealed(folder).path('tokenizer.json')}"
+        tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
     return import_weights("llama", path.stem, values, tensors, runs, tokenizer)
 
 
