@@ -72,7 +72,9 @@ def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
             yield Path(filled)
             copy_files(Path(filled), folder, last)
         return
-    work = Path(folder.parent) / f".making-{secrets.token_hex(4)}"  # not by tempfile, which keeps everyone else out of it for good
+    work = (
+        Path(folder.parent) / f".making-{secrets.token_hex(4)}"
+    )  # not by tempfile, which keeps everyone else out of it for good
     work.mkdir(parents=True)
     try:
         with storage_errors(folder):

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from metajax.atomic import system_error
-from metajax.config import require
+from metajax.config import UserError, require
 from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folder
 from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source
@@ -95,7 +95,9 @@ class TokenCache:
             record = _reader(path, self._opened)[document - self._starts[file]]
         except (RuntimeError, ValueError) as error:
             if number := system_error(error):
-                raise OSError(number, os.strerror(number), path) from error
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                why = f"{os.strerror(number)}; mend that (open files: ulimit -n is {limit})"
+                raise UserError(f"{path}: cannot be read: {why}, and give the same command again") from error
             raise self._sealed.damaged(os.path.basename(path)) from error
         if zlib.crc32(record) != self._crc32[document]:
             raise self._sealed.damaged(os.path.basename(path))

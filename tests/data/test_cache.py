@@ -1,6 +1,8 @@
 """The tokenised corpus: what comes back, what names it, bad records, damage, and several builders at once."""
 
+import errno
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -190,6 +192,17 @@ def test_the_files_of_tokens_that_are_open_at_once_are_bounded(corpus, tmp_path,
         assert [bytes(cache[i].tolist()).decode() for i in range(40)] == texts
     opened = [path.resolve().name for path in Path("/proc/self/fd").iterdir()]
     assert 0 < sum(name.startswith("tokens-") for name in opened) <= 8
+
+
+@pytest.mark.fault(23)
+def test_what_the_system_refuses_is_no_damage(corpus, tmp_path, monkeypatch):
+    def refused(path, cache):
+        raise RuntimeError(f"open() failed: {os.strerror(errno.EMFILE)}; reading {path}")
+
+    cache = build(corpus(rows()), tmp_path)
+    monkeypatch.setattr(tokens, "_reader", refused)
+    with pytest.raises(UserError, match=r"tokens\.array_record: cannot be read: Too many open files.*ulimit -n is \d+"):
+        cache[0]
 
 
 # ------------------------------------------------------------------------------------------ split by whole origin
