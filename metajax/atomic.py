@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -12,6 +13,35 @@ from pathlib import Path
 
 from metajax.config import require
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+REFUSED = (*FULL, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM)
+
+
+def system_error(error: Exception) -> int:
+    """The errno that an error has, or that a library's own error speaks of; 0 where it is none of the operating system's refusals."""
+    return getattr(error, "errno", None) or next((n for n in REFUSED if os.strerror(n) in str(error)), 0)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Where nothing more can be written, an OSError with the number and `path`: libraries raise errors of their own without them."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = system_error(error)
+        if number not in FULL or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file under a hidden name and rename it into place; an object of a bucket is whole or not there anyway."""
@@ -20,8 +50,14 @@ def write_text(path: Path, text: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with storage_errors(path):
+            temporary.write_text(text, encoding="utf-8")
+            _to_disk(temporary)
+            os.replace(temporary, path)
+            _to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -36,12 +72,18 @@ def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
             yield Path(filled)
             copy_files(Path(filled), folder, last)
         return
-    work = folder.parent / f".making-{secrets.token_hex(4)}"  # not by tempfile, which keeps everyone else out of it for good
+    work = (
+        Path(folder.parent) / f".making-{secrets.token_hex(4)}"
+    )  # not by tempfile, which keeps everyone else out of it for good
     work.mkdir(parents=True)
     try:
-        yield work
+        with storage_errors(folder):
+            yield work
+            for path in (*work.rglob("*"), work):
+                _to_disk(path)
         with contextlib.suppress(OSError):
             os.replace(work, folder)
+            _to_disk(folder.parent)
         require(folder.exists(), f"cannot write {folder}; check the space and the permissions there")
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -57,14 +57,14 @@ def _start_jax(cache: Path) -> None:
     """Compiled programs are kept between runs; set before the first use of a device."""
     import jax
 
+    from metajax.compat import keep_programs
     from metajax.pods.hosts import has_tpu
 
     # The TPU compiler may be installed for planning alone: without a chip, looking for one costs seconds and many warnings.
     chips = has_tpu() or any(Path("/dev").glob("nvidia[0-9]*"))
     if not chips and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str((cache / "jax").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    keep_programs(cache / "jax")
 
 
 def _connect(options: argparse.Namespace) -> None:

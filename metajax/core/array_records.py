@@ -13,7 +13,8 @@ from metajax.core.reading import handle, reading
 from metajax.fields import UserError
 
 
-def _open(path: str) -> ArrayRecordReader:
+def open_reader(path: str) -> ArrayRecordReader:
+    """A reader of one file. RuntimeError with the reason for a file that cannot be opened, or is none."""
     reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
     if not reader.ok():  # a file that cannot be opened, or is none, has 0 records without a word
         reader.read([0])  # says why, but of a file that was cut
@@ -36,7 +37,7 @@ class ArrayRecords:
 
     def _reader(self, path: str) -> ArrayRecordReader:
         with reading(path, lambda reason: UserError(f"{path}: not a readable ArrayRecord file ({reason}); write it again")):
-            return handle(_open, path, self._key)
+            return handle(open_reader, path, self._key)
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -32,7 +32,9 @@ def on_beam(job: Job, parts: Sequence[int], options: Sequence[str]) -> Iterator[
         with beam.Pipeline(options=settings) as pipeline:
             _ = pipeline | beam.Create(parts) | beam.Reshuffle() | beam.Map(there.make)
     except Exception as error:  # each runner has its own, with what happened on a worker as text
-        mistake = re.search(r"^metajax\S*: (.*?)( \[while running .*)?$", "".join(format_exception_only(error)), re.MULTILINE)
+        mistake = re.search(
+            r"^(?:metajax\S*|OSError): (.*?)( \[while running .*)?$", "".join(format_exception_only(error)), re.MULTILINE
+        )
         if mistake is None:
             raise
         raise UserError(mistake[1]) from error

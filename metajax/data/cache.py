@@ -5,26 +5,35 @@ A cache folder holds
   lengths.npy           int32 [D], body tokens
   bytes.npy             int32 [D], UTF-8 bytes of the text
   origins.npy           int16 [D], bucket of the origin: which side of the split
+  files.npy             int64 [F], documents in each file of tokens
+  crc32.npy             uint32 [D], CRC-32 of the document's record, checked whenever it is read
   metadata.parquet      one row a document: its metadata as a JSON object
   manifest.json         source and tokenizer, counts, sha256 of the tokens and the metadata, of several files over those of each
+  hashes.json           sizes and hashes of all these files, see `metajax.core.sealed`
 so one corpus serves every ablation; metadata ids are a side table for each template.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
+import os
+import uuid
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import pyarrow.parquet as pq
 
-from metajax.atomic import whole_folder
 from metajax.config import require
+from metajax.core.array_records import open_reader
+from metajax.core.reading import handle, reading
+from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folder
 from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source
 from metajax.data.metadata import render, template_columns, template_fields
@@ -52,24 +61,37 @@ def bad_record(reason: str, on_bad_record: str) -> None:
         raise BadRecord(f"{reason}; --set data.on_bad_record=skip leaves such records out and counts them") from None
 
 
+ARRAYS = {"lengths": np.int32, "bytes": np.int32, "origins": np.int16, "crc32": np.uint32}
+
+
 class TokenCache:
-    """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes."""
+    """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes.
+
+    Raises UserError that names the folder to delete where a file is not as it was written: of tokens and metadata when they are read.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
-        self.bytes = np.load(self.folder / "bytes.npy", mmap_mode="r")
-        self.origins = np.load(self.folder / "origins.npy", mmap_mode="r")
+        self.folder, self._sealed = Path(folder), Sealed(folder)
+        self.manifest = json.loads(self._sealed.read("manifest.json"))
+        self.lengths, self.bytes, self.origins, self._crc32 = (self._sealed.array(f"{name}.npy") for name in ARRAYS)
         self._dtype = np.dtype(self.manifest["dtype"])
-        self._tokens = grain.sources.ArrayRecordDataSource(sorted(map(str, self.folder.glob("tokens*.array_record"))))
+        self._files = sorted(str(self.folder / name) for name in self._sealed.files if name.startswith("tokens"))
+        self._starts = list(itertools.accumulate(self._sealed.array("files.npy").tolist(), initial=0))
+        self._opened = uuid.uuid4().hex
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
         """Body ids of a document, in the width they are stored in."""
-        return np.frombuffer(self._tokens[document], self._dtype)
+        file = bisect.bisect_right(self._starts, document) - 1
+        path = self._files[file]
+        name = os.path.basename(path)
+        with reading(path, lambda reason: self._sealed.damaged(name)):
+            record = handle(open_reader, path, self._opened).read([int(document) - self._starts[file]])[0]
+        if zlib.crc32(record) != self._crc32[document]:
+            raise self._sealed.damaged(name)
+        return np.frombuffer(record, self._dtype)
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
@@ -92,7 +114,7 @@ class TokenCache:
 
     def metadata(self) -> Iterator[dict[str, str]]:
         """The metadata of every document, in order."""
-        for batch in pq.ParquetFile(self.folder / "metadata.parquet").iter_batches():
+        for batch in pq.ParquetFile(self._sealed.path("metadata.parquet")).iter_batches():
             for text in batch.column(0).to_pylist():
                 yield json.loads(text)
 
@@ -101,7 +123,7 @@ class TokenCache:
 class MetadataTable:
     """Every document's metadata string in one template as ids: ids int32 [N], offsets int64 [D + 1], present bool [D]."""
 
-    ids: np.ndarray
+    ids: Blocks
     offsets: np.ndarray
     present: np.ndarray
 
@@ -121,7 +143,7 @@ class MetadataTable:
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
     """The side table of a template beside the token cache, made once and memory-mapped; filters are applied here."""
-    key = digest(template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
+    key = digest(FORMAT, cache.key, template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
     folder = cache.folder / "metadata" / key
     if not folder.exists():
         columns: dict[str, list[str | None]] = {name: [] for name in template_columns(template)}
@@ -136,8 +158,9 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
         encoded = (tokenizer.marked() if cache.markers else tokenizer).encode_each([text or "" for text in texts])
         bad = next((n for n, ids in enumerate(encoded) if isinstance(ids, BadRecord)), None)
         require(bad is None, f"{spec}, document {bad}, metadata.template = {template!r}: {encoded[bad or 0]}")
-        with whole_folder(folder) as work:
-            np.save(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
-            np.save(work / "present.npy", np.array([text is not None for text in texts]))
-            np.save(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
-    return MetadataTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "offsets", "present")))
+        with sealed_folder(folder) as work:
+            save_array(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
+            save_array(work / "present.npy", np.array([text is not None for text in texts]))
+            save_array(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
+    sealed = Sealed(folder)
+    return MetadataTable(Blocks(sealed, "ids.npy"), sealed.array("offsets.npy"), sealed.array("present.npy"))

@@ -19,8 +19,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from metajax.atomic import whole_folder
 from metajax.config import Config, require
+from metajax.core.sealed import FORMAT, Sealed, save_array, sealed_folder
 from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
@@ -161,36 +161,21 @@ def _sides(corpora: Corpora, cache: TokenCache, condition: str, documents: np.nd
     return sides
 
 
-def _index(corpora: Corpora, cache: TokenCache, sides: Sides, condition: str, documents: np.ndarray, style: str) -> RowIndex:
+def _index(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.ndarray, style: str) -> RowIndex:
     """The packed row index, built once for each recipe, then memory-mapped and checked against its hash."""
     config = corpora.config
     capacity = row_capacity(config)
     overhead = sides.overhead(documents)
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
-    folder = corpora.paths.cache / "rows" / digest(cache.key, recipe, capacity, style)
+    folder = corpora.paths.cache / "rows" / digest(FORMAT, cache.key, recipe, capacity, style)
     if not folder.exists():
         where = partial(place_of, cache.manifest, config.data.on_bad_record, corpora.paths.cache, corpora.paths.data)
         index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, where)
-        with whole_folder(folder) as work:
-            np.save(work / "pieces.npy", index.pieces)
-            np.save(work / "offsets.npy", index.offsets)
-            (work / "sha256").write_text(_index_hash(index))
-    try:
-        index = RowIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "offsets")))
-        intact = _index_hash(index) == (folder / "sha256").read_text()
-    except (OSError, ValueError, EOFError):  # a file is missing, cut short or overwritten
-        intact = False
-    require(
-        intact,
-        f"the row index in {folder} is damaged ({condition} rows of {cache.folder.name}); delete that folder and run again",
-    )
-    return index
-
-
-def _index_hash(index: RowIndex) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(index.pieces))
-    digest.update(np.ascontiguousarray(index.offsets))
-    return digest.hexdigest()
+        with sealed_folder(folder) as work:
+            save_array(work / "pieces.npy", index.pieces)
+            save_array(work / "offsets.npy", index.offsets)
+    sealed = Sealed(folder)
+    return RowIndex(sealed.array("pieces.npy"), sealed.array("offsets.npy"))
 
 
 def row_capacity(config: Config) -> int:
@@ -209,7 +194,7 @@ def _rows(
     sides = _sides(corpora, cache, condition, documents, note)
     if condition == "training" and corpora.config.dpo is not None:
         return pair_rows(corpora, cache, sides, documents, row_capacity(corpora.config))
-    index = _index(corpora, cache, sides, condition, documents, packing)
+    index = _index(corpora, cache, sides, documents, packing)
     inputs = int(cache.lengths[documents].sum(dtype=np.int64)) + len(documents)
     left_out = inputs - int(index.pieces[:, 2].sum(dtype=np.int64))
     if left_out:

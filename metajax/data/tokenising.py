@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from metajax.atomic import whole_folder
 from metajax.config import require
-from metajax.data.cache import TokenCache, bad_record, digest, read_documents
+from metajax.core.sealed import FORMAT, HASHES, Sealed, save_array, sealed_folder
+from metajax.data.cache import ARRAYS, TokenCache, bad_record, digest, read_documents
 from metajax.data.documents import BadRecord, Document, Source, origin_bucket, place, tally_of
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
@@ -37,7 +38,6 @@ FACTS = "part.json"
 SCHEMA = pa.schema([("metadata", pa.string())])
 Advance = Callable[[int], None]
 Facts = dict[str, Any]
-ARRAYS = {"lengths": np.int32, "bytes": np.int32, "origins": np.int16}
 Make = Callable[["Job", Sequence[int]], Iterator[int]]  # makes these parts of a job and gives the number of each that is there
 
 
@@ -60,20 +60,21 @@ def build_token_cache(
 
     Raises:
       BadRecord: a corrupt record with on_bad_record "stop".
-      UserError: no document is left.
+      UserError: no document is left, or a file of the source was changed meanwhile.
     """
-    key = digest(source.fingerprint(), tokenizer.text_key, on_bad_record)
+    stamp = source.fingerprint()
+    key = digest(FORMAT, stamp, tokenizer.text_key, on_bad_record)
     folder = cache_dir / "tokens" / f"{source.spec.partition(':')[0]}-{key}"
     if not folder.exists():
         job = Job(source, tokenizer, on_bad_record, folder.with_name(f"{folder.name}.parts-{part}"), part)
         with progress(f"tokenising {source.spec}", total=len(source)) as advance:
             if len(job.ranges) == 1:
-                with whole_folder(folder) as work:
-                    _finish(job, work, [job.write(0, work, advance)])
+                with sealed_folder(folder) as work:
+                    _finish(job, work, [job.write(0, work, advance)], stamp)
             else:
                 job.run(make, advance)
-                with whole_folder(folder) as work:
-                    _finish(job, work, _join(job, work))
+                with sealed_folder(folder) as work:
+                    _finish(job, work, _join(job, work), stamp)
     return TokenCache(folder)
 
 
@@ -105,8 +106,8 @@ class Job:
 
     def make(self, number: int) -> int:
         """A part, whole or not at all, unless it is there; its number comes back."""
-        if not (self.folder(number) / FACTS).exists():
-            with whole_folder(self.folder(number), FACTS) as work:
+        if not (self.folder(number) / HASHES).exists():
+            with sealed_folder(self.folder(number)) as work:
                 (work / FACTS).write_text(json.dumps(self.write(number, work, lambda records: None)))
         return number
 
@@ -130,13 +131,14 @@ class Job:
                 found["lengths"].append(len(ids))
                 found["bytes"].append(len(document.text.encode()))
                 found["origins"].append(origin_bucket(document.origin))
+                found["crc32"].append(zlib.crc32(record))
                 fields.update(document.metadata)
             table.write_table(pa.table({"metadata": metadata}, schema=SCHEMA))
             advance(len(chunk))
         writer.close()
         table.close()
         for name, kind in ARRAYS.items():
-            np.save(folder / f"{name}.npy", np.array(found[name], kind))
+            save_array(folder / f"{name}.npy", np.array(found[name], kind))
         sizes = {name: sum(found[name]) for name in ("lengths", "bytes")}
         facts = {"bad": bad, "unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
         return {**facts, "documents": len(found["lengths"]), **sizes, "tally": tally_of(self.source) - before}
@@ -159,23 +161,28 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def _join(job: Job, folder: Path) -> list[Facts]:
     """One cache of all parts, which stay where they are; tokens are linked, or copied where the file system has no links."""
-    facts = [json.loads((job.folder(n) / FACTS).read_text()) for n in range(len(job.ranges))]
-    parts = [job.folder(n) for n, of_part in enumerate(facts) if of_part["documents"]]
+    every = [Sealed(job.folder(n)) for n in range(len(job.ranges))]
+    facts = [json.loads(part.read(FACTS)) for part in every]
+    parts = [part for part, of_part in zip(every, facts, strict=True) if of_part["documents"]]
     for name in ARRAYS:
-        np.save(folder / f"{name}.npy", np.concatenate([np.load(part / f"{name}.npy") for part in parts or [job.folder(0)]]))
+        save_array(folder / f"{name}.npy", np.concatenate([part.array(f"{name}.npy") for part in parts or every[:1]]))
     with pq.ParquetWriter(folder / "metadata.parquet", SCHEMA) as table:
         for n, part in enumerate(parts):
+            tokens, joined = part.path("tokens.array_record"), folder / f"tokens-{n:05d}.array_record"
             try:
-                os.link(part / "tokens.array_record", folder / f"tokens-{n:05d}.array_record")
+                os.link(tokens, joined)
             except OSError:
-                shutil.copyfile(part / "tokens.array_record", folder / f"tokens-{n:05d}.array_record")
-            for batch in pq.ParquetFile(part / "metadata.parquet").iter_batches():
+                shutil.copyfile(tokens, joined)
+            for batch in pq.ParquetFile(part.path("metadata.parquet")).iter_batches():
                 table.write_batch(batch)
     return facts
 
 
-def _finish(job: Job, folder: Path, facts: list[Facts]) -> None:
-    """The manifest; UserError when no document is left."""
+def _finish(job: Job, folder: Path, facts: list[Facts], stamp: str) -> None:
+    """The manifest; UserError when no document is left, or the source's fingerprint is no longer `stamp`."""
+    require(
+        job.source.fingerprint() == stamp, f"{job.source.spec} was changed while it was tokenised; give the same command again"
+    )
     bad, used = sum(of_part["bad"] for of_part in facts), [of_part for of_part in facts if of_part["documents"]]
     require(bool(used), f"{job.source.spec} holds no usable document ({bad} bad records skipped)")
     hashes = [of_part["sha256"] for of_part in used]
@@ -192,6 +199,7 @@ def _finish(job: Job, folder: Path, facts: list[Facts]) -> None:
         "dtype": _dtype(job.tokenizer).str,
         "sha256": hashes[0] if len(facts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }
+    save_array(folder / "files.npy", np.array([of_part["documents"] for of_part in used]))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

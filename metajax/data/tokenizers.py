@@ -18,8 +18,8 @@ import tiktoken
 import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from metajax.atomic import write_text
 from metajax.config import UserError, nearest, require
+from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.control_tokens import (
     CONTROL,
     USER_DEFINED,
@@ -313,6 +313,8 @@ def open_tokenizer(
     path = Path(data_dir or ".") / rest
     if kind == "run":
         return load(path)
+    if path.is_relative_to(Path(cache_dir).absolute() / "tokenizers"):  # what was written there of a GGUF file
+        Sealed(path.parent).check()
     return {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
 
 
@@ -332,10 +334,12 @@ def load(folder: Path) -> Tokenizer:
 def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]) -> TrainedBpe:
     base = _bpe_base(spec)
     words = hashlib.sha256(json.dumps(_whole_words(spec)).encode()).hexdigest()[:8] if _whole_words(spec) else ""
-    path = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}{words and '-' + words}-{corpus_fingerprint[:12]}.json"
-    if not path.exists():
-        write_text(path, train_bpe(spec, texts())._library.to_str())
-    return TrainedBpe(spec, _parse_library(path, f"delete {path}, and it is trained again"))
+    folder = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}{words and '-' + words}-{corpus_fingerprint[:12]}"
+    if not folder.exists():
+        trained = train_bpe(spec, texts())
+        with sealed_folder(folder) as work:
+            (work / FILE).write_text(trained._library.to_str(), encoding="utf-8")
+    return TrainedBpe(spec, tokenizers.Tokenizer.from_buffer(Sealed(folder).read(FILE)))
 
 
 def train_bpe(spec: str, texts: Iterable[str]) -> TrainedBpe:

@@ -14,8 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from metajax.atomic import whole_folder
 from metajax.config import UserError, require
+from metajax.core.sealed import sealed_folder
 from metajax.interop.layouts import HEAD, Tensor
 
 _WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
@@ -141,6 +141,6 @@ def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     ends = {
         f"{end}_token": tokens[fields[name]] for end in ("bos", "eos") if (name := f"tokenizer.ggml.{end}_token_id") in fields
     }
-    with whole_folder(folder) as work:
+    with sealed_folder(folder) as work:
         library.save(str(work / "tokenizer.json"))
         (work / "tokenizer_config.json").write_text(json.dumps(ends))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metajax.config import Config, Data, Imported, Runtime, UserError, config_hash, require, to_dict
+from metajax.core.sealed import FORMAT, Sealed
 from metajax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import open_directory, read_json
@@ -52,7 +53,7 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
         folder = cache.absolute() / "tokenizers" / f"gguf-{_digest(fields)}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
-        tokenizer = f"hf:{folder / 'tokenizer.json'}"
+        tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
     return import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
 
 
@@ -66,7 +67,7 @@ def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _digest(fields: Mapping[str, Any]) -> str:
     own = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([FORMAT, own], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def import_weights(

@@ -1,18 +1,23 @@
 """The tokenised corpus: what comes back, what names it, bad records, damage, and several builders at once."""
 
+import errno
 import json
+import os
 import pickle
+import resource
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from metajax.atomic import whole_folder
 from metajax.config import UserError
+from metajax.data import cache as tokens
 from metajax.data.cache import build_metadata_table, digest, read_documents
 from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket
 from metajax.data.sources import open_source
@@ -174,6 +179,30 @@ def test_parts_that_are_there_are_taken_up(corpus, tmp_path):
     times = {n: (parts / n / "part.json").stat().st_mtime_ns for n in ("00000", "00002")}
     assert _files(_parts(source, tmp_path)) == before
     assert times == {n: (parts / n / "part.json").stat().st_mtime_ns for n in times}, "only what was missing has been made"
+
+
+@pytest.mark.fault(23)
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files")
+def test_the_files_of_tokens_that_are_open_at_once_are_bounded(corpus, tmp_path, monkeypatch):
+    assert tokens._reader.cache_parameters()["maxsize"] * 4 < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    monkeypatch.setattr(tokens, "_reader", lru_cache(4)(tokens._reader.__wrapped__))
+    texts = [f"text {i}" for i in range(40)]
+    cache = _parts(corpus(rows(texts)), tmp_path, part=1)
+    for _ in range(2):
+        assert [bytes(cache[i].tolist()).decode() for i in range(40)] == texts
+    opened = [path.resolve().name for path in Path("/proc/self/fd").iterdir()]
+    assert 0 < sum(name.startswith("tokens-") for name in opened) <= 8
+
+
+@pytest.mark.fault(23)
+def test_what_the_system_refuses_is_no_damage(corpus, tmp_path, monkeypatch):
+    def refused(path, cache):
+        raise RuntimeError(f"open() failed: {os.strerror(errno.EMFILE)}; reading {path}")
+
+    cache = build(corpus(rows()), tmp_path)
+    monkeypatch.setattr(tokens, "_reader", refused)
+    with pytest.raises(UserError, match=r"tokens\.array_record: cannot be read: Too many open files.*ulimit -n is \d+"):
+        cache[0]
 
 
 # ------------------------------------------------------------------------------------------ split by whole origin

@@ -348,23 +348,6 @@ def test_right_metadata_is_the_documents_own_and_shuffled_anothers(tiny_config, 
 # ------------------------------------------------------------------------------------------------------- when it fails
 
 
-def damage(path, how):
-    content = path.read_bytes()
-    changed = {"changed": content[:-1] + bytes([content[-1] ^ 1]), "cut": content[: len(content) // 2], "emptied": b""}
-    path.unlink() if how == "missing" else path.write_bytes(changed[how])
-
-
-@pytest.mark.parametrize("how", ["changed", "cut", "emptied", "missing"])
-@pytest.mark.parametrize("name", ["pieces.npy", "offsets.npy", "sha256"])
-def test_a_damaged_row_index_is_found(tiny_config, tmp_path, name, how):
-    corpora = open_corpora(tiny_config(), Paths(cache=tmp_path))
-    training_batches(corpora)
-    [folder] = (tmp_path / "rows").iterdir()
-    damage(folder / name, how)
-    with pytest.raises(UserError, match=f"row index in {folder} is damaged .*delete that folder"):
-        training_batches(corpora)
-
-
 def test_a_row_of_eight_tokens_without_metadata(tiny_config, paths):
     batch = batches_of(tiny_config(**{"data.row_length": 8}), paths)[3]
     assert batch["tokens"].shape == (4, 8) and batch["is_body"].any()

@@ -191,11 +191,11 @@ def test_bpe_is_trained_once_for_a_corpus(tmp_path):
         raise AssertionError("trained again")
 
     assert opened("bpe:320", tmp_path, texts=fail).fingerprint() == first.fingerprint()
-    assert [p.name for p in (tmp_path / "cache" / "tokenizers").iterdir()] == ["bpe-320-ffffffffffff.json"]
+    assert [p.name for p in (tmp_path / "cache" / "tokenizers").iterdir()] == ["bpe-320-ffffffffffff"]
     with pytest.raises(AssertionError, match="trained again"):
         opened("bpe:320", tmp_path, texts=fail, corpus_fingerprint="0" * 64)
-    (tmp_path / "cache" / "tokenizers" / "bpe-320-ffffffffffff.json").write_text("{")
-    with pytest.raises(UserError, match=r"bpe-320-ffffffffffff\.json: .*delete"):
+    (tmp_path / "cache" / "tokenizers" / "bpe-320-ffffffffffff" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"bpe-320-ffffffffffff/tokenizer\.json: .*delete"):
         opened("bpe:320", tmp_path)
 
 

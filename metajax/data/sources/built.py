@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metajax.atomic import whole_folder
-from metajax.config import UserError, require
+from metajax.config import require
+from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.documents import Document
 from metajax.data.sources.files import Columns, Parquet, file_entry
 
@@ -28,15 +28,9 @@ class BuiltCorpus(Parquet):
     """
 
     def __init__(self, spec: str, folder: Path):
-        self.folder = folder
-        self._manifest = _read_manifest(folder)
-        path = str(folder / _DOCUMENTS)
-        expected = self._manifest["files"][0]["sha256"]
-        require(
-            os.path.exists(path) and file_entry(path)["sha256"] == expected,
-            f"{path}: missing or changed since it was built; delete {folder} and it is built again",
-        )
-        super().__init__(spec, [path], f"{folder}{os.sep}", Columns("text", "origin"))
+        self.folder, sealed = folder, Sealed(folder)
+        self._manifest = json.loads(sealed.read(_MANIFEST))
+        super().__init__(spec, [str(sealed.path(_DOCUMENTS))], f"{folder}{os.sep}", Columns("text", "origin"))
 
     def fingerprint(self) -> str:
         """The recipe's fingerprint, as its manifest holds it."""
@@ -45,14 +39,6 @@ class BuiltCorpus(Parquet):
     def manifest(self) -> dict[str, Any]:
         """The manifest written beside the corpus: versions, counts, sha256."""
         return {**self._manifest, "spec": self.spec}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: not a manifest; delete {folder} and the corpus is built again") from None
 
 
 def folder_of(kind: str, key: str, cache_dir: Path) -> Path:
@@ -81,7 +67,7 @@ def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str
         **{name: [d.metadata.get(name) for d in documents] for name in names},
     }
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    with whole_folder(folder) as work:
+    with sealed_folder(folder) as work:
         path = work / _DOCUMENTS
         pq.write_table(table, path, row_group_size=_ROWS_IN_GROUP, compression="zstd", write_page_checksum=True)
         whole = {

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax.config import UserError, require
+from metajax.core.sealed import FORMAT
 from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, folder_of, open_or_build
 from metajax.progress import say
@@ -63,7 +64,7 @@ def open_debindex(spec: str, cache_dir: Path) -> BuiltCorpus:
 
 
 def _key(release: str, architecture: str) -> str:
-    return hashlib.sha256(json.dumps([RECIPE, release, architecture]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([FORMAT, RECIPE, release, architecture]).encode()).hexdigest()
 
 
 def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[str, Any]:

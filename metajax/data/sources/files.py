@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import threading
+import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
+from fsspec.core import url_to_fs
 
 from metajax.config import UserError, nearest, require
 from metajax.core import json_lines
@@ -31,6 +33,7 @@ from metajax.data.addresses import parts
 from metajax.data.documents import BadRecord, Document
 from metajax.data.sources.values import as_string, as_text, cells, flat, flatten, leaves, why
 
+_HASHED_OF_FILE, _HASHED_OF_ALL = 64 << 20, 1 << 30  # bytes read to notice that files have changed
 _DECODED_BYTES = 256 << 20  # decoded Parquet row groups kept by one reader
 ADDRESSES = ("url", "uri", "warc-target-uri", "source_url")  # columns of a document's address, nested ones too, in any case
 NO_ORIGIN, NO_TEXT, JOINED = "no origin", "no text: ", "joined"  # what a source's tally counts
@@ -118,13 +121,41 @@ def file_entry(path: str) -> dict[str, Any]:
     return {"path": path, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def file_stamp(path: str) -> str:
-    """Size and modification time (ns for local files), to tell whether a file may have changed."""
-    if "://" not in path:
-        stat = os.stat(path)
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-    stat = epath.Path(path).stat()
-    return f"{stat.length} {stat.mtime}"
+def file_stamps(paths: Sequence[str]) -> list[str]:
+    """Of each file its size, modification time (ns for local files) and a hash, to tell whether it has changed.
+
+    The hash is of the whole content of small files and of blocks between the beginning and the end of large ones: at most 64 MiB
+    of a file, 1 GiB of all, where these are not too many to take 64 KiB of each. A bucket keeps a hash of every object.
+    """
+    share = min(_HASHED_OF_FILE, max(_HASHED_OF_ALL // max(1, len(paths)), 1 << 16))
+    return [file_stamp(path, share) for path in paths]
+
+
+def file_stamp(path: str, share: int = _HASHED_OF_FILE) -> str:
+    """`file_stamps` of one file, of which at most `share` bytes are read."""
+    if "://" in path:
+        system, name = url_to_fs(path)
+        info = system.info(name)
+        hashes = (str(info[key]) for key in ("crc32c", "md5Hash", "ETag", "etag") if info.get(key))
+        return f"{info['size']} {epath.Path(path).stat().mtime} {next(hashes, '')}"
+    stat, now = os.stat(path), time.time_ns()
+    fresh = now if now - stat.st_ctime_ns < 1e9 else 0  # of two writes at once the system may keep one time
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, fresh)  # the same: not written since it was read
+    return f"{stat.st_size} {stat.st_mtime_ns} {_sampled(path, share, state)}"
+
+
+@lru_cache(1 << 16)
+def _sampled(path: str, share: int, state: tuple[int, ...]) -> str:
+    """sha256 of a local file, of one above `share` bytes of blocks at equal distances, the first and the last among them."""
+    size = state[0]
+    blocks = min(16, max(2, share >> 20))
+    length = share // blocks if size > share else size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in np.linspace(0, size - length, blocks if size > share else 1).astype(int).tolist():
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 class Files:
@@ -180,10 +211,10 @@ class Files:
             raise BadRecord(f"{self.where(i)}{error}") from None
 
     def fingerprint(self) -> str:
-        """sha256 over columns and each file's path below the data directory, size and modification time."""
+        """sha256 over columns and each file's path below the data directory, size, modification time and hash of its content."""
         digest = hashlib.sha256(f"{self.kind} {self.columns}\n".encode())
-        for path in self.paths:
-            digest.update(f"{path.removeprefix(self.root)} {file_stamp(path)}\n".encode())
+        for path, stamp in zip(self.paths, file_stamps(self.paths), strict=True):
+            digest.update(f"{path.removeprefix(self.root)} {stamp}\n".encode())
         return digest.hexdigest()
 
     def manifest(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from metajax.config import nearest, require
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document
-from metajax.data.sources.files import JOINED, Files, file_entry, file_stamp, unreadable
+from metajax.data.sources.files import JOINED, Files, file_entry, file_stamps, unreadable
 from metajax.data.sources.values import as_string, cells, flat
 
 Labels = dict[str, dict[str, str]]  # id -> its row
@@ -93,8 +93,8 @@ class Joined:
         self._fresh()
 
     def fingerprint(self) -> str:
-        """sha256 over the corpus' fingerprint and each label file's size and modification time."""
-        stamps = [file_stamp(path) for path in self.labels]
+        """sha256 over the corpus' fingerprint and each label file's size, modification time and hash of its content."""
+        stamps = file_stamps(self.labels)
         return hashlib.sha256(f"{self.corpus.fingerprint()} {self.on} {stamps}".encode()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:

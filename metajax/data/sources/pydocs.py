@@ -25,10 +25,11 @@ from typing import Any
 from rich.progress import track
 
 from metajax.config import UserError, nearest
+from metajax.core.sealed import FORMAT
 from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
-from metajax.data.sources.files import file_stamp
+from metajax.data.sources.files import file_entry
 from metajax.progress import console
 
 STDLIB = "stdlib"
@@ -58,7 +59,7 @@ def open_pydocs(spec: str, names: str, cache_dir: Path) -> BuiltCorpus:
     parts = tuple(dict.fromkeys(p.strip() for p in names.split("+") if p.strip())) or DEFAULT_PARTS
     files = [file for part in parts for file in python_files(part)]
     versions = {"python": platform.python_version(), **_versions(parts, files)}
-    key = hashlib.sha256(json.dumps([RECIPE, parts, versions]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([FORMAT, RECIPE, parts, versions]).encode()).hexdigest()
 
     def build() -> tuple[list[Document], dict[str, Any]]:
         return build_documents(files, versions)
@@ -103,15 +104,17 @@ def _left_out(folder: str) -> bool:
 
 
 def _versions(parts: Sequence[str], files: Sequence[File]) -> dict[str, str]:
-    """The version of each part outside the standard library; a digest of its files' dates where nothing states one."""
+    """The version of each part outside the standard library, of other packages than the default ones with a digest of their
+    files: what is installed for development changes under the same version."""
     distributions = metadata.packages_distributions()
     versions = {}
     for part in parts:
-        if part in distributions:
-            versions[part] = metadata.version(distributions[part][0])
+        named = metadata.version(distributions[part][0]) if part in distributions else "unversioned"
+        if part in DEFAULT_PARTS[1:]:
+            versions[part] = named
         elif part != STDLIB and part not in sys.stdlib_module_names:
-            stamps = [f"{file.path} {file_stamp(file.path)}" for file in files if file.part == part]
-            versions[part] = f"unversioned {hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]}"
+            content = [(file.module, file_entry(file.path)["sha256"]) for file in files if file.part == part]
+            versions[part] = f"{named} {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
     return versions
 
 

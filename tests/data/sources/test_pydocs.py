@@ -76,14 +76,20 @@ def test_a_corpus_is_written_once_and_checked(package, tmp_path, monkeypatch):
     assert again[2] == first[2]
     (folder,) = (cache / "corpora").iterdir()
     assert folder.name == f"pydocs-{first.fingerprint()[:12]}"
-    assert sorted(p.name for p in folder.iterdir()) == ["documents.parquet", "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["documents.parquet", "hashes.json", "manifest.json"]
     path = folder / "documents.parquet"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"documents\.parquet: missing or changed.*delete"):
+    with pytest.raises(UserError, match=r"documents\.parquet: changed or damaged.*delete"):
         open_source("pydocs:tinypack", cache_dir=cache, data_dir=None)
 
 
-def test_an_edited_package_without_a_version_is_another_corpus(package, tmp_path):
+@pytest.mark.fault(16)
+@pytest.mark.parametrize("version", [None, "1.0"])
+def test_an_edited_package_is_another_corpus_whatever_its_version(package, tmp_path, monkeypatch, version):
+    """What is installed for development is edited, and its version stays."""
+    if version:
+        monkeypatch.setattr(pydocs.metadata, "packages_distributions", lambda: {"tinypack": ["tinypack"]})
+        monkeypatch.setattr(pydocs.metadata, "version", lambda _: version)
     before = open_source("pydocs:tinypack", cache_dir=tmp_path / "cache", data_dir=None)
     (package / "_inner.py").write_text(f'def helper():\n    """Changed {TWENTY}"""\n')
     after = open_source("pydocs:tinypack", cache_dir=tmp_path / "cache", data_dir=None)
