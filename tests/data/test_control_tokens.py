@@ -49,7 +49,7 @@ PIECES = [
 
 
 def opened(spec):
-    return open_tokenizer(spec, cache_dir=None, data_dir=None, corpus_fingerprint="", texts=lambda: [])
+    return open_tokenizer(spec, cache_dir=Path("cache"), data_dir=None, corpus_fingerprint="", texts=lambda: [])
 
 
 @pytest.fixture(scope="module")
