@@ -1,4 +1,4 @@
-"""Typed access to frozen dataclasses: conversion from text and JSON, dotted overrides, errors that name the remedy."""
+"""Typed access to frozen dataclasses: conversion from text and JSON, ranges, dotted overrides, errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 
 class UserError(Exception):
@@ -38,10 +39,67 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+# ----------------------------------------------------------------------------------------------------- ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field or an argument takes, as in `Annotated[int, Range(1, 8)]`: `least` and `most` are among them, `above` and
+    `below` are not. Infinity and NaN are in no range."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        number = lambda bound: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"  # noqa: E731
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"from {number(self.least)} to {number(self.most)}"
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {number(bound)}" for word, bound in bounds.items() if math.isfinite(bound))
+
+
+# No count is larger, so that counts and their positions fit 32 bits; no real number is beyond what float32 holds.
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Size = Annotated[int, Range(1, 2**20)]  # of a layer, a row or a batch
+SizeOrZero = Annotated[int, Range(0, 2**20)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX and grain keep 32 bits of it
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
+NotNegative = Annotated[float, Range(0, 1e30)]
+
+
 @functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+def field_types(cls: type) -> dict[str, Any]:
+    """{name of a dataclass's field: its type, with the range}."""
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+class Part:
+    """Base of the dataclasses that make a config. `path` is where it stands in one, for errors.
+
+    However it is built, each field is converted to its type and held against its range, before the class's own `__post_init__`.
+    """
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        agree = cls.__dict__.get("__post_init__", lambda self: None)
+
+        def convert_all(self: Any) -> None:
+            for name, hint in field_types(cls).items():
+                dotted = f"{path}.{name}".strip("._")
+                object.__setattr__(self, name, convert(getattr(self, name), hint, dotted))
+            agree(self)
+
+        cls.__post_init__ = convert_all
+
+
+# ------------------------------------------------------------------------------------------------- conversion
 
 
 def _optional(hint: Any) -> tuple[Any, bool]:
@@ -52,9 +110,13 @@ def _optional(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """What a field or an argument takes, such as `a whole number from 1 to 8`."""
     inner, optional = _optional(hint)
-    if typing.get_origin(inner) is Literal:
+    if typing.get_origin(inner) is Annotated:
+        base, limits = typing.get_args(inner)
+        text = f"{describe(base)} {limits}"
+    elif typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(map(str, typing.get_args(inner)))
     elif typing.get_origin(inner) is tuple:
         text = "a comma-separated list"
@@ -65,70 +127,86 @@ def _describe(hint: Any) -> str:
     return text + (" or none" if optional else "")
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def convert(value: Any, hint: Any, path: str) -> Any:
     """A value from JSON, from the command line or from Python, as the field's type; UserError when it is not one."""
     inner, optional = _optional(hint)
-    if optional and (value is None or value == "none"):
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     if dataclasses.is_dataclass(inner):
         if isinstance(value, inner):
             return value
         value = _loads(value, path) if isinstance(value, str) else value
-        require(isinstance(value, Mapping), f"{path} = {value!r}: expected {_describe(hint)} as a mapping of its fields")
+        if not isinstance(value, Mapping):
+            raise _wrong(value, hint, path, " as a mapping of its fields")
         return from_dict(inner, value, path)
     if typing.get_origin(inner) is tuple:
-        items = [item for item in value.split(",") if item] if isinstance(value, str) else list(value)
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise _wrong(value, hint, path)
         args = typing.get_args(inner)
         require(
-            args[-1] is Ellipsis or len(items) == len(args), f"{path} = {value!r}: expected {len(args)} comma-separated values"
+            args[-1] is Ellipsis or len(items) == len(args),
+            f"{path} = {str(value)[:200]!r}: expected {len(args)} comma-separated values",
         )
         hints = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        return tuple(_convert(item, h, path) for item, h in zip(items, hints, strict=True))
-    return _convert_scalar(value, inner, hint, path)
+        return tuple(convert(item, h, path) for item, h in zip(items, hints, strict=True))
+    if typing.get_origin(inner) is Literal:
+        if value not in typing.get_args(inner):
+            raise _wrong(value, hint, path, nearest(str(value), map(str, typing.get_args(inner))))
+        return value
+    return _convert_scalar(value, hint, path)
+
+
+def _wrong(value: Any, hint: Any, path: str, more: str = "") -> UserError:
+    text = repr(value)
+    return UserError(f"{path} = {text if len(text) < 200 else text[:200] + '...'}: expected {describe(hint)}{more}")
 
 
 def _loads(text: str, path: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} = {text!r}: expected JSON such as '{{\"field\": value}}' ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
+        raise UserError(f"{path} = {text[:200]!r}: expected JSON such as '{{\"field\": value}}' ({error})") from None
 
 
-def _convert_scalar(value: Any, inner: Any, hint: Any, path: str) -> Any:
-    wrong = f"{path} = {value!r}: expected {_describe(hint)}"
-    if typing.get_origin(inner) is Literal:
-        choices = typing.get_args(inner)
-        require(value in choices, wrong + nearest(str(value), map(str, choices)))
+def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
+    kind, limits = _optional(hint)[0], Range()
+    if typing.get_origin(kind) is Annotated:
+        kind, limits = typing.get_args(kind)
+    if kind is str and isinstance(value, str):
+        require(is_text(value), f"{path} = {value[:200]!r}: expected text in UTF-8 without NUL")
         return value
-    if inner is bool:
-        if isinstance(value, bool):
-            return value
-        require(isinstance(value, str) and value.lower() in ("true", "false"), wrong)
-        return value.lower() == "true"
-    if inner is str:
-        require(isinstance(value, str), wrong)
-        return value
-    require(isinstance(value, (str, int, float)) and not isinstance(value, bool), wrong)
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     try:
+        if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
         number = float(value)
-    except ValueError:
-        raise UserError(wrong) from None
-    require(number == number, wrong)
-    if inner is int:
-        require(number.is_integer(), wrong)
-        return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
+        if kind is int and not number.is_integer():
+            raise ValueError
+        if kind is int:
+            number = int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
+        if number not in limits:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise _wrong(value, hint, path) from None
     return number
+
+
+def is_text(value: str) -> bool:
+    """Whether text can be written to a file in UTF-8 and be part of a path."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     """Build dataclass `cls` from a nested mapping; unknown keys and wrong types raise UserError with the dotted path."""
-    hints = _field_types(cls)
+    hints = field_types(cls)
     prefix = f"{path}." if path else ""
     for key in values:
         require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
     require(not missing, f"{path or cls.__name__} needs {', '.join(missing)}")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+    return cls(**values)
 
 
 def _required(f: dataclasses.Field) -> bool:
@@ -149,7 +227,7 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
-    hints = _field_types(type(config))
+    hints = field_types(type(config))
     whole: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for dotted, value in changes.items():
@@ -159,14 +237,14 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
         if rest:
             nested.setdefault(name, {})[rest] = value
         else:
-            whole[name] = _convert(value, hints[name], path + head)
+            whole[name] = convert(value, hints[name], path + head)
     for name, inner in nested.items():
         part, hint = whole.get(name, getattr(config, name)), _optional(hints[name])[0]
         require(
             dataclasses.is_dataclass(hint), f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set"
         )
         if part is None:
-            whole[name] = _convert({k: v for k, v in inner.items()}, hints[name], path + name)
+            whole[name] = convert({k: v for k, v in inner.items()}, hints[name], path + name)
         else:
             whole[name] = _override(part, inner, f"{path}{name}.")
     return dataclasses.replace(config, **whole)

@@ -11,6 +11,7 @@ from typing import Any
 
 from metajax import registry
 from metajax.config import nearest, require
+from metajax.fields import Positive, convert
 from metajax.progress import say
 from metajax.registry import Row, Table
 from metajax.reporting.records import write_json
@@ -34,9 +35,8 @@ class Sampled:
 def budget_seconds(text: str) -> float:
     """Seconds of 90s, 60m or 2h; UserError for anything else."""
     number, unit = text[:-1], text[-1:]
-    usable = unit in UNITS and number.replace(".", "", 1).isdigit()
-    require(usable, f"--budget {text}: expected a time such as 60m or 2h")
-    return float(number) * UNITS[unit]
+    require(unit in UNITS, f"--budget {text}: expected a time such as 60m or 2h")
+    return UNITS[unit] * convert(number, Positive, f"--budget {text}")
 
 
 def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root: Path, run_one: RunOne) -> list[Sampled]:

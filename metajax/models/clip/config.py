@@ -6,23 +6,24 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from metajax.config import Model, nearest, require
+from metajax.fields import Count, Part, Size, SizeOrZero
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Part, path="clip"):
     """An image tower and a text tower that meet in one space of `embed` numbers."""
 
-    vision_layers: tuple[int, ...]  # of a vision transformer: one number; of a ResNet: blocks of each of the four stages
-    vision_width: int  # of a ResNet: channels of the first stage
-    vision_heads: int  # of a ResNet: those of its attention pool
-    text_width: int
-    text_heads: int
-    embed: int
-    patch: int = 0  # side of a vision transformer's patches; 0: a ResNet
-    image_size: int = 224
-    text_layers: int = 12
-    context: int = 77  # rows of the text tower's position table
-    vocab: int = 49_408
+    vision_layers: tuple[Size, ...]  # of a vision transformer: one number; of a ResNet: blocks of each of the four stages
+    vision_width: Size  # of a ResNet: channels of the first stage
+    vision_heads: Size  # of a ResNet: those of its attention pool
+    text_width: Size
+    text_heads: Size
+    embed: Size
+    patch: SizeOrZero = 0  # side of a vision transformer's patches; 0: a ResNet
+    image_size: Size = 224
+    text_layers: Size = 12
+    context: Size = 77  # rows of the text tower's position table
+    vocab: Count = 49_408
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's (arXiv 2303.15343), whose logits have a learned bias
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
