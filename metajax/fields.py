@@ -119,7 +119,8 @@ def describe(hint: Any) -> str:
     elif typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(map(str, typing.get_args(inner)))
     elif typing.get_origin(inner) is tuple:
-        text = "a comma-separated list"
+        item = typing.get_args(inner)[0]
+        text = "a comma-separated list" + (f", each {describe(item)}" if typing.get_origin(item) is Annotated else "")
     else:
         text = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
             inner.__name__, inner.__name__

@@ -97,6 +97,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
     _connect(options)
     from metajax.pods.hosts import is_first
     from metajax.reporting.records import default_workdir
+    from metajax.reporting.terminal import print_evaluation
     from metajax.training.loop import NonFinite
 
     try:
@@ -108,7 +109,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
             say(f"{workdir}: logs and reports are staged in {(workdir := stage(workdir, options.runs_dir))}")
         report = run_one(config, workdir)
         if is_first():
-            _print_evaluation(report["eval"])
+            print_evaluation(report["eval"])
         say(f"report: {workdir / 'report.html'}")
     except NonFinite as error:
         fail(error)
@@ -139,11 +140,14 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
         plan.write()
     else:
         from metajax.pods.hosts import find_place
+        from metajax.training.loggers import check_loggers
 
         require(
             find_place(options.coordinator, options.processes, options.process_id) is None,
             f"{options.name} is a table, which runs in one process; several processes run one experiment, such as a row of it",
         )
+        for logger in {logger for one in plan.runs() for logger in one.config.runtime.loggers}:
+            check_loggers([logger])
         result = _run_jobs(plan, options, run_one)
     echo(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
@@ -207,24 +211,6 @@ def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[s
         os.dup2(log.fileno(), 2)
         with terminal():
             return run_experiment(config, workdir, paths, analyses=analyses)
-
-
-def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    from metajax.reporting.records import conditions
-    from metajax.reporting.terminal import print_choices, print_tasks
-
-    if "tasks" in results:
-        print_tasks(results["tasks"])
-    if "choice" in results:
-        print_choices(results["choice"])
-    for name, values in results.items():
-        if isinstance(values, dict) and "accuracy" in values:
-            pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
-            size = ("{images} images" if "images" in values else pairs).format(**values)
-            echo(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
-    for condition, values in conditions(results).items():
-        size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
-        echo(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
 
 
 def list_all(options: argparse.Namespace, started: float) -> int:
@@ -350,7 +336,10 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
     if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and config.tasks is None:
         changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
     config = override(config, changes)
-    _print_evaluation(_open_run(options, options.run).evaluate(config, _paths(options)))
+    opened = _open_run(options, options.run)
+    from metajax.reporting.terminal import print_evaluation
+
+    print_evaluation(opened.evaluate(config, _paths(options)))
     return 0
 
 

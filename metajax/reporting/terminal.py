@@ -17,7 +17,7 @@ from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
 from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig
-from metajax.progress import PROGRAM, Terminal, plain, shown
+from metajax.progress import PROGRAM, Terminal, echo, plain, shown
 from metajax.reporting.records import conditions, list_runs, read_config
 from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
 
@@ -248,6 +248,22 @@ def _print_advice(found: dict[str, Any]) -> None:
 
     for line in advice_lines(found):
         console.print(line)
+
+
+def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
+    """Held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
+    if "tasks" in results:
+        print_tasks(results["tasks"])
+    if "choice" in results:
+        print_choices(results["choice"])
+    for name, values in results.items():
+        if isinstance(values, dict) and "accuracy" in values:
+            pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
+            size = ("{images} images" if "images" in values else pairs).format(**values)
+            echo(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
+    for condition, values in conditions(results).items():
+        size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
+        echo(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
 
 
 def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
