@@ -45,8 +45,8 @@ def plain(text: str, style: str = "") -> Text:
 class Terminal(Console):
     """A console that takes no text for markup or emoji, and shows what a terminal would obey."""
 
-    def __init__(self, stderr: bool = False):
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+    def __init__(self, **keywords: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **keywords)
 
     def render_str(self, text: str, **keywords: Any) -> Text:
         return super().render_str(shown(text), **keywords)

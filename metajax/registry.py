@@ -305,7 +305,7 @@ def experiment(name: str, *, summary: str, minutes: Mapping[str, float], paper: 
 
 def _caller() -> str:
     """The module that calls `table` or `experiment`."""
-    return sys._getframe(2).f_globals["__name__"]
+    return sys._getframe(2).f_globals.get("__name__", "")
 
 
 def _add(where: dict[str, Any], name: str, value: Any, module: str) -> None:
