@@ -75,7 +75,7 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
             for at, text in enumerate(arguments, 1):
                 require(is_text(text), f"argument {at}, {text!r}: expected text in UTF-8 without NUL")
             registry.load(*packages)
-            options = build_parser().parse_args(_with_verb(list(arguments)))
+            options = _parse(list(arguments))
             with outages():
                 return options.act(options, started) or 0
         except Stopped as reason:
@@ -102,17 +102,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def _with_verb(arguments: list[str]) -> list[str]:
-    """The words of a command with the verb that can be left out; UserError for a name that there is not."""
+def _parse(arguments: list[str]) -> argparse.Namespace:
     names = [*registry.tables(), *registry.experiments()]
     first = arguments[0] if arguments else "list"
     if first in names:
-        return ["run", *arguments]
+        return build_parser().parse_args(["run", *arguments])
     require(
         first.startswith("-") or first in _verbs(),
         f"unknown command or experiment {first!r}{nearest(first, [*_verbs(), *names])}{registry.left_out(first)}; `{PROGRAM}` shows all",
     )
-    return arguments or [first]
+    return build_parser().parse_args(arguments or [first])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 
@@ -91,9 +91,10 @@ class Part:
         agree = cls.__dict__.get("__post_init__", lambda self: None)
 
         def convert_all(self: Any) -> None:
-            for name, hint in field_types(cls).items():
-                dotted = f"{path}.{name}".strip("._")
-                object.__setattr__(self, name, convert(getattr(self, name), hint, dotted))
+            for name, hint, fits in _checks(cls):
+                value = getattr(self, name)
+                if not fits(value):
+                    object.__setattr__(self, name, convert(value, hint, f"{path}.{name}".strip("._")))
             agree(self)
 
         cls.__post_init__ = convert_all
@@ -102,35 +103,52 @@ class Part:
 # ------------------------------------------------------------------------------------------------- conversion
 
 
-def _optional(hint: Any) -> tuple[Any, bool]:
-    """(T, True) for `T | None`, else (hint, False)."""
+@functools.cache
+def _shape(hint: Any) -> tuple[Any, Range, bool]:
+    """(T, its range, whether None is taken too) of a type such as `Annotated[T, Range(1)] | None`."""
+    inner, limits, optional = hint, Range(), False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        return inner[0], len(inner) < len(typing.get_args(hint))
-    return hint, False
+        (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
+        optional = True
+    if typing.get_origin(inner) is Annotated:
+        inner, limits = typing.get_args(inner)
+    return inner, limits, optional
+
+
+@functools.cache
+def _checks(cls: type) -> list[tuple[str, Any, Callable[[Any], bool]]]:
+    """(name, type, whether a value needs no conversion) of each field: a table makes thousands of configs, most of them of good values."""
+
+    def quick(hint: Any) -> Callable[[Any], bool]:
+        inner, limits, optional = _shape(hint)
+        if inner in (int, float):
+            return lambda value: type(value) is inner and value in limits
+        if inner is str:
+            return lambda value: type(value) is str and is_text(value)
+        if typing.get_origin(inner) is Literal:
+            return lambda value: value in typing.get_args(inner)
+        return lambda value: type(value) is inner or (optional and value is None)
+
+    return [(name, hint, quick(hint)) for name, hint in field_types(cls).items()]
 
 
 def describe(hint: Any) -> str:
     """What a field or an argument takes, such as `a whole number from 1 to 8`."""
-    inner, optional = _optional(hint)
-    if typing.get_origin(inner) is Annotated:
-        base, limits = typing.get_args(inner)
-        text = f"{describe(base)} {limits}"
-    elif typing.get_origin(inner) is Literal:
+    inner, limits, optional = _shape(hint)
+    if typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(map(str, typing.get_args(inner)))
     elif typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
-        text = "a comma-separated list" + (f", each {describe(item)}" if typing.get_origin(item) is Annotated else "")
+        text = "a comma-separated list" + (f", each {describe(item)}" if _shape(item)[1] != Range() else "")
     else:
-        text = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(
-            inner.__name__, inner.__name__
-        )
+        names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+        text = f"{names.get(inner.__name__, inner.__name__)} {limits}".strip()
     return text + (" or none" if optional else "")
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
     """A value from JSON, from the command line or from Python, as the field's type; UserError when it is not one."""
-    inner, optional = _optional(hint)
+    inner, _, optional = _shape(hint)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     if dataclasses.is_dataclass(inner):
@@ -171,9 +189,7 @@ def _loads(text: str, path: str) -> Any:
 
 
 def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
-    kind, limits = _optional(hint)[0], Range()
-    if typing.get_origin(kind) is Annotated:
-        kind, limits = typing.get_args(kind)
+    kind, limits, _ = _shape(hint)
     if kind is str and isinstance(value, str):
         require(is_text(value), f"{path} = {value[:200]!r}: expected text in UTF-8 without NUL")
         return value
@@ -196,7 +212,7 @@ def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
 
 def is_text(value: str) -> bool:
     """Whether text can be written to a file in UTF-8 and be part of a path."""
-    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return "\0" not in value and (value.isascii() or value.encode(errors="ignore").decode() == value)
 
 
 def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
@@ -240,7 +256,7 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
         else:
             whole[name] = convert(value, hints[name], path + head)
     for name, inner in nested.items():
-        part, hint = whole.get(name, getattr(config, name)), _optional(hints[name])[0]
+        part, hint = whole.get(name, getattr(config, name)), _shape(hints[name])[0]
         require(
             dataclasses.is_dataclass(hint), f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set"
         )

@@ -72,7 +72,7 @@ def test_no_seed_is_cut_to_32_bits(told):
     for build in builders:
         assert build(2**32 - 1).seed == 2**32 - 1
         for seed in (2**32, -1, 2**64):
-            with pytest.raises(UserError, match="^seed = "):
+            with pytest.raises(UserError, match=r"^seed = "):
                 build(seed)
 
 

@@ -81,7 +81,7 @@ def test_files_that_cannot_be_imported_are_named_and_left_out(own_registry, tmp_
     assert registry.find("quickstart").baseline == "plain", "the first one stays"
     assert registry.find("rates").config(registry.find("rates").rows[0], "cpu").meta_tokens.rate == 0.05
     assert registry.find("after").build("cpu").model.layers == 4
-    with pytest.raises(UserError, match="unknown experiment 'only_here'.*twice.py, line 3") as said:
+    with pytest.raises(UserError, match=r"unknown experiment 'only_here'.*twice.py, line 3") as said:
         registry.find("only_here")
     assert "closed.py" not in str(said.value)
 
