@@ -468,7 +468,7 @@ def preflight(options: argparse.Namespace, started: float) -> int:
         config, _ = _config(registry.find_experiment(options.name), options)
         facts["configuration"], sources = config_hash(config), config.data.sources
     arguments = {
-        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": options.workdir or str(options.runs_dir),
+        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": str(options.workdir or options.runs_dir),
         "sources": sources, "data_dir": options.data_dir and str(options.data_dir),
         "cache_dir": str(options.cache_dir), "facts": facts,
     }  # fmt: skip
