@@ -274,6 +274,10 @@ def test_weights_and_biases_without_a_key(told, monkeypatch, tmp_path):
     assert "WANDB_API_KEY" in told("quickstart", "--set", "runtime.loggers=wandb")
     (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
     check_loggers(["wandb"])
+    (home / ".netrc").write_text("machine\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        check_loggers(["wandb"])
+    (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
     monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
     with pytest.raises(UserError):
         check_loggers(["wandb"])

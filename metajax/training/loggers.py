@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from metajax.config import require
+from metajax.config import UserError, require
 
 
 def check_loggers(names: Iterable[str]) -> None:
@@ -18,10 +18,12 @@ def check_loggers(names: Iterable[str]) -> None:
     if "wandb" not in names:
         return
     require(find_spec("wandb") is not None, "runtime.loggers names wandb, which is not installed; pip install wandb")
-    require(
-        _is_offline() or _has_key(),
-        "runtime.loggers names wandb, but there is no key: wandb login, or WANDB_API_KEY; WANDB_MODE=offline needs none",
-    )
+    remedy = "wandb login, or WANDB_API_KEY; WANDB_MODE=offline needs none"
+    try:
+        ready = _is_offline() or _has_key()
+    except (OSError, configparser.Error, netrc.NetrcParseError) as error:
+        raise UserError(f"runtime.loggers names wandb, whose settings cannot be read ({error}): {remedy}") from None
+    require(ready, f"runtime.loggers names wandb, but there is no key: {remedy}")
 
 
 def _settings(name: str) -> str:
