@@ -14,14 +14,29 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from metajax import arguments as checked
 from metajax import registry, verbs
-from metajax.buckets import SCHEME, outages, storage
-from metajax.config import ANALYSES, UserError, nearest, require
-from metajax.fields import Stopped
+from metajax.arguments import Jobs, add_number
+from metajax.buckets import outages
+from metajax.config import (
+    ANALYSES,
+    Choice,
+    Evaluation,
+    Guidance,
+    Processes,
+    Tasks,
+    Temperature,
+    TopK,
+    TopP,
+    UserError,
+    nearest,
+    require,
+)
+from metajax.fields import Count, CountOrZero, Range, Seed, Stopped, field_types, is_text
 from metajax.interop import command as interop
-from metajax.progress import PROGRAM
+from metajax.progress import PROGRAM, echo, fail, terminal
 
 EXAMPLES = """examples:
   python run.py                                     what there is
@@ -37,50 +52,46 @@ EXAMPLES = """examples:
   python run.py analyze RUN --what sharpening       what goes on inside
   python run.py compare RUN RUN                     two runs side by side
 """
+GO_ON = "; make room or restore the access, then give the same command again: only the steps since the last save are lost"
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 def command() -> int:
     """The installed command: the experiments that came with it, and those of a folder `experiments` where it is called."""
-    return main(sys.argv[1:], packages=_installed_packages())
-
-
-def _installed_packages() -> list[str]:
-    own, here = importlib.util.find_spec("metajax_experiments"), Path.cwd() / "experiments"
-    packages = ["metajax_experiments"] if own else []
-    if here.is_dir() and not (own and any(here.samefile(path) for path in own.submodule_search_locations)):
-        sys.path.insert(0, str(Path.cwd()))
+    here = Path.cwd()
+    is_checkout = (here / "metajax" / "registry.py").exists()  # whose experiments are the same, or newer
+    packages = ["metajax_experiments"] if importlib.util.find_spec("metajax_experiments") and not is_checkout else []
+    if (here / "experiments").is_dir():
+        sys.path.insert(0, str(here))
         packages.append("experiments")
-    return packages
+    return main(sys.argv[1:], packages=packages)
 
 
 def main(arguments: Sequence[str], started: float | None = None, packages: Sequence[str] = ("experiments",)) -> int:
     """Run one command with the experiments of some packages and return its exit code."""
     started = time.monotonic() if started is None else started
-    try:
-        for package in packages:
-            registry.load(package)
-        options = _parse(list(arguments))
-        with outages():
-            return options.act(options, started) or 0
-    except Stopped as reason:
-        print(reason, file=sys.stderr)
-        return Stopped.EXIT_CODE
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in STORAGE:
-            raise
-        print(
-            f"error: {error.filename or 'storage'}: {error.strerror}; make room or restore the access, then give the same command again: "
-            "only the steps since the last save are lost",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command takes up from the last checkpoint", file=sys.stderr)
-        return 130
+    with terminal():
+        try:
+            for at, text in enumerate(arguments, 1):
+                require(is_text(text), f"argument {at}, {text!r}: expected text in UTF-8 without NUL")
+            registry.load(*packages)
+            options = _parse(list(arguments))
+            with outages():
+                return options.act(options, started) or 0
+        except Stopped as reason:
+            echo(str(reason), stream=sys.stderr)
+            return Stopped.EXIT_CODE
+        except UserError as error:
+            fail(error)
+            return 2
+        except OSError as error:
+            if error.filename is None and error.errno not in STORAGE:
+                raise
+            fail(f"{error.filename or 'storage'}: {error.strerror}{GO_ON * (error.errno in STORAGE)}")
+            return 2
+        except KeyboardInterrupt:
+            echo("interrupted; the same command takes up from the last checkpoint", stream=sys.stderr)
+            return 130
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -92,21 +103,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    verbs, names = _verbs(), [*registry.tables(), *registry.experiments()]
+    names = [*registry.tables(), *registry.experiments()]
     first = arguments[0] if arguments else "list"
     if first in names:
-        arguments = ["run", *arguments]
-    elif not first.startswith("-"):
-        require(
-            first in verbs,
-            f"unknown command or experiment {first!r}{nearest(first, [*verbs, *names])}; `{PROGRAM}` shows all",
-        )
-        arguments = arguments or [first]
+        return build_parser().parse_args(["run", *arguments])
+    require(
+        first.startswith("-") or first in _verbs(),
+        f"unknown command or experiment {first!r}{nearest(first, [*_verbs(), *names])}{registry.left_out(first)}; `{PROGRAM}` shows all",
+    )
+    return build_parser().parse_args(arguments or [first])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     top = _Parser(
         prog=PROGRAM, description="metajax: experiments by name", epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
     sub = top.add_subparsers(dest="verb", required=True, metavar="NAME | VERB")
-    for name, (summary, add, act) in verbs.items():
+    for name, (summary, add, act) in _verbs().items():
         parser = sub.add_parser(
             name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
         )
@@ -114,7 +128,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.set_defaults(act=act)
     for parser in (top, *sub.choices.values()):
         parser.epilog = parser.epilog.replace("python run.py", PROGRAM)
-    return top.parse_args(arguments)
+    return top
 
 
 def _verbs() -> dict[str, tuple[str, Any, Any]]:
@@ -143,33 +157,15 @@ def _verbs() -> dict[str, tuple[str, Any, Any]]:
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--runs-dir", type=_local_folder, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)"
+        "--runs-dir", type=checked.folder, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)"
     )
     parser.add_argument(
-        "--cache-dir", type=_local_folder, default=Path("cache"), metavar="DIR",
-        help="tokenised corpora and compiled programs (cache)",
+        "--cache-dir", type=checked.folder, default=Path("cache"), metavar="DIR", help="tokenised corpora and compiled programs (cache)"
     )  # fmt: skip
     parser.add_argument(
-        "--data-dir", type=_data_folder, default=None, metavar="DIR", help="where relative data paths start, also gs://... (here)"
-    )
-
-
-def _data_folder(text: str) -> Any:
-    from etils import epath
-
-    if "://" in text:
-        storage(text)
-    return epath.Path(text)
-
-
-def _local_folder(text: str) -> Path:
-    require("://" not in text, f"{text}: runs and caches live in a local folder; only --data-dir and --workdir can be a bucket")
-    return Path(text)
-
-
-def _workdir(text: str) -> str | Path:
-    """gs://... as it is; what it stages is below --runs-dir."""
-    return text if text.startswith(SCHEME) else _local_folder(text)
+        "--data-dir", type=checked.data_folder, default=None, metavar="DIR",
+        help="where relative data paths start, also gs://... (here)",
+    )  # fmt: skip
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +178,12 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         dest="changes",
         help="set a field, such as model.layers=8; in runs that come first as init.from too, but for evaluation",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (0)")
+    add_number(parser, "--seed", Seed, 0, "seed of the run")
+
+
+def _add_run_word(parser: argparse.ArgumentParser) -> None:
+    text = "workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
+    parser.add_argument("run", type=checked.word, metavar="RUN", help=text)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -190,41 +191,46 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="a sample of all tables instead, a row of each in turn; --seed chooses"
     )
-    parser.add_argument("--budget", default=None, metavar="TIME", help="of --all, such as 30m or 2h (60m)")
+    parser.add_argument("--budget", type=_budget, default=None, metavar="TIME", help="of --all, such as 30m or 2h (60m)")
     _add_config(parser)
     parser.add_argument(
         "--workdir",
-        type=_workdir,
+        type=checked.workdir,
         default=None,
         metavar="DIR",
         help="run here instead of RUNS/NAME/SCALE/HASH-sSEED, also gs://BUCKET/PATH; for a table the same as --runs-dir",
     )
+    add_number(parser, "--seeds", Jobs, 1, "a table or a sweep: seeds from --seed on")
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="a table or a sweep: this many seeds, from --seed on (1)"
+        "--rows", type=checked.word, default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas"
     )
-    parser.add_argument("--rows", default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas")
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps",
         help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product, several in one "
         "word ('model.layers=2,4 model.width=64,128') go in step",
     )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="a table: N runs at a time, each on its share of the cores (1)"
-    )
+    add_number(parser, "--jobs", Jobs, 1, "a table: runs at a time, each on its share of the cores")
     _add_processes(parser)
     parser.add_argument("--render", action="store_true", help="a table: write it again from what has been run, and run nothing")
     _add_place(parser)
 
 
+def _budget(text: str) -> float:
+    from metajax.reporting.sampler import budget_seconds
+
+    return budget_seconds(text)
+
+
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coordinator",
+        type=checked.word,
         default=None,
         metavar="HOST:PORT",
         help="of process 0, where several processes make one run and no launcher says so",
     )
-    parser.add_argument("--processes", type=int, default=None, metavar="N", help="how many there are")
-    parser.add_argument("--process-id", type=int, default=None, metavar="I", help="which of them this is, from 0 on")
+    add_number(parser, "--processes", Processes, None, "how many there are", "the launcher's")
+    add_number(parser, "--process-id", CountOrZero, None, "which of them this is", "the launcher's", "I")
 
 
 def _add_list(parser: argparse.ArgumentParser) -> None:
@@ -233,11 +239,9 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME|CORPUS", help="experiment, table row, or a source such as pydocs or jsonl:FILE")
+    add_number(parser, "--rows", CountOrZero, 0, "decode so many training rows, with their masks in colour", dest="count")
     parser.add_argument(
-        "--rows", type=int, default=0, metavar="N", dest="count", help="decode N training rows, with their masks in colour"
-    )
-    parser.add_argument(
-        "--field", action="append", default=[], metavar="TEMPLATE", dest="fields",
+        "--field", type=checked.word, action="append", default=[], metavar="TEMPLATE", dest="fields",
         help="a corpus: look at this beside its columns, such as '{url|host|top100}' or '{section}, {role|or_unknown}'",
     )  # fmt: skip
     _add_config(parser)
@@ -249,15 +253,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="all experiments of the scale, one of each distinct program")
     parser.add_argument(
         "--topology",
+        type=checked.word,
         metavar="KIND:SIZE",
         help="such as v5e:4x4, v5p:2x2x2, v6e:8x8; with --all several, tried in this order until it fits (slices of v5p)",
     )
-    parser.add_argument(
-        "--vocabulary", type=int, default=None, metavar="N", help="tokens, where the tokenizer is a file of yours"
+    add_number(
+        parser, "--vocabulary", Annotated[int, Range(1, 10**7)], None, "tokens, where the tokenizer is a file of yours", "its own"
     )
     parser.add_argument("--json", action="store_true", help="the plan as data")
     parser.add_argument(
-        "--html", type=Path, default=None, metavar="FILE", help="the plan as a page too, with a picture of the memory"
+        "--html", type=checked.new_file, default=None, metavar="FILE", help="the plan as a page too, with a picture of the memory"
     )
     parser.add_argument(
         "--largest-batch", action="store_true", help="find the most rows that fit, by bisection: a compilation for each trial"
@@ -272,7 +277,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="experiment, whose data.sources and data.tokenizer count")
     makers = parser.add_mutually_exclusive_group()
-    makers.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (one for each core)")
+    add_number(makers, "--workers", Jobs, os.cpu_count(), "processes", "one for each core")
     beam_help = "by Apache Beam instead, with the options of its runner, which are all that follows: docs/data.md"
     makers.add_argument("--beam", nargs=argparse.REMAINDER, default=None, metavar="OPTION", help=beam_help)
     parser.add_argument("--measure", action="store_true", help="how fast one core reads it, alone and as rows, and tokenises")
@@ -281,16 +286,13 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
-    )
-    parser.add_argument("--documents", type=int, default=None, metavar="N", help="held-out documents (as in the run)")
+    _add_run_word(parser)
+    as_there = "as in the run"
+    add_number(parser, "--documents", field_types(Evaluation)["documents"], None, "held-out documents", as_there)
     parser.add_argument(
         "--task", default=None, metavar="LIST", help="tasks such as list_recall,parity, or a run without (as in the run)"
     )
-    parser.add_argument(
-        "--lengths", default=None, metavar="LIST", help="length bins of the tasks, such as 64,128 (as in the run)"
-    )
+    add_number(parser, "--lengths", field_types(Tasks)["eval_lengths"], None, "length bins of the tasks", as_there, "LIST")
     parser.add_argument("--conditions", default=None, metavar="LIST", help="none, right, empty, shuffled (as in the run)")
     parser.add_argument(
         "--choice",
@@ -298,7 +300,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="multiple choice, KIND:FILE such as arc_easy:arc_easy/test.jsonl (as in the run)",
     )
-    parser.add_argument("--shots", default=None, metavar="LIST", help="solved examples in front of each question, such as 0,5")
+    add_number(
+        parser, "--shots", field_types(Choice)["shots"], None, "solved examples in front of each question", as_there, "LIST"
+    )
     parser.add_argument(
         "--contexts",
         default=None,
@@ -309,52 +313,37 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    _add_run_word(parser)
     parser.add_argument(
-        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
-    )
-    parser.add_argument("--what", default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)")
-    parser.add_argument(
-        "--task", default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
+        "--what", type=checked.word, default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)"
     )
     parser.add_argument(
-        "--length", type=int, default=None, metavar="N", help="slots of a prompt's row (the run's longest bin within training)"
-    )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        default=None,
-        metavar="N",
-        help="prompts (500), and examples in a bin of the interventions (as in the run)",
-    )
+        "--task", type=checked.word, default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
+    )  # fmt: skip
+    longest = "the run's longest bin within training"
+    add_number(parser, "--length", Annotated[int, Range(2, 2**20)], None, "slots of a prompt's row", longest)
+    text = "prompts, and examples in a bin of the interventions"
+    add_number(parser, "--examples", Annotated[int, Range(2, 10**6)], None, text, "500, and as in the run")
     _add_place(parser)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
-    )
+    _add_run_word(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
     parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
     marker_help = (
-        "control tokens that the prompt or the context spells, such as a chat's turn markers, are read as those (as text)"
+        "read control tokens that the prompt or the context spells, such as a chat's turn markers, as those tokens (as text)"
     )
     parser.add_argument("--markers", action="store_true", help=marker_help)
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=None,
-        metavar="G",
-        help="with --context: 0 draws as without it, 1 as behind it, more goes beyond",
-    )
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="length of the continuation (64)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N most likely tokens; 0: from all (0)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have probability P together (1)"
-    )
+    text = "with --context: 0 draws as without it, 1 as behind it, more goes beyond"
+    add_number(parser, "--guidance", Guidance, None, text, "none", "G")
+    add_number(parser, "--tokens", Annotated[int, Range(1, 2**20)], 64, "length of the continuation")
+    add_number(parser, "--temperature", Temperature, 0.8, "0 takes the most likely token", metavar="T")
+    add_number(parser, "--top-k", TopK, 0, "draw from so many most likely tokens; 0: from all")
+    add_number(parser, "--top-p", TopP, 1.0, "draw from the fewest tokens that have this probability together", metavar="P")
     decode_help = "newest keys that a drawn token sees in a window: W+1 as in training, W as in Hymba's released code (W+1)"
     parser.add_argument("--decode-window", choices=["W+1", "W"], default="W+1", help=decode_help)
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    add_number(parser, "--seed", Seed, 0, "of the sampling")
     _add_place(parser)
 
 
@@ -367,15 +356,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", metavar="RUN", help="workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
-    )
+    _add_run_word(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read every file and hold it against its hash; 1 when one is damaged"
     )
-    parser.add_argument(
-        "--prune", type=int, default=None, metavar="N", help="delete all but the newest N, those set aside as damaged too"
-    )
+    text = "delete all but so many of the newest, those set aside as damaged too"
+    add_number(parser, "--prune", Count, None, text, "delete none")
     _add_place(parser)
 
 
@@ -383,13 +369,15 @@ def _add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", default=None, metavar="NAME", help="the experiment, whose configuration and data are compared"
     )
-    parser.add_argument("--workdir", default=None, metavar="DIR", help="where it will run: written and read back (--runs-dir)")
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each check (10)")
+    parser.add_argument(
+        "--workdir", type=checked.workdir, default=None, metavar="DIR", help="where it will run: written and read back (--runs-dir)"
+    )  # fmt: skip
+    add_number(parser, "--seconds", Annotated[float, Range(0.1, 86_400)], 10.0, "for each check", metavar="S")
     _add_config(parser)
     _add_processes(parser)
     _add_place(parser)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="two or more runs")
+    parser.add_argument("runs", nargs="+", type=checked.word, metavar="RUN", help="two or more runs")
     _add_place(parser)

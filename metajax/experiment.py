@@ -33,6 +33,7 @@ from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory, check_data, read_config
 from metajax.reporting.rows import for_page
 from metajax.training.checkpoints import read_parameters
+from metajax.training.loggers import check_loggers
 from metajax.training.loop import Trained, Trainer
 from metajax.training.metrics import memory_use, read_lines
 from metajax.training.program import Program
@@ -60,6 +61,7 @@ def run_experiment(
       NonFinite: training broke down.
     """
     started = time.monotonic() if started is None else started
+    together(lambda: check_loggers(config.runtime.loggers))
     run = together(lambda: RunDirectory.open(workdir, config))
     try:
         done = of_first(run.read("report.json"))

@@ -6,11 +6,11 @@ hash and run directories; what is trained and on what differs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from metajax.config import Init, Optimizer, Runtime, Scale, Training, nearest, require
+from metajax.fields import CountOrZero, NotNegative, Part, Positive, Range, Seed, Share, Size, SizeOrZero
 from metajax.models.clip.config import Clip
 
 AUGMENTATIONS = (
@@ -32,48 +32,46 @@ AUGMENTATIONS = (
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Part, path="images"):
     """What is seen. A source is KIND[:PATH], see metajax/data/images/sources.py."""
 
     sources: tuple[str, ...] = ("emoji",)  # a CLIP learns from all of them; a prompt learner has one
     targets: tuple[str, ...] = ()  # other sources that a prompt learner is tested on as well, with all their classes
     classes: Literal["all", "base"] = "all"  # base: training sees the first half of the classes, and the others are tested apart
-    shots: int = 16  # training images of each class; 0: all there are
+    shots: CountOrZero = 16  # training images of each class; 0: all there are
     view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
-    crop_area: float = 0.08  # least share of the image that a random part has
-    batch: int = 96  # images of a CLIP's step; a prompt learner has `prompts.batch`
+    crop_area: Annotated[float, Range(above=0, most=1)] = 0.08  # least share of the image that a random part has
+    # Images of a CLIP's step, at least 2, for texts are told apart from each other; a prompt learner has `prompts.batch`.
+    batch: Annotated[int, Range(2, 2**20)] = 96
     template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
     ensemble: bool = False  # the mean of seven templates (and the source's own) in its place
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "images.sources is empty; name at least one, such as emoji")
-        require(self.shots >= 0, f"images.shots = {self.shots}: not negative")
-        require(0 < self.crop_area <= 1, f"images.crop_area = {self.crop_area}: a share of the image")
-        require(self.batch >= 2, f"images.batch = {self.batch}: at least 2, for texts are told apart from each other")
         require(
             not self.template or "{}" in self.template, f"images.template = {self.template!r} has no {{}} for the class's name"
         )
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(Part, path="prompts"):
     """A prompt learner: CoOp (arXiv 2109.01134), CoCoOp (2203.05557) or AAPL (2404.16804), by its switches.
 
     CoOp is the default; condition = "meta" makes it CoCoOp, and alpha > 0 makes that AAPL. context = 0: zero-shot classes by templates.
     """
 
-    context: int = 4  # M vectors in front of a class's name
+    context: Annotated[int, Range(0, 1024)] = 4  # M vectors in front of a class's name
     context_init: str = ""  # words whose embeddings they begin as, one for each; "": N(0, 0.02^2)
     class_specific: bool = False  # vectors of its own for each class
     class_position: Literal["end", "middle", "front"] = "end"
     # What is added to every context vector. meta: the meta-net's output for the image. delta: how it changes under an augmentation; the
     # released AAPL never does this. At test, where the paper names no augmentation, it is the mean of the deltas of all of them.
     condition: Literal["none", "meta", "delta"] = "none"
-    bottleneck: int = 0  # of the meta-net; 0: a 16th of the image features
-    augment: float = 0.0  # probability of one augmentation on the image whose class is asked for (CoCoOp with augmentation)
-    alpha: float = 0.0  # weight of the adversarial triplet loss
-    beta: float = 1.0  # weight of the cross-entropy
-    margin: float = 0.2
+    bottleneck: SizeOrZero = 0  # of the meta-net; 0: a 16th of the image features
+    augment: Share = 0.0  # probability of one augmentation on the image whose class is asked for (CoCoOp with augmentation)
+    alpha: NotNegative = 0.0  # weight of the adversarial triplet loss
+    beta: NotNegative = 1.0  # weight of the cross-entropy
+    margin: NotNegative = 0.2
     constraints: Literal["two", "four"] = "two"  # triplets; the two beyond are inferred, not stated in the paper
     triplet_of: Literal["delta", "meta"] = "delta"
     augmentations: tuple[str, ...] = AUGMENTATIONS
@@ -81,18 +79,13 @@ class Prompts:
     space: Literal["normalised", "rgb"] = "normalised"  # where augmentations work; the released code's is the first
     # Of the frozen CLIP; None: its own, and float32 of published weights.
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    epochs: int = 10
-    batch: int = 1
-    learning_rate: float = 0.002
-    warmup_rate: float = 1e-5  # of the first epoch
-    weight_decay: float = 5e-4
+    epochs: Annotated[int, Range(0, 10**6)] = 10
+    batch: Size = 1
+    learning_rate: Positive = 0.002
+    warmup_rate: NotNegative = 1e-5  # of the first epoch
+    weight_decay: NotNegative = 5e-4
 
     def __post_init__(self) -> None:
-        for name in ("context", "bottleneck", "epochs", "alpha", "beta", "margin", "warmup_rate", "weight_decay"):
-            require(0 <= getattr(self, name) < math.inf, f"prompts.{name} = {getattr(self, name)}: not negative")
-        require(self.batch >= 1, f"prompts.batch = {self.batch}: at least 1")
-        require(0 < self.learning_rate < math.inf, f"prompts.learning_rate = {self.learning_rate}: a positive number")
-        require(0 <= self.augment <= 1, f"prompts.augment = {self.augment}: a probability")
         for name in self.augmentations:
             require(
                 name in AUGMENTATIONS,
@@ -119,12 +112,12 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class ImageConfig:
+class ImageConfig(Part):
     """One run on images, whole: with `prompts` a learner beside a frozen CLIP, without them a CLIP from its start."""
 
     name: str
     scale: Scale = "cpu"
-    seed: int = 0
+    seed: Seed = 0
     images: Images = field(default_factory=Images)
     clip: Clip | None = None  # None: that of `weights`, or of the run in `init.from`
     weights: str = ""  # folder or .pt file below the data folder, with a published CLIP and its vocabulary
@@ -135,7 +128,6 @@ class ImageConfig:
     runtime: Runtime = field(default_factory=Runtime)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed = {self.seed}: not negative")
         if self.prompts is None:
             require(self.clip is not None and not self.weights, "without `prompts` a CLIP is trained from its start: give `clip`")
         else:

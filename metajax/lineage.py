@@ -6,7 +6,7 @@ whatever its parent is. Nothing here needs the parent to exist.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,22 @@ from metajax.data.tokenizers import load as load_tokenizer
 from metajax.families import AnyConfig
 from metajax.progress import say
 from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
+
+
+def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
+    """{field: text} of --set; a parent named in init.from becomes the run it stands for, said aloud."""
+    changes: dict[str, str] = {}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        require(bool(field and equals), f"--set {pair}: expected FIELD=VALUE, such as --set model.layers=8")
+        if changes.get(field, value) != value:
+            say(f"--set {field} is there twice; the last one, {value}, holds")
+        changes[field] = value
+    for field, instead in (("seed", "--seed N"), ("scale", "--scale SCALE"), ("name", "another entry in experiments/")):
+        require(field not in changes, f"--set {field}=...: use {instead}")
+    if changes.get("init.from"):
+        changes["init.from"] = find_parent(changes["init.from"], runs)
+    return changes
 
 
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:

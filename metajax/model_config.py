@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from metajax.fields import require
+from metajax.fields import Count, CountOrZero, Part, Positive, Range, Size, SizeOrZero, require
+
+Layers = Annotated[int, Range(1, 10_000)]
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(Part, path="model.hybrid"):
     """Hymba's mixers, attention heads beside a Mamba-1 in one layer (arXiv 2411.13676), and what its ablations take away.
 
     Layers without a place in `full_layers` attend in `model.window`; where that is null every layer attends to all.
@@ -20,26 +21,19 @@ class Hybrid:
 
     # mean, concat: both in one layer, joined behind their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
     fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
-    meta_tokens: int = 128  # M learned embeddings in front of every document
-    full_layers: tuple[int, ...] = ()
-    kv_groups: tuple[int, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
-    head_dim: int = 0  # of queries and keys; 0: model.width / model.heads
-    value_dim: int = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
+    meta_tokens: SizeOrZero = 128  # M learned embeddings in front of every document
+    full_layers: tuple[CountOrZero, ...] = ()
+    kv_groups: tuple[Layers, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
+    head_dim: SizeOrZero = 0  # of queries and keys; 0: model.width / model.heads
+    value_dim: SizeOrZero = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
     ssm: Literal["mamba", "mamba2"] = "mamba"
-    expand: int = 2  # Mamba's inner width / model.width
-    state: int = 16  # N, numbers a channel remembers
-    dt_rank: int = 0  # 0: ceil(model.width / 16)
+    expand: Annotated[int, Range(1, 64)] = 2  # Mamba's inner width / model.width
+    state: Size = 16  # N, numbers a channel remembers
+    dt_rank: SizeOrZero = 0  # 0: ceil(model.width / 16)
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
     dt_init: Literal["zero", "mamba"] = "zero"
     inner_norms: bool = True  # of step size, B and C
     branch_norm: Literal["scaled", "plain", "none"] = "scaled"  # before the fusion; the scales are the paper's learnable betas
-
-    def __post_init__(self) -> None:
-        for name in ("meta_tokens", "head_dim", "value_dim", "dt_rank"):
-            require(getattr(self, name) >= 0, f"model.hybrid.{name} = {getattr(self, name)}: not negative")
-        for name in ("expand", "state"):
-            require(getattr(self, name) >= 1, f"model.hybrid.{name} = {getattr(self, name)}: at least 1")
-        require(min(self.kv_groups, default=1) >= 1, f"model.hybrid.kv_groups = {self.kv_groups}: a group has at least 1 layer")
 
     @property
     def is_parallel(self) -> bool:
@@ -48,37 +42,32 @@ class Hybrid:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Part, path="model"):
     """A decoder language model assembled from parts; the presets in metajax/models/presets.py fill this in."""
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 0  # 0: as many as heads
-    mlp_width: int = 512  # 0, in a hybrid: layers without a feed-forward network
+    layers: Layers = 4
+    width: Size = 128
+    heads: Size = 4
+    kv_heads: SizeOrZero = 0  # 0: as many as heads
+    mlp_width: SizeOrZero = 512  # 0, in a hybrid: layers without a feed-forward network
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     norm_position: Literal["pre", "post"] = "pre"
     bias: bool = False
     tied: bool = True
     position: Literal["learned", "rope", "ntk", "yarn", "none"] = "rope"
-    rope_theta: float = 10_000.0
-    rope_factor: float = 1.0  # context extension, for ntk and yarn
-    rope_original_length: int = 0  # length before extension, for ntk and yarn
-    max_positions: int = 0  # rows of the learned position table; 0: as many as a row has slots
-    window: int | None = None  # a query sees itself and this many keys before it; None: all
-    init_std: float = 0.02
+    rope_theta: Positive = 10_000.0
+    rope_factor: Positive = 1.0  # context extension, for ntk and yarn
+    rope_original_length: CountOrZero = 0  # length before extension, for ntk and yarn
+    max_positions: SizeOrZero = 0  # rows of the learned position table; 0: as many as a row has slots
+    window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
+    init_std: Positive = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     hybrid: Hybrid | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", *(("mlp_width",) if self.hybrid is None else ())):
-            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: at least 1")
-        for name in ("kv_heads", "mlp_width", "window", "rope_original_length", "max_positions"):
-            require((getattr(self, name) or 0) >= 0, f"model.{name} = {getattr(self, name)}: not negative")
-        for name in ("norm_eps", "init_std", "rope_theta", "rope_factor"):
-            require(0 < getattr(self, name) < math.inf, f"model.{name} = {getattr(self, name)}: a positive number")
+        require(self.mlp_width > 0 or self.hybrid is not None, "model.mlp_width = 0: only a hybrid model has layers without")
         require(
             self.width % self.heads == 0 or bool(self.hybrid and self.hybrid.head_dim),
             f"model.width = {self.width} does not divide by model.heads = {self.heads}",
@@ -108,7 +97,7 @@ class Model:
             self.position != "learned",
             "model.position = 'learned': the meta tokens of a hybrid model have none; choose rope, ntk, yarn or none",
         )
-        outside = [layer for layer in hybrid.full_layers if not 0 <= layer < self.layers]
+        outside = [layer for layer in hybrid.full_layers if layer >= self.layers]
         require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")
         require(
             not hybrid.full_layers or self.window is not None,
@@ -182,15 +171,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Imported:
+class Imported(Part, path="imported"):
     """What a run keeps of the published checkpoint that it is, or that its parameters come from; `import` and `init.from` fill it in."""
 
-    rows: int  # of the checkpoint's table; the model's table may have more
-    added: tuple[int, ...] = ()  # ids without a row there that this run trains or evaluates
-    ends: tuple[int, ...] = ()  # ids that end a text
-
-    def __post_init__(self) -> None:
-        require(self.rows >= 1, f"imported.rows = {self.rows}: at least 1")
+    rows: Count  # of the checkpoint's table; the model's table may have more
+    added: tuple[CountOrZero, ...] = ()  # ids without a row there that this run trains or evaluates
+    ends: tuple[CountOrZero, ...] = ()  # ids that end a text
 
     @property
     def last(self) -> int:

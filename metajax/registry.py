@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import pkgutil
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
 from metajax.config import Scale, UserError, check_analyses, nearest, override, require
 from metajax.families import AnyConfig
-from metajax.progress import PROGRAM
+from metajax.progress import PROGRAM, warn
 
 SCALES: tuple[str, ...] = get_args(Scale)
 Base = Callable[[str], AnyConfig]
@@ -240,6 +245,8 @@ def _joined(*words: str) -> str:
 
 _experiments: dict[str, Experiment] = {}
 _tables: dict[str, Table] = {}
+_files: dict[str, str] = {}  # {name of an experiment or table: the module that registered it}
+_broken: dict[str, tuple[str, str]] = {}  # {module that could not be imported: its file, and what is wrong where}
 vocabularies: dict[str, int] = {}  # ids of tokenizers whose files are the user's: enough to plan without them
 
 
@@ -258,20 +265,22 @@ def table(
       paper_rows: the rows of the paper's table or figure, those that are lacking here too.
     """
 
+    module = _caller()
+
     def register(base: Base) -> Table:
         scales = tuple(s for s in SCALES if s in minutes)
         made = Table(
             name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes), parts or {}, fill or {},
             tuple(analyses), paper_rows,
         )  # fmt: skip
-        _add(_tables, name, made)
+        _add(_tables, name, made, module)
         for row in (row for row in made.rows if not row.of):
             has = tuple(scale for scale in scales if not made.lacks(row, scale))
             for part in dict.fromkeys(part for scale in has for part in made.parts_of(row, scale)):
                 there = tuple(scale for scale in has if part in made.parts_of(row, scale))
                 build = lambda scale, row=row, part=part: made.config(row, scale, part)  # noqa: E731 - binds both
                 of_row = _joined(name, row.name, part)
-                _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, there, made, row))
+                _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, there, made, row), module)
         return made
 
     return register
@@ -280,24 +289,31 @@ def table(
 def experiment(name: str, *, summary: str, minutes: Mapping[str, float], paper: str = "") -> Callable[[Base], Experiment]:
     """Register a single experiment on the function that gives its config for a scale."""
 
+    module = _caller()
+
     def register(build: Base) -> Experiment:
         def named(scale: str) -> AnyConfig:
             _require_scale(name, made.scales, scale)
             return replace(build(scale), name=name, scale=scale)
 
         made = Experiment(name, summary, paper, named, minutes, tuple(s for s in SCALES if s in minutes))
-        _add(_experiments, name, made)
+        _add(_experiments, name, made, module)
         return made
 
     return register
 
 
-def _add(where: dict[str, Any], name: str, value: Any) -> None:
+def _caller() -> str:
+    """The module that calls `table` or `experiment`."""
+    return sys._getframe(2).f_globals.get("__name__", "")
+
+
+def _add(where: dict[str, Any], name: str, value: Any, module: str) -> None:
     require(
         name not in _experiments and name not in _tables,
-        f"{name!r} is registered twice; experiments and tables share one name space",
+        f"{name!r} is registered twice, first in {_files.get(name)}; experiments and tables share one name space",
     )
-    where[name] = value
+    where[name], _files[name] = value, module
 
 
 def _require_scale(name: str, scales: Sequence[str], scale: str) -> None:
@@ -305,11 +321,52 @@ def _require_scale(name: str, scales: Sequence[str], scale: str) -> None:
     require(scale in scales, f"{name} has no {scale!r} scale; it has {', '.join(scales)}")
 
 
-def load(package: str = "experiments") -> None:
-    """Import every module of the experiments package, which registers what they define."""
-    module = importlib.import_module(package)
-    for info in pkgutil.iter_modules(module.__path__):
-        importlib.import_module(f"{package}.{info.name}")
+def load(*packages: str) -> None:
+    """Import every module of packages of experiments (none named: `experiments`), which registers what they define.
+
+    A module that cannot be imported is named in a line, with the reason, and left out with all that it has registered.
+    """
+    for package in packages or ("experiments",):
+        found = _imported(package)
+        for info in pkgutil.iter_modules(found.__path__) if found else ():
+            _imported(f"{package}.{info.name}")
+
+
+def _imported(module: str) -> Any:
+    _broken.pop(module, None)
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever a file of the user's own does
+        spec = importlib.util.find_spec(module)
+        file = (spec and spec.origin) or module
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        here = isinstance(error, SyntaxError) and error.filename == file
+        line, said = (error.lineno, error.msg) if here else (lines[-1] if lines else None, str(error))
+        reason = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+        _broken[module] = (file, f"{os.path.relpath(file)}{f', line {line}' if line else ''}: {reason}")
+        warn(f"left out {_broken[module][1]}")
+        for where in (_experiments, _tables):
+            for name in [name for name in where if _files.get(name) == module]:
+                del where[name]
+        return None
+
+
+def left_out(name: str) -> str:
+    """A clause about the files that could not be imported, those that speak of `name` if some do; "" where all could be."""
+    word = name.partition("/")[0]
+    found = [said for file, said in _broken.values() if os.path.isfile(file) and word in Path(file).read_text(errors="replace")]
+    files = "; ".join(found or [said for _, said in _broken.values()])
+    return f"; it may be in what was left out: {files}" if files else ""
+
+
+def base(name: str) -> Base:
+    """The function that gives the base of a table, or the config of an experiment, for a scale; it may be registered later."""
+
+    def build(scale: str) -> AnyConfig:
+        found = find(name)
+        return (found.base if isinstance(found, Table) else found.build)(scale)
+
+    return build
 
 
 def experiments() -> dict[str, Experiment]:
@@ -329,7 +386,7 @@ def find(name: str) -> Experiment | Table:
     if name in _experiments:
         return _experiments[name]
     known = [*_tables, *_experiments]
-    raise UserError(f"unknown experiment {name!r}{nearest(name, known)}; `{PROGRAM} list` shows all {len(known)}")
+    raise UserError(f"unknown experiment {name!r}{nearest(name, known)}{left_out(name)}; `{PROGRAM} list` shows all {len(known)}")
 
 
 def find_experiment(name: str) -> Experiment:

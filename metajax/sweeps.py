@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from metajax.image_config import ImageConfig
 from metajax.lineage import apply_changes
 from metajax.registry import Column, Experiment, Row, Table
 
+MOST_ROWS = 10_000
+
 
 def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     """A row for each combination of the axes' values; the fields of one axis go in step.
@@ -25,6 +28,8 @@ def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     """
     for axis in axes:
         require(len(set(map(len, axis.values()))) == 1, f"a sweep in step: {' and '.join(axis)} have different numbers of values")
+    count = math.prod(len(next(iter(axis.values()))) for axis in axes)
+    require(count <= MOST_ROWS, f"a sweep of {count:,} rows: at most {MOST_ROWS:,}")
     steps = [[dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)] for axis in axes]
     made = [{field: value for step in chosen for field, value in step.items()} for chosen in itertools.product(*steps)]
     named = lambda changes: "_".join(f"{field.rpartition('.')[2]}_{value}" for field, value in changes.items())  # noqa: E731

@@ -17,25 +17,12 @@ from typing import Any
 
 from metajax import registry
 from metajax.buckets import publish, stage
-from metajax.config import UserError, check_analyses, nearest, override, require
-from metajax.families import AnyConfig
+from metajax.config import Config, Runtime, UserError, check_analyses, nearest, override, require
+from metajax.families import AnyConfig, require_text
+from metajax.fields import Seed, convert
 from metajax.image_config import ImageConfig
 from metajax.interop import command as interop
-from metajax.progress import say
-
-
-def _parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
-    """{field: text} of --set; a parent named in init.from becomes the run it stands for, said aloud."""
-    for pair in pairs:
-        require("=" in pair, f"--set {pair}: expected FIELD=VALUE, such as --set model.layers=8")
-    changes = dict(pair.split("=", 1) for pair in pairs)
-    for field, instead in (("seed", "--seed N"), ("scale", "--scale SCALE"), ("name", "another entry in experiments/")):
-        require(field not in changes, f"--set {field}=...: use {instead}")
-    if changes.get("init.from"):
-        from metajax.lineage import find_parent
-
-        changes["init.from"] = find_parent(changes["init.from"], runs)
-    return changes
+from metajax.progress import echo, fail, say, terminal
 
 
 def _paths(options: argparse.Namespace) -> Any:
@@ -46,9 +33,9 @@ def _paths(options: argparse.Namespace) -> Any:
 
 def _config(experiment: registry.Experiment, options: argparse.Namespace) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
     """The experiment as this command asks for it, and the runs that it starts from, the oldest first."""
-    from metajax.lineage import resolve_parents
+    from metajax.lineage import parse_changes, resolve_parents
 
-    changes = _parse_changes(options.changes, options.runs_dir)
+    changes = parse_changes(options.changes, options.runs_dir)
     config = override(experiment.build(options.scale), {**changes, "seed": options.seed})
     return resolve_parents(config, changes, options.runs_dir)
 
@@ -82,7 +69,8 @@ def run(options: argparse.Namespace, started: float) -> int:
     target = None if options.all else registry.find(options.name)
     single = isinstance(target, registry.Experiment) and not options.sweeps
     require(single or not isinstance(options.workdir, str), f"{options.workdir}: a bucket is for one experiment; name a folder")
-    require(options.seeds >= 1, f"--seeds {options.seeds}: at least 1")
+    last = options.seed + options.seeds - 1
+    convert(last, Seed, f"--seed {options.seed} --seeds {options.seeds}: the last seed")
     startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
 
     def run_one(config: AnyConfig, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
@@ -109,6 +97,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
     _connect(options)
     from metajax.pods.hosts import is_first
     from metajax.reporting.records import default_workdir
+    from metajax.reporting.terminal import print_evaluation
     from metajax.training.loop import NonFinite
 
     try:
@@ -120,22 +109,23 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
             say(f"{workdir}: logs and reports are staged in {(workdir := stage(workdir, options.runs_dir))}")
         report = run_one(config, workdir)
         if is_first():
-            _print_evaluation(report["eval"])
+            print_evaluation(report["eval"])
         say(f"report: {workdir / 'report.html'}")
     except NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
+        fail(error)
         return 1
     return 0
 
 
 def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
     """Run a table or a sweep, or render it from what there is; 1 when a run of it failed."""
+    from metajax.lineage import parse_changes
     from metajax.reporting.formats import failures, markdown
     from metajax.reporting.tables import choose_rows, has_runs, plan_table
     from metajax.sweeps import sweep_table
 
     options.runs_dir = options.workdir or options.runs_dir
-    changes = _parse_changes(options.changes, options.runs_dir)
+    changes = parse_changes(options.changes, options.runs_dir)
     if isinstance(target, registry.Experiment):
         table = sweep_table(target, options.sweeps, options.scale, changes)
     else:
@@ -150,13 +140,16 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
         plan.write()
     else:
         from metajax.pods.hosts import find_place
+        from metajax.training.loggers import check_loggers
 
         require(
             find_place(options.coordinator, options.processes, options.process_id) is None,
             f"{options.name} is a table, which runs in one process; several processes run one experiment, such as a row of it",
         )
+        for logger in {logger for one in plan.runs() for logger in one.config.runtime.loggers}:
+            check_loggers([logger])
         result = _run_jobs(plan, options, run_one)
-    print(markdown(result))
+    echo(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
     return 1 if failures(result) else 0
 
@@ -171,13 +164,12 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
         raise UserError(
             f"{flag} does not go with --all, which takes rows of all tables as they are; name a table, or leave it out"
         )
-    from metajax.reporting.sampler import budget_seconds, sample, summary
+    from metajax.reporting.sampler import sample, summary
     from metajax.reporting.terminal import print_sample
 
-    seconds = budget_seconds(options.budget or "60m")
     _start_jax(options.cache_dir)
     root = options.workdir or options.runs_dir
-    made = sample(registry.tables().values(), options.scale, seconds, options.seed, root, run_one)
+    made = sample(registry.tables().values(), options.scale, options.budget or 3600.0, options.seed, root, run_one)
     there = [table.name for table in registry.tables().values() if table.runs_at(options.scale)]
     print_sample(summary(made), there)
     return 1 if any(one.reason for one in made) else 0
@@ -217,25 +209,8 @@ def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[s
     with open(workdir / RUN_LOG, "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        return run_experiment(config, workdir, paths, analyses=analyses)
-
-
-def _print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    from metajax.reporting.records import conditions
-    from metajax.reporting.terminal import print_choices, print_tasks
-
-    if "tasks" in results:
-        print_tasks(results["tasks"])
-    if "choice" in results:
-        print_choices(results["choice"])
-    for name, values in results.items():
-        if isinstance(values, dict) and "accuracy" in values:
-            pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
-            size = ("{images} images" if "images" in values else pairs).format(**values)
-            print(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
-    for condition, values in conditions(results).items():
-        size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
-        print(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
+        with terminal():
+            return run_experiment(config, workdir, paths, analyses=analyses)
 
 
 def list_all(options: argparse.Namespace, started: float) -> int:
@@ -260,10 +235,11 @@ def show(options: argparse.Namespace, started: float) -> int:
         raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
     if isinstance(target, registry.Table):
         require(not options.count, f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}")
+        from metajax.lineage import parse_changes
         from metajax.reporting.tables import plan_table
 
         target.parts_at(options.scale)  # an unknown scale stops here, before a parent is looked for
-        changes = _parse_changes(options.changes, options.runs_dir)
+        changes = parse_changes(options.changes, options.runs_dir)
         terminal.print_table_plan(plan_table(target, options.scale, [options.seed], changes, options.runs_dir, target.rows))
         return 0
     config, _ = _config(target, options)
@@ -276,6 +252,14 @@ def show(options: argparse.Namespace, started: float) -> int:
     if options.count:
         terminal.print_rows(config, _paths(options), options.count)
     return 0
+
+
+def _config_of_run(options: argparse.Namespace) -> Config:
+    """The config of the run that a command names, on the devices that are here; changes to it are checked before anything is read."""
+    from metajax.reporting.records import find_run, read_config
+
+    config = require_text(read_config(find_run(options.run, options.runs_dir)), options.verb)
+    return override(config, {"runtime.mesh": Runtime.mesh})
 
 
 def _open_run(options: argparse.Namespace, word: str) -> Any:
@@ -296,9 +280,11 @@ def plan(options: argparse.Namespace, started: float) -> int:
     given["--set"] = options.changes
     for flag in (flag for flag, value in given.items() if options.all and value):
         raise UserError(f"{flag} does not go with --all, which plans experiments as they are; name one, or leave it out")
-    with tempfile.TemporaryDirectory(prefix="plan-") as dump:
-        from metajax.planning.topology import allow_compiler
+    from metajax.planning.topology import allow_compiler, parse_topology
 
+    for topology in options.topology.split(",") if options.topology else ():
+        parse_topology(topology)
+    with tempfile.TemporaryDirectory(prefix="plan-") as dump:
         allow_compiler(Path(dump))
         from metajax.planning.command import run_plan, run_survey
 
@@ -315,21 +301,19 @@ def cache(options: argparse.Namespace, started: float) -> int:
     from metajax.reporting.feeding import feeding
     from metajax.reporting.terminal import print_cache
 
-    require(options.workers >= 1, f"--workers {options.workers}: at least 1")
     local = functools.partial(tokenising.in_processes, workers=options.workers)
     make = local if options.beam is None else functools.partial(beam.on_beam, options=options.beam)
     config, _ = _config(registry.find_experiment(options.name), options)
     for found in (corpora := open_corpora(config, _paths(options), make)).caches:
         print_cache(found)
     if options.measure:
-        print("one core: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in feeding(corpora).items()))
+        echo("one core: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in feeding(corpora).items()))
     return 0
 
 
 def evaluate(options: argparse.Namespace, started: float) -> int:
     """Evaluate a run's newest checkpoint."""
-    opened = _open_run(options, options.run)
-    changes: dict[str, Any] = {}
+    config, changes = _config_of_run(options), {}
     if options.documents is not None:
         changes["evaluation.documents"] = options.documents
     if options.conditions is not None:
@@ -337,7 +321,7 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
     for field, words in (("tasks", options.choice), ("shots", options.shots), ("contexts", options.contexts)):
         if words is not None:
             require(
-                options.choice is not None or opened.config.evaluation.choice is not None,
+                options.choice is not None or config.evaluation.choice is not None,
                 f"--{field}: the run has no multiple choice; name its files with --choice KIND:FILE",
             )
             changes[f"evaluation.choice.{field}"] = words
@@ -345,9 +329,13 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
         changes["tasks.names"] = options.task
     if options.lengths is not None:
         changes["tasks.eval_lengths"] = options.lengths
-    if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and opened.config.tasks is None:
-        changes["tasks.train_length"] = opened.config.data.row_length  # what it was trained on is text
-    _print_evaluation(opened.evaluate(override(opened.config, changes), _paths(options)))
+    if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and config.tasks is None:
+        changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+    config = override(config, changes)
+    opened = _open_run(options, options.run)
+    from metajax.reporting.terminal import print_evaluation
+
+    print_evaluation(opened.evaluate(config, _paths(options)))
     return 0
 
 
@@ -360,12 +348,7 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     workdir = find_run(options.run, options.runs_dir)
     if isinstance(read_config(workdir), ImageConfig):
         return _analyze_images(workdir, names, options)
-    opened = _open_run(options, options.run)
-    from metajax.analysis.analyses import fitting, run_analyses
-    from metajax.reporting.html import write_analysis_page
-    from metajax.reporting.terminal import print_analysis
-
-    config, changes, choice = opened.config, {}, {"task": options.task, "length": options.length}
+    config, changes, choice = _config_of_run(options), {}, {"task": options.task, "length": options.length}
     task = options.task or ("list_recall" if config.tasks is None and config.meta_tokens is not None else None)
     if task not in (None, "text"):
         changes["tasks.names"] = choice["task"] = task
@@ -374,7 +357,13 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     if options.examples is not None:
         choice["prompts"] = options.examples
         changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
-    study = opened.study(override(config, changes), _paths(options), **choice)
+    config = override(config, changes)
+    opened = _open_run(options, options.run)
+    from metajax.analysis.analyses import fitting, run_analyses
+    from metajax.reporting.html import write_analysis_page
+    from metajax.reporting.terminal import print_analysis
+
+    study = opened.study(config, _paths(options), **choice)
     say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
     for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
         print_analysis(name, numbers)
@@ -396,7 +385,7 @@ def _analyze_images(workdir: Path, names: Sequence[str], options: argparse.Names
 
     study = open_image_study(workdir, read_config(workdir), _paths(options))
     for name, numbers in run_image_analyses(study, names or fitting(study), workdir):
-        print("\n  ".join((name, *headlines(name, numbers))))
+        echo("\n  ".join((name, *headlines(name, numbers))))
     say(f"figures: {write_image_report(workdir)}")
     publish(workdir)
     return 0
@@ -414,10 +403,10 @@ def generate(options: argparse.Namespace, started: float) -> int:
         [options.prompt], count=options.tokens, context=options.context, guidance=options.guidance, sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
         stride=1 if sys.stdout.isatty() else opened.config.row_slots,
     )  # fmt: skip
-    print(options.prompt, end="")
+    echo(options.prompt, end="")
     for (piece,) in pieces:
-        print(piece, end="", flush=True)
-    print()
+        echo(piece, end="")
+    echo()
     return 0
 
 
@@ -449,15 +438,14 @@ def list_checkpoints(options: argparse.Namespace, started: float) -> int:
 
     workdir = find_run(options.run, options.runs_dir)
     if options.prune is not None:
-        require(options.prune >= 1, f"--prune {options.prune}: at least the newest one is kept")
         run = RunDirectory.open(workdir, read_config(workdir))  # not while it is running
         for folder in prune(workdir, options.prune):
-            print(f"deleted {folder}")
+            echo(f"deleted {folder}")
         run.close()
     kept = inventory(workdir, options.verify)
     require(bool(kept), f"{workdir} has no checkpoint yet; run the experiment first")
     for one in kept:
-        print(f"step {one.step:>8}  {one.bytes / 1e6:10.1f} MB  {one.written}  {one.state}")
+        echo(f"step {one.step:>8}  {one.bytes / 1e6:10.1f} MB  {one.written}  {one.state}")
     return 1 if any(one.damaged for one in kept) else 0
 
 
@@ -476,13 +464,13 @@ def preflight(options: argparse.Namespace, started: float) -> int:
         config, _ = _config(registry.find_experiment(options.name), options)
         facts["configuration"], sources = config_hash(config), config.data.sources
     arguments = {
-        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": options.workdir or str(options.runs_dir),
+        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": str(options.workdir or options.runs_dir),
         "sources": sources, "data_dir": options.data_dir and str(options.data_dir),
         "cache_dir": str(options.cache_dir), "facts": facts,
     }  # fmt: skip
     findings = check_all(arguments, options.seconds)
     for finding in findings:
-        print(f"{'ok    ' if finding.good else 'FAILED'}  {finding.check:<11} {finding.text}")
+        echo(f"{'ok    ' if finding.good else 'FAILED'}  {finding.check:<11} {finding.text}")
     return 0 if all(finding.good for finding in findings) else 1
 
 

@@ -207,7 +207,7 @@ def clip_merges(tmp_path_factory):
 def own_registry(monkeypatch):
     """All experiments of the project; what the test registers is gone after it."""
     registry.load()  # before: a module registers what it defines at its first import alone
-    for where in ("_experiments", "_tables"):
+    for where in ("_experiments", "_tables", "_files", "_broken"):
         monkeypatch.setattr(registry, where, dict(getattr(registry, where)))
 
 

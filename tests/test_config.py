@@ -1,6 +1,7 @@
 """The typed config: overrides, validation, serialisation and identity."""
 
 import dataclasses
+import re
 import typing
 
 import pytest
@@ -60,7 +61,7 @@ def test_overrides_are_typed(path, text, value):
         ({"model.layers.deep": "8"}, "model.layers has no fields of its own"),
         ({"model.layers": "8.5"}, "expected a whole number"),
         ({"model.bias": "yes"}, "expected true or false"),
-        ({"model.window": "wide"}, "expected a whole number or none"),
+        ({"model.window": "wide"}, "expected a whole number from 0 to 1,000,000,000 or none"),
         ({"optimizer.betas": "0.9"}, "expected 2 comma-separated values"),
         ({"optimizer.learning_rate": "nan"}, "expected a number"),
         ({"model.position": "rotary"}, "expected one of learned, rope, ntk, yarn, none"),
@@ -76,23 +77,23 @@ def test_overrides_are_typed(path, text, value):
         ({"model.position": "yarn"}, "needs model.rope_original_length"),
         ({"model.heads": "128", "model.width": "128"}, "needs an even head width"),
         ({"data.switch.step": "500", "data.switch.weights": "1"}, "is not before training.steps = 200"),
-        ({"data.sources": "a,b", "data.weights": "1,inf"}, "weights are finite"),
+        ({"data.sources": "a,b", "data.weights": "1,inf"}, "expected a number from 0 to 1e+30"),
         ({"data.switch.step": "5", "data.switch.metadata": "none"}, "trains without"),
         ({"data.switch.step": "5", "data.switch.unseen": "1"}, "below 1"),
         ({"metadata.appended": "{url}"}, "needs metadata.position = 'both'"),
-        ({"metadata.tokens": "12"}, "keeps 11"),
+        ({"metadata.tokens": "12"}, "expected a whole number from 0 to 11"),
         ({"evaluation.documents": "0"}, "at least 1"),
         ({"evaluation.conditions": ""}, "evaluation.conditions is empty"),
-        ({"seed": "-1"}, "seed = -1: not negative"),
-        ({"model.kv_heads": "-1"}, "model.kv_heads = -1: not negative"),
-        ({"optimizer.betas": "2,3"}, "both 0 <= beta < 1"),
-        ({"optimizer.learning_rate": "inf"}, "a positive number"),
-        ({"runtime.unroll": "-2"}, "not negative"),
+        ({"seed": "-1"}, "seed = '-1': expected a whole number from 0 to 4,294,967,295"),
+        ({"model.kv_heads": "-1"}, "model.kv_heads = '-1': expected a whole number from 0"),
+        ({"optimizer.betas": "2,3"}, "expected a number at least 0 and below 1"),
+        ({"optimizer.learning_rate": "inf"}, "expected a number from 1e-30 to 1e+30"),
+        ({"runtime.unroll": "-2"}, "from 0 to"),
         ({"runtime.loggers": "tensorbord"}, "did you mean 'tensorboard'"),
     ],
 )
 def test_mistakes_name_the_fields(changes, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(").replace("[", r"\[")):
+    with pytest.raises(UserError, match=re.escape(message)):
         override(BASE, changes)
 
 

@@ -10,12 +10,13 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 MINE = """
-from metajax_experiments.quickstart import quickstart
-from metajax.registry import Row, table
+from metajax.registry import Column, Row, base, table
 
 rows = [Row("few", {"meta_tokens.rate": 0.05}), Row("many", {"meta_tokens.rate": 0.2})]
-table("mine", summary="a table of my own", rows=rows, columns=quickstart.columns, baseline="few", minutes={"cpu": 2})(quickstart.base)
+columns = [Column("bits/byte", "eval.none.bpb")]
+table("mine", summary="a table of my own", rows=rows, columns=columns, baseline="few", minutes={"cpu": 2})(base("quickstart"))
 """
+README = (REPOSITORY / "README.md").read_text().partition("```python\n")[2].partition("```")[0]  # an experiment of a user's own
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def wheel(tmp_path_factory):
         if (REPOSITORY / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    (source / "experiments" / "an_own_one.py").write_text(README)
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     assert "absent from the `packages`" not in done.stdout + done.stderr, "setuptools takes a folder of data for a package"
@@ -60,6 +62,7 @@ def test_the_command_beside_experiments_of_a_users_own(wheel, tmp_path):
     )
     (tmp_path / "work" / "experiments").mkdir(parents=True)
     (tmp_path / "work" / "experiments" / "mine.py").write_text(MINE)
+    (tmp_path / "work" / "experiments" / "broken.py").write_text("rows = [\n")
 
     def call(*words):
         command = [sys.executable, str(tmp_path / "site" / "bin" / "metajax"), *words]
@@ -68,7 +71,8 @@ def test_the_command_beside_experiments_of_a_users_own(wheel, tmp_path):
 
     listed = call("list")
     assert listed.returncode == 0, listed.stderr
-    for name in ("mine", "quickstart", "hymba/components", "learned_meta_tokens/main_tasks"):
+    assert listed.stderr.splitlines() == ["warning: left out experiments/broken.py, line 1: SyntaxError: '[' was never closed"]
+    for name in ("mine", "rates", "quickstart", "hymba/components", "learned_meta_tokens/main_tasks"):
         assert f"\n{name}  (" in "\n" + listed.stdout, name
     assert "run: metajax NAME" in listed.stdout
     shown = call("show", "mine/many")

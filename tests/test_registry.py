@@ -1,6 +1,7 @@
 """Tables as data: rows derive from a base, names are looked up with the nearest match."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,53 @@ def test_names_are_unique_and_found_with_the_nearest_match():
         registry.find("quickstart/plan")
     with pytest.raises(UserError, match="registered twice"):
         registry.experiment("quickstart", summary="again", minutes={"cpu": 1})(lambda scale: Config(name="x"))
+
+
+FILES = {
+    "aaa": (Path(__file__).parents[1] / "README.md").read_text().partition("```python\n")[2].partition("```")[0],
+    "closed": "rows = [\n",
+    "lacks": "import math\nimport nothing_of_this_name\n",
+    "divides": "def f():\n    return 1 / 0\n\n\nf()\n",
+    "ends": "import sys\nsys.exit('a\\x1b[2J')\n",
+    "relative": "from . import closed\n",
+    "twice": 'from metajax.registry import base, experiment\nexperiment("only_here", summary="s", minutes={"cpu": 1})(base("quickstart"))\n'
+    'experiment("quickstart", summary="s", minutes={"cpu": 1})(base("quickstart"))\n',
+    "after": 'from metajax.registry import base, experiment\nexperiment("after", summary="s", minutes={"cpu": 1})(base("rates"))\n',
+}
+
+
+def test_files_that_cannot_be_imported_are_named_and_left_out(own_registry, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "own_experiments"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / f"{name}.py").write_text(text)
+    (folder / "not_utf8.py").write_bytes(b"a = 1\n\xff\n")
+    (folder / "nul.py").write_bytes(b"a = 1\0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    registry.load("own_experiments")
+    lines = capfd.readouterr().err.splitlines()
+    reasons = (
+        "closed.py, line 1: SyntaxError: '[' was never closed", "divides.py, line 2: ZeroDivisionError", "ends.py, line 2: SystemExit: a\\x1b[2J",
+        "lacks.py, line 2: ModuleNotFoundError", "not_utf8.py", "nul.py", "relative.py, line 1: SyntaxError", "twice.py, line 3: 'quickstart' is",
+    )  # fmt: skip
+    assert len(lines) == len(reasons)
+    for reason in reasons:
+        assert any(line.startswith(f"warning: left out own_experiments/{reason}") for line in lines), (reason, lines)
+    assert registry.find("quickstart").baseline == "plain", "the first one stays"
+    assert registry.find("rates").config(registry.find("rates").rows[0], "cpu").meta_tokens.rate == 0.05
+    assert registry.find("after").build("cpu").model.layers == 4
+    with pytest.raises(UserError, match=r"unknown experiment 'only_here'.*twice.py, line 3") as said:
+        registry.find("only_here")
+    assert "closed.py" not in str(said.value)
+
+
+def test_a_base_may_be_registered_later(own_registry):
+    made = registry.experiment("early", summary="s", minutes={"cpu": 1})(registry.base("late"))
+    with pytest.raises(UserError, match="unknown experiment 'late'"):
+        made.build("cpu")
+    registry.experiment("late", summary="s", minutes={"cpu": 1})(lambda scale: Config(name="x", seed=7))
+    assert (made.build("cpu").name, made.build("cpu").seed) == ("early", 7)
 
 
 def test_mistakes_in_a_table_are_named():

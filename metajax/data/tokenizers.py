@@ -268,10 +268,10 @@ def _bpe_base(spec: str) -> int:
     """Own ids of `bpe:N`: N less the reserved ones; UserError unless N is a multiple of 64 that holds bytes and whole words."""
     number, words = spec.partition(":")[2].partition("+")[0], _whole_words(spec)
     smallest = -(-(256 + len(RESERVED) + len(words)) // BLOCK) * BLOCK
-    size = int(number) if number.isdecimal() else 0
+    size = int(number) if number.isdecimal() and len(number) < 10 else 0
     require(
-        size >= smallest and size % BLOCK == 0,
-        f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {BLOCK} from {smallest} on, such as bpe:2048",
+        smallest <= size <= 2**20 and size % BLOCK == 0,
+        f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {BLOCK} from {smallest} to {2**20:,}, such as bpe:2048",
     )
     return size - len(RESERVED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,30 +10,26 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from metajax.config import require
+from metajax.config import Temperature, TopK, TopP
+from metajax.fields import Part
 from metajax.inference.caches import Cache
 from metajax.inference.forward import Ready, prefill, step
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Part):
     """How a token is drawn: temperature 0 takes the most likely one; of the top_k most likely (0: all), the fewest that have top_p."""
 
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(0 <= self.temperature < math.inf, f"temperature = {self.temperature}: a number, not negative")
-        require(self.top_k >= 0, f"top_k = {self.top_k}: a number of tokens, or 0 for all")
-        require(0 < self.top_p <= 1, f"top_p = {self.top_p}: a share of the probability, 0 < top_p <= 1")
+    temperature: Temperature = 0.8
+    top_k: TopK = 0
+    top_p: TopP = 1.0
 
     def draw(self, logits: Float[Array, " V"], key: Array) -> Int[Array, ""]:
         """One token."""
         if self.temperature == 0:
             return jnp.argmax(logits)
-        # The best is 0 and stays so: at a low temperature the others become -inf, and nothing overflows.
-        logits = (logits - jnp.max(logits)) / max(self.temperature, float(jnp.finfo(jnp.float32).tiny))
+        # The best one is at 0, so that a temperature close to 0 gives -inf to others, and no NaN; float32 flushes less than 1e-30 to 0.
+        logits = (logits - jnp.max(logits)) / max(self.temperature, 1e-30)
         if self.top_k == 0 and self.top_p == 1:
             return jax.random.categorical(key, logits)
         order = jnp.argsort(-logits)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from metajax.config import require
+from metajax.arguments import add_number, word
+from metajax.fields import Range
 from metajax.progress import say
 
 FAMILIES = ("hymba", "gpt2", "llama")
@@ -33,10 +34,11 @@ def add_export(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Its own arguments."""
     parser.epilog = EXAMPLES
     parser.add_argument("family", choices=FAMILIES, help="whose layout to write; what has no place in it is refused by name")
-    parser.add_argument("run", metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
+    parser.add_argument("run", type=word, metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder: config.json, safetensors, tokenizer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights (float32)")
-    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file; more become shards (5)")
+    size = Annotated[float, Range(1e-6, 1e6)]
+    add_number(parser, "--shard-gb", size, 5.0, "10^9 bytes of the largest file; more become shards", metavar="GB")
     return parser
 
 
@@ -55,6 +57,5 @@ def run_export(options: argparse.Namespace, opened: Any) -> None:
     """A run that was opened, as a model directory."""
     from metajax.interop.exports import export_run
 
-    require(options.shard_gb > 0, f"--shard-gb {options.shard_gb}: a positive number")
     export_run(opened, options.family, options.folder, options.dtype, round(options.shard_gb * 1e9))
     say(f"exported to {options.folder}")

@@ -10,30 +10,18 @@ import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
-from metajax.config import UserError, nearest, require
+from metajax.config import AXES, mesh_axes, require
 from metajax.parallel.rules import RULES, batch_sharding
-
-# Rows of a batch are spread over data and fsdp, parameters and optimiser over fsdp, long rows over context, and heads, channels and
-# the hidden units of feed-forward networks over tensor. Neighbours in the last axes are neighbours in the hardware.
-AXES = ("data", "fsdp", "context", "tensor")
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """Axis sizes for `devices` devices; one size may be -1 and takes what is left.
+    """The sizes of all `AXES` for `devices` devices; a size of -1 takes what is left.
 
     Raises:
-      UserError: unknown axis, not a number, or sizes that do not multiply to the number of devices.
+      UserError: sizes that do not multiply to the number of devices.
     """
-    sizes = dict.fromkeys(AXES, 1)
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        require(name in AXES, f"runtime.mesh = {text!r}: unknown axis {name!r}{nearest(name, AXES)}; axes: {', '.join(AXES)}")
-        try:
-            sizes[name] = int(size)
-        except ValueError:
-            raise UserError(f"runtime.mesh = {text!r}: {name} needs a whole number, such as {name}=2") from None
+    sizes = dict.fromkeys(AXES, 1) | mesh_axes(text)
     free = [name for name, size in sizes.items() if size == -1]
-    require(len(free) <= 1, f"runtime.mesh = {text!r}: only one axis can be -1")
     if free:
         sizes[free[0]] = max(1, devices // math.prod(s for s in sizes.values() if s != -1))
     product = " x ".join(str(size) for size in sizes.values() if size > 1) or "1"

@@ -21,7 +21,7 @@ from metajax.lineage import resolve_parents
 from metajax.planning.advice import advise, batch_of, largest_batch
 from metajax.planning.plan import plan, text_step
 from metajax.planning.survey import SLICES, survey
-from metajax.progress import say
+from metajax.progress import echo, say
 from metajax.reporting.plan_page import write_plan_page
 from metajax.reporting.terminal import print_plan, print_survey
 
@@ -45,7 +45,7 @@ def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[A
     if options.html is not None:
         write_plan_page(options.html, found)
     if options.json:
-        print(json.dumps(found, indent=1))
+        echo(json.dumps(found, indent=1).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
     else:
         print_plan(found)
     return 0 if found["fits"] else 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from metajax.config import UserError, nearest, require
+from metajax.fields import Range, convert
 from metajax.planning.buffers import FLAGS
 
 
@@ -40,7 +42,11 @@ def parse_topology(topology: str) -> tuple[int, str, str]:
     require(found is not None, f"--topology {topology}: expected KIND:SIZE, such as v5e:4x4, or 2xv5e:4x4 for two slices of it")
     count, kind, size = found.groups()
     require(kind in PEAKS, f"--topology {topology}: unknown kind {kind!r}{nearest(kind, PEAKS)}; known: {', '.join(PEAKS)}")
-    return int(count or 1), kind, size
+    sizes = [
+        convert(part, Annotated[int, Range(1, 65_536)], f"--topology {topology}") for part in (count or "1", *size.split("x"))
+    ]
+    require(math.prod(sizes) <= 2**17, f"--topology {topology}: more chips than any slice has")
+    return sizes[0], kind, "x".join(map(str, sizes[1:]))
 
 
 def chip_of(topology: str) -> Chip:

@@ -10,15 +10,15 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from metajax.compat import detect_cluster
-from metajax.config import UserError, require
-from metajax.fields import Stopped
+from metajax.config import Processes, UserError, require
+from metajax.fields import CountOrZero, Range, Stopped, convert
 from metajax.progress import PROGRAM, console
 
 T = TypeVar("T")
@@ -40,7 +40,8 @@ class Place:
 
     def __post_init__(self) -> None:
         host, colon, port = self.coordinator.rpartition(":")
-        require(bool(host and colon) and port.isdigit(), f"coordinator {self.coordinator!r}: expected HOST:PORT")
+        require(bool(host and colon), f"coordinator {self.coordinator!r}: expected HOST:PORT")
+        convert(port, Annotated[int, Range(1, 65_535)], f"coordinator {self.coordinator!r}: port")
         require(
             0 <= self.process < self.processes,
             f"process {self.process} of {self.processes}: processes are numbered from 0 to {self.processes - 1}",
@@ -61,11 +62,7 @@ def find_place(coordinator: str | None = None, processes: int | None = None, pro
             None not in given,
             f"--coordinator HOST:PORT, --processes N and --process-id I (or {', '.join(VARIABLES)}) go together; some are missing",
         )
-        require(
-            all(str(value).isdigit() for value in given[1:]),
-            f"processes = {given[1]!r}, process-id = {given[2]!r}: whole numbers",
-        )
-        return Place(str(given[0]), int(given[1]), int(given[2]))
+        return Place(str(given[0]), convert(given[1], Processes, "processes"), convert(given[2], CountOrZero, "process-id"))
     if not any(name in os.environ for name in LAUNCHERS) and not has_tpu():
         return None
     address, count, number, devices = detect_cluster(CONNECT_SECONDS)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from metajax.buckets import outages
 from metajax.config import UserError, require
 from metajax.fields import Stopped
+from metajax.progress import echo
 
 SECONDS = 10.0  # for each check
 
@@ -222,9 +223,9 @@ def main(words: Sequence[str]) -> int:
     """One check in this process: its finding as a line of JSON, or the error as one line and exit code 2."""
     try:
         with outages():
-            print(json.dumps(CHECKS[words[0]](json.loads(words[1]))))
+            echo(json.dumps(CHECKS[words[0]](json.loads(words[1]))))
     except (UserError, Stopped) as error:
-        print(error, file=sys.stderr)
+        echo(str(error), stream=sys.stderr)
         return 2
     return 0
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from metajax.fields import Stopped
+from metajax.progress import fail
 
 
 class Watchdog:
@@ -38,10 +39,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        message = (
-            f"error: no step, save or evaluation ended for {self._seconds:g} s (runtime.hang_seconds); stacks: {self._stacks}"
-        )
-        print(message, file=sys.stderr, flush=True)
+        fail(f"no step, save or evaluation ended for {self._seconds:g} s (runtime.hang_seconds); stacks: {self._stacks}")
         faulthandler.dump_traceback(sys.stderr)
         with open(self._stacks, "w") as file:  # last, for the storage may be what hangs
             faulthandler.dump_traceback(file)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from metajax.fields import require
+from metajax.fields import Part, Positive, require
 
 if TYPE_CHECKING:
     from metajax.config import Config
 
 
 @dataclass(frozen=True)
-class Dpo:
+class Dpo(Part, path="dpo"):
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of pairs of answers.
 
     A document is the answer that was chosen, its metadata the prompt in front of both answers, another column of its record the rejected
     one. The reference is the model that training starts from, `init.from`.
     """
 
-    beta: float = 0.1  # how dear it is to leave the reference; not stated for Hymba, 0.1 in Rafailov et al.
+    beta: Positive = 0.1  # how dear it is to leave the reference; not stated for Hymba, 0.1 in Rafailov et al.
     rejected: str = "rejected"  # a column of the sources
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, f"dpo.beta = {self.beta}: a positive number")
 
     def check(self, config: Config) -> None:
         """UserError where the rest of a config does not make pairs of answers, each whole and behind its prompt."""

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from metajax.data.rows import Row, RowSource
 from metajax.data.tokenizers import Tokenizer
+from metajax.progress import shown
 
 LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this slot"
 COLOURS = {"metadata": "blue", "meta-token": "magenta", "": ""}
@@ -46,7 +47,9 @@ class Run:
     @property
     def text(self) -> Text:
         """As a terminal shows it."""
-        return Text.assemble(*((text, f"{COLOURS[kind]} dim" if silent else COLOURS[kind]) for text, kind, silent in self.pieces))
+        return Text.assemble(
+            *((shown(text), f"{COLOURS[kind]} dim" if silent else COLOURS[kind]) for text, kind, silent in self.pieces)
+        )
 
     def __str__(self) -> str:
         return f"{self.document} {self.holds:8} | {self.asked:12} | {self.text.plain}"

@@ -7,15 +7,17 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from metajax import registry
 from metajax.config import nearest, require
+from metajax.fields import Range, convert
 from metajax.progress import say
 from metajax.registry import Row, Table
 from metajax.reporting.records import write_json
 from metajax.reporting.tables import RunOne, attempt, plan_table
 
+Budget = Annotated[float, Range(above=0, most=1_000_000)]
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -34,9 +36,8 @@ class Sampled:
 def budget_seconds(text: str) -> float:
     """Seconds of 90s, 60m or 2h; UserError for anything else."""
     number, unit = text[:-1], text[-1:]
-    usable = unit in UNITS and number.replace(".", "", 1).isdigit()
-    require(usable, f"--budget {text}: expected a time such as 60m or 2h")
-    return float(number) * UNITS[unit]
+    require(unit in UNITS, f"--budget {text}: expected a time such as 60m or 2h")
+    return UNITS[unit] * convert(number, Budget, f"--budget {text}: expected a time such as 60m or 2h; its number")
 
 
 def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root: Path, run_one: RunOne) -> list[Sampled]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
@@ -18,18 +17,18 @@ from metajax import registry
 from metajax.config import Config, config_hash, difference, flatten
 from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig
-from metajax.progress import PROGRAM
+from metajax.progress import PROGRAM, Terminal, echo, plain, shown
 from metajax.reporting.records import conditions, list_runs, read_config
 from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
 
-console = Console()
+console = Terminal()
 
 
 class _Grid(Grid):
-    """A rich table whose cells are plain text: brackets in a value are no markup."""
+    """A rich table whose cells are a line of text each."""
 
     def add_row(self, *cells: str) -> None:
-        super().add_row(*(Text(cell) for cell in cells))
+        super().add_row(*(Text(shown(cell, keep="")) for cell in cells))
 
 
 def _grid(*titles: str) -> _Grid:
@@ -38,6 +37,10 @@ def _grid(*titles: str) -> _Grid:
     for i, title in enumerate(titles):
         grid.add_column(title, overflow="fold", no_wrap=i == 0 or title == "experiment")
     return grid
+
+
+def _line(bold: str, rest: str = "", style: str = "bold") -> Text:
+    return plain(bold, style).append(shown(rest), "not bold not dim")
 
 
 def print_list(pattern: str) -> None:
@@ -75,19 +78,19 @@ def _print_coverage(tables: Iterable[registry.Table]) -> None:
         in_print[paper] += table.paper_rows_in_print
         printed[paper] += table.paper_rows
     if printed:
-        console.print("\n[bold]rows of the papers' tables and figures[/bold] that there are at paper scale")
+        console.print(_line("\nrows of the papers' tables and figures", " that there are at paper scale"))
     for paper, count in printed.items():
         more = f", {in_print[paper]} more in print alone" * (in_print[paper] > 0)
-        console.print(Text(f"    {paper}: {here[paper]} of {count} rows{more}"))
+        console.print(plain(f"    {paper}: {here[paper]} of {count} rows{more}"))
 
 
 def _entry(name: str, times: str, what: str) -> None:
-    console.print(Text.assemble((name, "bold"), f"  ({times})"))
-    console.print(Padding(Text(what), (0, 0, 0, 4)))
+    console.print(_line(name, f"  ({times})"))
+    console.print(Padding(plain(what), (0, 0, 0, 4)))
 
 
 def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
-    console.print(Padding(Text.assemble((f"{title} {before}", "dim"), "  ".join(names)), (0, 0, 0, 4)))
+    console.print(Padding(_line(f"{title} {before}", "  ".join(names), "dim"), (0, 0, 0, 4)))
 
 
 def _table_time(table: registry.Table, scale: str) -> str:
@@ -115,9 +118,9 @@ def _short(value: Any) -> str:
 def print_table_plan(plan: TablePlan) -> None:
     """A table before it runs: its rows, what each changes, what it starts from, what the paper says, and the hash of its runs."""
     table, scale, seed = plan.table, plan.scale, plan.seeds[0]
-    console.print(f"[bold]{table.name}[/bold] at scale {scale}: {table.summary}")
+    console.print(_line(table.name, f" at scale {scale}: {table.summary}"))
     if table.coverage:
-        console.print(Text(f"{table.coverage} of {table.paper}"))
+        console.print(plain(f"{table.coverage} of {table.paper}"))
     grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
     for row in plan.rows:
         lacks = table.lacks(row, scale)
@@ -148,7 +151,7 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
     from metajax.planning.flops import flops_per_token
     from metajax.training.program import abstract_model
 
-    console.print(f"[bold]{config.name}[/bold] at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}")
+    console.print(_line(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     grid = _grid("field", "value")
     for name, value in flatten(config).items():
         grid.add_row(name, "-" if value is None or value == "" else str(value))
@@ -187,9 +190,7 @@ def print_plan(found: dict[str, Any]) -> None:
     from metajax.reporting import plan_page
 
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
-    console.print(
-        f"[bold]{found['name']}[/bold] at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"
-    )
+    console.print(_line(found["name"], f" at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"))
     if not found["fits"]:
         state = sum(found["state"].values())
         console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
@@ -239,14 +240,30 @@ def _print_buffers(found: dict[str, Any]) -> None:
         text = (
             f"  {buffer['bytes'] / 2**30:.3f} GiB  {buffer['shape']}  {buffer['operation']}  {buffer['source'] or buffer['name']}"
         )
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def _print_advice(found: dict[str, Any]) -> None:
     from metajax.reporting.plan_page import advice_lines
 
     for line in advice_lines(found):
-        console.print(line, markup=False)
+        console.print(line)
+
+
+def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
+    """Held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
+    if "tasks" in results:
+        print_tasks(results["tasks"])
+    if "choice" in results:
+        print_choices(results["choice"])
+    for name, values in results.items():
+        if isinstance(values, dict) and "accuracy" in values:
+            pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
+            size = ("{images} images" if "images" in values else pairs).format(**values)
+            echo(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
+    for condition, values in conditions(results).items():
+        size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
+        echo(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
 
 
 def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
@@ -273,9 +290,9 @@ def print_analysis(name: str, numbers: dict[str, Any]) -> None:
     """The headline numbers of an analysis."""
     from metajax.reporting.analysis_words import headlines
 
-    console.print(Text(name.replace("_", " "), "bold"))
+    console.print(plain(name.replace("_", " "), "bold"))
     for line in headlines(name, numbers):
-        console.print(Text(f"  {line}"), soft_wrap=True)
+        console.print(plain(f"  {line}"), soft_wrap=True)
 
 
 def print_curriculum(config: Config, paths: Any) -> None:
@@ -287,10 +304,10 @@ def print_curriculum(config: Config, paths: Any) -> None:
     for task in tasks.names:
         ranges = (f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in range(len(tasks.phases)))
         grid.add_row(task, *ranges, ", ".join(map(str, tasks.eval_lengths)))
-    console.print(Text(f"tokens of an example; a phase is {config.training.steps / len(tasks.phases):,.0f} steps", "bold"))
+    console.print(plain(f"tokens of an example; a phase is {config.training.steps / len(tasks.phases):,.0f} steps", "bold"))
     console.print(grid)
     for task in tasks.names:
-        console.print(Text(examples.test(task, min(tasks.eval_lengths), 0).text, "italic"))
+        console.print(plain(examples.test(task, min(tasks.eval_lengths), 0).text, "italic"))
 
 
 def print_rows(config: Config, paths: Any, count: int) -> None:
@@ -302,12 +319,12 @@ def print_rows(config: Config, paths: Any, count: int) -> None:
     rows = training_rows(corpora)
     if config.tasks is None:
         for i, spec in enumerate(config.data.sources):
-            console.print(Text(f"{spec}: {summary(phase_rows(corpora, i, note=lambda _: None))}"))
+            console.print(plain(f"{spec}: {summary(phase_rows(corpora, i, note=lambda _: None))}"))
     for n in range(count):
         row = rows[n]
         used, lost = int((row["segment_ids"] > 0).sum()), row["loss_weights"] > 0
         console.print(
-            Text(
+            plain(
                 f"row {n}: {used} of {len(lost)} slots, {int(lost.sum())} with loss, {int(row['is_body'].sum())} of them for body text, "
                 f"{int((lost & row['asks_metadata']).sum())} for metadata",
                 "bold",
@@ -317,7 +334,7 @@ def print_rows(config: Config, paths: Any, count: int) -> None:
         for run in runs(row, corpora.tokenizer):
             grid.add_row(str(run.document), run.holds, run.asked, run.text)
         console.print(grid)
-    console.print(Text(LEGEND, "italic"))
+    console.print(plain(LEGEND, "italic"))
 
 
 def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) -> None:
@@ -328,12 +345,10 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
     source = open_source(spec, cache_dir=paths.cache, data_dir=paths.data)
     found = survey(source, more)
     sizes, sample = found.sizes, f" (here and below a sample: every {found.every}th document)" if found.every > 1 else ""
-    size = (
-        f"{len(source):,} documents, {sizes.sum():,} bytes (median {int(np.median(sizes)):,}), {found.origins:,} origins{sample}"
-    )
-    console.print(Text.assemble((spec, "bold"), f": {size}"))
+    bytes_ = f"{sizes.sum():,} bytes (median {int(np.median(sizes)):,})"
+    console.print(_line(spec, f": {len(source):,} documents, {bytes_}, {found.origins:,} origins{sample}"))
     for note in found.notes:
-        console.print(Text(note, "yellow"))
+        console.print(plain(note, "yellow"))
     grid = _grid("field", "has it", "distinct", "entropy", "bits/word", "most frequent")
     grid.expand, last = True, grid.columns[-1]  # the last column gets what the others leave
     last.ratio, last.no_wrap, last.overflow = 1, True, "ellipsis"
@@ -344,7 +359,7 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
         grid.add_row(field.name, share, f"{field.distinct:,}", f"{field.entropy:.2f}", saved, common)
     console.print(grid)
     console.print(
-        Text(
+        plain(
             "entropy in bits; bits/word: saved in coding the words of documents from other origins by the frequencies of words under the "
             "same value, an estimate from below of what the field says about a word; a value not met before saves nothing",
             "italic",
@@ -357,8 +372,8 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
         console.print(pairs)
     for i in np.linspace(0, len(found.documents) - 1, count).astype(int).tolist():
         document = found.documents[i]
-        console.print(Text(json.dumps(document.metadata), "blue"))
-        console.print(Text(document.text[:600]))
+        console.print(plain(json.dumps(document.metadata), "blue"))
+        console.print(plain(document.text[:600]))
     console.print_json(json.dumps(source.manifest()))
 
 
@@ -439,6 +454,6 @@ def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None
         grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), empty)
     console.print(grid if lines else "no line of any table fits the time; give it more with --budget")
     for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
-        console.print(Text(f"failed: {failure}", "red"), soft_wrap=True)
+        console.print(plain(f"failed: {failure}", "red"), soft_wrap=True)
     rest = ", ".join(name for name in tables if name not in {line["table"] for line in lines})
     console.print(f"{len(lines)} of {len(tables)} tables reached" + f"; not reached: {rest}" * bool(rest))

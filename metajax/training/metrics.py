@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from metajax.atomic import write_text
-from metajax.config import Config, UserError, to_dict
+from metajax.config import Config, to_dict
+from metajax.progress import shown
 
 
 class MetricsFile:
@@ -44,21 +45,19 @@ class Loggers:
 
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         if "wandb" in config.runtime.loggers:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("runtime.loggers names wandb, which is not installed; pip install wandb") from None
+            import wandb
+
             self._wandb = wandb.init(
-                project="metajax", name=f"{config.name}-s{config.seed}", dir=str(workdir), config=to_dict(config), resume="allow",
+                project="metajax", name=shown(f"{config.name}-s{config.seed}", keep=""), dir=str(workdir), config=to_dict(config), resume="allow",
                 id=f"{workdir.parent.parent.name}-{workdir.name}".replace("/", "-"),
             )  # fmt: skip
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self._tensorboard is not None:
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(shown(name, keep=""), value, step)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+            self._wandb.log({shown(name, keep=""): value for name, value in scalars.items()}, step=step)
 
     def close(self) -> None:
         if self._tensorboard is not None:

@@ -22,15 +22,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from metajax.config import UserError, nearest
 from metajax.core.sealed import FORMAT
 from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.sources.files import file_entry
-from metajax.progress import console
+from metajax.progress import progress, say
 
 STDLIB = "stdlib"
 DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")
@@ -126,12 +124,15 @@ def _read_all(files: Sequence[File]) -> list[Module]:
     if len(files) < _FILES_FOR_POOL:
         return [_read(file) for file in files]
     title = f"pydocs: reading docstrings of {len(files)} Python files (once)"
-    if not console.is_terminal:
-        console.print(title, highlight=False)
+    say(title)
     # Spawned, not forked: the parent may hold the threads of an accelerator runtime.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        results = pool.map(_read, files, chunksize=32)
-        return list(track(results, title, len(files), console=console, disable=not console.is_terminal))
+        results = []
+        with progress("pydocs", len(files), plain_lines=False) as advance:
+            for module in pool.map(_read, files, chunksize=32):
+                results.append(module)
+                advance(1)
+        return results
 
 
 def build_documents(files: Sequence[File], versions: dict[str, str]) -> tuple[list[Document], dict[str, Any]]:

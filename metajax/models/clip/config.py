@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from metajax.config import Model, nearest, require
+from metajax.fields import Count, Part, Positive, Range, Size, SizeOrZero
 
-PIXEL_MEAN, PIXEL_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # OpenAI's, for red, green and blue
+# OpenAI's, for red, green and blue.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+Real = Annotated[float, Range(-1e30, 1e30)]
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Part, path="clip"):
     """An image tower and a text tower that meet in one space of `embed` numbers."""
 
-    vision_layers: tuple[int, ...]  # of a vision transformer: one number; of a ResNet: blocks of each of the four stages
-    vision_width: int  # of a ResNet: channels of the first stage
-    vision_heads: int  # of a ResNet: those of its attention pool
-    text_width: int
-    text_heads: int
-    embed: int
-    patch: int = 0  # side of a vision transformer's patches; 0: a ResNet
-    image_size: int = 224
-    text_layers: int = 12
-    context: int = 77  # rows of the text tower's position table
-    vocab: int = 49_408
+    vision_layers: tuple[Size, ...]  # of a vision transformer: one number; of a ResNet: blocks of each of the four stages
+    vision_width: Size  # of a ResNet: channels of the first stage
+    vision_heads: Size  # of a ResNet: those of its attention pool
+    text_width: Size
+    text_heads: Size
+    embed: Size
+    patch: SizeOrZero = 0  # side of a vision transformer's patches; 0: a ResNet
+    image_size: Size = 224
+    text_layers: Size = 12
+    context: Size = 77  # rows of the text tower's position table
+    vocab: Count = 49_408
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's (arXiv 2303.15343), whose logits have a learned bias
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # The image tower reads (pixel / 255 - mean) / std of each channel; None: OpenAI's numbers.
-    pixel_mean: tuple[float, float, float] | None = None
-    pixel_std: tuple[float, float, float] | None = None
+    pixel_mean: tuple[Real, Real, Real] | None = None
+    pixel_std: tuple[Positive, Positive, Positive] | None = None
 
     def __post_init__(self) -> None:
         stages = 1 if self.patch else 4
@@ -43,7 +44,6 @@ class Clip:
         )
         side = self.patch or 32
         require(self.image_size % side == 0, f"clip.image_size = {self.image_size} does not divide by {side}")
-        require(min(self.pixel_std or (1.0,)) > 0, f"clip.pixel_std = {self.pixel_std}: positive numbers")
 
     @property
     def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
