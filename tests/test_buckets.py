@@ -20,6 +20,7 @@ from metajax import buckets
 from metajax.cli import main
 from metajax.config import UserError
 from metajax.data.sources import open_source
+from metajax.data.sources.files import file_stamp
 from metajax.experiment import open_run, run_experiment
 from metajax.fields import Stopped
 from metajax.pods import preflight
@@ -198,3 +199,12 @@ def test_data_on_a_bucket_is_that_of_a_folder_though_the_bucket_is_away_at_first
     there = open_source(f"{kind}:corpus.{kind}", cache_dir=tmp_path, data_dir=epath.Path("gs://bucket/data"))
     assert bucket.refused > 0 and [there[i] for i in range(len(there))] == [local[i] for i in range(len(local))]
     assert there.manifest()["files"][0]["sha256"] == local.manifest()["files"][0]["sha256"]
+
+
+@pytest.mark.fault(16)
+def test_an_object_that_was_replaced_within_a_second_is_another_one(bucket):
+    stamps = []
+    for content in (b"first", b"other", b"first"):
+        epath.Path("gs://bucket/stamped").write_bytes(content)
+        stamps.append(file_stamp("gs://bucket/stamped").split()[-1])
+    assert stamps[0] == stamps[2] != stamps[1]
