@@ -27,7 +27,7 @@ from metajax.config import UserError, config_hash, to_dict
 from metajax.fields import field_types
 from metajax.progress import shown
 from metajax.reporting.records import write_json
-from tests.faults import write_corpus
+from tests.faults.suite import write_corpus
 
 SECONDS = 20.0
 VALUES = (

@@ -159,8 +159,8 @@ def test_difference_names_the_fields():
 def test_fields_that_can_be_reached_are_bounded():
     registry.load()
     for name, experiment in registry.experiments().items():
-        fields = [field for field in flatten(experiment.build(experiment.scales[0])) if not field.startswith("runtime.")]
-        assert len(fields) <= 81, f"{name}: {len(fields)} fields beside `runtime`, which says how a run is carried out"
+        fields = [field for field in flatten(experiment.build(experiment.scales[0])) if not field.startswith(("runtime.", "imported"))]
+        assert len(fields) <= 81, f"{name}: {len(fields)} fields beside `runtime` and what `import` fills in"
 
 
 def test_experiments_resolve_at_all_their_scales():
