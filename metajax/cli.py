@@ -1,7 +1,7 @@
 """The command line: names, verbs, errors in one line, exit codes.
 
 Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can mend, 75 ended from outside (preempted, or
-hanging for the want of another host): start the same command again; 130 interrupted.
+hanging for the want of another host): start the same command again; 130 ended by Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from metajax import registry, verbs
 from metajax.buckets import SCHEME, outages, storage
 from metajax.config import ANALYSES, UserError, nearest, require
+from metajax.core.interrupts import Interrupted, interruptible, leave
 from metajax.fields import Stopped
 from metajax.interop import command as interop
 from metajax.progress import PROGRAM
@@ -40,9 +41,9 @@ EXAMPLES = """examples:
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
-def command() -> int:
+def command() -> NoReturn:
     """The installed command: the experiments that came with it, and those of a folder `experiments` where it is called."""
-    return main(sys.argv[1:], packages=_installed_packages())
+    leave(main(sys.argv[1:], packages=_installed_packages()))
 
 
 def _installed_packages() -> list[str]:
@@ -58,14 +59,14 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
     """Run one command with the experiments of some packages and return its exit code."""
     started = time.monotonic() if started is None else started
     try:
-        for package in packages:
-            registry.load(package)
-        options = _parse(list(arguments))
-        with outages():
+        with interruptible(), outages():
+            for package in packages:
+                registry.load(package)
+            options = _parse(list(arguments))
             return options.act(options, started) or 0
     except Stopped as reason:
         print(reason, file=sys.stderr)
-        return Stopped.EXIT_CODE
+        return reason.EXIT_CODE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,8 +80,8 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
         )
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command takes up from the last checkpoint", file=sys.stderr)
-        return 130
+        print("interrupted; the same command goes on from what has been saved", file=sys.stderr)
+        return Interrupted.EXIT_CODE
 
 
 # ------------------------------------------------------------------------------------------------- arguments

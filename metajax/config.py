@@ -335,8 +335,14 @@ class Runtime:
     # report. Outside the hash, for a run that meets no such step is the same.
     on_bad_step: Literal["stop", "skip"] = "stop"
     max_grad_norm: float = 0.0  # before clipping; 0: no limit
+    max_skipped: int = 10  # steps left out in a row, at which a run stops after all
     profile: tuple[int, ...] = ()  # first and last step of a profile for xprof
-    hang_seconds: float = 1800.0  # without a step, save or evaluation the process ends with its stacks; 0: never
+    hang_seconds: float = (
+        1800.0  # after the first step, without a step, save or evaluation, the process ends with its stacks; 0: never
+    )
+    startup_seconds: float = (
+        7200.0  # the same for restoring, compiling and the first step, and for what an evaluation compiles; 0: never
+    )
     loggers: tuple[str, ...] = ()  # tensorboard, wandb
     workers: int = 0  # grain reader processes; 0: threads
     mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the devices that are left
@@ -345,14 +351,14 @@ class Runtime:
     implementation: Literal["auto", "reference", "xla", "pallas_tpu"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep"):
+        for name in ("log_every", "save_every", "keep", "max_skipped"):
             require(getattr(self, name) >= 1, f"runtime.{name} = {getattr(self, name)}: at least 1")
         profile = self.profile
         require(
             not profile or (len(profile) == 2 and 1 <= profile[0] <= profile[1]),
             f"runtime.profile = {profile}: the first and the last step of the profile, such as 20,25",
         )
-        for name in ("workers", "unroll", "max_grad_norm", "hang_seconds"):
+        for name in ("workers", "unroll", "max_grad_norm", "hang_seconds", "startup_seconds"):
             require(getattr(self, name) >= 0, f"runtime.{name} = {getattr(self, name)}: not negative")
         for logger in self.loggers:
             known = ("tensorboard", "wandb")

@@ -20,6 +20,7 @@ from absl import flags
 
 from metajax.atomic import whole_folder
 from metajax.config import Config, require
+from metajax.core.interrupts import deaf_children
 from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
@@ -282,7 +283,10 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
         if not flags.FLAGS.is_parsed():  # grain's reader processes read absl flags; ours come from elsewhere
             flags.FLAGS(sys.argv[:1])
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(stream)
+    with deaf_children():
+        batches = iter(stream)
+        batches.start_prefetch()
+    return batches
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

@@ -12,9 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from metajax.data.cache import TokenCache, digest, read_documents
 from metajax.data.documents import Document, Source, origin_bucket
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
+from metajax.workers import process_pool
 
 CHUNK = 512  # records tokenised at a time
 PART = 1 << 16  # records of a part
@@ -45,7 +44,7 @@ def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[i
     if workers == 1:
         yield from map(job.make, parts)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(job.make, parts)  # after an error what is under way becomes whole; the rest is left to the next start
 
 

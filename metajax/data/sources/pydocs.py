@@ -14,11 +14,9 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.sources.files import file_stamp
 from metajax.progress import console
+from metajax.workers import process_pool
 
 STDLIB = "stdlib"
 DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")
@@ -125,8 +124,7 @@ def _read_all(files: Sequence[File]) -> list[Module]:
     title = f"pydocs: reading docstrings of {len(files)} Python files (once)"
     if not console.is_terminal:
         console.print(title, highlight=False)
-    # Spawned, not forked: the parent may hold the threads of an accelerator runtime.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with process_pool(os.cpu_count() or 1) as pool:
         results = pool.map(_read, files, chunksize=32)
         return list(track(results, title, len(files), console=console, disable=not console.is_terminal))
 
