@@ -10,9 +10,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any
 
 from metajax.config import require
@@ -39,14 +42,22 @@ def process_pool(count: int, begin: Callable[..., None] | None = None, *argument
     with executor:
         try:
             with deaf_children():
+                _start_tracker()
                 for _ in range(count):
                     executor.submit(int)  # each starts a process
             yield executor
         except BaseException as error:
-            executor.shutdown(wait=False, cancel_futures=True)
             for child in () if isinstance(error, Exception) else multiprocessing.active_children():
                 child.terminate()
+            executor.shutdown(cancel_futures=True)
             raise
+
+
+def _start_tracker() -> None:
+    """The process that clears up what a killed one leaves does so without a warning."""
+    given, sys.warnoptions = sys.warnoptions, [*sys.warnoptions, "ignore:resource_tracker:UserWarning"]
+    resource_tracker.ensure_running()
+    sys.warnoptions = given
 
 
 def _begin(begin: Callable[..., None] | None, *arguments: Any) -> None:
@@ -57,7 +68,9 @@ def _begin(begin: Callable[..., None] | None, *arguments: Any) -> None:
 
 def _outlive() -> None:
     multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:  # a run ends with its first SIGTERM, and the process that waits for another one with the next
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.0)
 
 
 @contextlib.contextmanager

@@ -37,10 +37,10 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked is not None
 
-    def end(self, step: int, steps: int) -> Stopped:
-        """What to raise once `step` is saved: with Ctrl-C the command is not to be given again by itself."""
+    def end(self, state: str) -> Stopped:
+        """What to raise, with the `state` that the run is left in; after Ctrl-C no launcher is to give the command again."""
         kind, why = (Interrupted, "Ctrl-C") if self._asked == signal.SIGINT else (Stopped, "SIGTERM")
-        return kind(f"asked to end ({why}): saved at step {step} of {steps}; the same command goes on from there")
+        return kind(f"asked to end ({why}): {state}; the same command goes on from there")
 
     def close(self) -> None:
         """The signals mean again what they meant before."""

@@ -122,14 +122,14 @@ class Trainer:
             self.goodput.begin_steps(start)
             began = time.monotonic()
             if self.preemption.reached(start):
-                raise self.preemption.end(start, steps)
+                raise self.preemption.end(f"no step was made after step {start} of {steps}")
             if step_fn is not None:
                 with _lost_peers_stop():
                     state = self._steps(state, step_fn, start)
             else:
                 self.phases.finish(0.0)
         if jax.process_count() == 1 and self.preemption.reached(steps):  # while the last save was being written
-            raise self.preemption.end(steps, steps)
+            raise self.preemption.end(f"saved at step {steps} of {steps}")
         if self.left_out.count:
             self.run.warn(str(self.left_out))
         seconds = time.monotonic() - began
@@ -207,7 +207,7 @@ class Trainer:
                     with self._pace.paused():
                         self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
                 if ends:
-                    raise self.preemption.end(step, steps)
+                    raise self.preemption.end(f"saved at step {step} of {steps}")
                 self.watchdog.beat()
             self._profile(steps + 1, start + 1)
         return state
