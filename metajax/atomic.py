@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from metajax.config import require
 
@@ -22,6 +24,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def strict(value: Any) -> Any:
+    """A JSON-ready value as JSON can say it: a number that is not finite is None."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 @contextlib.contextmanager

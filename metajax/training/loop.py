@@ -22,9 +22,9 @@ from metajax.config import Config, UserError, config_hash
 from metajax.core.quiet import told_once
 from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
-from metajax.evaluation.choice import evaluate_choice
+from metajax.evaluation.choice import check_choice, evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
-from metajax.evaluation.tasks import evaluate_tasks, mean_exact
+from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
 from metajax.fields import Stopped
 from metajax.parallel.mesh import HostRows, make_mesh
 from metajax.planning.flops import peak_flops, step_flops
@@ -84,6 +84,8 @@ class Trainer:
         self.batches = training_batches(self.corpora, host=self.rows.index, hosts=self.rows.count, note=notes.append)
         self.batches[0]
         check_evaluation(self.corpora)
+        check_choice(self.corpora)
+        check_bins(self.config)
         self.run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
         for note in notes:
             self.run.warn(note)
