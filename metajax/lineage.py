@@ -14,17 +14,19 @@ from typing import Any
 from metajax import registry
 from metajax.config import nearest, override, require
 from metajax.families import AnyConfig
+from metajax.image_config import ImageConfig
 from metajax.progress import say
 from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
 
 
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
-    """The changed fields of sub-configs that this config does without."""
-    return sorted(f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None)
+    """The changed fields that this config does without: those of sub-configs that it has not, and of images those that nothing reads."""
+    unread = config.unread() if isinstance(config, ImageConfig) else {}
+    return sorted(f for f in changes if f in unread or ("." in f and getattr(config, f.partition(".")[0], config) is None))
 
 
 def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
-    """The config with changes meant for several; those of a sub-config that this one does without pass it by."""
+    """The config with changes meant for several; those that this one does without pass it by."""
     absent = absent_fields(config, changes)
     return override(config, {field: value for field, value in changes.items() if field not in absent})
 
@@ -52,8 +54,10 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
       root: where runs are; `init.from` may also be a run there, or the folder of one.
 
     Raises:
-      UserError: no such experiment or run, or experiments that start from each other.
+      UserError: no such experiment or run, experiments that start from each other, or a field that a run on images would ignore.
     """
+    if isinstance(config, ImageConfig):
+        config = config.without_ignored(inherited(changes) if config.init.from_ else ())
     return _resolve(config, inherited(changes), root, (config.name,))
 
 

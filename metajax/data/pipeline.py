@@ -287,10 +287,11 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
         if not flags.FLAGS.is_parsed():  # grain's reader processes read absl flags; ours come from elsewhere
             flags.FLAGS(sys.argv[:1])
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    with deaf_children():
-        batches = iter(stream)
-        batches.start_prefetch()
-    return batches
+    reader = iter(stream)
+    if workers > 0:
+        with deaf_children():
+            reader.start_prefetch()
+    return reader
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
