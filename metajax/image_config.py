@@ -32,6 +32,18 @@ AUGMENTATIONS = (
 )  # in metajax/data/images/augmentations.py; fmt: skip
 
 
+OF_TEXT = (
+    "runtime.on_bad_step",
+    "runtime.max_grad_norm",
+    "runtime.max_skipped",
+    "runtime.profile",
+    "runtime.hang_seconds",
+    "runtime.startup_seconds",
+    "runtime.implementation",
+    "training.accumulate",
+)  # what no run on images reads; fmt: skip
+
+
 @dataclass(frozen=True)
 class Images:
     """What is seen. A source is KIND[:PATH], see metajax/data/images/sources.py."""
@@ -151,11 +163,8 @@ class ImageConfig:
         cfg = self.prompts
         clip, learner, context = cfg is None, cfg is not None, bool(cfg and cfg.context)
         alone, paired = not (cfg and cfg.alpha), bool(cfg and cfg.paired)
-        loop = ("on_bad_step", "max_grad_norm", "max_skipped", "profile", "hang_seconds", "startup_seconds")
         rules = (
-            (True, "runs on images have no such thing, runs on text do", [f"runtime.{name}" for name in loop]),
-            (True, "there is one implementation of CLIP", ["runtime.implementation"]),
-            (True, "runs on images compute a batch at once", ["training.accumulate"]),
+            (True, "runs on images have no such thing, runs on text do", OF_TEXT),
             (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
             (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
             (clip, "a CLIP is trained from its start", ["init.from_"]),

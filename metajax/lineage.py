@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import nearest, override, require
+from metajax.config import flatten, nearest, override, require
 from metajax.families import AnyConfig
-from metajax.image_config import ImageConfig
+from metajax.image_config import OF_TEXT, ImageConfig
 from metajax.progress import say
 from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
 
 
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
     """The changed fields that this config does without: those of sub-configs that it has not, and of images those that nothing reads."""
-    unread = config.unread() if isinstance(config, ImageConfig) else {}
+    unread = config.unread().keys() - OF_TEXT if isinstance(config, ImageConfig) else ()
     return sorted(f for f in changes if f in unread or ("." in f and getattr(config, f.partition(".")[0], config) is None))
 
 
@@ -57,8 +57,19 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
       UserError: no such experiment or run, experiments that start from each other, or a field that a run on images would ignore.
     """
     if isinstance(config, ImageConfig):
-        config = config.without_ignored(inherited(changes) if config.init.from_ else ())
+        config = _for_parent_alone(config, inherited(changes))
     return _resolve(config, inherited(changes), root, (config.name,))
+
+
+def _for_parent_alone(config: ImageConfig, changes: Mapping[str, Any]) -> ImageConfig:
+    """The config without those changes that the experiment it starts from reads, and it does not."""
+    known = registry.experiments().get(config.init.from_)
+    parent = known.build(config.scale) if known is not None else None
+    read = flatten(parent).keys() - parent.unread() if isinstance(parent, ImageConfig) else ()
+    kept = config.without_ignored([field for field in changes if field in read])
+    for field in (field for field in changes if kept != config and field in config.unread()):
+        say(f"{config.name} does without {field}: --set is for {config.init.from_}, which comes first")
+    return kept
 
 
 def _resolve(
