@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from typing import Any
 
 from metajax.config import require
 from metajax.core.interrupts import deaf_children
 
+ASK_AGAIN_SECONDS = 1.0  # between two SIGTERMs: a run saves on the first, its process ends with the next
 _GPU_MEMORY = 0.9  # the share of a GPU's memory that is taken; the rest is for its libraries
 
 
@@ -38,18 +40,20 @@ def process_pool(count: int, begin: Callable[..., None] | None = None, *argument
     """`count` processes, each begun with begin(*arguments). Ctrl-C is this process's alone: then, and when this one is gone, they
     get SIGTERM, which runs save on; after an error they finish what they have begun."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
+    _start_tracker()
     executor = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(begin, *arguments))
     with executor:
         try:
             with deaf_children():
-                _start_tracker()
                 for _ in range(count):
                     executor.submit(int)  # each starts a process
             yield executor
         except BaseException as error:
-            for child in () if isinstance(error, Exception) else multiprocessing.active_children():
-                child.terminate()
-            executor.shutdown(cancel_futures=True)
+            executor.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            while not isinstance(error, Exception) and (children := multiprocessing.active_children()):
+                for child in children:
+                    child.terminate()
+                wait([child.sentinel for child in children], ASK_AGAIN_SECONDS)
             raise
 
 
@@ -68,9 +72,9 @@ def _begin(begin: Callable[..., None] | None, *arguments: Any) -> None:
 
 def _outlive() -> None:
     multiprocessing.parent_process().join()
-    while True:  # a run ends with its first SIGTERM, and the process that waits for another one with the next
+    while True:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.0)
+        time.sleep(ASK_AGAIN_SECONDS)
 
 
 @contextlib.contextmanager
@@ -81,6 +85,7 @@ def workers(count: int, start: Callable[[], None]) -> Iterator[Executor]:
     """
     cores = sorted(os.sched_getaffinity(0))
     require(1 <= count <= len(cores), f"--jobs {count}: between 1 and the {len(cores)} cores of this machine")
+    _start_tracker()
     shares = multiprocessing.get_context("spawn").SimpleQueue()
     for i in range(count):
         shares.put((cores[i::count], _GPU_MEMORY / count))
