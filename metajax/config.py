@@ -337,12 +337,9 @@ class Runtime:
     max_grad_norm: float = 0.0  # before clipping; 0: no limit
     max_skipped: int = 10  # steps left out in a row, at which a run stops after all
     profile: tuple[int, ...] = ()  # first and last step of a profile for xprof
-    hang_seconds: float = (
-        1800.0  # after the first step, without a step, save or evaluation, the process ends with its stacks; 0: never
-    )
-    startup_seconds: float = (
-        7200.0  # the same for restoring, compiling and the first step, and for what an evaluation compiles; 0: never
-    )
+    # Without a step, save or evaluation the process ends with its stacks; 0: never. The second is for restoring, compiling and the first step.
+    hang_seconds: float = 1800.0
+    startup_seconds: float = 7200.0
     loggers: tuple[str, ...] = ()  # tensorboard, wandb
     workers: int = 0  # grain reader processes; 0: threads
     mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the devices that are left

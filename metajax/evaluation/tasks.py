@@ -58,10 +58,11 @@ def impossible(config: Config, length: int) -> str | None:
 
 
 def check_bins(config: Config) -> None:
-    """UserError now, not after training, where the model could read no length of `tasks.eval_lengths`."""
-    tasks = config.tasks
-    readable = tasks is None or any(impossible(config, length) is None for length in tasks.eval_lengths)
-    require(readable, f"tasks.eval_lengths = {tasks and tasks.eval_lengths}: there is none that the model can read")
+    """UserError now, not after training, where a mean over the lengths of `tasks.eval_lengths` has none that the model can read."""
+    tasks, evaluation = config.tasks, config.evaluation
+    if tasks is not None and (evaluation.every or not evaluation.documents):
+        readable = any(impossible(config, length) is None for length in tasks.eval_lengths)
+        require(readable, f"tasks.eval_lengths = {tasks.eval_lengths}: there is none that the model can read")
 
 
 def mean_exact(results: Results) -> float:

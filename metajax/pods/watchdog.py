@@ -42,7 +42,7 @@ class Watchdog:
 
     @property
     def _count(self) -> Path:
-        return self._stacks.with_suffix(".json")
+        return self._stacks.with_name(f".{self._stacks.stem}.json")  # hidden: of this machine, not of a run on a bucket
 
     def beat(self) -> None:
         """The run is alive."""

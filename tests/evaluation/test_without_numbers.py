@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from metajax.atomic import strict
-from metajax.config import MetaTokens, Tasks, UserError
+from metajax.config import Evaluation, MetaTokens, Tasks, UserError
 from metajax.data.pipeline import open_corpora
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import check_bins
@@ -112,6 +112,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_training(tiny_config,
 def test_lengths_that_no_model_reads_are_refused_before_training(tiny_config, lengths):
     config = tiny_config(
         tasks=Tasks(names=("parity",), eval_lengths=lengths, train_length=32),
+        evaluation=Evaluation(every=2),
         meta_tokens=MetaTokens(),
         **{"model.position": "learned"},
     )

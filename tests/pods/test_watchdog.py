@@ -65,12 +65,12 @@ def test_the_third_start_in_a_row_without_a_new_save_ends_as_an_error(tmp_path):
     assert codes == [75, 75, 75, 75], "a new save begins the count anew"
     last = watched(HANGS.replace("SAVED", "100"), stacks)
     assert last.returncode == 2 and "3 starts in a row" in last.stderr
-    assert json.loads(stacks.with_suffix(".json").read_text()) == {"saved": 100, "starts": 3}
+    assert json.loads((stacks.parent / ".stacks.json").read_text()) == {"saved": 100, "starts": 3}
 
 
 @pytest.mark.fault(32)
 def test_a_damaged_count_and_a_folder_that_cannot_be_written_end_it_too(tmp_path):
-    (tmp_path / "stacks.json").write_text("{")
+    (tmp_path / ".stacks.json").write_text("{")
     assert watched(HANGS.replace("SAVED", "0"), tmp_path / "stacks.txt").returncode == 75
     (tmp_path / "file").write_text("")
     assert watched(HANGS.replace("SAVED", "0"), tmp_path / "file" / "stacks.txt").returncode == 75
