@@ -10,17 +10,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
 from metajax.config import require
-from metajax.core.interrupts import deaf_children
+from metajax.core.interrupts import deaf_children, start_tracker
 
 ASK_AGAIN_SECONDS = 1.0  # between two SIGTERMs: a run saves on the first, its process ends with the next
 _GPU_MEMORY = 0.9  # the share of a GPU's memory that is taken; the rest is for its libraries
@@ -40,7 +38,7 @@ def process_pool(count: int, begin: Callable[..., None] | None = None, *argument
     """`count` processes, each begun with begin(*arguments). Ctrl-C is this process's alone: then, and when this one is gone, they
     get SIGTERM, which runs save on; after an error they finish what they have begun."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
-    _start_tracker()
+    start_tracker()
     executor = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(begin, *arguments))
     with executor:
         try:
@@ -55,13 +53,6 @@ def process_pool(count: int, begin: Callable[..., None] | None = None, *argument
                     child.terminate()
                 wait([child.sentinel for child in children], ASK_AGAIN_SECONDS)
             raise
-
-
-def _start_tracker() -> None:
-    """The process that clears up what a killed one leaves does so without a warning."""
-    given, sys.warnoptions = sys.warnoptions, [*sys.warnoptions, "ignore:resource_tracker:UserWarning"]
-    resource_tracker.ensure_running()
-    sys.warnoptions = given
 
 
 def _begin(begin: Callable[..., None] | None, *arguments: Any) -> None:
@@ -85,7 +76,7 @@ def workers(count: int, start: Callable[[], None]) -> Iterator[Executor]:
     """
     cores = sorted(os.sched_getaffinity(0))
     require(1 <= count <= len(cores), f"--jobs {count}: between 1 and the {len(cores)} cores of this machine")
-    _start_tracker()
+    start_tracker()
     shares = multiprocessing.get_context("spawn").SimpleQueue()
     for i in range(count):
         shares.put((cores[i::count], _GPU_MEMORY / count))

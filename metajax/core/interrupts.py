@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
@@ -64,11 +65,15 @@ def _count(heard: int) -> None:
             return
         count += numbers.count(signal.SIGINT)
         if count > 1:
-            for child in multiprocessing.active_children():
-                child.kill()
+            _kill_children()
             # Straight to the terminal: a buffer may be locked by what is being left. A progress bar has hidden the cursor.
             os.write(2, b"\x1b[?25h\n" * os.isatty(2) + b"ended at once; what was not yet saved is lost\n")
             os._exit(Interrupted.EXIT_CODE)
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def leave(code: int) -> NoReturn:
@@ -80,6 +85,7 @@ def leave(code: int) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C from here on prints no traceback
     jax = sys.modules.get("jax")
     if code == Interrupted.EXIT_CODE and not (jax and jax.distributed.is_initialized()):
+        _kill_children()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -94,3 +100,15 @@ def deaf_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def be_deaf(*_: int) -> None:
+    """The same for this process, which another library has started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start_tracker() -> None:
+    """The process that clears up what a killed one leaves does so without a warning."""
+    given, sys.warnoptions = sys.warnoptions, [*sys.warnoptions, "ignore:resource_tracker:UserWarning"]
+    resource_tracker.ensure_running()
+    sys.warnoptions = given

@@ -20,7 +20,7 @@ from absl import flags
 
 from metajax.atomic import whole_folder
 from metajax.config import Config, require
-from metajax.core.interrupts import deaf_children
+from metajax.core.interrupts import be_deaf, start_tracker
 from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
 from metajax.data.documents import is_held_out
 from metajax.data.meta_tokens import inject
@@ -286,12 +286,9 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
     if workers > 0:
         if not flags.FLAGS.is_parsed():  # grain's reader processes read absl flags; ours come from elsewhere
             flags.FLAGS(sys.argv[:1])
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    reader = iter(stream)
-    if workers > 0:
-        with deaf_children():
-            reader.start_prefetch()
-    return reader
+        start_tracker()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=be_deaf)
+    return iter(stream)
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

@@ -182,10 +182,11 @@ class Trainer:
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.config.training.steps
-        stream = self.program.feed(self._timed(read_batches(self.batches, start, config.runtime.workers), steps - start))
         pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
         self._pace = Pace(hosts=self.rows.count)
-        with progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance:
+        reader, title = read_batches(self.batches, start, config.runtime.workers), f"training {config.name} (seed {config.seed})"
+        with contextlib.closing(reader), progress(title, total=steps, plain_lines=False) as advance:
+            stream = self.program.feed(self._timed(reader, steps - start))
             advance(start)
             for step, (batch, on_host) in enumerate(stream, start + 1):
                 self._profile(step, start + 1)

@@ -160,7 +160,8 @@ class _Loop:
         task, runtime, key = self.task, self.config.runtime, jax.random.key(self.config.seed)
         stream, pending = read_batches(task.batches, start, runtime.workers), None
         self.since, self.counted = time.monotonic(), start
-        with progress(f"training {self.config.name} (seed {self.config.seed})", total=task.steps, plain_lines=False) as advance:
+        title = f"training {self.config.name} (seed {self.config.seed})"
+        with contextlib.closing(stream), progress(title, total=task.steps, plain_lines=False) as advance:
             advance(start)
             for step in range(start + 1, task.steps + 1):
                 batch = next(stream)
