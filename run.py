@@ -5,10 +5,14 @@ import time
 STARTED = time.monotonic()
 
 if __name__ == "__main__":
+    import os
+    import signal
     import sys
 
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Ctrl-C during the imports, which takes seconds on a cold disk
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
-        from metajax.cli import main
+        from metajax.cli import leave, main
     except ModuleNotFoundError as error:  # another Python than the one that was set up, most likely
         print(
             f"error: {sys.executable} has no module {error.name!r}; `make quickstart` sets up .venv, `. .venv/bin/activate` makes it "
@@ -17,4 +21,4 @@ if __name__ == "__main__":
         )
         sys.exit(2)
 
-    sys.exit(main(sys.argv[1:], started=STARTED))
+    leave(main(sys.argv[1:], started=STARTED))

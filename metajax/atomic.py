@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from metajax.config import require
 
@@ -58,6 +60,11 @@ def write_text(path: Path, text: str) -> None:
             _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def strict(value: Any) -> Any:
+    """A JSON-ready value as JSON can say it: a number that is not finite is None."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The command line: names, verbs, errors in one line, exit codes.
 
 Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can mend, 75 ended from outside (preempted, or
-hanging for the want of another host): start the same command again; 130 interrupted.
+hanging for the want of another host): start the same command again; 130 ended by Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from metajax import arguments as checked
 from metajax import registry, verbs
@@ -34,6 +34,7 @@ from metajax.config import (
     nearest,
     require,
 )
+from metajax.core.interrupts import Interrupted, interruptible, leave
 from metajax.fields import Count, CountOrZero, Range, Seed, Stopped, field_types, is_text
 from metajax.interop import command as interop
 from metajax.progress import PROGRAM, echo, fail, terminal
@@ -56,7 +57,7 @@ GO_ON = "; make room or restore the access, then give the same command again: on
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
-def command() -> int:
+def command() -> NoReturn:
     """The installed command: the experiments that came with it, and those of a folder `experiments` where it is called."""
     here = Path.cwd()
     is_checkout = (here / "metajax" / "registry.py").exists()  # whose experiments are the same, or newer
@@ -64,7 +65,7 @@ def command() -> int:
     if (here / "experiments").is_dir():
         sys.path.insert(0, str(here))
         packages.append("experiments")
-    return main(sys.argv[1:], packages=packages)
+    leave(main(sys.argv[1:], packages=packages))
 
 
 def main(arguments: Sequence[str], started: float | None = None, packages: Sequence[str] = ("experiments",)) -> int:
@@ -74,13 +75,13 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
         try:
             for at, text in enumerate(arguments, 1):
                 require(is_text(text), f"argument {at}, {text!r}: expected text in UTF-8 without NUL")
-            registry.load(*packages)
-            options = _parse(list(arguments))
-            with outages():
+            with interruptible(), outages():
+                registry.load(*packages)
+                options = _parse(list(arguments))
                 return options.act(options, started) or 0
         except Stopped as reason:
             echo(str(reason), stream=sys.stderr)
-            return Stopped.EXIT_CODE
+            return reason.EXIT_CODE
         except UserError as error:
             fail(error)
             return 2
@@ -90,8 +91,8 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
             fail(f"{error.filename or 'storage'}: {error.strerror}{GO_ON * (error.errno in STORAGE)}")
             return 2
         except KeyboardInterrupt:
-            echo("interrupted; the same command takes up from the last checkpoint", stream=sys.stderr)
-            return 130
+            echo("interrupted; the same command goes on from what has been saved", stream=sys.stderr)
+            return Interrupted.EXIT_CODE
 
 
 # ------------------------------------------------------------------------------------------------- arguments

@@ -344,8 +344,11 @@ class Runtime(Part, path="runtime"):
     # report. Outside the hash, for a run that meets no such step is the same.
     on_bad_step: Literal["stop", "skip"] = "stop"
     max_grad_norm: NotNegative = 0.0  # before clipping; 0: no limit
+    max_skipped: Count = 10  # steps left out in a row, at which a run stops after all
     profile: tuple[Count, ...] = ()  # first and last step of a profile for xprof
-    hang_seconds: Seconds = 1800.0  # without a step, save or evaluation the process ends with its stacks; 0: never
+    # Without a step, save or evaluation the process ends with its stacks; 0: never. The second is for restoring, compiling and the first step.
+    hang_seconds: Seconds = 1800.0
+    startup_seconds: Seconds = 7200.0
     loggers: tuple[str, ...] = ()  # tensorboard, wandb
     workers: Annotated[int, Range(0, 1024)] = 0  # grain reader processes; 0: threads
     mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the devices that are left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from metajax.buckets import hashes_of, steps_of
 from metajax.config import Config, Runtime, config_hash, override, require, to_dict
+from metajax.core.interrupts import Interrupted
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora, training_rows
@@ -84,6 +87,13 @@ def run_experiment(
             run.write("report.json", done)
             write_report(workdir)
         return done
+    except KeyboardInterrupt:
+        step = max((step for step in steps_of(workdir) if hashes_of(workdir, step)), default=0)
+        raise Interrupted(f"interrupted; the same command goes on from step {step}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            error.filename = str(workdir)  # a write that finds no room does not name its file
+        raise
     finally:
         run.close()
 
@@ -140,6 +150,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "flops_per_token": flops_per_token(config, vocab_size),
         "cache_mb": _cache_mb(config),
         "counts": vars(trained.counts),
+        "left_out": vars(trained.left_out),
         "bytes_per_token": trained.corpora.bytes_per_token,
         "eval": results,
         "curves": _curves(config, run, results),

@@ -6,10 +6,11 @@ hash and run directories; what is trained and on what differs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Literal
 
-from metajax.config import Init, Optimizer, Runtime, Scale, Training, nearest, require
+from metajax.config import Init, Optimizer, Runtime, Scale, Training, flatten, nearest, override, require
 from metajax.fields import CountOrZero, NotNegative, Part, Positive, Range, Seed, Share, Size, SizeOrZero
 from metajax.models.clip.config import Clip
 
@@ -29,6 +30,18 @@ AUGMENTATIONS = (
     "cutout",
     "sobel_filter",
 )  # in metajax/data/images/augmentations.py; fmt: skip
+
+
+OF_TEXT = (
+    "runtime.on_bad_step",
+    "runtime.max_grad_norm",
+    "runtime.max_skipped",
+    "runtime.profile",
+    "runtime.hang_seconds",
+    "runtime.startup_seconds",
+    "runtime.implementation",
+    "training.accumulate",
+)  # what no run on images reads; fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,40 @@ class ImageConfig(Part):
                 bool(self.init.from_) != bool(self.weights),
                 "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
             )
+
+    def unread(self) -> dict[str, str]:
+        """{field: why nothing reads it} of a run of this kind."""
+        cfg = self.prompts
+        clip, learner, context = cfg is None, cfg is not None, bool(cfg and cfg.context)
+        alone, paired = not (cfg and cfg.alpha), bool(cfg and cfg.paired)
+        rules = (
+            (True, "runs on images have no such thing, runs on text do", OF_TEXT),
+            (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
+            (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
+            (clip, "a CLIP is trained from its start", ["init.from_"]),
+            (clip, "the loss of a CLIP has no such term", ["optimizer.z_loss"]),
+            (learner, "a prompt learner has SGD: prompts.learning_rate", [f"optimizer.{f.name}" for f in fields(Optimizer)]),
+            (learner, "a prompt learner has epochs: prompts.epochs", ["training.steps"]),
+            (learner, "a prompt learner has its own: prompts.batch", ["images.batch"]),
+            (learner, "the CLIP is that of init.from or weights", ["clip"]),
+            (context, "the context is learned; it is for prompts.context=0", ["images.template", "images.ensemble"]),
+            (learner and alone, "without prompts.alpha there are no triplets", ["prompts.margin", "prompts.constraints", "prompts.triplet_of"]),
+            (learner and not paired, "it is for pairs of augmentations, as with prompts.alpha", ["prompts.sampling"]),
+            (learner and not (paired or cfg.augment), "nothing is augmented", ["prompts.augmentations", "prompts.space"]),
+        )  # fmt: skip
+        return {name: why for applies, why, names in rules if applies for name in names}
+
+    def without_ignored(self, passing: Collection[str]) -> ImageConfig:
+        """The config without what is set of `passing` and nothing here reads; UserError for any other such field."""
+        values, defaults, ignored = flatten(self) | {"clip": self.clip}, {"clip": None, **flatten(Prompts(), "prompts.")}, {}
+        for part in fields(self):
+            if part.default_factory is not MISSING:
+                defaults |= flatten(part.default_factory(), f"{part.name}.")
+        for name, why in self.unread().items():
+            if values[name] != defaults[name]:
+                require(name in passing, f"{self.name} would ignore {name.rstrip('_')}: {why}; leave it out")
+                ignored[name] = defaults[name]
+        return override(self, ignored)
 
     @property
     def still(self) -> bool:

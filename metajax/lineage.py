@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import Config, nearest, override, require
+from metajax.config import Config, flatten, nearest, override, require
 from metajax.data.metadata import special_targets
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.families import AnyConfig
+from metajax.image_config import OF_TEXT, ImageConfig
 from metajax.progress import say
 from metajax.reporting.records import default_workdir, find_run, list_runs, read_config
 
@@ -37,12 +38,13 @@ def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
 
 
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
-    """The changed fields of sub-configs that this config does without."""
-    return sorted(f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None)
+    """The changed fields that this config does without: those of sub-configs that it has not, and of images those that nothing reads."""
+    unread = config.unread().keys() - OF_TEXT if isinstance(config, ImageConfig) else ()
+    return sorted(f for f in changes if f in unread or ("." in f and getattr(config, f.partition(".")[0], config) is None))
 
 
 def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
-    """The config with changes meant for several; those of a sub-config that this one does without pass it by."""
+    """The config with changes meant for several; those that this one does without pass it by."""
     absent = absent_fields(config, changes)
     return override(config, {field: value for field, value in changes.items() if field not in absent})
 
@@ -70,8 +72,10 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
       root: where runs are; `init.from` may also be a run there, or the folder of one.
 
     Raises:
-      UserError: no such experiment or run, or experiments that start from each other.
+      UserError: no such experiment or run, experiments that start from each other, or a field that a run on images would ignore.
     """
+    if isinstance(config, ImageConfig):
+        config = _for_parent_alone(config, inherited(changes))
     return _resolve(config, inherited(changes), root, (config.name,))
 
 
@@ -83,6 +87,17 @@ def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyCon
     asked = special_targets(config, load_tokenizer(folder).vocabulary)
     added = {*found.added, *(i for i in asked if i >= found.rows)}
     return replace(config, imported=replace(found, added=tuple(sorted(added))))
+
+
+def _for_parent_alone(config: ImageConfig, changes: Mapping[str, Any]) -> ImageConfig:
+    """The config without those changes that the experiment it starts from reads, and it does not."""
+    known = registry.experiments().get(config.init.from_)
+    parent = known.build(config.scale) if known is not None else None
+    read = flatten(parent).keys() - parent.unread() if isinstance(parent, ImageConfig) else ()
+    kept = config.without_ignored([field for field in changes if field in read])
+    for field in (field for field in changes if kept != config and field in config.unread()):
+        say(f"{config.name} does without {field}: --set is for {config.init.from_}, which comes first")
+    return kept
 
 
 def _resolve(

@@ -159,7 +159,9 @@ def test_difference_names_the_fields():
 def test_fields_that_can_be_reached_are_bounded():
     registry.load()
     for name, experiment in registry.experiments().items():
-        fields = [field for field in flatten(experiment.build(experiment.scales[0])) if not field.startswith(("runtime.", "imported"))]
+        fields = [
+            field for field in flatten(experiment.build(experiment.scales[0])) if not field.startswith(("runtime.", "imported"))
+        ]
         assert len(fields) <= 81, f"{name}: {len(fields)} fields beside `runtime` and what `import` fills in"
 
 

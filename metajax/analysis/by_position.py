@@ -46,7 +46,7 @@ def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
     if recipe.position in ("append", "both"):
         for known, values in (("group", GROUPS), ("source", SOURCES)):
             open_still = np.log(values) - (nats["nothing"] - nats[known]).sum(1).mean()
-            out[known]["metadata"] = float(open_still - np.log(recipe.keep))
+            out[known]["metadata"] = float(open_still - np.log(recipe.keep)) if recipe.keep else None
     return out
 
 

@@ -93,6 +93,7 @@ def guidance(study: Study) -> dict[str, Any]:
     table = build_metadata_table(cache, tokenizer, recipe.template)
     said = np.array([table[d] is not None for d in documents.tolist()])
     order = np.concatenate([np.flatnonzero(said & (topics == c))[: TEXTS // len(names)] for c in range(len(names))])
+    require(len(order) > 0, "guidance: no held-out document of these topics has metadata")
     contexts = [table[d].tolist() for d in documents[order].tolist()]
     out = {
         "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,

@@ -117,7 +117,7 @@ def _distances(
         "template": template,
         "within": within,
         "between": between,
-        "ratio": between / within,
+        "ratio": between / within if within else None,
         "documents": int(kept.sum()),
         "means": means,
     }

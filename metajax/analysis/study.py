@@ -108,6 +108,7 @@ def open_study(
     Raises UserError for an unknown task, a length that the model cannot read, and fewer than two prompts.
     """
     tasks = corpora.config.tasks
+    require(prompts is None or prompts >= 2, f"{prompts} prompts have no spread; at least 2")
     if task == TEXT or tasks is None:
         return Study(program, corpora, model, TEXT, _text_rows(corpora, length, prompts or PIECES))
     prompts = prompts or PROMPTS
@@ -118,7 +119,6 @@ def open_study(
     length = length or max(within, default=tasks.train_length)
     reason = impossible(program.config, length)
     require(reason is None, f"prompts of {length} tokens: {reason}")
-    require(prompts >= 2, f"{prompts} prompts have no spread; at least 2")
     examples = task_examples(corpora)
     pauses = PAUSES if model.meta is not None else None
     rows = [assemble([examples.test(task, length, n)], length, corpora.tokenizer, pauses) for n in range(prompts)]
@@ -133,7 +133,7 @@ def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
         length = min([data.row_length, *np.sort(cache.lengths[documents])[-2:].tolist()])
     documents = documents[cache.lengths[documents] >= length]
     require(
-        len(documents) >= 2,
+        len(documents) >= 2 and length >= 2,
         f"{data.sources[0]} has {len(documents)} held-out documents of {length} tokens; analyze fewer with --length",
     )
     rows = []

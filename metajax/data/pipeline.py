@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from metajax.config import Config, require
+from metajax.core.interrupts import be_deaf, start_tracker
 from metajax.core.sealed import FORMAT, Sealed, save_array, sealed_folder
 from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
 from metajax.data.documents import is_held_out
@@ -221,6 +222,10 @@ def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> R
         f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all, or data.min_bytes = "
         f"{data.min_bytes} does",
     )
+    require(
+        bool(np.asarray(cache.lengths)[documents].any()),
+        f"the training documents of {data.sources[i]} have no text; its column of text is named with ?text=COLUMN",
+    )
     if data.switch is not None and data.switch.unseen:
         is_later = uniform_hash(derive_seed("unseen", seed, i), documents) < data.switch.unseen
         documents = documents[is_later == bool(phase)]
@@ -283,7 +288,8 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
     if workers > 0:
         if not flags.FLAGS.is_parsed():  # grain's reader processes read absl flags; ours come from elsewhere
             flags.FLAGS(sys.argv[:1])
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        start_tracker()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=be_deaf)
     return iter(stream)
 
 
@@ -306,7 +312,8 @@ def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarr
     available = cache.documents("held_out", data.held_out, data.min_bytes)
     require(
         len(available) > 0,
-        f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out} or use a corpus of more origins",
+        f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out}, lower data.min_bytes = {data.min_bytes}, or use "
+        "a corpus of more origins",
     )
     order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
     chosen = order[: -(-corpora.config.evaluation.documents // len(corpora.caches))]
@@ -323,23 +330,34 @@ def check_evaluation(corpora: Corpora) -> None:
     if corpora.config.evaluation.documents:
         pairs = ("training",) if corpora.config.dpo is not None else ()
         for condition in (*corpora.config.evaluation.conditions, *pairs):
-            for i in range(len(corpora.caches)):
-                _evaluation_rows(corpora, i, condition)
+            _body_bytes(corpora, [_evaluation_rows(corpora, i, condition)[0] for i in range(len(corpora.caches))])
+
+
+def _body_bytes(corpora: Corpora, chosen: list[np.ndarray]) -> int:
+    """UTF-8 bytes of the chosen documents of every source; UserError where there is no text in them."""
+    found = list(zip(corpora.caches, chosen, strict=True))
+    tokens = sum(int(np.asarray(cache.lengths)[documents].sum()) for cache, documents in found)
+    size = sum(int(np.asarray(cache.bytes)[documents].sum()) for cache, documents in found)
+    require(
+        min(tokens, size) > 0,
+        f"the held-out documents of {', '.join(corpora.config.data.sources)} have no text; set data.min_bytes=1, which leaves empty ones out",
+    )
+    return size
 
 
 def held_out(corpora: Corpora, condition: str) -> HeldOut:
     """The held-out rows with metadata "none", "right", "empty", "shuffled", or as "training" has it; the same documents for all."""
     config, data = corpora.config, corpora.config.data
-    rows, documents, body_bytes = [], 0, 0
-    for i, cache in enumerate(corpora.caches):
+    rows, every = [], []
+    for i in range(len(corpora.caches)):
         chosen, source = _evaluation_rows(corpora, i, condition)
         complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
         rows += [complete(source[n], np.random.default_rng([EVALUATION_SEED, i, n])) for n in range(len(source))]
-        documents += len(chosen)
-        body_bytes += int(np.asarray(cache.bytes)[chosen].sum())
+        every.append(chosen)
     rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % data.batch_rows)
     batches = [stack(rows[n : n + data.batch_rows]) for n in range(0, len(rows), data.batch_rows)]
-    return HeldOut(batches, documents, body_bytes, metadata_tokens=sum(int(b["is_metadata"].sum()) for b in batches))
+    metadata_tokens = sum(int(b["is_metadata"].sum()) for b in batches)
+    return HeldOut(batches, sum(map(len, every)), _body_bytes(corpora, every), metadata_tokens)
 
 
 def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:

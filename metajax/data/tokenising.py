@@ -14,9 +14,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from metajax.data.cache import ARRAYS, TokenCache, bad_record, digest, read_docu
 from metajax.data.documents import BadRecord, Document, Source, origin_bucket, place, tally_of
 from metajax.data.tokenizers import Tokenizer
 from metajax.progress import progress
+from metajax.workers import process_pool
 
 CHUNK = 512  # records tokenised at a time
 PART = 1 << 16  # records of a part
@@ -46,7 +45,7 @@ def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[i
     if workers == 1:
         yield from map(job.make, parts)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(job.make, parts)  # after an error what is under way becomes whole; the rest is left to the next start
 
 

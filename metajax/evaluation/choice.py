@@ -22,7 +22,8 @@ from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
 from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
 from metajax.data.rows import Row, padding_row, stack
-from metajax.evaluation.held_out import require_rows
+from metajax.data.tokenizers import Tokenizer
+from metajax.evaluation.held_out import require_finite, require_rows
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
@@ -46,32 +47,51 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [Task.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
-    require(
-        len(set(names)) == len(names),
-        f"evaluation.choice.tasks: two are named alike in {', '.join(names)}; name them with ?name=",
-    )
-    settings = [(context, shots) for context in choice.contexts for shots in choice.shots]
-    found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context, shots in settings}
-    with progress(f"choices of {config.name}", total=len(tasks) * len(settings)) as advance:
-        for task in tasks:
-            questions = task.read(task.path, corpora.paths.data)[: choice.examples]
-            examples = questions if task.shots_from == task.path else task.read(task.shots_from, corpora.paths.data)
-            for context, shots in settings:
-                shown = [with_shots(q, n, examples, shots, examples is questions) for n, q in enumerate(questions)]
-                said = in_front(config, context, task)
-                if task.kind in COMPLETED:
-                    right = contains(program, corpora, model, shown, said)
-                    found[f"{context}_{shots}"][task.name] = shares(right, right)
-                else:
-                    answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, said))
-                    found[f"{context}_{shots}"][task.name] = summarise(shown, answers)
-                advance(1)
+    found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context in choice.contexts for shots in choice.shots}
+    with progress(f"choices of {config.name}", total=len(tasks) * len(found)) as advance:
+        for task, setting, shown, said in _asked(corpora):
+            if task.kind in COMPLETED:
+                right = contains(program, corpora, model, shown, said)
+                found[setting][task.name] = shares(right, right)
+            else:
+                answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, said))
+                found[setting][task.name] = summarise(shown, answers)
+            advance(1)
     sorts: dict[str, list[str]] = {"average": names}
     for task in tasks:
         sorts.setdefault("passages" if task.kind in COMPLETED else "questions", []).append(task.name)
     for of_setting in found.values():
         of_setting |= {sort: float(np.mean([of_setting[name]["acc"] for name in members])) for sort, members in sorts.items()}
     return next(iter(found.values())) | {"settings": found}
+
+
+def check_choice(corpora: Corpora) -> None:
+    """UserError now, not after training, where questions cannot be asked as `evaluation.choice` has it."""
+    for _ in _asked(corpora) if corpora.config.evaluation.choice is not None else ():
+        pass
+
+
+def _asked(corpora: Corpora) -> Iterator[tuple[Task, str, list[Question], str | None]]:
+    """Every task with every setting: its name, the questions behind their solved examples, and what is said in front of all."""
+    choice, config = corpora.config.evaluation.choice, corpora.config
+    tasks = [Task.of(spec) for spec in choice.tasks]
+    names = [task.name for task in tasks]
+    require(
+        len(set(names)) == len(names),
+        f"evaluation.choice.tasks: two are named alike in {', '.join(names)}; name them with ?name=",
+    )
+    for task in tasks:
+        questions = task.read(task.path, corpora.paths.data)[: choice.examples]
+        for number, question in enumerate(questions, 1):
+            require(all(question.weighed), f"{task.path}: question {number} of {task.name} has an answer without text")
+        examples = questions if task.shots_from == task.path else task.read(task.shots_from, corpora.paths.data)
+        for context in choice.contexts:
+            said = in_front(config, context, task)
+            if task.kind in COMPLETED:
+                room_for_passage(config, corpora.tokenizer, said)
+            for shots in choice.shots:
+                shown = [with_shots(q, n, examples, shots, examples is questions) for n, q in enumerate(questions)]
+                yield task, f"{context}_{shots}", shown, said
 
 
 def with_shots(question: Question, number: int, examples: Sequence[Question], shots: int, same_file: bool) -> Question:
@@ -94,13 +114,19 @@ def in_front(config: Config, context: str, task: Task) -> str | None:
     return fill(template, dict.fromkeys(template_fields(template), task.source))
 
 
-def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:
-    """Whether the first line of each context's greedy continuation has the answer in it, in upper or lower case."""
-    config, tokenizer = corpora.config, corpora.tokenizer
+def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> int:
+    """Tokens of a passage that fit in front of its completion; UserError where none does."""
     room = room_for_prompt(config, tokenizer, said) - COMPLETION
     require(
         room > 0, f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.row_length"
     )
+    return room
+
+
+def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:
+    """Whether the first line of each context's greedy continuation has the answer in it, in upper or lower case."""
+    config, tokenizer = corpora.config, corpora.tokenizer
+    room = room_for_passage(config, tokenizer, said)
     prompts = [tokenizer.encode(question.contexts[0])[-room:] for question in questions]
     ready, size, texts = prepare(program.whole(model)), config.data.batch_rows, []
     options = {"count": COMPLETION, "context": said, "sampling": Sampling(temperature=0)}
@@ -135,6 +161,7 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
             np.add.at(found[:, 0], piece[asked], -nll[asked].astype(np.float64))
             np.minimum.at(found[:, 1], piece[asked], greedy[asked])
     require_rows(program.config, -found[:, 0].min(initial=0), "questions and their answers have")
+    require_finite(float(found[:, 0].sum()), "questions and their answers")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,16 @@ from metajax.data.pipeline import Corpora, held_out
 
 if TYPE_CHECKING:
     from metajax.training.program import Program
+
+MOST_NATS = math.log(sys.float_info.max)  # whose perplexity a float holds
+
+
+def require_finite(loss: float, what: str) -> None:
+    """UserError where the loss of `what` is not a number that could be reported."""
+    require(
+        math.isfinite(loss),
+        f"the loss of {what} is {loss}: training has diverged; lower optimizer.learning_rate in a new run, or look at an earlier checkpoint",
+    )
 
 
 def require_rows(config: Config, nats: float, what: str) -> None:
@@ -34,8 +45,9 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
       condition: what the model is shown: "none", "right", "empty" or "shuffled" metadata.
 
     Returns:
-      bpb, nats_per_token, perplexity (e to the nats a body token), body_tokens, body_bytes, documents, metadata_tokens
-      (slots), metadata_nats_per_token (None where none is asked for, or has no row in an imported checkpoint).
+      bpb, nats_per_token, perplexity (e to the nats a body token; None for more than a float holds), body_tokens, body_bytes,
+      documents, metadata_tokens (positions), metadata_nats_per_token (None where none is asked for, or has no row in an imported
+      checkpoint).
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):
@@ -44,10 +56,11 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
         sum(s[name].item() for s in sums) for name in ("body_nll", "body_tokens", "metadata_nll", "metadata_tokens")
     )
     require_rows(program.config, nll, "the held-out documents have")
+    require_finite(nll, f"the held-out documents (metadata: {condition})")
     return {
         "bpb": nll / math.log(2.0) / data.body_bytes,
         "nats_per_token": nll / tokens,
-        "perplexity": math.exp(nll / tokens),
+        "perplexity": math.exp(nll / tokens) if nll / tokens < MOST_NATS else None,
         "body_tokens": tokens,
         "body_bytes": data.body_bytes,
         "documents": data.documents,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Config
+from metajax.config import Config, require
 from metajax.data.pipeline import Corpora, task_batches
 from metajax.data.tasks.prompts import chance
 from metajax.parallel.mesh import row_shards
@@ -55,6 +55,14 @@ def impossible(config: Config, length: int) -> str | None:
     if config.model.position == "learned" and length > table:
         return f"the position table has {table} rows; raise model.max_positions before training"
     return None
+
+
+def check_bins(config: Config) -> None:
+    """UserError now, not after training, where a mean over the lengths of `tasks.eval_lengths` has none that the model can read."""
+    tasks, evaluation = config.tasks, config.evaluation
+    if tasks is not None and (evaluation.every or not evaluation.documents):
+        readable = any(impossible(config, length) is None for length in tasks.eval_lengths)
+        require(readable, f"tasks.eval_lengths = {tasks.eval_lengths}: there is none that the model can read")
 
 
 def mean_exact(results: Results) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from metajax.data.pipeline import Corpora, held_out
+from metajax.evaluation.held_out import require_finite
 from metajax.preferences.loss import METRICS, preference_sums
 from metajax.reporting.records import find_run
 from metajax.reporting.statistics import share_interval
@@ -32,6 +33,7 @@ def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict
         batches = [program.put(program.local_rows(batch)) for batch in held_out(corpora, "training").batches]
         sums = jax.device_get([sums_of(model, reference, batch) for batch in batches])
     total = {name: sum(found[name].item() for found in sums) for name in ("pairs", *METRICS)}
+    require_finite(total["margin"], "the held-out pairs")
     low, high = share_interval(round(total["accuracy"]), round(total["pairs"]))
     counted = {"pairs": round(total["pairs"]), "low": low, "high": high, "reference_step": step}
     return {name: total[name] / total["pairs"] for name in METRICS} | counted

@@ -33,6 +33,27 @@ class Phases:
 
 
 @dataclass
+class LeftOut:
+    """Steps that `runtime.on_bad_step=skip` has left out; saved with every checkpoint, so that a restart goes on counting."""
+
+    count: int = 0
+    first: int = 0
+    last: int = 0
+    in_a_row: int = 0
+
+    def add(self, step: int, kept: bool) -> None:
+        if kept:
+            self.in_a_row = 0
+            return
+        self.first, self.last = self.first or step, step
+        self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
+
+    def __str__(self) -> str:
+        more = f", and {self.count - 1} more up to step {self.last}" * (self.count > 1)
+        return f"step {self.first} was left out{more}: loss or gradient not finite, or the gradient norm above runtime.max_grad_norm (runtime.on_bad_step=skip)"
+
+
+@dataclass
 class Counts:
     """What a process has read and computed; the sum over all is saved with every checkpoint, so that it is exact across restarts."""
 

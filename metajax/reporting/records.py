@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from metajax.atomic import write_text
+from metajax.atomic import strict, write_text
 from metajax.buckets import SCHEME, fill, home, outages, publish, stage
 from metajax.config import UserError, config_hash, difference, nearest, require, to_dict
 from metajax.families import AnyConfig, config_from
@@ -36,7 +36,7 @@ def default_workdir(config: AnyConfig, root: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, the old file or the new one whole."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(strict(value), indent=1) + "\n")
 
 
 def read_config(workdir: Path) -> AnyConfig:

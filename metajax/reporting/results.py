@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ def _find(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> Any:
 
 def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> float | None:
     value = _find(report, path, fill)
-    return None if value is None else float(value)
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:

@@ -205,7 +205,7 @@ def _parameters(row: Row, result: formats.Result) -> str:
     if cost is None:
         return ""
     text = f"{cost['parameters']:,} parameters"
-    if basis is None or row["name"] == result["baseline"]:
+    if basis is None or not basis["parameters"] or row["name"] == result["baseline"]:
         return text
     more = cost["parameters"] / basis["parameters"] - 1
     return f"{text}, {more:+.1%} against {result['baseline']}" if more else f"{text}, as many as {result['baseline']}"

@@ -384,7 +384,9 @@ def print_cache(cache: Any) -> None:
     manifest = cache.manifest
     skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
     size = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens of the body, {manifest['bytes']:,} bytes{skipped}"
-    echo("\n  ".join([f"{manifest['source']['spec']}: {size}; sha256 {manifest['sha256'][:12]}", str(cache.folder), *notes(cache)]))
+    echo(
+        "\n  ".join([f"{manifest['source']['spec']}: {size}; sha256 {manifest['sha256'][:12]}", str(cache.folder), *notes(cache)])
+    )
 
 
 def print_runs(root: Path) -> None:

@@ -231,7 +231,7 @@ def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) 
 
 def save_arrays(folder: Path, tree: Any) -> None:
     """Write a pytree as {path: array} into a folder of its own, an absolute path, at once (replay bundles)."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _storage_errors(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, to_arrays(tree), force=True)
 
 

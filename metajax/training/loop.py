@@ -19,20 +19,21 @@ import numpy as np
 from metajax.atomic import write_text
 from metajax.buckets import home
 from metajax.config import Config, UserError, config_hash
+from metajax.core.quiet import told_once
 from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
-from metajax.evaluation.choice import evaluate_choice
+from metajax.evaluation.choice import check_choice, evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
-from metajax.evaluation.tasks import evaluate_tasks, mean_exact
+from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
 from metajax.fields import Stopped
 from metajax.parallel.mesh import HostRows, make_mesh
 from metajax.planning.flops import peak_flops, step_flops
 from metajax.pods.hosts import agree, is_first, together
 from metajax.pods.preemption import Preemption
 from metajax.pods.watchdog import Watchdog
-from metajax.progress import progress, say
+from metajax.progress import progress, say, warn
 from metajax.reporting.goodput import Goodput
-from metajax.reporting.pace import Counts, Pace, Phases
+from metajax.reporting.pace import Counts, LeftOut, Pace, Phases
 from metajax.reporting.records import RunDirectory, find_run
 from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, read_parameters, save_arrays
 from metajax.training.metrics import Loggers, MetricsFile, Nowhere, memory_use
@@ -43,7 +44,8 @@ LN2 = math.log(2.0)
 
 
 class NonFinite(Exception):
-    """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`; the message names the replay bundle."""
+    """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`, in one step or, with `runtime.on_bad_step` "skip",
+    in too many in a row; the message names the replay bundle."""
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Trained:
     time: dict[str, float]
     goodput: Goodput
     restarted_from: int
+    left_out: LeftOut
 
 
 class Trainer:
@@ -66,6 +69,7 @@ class Trainer:
     def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases):
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
         self.frozen: tuple[Any, ...] = ()  # what the step reads beside state and batch
+        self.left_out = LeftOut()
         self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started)
         with phases.time("data"):
             together(self._open)
@@ -80,6 +84,8 @@ class Trainer:
         self.batches = training_batches(self.corpora, host=self.rows.index, hosts=self.rows.count, note=notes.append)
         self.batches[0]
         check_evaluation(self.corpora)
+        check_choice(self.corpora)
+        check_bins(self.config)
         self.run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
         for note in notes:
             self.run.warn(note)
@@ -91,22 +97,25 @@ class Trainer:
 
         Raises:
           NonFinite: a loss or gradient was not finite; a replay bundle has been written.
+          Stopped: SIGTERM or Ctrl-C came; the state has been saved.
         """
-        with self.phases.time("init"):
-            self.program = Program.build(self.config, self.vocab_size)
-            state = self.program.create_state()
+        runtime, steps = self.config.runtime, self.config.training.steps
         with contextlib.ExitStack() as closing:
             self.preemption = Preemption()
             closing.callback(self.preemption.close)  # last: what is being saved is saved first
+            closing.enter_context(told_once())
             with self.phases.time("init"):
-                self.watchdog = Watchdog(self.config.runtime.hang_seconds, self.run.path / f"stacks-p{jax.process_index()}.txt")
+                stacks = self.run.path / f"stacks-p{jax.process_index()}.txt"
+                self.watchdog = Watchdog(runtime.hang_seconds, stacks, runtime.startup_seconds)
                 closing.callback(self.watchdog.close)
-                self.checkpoints = Checkpoints(self.run.path, self.config.runtime.keep, self.run.warn)
+                self.program = Program.build(self.config, self.vocab_size, beat=self.watchdog.beat)
+                state = self.program.create_state()
+                self.checkpoints = Checkpoints(self.run.path, runtime.keep, self.run.warn)
                 closing.callback(self.checkpoints.close)
                 state, self.counts, start = self._restore(state)
             with self.phases.time("compile"), self.goodput.spend("compile"):
                 step_fn = None
-                if start < self.config.training.steps:
+                if start < steps:
                     step_fn = self.program.compile_step(state, self.program.put(self.batches[start]))
             self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start) if is_first() else Nowhere()
             closing.callback(self.metrics.close)
@@ -114,20 +123,28 @@ class Trainer:
             closing.callback(self.loggers.close)
             self.goodput.begin_steps(start)
             began = time.monotonic()
+            if self.preemption.reached(start):
+                raise self.preemption.end(f"no step was made after step {start} of {steps}")
             if step_fn is not None:
                 with _lost_peers_stop():
                     state = self._steps(state, step_fn, start)
             else:
                 self.phases.finish(0.0)
+        if jax.process_count() == 1 and self.preemption.reached(steps):  # while the last save was being written
+            raise self.preemption.end(f"saved at step {steps} of {steps}")
+        if self.left_out.count:
+            self.run.warn(str(self.left_out))
         seconds = time.monotonic() - began
         clock = {
             "train_seconds": seconds,
-            "steps_here": self.config.training.steps - start,
+            "steps_here": steps - start,
             "data_wait_share": self.goodput.apart["data_wait"] / seconds if seconds else 0.0,
             "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
         }
         counts = self.counts.of_all()
-        return Trained(state, self.program, self.corpora, counts, dict(self.phases.seconds), clock, self.goodput, start)
+        return Trained(
+            state, self.program, self.corpora, counts, dict(self.phases.seconds), clock, self.goodput, start, self.left_out
+        )
 
     def _restore(self, fresh: State) -> tuple[State, Counts, int]:
         abstract = self.program.abstract_state()
@@ -147,6 +164,7 @@ class Trainer:
                 f"init.from = {config.init.run} has gone on, and the reference with it: step {self._parent_step} now, {meta['parent_step']} when "
                 "this run began; start a new run with another --workdir"
             )
+        self.watchdog.saved, self.left_out = meta["step"], LeftOut(**meta.get("left_out", {}))
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
         return state, Counts(**meta["counts"]) if is_first() else Counts(), meta["step"]
 
@@ -164,10 +182,11 @@ class Trainer:
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.config.training.steps
-        stream = self.program.feed(self._timed(read_batches(self.batches, start, config.runtime.workers), steps - start))
         pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
         self._pace = Pace(hosts=self.rows.count)
-        with progress(f"training {config.name} (seed {config.seed})", total=steps, plain_lines=False) as advance:
+        reader, title = read_batches(self.batches, start, config.runtime.workers), f"training {config.name} (seed {config.seed})"
+        with contextlib.closing(reader), progress(title, total=steps, plain_lines=False) as advance:
+            stream = self.program.feed(self._timed(reader, steps - start))
             advance(start)
             for step, (batch, on_host) in enumerate(stream, start + 1):
                 self._profile(step, start + 1)
@@ -176,22 +195,30 @@ class Trainer:
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     self.phases.finish(time.monotonic() - self._pace.since)
+                    self.watchdog.begin_steps()
                 if pending is not None:
                     self._log(*pending, state)
                 pending = (step, metrics, on_host)
                 self.checkpoints.poll()
                 advance(1)
                 ends = self.preemption.reached(step)
-                if step % config.runtime.save_every == 0 or step == steps or self._evaluates(step) or ends:
+                saves = step % config.runtime.save_every == 0 or step == steps or self._evaluates(step) or ends
+                if saves or self._may_be_the_last_left_out():
                     self._log(*pending, state)
                     pending = None
+                if saves:
                     with self._pace.paused():
                         self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
-                if ends and step < steps:
-                    raise Stopped(f"asked to end (SIGTERM): saved at step {step} of {steps}; the same command goes on from there")
+                if ends:
+                    raise self.preemption.end(f"saved at step {step} of {steps}")
                 self.watchdog.beat()
             self._profile(steps + 1, start + 1)
         return state
+
+    def _may_be_the_last_left_out(self) -> bool:
+        """Whether the run stops if this step is a bad one: then it is read before a later step changes the state."""
+        runtime = self.config.runtime
+        return runtime.on_bad_step == "skip" and self.left_out.in_a_row + 1 >= runtime.max_skipped
 
     def _profile(self, step: int, first: int) -> None:
         """Start or end the profile of the steps that `runtime.profile` names."""
@@ -221,11 +248,10 @@ class Trainer:
 
     def _evaluate(self, state: State, step: int) -> float:
         """A score of which less is better: held-out bits per byte, or the share of task examples that are answered wrong."""
-        with self.goodput.spend("evaluation"):
+        with self.goodput.spend("evaluation"), self.watchdog.patient():
             score, record = self._score(state)
         self.metrics.write({"step": step, **record})
         self.loggers.write(step, {name: value for name, value in record.items() if value is not None})
-        self.watchdog.beat()
         return score
 
     def _score(self, state: State) -> tuple[float, dict[str, float]]:
@@ -245,10 +271,12 @@ class Trainer:
             "step": int(jax.device_get(state.step)),
             "config_hash": config_hash(self.config),
             "counts": vars(self.counts.of_all()),
+            "left_out": vars(self.left_out),
             **({"parent_step": self._parent_step} if self.frozen else {}),
         }
         with self.goodput.spend("checkpoint"):
             self.checkpoints.save(state, meta, score)
+        self.watchdog.saved = meta["step"]
         self.goodput.saved(meta["step"])
         self.goodput.write()
 
@@ -256,24 +284,24 @@ class Trainer:
         """Read a step's metrics, which also paces the host to one step behind the devices."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         finite, kept = values.pop("finite"), values.pop("kept")
-        if not kept and self.config.runtime.on_bad_step == "stop":
+        self.left_out.add(step, kept)
+        runtime = self.config.runtime
+        if not kept and (runtime.on_bad_step == "stop" or self.left_out.in_a_row >= runtime.max_skipped):
             raise NonFinite(self._replay_bundle(step, values, batch, state))
         flops = step_flops(self.config, self.vocab_size, batch)
         if self.rows.counts:
             self.counts.add(batch, flops)
         self._pace.add(batch["tokens"].size, flops)
+        if step % runtime.log_every == 0 and self.left_out.last > step - runtime.log_every:
+            warn(str(self.left_out))
         if not kept:
-            self.run.warn(
-                f"step {step} was left out: loss {values['loss']}, gradient norm {values['grad_norm']} (runtime.on_bad_step=skip); "
-                "with stop the same command would end there with a replay bundle"
-            )
             self.metrics.write({"step": step, "left_out": "spike" if finite else "not finite"})
             return
         record = {"step": step, **values}
         if self.config.tasks is None:  # the body of an answer is not text of a corpus
             record["bpb"] = values["body_nll"] / LN2 / self.corpora.bytes_per_token
         self.metrics.write(record)
-        if step % self.config.runtime.log_every == 0 or step == 1:
+        if step % runtime.log_every == 0 or step == 1:
             speed, seconds = self._pace.read(peak_flops(list(self.program.mesh.devices.flat)))
             speed |= memory_use() | {"goodput": self.goodput.shares()["productive"]}
             self.goodput.write()
@@ -282,8 +310,11 @@ class Trainer:
 
     def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
         folder = write_bundle(self.run.path, step, values, batch, state, self.rows, self.frozen)
+        row = f"{self.left_out.in_a_row} steps in a row were left out (runtime.max_skipped), the last one " * (
+            self.left_out.in_a_row > 1
+        )
         return (
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
+            f"{row}step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
             f"{folder} (metajax.training.loop.replay reproduces it). Look for the cause there, then lower optimizer.learning_rate or raise optimizer.warmup_steps"
         )
 

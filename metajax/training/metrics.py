@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from metajax.atomic import write_text
+from metajax.atomic import strict, write_text
 from metajax.config import Config, to_dict
 from metajax.progress import shown
 
@@ -22,7 +22,7 @@ class MetricsFile:
         self._file = open(path, "a")  # noqa: SIM115 - held for the life of the run
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(strict(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:

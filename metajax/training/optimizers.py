@@ -36,6 +36,12 @@ def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     return rate
 
 
+def at_step(opt_state: Any, step: Any) -> Any:
+    """The optimiser's state with its schedule at `step`. A step that is left out moves the schedule on, and not Adam's count of updates."""
+    of_schedule = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
+    return optax.tree.set(opt_state, of_schedule, count=step)
+
+
 def make_optimizer(config: Config, decay_mask: Any) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW whose weight decay reaches the leaves that `decay_mask` marks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,9 +55,12 @@ class Program:
     vocab_size: int
     mesh: Mesh
     tx: optax.GradientTransformation
+    beat: Callable[[], None] = lambda: None  # called with every batch that is put on the devices
 
     @classmethod
-    def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
+    def build(
+        cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None, beat: Callable[[], None] = lambda: None
+    ) -> Program:
         mesh = make_mesh(config.runtime.mesh, devices)
         rows, shards = config.data.batch_rows // config.training.accumulate, row_shards(mesh)
         require(
@@ -66,7 +69,7 @@ class Program:
             f"runtime.mesh; choose a multiple of {shards}",
         )
         check_axes(config, mesh)
-        return cls(config, vocab_size, mesh, make_optimizer(config, decay_mask(abstract_model(config, vocab_size))))
+        return cls(config, vocab_size, mesh, make_optimizer(config, decay_mask(abstract_model(config, vocab_size))), beat)
 
     def abstract_state(self) -> State:
         """The state as shapes with their shardings: parameters by the rules, moments as their parameters, scalars whole."""
@@ -118,6 +121,7 @@ class Program:
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """This host's slice of a batch as global arrays, rows spread over the data axes."""
+        self.beat()
         sharding = batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in DEVICE_FIELDS if name in batch}
 

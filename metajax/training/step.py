@@ -14,7 +14,7 @@ from metajax.config import Config
 from metajax.parallel.rules import batch_sharding
 from metajax.preferences.loss import METRICS, preference_sums
 from metajax.training.losses import token_nll, weighted_sums
-from metajax.training.optimizers import schedule
+from metajax.training.optimizers import at_step, schedule
 from metajax.training.state import State
 
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
@@ -67,13 +67,14 @@ def train_step(
     Metrics: loss (what is minimised), nll (nats a weighted token), body_nll (nats a body token), grad_norm before
     clipping, learning_rate, finite, kept, of pairs METRICS. A bad step (not finite, or its gradient norm above `runtime.max_grad_norm`)
     leaves parameters and optimiser untouched and sets `halted`, so the state that led to it is still there when the host, one step behind,
-    notices; with `runtime.on_bad_step` "skip" the next step goes on from it. `reference` is the frozen model of `config.dpo`.
+    notices; with `runtime.on_bad_step` "skip" the next step goes on from it, at the learning rate of its own number. `reference` is the
+    frozen model of `config.dpo`.
     """
     sums, grads = _loss_and_grad(state.model, batch, config, reference)
     tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
     weight = jnp.maximum(sums["pairs"], 1.0) if config.dpo is not None else tokens
     grads = jax.tree.map(lambda g: g / weight, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    updates, opt_state = tx.update(grads, at_step(state.opt_state, state.step), state.model)
     model = optax.apply_updates(state.model, updates)
     metrics = {
         "loss": sums["loss"] / weight,

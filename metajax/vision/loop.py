@@ -15,10 +15,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.config import config_hash, require
+from metajax.core.quiet import told_once
 from metajax.data.pipeline import read_batches
 from metajax.image_config import ImageConfig
 from metajax.parallel.mesh import HostRows, make_mesh
 from metajax.parallel.rules import batch_sharding
+from metajax.pods.preemption import Preemption
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory
@@ -46,9 +48,13 @@ def train(task: Task, config: ImageConfig, run: RunDirectory, phases: Phases) ->
 
     Raises:
       NonFinite: a loss or gradient was not finite; the state before it and its batch have been written.
+      Stopped: SIGTERM or Ctrl-C came; the state has been saved.
       UserError: a meta-net whose units are all dead, or a checkpoint of another configuration.
     """
     with contextlib.ExitStack() as closing:
+        preemption = Preemption()
+        closing.callback(preemption.close)  # last: what is being saved is saved first
+        closing.enter_context(told_once())
         with phases.time("init"):
             checkpoints = Checkpoints(run.path, config.runtime.keep, run.warn)
             closing.callback(checkpoints.close)
@@ -59,13 +65,17 @@ def train(task: Task, config: ImageConfig, run: RunDirectory, phases: Phases) ->
         closing.callback(metrics.close)
         loggers = Loggers(config, run.path, start)
         closing.callback(loggers.close)
-        loop = _Loop(task, config, run, phases, checkpoints, metrics, loggers)
+        loop = _Loop(task, config, run, phases, checkpoints, metrics, loggers, preemption)
         began = time.monotonic()
+        if preemption.reached(start):
+            raise preemption.end(f"no step was made after step {start} of {task.steps}")
         if start < task.steps:
             state = loop.run(state, choice, start, step_fn)
         else:
             phases.finish(0.0)
         seconds = time.monotonic() - began
+    if preemption.reached(task.steps):  # while the last save was being written
+        raise preemption.end(f"saved at step {task.steps} of {task.steps}")
     here = task.steps - start
     # The first step is told apart: it waits for what the others find ready.
     step = (seconds - phases.seconds["first_step"]) / (here - 1) if here > 1 else None
@@ -144,12 +154,14 @@ class _Loop:
     checkpoints: Checkpoints
     metrics: MetricsFile
     loggers: Loggers
+    preemption: Preemption
 
     def run(self, state: State, choice: np.ndarray, start: int, step_fn: Any) -> State:
         task, runtime, key = self.task, self.config.runtime, jax.random.key(self.config.seed)
         stream, pending = read_batches(task.batches, start, runtime.workers), None
         self.since, self.counted = time.monotonic(), start
-        with progress(f"training {self.config.name} (seed {self.config.seed})", total=task.steps, plain_lines=False) as advance:
+        title = f"training {self.config.name} (seed {self.config.seed})"
+        with contextlib.closing(stream), progress(title, total=task.steps, plain_lines=False) as advance:
             advance(start)
             for step in range(start + 1, task.steps + 1):
                 batch = next(stream)
@@ -163,12 +175,15 @@ class _Loop:
                 self.checkpoints.poll()
                 advance(1)
                 ends = step % task.epoch == 0 and step < task.steps and task.choose is not None
-                if ends or step % runtime.save_every == 0 or step == task.steps:
+                asked = self.preemption.reached(step)
+                if ends or asked or step % runtime.save_every == 0 or step == task.steps:
                     self._log(*pending, state)
                     pending = None
                     choice = task.choose(state.model) if ends else choice
-                    if not ends or step % runtime.save_every == 0:
+                    if not ends or asked or step % runtime.save_every == 0:
                         self.save(state, choice)
+                if asked:
+                    raise self.preemption.end(f"saved at step {step} of {task.steps}")
         return state
 
     def save(self, state: State, choice: np.ndarray) -> None:

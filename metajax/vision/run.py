@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.config import config_hash, to_dict
+from metajax.config import config_hash, require, to_dict
 from metajax.data.pipeline import Paths
 from metajax.image_config import ImageConfig
 from metajax.progress import say
@@ -24,6 +24,10 @@ from metajax.vision.task import DETAILS, Task
 
 def make(config: ImageConfig, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
     """Train what is left to train, evaluate, and return the report."""
+    require(
+        jax.process_count() == 1, f"{config.name} is a run on images, which is made by one process; start it without --processes"
+    )
+    config.without_ignored(())
     with phases.time("data"):
         task = (contrastive_task if config.prompts is None else prompt_task)(config, paths)
         run.begin(task.images, task.tokenizer.fingerprint())

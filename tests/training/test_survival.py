@@ -89,6 +89,33 @@ def test_a_hang_ends_with_the_stacks_and_a_code_to_restart_on(tmp_path):
     assert "stuck_collective" in (tmp_path / "stacks").read_text(), "beats are heard: it ended in the hang, not before"
 
 
+@pytest.mark.fault(32)
+def test_the_watch_of_steps_begins_with_the_first_and_evaluations_are_waited_for(tiny_config, paths, tmp_path, monkeypatch):
+    called = []
+
+    class Recorder(loop.Watchdog):
+        def __init__(self, seconds, stacks, startup):
+            called.append((seconds, startup))
+            super().__init__(0, stacks, 0)
+
+        def begin_steps(self):
+            called.append("steps")
+
+        def patient(self):
+            called.append("evaluation")
+            return super().patient()
+
+        def beat(self):
+            called.append("beat")
+
+    monkeypatch.setattr(loop, "Watchdog", Recorder)
+    run_experiment(tiny_config(**{"evaluation.every": 3, "runtime.startup_seconds": 9.0}), tmp_path, paths)
+    at = called.index("steps")
+    assert called[0] == (1800.0, 9.0) and [call for call in called if call not in ("beat", called[0])] == ["steps", "evaluation"]
+    after = called[called.index("evaluation") + 1 :]
+    assert called[at:].count("beat") > 6 and after.count("beat") > 4, "the batches of an evaluation are signs of life"
+
+
 def test_goodput_counts_lost_steps_and_every_start(tmp_path, monkeypatch):
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(goodput.time, "monotonic", lambda: now.seconds)

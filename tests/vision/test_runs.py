@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +17,14 @@ import pytest
 from metajax import registry
 from metajax.config import Init, Optimizer, Runtime, Training, UserError, config_hash, override
 from metajax.experiment import open_run, run_experiment
+from metajax.fields import Stopped
 from metajax.image_config import ImageConfig, Images, Prompts
+from metajax.lineage import resolve_parents
 from metajax.models.clip.config import Clip
 from metajax.reporting.records import default_workdir, read_config
 from metajax.training.checkpoints import Checkpoints
-from metajax.vision import prompt_learning, study
+from metajax.vision import loop, prompt_learning, study
+from metajax.vision import run as vision_run
 from metajax.vision.loop import train
 from metajax.vision.sketch import shapes_of, sketch
 
@@ -97,6 +102,70 @@ def test_a_clip_is_a_run_like_any_other(clip):
         assert found.shape == (study.SHOWN, 2, 2) and np.all(found > 0) and np.all(found.sum(axis=(1, 2)) < 1)
     with pytest.raises(UserError, match="is a run on images"):
         open_run(workdir)
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_and_the_run_goes_on(clip, paths, tmp_path, monkeypatch, number, code):
+    original = loop._Loop._log
+
+    def log(self, step, *rest):
+        original(self, step, *rest)
+        if step == 1:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_log", log)
+        with pytest.raises(Stopped, match="saved at step 2 of 3") as caught:
+            run_experiment(SMALL, tmp_path, paths)
+    report = run_experiment(SMALL, tmp_path, paths)
+    assert code == caught.value.EXIT_CODE and report["restarted_from"] == 2 and report["eval"] == clip[1]["eval"]
+
+
+OF_ANY = (
+    "runtime.on_bad_step=skip", "runtime.max_grad_norm=1", "runtime.max_skipped=3", "runtime.profile=1,2", "runtime.hang_seconds=60",
+    "runtime.startup_seconds=60", "runtime.implementation=xla", "training.accumulate=2",
+)  # fmt: skip
+OF_A_CLIP = (
+    *OF_ANY, "images.targets=emoji", "images.classes=base", "images.shots=3", "images.template=a {}", "images.ensemble=true",
+    "init.from=some/run", "optimizer.z_loss=0.1",
+)  # fmt: skip
+OF_A_LEARNER = (
+    *OF_ANY, "training.steps=7", "images.batch=8", "images.ensemble=true", "images.template=a {}", "optimizer.learning_rate=0.1",
+    "optimizer.schedule=linear", "optimizer.betas=0.1,0.2", "optimizer.z_loss=0.1", "prompts.margin=1", "prompts.constraints=four",
+    "prompts.triplet_of=meta", "prompts.sampling=weighted", "prompts.space=rgb", "prompts.augmentations=sobel_filter,crop",
+)  # fmt: skip
+PLAIN = ImageConfig(name="coop", images=Images(sources=("digits",)), prompts=Prompts(), init=Init("some/run"))
+
+
+@pytest.mark.parametrize(
+    ("config", "change"), [*((SMALL, change) for change in OF_A_CLIP), *((PLAIN, change) for change in OF_A_LEARNER)],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)  # fmt: skip
+def test_what_would_be_ignored_is_refused_by_name(config, change, paths, tmp_path):
+    field, value = change.split("=")
+    with pytest.raises(UserError, match=f"would ignore {re.escape(field)}: "):
+        resolve_parents(override(config, {field: value}), {field: value}, tmp_path)
+    with pytest.raises(UserError, match=f"would ignore {re.escape(field)}: "):
+        run_experiment(override(config, {field: value}), tmp_path, paths)
+
+
+def test_what_the_clip_alone_reads_passes_the_learner_by(own_registry, tmp_path):
+    registry.experiment("some/clip", summary="", minutes={"cpu": 1})(lambda scale: SMALL)
+    config = override(PLAIN, {"init.from": "some/clip"})
+    changes = {"training.steps": 7, "optimizer.learning_rate": 0.5}
+    learner, [parent] = resolve_parents(override(config, changes), changes, tmp_path)
+    assert parent.training.steps == 7 and parent.optimizer.learning_rate == 0.5
+    assert learner.training == Training() and learner.optimizer == Optimizer()
+    for changes in ({"training.accumulate": 2}, {"runtime.max_grad_norm": 1}, {"prompts.margin": 1}):
+        with pytest.raises(UserError, match="would ignore"):
+            resolve_parents(override(config, changes), changes, tmp_path)
+
+
+def test_a_second_process_is_refused(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision_run.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="one process"):
+        vision_run.make(SMALL, None, paths, None)
 
 
 @pytest.mark.slow

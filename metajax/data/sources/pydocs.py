@@ -14,11 +14,9 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.sources.files import file_entry
 from metajax.progress import progress, say
+from metajax.workers import process_pool
 
 STDLIB = "stdlib"
 DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")
@@ -125,8 +124,7 @@ def _read_all(files: Sequence[File]) -> list[Module]:
         return [_read(file) for file in files]
     title = f"pydocs: reading docstrings of {len(files)} Python files (once)"
     say(title)
-    # Spawned, not forked: the parent may hold the threads of an accelerator runtime.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with process_pool(os.cpu_count() or 1) as pool:
         results = []
         with progress("pydocs", len(files), plain_lines=False) as advance:
             for module in pool.map(_read, files, chunksize=32):
