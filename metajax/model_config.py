@@ -8,6 +8,8 @@ from typing import Literal
 
 from metajax.fields import require
 
+ROTARY = ("rope", "linear", "llama3", "ntk", "yarn")  # schemes of `Model.position` that rotate queries and keys
+
 
 @dataclass(frozen=True)
 class Hybrid:
@@ -26,6 +28,7 @@ class Hybrid:
     ssm: Literal["mamba", "mamba2"] = "mamba"
     expand: int = 2  # Mamba's inner width / model.width
     state: int = 16  # N, numbers a channel remembers
+    d_conv: int = 4  # tokens that the convolution before the scan reads: the current one and those before it
     dt_rank: int = 0  # 0: ceil(model.width / 16)
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
     dt_init: Literal["zero", "mamba"] = "zero"
@@ -37,6 +40,7 @@ class Hybrid:
             require(getattr(self, name) >= 0, f"model.hybrid.{name} = {getattr(self, name)}: not negative")
         for name in ("expand", "state"):
             require(getattr(self, name) >= 1, f"model.hybrid.{name} = {getattr(self, name)}: at least 1")
+        require(2 <= self.d_conv <= 4, f"model.hybrid.d_conv = {self.d_conv}: from 2 to 4")
         require(min(self.kv_groups, default=1) >= 1, f"model.hybrid.kv_groups = {self.kv_groups}: a group has at least 1 layer")
 
     @property
@@ -60,10 +64,10 @@ class Model:
     norm_position: Literal["pre", "post"] = "pre"
     bias: bool = False
     tied: bool = True
-    position: Literal["learned", "rope", "ntk", "yarn", "none"] = "rope"
+    position: Literal["learned", "rope", "linear", "llama3", "ntk", "yarn", "none"] = "rope"
     rope_theta: float = 10_000.0
-    rope_factor: float = 1.0  # context extension, for ntk and yarn
-    rope_original_length: int = 0  # length before extension, for ntk and yarn
+    rope_factor: float = 1.0  # context extension, for linear, llama3, ntk and yarn
+    rope_original_length: int = 0  # length before extension, for llama3, ntk and yarn
     max_positions: int = 0  # rows of the learned position table; 0: as many as a row has slots
     window: int | None = None  # a query sees itself and this many keys before it; None: all
     init_std: float = 0.02
@@ -85,14 +89,14 @@ class Model:
             self.heads % self.num_kv_heads == 0,
             f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
         )
-        rotary = self.position in ("rope", "ntk", "yarn")
+        rotary = self.position in ROTARY
         require(
             not rotary or self.head_dim % 2 == 0,
             f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
         )
         if self.hybrid is not None:
             self._check_hybrid(self.hybrid)
-        if self.position in ("ntk", "yarn"):
+        if self.position in ("llama3", "ntk", "yarn"):
             require(
                 self.rope_original_length > 0,
                 f"model.position = {self.position!r} needs model.rope_original_length, the length before extension",
@@ -104,7 +108,7 @@ class Model:
             require(getattr(self, name) == value, f"model.{name} = {getattr(self, name)!r}: a hybrid model has {value!r}")
         require(
             self.position != "learned",
-            "model.position = 'learned': the meta tokens of a hybrid model have none; choose rope, ntk, yarn or none",
+            f"model.position = 'learned': the meta tokens of a hybrid model have none; choose {', '.join(ROTARY)} or none",
         )
         outside = [layer for layer in hybrid.full_layers if not 0 <= layer < self.layers]
         require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from metajax.config import Config, Data, Runtime, UserError, config_hash, require, to_dict
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import open_directory
+from metajax.interop.files import keep_files, open_directory
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
-from metajax.interop.layouts import HEAD, Tensor, load_model
+from metajax.interop.layouts import HEAD, Tensor, load_model, table_rows
+from metajax.interop.settings import shown
 from metajax.parallel.mesh import make_mesh
 from metajax.parallel.rules import param_shardings
 from metajax.progress import warn
@@ -35,19 +36,21 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
     Raises:
       UserError: a file, tensor or setting that is missing or that this model cannot follow; a workdir that holds something else.
     """
-    values, tensors = open_directory(folder, family)
-    return import_weights(family, folder.resolve().name, values, tensors, runs, tokenizer or _tokenizer_spec(folder), workdir)
+    values, tensors = open_directory(folder, family, (HEAD, *FAMILIES[family].layout.buffers))
+    spec, name = tokenizer or _tokenizer_spec(folder), folder.resolve().name
+    return keep_files(folder, import_weights(family, name, values, tensors, runs, spec, workdir))
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
     """The same of a Llama in a GGUF file, dequantised; the file's own tokenizer is written below `cache`."""
     values, tensors, fields = open_gguf(path)
+    folder = None
     if not tokenizer:
-        folder = cache.absolute() / "tokenizers" / f"gguf-{_digest(fields)}"
+        folder = cache.absolute() / "tokenizers" / f"gguf2-{_digest(fields)}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{folder / 'tokenizer.json'}"
-    return import_weights("llama", path.stem, values, tensors, runs, tokenizer)
+    return keep_files(folder, import_weights("llama", path.stem, values, tensors, runs, tokenizer))
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
@@ -66,15 +69,21 @@ def import_weights(
 ) -> Path:
     """The same of a config.json and tensors by their names."""
     words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
-    kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors)
-    model, length = kind.model_config(values), int(values.get(kind.length, 2048))
+    kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors, values)
+    model, rows = kind.model_config(values), table_rows(tensors, kind.layout)
+    length = model.max_positions or int(values.get(kind.length) or 2048)
+    named = values.get("vocab_size") or rows
+    require(named == rows, f"config.json: vocab_size = {shown(repr(named))}, but {kind.layout.embedding} has {rows} rows")
+    require(
+        words.vocabulary.base <= 2 * rows + 1024,
+        f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: name the checkpoint's own with --tokenizer",
+    )
     config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, row_length=length), model=model)
     mesh = make_mesh(Runtime.mesh)
     weights = load_model(
-        tensors, model, kind.layout, vocab_size=words.vocabulary.size, max_length=length, runtime=config.runtime,
+        tensors, model, kind.layout, vocab_size=max(words.vocabulary.size, rows), max_length=length, runtime=config.runtime,
         shardings=lambda abstract: param_shardings(abstract, mesh),
     )  # fmt: skip
-    rows = tensors[kind.layout.embedding].shape[0]
     if words.vocabulary.base > rows:
         warn(
             f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: those from {rows} on have zero vectors"
