@@ -461,6 +461,8 @@ def config_hash(config: Config) -> str:
     # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
     if identity.get("dpo", 0) is None:
         del identity["dpo"]
+    if ((identity.get("model") or {}).get("hybrid") or {}).get("d_conv") == Hybrid.d_conv:
+        del identity["model"]["hybrid"]["d_conv"]
     for part in ("evaluation", "prompts"):
         if identity.get(part):
             identity[part] = {k: v for k, v in identity[part].items() if v is not None}

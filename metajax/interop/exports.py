@@ -92,9 +92,8 @@ def _origin(opened: OpenedRun, family: str) -> tuple[dict[str, Any], Path]:
 def _config_values(ours: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     """config.json: what it came with, and what the model says of itself, whatever the name was there."""
     came: dict[str, Any] = origin.get("config", {})
-    constant = {
-        name: value for name, value in came.items() if name in ("architectures", "auto_map", "transformers_version", "use_cache")
-    }
+    kept = ("architectures", "auto_map", "transformers_version", "use_cache")
+    constant = {name: came[name] for name in kept if came.get(name) is not None}
     rotary = {"rope_theta": ours.get("rope_theta"), **(ours.get("rope_scaling") or {"rope_type": "default"})}
     return came | ours | constant | ({"rope_parameters": rotary, "rope_scaling": None} if came.get("rope_parameters") else {})
 

@@ -65,7 +65,8 @@ def open_directory(folder: Path, model_type: str, spare: tuple[str, ...] = ()) -
         return config, open_tensors(single)
     tensors: dict[str, Tensor] = {}
     weight_map = read_json(index)["weight_map"]
-    for name, shard in weight_map.items() if isinstance(weight_map, dict) else [("weight_map", weight_map)]:
+    require(isinstance(weight_map, dict), f"{index}: weight_map is not a JSON object; fetch it again")
+    for name, shard in weight_map.items():
         inside = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
         require(
             inside,

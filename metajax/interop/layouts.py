@@ -277,30 +277,25 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: L
         expected[HEAD] = expected[layout.embedding]
     found = {name for name in state if not name.endswith(layout.buffers)}
     present = sorted(expected.keys() & found)
+    kinds = {str(state[name].dtype) for name in present} - set(FLOATS)
     problems = [
         ("the checkpoint lacks {}", sorted(expected.keys() - found)),
         ("the checkpoint has tensors that its configuration does not: {}", sorted(found - expected.keys())),
-        (
-            "{}",
-            [
-                f"{name} has {state[name].dtype} numbers, not floating-point ones"
-                for name in present
-                if not _is_float(state[name])
-            ],
+        *(
+            (
+                f"{kind} numbers, where floating-point ones are needed, are in {{}}",
+                [name for name in present if str(state[name].dtype) == kind],
+            )
+            for kind in sorted(kinds)
         ),
-        (
-            "{}",
-            [
-                f"{name} has shape {tuple(state[name].shape)}, but {expected[name]} is needed by its configuration"
-                for name in present
-                if tuple(state[name].shape) != expected[name]
-            ],
+        *(
+            (f"{{}} has shape {tuple(state[name].shape)}, but {expected[name]} is needed by its configuration", [name])
+            for name in present
+            if tuple(state[name].shape) != expected[name]
         ),
     ]
-    message = "; ".join(
-        text.format(", ".join(map(shown, names[:5])) + " ..." * (len(names) > 5)) for text, names in problems if names
-    )
-    require(not message, message)
+    told = [text.format(", ".join(map(shown, names[:5])) + " ..." * (len(names) > 5)) for text, names in problems if names]
+    require(not told, "; ".join(told[:8]) + f"; and {len(told) - 8} more" * (len(told) > 8))
     if tied:
         head, embedding = state[HEAD], state[layout.embedding]
         rows = _blocks(0, *expected[HEAD])
@@ -308,10 +303,6 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: L
             np.array_equal(_finite(HEAD, head[block, :]), _finite(layout.embedding, embedding[block, :])) for block in rows
         )
         require(same, f"{HEAD} differs from {layout.embedding}, but the embedding is tied")
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return str(tensor.dtype) in FLOATS
 
 
 # -------------------------------------------------------------------------------------------------------- out

@@ -117,7 +117,8 @@ class Settings:
         unknown = [
             name for name in self.values if name not in self._known | HARMLESS | set(harmless) and not name.startswith("_")
         ]
-        numeric = [name for name in unknown if _NUMERIC.search(name.lower()) and not _is_neutral(name, self.values[name])]
+        unknown = [name for name in unknown if not _is_neutral(name, self.values[name])]
+        numeric = [name for name in unknown if _NUMERIC.search(name.lower())]
         for name in numeric:
             self._refuse(name, self.values[name], "it is unknown here and its name says that numbers depend on it", None)
         if not self.problems:
@@ -126,7 +127,7 @@ class Settings:
             except UserError as error:
                 self.note(str(error))
         require(not self.problems, f"{self.where}: {'; '.join(self.problems)}")
-        told = [shown(name) for name in unknown if name not in numeric and self.values[name] is not None]
+        told = [shown(name) for name in unknown if name not in numeric]
         if told:
             warn(f"{self.where}: settings that are unknown here and were not followed: {', '.join(told)}")
         return model
