@@ -393,10 +393,11 @@ def _open_hf(spec: str, path: Path) -> HuggingFace:
     if beside.exists():
         try:
             ends = json.loads(beside.read_text())
-        except ValueError as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"{beside}: not JSON ({error}); mend it, or take it away") from None
+        require(isinstance(ends, dict), f"{beside}: not a JSON object; mend it, or take it away")
     names = [t.get("content") if isinstance(t, dict) else t for t in (ends.get("bos_token"), ends.get("eos_token"))]
-    return HuggingFace(spec, library, *names)
+    return HuggingFace(spec, library, *(name if isinstance(name, str) else None for name in names))
 
 
 def _parse_library(path: Path, remedy: str) -> tokenizers.Tokenizer:

@@ -202,7 +202,7 @@ def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     """The file's byte-level tokenizer as tokenizer.json and tokenizer_config.json in a folder; UserError for a kind that is not known."""
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     require(
-        kind == "gpt2" and cut in _CUTS,
+        kind == "gpt2" and cut in [*_CUTS],
         f"the file's tokenizer is {shown(repr(kind))} with the rule {shown(repr(cut))}, which cannot be read (only 'gpt2' with "
         f"{', '.join(_CUTS)}); name the model's own tokenizer with --tokenizer hf:tokenizer.json",
     )
@@ -215,13 +215,14 @@ def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         isinstance(kinds, list) and len(kinds) == len(tokens) == len(set(tokens)),
         "the file's tokenizer.ggml.tokens and token_type do not belong together; name the model's own tokenizer with --tokenizer",
     )
-    try:
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        library = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
-    except ValueError as error:
-        raise UserError(
-            f"the file's tokenizer.ggml.merges cannot be read ({error}); name the model's own with --tokenizer"
-        ) from None
+    vocab, pairs = {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]
+    wrong = next((pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
+    require(
+        wrong is None,
+        f"the file's tokenizer.ggml.merges has {shown(repr(wrong))}, which are not two of its tokens that make a third; name the model's own "
+        "tokenizer with --tokenizer",
+    )
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     library.pre_tokenizer, library.decoder = _CUTS[cut](), decoders.ByteLevel()
     added = {token: of for token, of in zip(tokens, kinds, strict=True) if of in (_CONTROL, _USER_DEFINED)}
     library.add_tokens([AddedToken(token, normalized=False, special=of == _CONTROL) for token, of in added.items()])

@@ -354,7 +354,7 @@ def _damage_tokenizer(draw, folder):
     how = draw.choice(["far", "negative", "no model", "list", "merges", "special"])
     match how:
         case "far":
-            whole["added_tokens"][0]["id"] = 2**31
+            whole["model"]["vocab"]["zz"] = 2**31
         case "negative":
             whole["model"]["vocab"]["!"] = -1
         case "no model":

@@ -1,7 +1,9 @@
 """Settings of checkpoints: what is followed gives transformers' own numbers, what is not is refused by name, the rest is told."""
 
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from mutations import (
     write_folder,
 )
 
-from metajax.config import UserError
+from metajax.config import Runtime, UserError
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import open_directory
 from metajax.interop.gguf_files import open_gguf
@@ -26,6 +28,7 @@ from metajax.interop.layouts import load_model
 from metajax.interop.settings import Settings
 
 IDS = np.random.default_rng(0).integers(0, ROWS, (2, LENGTH))
+PLAIN = Runtime(unroll=1, implementation="reference")
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -71,13 +74,24 @@ def sound(family, changes):
 def ours(folder, family, ids=IDS):
     values, found = open_directory(folder, family)
     kind = FAMILIES[family]
-    model = load_model(kind.names(found, values), kind.model_config(values), kind.layout, max_length=LENGTH)
+    model = load_model(
+        kind.names(found, values),
+        kind.model_config(values),
+        kind.layout,
+        max_length=LENGTH,
+        runtime=PLAIN,
+    )
     return run(model, ids)
 
 
+# Compiled without optimisation: models that run once.
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def _run(model, ids):
+    return model(ids, positions=jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), segment_ids=jnp.ones(ids.shape, int))
+
+
 def run(model, ids=IDS):
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return np.asarray(model(jnp.asarray(ids), positions=positions, segment_ids=jnp.ones(ids.shape, int)))
+    return np.asarray(_run(model, jnp.asarray(ids)))
 
 
 def theirs(folder):
@@ -203,7 +217,7 @@ def test_settings_are_read_with_their_types():
 def gguf_logits(path, **fields):
     path.write_bytes(gguf_bytes(gguf_fields(**fields)))
     values, found, _ = open_gguf(path)
-    return run(load_model(found, FAMILIES["llama"].model_config(values), FAMILIES["llama"].layout))
+    return run(load_model(found, FAMILIES["llama"].model_config(values), FAMILIES["llama"].layout, runtime=PLAIN))
 
 
 @pytest.mark.fault(6)
