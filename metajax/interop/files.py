@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from metajax.atomic import write_text
 from metajax.config import UserError, require
 from metajax.interop.layouts import Tensor
 from metajax.interop.settings import shown
+from metajax.progress import warn
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = "imported_files.json"  # of an imported run: {name: text}, the other files of the folder it came from
@@ -25,6 +25,7 @@ KEPT = "imported_files.json"  # of an imported run: {name: text}, the other file
 _KEPT_ENDS = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
 _KEPT_NAMES = re.compile("(LICEN[CS]E|NOTICE|USE_POLICY)", re.IGNORECASE)
 _KEPT_BYTES = 1 << 26
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _BASE64 = "\x00base64:"
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
@@ -110,8 +111,8 @@ def read_json(path: Path) -> Values:
     return Values(found)
 
 
-def keep_files(folder: Path | None, workdir: Path) -> Path:
-    """Put the files of a model directory beside its weights and config.json into its run, those that are not UTF-8 as base64."""
+def read_kept(folder: Path | None) -> dict[str, str]:
+    """{name: text} of the files of a model directory beside its weights and config.json, base64 of those that are not UTF-8."""
     kept = {}
     for path in sorted(folder.iterdir()) if folder else []:
         wanted = path.name.endswith(_KEPT_ENDS) or _KEPT_NAMES.match(path.name)
@@ -121,8 +122,12 @@ def keep_files(folder: Path | None, workdir: Path) -> Path:
                 kept[path.name] = content.decode()
             except UnicodeDecodeError:
                 kept[path.name] = _BASE64 + base64.b64encode(content).decode()
-    write_text(workdir / KEPT, json.dumps(kept))
-    return workdir
+    if _TOKENIZER_CONFIG in kept and read_json(folder / _TOKENIZER_CONFIG).get("add_bos_token") is False:
+        warn(
+            f"{folder / _TOKENIZER_CONFIG} says add_bos_token = false, but a token that begins a text stands in front of every document and "
+            "prompt here: answers and log-likelihoods may differ from those of other programs"
+        )
+    return kept
 
 
 def write_kept(workdir: Path, folder: Path) -> None:

@@ -81,15 +81,12 @@ def model_config(values: Mapping[str, Any]) -> Model:
     read = Settings(values)
     for name, value in _FIXED.items():
         read.fixed(name, value)
-    layers, width, heads = (
-        read.size("num_hidden_layers", most=MOST_LAYERS),
-        read.size("hidden_size"),
-        read.size("num_attention_heads"),
-    )
+    layers, width = read.size("num_hidden_layers", most=MOST_LAYERS), read.size("hidden_size")
+    heads = read.size("num_attention_heads")
     kinds = read.get("layer_type", ["h"] * layers)
     if kinds != ["h"] * layers:
-        read.fixed("layer_type", ["h"] * min(layers, 2))
-    window = read.size("sliding_window", 0, least=0) or None
+        read.note(f"layer_type = {shown(repr(kinds))}, but only 'h' for each of {layers} layers is supported")
+    window = None if read.get("sliding_window") is None else read.size("sliding_window")
     full = _layer_list(read, "global_attn_idx", layers)
     rank = read.get("mamba_dt_rank", "auto")
     hybrid = {
@@ -109,7 +106,7 @@ def model_config(values: Mapping[str, Any]) -> Model:
 def _positions(read: Settings) -> dict[str, Any]:
     theta, length = read.number("rope_theta", 10_000.0), read.size("max_position_embeddings", 2048)
     kind = read.choice("rope_type", "default", ("default", "ntk"))
-    original = read.size("orig_max_position_embeddings", length)
+    original = read.size("orig_max_position_embeddings", None if kind == "ntk" else length)
     if not read.flag("rope", False):
         return {"position": "none"}
     if kind == "default":

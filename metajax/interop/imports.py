@@ -10,10 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from metajax.atomic import write_text
 from metajax.config import Config, Data, Runtime, UserError, config_hash, require, to_dict
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import keep_files, open_directory
+from metajax.interop.files import KEPT, open_directory, read_kept
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.layouts import HEAD, Tensor, load_model, table_rows
 from metajax.interop.settings import shown
@@ -37,8 +38,10 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
       UserError: a file, tensor or setting that is missing or that this model cannot follow; a workdir that holds something else.
     """
     values, tensors = open_directory(folder, family, (HEAD, *FAMILIES[family].layout.buffers))
-    spec, name = tokenizer or _tokenizer_spec(folder), folder.resolve().name
-    return keep_files(folder, import_weights(family, name, values, tensors, runs, spec, workdir))
+    spec, name, kept = tokenizer or _tokenizer_spec(folder), folder.resolve().name, read_kept(folder)
+    workdir = import_weights(family, name, values, tensors, runs, spec, workdir)
+    write_text(workdir / KEPT, json.dumps(kept))
+    return workdir
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
@@ -50,7 +53,10 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{folder / 'tokenizer.json'}"
-    return keep_files(folder, import_weights("llama", path.stem, values, tensors, runs, tokenizer))
+    kept = read_kept(folder)
+    workdir = import_weights("llama", path.stem, values, tensors, runs, tokenizer)
+    write_text(workdir / KEPT, json.dumps(kept))
+    return workdir
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

@@ -19,9 +19,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-WIDTH, HEADS, KV, MLP, LAYERS, ROWS, LENGTH = 16, 4, 2, 24, 2, 260, 32
+sys.path.append(str(Path(__file__).parents[2]))  # for the command line
+
+from sound_checkpoints import CONFIGS, gguf_bytes, gguf_fields, gguf_tensors, tensors, write_folder
+
+from metajax.config import UserError
+from metajax.experiment import open_run
+from metajax.interop.imports import import_directory, import_gguf
+from metajax.models.lm import named_params
+
 SECONDS, BYTES = 20, 2 << 30  # that one import may take
 JUNK = [
     None, -1, 0, 1, 3, 7, 10**9, 2**60, 10**30, 1.5, -0.5, 1e308, math.nan, math.inf, -math.inf, "32", "", "nan", "\x1b[2J", "\n", [], [1], [-1],
@@ -32,166 +39,6 @@ NEW_KEYS = (
     "tie_word_embeddings", "mlp_bias", "attention_bias", "partial_rotary_factor", "torch_dtype", "eos_token_id", "pad_token_id", "vocab_size",
     "max_position_embeddings", "colour", "n_inner", "model_type", "hidden_act", "activation_function", "initializer_range", "rms_norm_eps",
 )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------ sound
-
-
-def byte_tokenizer(end="<|endoftext|>"):
-    """256 bytes, three merges and an end token: 260 ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("Ġ", "t"), ("Ġt", "h")]
-    vocab = {c: i for i, c in enumerate(alphabet)} | {a + b: 256 + i for i, (a, b) in enumerate(merges)}
-    library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(end, normalized=False)])
-    return library
-
-
-def llama_config(**changes):
-    sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    rest = {
-        "num_key_value_heads": KV,
-        "max_position_embeddings": LENGTH,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "vocab_size": ROWS,
-    }
-    ids = {"bos_token_id": 259, "eos_token_id": 259, "tie_word_embeddings": False}
-    return {"model_type": "llama"} | sizes | rest | ids | changes
-
-
-def gpt2_config(**changes):
-    sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "n_positions": LENGTH, "vocab_size": ROWS, "eos_token_id": 259}
-    return {"model_type": "gpt2"} | sizes | changes
-
-
-def hymba_config(**changes):
-    mamba = {"mamba_d_conv": 4, "mamba_d_state": 4, "mamba_dt_rank": 2, "mamba_expand": 2, "mamba_inner_layernorms": True}
-    layers = {
-        "global_attn_idx": [0],
-        "kv_reuse_group": [[1, 2]],
-        "layer_type": ["h"] * 3,
-        "sliding_window": 6,
-        "num_hidden_layers": 3,
-    }
-    rest = {"num_memory_tokens": 3, "rope": True, "rope_type": "ntk", "orig_max_position_embeddings": 16, "num_experts": 1}
-    tied = {"tie_word_embeddings": True}
-    return llama_config(model_type="hymba") | mamba | layers | rest | tied | changes
-
-
-def tensors(family, config, seed=0):
-    """Weights by name that a sound config.json asks for."""
-    from metajax.config import Config, Data
-    from metajax.interop.families import FAMILIES
-    from metajax.interop.layouts import stored
-    from metajax.training.program import abstract_model
-
-    kind, draw = FAMILIES[family], np.random.default_rng(seed)
-    whole = Config(name="made", data=Data(tokenizer="byte", row_length=LENGTH), model=kind.model_config(config))
-    shapes = {name: tensor.shape for name, tensor in stored(abstract_model(whole, config["vocab_size"]), kind.layout).items()}
-    return {name: draw.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-CONFIGS = {"llama": llama_config, "gpt2": gpt2_config, "hymba": hymba_config}
-
-
-def write_folder(folder, family, config=None, state=None):
-    """A sound model directory."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = CONFIGS[family]() if config is None else config
-    state = tensors(family, config) if state is None else state
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}))
-    return folder
-
-
-_KINDS = {
-    "u32": (4, "<I"),
-    "i32": (5, "<i"),
-    "f32": (6, "<f"),
-    "bool": (7, "<?"),
-    "u64": (10, "<Q"),
-    "u16": (2, "<H"),
-    "f64": (12, "<d"),
-}
-
-
-def _text(text):
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def _value(kind, value):
-    if kind == "text":
-        return struct.pack("<I", 8) + _text(value)
-    if kind.startswith("list of "):
-        of = kind.removeprefix("list of ")
-        code, items = (
-            (8, b"".join(map(_text, value)))
-            if of == "text"
-            else (_KINDS[of][0], b"".join(struct.pack(_KINDS[of][1], x) for x in value))
-        )
-        return struct.pack("<IIQ", 9, code, len(value)) + items
-    return struct.pack("<I", _KINDS[kind][0]) + struct.pack(_KINDS[kind][1], value)
-
-
-def gguf_fields(**changes):
-    """{name: (kind, value)} of a sound file; a change to None takes a field away."""
-    library = byte_tokenizer()
-    words = [token for token, _ in sorted(library.get_vocab().items(), key=lambda item: item[1])]
-    sizes = {"block_count": LAYERS, "context_length": LENGTH, "embedding_length": WIDTH, "feed_forward_length": MLP}
-    sizes |= {"attention.head_count": HEADS, "attention.head_count_kv": KV}
-    fields = {"general.architecture": ("text", "llama")} | {f"llama.{name}": ("u32", value) for name, value in sizes.items()}
-    fields |= {
-        "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-6),
-        "tokenizer.ggml.model": ("text", "gpt2"),
-        "tokenizer.ggml.pre": ("text", "gpt-2"),
-    }
-    fields |= {"tokenizer.ggml.tokens": ("list of text", words), "tokenizer.ggml.token_type": ("list of i32", [1] * 259 + [3])}
-    fields |= {"tokenizer.ggml.merges": ("list of text", ["t h", "Ġ t", "Ġt h"]), "tokenizer.ggml.eos_token_id": ("u32", 259)}
-    return {name: field for name, field in (fields | {"tokenizer.ggml.bos_token_id": ("u32", 259)} | changes).items() if field}
-
-
-_GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_GGUF_PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-
-
-def gguf_tensors(state=None):
-    """{name in a file: array}, rows of queries and keys as pairs."""
-    found = {}
-    for name, value in (state or tensors("llama", llama_config())).items():
-        stem = name.removesuffix(".weight")
-        if stem not in _GGUF_NAMES:
-            layer, part = stem.removeprefix("model.layers.").split(".", 1)
-            heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KV}.get(part)
-            value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape) if heads else value
-            stem = f"blk.{layer}.{_GGUF_PARTS[part]}"
-        found[f"{_GGUF_NAMES.get(stem, stem)}.weight"] = np.ascontiguousarray(value)
-    return found
-
-
-def gguf_bytes(fields=None, arrays=None, *, version=3, counts=None, info=lambda name, entry: entry):
-    """A file; info(name, [sizes, kind, offset]) may lie about a tensor, counts about their numbers."""
-    fields, arrays = gguf_fields() if fields is None else fields, gguf_tensors() if arrays is None else arrays
-    head = b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(arrays), len(fields))))
-    head += b"".join(_text(name) + (field if isinstance(field, bytes) else _value(*field)) for name, field in fields.items())
-    offset, data = 0, b""
-    for name, value in arrays.items():
-        sizes, kind, at = info(name, [list(value.shape[::-1]), 0, offset])
-        head += (
-            _text(name)
-            + struct.pack("<I", len(sizes))
-            + b"".join(struct.pack("<Q", size) for size in sizes)
-            + struct.pack("<IQ", kind, at)
-        )
-        data += value.tobytes() + b"\0" * (-value.nbytes % 32)
-        offset = len(data)
-    return head + b"\0" * (-len(head) % 32) + data
 
 
 # ----------------------------------------------------------------------------------------------------------- damage
@@ -391,115 +238,63 @@ def damage_folder(draw, folder, family):
     return _damage_config(draw, folder, draw.choice(["tokenizer_config.json", "generation_config.json"]))
 
 
-def damage_gguf(draw, path):
-    """The same of a GGUF file."""
-    how = draw.choice(
-        [
-            "bytes",
-            "flips",
-            "field",
-            "field",
-            "field",
-            "new",
-            "new",
-            "drop",
-            "counts",
-            "array",
-            "tensor",
-            "tensor",
-            "poison",
-            "lost",
-            "kind",
-        ]
-    )
+_NEW_FIELDS = (
+    "llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.type", "llama.logit_scale", "llama.attention.sliding_window",
+    "llama.rope.dimension_count", "llama.attention.key_length", "llama.rope.freq_base", "llama.expert_count", "llama.vocab_size", "llama.colour",
+    "llama.attention.causal", "llama.attention.scale", "split.count", "split.no", "general.alignment", "general.type",
+    "tokenizer.ggml.eot_token_id",
+)  # fmt: skip
+_FIELD_JUNK = [
+    ("u32", 0), ("u32", 1), ("u32", 3), ("u32", 2**32 - 1), ("f32", math.nan), ("f32", -1.0), ("f32", 0.5), ("f32", math.inf), ("text", ""),
+    ("text", "x"), ("text", "\x1b[2J"), ("list of u32", []), ("list of u32", [2, 2]), ("list of u32", [1, 2]), ("bool", True), ("u64", 2**60),
+    ("i32", -1), ("list of text", ["a"]), ("f64", 1e300),
+]  # fmt: skip
+_TENSOR_LIES = [  # of (sizes, kind, offset)
+    lambda sizes, kind, at: [[], kind, at], lambda sizes, kind, at: [[0], kind, at], lambda sizes, kind, at: [[2**40] * 2, kind, at],
+    lambda sizes, kind, at: [sizes, 99, at], lambda sizes, kind, at: [sizes, 26, at], lambda sizes, kind, at: [sizes, 8, at],
+    lambda sizes, kind, at: [sizes, kind, 2**62], lambda sizes, kind, at: [sizes, kind, at + 3], lambda sizes, kind, at: [sizes * 5, kind, at],
+]  # fmt: skip
+
+
+def _lying_gguf(draw, how):
+    """(bytes of a file whose fields, tensors or numbers of them lie in one way, what the lie is)."""
     fields, arrays, options = gguf_fields(), gguf_tensors(), {}
-    key, name = draw.choice([*fields]), draw.choice([*arrays])
-    junk = [
-        ("u32", draw.choice([0, 1, 3, 2**32 - 1])),
-        ("f32", draw.choice([math.nan, -1.0, 0.5, math.inf])),
-        ("text", draw.choice(["", "x", "\x1b[2J"])),
-    ]
-    junk += [
-        ("list of u32", draw.choice([[], [2] * LAYERS, [1, 2]])),
-        ("bool", True),
-        ("u64", 2**60),
-        ("i32", -1),
-        ("list of text", ["a"]),
-        ("f64", 1e300),
-    ]
-    told = f"gguf: {how} {key} {name}"
+    key, name = draw.choice(_NEW_FIELDS if how == "new" else [*fields]), draw.choice([*arrays])
+    n, m = len(arrays), len(fields)
     match how:
-        case "field":
-            fields[key] = draw.choice(junk)
-            told += f" {fields[key]!r:.60}"
-        case "new":
-            new = [
-                "rope.scale_linear",
-                "rope.scaling.factor",
-                "rope.scaling.type",
-                "logit_scale",
-                "attention.sliding_window",
-                "rope.dimension_count",
-            ]
-            new += [
-                "attention.key_length",
-                "rope.freq_base",
-                "expert_count",
-                "vocab_size",
-                "colour",
-                "attention.causal",
-                "attention.scale",
-            ]
-            key = draw.choice(
-                [
-                    *(f"llama.{end}" for end in new),
-                    "split.count",
-                    "split.no",
-                    "general.alignment",
-                    "general.type",
-                    "tokenizer.ggml.eot_token_id",
-                ]
-            )
-            fields[key] = draw.choice(junk)
-            told = f"gguf: new {key} {fields[key]!r:.60}"
+        case "field" | "new":
+            fields[key] = draw.choice(_FIELD_JUNK)
         case "drop":
             del fields[key]
         case "counts":
-            options["counts"] = draw.choice(
-                [(2**60, len(fields)), (len(arrays), 2**60), (0, len(fields)), (len(arrays), 0), (len(arrays) + 1, len(fields))]
-            )
+            options["counts"] = draw.choice([(2**60, m), (n, 2**60), (0, m), (n, 0), (n + 1, m)])
         case "array":
             fields[key] = struct.pack("<IIQ", 9, draw.choice([0, 4, 8, 9, 99]), draw.choice([2**60, 2**63, 10**6])) + b"\0" * 16
         case "tensor":
-            lies = [
-                lambda e: [[], *e[1:]],
-                lambda e: [[0], *e[1:]],
-                lambda e: [[2**40, 2**40], *e[1:]],
-                lambda e: [e[0], 99, e[2]],
-            ]
-            lies += [
-                lambda e: [e[0], 26, e[2]],
-                lambda e: [e[0], 8, e[2]],
-                lambda e: [*e[:2], 2**62],
-                lambda e: [*e[:2], e[2] + 3],
-                lambda e: [e[0] * 5, *e[1:]],
-            ]
-            lie = draw.choice(lies)
-            options["info"] = lambda n, entry: lie(entry) if n == name else entry
+            lie = draw.choice(_TENSOR_LIES)
+            options["info"] = lambda other, entry: lie(*entry) if other == name else entry
         case "poison":
             arrays[name].reshape(-1)[0] = draw.choice([np.nan, np.inf])
         case "lost":
             del arrays[name]
         case "kind":
             options["version"] = draw.choice([0, 1, 2, 4, 3 << 24])
-    path.write_bytes(gguf_bytes(fields, arrays, **options))
+    return gguf_bytes(fields, arrays, **options), f"gguf: {how} {key} {fields.get(key)!r:.60} {name}"
+
+
+def damage_gguf(draw, path):
+    """The same of a GGUF file."""
+    ways = ["bytes", "flips", *["field"] * 3, *["new"] * 2, "drop", "counts", "array", *["tensor"] * 2, "poison", "lost", "kind"]
+    how = draw.choice(ways)
+    content, told = _lying_gguf(draw, how)
+    path.write_bytes(content)
     if how == "bytes":
         return _damage_bytes(draw, path)
     if how == "flips":
-        content = bytearray(path.read_bytes())
+        flipped = bytearray(content)
         for _ in range(draw.randrange(1, 5)):
-            content[draw.randrange(min(len(content), 9000))] ^= 1 << draw.randrange(8)
-        path.write_bytes(content)
+            flipped[draw.randrange(min(len(flipped), 9000))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
     return told
 
 
@@ -516,10 +311,6 @@ def _alarm(*_):
 
 def verdict(family, source, places):
     """ "refused", "imported", or what is wrong with how the import ended."""
-    from metajax.config import UserError
-    from metajax.experiment import open_run
-    from metajax.interop.imports import import_directory, import_gguf
-    from metajax.models.lm import named_params
 
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(SECONDS)
@@ -577,5 +368,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     sys.exit(main())

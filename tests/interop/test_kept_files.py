@@ -5,11 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from mutations import gguf_bytes, gguf_fields, gpt2_config, hymba_config, llama_config, tensors, write_folder
 from safetensors.numpy import load_file
-from test_settings import LLAMA3, ours, sound, theirs
+from sound_checkpoints import LLAMA3, gguf_bytes, gguf_fields, llama_config, ours, sound, tensors, theirs, write_folder
 
-from metajax.config import Config, Data, Init, override
+from metajax.config import override
 from metajax.experiment import OpenedRun, open_run
 from metajax.interop.exports import export_run
 from metajax.interop.imports import import_directory, import_gguf
@@ -122,8 +121,3 @@ def test_the_template_of_a_gguf_goes_out_too(tmp_path):
     export_run(opened, "llama", tmp_path / "out")
     config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert config["chat_template"] == TEMPLATE and config["pad_token"] == "<|endoftext|>"
-
-
-def test_a_config_of_the_own_kind_has_nothing_to_keep():
-    assert Config(name="made", data=Data(), init=Init()).init.run == ""
-    assert gpt2_config()["model_type"] == "gpt2" and hymba_config()["model_type"] == "hymba"

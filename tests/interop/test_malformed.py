@@ -6,7 +6,9 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from mutations import (
+from mutations import run as run_mutations
+from safetensors.numpy import save_file
+from sound_checkpoints import (
     ROWS,
     byte_tokenizer,
     gguf_bytes,
@@ -14,13 +16,11 @@ from mutations import (
     gguf_tensors,
     hymba_config,
     llama_config,
+    ours,
     run,
     tensors,
     write_folder,
-)
-from safetensors.numpy import save_file
-from test_settings import ours
-from test_settings import run as logits
+)  # fmt: skip
 
 from metajax.cli import main
 from metajax.config import UserError
@@ -45,7 +45,7 @@ def loaded(folder, family="llama"):
 @pytest.mark.fault(33)
 def test_damaged_checkpoints_are_refused_in_one_line_or_imported(tmp_path):
     """A sample of what `python tests/interop/mutations.py` makes."""
-    counts, failures = run(tmp_path, count=80, seed=7)
+    counts, failures = run_mutations(tmp_path, count=80, seed=7)
     assert not failures and counts["refused"] > 50 and counts["imported"] > 3, (counts, failures)
 
 
@@ -252,7 +252,7 @@ def test_heads_are_read_as_the_configuration_says(tmp_path):
     copied = tied | {"lm_head.weight": tied["model.embed_tokens.weight"]}
     one = loaded(write_folder(tmp_path / "tied", "hymba", hymba_config(), tied), "hymba")
     two = loaded(write_folder(tmp_path / "copied", "hymba", hymba_config(), copied), "hymba")
-    assert one.unembedding is None and np.array_equal(logits(one), logits(two))
+    assert one.unembedding is None and np.array_equal(run(one), run(two))
     with pytest.raises(UserError, match=r"lacks lm_head\.weight"):
         loaded(write_folder(tmp_path / "lacks", "hymba", config, tied), "hymba")
     with pytest.raises(UserError, match="differs from"):

@@ -1,41 +1,33 @@
 """Settings of checkpoints: what is followed gives transformers' own numbers, what is not is refused by name, the rest is told."""
 
-import functools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from mutations import (
-    LENGTH,
+from sound_checkpoints import (
+    CONFIGS,
+    IDS,
+    LLAMA3,
+    PLAIN,
     ROWS,
     gguf_bytes,
     gguf_fields,
     gguf_tensors,
-    gpt2_config,
-    hymba_config,
     llama_config,
+    ours,
+    run,
+    sound,
     tensors,
+    theirs,
     write_folder,
-)
+)  # fmt: skip
 
-from metajax.config import Runtime, UserError
+from metajax.config import UserError
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import open_directory
 from metajax.interop.gguf_files import open_gguf
 from metajax.interop.layouts import load_model
 from metajax.interop.settings import Settings
 
-IDS = np.random.default_rng(0).integers(0, ROWS, (2, LENGTH))
-PLAIN = Runtime(unroll=1, implementation="reference")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8,
-}
 FOLLOWED = {
     "linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     "llama3": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
@@ -59,48 +51,6 @@ FOLLOWED = {
 
 def without_nulls(config):
     return {name: value for name, value in config.items() if value is not None}
-
-
-def sound(family, changes):
-    """(config.json, its weights), a bias of one part alone among them."""
-    config = {"llama": llama_config, "gpt2": gpt2_config, "hymba": hymba_config}[family](**changes)
-    state = tensors(family, config)
-    for part, setting in ((".mlp.", "mlp_bias"), (".self_attn.", "attention_bias")):
-        if family == "llama" and not config.get(setting):
-            state = {name: value for name, value in state.items() if not (part in name and name.endswith(".bias"))}
-    return config, state
-
-
-def ours(folder, family, ids=IDS):
-    values, found = open_directory(folder, family)
-    kind = FAMILIES[family]
-    model = load_model(
-        kind.names(found, values),
-        kind.model_config(values),
-        kind.layout,
-        max_length=LENGTH,
-        runtime=PLAIN,
-    )
-    return run(model, ids)
-
-
-# Compiled without optimisation: models that run once.
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def _run(model, ids):
-    return model(ids, positions=jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), segment_ids=jnp.ones(ids.shape, int))
-
-
-def run(model, ids=IDS):
-    return np.asarray(_run(model, jnp.asarray(ids)))
-
-
-def theirs(folder):
-    """Logits of transformers, in float32."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
-    with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.numpy()
 
 
 def log_likelihood(logits):
@@ -158,7 +108,7 @@ REFUSED = [
 @pytest.mark.fault(33)
 @pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
 def test_what_is_not_followed_is_refused_by_name_in_one_message(family, changes, named):
-    config = {"llama": llama_config, "gpt2": gpt2_config, "hymba": hymba_config}[family](**changes)
+    config = CONFIGS[family](**changes)
     with pytest.raises(UserError) as caught:
         FAMILIES[family].model_config(config)
     message = str(caught.value)
@@ -174,7 +124,7 @@ PUBLISHED = [  # as published folders say them: nothing to tell
 
 @pytest.mark.parametrize(("family", "changes"), PUBLISHED)
 def test_published_settings_are_known(family, changes, capsys):
-    config = {"llama": llama_config, "gpt2": gpt2_config}[family](**changes)
+    config = CONFIGS[family](**changes)
     FAMILIES[family].model_config(config)
     assert "settings that are unknown" not in capsys.readouterr().err
 
