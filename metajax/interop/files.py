@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,19 @@ def write_kept(workdir: Path, folder: Path) -> None:
     """Put the files that a run has kept into a folder, byte for byte."""
     kept = read_json(workdir / KEPT) if (workdir / KEPT).exists() else {}
     for name, text in kept.items():
+        require(
+            Path(name).name == name and isinstance(text, str),
+            f"{workdir / KEPT} is damaged; delete it, and export without these files",
+        )
         content = base64.b64decode(text.removeprefix(_BASE64)) if text.startswith(_BASE64) else text.encode()
         (folder / name).write_bytes(content)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    twice = [name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1] if len(found) < len(pairs) else []
-    if twice:
-        raise ValueError(f"{shown(twice[0])} is there twice")
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} is there twice")
     return found
 
 

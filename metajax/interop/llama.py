@@ -37,12 +37,8 @@ LAYOUT = Layout(
 )
 _HARMLESS = ("pretraining_tp", "use_sliding_window", "is_llama_config")
 _REST = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "model_type": "llama",
-    "use_cache": True,
-}
+    "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "model_type": "llama", "use_cache": True,
+}  # fmt: skip
 # What this model can be told and Llama cannot.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "hybrid": (None,), "window": (None,), "activation": ("swiglu",), "norm": ("rmsnorm",), "norm_position": ("pre",),
@@ -57,7 +53,8 @@ def model_config(values: Mapping[str, Any]) -> Model:
     read.choice("hidden_act", "silu", ("silu", "swish"))
     read.fixed("head_dim", width // heads)
     read.fixed("partial_rotary_factor", 1)
-    if any(kind != "full_attention" for kind in read.get("layer_types", ())):
+    kinds = read.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         read.fixed("layer_types")
     if read.get("use_sliding_window") is not False:
         read.fixed(
@@ -89,6 +86,8 @@ def _positions(read: Settings, length: int) -> dict[str, Any]:
         found["rope_original_length"] = original if kind != "linear" else 0
         for name, value in _fixed_parts(kind, factor).items():
             rotary.fixed(name, value)
+        rotary.fixed("mscale")
+        rotary.fixed("mscale_all_dim")
     rotary.refuse_rest()
     return found
 

@@ -32,7 +32,8 @@ _NUMERIC = re.compile(
     "scal|multipl|factor|cap|logit|norm|bias|window|rope|rotary|theta|head|expert|moe|layer|attention|attn|mlp|ffn|router|dim|"
     "hidden|quant|spars|lora|adapter|alibi|clip|clamp|resid|embed|activation|act_|conv|ssm|mamba|position|size|group|context|kv"
 )
-_SCALES = re.compile("scal|multipl|factor|pct|percent")  # of these a 1 changes nothing
+# Of scales a 1 changes nothing, but of those of attention, which are in place of 1 / sqrt(head width).
+_SCALES, _ATTENTION = re.compile("scal|multipl|factor|pct|percent"), re.compile("attn|attention|query")
 
 
 def shown(value: Any) -> str:
@@ -112,7 +113,7 @@ class Settings:
             self.fixed(name, nothing)
         for name in TOKEN_IDS:
             ids = self.get(name, [])
-            if not all(type(i) is int for i in (ids if isinstance(ids, list) else [ids])):
+            if not all(type(i) is int and -1 <= i < 1 << 31 for i in (ids if isinstance(ids, list) else [ids])):
                 self._refuse(name, ids, "a token's number, or a list of them, is needed", None)
         unknown = [
             name for name in self.values if name not in self._known | HARMLESS | set(harmless) and not name.startswith("_")
@@ -149,5 +150,7 @@ class Settings:
 def _is_neutral(name: str, value: Any) -> bool:
     """Whether a setting says that there is nothing of what it names."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return value == 1 if _SCALES.search(name.lower()) else value in (0, -1) or (value == 1 and "expert" in name.lower())
+        if _SCALES.search(name.lower()):
+            return value == 1 and not _ATTENTION.search(name.lower())
+        return value in (0, -1) or (value == 1 and "expert" in name.lower())
     return value in (None, False, "", "none", "None", [], {})
