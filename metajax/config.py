@@ -471,6 +471,8 @@ def config_hash(config: Config) -> str:
     for part in ("dpo", "imported"):
         if identity.get(part, 0) is None:
             del identity[part]
+    if ((identity.get("model") or {}).get("hybrid") or {}).get("d_conv") == Hybrid.d_conv:
+        del identity["model"]["hybrid"]["d_conv"]
     for part in ("evaluation", "prompts", "clip"):
         if identity.get(part):
             identity[part] = {k: v for k, v in identity[part].items() if v is not None}

@@ -11,6 +11,8 @@ from metajax.fields import Count, CountOrZero, Part, Positive, Range, Size, Size
 
 Layers = Annotated[int, Range(1, 10_000)]
 
+ROTARY = ("rope", "linear", "llama3", "ntk", "yarn")  # schemes of `Model.position` that rotate queries and keys
+
 
 @dataclass(frozen=True)
 class Hybrid(Part, path="model.hybrid"):
@@ -29,6 +31,9 @@ class Hybrid(Part, path="model.hybrid"):
     ssm: Literal["mamba", "mamba2"] = "mamba"
     expand: Annotated[int, Range(1, 64)] = 2  # Mamba's inner width / model.width
     state: Size = 16  # N, numbers a channel remembers
+    d_conv: Annotated[int, Range(2, 4)] = (
+        4  # tokens that the convolution before the scan reads: the current one and those before it
+    )
     dt_rank: SizeOrZero = 0  # 0: ceil(model.width / 16)
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
     dt_init: Literal["zero", "mamba"] = "zero"
@@ -56,11 +61,11 @@ class Model(Part, path="model"):
     norm_position: Literal["pre", "post"] = "pre"
     bias: bool = False
     tied: bool = True
-    position: Literal["learned", "rope", "ntk", "yarn", "none"] = "rope"
+    position: Literal["learned", "rope", "linear", "llama3", "ntk", "yarn", "none"] = "rope"
     rope_theta: Positive = 10_000.0
-    rope_factor: Positive = 1.0  # context extension, for ntk and yarn
-    rope_original_length: CountOrZero = 0  # length before extension, for ntk and yarn
-    max_positions: SizeOrZero = 0  # rows of the learned position table; 0: as many as a row has slots
+    rope_factor: Positive = 1.0  # context extension, for linear, llama3, ntk and yarn
+    rope_original_length: CountOrZero = 0  # length before extension, for llama3, ntk and yarn
+    max_positions: SizeOrZero = 0  # rows of the learned position table; 0: as many as a row has positions
     window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
     init_std: Positive = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -76,14 +81,14 @@ class Model(Part, path="model"):
             self.heads % self.num_kv_heads == 0,
             f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
         )
-        rotary = self.position in ("rope", "ntk", "yarn")
+        rotary = self.position in ROTARY
         require(
             not rotary or self.head_dim % 2 == 0,
             f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
         )
         if self.hybrid is not None:
             self._check_hybrid(self.hybrid)
-        if self.position in ("ntk", "yarn"):
+        if self.position in ("llama3", "ntk", "yarn"):
             require(
                 self.rope_original_length > 0,
                 f"model.position = {self.position!r} needs model.rope_original_length, the length before extension",
@@ -95,7 +100,7 @@ class Model(Part, path="model"):
             require(getattr(self, name) == value, f"model.{name} = {getattr(self, name)!r}: a hybrid model has {value!r}")
         require(
             self.position != "learned",
-            "model.position = 'learned': the meta tokens of a hybrid model have none; choose rope, ntk, yarn or none",
+            f"model.position = 'learned': the meta tokens of a hybrid model have none; choose {', '.join(ROTARY)} or none",
         )
         outside = [layer for layer in hybrid.full_layers if layer >= self.layers]
         require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")

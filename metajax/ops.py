@@ -169,15 +169,15 @@ def selective_scan(
 
 def causal_conv(
     x: Float[Array, "B T C"],
-    w: Float[Array, "C 4"],
+    w: Float[Array, "C K"],
     b: Float[Array, " C"],
     *,
     segment_ids: Int[Array, "B T"],
-    initial_tail: Float[Array, "B 3 C"] | None = None,
-    reset_tail: Float[Array, "3 C"] | None = None,
+    initial_tail: Float[Array, "B K-1 C"] | None = None,
+    reset_tail: Float[Array, "K-1 C"] | None = None,
     implementation: str = "auto",
-) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
-    """silu(b + causal depthwise convolution of width 4) inside segments: (y, tail that a continued row must be given).
+) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
+    """silu(b + causal depthwise convolution of width K, from 2 to 4) inside segments: (y, tail that a continued row must be given).
 
     Before a segment stands `reset_tail` (None: zeros), before the row `initial_tail` (None: `reset_tail`), oldest first.
     Raises UserError as `attention` does.

@@ -71,21 +71,26 @@ class ConvPlan:
 
 def causal_conv_tpu(
     x: Float[Array, "B T C"],
-    w: Float[Array, "C 4"],
+    w: Float[Array, "C K"],
     b: Float[Array, " C"],
     *,
-    initial_tail: Float[Array, "B 3 C"] | None = None,
-    reset_tail: Float[Array, "3 C"] | None = None,
+    initial_tail: Float[Array, "B K-1 C"] | None = None,
+    reset_tail: Float[Array, "K-1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     chunk: int = 256,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
+) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
     """The contract of `causal_conv_reference` for float32 and bfloat16 inputs. Raises ValueError for another dtype or chunk."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"causal_conv_tpu takes float32 or bfloat16 inputs, not {x.dtype}: use the xla implementation")
     if chunk % GROUP:
         raise ValueError(f"chunk = {chunk}: the kernel works on groups of {GROUP} tokens, so it must be a multiple of {GROUP}")
-    initial_tail, reset_tail = resolve_tails(x, initial_tail, reset_tail)
+    initial_tail, reset_tail = resolve_tails(x, w.shape[1], initial_tail, reset_tail)
+    missing = TAPS - w.shape[1]  # a narrower one is one of width 4 whose first taps are zero
+    w, initial_tail, reset_tail = (
+        jnp.pad(part, [(0, 0)] * axis + [(missing, 0)] + [(0, 0)] * (part.ndim - axis - 1))
+        for part, axis in ((w, 1), (initial_tail, 1), (reset_tail, 0))
+    )
     offset = segment_offsets(x, segment_ids)
     batch, length, channels = x.shape
     chunk = min(chunk, round_up(length, GROUP))
@@ -100,7 +105,7 @@ def causal_conv_tpu(
         interpret=interpret,
     )
     y = _convolve(plan, x, w.astype(jnp.float32), b.astype(jnp.float32), initial_tail, reset_tail, offset)
-    return y, final_tail(x, initial_tail, reset_tail, offset)
+    return y, final_tail(x, initial_tail, reset_tail, offset)[:, missing:]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

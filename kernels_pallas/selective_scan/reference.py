@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-TAPS = 4  # width of the convolution: the current token and the three before it
+WIDTHS = (2, 3, 4)  # of the convolution: the current token and those before it
+TAPS = max(WIDTHS)
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -36,12 +37,20 @@ def resolve_states(
     return initial_state.astype(like.dtype), reset_state
 
 
-def resolve_tails(x: Array, initial_tail: Array | None, reset_tail: Array | None) -> tuple[Array, Array]:
-    """Both tails in x's dtype: `reset_tail` [3,C] defaults to zeros, `initial_tail` [B,3,C] to `reset_tail`."""
-    reset_tail = jnp.zeros((TAPS - 1, x.shape[2]), x.dtype) if reset_tail is None else reset_tail.astype(x.dtype)
-    if initial_tail is None:
-        return jnp.broadcast_to(reset_tail, (x.shape[0], *reset_tail.shape)), reset_tail
-    return initial_tail.astype(x.dtype), reset_tail
+def resolve_tails(x: Array, width: int, initial_tail: Array | None, reset_tail: Array | None) -> tuple[Array, Array]:
+    """Both tails in x's dtype: `reset_tail` [K-1,C] defaults to zeros, `initial_tail` [B,K-1,C] to `reset_tail`.
+
+    Raises ValueError for a convolution of another width K than `WIDTHS`, and for tails that do not belong to it.
+    """
+    if width not in WIDTHS:
+        raise ValueError(f"a convolution of width {width}: widths from {WIDTHS[0]} to {WIDTHS[-1]} are supported")
+    reset_tail = jnp.zeros((width - 1, x.shape[2]), x.dtype) if reset_tail is None else reset_tail.astype(x.dtype)
+    tail = jnp.broadcast_to(reset_tail, (x.shape[0], *reset_tail.shape)) if initial_tail is None else initial_tail.astype(x.dtype)
+    if (reset_tail.shape[0], tail.shape[1]) != (width - 1, width - 1):
+        raise ValueError(
+            f"tails of {reset_tail.shape[0]} and {tail.shape[1]} tokens: a convolution of width {width} has {width - 1}"
+        )
+    return tail, reset_tail
 
 
 def scan_dtype(u: Array) -> jnp.dtype:
@@ -96,20 +105,20 @@ def selective_scan_reference(
 
 def causal_conv_reference(
     x: Float[Array, "B T C"],
-    w: Float[Array, "C 4"],
+    w: Float[Array, "C K"],
     b: Float[Array, " C"],
     *,
-    initial_tail: Float[Array, "B 3 C"] | None = None,
-    reset_tail: Float[Array, "3 C"] | None = None,
+    initial_tail: Float[Array, "B K-1 C"] | None = None,
+    reset_tail: Float[Array, "K-1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
-    """(silu(b + sum_k w[:, k] x_(t-3+k)), the last three inputs): depthwise, causal, tap 3 on the current token.
+) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
+    """(silu(b + sum_k w[:, k] x_(t-K+1+k)), the last K-1 inputs): depthwise, causal, the last tap on the current token, K one of `WIDTHS`.
 
     Before the row stands `initial_tail`; before each later segment stands `reset_tail` (zeros when None; `initial_tail`
     defaults to it). Tails are oldest first. The final tail is what a row that continues the last segment must be given.
     """
     dtype = scan_dtype(x)
-    initial_tail, reset_tail = resolve_tails(x, initial_tail, reset_tail)
+    initial_tail, reset_tail = resolve_tails(x, w.shape[1], initial_tail, reset_tail)
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
 
     def step(tail: Array, token: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -116,15 +116,15 @@ def _associative(
 
 def causal_conv_xla(
     x: Float[Array, "B T C"],
-    w: Float[Array, "C 4"],
+    w: Float[Array, "C K"],
     b: Float[Array, " C"],
     *,
-    initial_tail: Float[Array, "B 3 C"] | None = None,
-    reset_tail: Float[Array, "3 C"] | None = None,
+    initial_tail: Float[Array, "B K-1 C"] | None = None,
+    reset_tail: Float[Array, "K-1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
+) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
     """The contract of `causal_conv_reference` as shifts, multiplies and adds; the backward pass keeps the inputs alone."""
-    initial_tail, reset_tail = resolve_tails(x, initial_tail, reset_tail)
+    initial_tail, reset_tail = resolve_tails(x, w.shape[1], initial_tail, reset_tail)
     offset = segment_offsets(x, segment_ids)
     y = convolve(x, w, b, initial_tail, reset_tail, offset)
     return y, final_tail(x, initial_tail, reset_tail, offset)
@@ -138,31 +138,31 @@ def segment_offsets(x: Array, segment_ids: Array | None) -> Array:
 
 
 def borrowed_taps(w: Array, reset_tail: Array) -> Array:
-    """[3,C]: what `reset_tail` adds to the first, second and third token of a segment."""
-    taps = jnp.moveaxis(w, 1, 0)
-    return jnp.stack([sum(taps[i - first] * reset_tail[i] for i in range(first, TAPS - 1)) for first in range(TAPS - 1)])
+    """[K-1,C]: what `reset_tail` adds to the first K-1 tokens of a segment."""
+    taps, before = jnp.moveaxis(w, 1, 0), w.shape[1] - 1
+    return jnp.stack([sum(taps[i - first] * reset_tail[i] for i in range(first, before)) for first in range(before)])
 
 
 @jax.checkpoint
 def convolve(x: Array, w: Array, b: Array, initial_tail: Array, reset_tail: Array, offset: Array) -> Array:
     """silu of the masked shifts [B,T,C]."""
-    length, dtype = x.shape[1], scan_dtype(x)
+    length, before, dtype = x.shape[1], w.shape[1] - 1, scan_dtype(x)
     w = w.astype(dtype)
     extended = jnp.concatenate([initial_tail, x], axis=1).astype(dtype)
     offset = offset[:, :, None]
     y = b.astype(dtype) + w[:, -1] * x.astype(dtype)
-    for lag in range(1, TAPS):
-        shifted = extended[:, TAPS - 1 - lag : TAPS - 1 - lag + length]
-        y = y + w[:, TAPS - 1 - lag] * jnp.where(offset >= lag, shifted, 0.0)
+    for lag in range(1, before + 1):
+        shifted = extended[:, before - lag : before - lag + length]
+        y = y + w[:, before - lag] * jnp.where(offset >= lag, shifted, 0.0)
     for first, taps in enumerate(borrowed_taps(w, reset_tail.astype(dtype))):
         y = y + jnp.where(offset == first, taps, 0.0)
     return jax.nn.silu(y).astype(x.dtype)
 
 
 def final_tail(x: Array, initial_tail: Array, reset_tail: Array, offset: Array) -> Array:
-    """[B,3,C]: the last three inputs of the last segment, borrowed from `reset_tail` where it is shorter."""
-    seen = offset[:, -1:] + 1
-    slot = jnp.arange(TAPS - 1)
-    borrowed = jnp.take(reset_tail, jnp.minimum(slot + seen, TAPS - 2), axis=0)
+    """[B,K-1,C]: the last K-1 inputs of the last segment, borrowed from `reset_tail` where it is shorter."""
+    seen, before = offset[:, -1:] + 1, len(reset_tail)
+    slot = jnp.arange(before)
+    borrowed = jnp.take(reset_tail, jnp.minimum(slot + seen, before - 1), axis=0)
     last = jnp.concatenate([initial_tail, x], axis=1)[:, x.shape[1] :]
-    return jnp.where((slot + seen < TAPS - 1)[:, :, None], borrowed, last)
+    return jnp.where((slot + seen < before)[:, :, None], borrowed, last)

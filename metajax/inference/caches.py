@@ -61,14 +61,14 @@ class KeyValues:
 class Recurrence:
     """What a Mamba remembers of each row, whatever its length."""
 
-    tail: Float[Array, "L B 3 D"]  # last inputs of the convolution
+    tail: Float[Array, "L B tail D"]  # last inputs of the convolution
     state: Float[Array, "L B C N"]  # float32
 
     def past(self) -> tuple[Array, Array]:
         """What a layer's Mamba goes on from."""
         return self.tail, self.state
 
-    def append(self, tail: Float[Array, "L B 3 D"], state: Float[Array, "L B C N"], present: Bool[Array, " B"]) -> Recurrence:
+    def append(self, tail: Float[Array, "L B tail D"], state: Float[Array, "L B C N"], present: Bool[Array, " B"]) -> Recurrence:
         """What the rows remember after one token more, where there is one."""
         there = present[:, None, None]
         return Recurrence(jnp.where(there, tail, self.tail), jnp.where(there, state, self.state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 from metajax.atomic import whole_folder
 from metajax.config import Config, require
 from metajax.data.tokenizers import Vocabulary
+from metajax.data.tokenizers import load as load_tokenizer
 from metajax.experiment import OpenedRun
 from metajax.interop.families import FAMILIES, Family
-from metajax.interop.files import DTYPES, write_tensors
+from metajax.interop.files import DTYPES, read_json, write_kept, write_tensors
 from metajax.interop.imports import ORIGIN
 from metajax.interop.layouts import HEAD, stored, tensors_of
 from metajax.interop.tokenizer_files import write_tokenizer
 from metajax.models.lm import LM
 from metajax.progress import warn
+from metajax.reporting.records import read_config
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -36,15 +39,22 @@ def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; name a new folder")
     kind, config, words = FAMILIES[family], opened.config, opened.tokenizer.vocabulary
     _require_plain(config, kind)
-    origin, imported = _origin(opened.workdir, family), config.imported
+    (origin, came_from), imported = _origin(opened, family), config.imported
     rows, length = words.size if imported is None else imported.last, max(config.row_slots, config.model.max_positions)
-    values = kind.hub_config(config.model, length) | _ids(words, origin) | {"vocab_size": rows, "torch_dtype": dtype}
+    values = _config_values(kind.hub_config(config.model, length), origin) | _ids(words, origin) | {"vocab_size": rows}
+    values |= {"dtype" if "dtype" in values else "torch_dtype": dtype}
     model, head = kind.fit(opened.model), bool(origin.get("tied_head"))
     shapes = {name: tensor.shape for name, tensor in stored(model, kind.layout, rows).items()}
     shapes |= {HEAD: shapes[kind.layout.embedding]} if head else {}
+    zeros = kind.zeros(model)
+    values |= dict.fromkeys(zeros, False)
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(tuple(itertools.chain(*zeros.values())))}
+    tensors = ((name, value) for name, value in _with_head(model, kind, rows, head) if name in shapes)
     with whole_folder(folder) as work:
-        write_tensors(work, shapes, _with_head(model, kind, rows, head), dtype, shard_bytes)
+        write_tensors(work, shapes, tensors, dtype, shard_bytes)
         write_tokenizer(opened.tokenizer, work, rows, length)
+        if origin:
+            write_kept(came_from, work)
         (work / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
@@ -62,11 +72,30 @@ def _require_plain(config: Config, kind: Family) -> None:
         warn(f"training put meta-tokens into the text (meta_tokens.rate = {meta.rate}); programs that read the export will not")
 
 
-def _origin(workdir: Path, family: str) -> dict[str, Any]:
-    """What an imported run came with, {} for others and for those of another family."""
-    path = workdir / ORIGIN
-    origin = json.loads(path.read_text()) if path.exists() else {}
-    return origin if origin.get("family") == family else {}
+def _origin(opened: OpenedRun, family: str) -> tuple[dict[str, Any], Path]:
+    """(what the imported run came with that this run is or goes back to, its folder); {} for others, and for another tokenizer or family."""
+    folder, config = opened.workdir.absolute(), opened.config
+    while not (folder / ORIGIN).exists() and config.init.run:
+        parents = [above / config.init.run for above in folder.parents]
+        folder = next((parent for parent in parents if (parent / "config.json").exists()), None)
+        if folder is None:
+            warn(
+                f"init.from: {config.init.run} is gone; a chat template and other files that it may have had are not in the export"
+            )
+            return {}, opened.workdir
+        config = read_config(folder)
+    origin = read_json(folder / ORIGIN) if (folder / ORIGIN).exists() else {}
+    same = origin.get("family") == family and load_tokenizer(folder).fingerprint() == opened.tokenizer.fingerprint()
+    return (origin if same else {}), folder
+
+
+def _config_values(ours: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """config.json: what it came with, and what the model says of itself, whatever the name was there."""
+    came: dict[str, Any] = origin.get("config", {})
+    kept = ("architectures", "auto_map", "transformers_version", "use_cache")
+    constant = {name: came[name] for name in kept if came.get(name) is not None}
+    rotary = {"rope_theta": ours.get("rope_theta"), **(ours.get("rope_scaling") or {"rope_type": "default"})}
+    return came | ours | constant | ({"rope_parameters": rotary, "rope_scaling": None} if came.get("rope_parameters") else {})
 
 
 def _ids(words: Vocabulary, origin: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,19 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from metajax.config import UserError, require
+from metajax.core.sealed import HASHES
 from metajax.interop.layouts import Tensor
+from metajax.interop.settings import shown
+from metajax.progress import warn
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+KEPT = "imported_files.json"  # of an imported run: {name: text}, the other files of the folder it came from
+# Which files those are: settings, templates, vocabularies, the authors' own code, model card and licence.
+_KEPT_ENDS = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
+_KEPT_NAMES = re.compile("(LICEN[CS]E|NOTICE|USE_POLICY)", re.IGNORECASE)
+_KEPT_BYTES = 1 << 26
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_BASE64 = "\x00base64:"
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),  # which also makes it a NumPy type, as reading needs
@@ -35,28 +48,46 @@ class _FileTensor:
 
     def __init__(self, file: Any, name: str):
         self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
+        self.shape, self.dtype = tuple(self._slice.get_shape()), self._slice.get_dtype()
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._slice[index]
 
 
-def open_directory(folder: Path, model_type: str) -> tuple[Values, dict[str, Tensor]]:
-    """(config.json, {name: tensor still in its file}); UserError for what is missing, damaged or of another family."""
+def open_directory(folder: Path, model_type: str, spare: tuple[str, ...] = ()) -> tuple[Values, dict[str, Tensor]]:
+    """(config.json, {name: tensor still in its file}); UserError for what is missing, damaged or of another family.
+
+    spare: ends of names of tensors that an index may name though no file has them. One whole file counts more than an index beside it.
+    """
     config = read_json(folder / "config.json")
     found = config.get("model_type")
-    require(found == model_type, f"{folder}/config.json: model_type is {found!r}, not {model_type!r}")
+    require(found == model_type, f"{folder}/config.json: model_type is {shown(repr(found))}, not {model_type!r}")
     index, single = folder / INDEX, folder / WHOLE
     require(index.exists() or single.exists(), f"{folder} has no {WHOLE} and no {INDEX}; name a model directory")
-    if not index.exists():
+    if single.exists():
         return config, open_tensors(single)
     tensors: dict[str, Tensor] = {}
     weight_map = read_json(index)["weight_map"]
+    require(isinstance(weight_map, dict), f"{index}: weight_map is not a JSON object; fetch it again")
+    for name, shard in weight_map.items():
+        inside = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
+        require(
+            inside,
+            f"{index}: {shown(name)} is in {shown(repr(shard))}, which is no name of a file in this folder; fetch it again",
+        )
     for shard in sorted(set(weight_map.values())):
         require((folder / shard).exists(), f"{folder} lacks the shard {shard} that {INDEX} names")
         held = open_tensors(folder / shard)
-        lost = sorted(name for name, file in weight_map.items() if file == shard and name not in held)
-        require(not lost, f"{folder / shard} lacks {', '.join(lost[:5])}, which {INDEX} says it holds; fetch it again")
+        lost = sorted(
+            name for name, file in weight_map.items() if file == shard and name not in held and not name.endswith(spare)
+        )
+        require(
+            not lost, f"{folder / shard} lacks {', '.join(map(shown, lost[:5]))}, which {INDEX} says it holds; fetch it again"
+        )
+        twice = sorted(tensors.keys() & held.keys())
+        require(
+            not twice, f"{folder / shard} has {', '.join(map(shown, twice[:5]))}, which another shard has too; fetch both again"
+        )
         tensors |= held
     return config, tensors
 
@@ -65,21 +96,64 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, still in it."""
     try:
         file = safe_open(path, "np")
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); fetch it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a safetensors file ({_line(error)}); fetch it again") from None
     return {name: _FileTensor(file, name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
 
 
 def read_json(path: Path) -> Values:
     """The object of a JSON file; UserError for what is none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a model directory") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
+    except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested without end, no file
+        raise UserError(f"{path}: not JSON ({_line(error)}); fetch it again") from None
     require(isinstance(found, dict), f"{path}: not a JSON object; fetch it again")
     return Values(found)
+
+
+def read_kept(folder: Path | None) -> dict[str, str]:
+    """{name: text} of the files of a model directory beside its weights and config.json, base64 of those that are not UTF-8."""
+    kept = {}
+    for path in sorted(folder.iterdir()) if folder else []:
+        wanted = path.name.endswith(_KEPT_ENDS) or _KEPT_NAMES.match(path.name)
+        if wanted and path.is_file() and path.name not in ("config.json", INDEX, HASHES) and path.stat().st_size <= _KEPT_BYTES:
+            content = path.read_bytes()
+            try:
+                kept[path.name] = content.decode()
+            except UnicodeDecodeError:
+                kept[path.name] = _BASE64 + base64.b64encode(content).decode()
+    if _TOKENIZER_CONFIG in kept and read_json(folder / _TOKENIZER_CONFIG).get("add_bos_token") is False:
+        warn(
+            f"{folder / _TOKENIZER_CONFIG} says add_bos_token = false, but a token that begins a text stands in front of every document and "
+            "prompt here: answers and log-likelihoods may differ from those of other programs"
+        )
+    return kept
+
+
+def write_kept(workdir: Path, folder: Path) -> None:
+    """Put the files that a run has kept into a folder, byte for byte."""
+    kept = read_json(workdir / KEPT) if (workdir / KEPT).exists() else {}
+    for name, text in kept.items():
+        require(
+            Path(name).name == name and isinstance(text, str),
+            f"{workdir / KEPT} is damaged; delete it, and export without these files",
+        )
+        content = base64.b64decode(text.removeprefix(_BASE64)) if text.startswith(_BASE64) else text.encode()
+        (folder / name).write_bytes(content)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} is there twice")
+    return found
+
+
+def _line(error: Exception) -> str:
+    return shown((str(error).splitlines() or [type(error).__name__])[0])
 
 
 # --------------------------------------------------------------------------------------------------- writing

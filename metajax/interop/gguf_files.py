@@ -6,6 +6,7 @@ The file keeps the rows of a query or key head as rotary pairs beside each other
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from metajax.config import UserError, require
 from metajax.core.sealed import sealed_folder
+from metajax.interop.gguf_header import Lying, read_header
 from metajax.interop.layouts import HEAD, Tensor
+from metajax.interop.settings import MOST_LAYERS, Settings, shown
 
 _WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
 _LAYER = {
@@ -41,65 +44,137 @@ _CUTS = {
 }
 
 
+# Of the fields of a Llama, those that no number here depends on.
+_HARMLESS = (
+    "llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length", "llama.tensor_data_layout",
+    "llama.attention.layer_norm_epsilon",
+)  # fmt: skip
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
 class _Quantised:
     """A tensor of the file, dequantised where it is indexed; `rows` are those of the file in Hugging Face's order (None: as they are)."""
 
-    def __init__(self, tensor: Any, rows: np.ndarray | None):
-        self._tensor, self._rows = tensor, rows
-        self.shape = tuple(int(size) for size in reversed(tensor.shape))
+    def __init__(self, lying: Lying, rows: np.ndarray | None):
+        self._lying, self._rows, self.shape = lying, rows, lying.shape
+        self.dtype = lying.kind.name if lying.kind.name[0] in "IF" and lying.kind.name[:2] != "IQ" else "float32"
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         from gguf.quants import dequantize
 
-        rows, *others = index
-        data = self._tensor.data[rows if self._rows is None else self._rows[rows]]
-        return dequantize(data, self._tensor.tensor_type).astype(np.float32, copy=False)[(slice(None), *others)]
+        rows, *others = index if len(self.shape) > 1 else (slice(None), *index)
+        data, kind = self._lying.data.reshape(-1, self._lying.data.shape[-1]), self._lying.kind
+        data = data[rows if self._rows is None else self._rows[rows]]
+        try:
+            values = data.view(np.float64) if kind.name == "F64" else dequantize(data, kind)
+        except NotImplementedError:
+            raise UserError(f"numbers of the kind {kind.name} cannot be read; quantise the file anew, as Q8_0 say") from None
+        values = values[(slice(None), *others)]
+        return values if len(self.shape) > 1 else values[0]
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """(config.json's values, {name: tensor still in its file}, the file's own fields) of a Llama. UserError for any other file."""
-    require(find_spec("gguf") is not None, "GGUF files need the gguf library: pip install gguf==0.19.0")
-    from gguf import GGUFReader
+    """(config.json's values, {name: tensor still in its file}, the file's own fields) of a Llama, of all parts of a file that was split.
 
-    require(path.is_file(), f"{path}: no such file; name a .gguf file")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError) as error:  # what the library runs into in a file that is cut off
-        raise UserError(f"{path} is not a whole GGUF file ({str(error).splitlines()[0]}); fetch it again") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    values = _values(fields)
+    UserError for any other file.
+    """
+    require(find_spec("gguf") is not None, "GGUF files need the gguf library: pip install gguf==0.19.0")
+    require(path.exists(), f"{path}: no such file; name a .gguf file")
+    fields, lying = read_header(path)
+    for part in _other_parts(path, fields):
+        more = read_header(part)[1]
+        twice = sorted(lying.keys() & more.keys())
+        require(not twice, f"{part} has {', '.join(map(shown, twice[:5]))}, which another part has too; fetch both again")
+        lying |= more
+    values = _values(fields, path)
     tensors: dict[str, Tensor] = {}
-    for tensor in reader.tensors:
-        name = _name(tensor.name)
+    for stored_name, tensor in lying.items():
+        name = _name(stored_name)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2:][0])
-        rows = _unpaired(int(tensor.shape[-1]), values[heads]) if heads else None
+        rows = None
+        if heads:
+            pairs = 2 * values[heads]
+            require(
+                tensor.shape[0] % pairs == 0,
+                f"{path}: {shown(stored_name)} has {tensor.shape[0]} rows, no multiple of 2 x {values[heads]} heads",
+            )
+            rows = _unpaired(tensor.shape[0], values[heads])
         tensors[name] = _Quantised(tensor, rows)
     return values | {"tie_word_embeddings": HEAD not in tensors}, tensors, fields
 
 
-def _values(fields: dict[str, Any]) -> dict[str, Any]:
-    kind = fields.get("general.architecture")
-    require(kind == "llama", f"the file's general.architecture is {kind!r}, but only 'llama' is supported")
-    scaling, experts = fields.get("llama.rope.scaling.type", "none"), fields.get("llama.expert_count", 0)
-    require(scaling == "none", f"the file's llama.rope.scaling.type is {scaling!r}, but only 'none' is supported")
-    require(experts == 0, f"the file's llama.expert_count is {experts}, but only dense models are supported")
-    sizes = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    needed = (*sizes, "attention.layer_norm_rms_epsilon")
-    missing = [f"llama.{name}" for name in needed if f"llama.{name}" not in fields]
-    require(not missing, f"the file lacks {', '.join(missing)}: not a whole Llama")
-    layers, length, width, mlp_width, heads = (int(fields[f"llama.{name}"]) for name in sizes)
+def _other_parts(path: Path, fields: dict[str, Any]) -> list[Path]:
+    """The files that belong to the first one of a file that was split."""
+    count, number = fields.get("split.count", 1), fields.get("split.no", 0)
+    if count in (0, 1):
+        return []
+    named = _PART.fullmatch(path.name)
+    require(
+        named is not None and type(count) is int and number == 0 and int(named[2]) == 1 and int(named[3]) == count,
+        f"{path} is part {shown(repr(number))} of {shown(repr(count))} of a split file; name the first part, NAME-00001-of-NNNNN.gguf",
+    )
+    parts = [path.with_name(f"{named[1]}-{n:05}-of-{count:05}.gguf") for n in range(2, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    require(
+        not missing,
+        f"{path} is one of {count} parts; {', '.join(missing[:5])} {'are' if len(missing) > 1 else 'is'} not beside it",
+    )
+    return parts
+
+
+def _values(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What config.json would say. UserError with every field that this model cannot follow."""
+    own = {
+        name: value
+        for name, value in fields.items()
+        if name.split(".")[0] not in ("general", "tokenizer", "split", "quantize", "GGUF")
+    }
+    read = Settings(fields, str(path))
+    read.choice("general.architecture", "none", ("llama",))
+    read.fixed("general.type", "model")
+    own = Settings({name: _same_in_all(value) for name, value in own.items()}, str(path), problems=read.problems)
+    layers, heads = own.size("llama.block_count", most=MOST_LAYERS), own.size("llama.attention.head_count")
+    width, mlp_width = own.size("llama.embedding_length"), own.size("llama.feed_forward_length")
     for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        found = fields.get(f"llama.{name}", width // heads)
-        require(
-            found == width // heads, f"the file's llama.{name} is {found}, but only {width // heads}, width / heads, is supported"
-        )
-    return {
+        own.fixed(f"llama.{name}", width // heads)
+    for name, nothing in {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}.items():
+        own.fixed(f"llama.{name}", nothing)
+    values = {
         "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp_width,
-        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)), "max_position_embeddings": length,
-        "rms_norm_eps": _decimal(fields["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_theta": _decimal(fields.get("llama.rope.freq_base", 10_000.0)),
-        **{f"{end}_token_id": int(fields[name]) for end in ("bos", "eos") if (name := f"tokenizer.ggml.{end}_token_id") in fields},
+        "num_key_value_heads": own.size("llama.attention.head_count_kv", heads), "max_position_embeddings": own.size("llama.context_length"),
+        "rms_norm_eps": _decimal(own.number("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(own.number("llama.rope.freq_base", 10_000.0)), "rope_scaling": _scaling(own), **_ids(read),
     }  # fmt: skip
+    if own.get("llama.vocab_size") is not None:
+        values["vocab_size"] = own.size("llama.vocab_size")
+    own.refuse_rest(_HARMLESS)
+    require(not read.problems, f"{path}: {'; '.join(read.problems)}")
+    return values
+
+
+def _same_in_all(value: Any) -> Any:
+    """What a list says of all layers; the list where they differ."""
+    return value[0] if isinstance(value, list) and value and all(one == value[0] for one in value) else value
+
+
+def _scaling(own: Settings) -> dict[str, Any] | None:
+    """Rotary scaling as llama.cpp reads it: linear where there is a factor and no word of a kind."""
+    older = own.number("llama.rope.scale_linear", 1.0) if own.get("llama.rope.scale_linear") != 0 else 1.0
+    factor = own.number("llama.rope.scaling.factor", older) if own.get("llama.rope.scaling.factor") != 0 else 1.0
+    kind = own.choice("llama.rope.scaling.type", "linear", ("none", "linear"))
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+
+
+def _ids(read: Settings) -> dict[str, Any]:
+    """Ids of tokens; a text ends at `eos`, and at the ends of a turn or of a message."""
+    found = {end: read.size(f"tokenizer.ggml.{end}_token_id", -1, least=-1) for end in ("bos", "eos", "eot", "eom", "padding")}
+    ends = list(dict.fromkeys(found[end] for end in ("eos", "eot", "eom") if found[end] >= 0))
+    ids = {
+        "bos_token_id": found["bos"],
+        "pad_token_id": found["padding"],
+        "eos_token_id": ends if len(ends) > 1 else (ends or [-1])[0],
+    }
+    return {name: i for name, i in ids.items() if i != -1}
 
 
 def _decimal(value: float) -> float:
@@ -109,7 +184,7 @@ def _decimal(value: float) -> float:
 
 def _name(name: str) -> str:
     """Hugging Face's name of a tensor; one that it does not know stays, and is then named as one too many."""
-    if name in _WHOLE or not name.startswith("blk."):
+    if name in _WHOLE or not re.fullmatch(r"blk\.\d+\.\w+\.\w+", name):
         return _WHOLE.get(name, name)
     _, layer, part, *end = name.split(".")
     return ".".join(("model.layers", layer, _LAYER.get(part, part), *end))
@@ -127,20 +202,43 @@ def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     """The file's byte-level tokenizer as tokenizer.json and tokenizer_config.json in a folder; UserError for a kind that is not known."""
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     require(
-        kind == "gpt2" and cut in _CUTS,
-        f"the file's tokenizer is {kind!r} with the rule {cut!r}, which cannot be read (only 'gpt2' with {', '.join(_CUTS)}); "
-        "name the model's own tokenizer with --tokenizer hf:tokenizer.json",
+        kind == "gpt2" and cut in [*_CUTS],
+        f"the file's tokenizer is {shown(repr(kind))} with the rule {shown(repr(cut))}, which cannot be read (only 'gpt2' with "
+        f"{', '.join(_CUTS)}); name the model's own tokenizer with --tokenizer hf:tokenizer.json",
     )
-    tokens = fields["tokenizer.ggml.tokens"]
+    tokens, merges = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges", [])
+    for name, value in (("tokens", tokens), ("merges", merges)):
+        texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        require(texts, f"the file's tokenizer.ggml.{name} is no list of texts; name the model's own tokenizer with --tokenizer")
     kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    library = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    require(
+        isinstance(kinds, list) and len(kinds) == len(tokens) == len(set(tokens)),
+        "the file's tokenizer.ggml.tokens and token_type do not belong together; name the model's own tokenizer with --tokenizer",
+    )
+    vocab, pairs = {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]
+    wrong = next((pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
+    require(
+        wrong is None,
+        f"the file's tokenizer.ggml.merges has {shown(repr(wrong))}, which are not two of its tokens that make a third; name the model's own "
+        "tokenizer with --tokenizer",
+    )
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     library.pre_tokenizer, library.decoder = _CUTS[cut](), decoders.ByteLevel()
     added = {token: of for token, of in zip(tokens, kinds, strict=True) if of in (_CONTROL, _USER_DEFINED)}
     library.add_tokens([AddedToken(token, normalized=False, special=of == _CONTROL) for token, of in added.items()])
-    ends = {
-        f"{end}_token": tokens[fields[name]] for end in ("bos", "eos") if (name := f"tokenizer.ggml.{end}_token_id") in fields
-    }
     with sealed_folder(folder) as work:
         library.save(str(work / "tokenizer.json"))
-        (work / "tokenizer_config.json").write_text(json.dumps(ends))
+        (work / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(fields, tokens)))
+
+
+def _tokenizer_config(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """What tokenizer_config.json says of the same: the special tokens, and the chat template."""
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {end: fields.get(f"tokenizer.ggml.{name}_token_id") for end, name in names.items()}
+    found = {f"{end}_token": tokens[i] for end, i in ids.items() if type(i) is int and i < len(tokens)}
+    others = {
+        "chat_template": "tokenizer.chat_template",
+        "add_bos_token": "tokenizer.ggml.add_bos_token",
+        "add_eos_token": "tokenizer.ggml.add_eos_token",
+    }
+    return found | {name: fields[field] for name, field in others.items() if field in fields}

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.config import Model, Runtime, require
-from metajax.interop.layouts import Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.interop.settings import MOST, MOST_LAYERS, Settings
 from metajax.models.lm import LM, named_params
 
 _ATTENTION = "attention.projections"
@@ -25,6 +26,7 @@ _TABLE: dict[str, Any] = {
         "transformer.wpe.weight": "positions",
         "transformer.ln_f.weight": "final_norm.scale",
         "transformer.ln_f.bias": "final_norm.bias",
+        HEAD: "unembedding",
     },
     "layer": {
         "ln_1.weight": ("attention_norm.scale",),
@@ -46,12 +48,21 @@ _TABLE: dict[str, Any] = {
 LAYOUT = Layout(family="GPT-2", turned=(), **_TABLE)
 LAYOUTS = {"nanogpt": Layout(family="nanoGPT", **_TABLE), "huggingface": LAYOUT}
 # Hugging Face's name -> ours.
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-_FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu",
+}  # fmt: skip
+_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+# The last one is about the dtype of products, which are float32 here.
+_HARMLESS = (
+    "attn_pdrop", "embd_pdrop", "n_ctx", "n_special", "predict_special_tokens", "resid_pdrop", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn",
+)  # fmt: skip
+# Names that Hugging Face takes for the same.
+_OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
 }
 _REST = {
     "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "model_type": "gpt2", "resid_pdrop": 0.0, "use_cache": True,
@@ -59,22 +70,25 @@ _REST = {
 # What this model can be told and GPT-2 cannot.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "hybrid": (None,), "window": (None,), "activation": ("gelu_tanh", "gelu", "relu"), "norm": ("layernorm",), "norm_position": ("pre",),
-    "position": ("learned",), "tied": (True,),
+    "position": ("learned",),
 }  # fmt: skip
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError for a setting that this model cannot follow."""
-    for name, value in _FIXED.items():
-        found = values.get(name, value)
-        require(found == value, f"config.json: {name} = {found!r}, but only {value!r} is supported")
-    activation = values.get("activation_function", "gelu_new")
-    known = ", ".join(_ACTIVATIONS)
-    require(activation in _ACTIVATIONS, f"config.json: activation_function = {activation!r}, but only {known} are supported")
-    return Model(
-        layers=values["n_layer"], width=values["n_embd"], heads=values["n_head"], mlp_width=values.get("n_inner") or 4 * values["n_embd"],
-        activation=_ACTIVATIONS[activation], norm="layernorm", norm_eps=values.get("layer_norm_epsilon", 1e-5), bias=True, tied=True,
-        position="learned", max_positions=values["n_positions"], init_std=values.get("initializer_range", 0.02),
+    """The model of a config.json. UserError with every setting that this model cannot follow."""
+    read = Settings(values)
+    sizes = {
+        name: read.size(name, read.get(other), most=MOST_LAYERS if name == "n_layer" else MOST)
+        for name, other in _OTHER_NAMES.items()
+    }
+    for name, value in (_FIXED | {other: sizes[name] for name, other in _OTHER_NAMES.items()}).items():
+        read.fixed(name, value)
+    activation = read.choice("activation_function", "gelu_new", _ACTIVATIONS)
+    return read.model(
+        _HARMLESS, layers=sizes["n_layer"], width=sizes["n_embd"], heads=sizes["n_head"], mlp_width=read.size("n_inner", 4 * sizes["n_embd"], most=4 * MOST),
+        activation=_ACTIVATIONS[activation], norm="layernorm", norm_eps=read.number("layer_norm_epsilon", 1e-5), bias=True,
+        tied=read.flag("tie_word_embeddings", True), position="learned", max_positions=sizes["n_positions"],
+        init_std=read.number("initializer_range", 0.02),
     )  # fmt: skip
 
 
@@ -85,6 +99,7 @@ def hub_config(cfg: Model, length: int) -> dict[str, Any]:
     return _FIXED | _REST | {
         "activation_function": name, "initializer_range": cfg.init_std, "layer_norm_epsilon": cfg.norm_eps, "n_ctx": length,
         "n_embd": cfg.width, "n_head": cfg.heads, "n_inner": cfg.mlp_width, "n_layer": cfg.layers, "n_positions": length,
+        "tie_word_embeddings": cfg.tied,
     }  # fmt: skip
 
 
@@ -92,7 +107,7 @@ def _require_gpt2(cfg: Model, what: str) -> None:
     require_fields(cfg, _KNOWN | {"num_kv_heads": (cfg.heads,)}, what)
 
 
-def names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The state dict with "transformer." in front of its names (the head apart), and without the prefix of compiled models."""
     named = {}
     for name, value in state.items():
@@ -137,6 +152,5 @@ def to_gpt2(model: LM, layout: str) -> dict[str, np.ndarray]:
 def _check_layout(cfg: Model, layout: str) -> None:
     require(layout in LAYOUTS, f"layout = {layout!r}; known: {', '.join(LAYOUTS)}")
     _require_gpt2(cfg, LAYOUTS[layout].family)
-    require_fields(
-        cfg, {"activation": ("gelu",) if layout == "nanogpt" else ("gelu_tanh", "gelu", "relu")}, LAYOUTS[layout].family
-    )
+    if layout == "nanogpt":
+        require_fields(cfg, {"activation": ("gelu",), "tied": (True,)}, LAYOUTS[layout].family)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from metajax.config import Hybrid, Model, Runtime, require
-from metajax.interop.layouts import Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.interop.settings import MOST_LAYERS, Settings, shown
 from metajax.model_config import hymba_ntk_factor
 from metajax.models.lm import LM
 
@@ -22,6 +23,7 @@ LAYOUT = Layout(
         "model.embed_tokens.weight": "embedding",
         "model.memory_tokens": "blocks.meta_tokens",
         "model.final_layernorm.weight": "final_norm.scale",
+        HEAD: "unembedding",
     },
     layer={
         "mamba.in_proj.weight": (
@@ -55,9 +57,9 @@ LAYOUT = Layout(
 )
 # What the released code can be told and this model cannot.
 _FIXED = {
-    "hidden_act": "silu", "mlp_hidden_act": "silu", "mamba_d_conv": 4, "mamba_conv_bias": True, "mamba_proj_bias": False, "num_mamba": 1,
-    "num_experts": 1, "attn_hidden_size": -1, "kq_head_dim": -1, "kq_norm": "none", "kv_weight_reuse": False,
-    "kv_reuse_every_i_layer": -1, "memory_tokens_interspersed_every": 0, "tie_word_embeddings": True,
+    "hidden_act": "silu", "mlp_hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False, "num_mamba": 1, "num_experts": 1,
+    "attn_hidden_size": -1, "kq_head_dim": -1, "kq_norm": "none", "kv_weight_reuse": False, "kv_reuse_every_i_layer": -1,
+    "memory_tokens_interspersed_every": 0,
 }  # fmt: skip
 # What the released file says besides and no number depends on; auto_map names the authors' own code, to be copied beside it.
 _REST = {
@@ -66,60 +68,74 @@ _REST = {
     "calc_logits_for_entire_prompt": False, "model_type": "hymba", "num_experts_per_tok": 1, "output_router_logits": False,
     "router_aux_loss_coef": 0.001, "transformers_version": "4.44.0", "use_cache": False, "use_mamba_kernels": True,
 }  # fmt: skip
+_HARMLESS = (*_REST, "conv_dim", "seq_length", "v_head_dim")  # the code overwrites v_head_dim and conv_dim
 # What this model can be told and the released code cannot.
 _KNOWN = {
     "hybrid.fusion": ("mean",), "hybrid.ssm": ("mamba",), "hybrid.branch_norm": ("scaled",), "norm": ("rmsnorm",), "norm_position": ("pre",), "activation": ("swiglu",),
-    "bias": (False,), "tied": (True,), "position": ("rope", "ntk", "none"),
+    "bias": (False,), "position": ("rope", "ntk", "none"),
 }  # fmt: skip
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError for a setting that this model cannot follow.
-
-    `v_head_dim` is not read: the released code overwrites it.
-    """
+    """The model of a config.json; what it leaves out is as in the released code. UserError with every setting that this model cannot follow."""
+    read = Settings(values)
     for name, value in _FIXED.items():
-        found = values.get(name, value)
-        require(found == value, f"config.json: {name} = {found!r}, but only {value!r} is supported")
-    kinds = set(values.get("layer_type", ["h"]))
-    require(kinds == {"h"}, f"config.json: layer_type has {', '.join(sorted(kinds - {'h'}))}, but only 'h' is supported")
-    layers, window = values["num_hidden_layers"], values.get("sliding_window")
-    hybrid = Hybrid(
-        meta_tokens=values.get("num_memory_tokens", 0),
-        full_layers=tuple(values.get("global_attn_idx") or ()) if window is not None else (),
-        kv_groups=_group_sizes(values.get("kv_reuse_group") or [], layers),
-        expand=values["mamba_expand"],
-        state=values["mamba_d_state"],
-        dt_rank=values["mamba_dt_rank"],
-        inner_norms=values["mamba_inner_layernorms"],
-    )
-    return Model(
-        layers=layers, width=values["hidden_size"], heads=values["num_attention_heads"], kv_heads=values["num_key_value_heads"],
-        mlp_width=values["intermediate_size"], activation="swiglu", norm="rmsnorm", norm_eps=values["rms_norm_eps"], bias=False, tied=True,
-        window=window, init_std=values["initializer_range"], hybrid=hybrid, **_positions(values),
+        read.fixed(name, value)
+    layers, width = read.size("num_hidden_layers", most=MOST_LAYERS), read.size("hidden_size")
+    heads = read.size("num_attention_heads")
+    kinds = read.get("layer_type", ["h"] * layers)
+    if kinds != ["h"] * layers:
+        read.note(f"layer_type = {shown(repr(kinds))}, but only 'h' for each of {layers} layers is supported")
+    window = None if read.get("sliding_window") is None else read.size("sliding_window")
+    full = _layer_list(read, "global_attn_idx", layers)
+    rank = read.get("mamba_dt_rank", "auto")
+    hybrid = {
+        "meta_tokens": read.size("num_memory_tokens", 0, least=0), "full_layers": full if window is not None else (),
+        "kv_groups": _group_sizes(read, layers), "expand": read.size("mamba_expand", 2), "state": read.size("mamba_d_state", 16),
+        "d_conv": read.size("mamba_d_conv", 4, least=2, most=4),
+        "dt_rank": -(-width // 16) if rank == "auto" else read.size("mamba_dt_rank"), "inner_norms": read.flag("mamba_inner_layernorms", True),
+    }  # fmt: skip
+    return read.model(
+        _HARMLESS, layers=layers, width=width, heads=heads, kv_heads=read.size("num_key_value_heads", heads),
+        mlp_width=read.size("intermediate_size"), activation="swiglu", norm="rmsnorm", norm_eps=read.number("rms_norm_eps", 1e-6), bias=False,
+        tied=read.flag("tie_word_embeddings", False), window=window, init_std=read.number("initializer_range", 0.02), **_positions(read),
+        hybrid=Hybrid(**hybrid),
     )  # fmt: skip
 
 
-def _positions(values: Mapping[str, Any]) -> dict[str, Any]:
-    if not values.get("rope", False):
+def _positions(read: Settings) -> dict[str, Any]:
+    theta, length = read.number("rope_theta", 10_000.0), read.size("max_position_embeddings", 2048)
+    kind = read.choice("rope_type", "default", ("default", "ntk"))
+    original = read.size("orig_max_position_embeddings", None if kind == "ntk" else length)
+    if not read.flag("rope", False):
         return {"position": "none"}
-    kind, theta = values.get("rope_type", "default"), values["rope_theta"]
-    require(kind in ("default", "ntk"), f"config.json: rope_type = {kind!r}, but only 'default' and 'ntk' are supported")
     if kind == "default":
         return {"position": "rope", "rope_theta": theta}
-    original = values["orig_max_position_embeddings"]
-    factor = hymba_ntk_factor(values["max_position_embeddings"], original)
+    factor = hymba_ntk_factor(length, original)
     return {"position": "ntk", "rope_theta": theta, "rope_factor": factor, "rope_original_length": original}
 
 
-def _group_sizes(groups: list[list[int]], layers: int) -> tuple[int, ...]:
+def _layer_list(read: Settings, name: str, layers: int) -> tuple[int, ...]:
+    found = read.get(name, [])
+    if isinstance(found, list) and all(type(layer) is int and 0 <= layer < layers for layer in found):
+        return tuple(found)
+    read.note(f"{name} = {shown(repr(found))}, but a list of layers from 0 to {layers - 1} is needed")
+    return ()
+
+
+def _group_sizes(read: Settings, layers: int) -> tuple[int, ...]:
     """Sizes in layer order, layers in no group as groups of one; () when nothing is shared."""
-    by_first = {group[0]: group for group in groups}
+    groups = read.get("kv_reuse_group", [])
+    groups = groups if isinstance(groups, list) else [groups]
+    by_first: dict[int, list[int]] = {}
     for group in groups:
-        together = list(range(group[0], group[0] + len(group)))
-        require(
-            group == together, f"config.json: kv_reuse_group has {group}, but only layers that follow each other are supported"
-        )
+        fits = isinstance(group, list) and group and all(type(layer) is int for layer in group)
+        if fits and group == list(range(group[0], group[0] + len(group))) and 0 <= group[0] <= group[-1] < layers:
+            by_first[group[0]] = group
+        else:
+            read.note(f"kv_reuse_group has {shown(repr(group))}, but only layers that follow each other are supported")
+    if len({layer for group in by_first.values() for layer in group}) < sum(map(len, by_first.values())):
+        read.note("kv_reuse_group has a layer in two groups")
     sizes, layer = [], 0
     while layer < layers:
         sizes.append(len(by_first.get(layer, [layer])))
@@ -139,6 +155,7 @@ def hub_config(cfg: Model, length: int) -> dict[str, Any]:
     starts = np.cumsum([0, *groups]).tolist()
     shared = [list(range(start, start + size)) for start, size in zip(starts, groups, strict=False) if size > 1]
     return _FIXED | _REST | _hub_positions(cfg, length) | {
+        "mamba_d_conv": hybrid.d_conv, "tie_word_embeddings": cfg.tied,
         "conv_dim": {str(layer): cfg.ssm_width for layer in range(layers)},
         "global_attn_idx": list(hybrid.full_layers), "hidden_size": cfg.width, "initializer_range": cfg.init_std,
         "intermediate_size": cfg.mlp_width, "kv_reuse_group": shared, "layer_type": ["h"] * layers, "mamba_d_state": hybrid.state,

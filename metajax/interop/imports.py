@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metajax.atomic import write_text
 from metajax.config import Config, Data, Imported, Runtime, UserError, config_hash, require, to_dict
 from metajax.core.sealed import FORMAT, Sealed
 from metajax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import open_directory, read_json
+from metajax.interop.files import KEPT, open_directory, read_json, read_kept
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
-from metajax.interop.layouts import HEAD, Tensor, load_model
+from metajax.interop.layouts import HEAD, Tensor, load_model, table_rows
+from metajax.interop.settings import shown
 from metajax.interop.tokenizer_files import as_library
 from metajax.parallel.mesh import make_mesh
 from metajax.parallel.rules import param_shardings
@@ -39,22 +41,28 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
     Raises:
       UserError: a file, tensor or setting that is missing or that this model cannot follow; a workdir that holds something else.
     """
-    values, tensors = open_directory(folder, family)
-    generation = folder / "generation_config.json"
+    values, tensors = open_directory(folder, family, (HEAD, *FAMILIES[family].layout.buffers))
+    generation, kept = folder / "generation_config.json", read_kept(folder)
     ends = (*end_ids(values), *(end_ids(read_json(generation)) if generation.exists() else ()))
-    spec = tokenizer or _tokenizer_spec(folder)
-    return import_weights(family, folder.resolve().name, values, tensors, runs, spec, ends, workdir)
+    spec, name = tokenizer or _tokenizer_spec(folder), folder.resolve().name
+    workdir = import_weights(family, name, values, tensors, runs, spec, ends, workdir)
+    write_text(workdir / KEPT, json.dumps(kept))
+    return workdir
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
     """The same of a Llama in a GGUF file, dequantised; the file's own tokenizer is written below `cache`."""
     values, tensors, fields = open_gguf(path)
+    folder = None
     if not tokenizer:
-        folder = cache.absolute() / "tokenizers" / f"gguf-{_digest(fields)}"
+        folder = cache.absolute() / "tokenizers" / f"gguf2-{_digest(fields)}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
-    return import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
+    kept = read_kept(folder)
+    workdir = import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
+    write_text(workdir / KEPT, json.dumps(kept))
+    return workdir
 
 
 def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
@@ -81,16 +89,20 @@ def import_weights(
     workdir: Path | None = None,
 ) -> Path:
     """The same of a config.json and tensors by their names; `ends` are the ids that end a text besides the tokenizer's own."""
-    kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors)
-    name_of_table = kind.layout.embedding
-    require(name_of_table in tensors, f"the checkpoint lacks {name_of_table}: not {kind.layout.family} in this layout")
-    rows = tensors[name_of_table].shape[0]
     words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
+    kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors, values)
+    model, rows = kind.model_config(values), table_rows(tensors, kind.layout)
+    length = model.max_positions or int(values.get(kind.length) or 2048)
+    named = values.get("vocab_size") or rows
+    require(named == rows, f"config.json: vocab_size = {shown(repr(named))}, but {kind.layout.embedding} has {rows} rows")
+    require(
+        words.vocabulary.base <= 2 * rows + 1024,
+        f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: name the checkpoint's own with --tokenizer",
+    )
     ends = [i for i in dict.fromkeys(ends) if 0 <= i < rows]
     words = _with_ends(words, values.get("bos_token_id"), ends[0] if ends else None)
     if words.vocabulary.eos < rows:
         ends = dict.fromkeys([*ends, words.vocabulary.eos])
-    model, length = kind.model_config(values), int(values.get(kind.length, 2048))
     imported = Imported(rows, ends=tuple(ends))
     config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, row_length=length), model=model, imported=imported)
     mesh, size = make_mesh(Runtime.mesh), imported.table(words.vocabulary.size)

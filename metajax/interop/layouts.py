@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,10 +21,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from metajax.config import Imported, Model, Runtime, require
+from metajax.interop.settings import shown
 from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, named_params
 
 HEAD = "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 NUMBERS_AT_ONCE = 1 << 18  # of a tensor, when it is read: whole rows, at least one
 Filled = TypeVar("Filled")  # a module
 _ROWS_OF_WORDS = ("embedding", "unembedding")
@@ -33,6 +36,7 @@ class Tensor(Protocol):
     """A tensor that is read where it is indexed: a NumPy array, or one in a file."""
 
     shape: tuple[int, ...]
+    dtype: Any  # of NumPy, or the file's own name of one
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
@@ -150,19 +154,35 @@ def load_model(
 
     vocab_size: rows of the embedding, those after the file's filled with zeros and left out of the logits; None: as many as the file has.
     max_length: rows of a learned position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
-    Raises UserError naming a missing, extra or misshapen tensor.
+    Raises UserError naming every missing, extra or misshapen tensor, and those that are no finite floating-point numbers.
     """
-    name = layout.embedding
-    require(name in state, f"the checkpoint lacks {name}: not {layout.family} in this layout")
-    rows = state[name].shape[0]
+    rows = table_rows(state, layout)
+    require(vocab_size is None or vocab_size >= rows, f"{layout.embedding} has {rows} rows, more than a table of {vocab_size}")
+    layers = {
+        int(found[1])
+        for found in map(re.compile(re.escape(layout.prefix).replace(r"\{\}", r"(\d{1,6})\b")).match, state)
+        if found
+    }
+    lacking = next(
+        (layer for layer in range(cfg.layers) if layer not in layers), None
+    )  # before a tensor of every layer is listed
     require(
-        vocab_size is None or vocab_size >= rows,
-        f"{name} has {rows} rows, but the tokenizer's table {vocab_size}; name the checkpoint's own with --tokenizer",
+        lacking is None,
+        f"the checkpoint lacks {layout.prefix.format(lacking)}*: its configuration has {cfg.layers} layers, its tensors {len(layers)}",
     )
     imported = None if vocab_size in (None, rows) else Imported(rows)
     options = {"max_length": max_length, "meta": None, "runtime": runtime or Runtime(), "imported": imported}
     model = jax.eval_shape(lambda: LM(cfg, vocab_size=vocab_size or rows, key=jax.random.key(0), **options))
     return fill(model, stored(model, layout, rows), state, layout, shardings)
+
+
+def table_rows(state: Mapping[str, Tensor], layout: Layout) -> int:
+    """Rows of the embedding of a state dict."""
+    name = layout.embedding
+    require(name in state, f"the checkpoint lacks {name}: not {layout.family} in this layout")
+    shape = tuple(state[name].shape)
+    require(len(shape) == 2 and shape[0] > 0, f"{name} has shape {shape}, but a table of tokens is needed")
+    return shape[0]
 
 
 def fill(
@@ -225,13 +245,23 @@ def read_part(state: Mapping[str, Tensor], layout: Layout, name: str, part: Part
     """What one device holds of a (layer's) parameter, float32, from the tensor `name`; words that the file lacks are zeros."""
     tensor = state[name]
     if not index:
-        return np.asarray(tensor[()], np.float32)
+        return _finite(name, tensor[()])
     read = np.zeros([along.stop - along.start for along in index], np.float32)
     last = slice(index[-1].start + part.start, index[-1].stop + part.start)
     target, (rows, *others) = _as_stored(layout, part.path, read), _index_stored(layout, part.path, (*index[:-1], last))
     for block in _blocks(rows.start, min(rows.stop, tensor.shape[0]), math.prod(tensor.shape[1:])):
-        target[block.start - rows.start : block.stop - rows.start] = tensor[(block, *others)]
+        target[block.start - rows.start : block.stop - rows.start] = _finite(name, tensor[(block, *others)])
     return read
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    """Values of a tensor as float32; UserError when one is none."""
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, np.float32)
+    require(
+        bool(np.isfinite(values).all()), f"{name} has numbers that are NaN or infinite in float32; fetch the checkpoint again"
+    )
+    return values
 
 
 def _blocks(start: int, stop: int, width: int) -> Iterator[slice]:
@@ -241,18 +271,38 @@ def _blocks(start: int, stop: int, width: int) -> Iterator[slice]:
 
 
 def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: Layout) -> None:
-    tied = HEAD not in tensors
-    found = {name for name in state if not name.endswith(layout.buffers) and not (tied and name == HEAD)}
-    missing, extra = sorted(tensors.keys() - found), sorted(found - tensors.keys())
-    require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    require(not extra, f"the checkpoint has tensors that its configuration does not: {', '.join(extra[:5])}")
-    for name, tensor in tensors.items():
-        has = tuple(state[name].shape)
-        require(has == tensor.shape, f"{name} has shape {has}, but {tensor.shape} is needed by its configuration")
-    if tied and HEAD in state:
-        head, embedding, shape = state[HEAD], state[layout.embedding], tensors[layout.embedding].shape
-        require(tuple(head.shape) == shape, f"{HEAD} has shape {tuple(head.shape)}, but {shape} is needed: the embedding is tied")
-        same = all(np.array_equal(head[rows, :], embedding[rows, :]) for rows in _blocks(0, *shape))
+    """UserError with everything about the tensors that does not fit."""
+    tied = HEAD not in tensors and HEAD in state and "embedding" in layout.whole.values()
+    expected = {name: tensor.shape for name, tensor in tensors.items()}
+    if tied:
+        expected[HEAD] = expected[layout.embedding]
+    found = {name for name in state if not name.endswith(layout.buffers)}
+    present = sorted(expected.keys() & found)
+    kinds = {str(state[name].dtype) for name in present} - set(FLOATS)
+    problems = [
+        ("the checkpoint lacks {}", sorted(expected.keys() - found)),
+        ("the checkpoint has tensors that its configuration does not: {}", sorted(found - expected.keys())),
+        *(
+            (
+                f"{kind} numbers, where floating-point ones are needed, are in {{}}",
+                [name for name in present if str(state[name].dtype) == kind],
+            )
+            for kind in sorted(kinds)
+        ),
+        *(
+            (f"{{}} has shape {tuple(state[name].shape)}, but {expected[name]} is needed by its configuration", [name])
+            for name in present
+            if tuple(state[name].shape) != expected[name]
+        ),
+    ]
+    told = [text.format(", ".join(map(shown, names[:5])) + " ..." * (len(names) > 5)) for text, names in problems if names]
+    require(not told, "; ".join(told[:8]) + f"; and {len(told) - 8} more" * (len(told) > 8))
+    if tied:
+        head, embedding = state[HEAD], state[layout.embedding]
+        rows = _blocks(0, *expected[HEAD])
+        same = all(
+            np.array_equal(_finite(HEAD, head[block, :]), _finite(layout.embedding, embedding[block, :])) for block in rows
+        )
         require(same, f"{HEAD} differs from {layout.embedding}, but the embedding is tied")
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metajax.config import Model, require
-from metajax.interop.layouts import HEAD, Layout, require_fields
+import numpy as np
+
+from metajax.config import Model
+from metajax.interop.layouts import HEAD, Layout, Tensor, require_fields
+from metajax.interop.settings import MOST_LAYERS, Settings
+from metajax.models.lm import LM, named_params
+from metajax.models.rotary import HIGH_TURNS, LOW_TURNS, yarn_magnitude
 
 _ATTENTION = "attention.projections"
 _MAPS = {
@@ -30,40 +35,105 @@ LAYOUT = Layout(
     prefix="model.layers.{}.",
     buffers=("rotary_emb.inv_freq",),
 )
-# What Hugging Face's code can be told and this model cannot.
-_FIXED = {"hidden_act": "silu", "rope_scaling": None}
-_REST = {"architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "model_type": "llama", "use_cache": True}
-# What this model can be told and Hugging Face's code cannot.
-_KNOWN = {
-    "hybrid": (None,), "window": (None,), "activation": ("swiglu",), "norm": ("rmsnorm",), "norm_position": ("pre",), "position": ("rope",),
+_HARMLESS = ("pretraining_tp", "use_sliding_window", "is_llama_config")
+_REST = {
+    "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "model_type": "llama", "use_cache": True,
+}  # fmt: skip
+# What this model can be told and Llama cannot.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "hybrid": (None,), "window": (None,), "activation": ("swiglu",), "norm": ("rmsnorm",), "norm_position": ("pre",),
+    "position": ("rope", "linear", "llama3", "yarn"),
 }  # fmt: skip
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError for a setting that this model cannot follow."""
-    rotary = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10_000.0)}  # of newer and of older files
-    width, heads, bias = values["hidden_size"], values["num_attention_heads"], values.get("attention_bias", False)
-    fixed = _FIXED | {"mlp_bias": bias, "head_dim": width // heads}
-    kind = rotary.get("rope_type", "default")
-    require(kind == "default", f"config.json: rope_type = {kind!r}, but only 'default' is supported here")
-    for name, value in fixed.items():
-        found = values.get(name, value)
-        found = value if found is None else found
-        require(found == value, f"config.json: {name} = {found!r}, but only {value!r} is supported here")
-    return Model(
-        layers=values["num_hidden_layers"], width=width, heads=heads, kv_heads=values.get("num_key_value_heads") or heads,
-        mlp_width=values["intermediate_size"], activation="swiglu", norm="rmsnorm", norm_eps=values.get("rms_norm_eps", 1e-6), bias=bias,
-        tied=values.get("tie_word_embeddings", False), position="rope", rope_theta=rotary["rope_theta"],
-        init_std=values.get("initializer_range", 0.02),
+    """The model of a config.json. UserError with every setting that this model cannot follow."""
+    read = Settings(values)
+    width, heads, length = read.size("hidden_size"), read.size("num_attention_heads"), read.size("max_position_embeddings", 2048)
+    read.choice("hidden_act", "silu", ("silu", "swish"))
+    read.fixed("head_dim", width // heads)
+    read.fixed("partial_rotary_factor", 1)
+    kinds = read.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        read.fixed("layer_types")
+    if read.get("use_sliding_window") is not False:
+        read.fixed(
+            "sliding_window", *(window for window in [read.get("sliding_window")] if type(window) is int and window >= length)
+        )
+    bias = read.flag("attention_bias", False), read.flag("mlp_bias", False)
+    return read.model(
+        (*_HARMLESS, "original_max_position_embeddings", "sliding_window", "max_window_layers"),
+        layers=read.size("num_hidden_layers", most=MOST_LAYERS), width=width, heads=heads, kv_heads=read.size("num_key_value_heads", heads),
+        mlp_width=read.size("intermediate_size"), activation="swiglu", norm="rmsnorm", norm_eps=read.number("rms_norm_eps", 1e-6),
+        bias=any(bias), tied=read.flag("tie_word_embeddings", False), init_std=read.number("initializer_range", 0.02),
+        **_positions(read, length),
     )  # fmt: skip
+
+
+def _positions(read: Settings, length: int) -> dict[str, Any]:
+    """The rotary scheme. Newer files have it in `rope_parameters`, older ones in `rope_scaling`, which counts where both are."""
+    theta = read.number("rope_theta", 10_000.0)
+    rotary = read.inside("rope_scaling" if read.get("rope_scaling") else "rope_parameters")
+    read.get("rope_parameters")
+    kind = rotary.choice("rope_type", rotary.get("type", "default"), ("default", "linear", "llama3", "yarn"))
+    theta = rotary.number("rope_theta", theta)
+    rotary.fixed("partial_rotary_factor", 1)
+    found = {"position": "rope" if kind == "default" else kind, "rope_theta": theta}
+    if kind != "default":
+        original = read.size("original_max_position_embeddings", rotary.size("original_max_position_embeddings", length))
+        default = length / original if kind == "yarn" else None
+        found["rope_factor"] = factor = rotary.number("factor", default)
+        found["rope_original_length"] = original if kind != "linear" else 0
+        for name, value in _fixed_parts(kind, factor).items():
+            rotary.fixed(name, value)
+        rotary.fixed("mscale")
+        rotary.fixed("mscale_all_dim")
+    rotary.refuse_rest()
+    return found
+
+
+def _fixed_parts(kind: str, factor: float) -> dict[str, Any]:
+    """What else a rotary scheme is told, as this model has it."""
+    if kind == "llama3":
+        return {"low_freq_factor": LOW_TURNS, "high_freq_factor": HIGH_TURNS}
+    if kind == "yarn":
+        return {"beta_fast": 32, "beta_slow": 1, "attention_factor": yarn_magnitude(factor), "truncate": True}
+    return {}
+
+
+def names(state: Mapping[str, Tensor], values: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict with biases of zero where only one of attention and feed-forward network has biases, the same function."""
+    has = {kind: bool(values.get(f"{kind}_bias")) for kind in ("attention", "mlp")}
+    if all(has.values()) or not any(has.values()):
+        return state
+    parts = [part for part in _MAPS if not has["mlp" if part.startswith("mlp.") else "attention"]]
+    ends = tuple(f".{part}.weight" for part in parts)
+    biases = {name: tensor.shape[0] for name, tensor in state.items() if name.endswith(ends) and len(tensor.shape) == 2}
+    zeros = {name.removesuffix("weight") + "bias": np.broadcast_to(np.float32(0), (rows,)) for name, rows in biases.items()}
+    return zeros | dict(state)
+
+
+def zero_biases(model: LM) -> dict[str, tuple[str, ...]]:
+    """{setting: ends of tensors' names} of biases that are all zero."""
+    params = named_params(model)
+    found = {}
+    for setting, start in (("attention_bias", "self_attn."), ("mlp_bias", "mlp.")):
+        parts = {part: f"blocks.{path}.b" for part, path in _MAPS.items() if part.startswith(start)}
+        if not any(np.any(params[path][...]) for path in parts.values() if path in params):
+            found[setting] = tuple(f".{part}.bias" for part in parts)
+    return found
 
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
     """What config.json says of a model for rows of `length` tokens. UserError for what Llama does not have."""
     require_fields(cfg, _KNOWN, "Llama")
-    return _FIXED | _REST | {
+    scaling = None
+    if cfg.position != "rope":
+        original = {"original_max_position_embeddings": cfg.rope_original_length} if cfg.position != "linear" else {}
+        scaling = {"rope_type": cfg.position, "factor": cfg.rope_factor} | original | _fixed_parts(cfg.position, cfg.rope_factor)
+    return _REST | {
         "attention_bias": cfg.bias, "head_dim": cfg.head_dim, "hidden_size": cfg.width, "initializer_range": cfg.init_std,
         "intermediate_size": cfg.mlp_width, "max_position_embeddings": length, "mlp_bias": cfg.bias, "num_attention_heads": cfg.heads,
-        "num_hidden_layers": cfg.layers, "num_key_value_heads": cfg.num_kv_heads, "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta,
-        "tie_word_embeddings": cfg.tied,
+        "num_hidden_layers": cfg.layers, "num_key_value_heads": cfg.num_kv_heads, "rms_norm_eps": cfg.norm_eps, "rope_scaling": scaling,
+        "rope_theta": cfg.rope_theta, "tie_word_embeddings": cfg.tied,
     }  # fmt: skip

@@ -38,7 +38,7 @@ _OF_LAYERS = (
     "attention_probabilities",  # float32[L, B, heads, query, M + key], computed densely beside the model's own attention
     "keys",  # [owners, B, T, kv_heads, head_dim], rotated; of the layers with keys of their own
     "values",  # [owners, B, T, kv_heads, value_dim]
-    "conv_tail",  # [L, B, 3, C], last inputs of the convolution
+    "conv_tail",  # [L, B, d_conv - 1, C], last inputs of the convolution
     "ssm_state",  # float32[L, B, C, N], after the last token
     "ssm_step",  # float32[L, B, T, C], step sizes
     "ssm_b",  # [L, B, T, N], what a token writes into the state
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
 
 
 # What rows of tokens leave in a layer, for the tokens after them and for the layers that share keys and values: of "attention", if the keys
-# are its own, (rotated k [B, T, KV, head_dim], v [B, T, KV, value_dim]); of "mamba" (tail [B, 3, C], state [B, C, N]).
+# are its own, (rotated k [B, T, KV, head_dim], v [B, T, KV, value_dim]); of "mamba" (tail [B, d_conv - 1, C], state [B, C, N]).
 Left = dict[str, tuple[Array, Array]]
 Earlier = dict[str, Past | tuple[Array, Array]]  # of "attention" what `Past` has, of "mamba" (tail, state)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.config import Imported, MetaTokens, Model, Runtime, nearest, override, require
+from metajax.model_config import ROTARY
 from metajax.models import hybrid
 from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
 from metajax.models.layers import Mlp, Norm, as_rows, gather_rows, normal_param, scan_layers, scatter_add_rows
@@ -230,7 +231,7 @@ class LM(nnx.Module):
         slots = None if form in ("none", "causal") else _given(meta_slots)
         if form in ("gathered", "dense") and not slots.shape[1]:
             slots = None
-        if self.cfg.position not in ("rope", "ntk", "yarn"):
+        if self.cfg.position not in ROTARY:
             return Rows(segment_ids, None, None, slots)
         rotary, meta_rotary = (
             rotary_table(self.cfg, self._positions(positions, meta_slots, scope)) for scope in ("causal", "meta")

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from kernels_pallas.selective_scan.reference import TAPS
 from metajax import ops
 from metajax.config import Model
 from metajax.models.attention import Taps
@@ -29,7 +28,7 @@ class Mamba(nnx.Module):
         self.implementation, self.splits = implementation, (rank, rank + state)
         self.input = Linear(keys[0], (cfg.width, channels), std=std, bias=False, axes=("embed", "ssm"))
         self.gate = Linear(keys[1], (cfg.width, channels), std=std, bias=False, axes=("embed", "ssm"))
-        self.conv = normal_param(keys[2], (channels, TAPS), std, ("channels", "taps"))
+        self.conv = normal_param(keys[2], (channels, hybrid.d_conv), std, ("channels", "taps"))
         self.conv_bias = nnx.Param(jnp.zeros(channels, jnp.float32), axes=("norm",))
         self.select = Linear(keys[3], (channels, rank + 2 * state), std=std, bias=False, axes=("channels", "selection"))
         self.step = Linear(keys[4], (rank, channels), std=std, bias=False, axes=("selection", "channels"))
@@ -44,11 +43,11 @@ class Mamba(nnx.Module):
         h: Float[Array, "B T width"],
         segment_ids: Int[Array, "B T"],
         taps: Taps,
-        reset_tail: Float[Array, "3 C"] | None,
+        reset_tail: Float[Array, "tail C"] | None,
         reset_state: Float[Array, "C N"] | None,
-        tail: Float[Array, "B 3 C"] | None = None,
+        tail: Float[Array, "B tail C"] | None = None,
         state: Float[Array, "B C N"] | None = None,
-    ) -> tuple[Float[Array, "B T C"], tuple[Float[Array, "B 3 C"], Float[Array, "B C N"]]]:
+    ) -> tuple[Float[Array, "B T C"], tuple[Float[Array, "B tail C"], Float[Array, "B C N"]]]:
         """(y, (last inputs of the convolution, state after the last token)).
 
         Every segment starts from `reset_tail` and `reset_state` (None: zeros), a row that goes on from `tail` and `state`.

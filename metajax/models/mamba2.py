@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from kernels_pallas.selective_scan.reference import TAPS
 from metajax import ops
 from metajax.config import Model
 from metajax.models.attention import Taps
@@ -81,7 +80,7 @@ class Mamba2(nnx.Module):
         self.input = Linear(keys[0], (cfg.width, cfg.conv_width), std=std, bias=False, axes=("embed", "ssm"))
         self.gate = Linear(keys[1], (cfg.width, channels), std=std, bias=False, axes=("embed", "ssm"))
         self.step = Linear(keys[2], (cfg.width, heads), std=std, bias=False, axes=("embed", "selection"))
-        self.conv = normal_param(keys[3], (cfg.conv_width, TAPS), std, ("channels", "taps"))
+        self.conv = normal_param(keys[3], (cfg.conv_width, cfg.hybrid.d_conv), std, ("channels", "taps"))
         self.conv_bias = nnx.Param(jnp.zeros(cfg.conv_width, jnp.float32), axes=("norm",))
         self.step_bias = nnx.Param(jnp.zeros(heads, jnp.float32), axes=("norm",))
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(keys[4], (heads,), minval=1.0, maxval=16.0)), axes=("norm",))
@@ -93,11 +92,11 @@ class Mamba2(nnx.Module):
         h: Float[Array, "B T width"],
         segment_ids: Int[Array, "B T"],
         taps: Taps,
-        reset_tail: Float[Array, "3 D"] | None,
+        reset_tail: Float[Array, "tail D"] | None,
         reset_state: Float[Array, "C N"] | None,
-        tail: Float[Array, "B 3 D"] | None = None,
+        tail: Float[Array, "B tail D"] | None = None,
         state: Float[Array, "B C N"] | None = None,
-    ) -> tuple[Float[Array, "B T C"], tuple[Float[Array, "B 3 D"], Float[Array, "B C N"]]]:
+    ) -> tuple[Float[Array, "B T C"], tuple[Float[Array, "B tail D"], Float[Array, "B C N"]]]:
         """(y, (last inputs of the convolution, D = C + 2 N of them, state after the last token)), as of `Mamba`."""
         options = {"segment_ids": segment_ids, "implementation": self.implementation}
         mixed, end = ops.causal_conv(

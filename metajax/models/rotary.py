@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from metajax.config import Model, UserError
+from metajax.model_config import ROTARY
 
+LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": turns over the original length between which it blends
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
@@ -57,6 +59,14 @@ def yarn_frequencies(
     return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
 
 
+def llama3_frequencies(dim: int, base: float, original_length: int, factor: float) -> np.ndarray:
+    """float32[dim / 2]: Llama 3.1's scaling. Frequencies of more than HIGH_TURNS turns over the original length are kept, those of fewer
+    than LOW_TURNS divided by `factor`; between them the share that is kept grows with the turns (The Llama 3 Herd, arXiv 2407.21783)."""
+    powers = _powers(dim, base)
+    keep = np.clip((original_length * powers / (2 * math.pi) - LOW_TURNS) / (HIGH_TURNS - LOW_TURNS), 0, 1)
+    return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
+
+
 def yarn_magnitude(factor: float, attention_factor: float = 1.0) -> float:
     """What cosine and sine are multiplied by: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
     return (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) * attention_factor
@@ -72,20 +82,24 @@ def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table:
     """(cos, sin), float32[B, T, head_dim / 2] each, of the scheme that `cfg.position` names; UserError when it is not rotary.
 
     A negative position means none: angle 0, the same as position 0. `cfg.rope_factor` is the growth factor of "ntk"
-    (see `hymba_ntk_factor`) and the context extension of "yarn".
+    (see `hymba_ntk_factor`) and the context extension of "linear", "llama3" and "yarn".
     """
     dim, base = cfg.head_dim, cfg.rope_theta
     positions = jnp.maximum(positions, 0)
     match cfg.position:
         case "rope":
             return rotary_angles(default_frequencies(dim, base), positions)
+        case "linear":  # positions divided by the factor (Chen et al., arXiv 2306.15595)
+            return rotary_angles((_powers(dim, base) / cfg.rope_factor).astype(np.float32), positions)
+        case "llama3":
+            return rotary_angles(llama3_frequencies(dim, base, cfg.rope_original_length, cfg.rope_factor), positions)
         case "ntk":
             return rotary_angles(ntk_frequencies(dim, base, cfg.rope_factor), positions)
         case "yarn":
             frequencies = yarn_frequencies(dim, base, cfg.rope_original_length, cfg.rope_factor)
             return rotary_angles(frequencies, positions, yarn_magnitude(cfg.rope_factor))
         case _:
-            raise UserError(f"model.position = {cfg.position!r} has no rotary table; rotary schemes: rope, ntk, yarn")
+            raise UserError(f"model.position = {cfg.position!r} has no rotary table; rotary schemes: {', '.join(ROTARY)}")
 
 
 def apply_rotary(

@@ -109,15 +109,15 @@ def conv_in_parts(
     conv: Kernel,
     x: Float[Array, "B T C"],
     segment_ids: Int[Array, "B all"],
-    initial_tail: Float[Array, "B 3 C"] | None = None,
-    reset_tail: Float[Array, "3 C"] | None = None,
+    initial_tail: Float[Array, "B tail C"] | None = None,
+    reset_tail: Float[Array, "tail C"] | None = None,
     **weights: Array,
 ) -> tuple[Array, Array]:
     """`conv` for one part of each row: (y of the part, tail behind the whole row). `segment_ids` are those of the whole row."""
     here, length = jax.lax.axis_index("context"), x.shape[1]
     ids, begins = _part_of(segment_ids, here, length)
-    initial, reset = resolve_tails(x, initial_tail, reset_tail)
-    last = slice(length - TAPS + 1, length)
+    initial, reset = resolve_tails(x, weights["w"].shape[1], initial_tail, reset_tail)
+    last = slice(length - len(reset), length)
     tail = final_tail(x[:, last], initial, reset, segment_offsets(x[:, last], ids[:, last]))
     before = jnp.where(here == 0, initial, _from_before(tail))
     y, tail = conv(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas.selective_scan.reference import TAPS
 from metajax.config import Model
 from metajax.models.hybrid import Kind
 from metajax.planning.hybrid_flops import layers_of
@@ -30,7 +29,7 @@ def published_cache_bytes(model: Model, tokens: int) -> dict[str, float]:
         "window": width * sum(min(tokens, window) for window in windows) / share,
         "meta": width * full * hybrid.meta_tokens if hybrid is not None else 0,
         "state": 2 * scans * model.ssm_width * hybrid.state if hybrid is not None else 0,
-        "conv": 2 * scans * model.conv_width * (TAPS - 1) if hybrid is not None and hybrid.fusion == "mamba" else 0,
+        "conv": 2 * scans * model.conv_width * (hybrid.d_conv - 1) if hybrid is not None and hybrid.fusion == "mamba" else 0,
     }
 
 
@@ -45,7 +44,7 @@ def cache_bytes(model: Model, tokens: int, rows: int = 1) -> dict[str, int]:
     scans = sum(kind.scans for kind in kinds)
     metas = model.hybrid.meta_tokens if model.hybrid is not None else 0
     state = scans * model.ssm_width * model.hybrid.state * FLOAT32 if scans else 0
-    conv = scans * model.conv_width * (TAPS - 1) * size
+    conv = scans * model.conv_width * (model.hybrid.d_conv - 1) * size if scans else 0
     return {
         "full": rows * width * tokens * sum(kind.window is None for kind in owners),
         "window": rows * width * sum(min(tokens, kind.window) for kind in owners if kind.window is not None),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels_pallas.selective_scan.reference import TAPS
 from metajax.config import Model
 from metajax.models.hybrid import Kind, layer_groups
 
@@ -36,7 +35,7 @@ def mamba2_flops(model: Model) -> dict[str, int]:
     heads, mixed = model.ssm_heads, model.conv_width
     return {
         "mamba": 2 * model.width * (channels + mixed + heads),
-        "conv": 2 * TAPS * mixed,
+        "conv": 2 * model.hybrid.d_conv * mixed,
         "scan": channels * (5 * state + 7) + 4 * heads,
     }
 
@@ -46,7 +45,7 @@ def mamba_flops(model: Model) -> dict[str, int]:
     channels, selection = model.ssm_width, model.dt_rank + 2 * model.hybrid.state
     return {
         "mamba": 2 * channels * (2 * model.width + selection + model.dt_rank),
-        "conv": 2 * TAPS * channels,
+        "conv": 2 * model.hybrid.d_conv * channels,
         "scan": scan_operations(channels, model.hybrid.state),
     }
 

@@ -28,6 +28,7 @@ FORMS = {
     "sequential": {"layers": 2, "hybrid.fusion": "sequential", "hybrid.kv_groups": (), "hybrid.full_layers": ()},
     "attention": {"layers": 3, "hybrid.fusion": "attention", "hybrid.kv_groups": (1, 2), "hybrid.full_layers": (0,), "window": 0},
     "mamba2": {"layers": 2, "hybrid.ssm": "mamba2", "hybrid.expand": 8, "hybrid.kv_groups": (), "hybrid.full_layers": ()},
+    "width 3": {"layers": 2, "hybrid.d_conv": 3, "hybrid.kv_groups": (), "hybrid.full_layers": ()},
     "mamba": {"layers": 2, "hybrid.fusion": "mamba", "hybrid.kv_groups": (), "hybrid.full_layers": (), "hybrid.meta_tokens": 0},
 }
 once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # programs that run once

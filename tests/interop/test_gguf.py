@@ -160,10 +160,10 @@ def test_a_file_is_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "qwen2"}, "general.architecture is 'qwen2'"),
-        ({"rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn'"),
-        ({"expert_count": 8}, "expert_count is 8"),
-        ({"rope.dimension_count": 8}, "rope.dimension_count is 8"),
+        ({"architecture": "qwen2"}, "general.architecture = 'qwen2'"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn'"),
+        ({"expert_count": 8}, "expert_count = 8"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count = 8"),
     ],
 )
 def test_what_cannot_be_followed_is_named(tmp_path, changes, message):

@@ -145,8 +145,7 @@ def test_half_precision(tmp_path):
         ("gpt2", replace(SMALL["gpt2"], window=8), {}, r"model\.window is 8, but GPT-2 has None alone"),
         ("gpt2", replace(SMALL["gpt2"], position="rope"), {}, r"model\.position is 'rope', but GPT-2 has 'learned'"),
         ("gpt2", replace(SMALL["gpt2"], kv_heads=1), {}, r"model\.num_kv_heads is 1"),
-        ("gpt2", replace(SMALL["gpt2"], tied=False), {}, r"model\.tied"),
-        ("llama", replace(SMALL["llama"], position="yarn", rope_original_length=8), {}, r"model\.position is 'yarn'"),
+        ("llama", replace(SMALL["llama"], position="ntk", rope_original_length=8), {}, r"model\.position is 'ntk'"),
         ("llama", replace(SMALL["llama"], norm_position="post"), {}, r"model\.norm_position is 'post'"),
         (
             "llama",
@@ -175,9 +174,8 @@ def test_what_a_layout_has_no_place_for_is_named(tmp_path, family, model, parts,
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
-        ("llama", {"attention_bias": True}, "mlp_bias = False"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, r"lacks rope_scaling\.factor"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
         ("llama", {"head_dim": 32}, "head_dim = 32, but only 4"),
         ("llama", {"hidden_size": None}, "lacks hidden_size"),
         ("gpt2", {"activation_function": "silu"}, "activation_function = 'silu'"),
@@ -204,6 +202,8 @@ WIDE = Model(
 
 class Ones:
     """A tensor that is made where it is read."""
+
+    dtype = np.dtype(np.float32)
 
     def __init__(self, shape):
         self.shape = shape

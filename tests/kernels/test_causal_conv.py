@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from scan_cases import error, races_found
 
 from kernels_pallas.selective_scan.conv import causal_conv_tpu
-from kernels_pallas.selective_scan.reference import causal_conv_reference
+from kernels_pallas.selective_scan.reference import causal_conv_reference, resolve_tails
 from kernels_pallas.selective_scan.xla import causal_conv_xla
 
 IMPLEMENTATIONS = {
@@ -31,10 +31,10 @@ def golden(name):
     return jnp.moveaxis(jnp.asarray(GOLDEN[name]), 1, 2)
 
 
-def inputs(seed, batch=2, length=23, channels=6):
+def inputs(seed, batch=2, length=23, channels=6, width=4):
     rng = np.random.default_rng(seed)
-    sizes = {"x": (batch, length, channels), "w": (channels, 4), "b": (channels,)}
-    sizes |= {"initial_tail": (batch, 3, channels), "reset_tail": (3, channels)}
+    sizes = {"x": (batch, length, channels), "w": (channels, width), "b": (channels,)}
+    sizes |= {"initial_tail": (batch, width - 1, channels), "reset_tail": (width - 1, channels)}
     arrays = {key: jnp.asarray(rng.normal(size=size), jnp.float32) for key, size in sizes.items()}
     starts = rng.random((batch, length)) < rng.choice([0.1, 0.5, 0.9])
     return arrays, jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
@@ -91,18 +91,45 @@ def test_golden_step(implementation):
 
 @pytest.mark.parametrize("implementation", FAST)
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**20), length=st.sampled_from([1, 2, 23, 40]))
-def test_float32_matches_oracle(implementation, seed, length):
-    """Segments of one token and more, rows shorter than the tail, all gradients: both tails' too."""
-    arrays, segments = inputs(seed, length=length)
+@given(seed=st.integers(0, 2**20), shape=st.sampled_from([(1, 4), (2, 4), (23, 4), (40, 4), (23, 3), (1, 3), (23, 2)]))
+def test_float32_matches_oracle(implementation, seed, shape):
+    """Segments of one token and more, rows shorter than the tail, widths 2 to 4, all gradients: both tails' too."""
+    length, width = shape
+    arrays, segments = inputs(seed, length=length, width=width)
     rng = np.random.default_rng(seed)
-    weights = tuple(jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, length, 6), (2, 3, 6)))
+    weights = tuple(jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, length, 6), (2, width - 1, 6)))
     y, tail, gradients = with_gradients(implementation, arrays, segments, weights)
     exact_y, exact_tail, exact = oracle(arrays, segments, weights)
     assert error(y, exact_y) <= 1e-6
     assert np.array_equal(tail, exact_tail)
     for key in arrays:
         assert error(gradients[key], exact[key]) <= 1e-5, key
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("width", [2, 3, 4])
+@each
+def test_every_width_is_a_sum_over_its_taps(implementation, width):
+    """Against the sum in float64; the tail is what was read last."""
+    arrays, _ = inputs(8, width=width)
+    x, w, b = (np.asarray(arrays[name], np.float64) for name in ("x", "w", "b"))
+    extended = np.concatenate([np.asarray(arrays["initial_tail"], np.float64), x], axis=1)
+    total = b + sum(w[:, k] * extended[:, k : k + x.shape[1]] for k in range(width))
+    y, tail = IMPLEMENTATIONS[implementation](**arrays)
+    np.testing.assert_allclose(y, total / (1 + np.exp(-total)), atol=3e-6, rtol=0)
+    np.testing.assert_allclose(tail, extended[:, -(width - 1) :], atol=0, rtol=1e-6)
+
+
+@pytest.mark.fault(33)
+@each
+def test_other_widths_and_tails_are_refused(implementation):
+    conv, arrays = IMPLEMENTATIONS[implementation], inputs(9)[0]
+    plain = {name: arrays[name] for name in ("x", "b")}
+    for width in (1, 5):
+        with pytest.raises(ValueError, match=f"width {width}"):
+            conv(**plain, w=jnp.ones((6, width)))
+    with pytest.raises(ValueError, match="tails of 3 and 3"):
+        resolve_tails(arrays["x"], 3, arrays["initial_tail"], arrays["reset_tail"])
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -130,10 +157,11 @@ def test_no_gradient_crosses_segments(implementation):
         assert np.any(gradients["reset_tail"]) == (own != 3)
 
 
+@pytest.mark.parametrize("width", [3, 4])
 @pytest.mark.parametrize("implementation", FAST)
-def test_two_halves_equal_the_whole(implementation):
+def test_two_halves_equal_the_whole(implementation, width):
     """Cut at every token, the tail handed over: short and just started segments included."""
-    arrays, segments = inputs(4)
+    arrays, segments = inputs(4, width=width)
     conv = jax.jit(IMPLEMENTATIONS[implementation])
     whole, tail = conv(**arrays, segment_ids=segments)
     rest = {key: arrays[key] for key in ("w", "b", "reset_tail")}
