@@ -381,7 +381,7 @@ class Config(Part):
     metadata: Metadata | None = None
     tasks: Tasks | None = None
     dpo: Dpo | None = None
-    imported: Imported | None = None  # of `import`, and of runs that start from what it made; not for people to set
+    imported: Imported | None = field(default=None, metadata={"filled_in": True})  # by `import` and `init.from`; nobody sets it
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     init: Init = field(default_factory=Init)

@@ -268,12 +268,12 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every reachable field by dotted path; sub-configs that are null count as one."""
+    """Every reachable field by dotted path; sub-configs that are null count as one, those that nobody sets as none."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             flat.update(flatten(value, f"{prefix}{f.name}."))
-        else:
+        elif value is not None or not f.metadata.get("filled_in"):
             flat[prefix + f.name] = value
     return flat
