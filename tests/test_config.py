@@ -142,6 +142,8 @@ def test_no_runtime_field_is_in_the_hash(name):
         "max_grad_norm": 9.0,
         "profile": "2,3",
         "hang_seconds": 60.0,
+        "startup_seconds": 60.0,
+        "max_skipped": 5,
     }
     value = changed.get(name, "xla")
     assert config_hash(override(BASE, {f"runtime.{name}": value})) == config_hash(BASE)
