@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from metajax.config import UserError
+from metajax.core import json_lines
 
 # An added token of this form is a control token, whatever its file says of it: <|im_start|>, [INST], <tool_call>, but no element of HTML and
 # no single byte, which some vocabularies have as ordinary tokens.
@@ -57,7 +58,7 @@ class Said:
             added = decoder.values() if isinstance(decoder, dict) else ()
             self.names |= {_content(one) or "" for one in added if isinstance(one, dict) and one.get("special")}
         self.ids = {n for name in _NUMBERS for n in _token_ids(_read_object(folder / name))}
-        texts = [(folder / name).read_text("utf-8", "replace") for name in _TEMPLATES if (folder / name).exists()]
+        texts = [(folder / name).read_text("utf-8", "replace") for name in _TEMPLATES if (folder / name).is_file()]
         self.template = "\n".join([*texts, *(json.dumps(v.get("chat_template", ""), ensure_ascii=False) for v in told)])
 
     def control(self, ids: Mapping[str, int], added: Collection[str]) -> set[str]:
@@ -76,9 +77,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend it, or take it away") from None
+        found = json_lines.parse(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a JSON file that can be read ({error}); mend it, or take it away") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: a JSON {type(found).__name__} instead of an object; mend it, or take it away")
     return found
