@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,12 @@ from metajax.pods.hosts import is_first, of_first, together
 from metajax.preferences.evaluation import evaluate_preferences
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
-from metajax.reporting.records import RunDirectory, check_data, read_config
+from metajax.reporting.records import RunDirectory, check_data, read_config, require_data
 from metajax.reporting.rows import for_page
-from metajax.training.checkpoints import read_parameters
+from metajax.runs.files import mark_of, read_lines, recall
+from metajax.training.checkpoints import newest_good, read_parameters, saved_identity
 from metajax.training.loop import Trained, Trainer
-from metajax.training.metrics import memory_use, read_lines
+from metajax.training.metrics import memory_use
 from metajax.training.program import Program
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def run_experiment(
     started = time.monotonic() if started is None else started
     run = together(lambda: RunDirectory.open(workdir, config))
     try:
-        done = of_first(run.read("report.json"))
+        again = "it is made anew from the checkpoints"
+        done = of_first(recall(workdir / "report.json", run.warn, again) if is_first() else None)
         if done is not None:
             say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
             if is_first() and not (workdir / "report.html").exists():
@@ -147,6 +149,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "time": trained.time | {"total_seconds": seconds},
         "goodput": trained.goodput.shares(),
         "memory": memory_use(),
+        "metrics": mark_of((run.path / "metrics.jsonl").read_bytes()) if is_first() else None,
         "restarted_from": trained.restarted_from,
         "parent": config.init.from_ or None,
         "warnings": run.warnings,
@@ -204,32 +207,42 @@ class OpenedRun:
     tokenizer: Tokenizer
     program: Program
     model: Any
+    saved: Mapping[str, Any]  # whose the checkpoint is, see `RunDirectory.identity`
+
+    def _open_corpora(self, config: Config, paths: Paths) -> Corpora:
+        """UserError when corpus or tokenizer is not the run's."""
+        corpora = open_corpora(config, paths)
+        now = {"key": corpora.key, "tokenizer": corpora.tokenizer.fingerprint()}
+        check_data(self.workdir, **now)
+        require_data(self.saved, now, self.workdir)
+        return corpora
 
     def evaluate(self, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
         """Held-out results with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
-        corpora = open_corpora(config, paths)
-        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return evaluate(config, self.program, corpora, self.model)
+        return evaluate(config, self.program, self._open_corpora(config, paths), self.model)
 
     def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
         """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
         from metajax.analysis.study import open_study
 
-        corpora = open_corpora(config, paths)
-        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return open_study(self.program, corpora, self.model, **choice)
+        return open_study(self.program, self._open_corpora(config, paths), self.model, **choice)
 
 
 def open_run(workdir: Path) -> OpenedRun:
     """Open a run for evaluation or generation; its folder is not changed.
 
     Raises:
-      UserError: no checkpoint or tokenizer there, or damaged ones only.
+      UserError: no checkpoint or tokenizer there, damaged ones only, or another run's.
     """
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
     config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
+    step = newest_good(workdir)
+    saved, now = saved_identity(workdir, step), {"tokenizer": tokenizer.fingerprint()}
+    check_data(workdir, **now)
+    require_data(saved, now, workdir)
     program = Program.build(config, tokenizer.vocabulary.size)
-    return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))
+    model = read_parameters(workdir, program.abstract_state().model, step=step)
+    return OpenedRun(config, workdir, tokenizer, program, model, saved)
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from metajax.interop.layouts import HEAD, stored, tensors_of
 from metajax.interop.tokenizer_files import write_tokenizer
 from metajax.models.lm import LM
 from metajax.progress import warn
+from metajax.runs.files import find_json
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -64,8 +65,7 @@ def _require_plain(config: Config, kind: Family) -> None:
 
 def _origin(workdir: Path, family: str) -> dict[str, Any]:
     """What an imported run came with, {} for others and for those of another family."""
-    path = workdir / ORIGIN
-    origin = json.loads(path.read_text()) if path.exists() else {}
+    origin = find_json(workdir / ORIGIN) or {}
     return origin if origin.get("family") == family else {}
 
 

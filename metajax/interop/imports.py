@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from metajax.config import Config, Data, Runtime, UserError, config_hash, require, to_dict
+from metajax.config import Config, Data, Runtime, UserError, require
 from metajax.data.tokenizers import Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import open_directory
@@ -87,11 +87,12 @@ def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, A
     require(not (workdir / "config.json").exists(), f"{workdir} is there already; delete it, or choose another --runs-dir")
     run = RunDirectory.open(workdir, config)
     try:
-        run.write("config.json", {"hash": config_hash(config), "config": to_dict(config)})
+        run.data = {"tokenizer": tokenizer.fingerprint()}
+        run.write_config()
         run.write("environment.json", environment())
         run.write(ORIGIN, origin)
         tokenizer.save(workdir)
-        checkpoints = Checkpoints(workdir, keep=1)
+        checkpoints = Checkpoints(workdir, keep=1, identity=run.identity)
         checkpoints.save(State(model, (), jnp.zeros((), jnp.int32), jnp.zeros((), bool)), {"imported": True})
         checkpoints.close()
     finally:

@@ -13,8 +13,8 @@ from metajax import registry
 from metajax.config import nearest, require
 from metajax.progress import say
 from metajax.registry import Row, Table
-from metajax.reporting.records import write_json
 from metajax.reporting.tables import RunOne, attempt, plan_table
+from metajax.runs.files import write_json
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 

@@ -23,8 +23,9 @@ from metajax.lineage import absent_fields, apply_changes, inherited, resolve_par
 from metajax.progress import say, warn
 from metajax.registry import Row, Table
 from metajax.reporting.formats import csv_text, latex, markdown
-from metajax.reporting.records import FAILURE_LOG, default_workdir, write_json
+from metajax.reporting.records import FAILURE_LOG, default_workdir
 from metajax.reporting.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
+from metajax.runs.files import find_readable, write_json
 from metajax.workers import Inline
 
 RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
@@ -77,8 +78,7 @@ class TablePlan:
 
     def result(self) -> dict[str, Any]:
         """The table from what is on disk; seeds of an earlier command are shown where one of their runs is complete."""
-        saved = self.folder / "table.json"
-        earlier = json.loads(saved.read_text(encoding="utf-8"))["seeds"] if saved.exists() else []
+        earlier = (find_readable(self.folder / "table.json") or {"seeds": []})["seeds"]
         found = {
             (row.name, part, seed): self.run_of(row, seed, part)[0]
             for row, part in self._lines()
