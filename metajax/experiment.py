@@ -62,29 +62,31 @@ def run_experiment(
     started = time.monotonic() if started is None else started
     run = together(lambda: RunDirectory.open(workdir, config))
     try:
-        again = "it is made anew from the checkpoints"
-        done = of_first(recall(workdir / "report.json", run.warn, again) if is_first() else None)
-        if done is not None:
-            say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
-            if is_first() and not (workdir / "report.html").exists():
-                write_report(workdir)
-        else:
-            phases = Phases(started, {"imports": imports_seconds})
-            done = (_make if isinstance(config, Config) else _make_on_images)(config, run, paths, phases)
-            run.write("report.json", done)
-            if is_first():
-                write_report(workdir)
-        missing = [name for name in analyses if name not in done["analyses"]]
-        require(
-            not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards"
-        )
-        if missing:
-            done["analyses"] |= _analyse(config, workdir, paths, missing)
-            run.write("report.json", done)
-            write_report(workdir)
-        return done
+        with run.while_there():
+            return _run(config, run, paths, analyses, Phases(started, {"imports": imports_seconds}))
     finally:
         run.close()
+
+
+def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[str], phases: Phases) -> dict[str, Any]:
+    workdir, again = run.path, "it is made anew from the checkpoints"
+    done = of_first(together(lambda: recall(workdir / "report.json", run.warn, again) if is_first() else None))
+    if done is not None:
+        say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
+        if is_first() and not (workdir / "report.html").exists():
+            write_report(workdir)
+    else:
+        done = (_make if isinstance(config, Config) else _make_on_images)(config, run, paths, phases)
+        run.write("report.json", done)
+        if is_first():
+            write_report(workdir)
+    missing = [name for name in analyses if name not in done["analyses"]]
+    require(not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards")
+    if missing:
+        done["analyses"] |= _analyse(config, workdir, paths, missing)
+        run.write("report.json", done)
+        write_report(workdir)
+    return done
 
 
 def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from metajax.progress import warn
+from metajax.reporting.records import RunDirectory
 from metajax.runs.files import recall, write_json
 
 APART = ("compile", "data_wait", "checkpoint", "evaluation")
@@ -25,12 +26,13 @@ class Goodput:
     Args:
       path: time.json of the run; None: not this process's to write.
       age: seconds since the command began.
-      on_warning: told what was lost of earlier starts.
+      run: whose it is; told what was lost of earlier starts, and asked before anything is written.
     """
 
-    def __init__(self, path: Path | None, age: float = 0.0, on_warning: Callable[[str], None] = warn):
-        self._path, self._began, self._warn = path, time.monotonic() - age, on_warning
-        found = recall(path, on_warning, "another is begun") if path is not None else None
+    def __init__(self, path: Path | None, age: float = 0.0, run: RunDirectory | None = None):
+        self._path, self._began, self._run = path, time.monotonic() - age, run
+        self._warn = run.warn if run is not None else warn
+        found = recall(path, self._warn, "another is begun") if path is not None else None
         self._earlier: list[dict[str, Any]] = (found or {"starts": []})["starts"]
         self.apart = dict.fromkeys(APART, 0.0)  # seconds of this start
         self._startup = 0.0
@@ -63,6 +65,8 @@ class Goodput:
 
     def write(self) -> None:
         """Bring the file up to date."""
+        if self._run is not None:
+            self._run.require_there()
         if self._path is not None:
             write_json(self._path, {"starts": [*self._earlier, self._entry()]})
 

@@ -6,6 +6,7 @@ failure.log where a table saw the run fail.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import os
@@ -24,6 +25,7 @@ from metajax.config import UserError, config_hash, difference, nearest, require,
 from metajax.families import AnyConfig, config_from
 from metajax.progress import warn
 from metajax.runs.files import CONFIG, Mark, find_json, read_json, recall, write_json
+from metajax.runs.place import Place
 
 T = TypeVar("T")
 LOCK = ".lock"  # one that a process left which is gone locks nothing
@@ -117,6 +119,7 @@ class RunDirectory:
     data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known when the run begins
     logged: Mark | None = None  # of metrics.jsonl, as the checkpoint has it from which the run goes on
     _lock: Any = None
+    _place: Place | None = None
 
     @classmethod
     def open(cls, path: Path, config: AnyConfig) -> RunDirectory:
@@ -136,7 +139,7 @@ class RunDirectory:
             raise UserError(f"{path} cannot be a run directory ({error.strerror or error}); choose another --workdir") from None
         require(lock is not None, f"another process is running in {path}; wait for it or choose another --workdir")
         fill(path)
-        run = cls(path, config, _lock=lock)
+        run = cls(path, config, _lock=lock, _place=Place(path))
         if (path / CONFIG).exists():
             _require_same(read_config(path), config, path)
             run.id = read_json(path / CONFIG).get("id", "")
@@ -194,19 +197,16 @@ class RunDirectory:
         if self._lock is not None:
             publish(self.path)
             self._lock.close()
+            self._place.close()
 
     def require_there(self) -> None:
         """UserError where the folder that this run began in is gone, or another one by now: nothing is written then."""
-        if self._lock is None:
-            return
-        try:
-            there = os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock.fileno()))
-        except OSError:
-            there = False
-        require(
-            there,
-            f"{self.path} was moved, deleted or replaced while the run went on; put it back and give the same command again",
-        )
+        if self._place is not None:
+            self._place.require_there()
+
+    def while_there(self) -> contextlib.AbstractContextManager[None]:
+        """See `Place.while_there`."""
+        return contextlib.nullcontext() if self._place is None else self._place.while_there()
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run, the old one or the new one whole."""
@@ -309,7 +309,8 @@ def list_runs(root: Path) -> list[Path]:
     """Workdirs below `root`, oldest first."""
     found = []
     for folder, folders, files in os.walk(root, onerror=_tell):
-        found += [Path(folder)] if CONFIG in (*folders, *files) else []
+        is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
+        found += [Path(folder)] if is_run else []
         # Of a run that goes on checkpoints vanish while one looks; what it has set aside is no run.
         folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
     runs = [run for run, _ in readable(found, read_config)]

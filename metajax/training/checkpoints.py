@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import os
@@ -48,10 +49,11 @@ def _storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(found.group(1)) if found else errno.ENOENT if str(error).startswith("NOT_FOUND") else None
         if code is None:
             raise
-        raise OSError(int(code.group(1)), os.strerror(int(code.group(1))), str(folder)) from error
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 class Checkpoints:

@@ -66,7 +66,7 @@ class Trainer:
     def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases):
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
         self.frozen: tuple[Any, ...] = ()  # what the step reads beside state and batch
-        self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started, run.warn)
+        self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started, run)
         with phases.time("data"):
             together(self._open)
             agree("configuration", config_hash(config))
