@@ -154,11 +154,14 @@ def _read(path: Path) -> bytes | None:
 
 
 def _digest(path: Path, value: Mapping[str, Any]) -> str | None:
-    """Of a file's content and of the run in whose folder, or one below, it is; None outside of runs."""
-    holder = next((folder for folder in (path.parent, path.parent.parent) if (folder / CONFIG).exists()), None)
-    if holder is None and path.name != CONFIG:
-        return None
-    run = "" if path.name == CONFIG else read_json(holder / CONFIG).get("id", "")
+    """Of a file's content and of the run in whose folder, or one below, it is; None outside of runs. The hashes of a checkpoint go where
+    it goes, which says itself whose it is."""
+    run = ""
+    if path.name != CONFIG and path.parent.name != "hashes":
+        holder = next((folder for folder in (path.parent, path.parent.parent) if (folder / CONFIG).exists()), None)
+        if holder is None:
+            return None
+        run = read_json(holder / CONFIG).get("id", "")
     return hashlib.sha256(json.dumps([run, value], sort_keys=True).encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ class Place:
             yield
         except (OSError, ValueError) as error:
             self.require_there()
-            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                gone = f"{error.filename or self.path}: {error.strerror} while the run went on"
-                raise Gone(f"{gone}; put it back, or give the same command again") from error
+            if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+                which = error.filename2 or error.filename or self.path
+                raise Gone(f"{which}: {error.strerror}; put back what was there, and give the same command again") from error
             raise

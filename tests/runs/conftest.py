@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from metajax.cli import main
+from metajax.runs.files import write_json
 from tests.faults import command, write_corpus
 
 STEPS, SAVED = 8, 6
@@ -41,12 +42,13 @@ def kill(run, target):
     for name in ("report.json", "report.html", f"hashes/{STEPS}-p0.json"):
         (target / name).unlink()
     shutil.rmtree(target / "checkpoints" / str(STEPS))
+    write_json(target / "warnings.json", {"warnings": ["an earlier warning"]})
     return target
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """home, one and other (another seed), and those cut off; `one` has a warning."""
+    """home, one and other (another seed), and those cut off, which have a warning."""
     home = tmp_path_factory.mktemp("runs")
     write_corpus(home / "corpus.jsonl")
     folders = {name: home / "runs" / name for name in ("one", "other")}
