@@ -108,10 +108,10 @@ def _literal() -> type:
     from etils import epath
 
     class Literal(type(epath.Path())):
-        """A local path which is no pattern itself where Orbax looks for files below it."""
+        """A local path that is no pattern itself where Orbax looks for `process_*` below it, nor finds copies such as `process_0~`."""
 
         def glob(self, pattern: str) -> Iterator[Literal]:
-            return map(type(self), Path(self).glob(pattern))
+            return (type(self)(path) for path in Path(self).glob(pattern) if re.fullmatch(r"[\w.]*_\w+", path.name))
 
     return Literal
 

@@ -15,9 +15,10 @@ from metajax.runs.place import Gone, Place
 from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, save_arrays, verify
 from metajax.training.metrics import MetricsFile
 from metajax.training.state import State
+from tests.runs.conftest import train_command
 
 ODD = ["lr=[1e-3]", "a*b", "what?", "{a,b}", "two words", "100%", "a#b", "ünï", "a\nb", "a::b", "~", "[!x]", "%2e%2e", "-x"]
-FOREIGN = [".DS_Store", "._state", "Thumbs.db", "desktop.ini", "manifest.ocdbt~", "#x#", ".nfs0000000000a1b2c3", "notes (1).txt", "commit_success.txt.bak"]  # fmt: skip
+FOREIGN = [".DS_Store", "._state", "Thumbs.db", "desktop.ini", "manifest.ocdbt~", "#x#", ".nfs0000000000a1b2c3", "notes (1).txt", "commit_success.txt.bak", "process_0~", "process_0 copy"]  # fmt: skip
 
 
 def state(value):
@@ -150,7 +151,7 @@ def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatc
             how(gone[0])
 
     monkeypatch.setattr(MetricsFile, "write", watched)
-    code, said = here.train(workdir, "--cache-dir", str(tmp_path / "cache"))
+    code, said = here(*train_command(runs.home, workdir), "--cache-dir", tmp_path / "cache")
     assert gone and (code == 2 and sum(line.startswith("error: ") for line in said) == 1 or code == 0 and goes in ("cache", "checkpoints"))
     assert code == 0 or str(gone[0]) in [line for line in said if line.startswith("error: ")][0]
     if code == 0:
