@@ -131,15 +131,16 @@ class RunDirectory:
         if not _is_first():
             return cls(path, config)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             with outages():
-                _require_run_or_empty(home(path))
+                there = home(path)  # first: a name that cannot be is refused before anything is made
+                path.mkdir(parents=True, exist_ok=True)
+                _require_run_or_empty(there)
             lock = _lock(path)
         except OSError as error:
             raise UserError(f"{path} cannot be a run directory ({error.strerror or error}); choose another --workdir") from None
         require(lock is not None, f"another process is running in {path}; wait for it or choose another --workdir")
         fill(path)
-        run = cls(path, config, _lock=lock, _place=Place(path))
+        run = cls(path, config, _lock=lock)
         if (path / CONFIG).exists():
             _require_same(read_config(path), config, path)
             run.id = read_json(path / CONFIG).get("id", "")
@@ -147,6 +148,7 @@ class RunDirectory:
             run.warnings = [*(found or {}).get("warnings", []), *run.warnings]
         else:
             run.id = secrets.token_hex(4)
+        run._place = Place(path)
         return run
 
     def begin(self, key: str, tokenizer: str) -> None:

@@ -31,9 +31,10 @@ REMEDIES = {
     "data.json": "delete it; the checkpoints hold what it says",
     "metrics.jsonl": "delete it; curves are missing then, but no result",
     "imported.json": "import the model again",
+    "words.json": "delete report.json, give the command of the run again, and both are made anew",
     "table.json": "it is made anew; seeds of earlier commands are shown when they are asked for",
 }
-LISTS = {"warnings.json": "warnings", "time.json": "starts"}  # plain lists in earlier versions
+LISTS = {"words.json": "words", "warnings.json": "warnings", "time.json": "starts"}  # may be lists: the first is, earlier versions' others
 # What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
 RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
 BIN = {"exact": (*NUMBER, NULL), "*": object}
@@ -57,6 +58,7 @@ SHAPES: dict[str, Any] = {
     "hashes": {"hosts": int, "files": {"*": str}},  # of a folder: every file in it that is not named here
     "analysis": {"name": str, "result": dict, "?made_on": {"task": str, "length": int, "prompts": int}},
     "delta_tokens.json": dict,
+    "words.json": {"words": [str]},
     "wandb.json": {"id": str, "folder": str},
 }  # fmt: skip
 METRICS = {"step": int, **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER), "*": (str, NULL, *NUMBER)}  # of one line

@@ -110,7 +110,7 @@ def logger_id(workdir: Path) -> str:
     saved = recall(path, warn, "Weights & Biases gets a new curve")
     if saved is not None and saved["folder"] != str(here):
         there = type(here)(saved["folder"]) / path.name
-        moved = not there.exists() or (there.is_relative_to("/") and os.path.samefile(there, path))
+        moved = not there.exists() or (str(there).startswith("/") and os.path.samefile(there, path))
         saved = saved if moved or read_json(there).get("id") != saved["id"] else None
     made = {"id": saved["id"] if saved else secrets.token_hex(6), "folder": str(here)}
     if made != saved:
