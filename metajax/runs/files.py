@@ -35,9 +35,10 @@ REMEDIES = {
     "table.json": "it is made anew; seeds of earlier commands are shown when they are asked for",
 }
 LISTS = {"words.json": "words", "warnings.json": "warnings", "time.json": "starts"}  # may be lists: the first is, earlier versions' others
-# What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
 RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
 BIN = {"exact": (*NUMBER, NULL), "*": object}
+SPENT = ("from", "steps", "lost", "startup", "compile", "data_wait", "checkpoint", "evaluation")  # seconds of one start, from a step
+# What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
 SHAPES: dict[str, Any] = {
     CONFIG: {"?config": dict, "?id": str, "?hash": str},
     "environment.json": {
@@ -46,7 +47,7 @@ SHAPES: dict[str, Any] = {
     },
     "data.json": {"key": str, "tokenizer": str},
     "warnings.json": {"warnings": [str]},
-    "time.json": {"starts": [{"saves": [[NUMBER]], "*": NUMBER}]},
+    "time.json": {"starts": [{"saves": [[NUMBER]], **dict.fromkeys(SPENT, NUMBER), "*": NUMBER}]},
     "report.json": {
         "eval": {"?choice": {"average": NUMBER, "*": object}, "?tasks": {"*": {"*": (BIN, *NUMBER)}}, "*": (RESULT, NULL, *NUMBER)},
         "parameters": {"total": NUMBER, "*": NUMBER},
@@ -61,7 +62,7 @@ SHAPES: dict[str, Any] = {
     "words.json": {"words": [str]},
     "wandb.json": {"id": str, "folder": str},
 }  # fmt: skip
-METRICS = {"step": int, **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER), "*": (str, NULL, *NUMBER)}  # of one line
+METRICS = {"step": int, **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER), "*": (str, bool, NULL, *NUMBER)}  # of one line
 Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl as it was once
 
 
@@ -69,8 +70,11 @@ class Damaged(UserError):
     """A file of a run that is not what the run wrote; `fault` says which and why, the message also names the remedy."""
 
     def __init__(self, path: Path, why: str):
+        super().__init__(path, why)
         self.fault = f"{path} is damaged ({why})"
-        super().__init__(f"{self.fault}; {REMEDIES.get(path.name, 'delete it, or restore it from a copy')}")
+
+    def __str__(self) -> str:
+        return f"{self.fault}; {REMEDIES.get(self.args[0].name, 'delete it, or restore it from a copy')}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """The one reader of a run's files: what is damage, what is told, and what goes on without the file."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -31,7 +32,7 @@ def test_what_is_no_report_is_one_line_that_names_file_and_remedy(folder, conten
     with pytest.raises(Damaged) as error:
         find_json(folder / "report.json")
     assert str(folder / "report.json") in str(error.value) and "again" in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 1 and str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
 @pytest.mark.fault(25)
