@@ -276,10 +276,12 @@ def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: st
     """UserError where a checkpoint, `what`, is another run's: `saved` is the identity that it has. Those of earlier versions have the
     hash alone, which is compared then, or nothing."""
     names = [name for name in ("name", "scale", "seed", "hash") if name in saved]
+    differing = [name for name in names if saved[name] != mine[name]]
     theirs, ours = (", ".join(f"{name} {found[name]}" for name in names) for found in (saved, mine))
     require(
-        theirs == ours,
-        f"{what} is another run's ({theirs}; this run: {ours}); move it away, and the one before is used, or put this run's own back",
+        not differing,
+        f"{what} belongs to another {'configuration' if differing == ['hash'] else 'run'} ({theirs}; this run: {ours}); move it away, and the one "
+        "before is used, or put this run's own back",
     )
     require_data(saved, mine, workdir)
 
