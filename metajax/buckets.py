@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +27,7 @@ from metajax.fields import Stopped
 SCHEME = "gs://"
 MARK = ".bucket"  # in a stage: where the run is
 THERE_ALONE = ("checkpoints", "hashes", "damaged", "replay-step-")  # what these begin is on the bucket and not in the stage
+PATTERNS = "[]*?#"  # what gcsfs or GCS itself takes for a pattern or a version
 SIGN_IN = "gcloud auth application-default login, or give this machine's service account roles/storage.admin on the bucket"
 
 
@@ -46,19 +50,29 @@ def require_bucket(path: Any) -> None:
 
 def files(folder: Any) -> dict[str, dict[str, Any]]:
     """The files below a local folder or a bucket's, by path relative to it and in that order; of each `size` and `mtime` among others."""
-    system, root = storage(folder)
-    return {name.removeprefix(f"{root}/"): info for name, info in sorted(system.find(root, detail=True).items())}
+    if _on_bucket(folder):
+        system, root = storage(folder)
+        return {name.removeprefix(f"{root}/"): info for name, info in sorted(system.find(root, detail=True).items())}
+    found = {}
+    for path in sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(FileNotFoundError):  # of a run that goes on it may have gone by now
+            stat = os.lstat(path)
+            found[os.path.relpath(path, folder)] = {"size": stat.st_size, "mtime": stat.st_mtime}
+    return found
 
 
 def remove(folder: Any) -> None:
     """Delete a folder with all that is in it."""
-    system, root = storage(folder)
-    system.rm(root, recursive=True)
+    if _on_bucket(folder):
+        system, root = storage(folder)
+        system.rm(root, recursive=True)
+    else:
+        shutil.rmtree(folder)
 
 
 def move(source: Any, target: Any) -> None:
     """Move a file or folder; on a bucket object by object."""
-    if os.fspath(source).startswith(SCHEME):
+    if _on_bucket(source):
         system, _ = storage(source)
         system.copy(os.fspath(source), os.fspath(target), recursive=True)
         system.rm(os.fspath(source), recursive=True)
@@ -74,6 +88,10 @@ def stage(url: str, runs: Path) -> Path:
     """The local folder of a run on a bucket, RUNS/gs/BUCKET/PATH; what it holds is of its last use, see `fill`."""
     where = url.rstrip("/")
     require(len(where.removeprefix(SCHEME).split("/")) > 1, f"{url}: a run needs a path in the bucket, gs://BUCKET/PATH")
+    require(
+        not set(PATTERNS) & set(where),
+        f"{url}: {' '.join(PATTERNS)} in the path of a bucket are taken for patterns; name another",
+    )
     folder = runs / "gs" / where.removeprefix(SCHEME)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MARK).exists():
@@ -81,24 +99,68 @@ def stage(url: str, runs: Path) -> Path:
     return folder
 
 
+def _on_bucket(path: Any) -> bool:
+    return os.fspath(path).startswith(SCHEME)
+
+
+@functools.cache
+def _literal() -> type:
+    from etils import epath
+
+    class Literal(type(epath.Path())):
+        """A local path that is no pattern itself where Orbax looks for `process_*` below it, nor finds copies such as `process_0~`."""
+
+        def glob(self, pattern: str) -> Iterator[Literal]:
+            return (type(self)(path) for path in Path(self).glob(pattern) if re.fullmatch(r"[\w.]*_\w+", path.name))
+
+    return Literal
+
+
+def literal(path: Path) -> Any:
+    """A local path for Orbax, absolute.
+
+    Raises:
+      UserError: a name that Orbax or TensorStore takes for something else.
+    """
+    where = Path(path).absolute()
+    require(
+        "\\" not in str(where),
+        f"{where}: a backslash in a path is taken for a slash by TensorStore, which writes checkpoints; name another",
+    )
+    require(
+        where.parts[1:2] not in (("gs",), ("s3",), ("az",), ("hf",)),
+        f"{where}: Orbax takes {where.parts[1]} for a bucket; name another folder",
+    )
+    return _literal()(where)
+
+
 def home(workdir: Path) -> Any:
     """Where the checkpoints of a workdir are: on the bucket whose stage it is, else in itself."""
     from etils import epath
 
     mark = Path(workdir, MARK)
-    where = epath.Path(mark.read_text() if mark.exists() else Path(workdir).absolute())
+    if not mark.exists():
+        return literal(workdir)
+    where = mark.read_text(errors="replace")
+    require(
+        where.startswith(SCHEME), f"{mark} does not name a bucket; delete that file, and name the run as gs://BUCKET/PATH again"
+    )
     storage(where)
-    return where
+    return epath.Path(where)
 
 
 def steps_of(workdir: Path) -> list[int]:
     """Steps of the checkpoints of a run, oldest first, those that are being written among them."""
-    return sorted(int(path.name) for path in (home(workdir) / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    folder = home(workdir) / "checkpoints"
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in there if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
 
 
-def hashes_of(workdir: Path, step: int) -> list[Path]:
-    """The files with the hashes of one of them."""
-    return sorted((home(workdir) / "hashes").glob(f"{step}-p*.json"))
+def hashes_of(workdir: Path, step: int | None = None) -> list[Path]:
+    """The files with the hashes of one of them, or of all; what else is in their folder is left alone."""
+    folder = home(workdir) / "hashes"
+    of = re.compile(rf"{r'[0-9]+' if step is None else step}-p[0-9]+\.json")
+    return sorted(path for path in folder.iterdir() if of.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def fill(workdir: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +33,13 @@ from metajax.pods.hosts import is_first, of_first, together
 from metajax.preferences.evaluation import evaluate_preferences
 from metajax.progress import progress, say
 from metajax.reporting.pace import Phases
-from metajax.reporting.records import RunDirectory, check_data, read_config
+from metajax.reporting.records import RunDirectory, check_data, read_config, require_data
 from metajax.reporting.rows import for_page
-from metajax.training.checkpoints import read_parameters
+from metajax.runs.files import mark_of, read_lines, recall
+from metajax.training.checkpoints import newest_good, read_parameters, saved_identity
 from metajax.training.loggers import check_loggers
 from metajax.training.loop import Trained, Trainer
-from metajax.training.metrics import memory_use, read_lines
+from metajax.training.metrics import memory_use
 from metajax.training.program import Program
 
 if TYPE_CHECKING:
@@ -67,26 +68,8 @@ def run_experiment(
     together(lambda: check_loggers(config.runtime.loggers))
     run = together(lambda: RunDirectory.open(workdir, config))
     try:
-        done = of_first(run.read("report.json"))
-        if done is not None:
-            say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
-            if is_first() and not (workdir / "report.html").exists():
-                write_report(workdir)
-        else:
-            phases = Phases(started, {"imports": imports_seconds})
-            done = (_make if isinstance(config, Config) else _make_on_images)(config, run, paths, phases)
-            run.write("report.json", done)
-            if is_first():
-                write_report(workdir)
-        missing = [name for name in analyses if name not in done["analyses"]]
-        require(
-            not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards"
-        )
-        if missing:
-            done["analyses"] |= _analyse(config, workdir, paths, missing)
-            run.write("report.json", done)
-            write_report(workdir)
-        return done
+        with run.while_there():
+            return _run(config, run, paths, analyses, Phases(started, {"imports": imports_seconds}))
     except KeyboardInterrupt:
         step = max((step for step in steps_of(workdir) if hashes_of(workdir, step)), default=0)
         raise Interrupted(f"interrupted; the same command goes on from step {step}") from None
@@ -96,6 +79,27 @@ def run_experiment(
         raise
     finally:
         run.close()
+
+
+def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[str], phases: Phases) -> dict[str, Any]:
+    workdir, again = run.path, "it is made anew from the checkpoints"
+    done = of_first(together(lambda: recall(workdir / "report.json", run.warn, again) if is_first() else None))
+    if done is not None:
+        say(f"{config.name} (seed {config.seed}) is complete in {workdir}")
+        if is_first() and not (workdir / "report.html").exists():
+            write_report(workdir)
+    else:
+        done = (_make if isinstance(config, Config) else _make_on_images)(config, run, paths, phases)
+        run.write("report.json", done)
+        if is_first():
+            write_report(workdir)
+    missing = [name for name in analyses if name not in done["analyses"]]
+    require(not missing or jax.process_count() == 1, f"analyses ({', '.join(missing)}) run in one process: `analyze`, afterwards")
+    if missing:
+        done["analyses"] |= _analyse(config, workdir, paths, missing)
+        run.write("report.json", done)
+        write_report(workdir)
+    return done
 
 
 def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,6 +165,7 @@ def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float)
         "time": trained.time | {"total_seconds": seconds},
         "goodput": trained.goodput.shares(),
         "memory": memory_use(),
+        "metrics": mark_of((run.path / "metrics.jsonl").read_bytes()) if is_first() else None,
         "restarted_from": trained.restarted_from,
         "parent": config.init.from_ or None,
         "warnings": run.warnings,
@@ -218,31 +223,35 @@ class OpenedRun:
     tokenizer: Tokenizer
     program: Program
     model: Any
+    saved: Mapping[str, Any]  # whose the checkpoint is, see `RunDirectory.identity`
+
+    def _open_corpora(self, config: Config, paths: Paths) -> Corpora:
+        """UserError when corpus or tokenizer is not the run's."""
+        if config.imported is not None:
+            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
+            config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
+        corpora = open_corpora(config, paths)
+        now = {"key": corpora.key, "tokenizer": corpora.tokenizer.fingerprint()}
+        check_data(self.workdir, **now)
+        require_data(self.saved, now, self.workdir)
+        return corpora
 
     def evaluate(self, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
         """Held-out results with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
-        return evaluate(config, self.program, self._corpora(config, paths), self.model)
+        return evaluate(config, self.program, self._open_corpora(config, paths), self.model)
 
     def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
         """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
         from metajax.analysis.study import open_study
 
-        return open_study(self.program, self._corpora(config, paths), self.model, **choice)
-
-    def _corpora(self, config: Config, paths: Paths) -> Corpora:
-        if config.imported is not None:
-            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
-            config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
-        corpora = open_corpora(config, paths)
-        check_data(self.workdir, corpora.key, corpora.tokenizer.fingerprint())
-        return corpora
+        return open_study(self.program, self._open_corpora(config, paths), self.model, **choice)
 
 
 def open_run(workdir: Path) -> OpenedRun:
     """Open a run for evaluation or generation; its folder is not changed.
 
     Raises:
-      UserError: no checkpoint or tokenizer there, or damaged ones only.
+      UserError: no checkpoint or tokenizer there, damaged ones only, or another run's.
     """
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
     require(
@@ -250,8 +259,13 @@ def open_run(workdir: Path) -> OpenedRun:
         f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
     )
     config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
+    step = newest_good(workdir)
+    saved, now = saved_identity(workdir, step), {"tokenizer": tokenizer.fingerprint()}
+    check_data(workdir, **now)
+    require_data(saved, now, workdir)
     program = Program.build(config, tokenizer.vocabulary.size)
-    return OpenedRun(config, workdir, tokenizer, program, read_parameters(workdir, program.abstract_state().model))
+    model = read_parameters(workdir, program.abstract_state().model, step=step)
+    return OpenedRun(config, workdir, tokenizer, program, model, saved)
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from metajax.cli import main
+from metajax.runs.files import write_json
 
 SMALL = [
     "--set", "data.tokenizer=byte", "--set", "data.row_length=64", "--set", "data.batch_rows=4", "--set", "data.held_out=0.2",
@@ -308,7 +309,7 @@ def test_a_checkpoint_from_another_config(command, tmp_path):
     (tmp_path / "b" / "report.json").unlink()
     saved = json.loads((tmp_path / "b" / "config.json").read_text())
     saved["config"]["optimizer"]["learning_rate"] = 0.1
-    (tmp_path / "b" / "config.json").write_text(json.dumps(saved))
+    write_json(tmp_path / "b" / "config.json", saved)
     changed = ("--set", "optimizer.learning_rate=0.1")
     error = one_error_line(command("quickstart/plain", "--workdir", str(tmp_path / "b"), *changed, small=True))
     assert "belongs to another configuration" in error

@@ -22,7 +22,7 @@ from metajax.analysis.sharpening import sharpening
 from metajax.analysis.study import Study
 from metajax.analysis.theory import theory
 from metajax.config import require
-from metajax.reporting.records import write_json
+from metajax.runs.files import write_json
 
 FOLDER = "analysis"  # of a run's folder
 _OF_META_TOKENS = (interventions, sharpening, caching, attention, theory, rate_distortion)

@@ -16,13 +16,14 @@ from metajax.data.tokenizers import Vocabulary
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.experiment import OpenedRun
 from metajax.interop.families import FAMILIES, Family
-from metajax.interop.files import DTYPES, read_json, write_kept, write_tensors
+from metajax.interop.files import DTYPES, write_kept, write_tensors
 from metajax.interop.imports import ORIGIN
 from metajax.interop.layouts import HEAD, stored, tensors_of
 from metajax.interop.tokenizer_files import write_tokenizer
 from metajax.models.lm import LM
 from metajax.progress import warn
 from metajax.reporting.records import read_config
+from metajax.runs.files import find_json
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -84,7 +85,7 @@ def _origin(opened: OpenedRun, family: str) -> tuple[dict[str, Any], Path]:
             )
             return {}, opened.workdir
         config = read_config(folder)
-    origin = read_json(folder / ORIGIN) if (folder / ORIGIN).exists() else {}
+    origin = find_json(folder / ORIGIN) or {}
     same = origin.get("family") == family and load_tokenizer(folder).fingerprint() == opened.tokenizer.fingerprint()
     return (origin if same else {}), folder
 

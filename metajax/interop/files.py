@@ -20,6 +20,7 @@ from metajax.core.sealed import HASHES
 from metajax.interop.layouts import Tensor
 from metajax.interop.settings import shown
 from metajax.progress import warn
+from metajax.runs.files import find_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = "imported_files.json"  # of an imported run: {name: text}, the other files of the folder it came from
@@ -134,7 +135,7 @@ def read_kept(folder: Path | None) -> dict[str, str]:
 
 def write_kept(workdir: Path, folder: Path) -> None:
     """Put the files that a run has kept into a folder, byte for byte."""
-    kept = read_json(workdir / KEPT) if (workdir / KEPT).exists() else {}
+    kept = find_json(workdir / KEPT) or {}
     for name, text in kept.items():
         require(
             Path(name).name == name and isinstance(text, str),

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metajax.atomic import write_text
-from metajax.config import Config, Data, Imported, Runtime, UserError, config_hash, require, to_dict
+from metajax.config import Config, Data, Imported, Runtime, UserError, require
 from metajax.core.sealed import FORMAT, Sealed
 from metajax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
@@ -25,6 +24,7 @@ from metajax.parallel.mesh import make_mesh
 from metajax.parallel.rules import param_shardings
 from metajax.progress import warn
 from metajax.reporting.records import RunDirectory, default_workdir, environment
+from metajax.runs.files import write_json
 from metajax.training.checkpoints import Checkpoints
 from metajax.training.state import State
 
@@ -46,7 +46,7 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
     ends = (*end_ids(values), *(end_ids(read_json(generation)) if generation.exists() else ()))
     spec, name = tokenizer or _tokenizer_spec(folder), folder.resolve().name
     workdir = import_weights(family, name, values, tensors, runs, spec, ends, workdir)
-    write_text(workdir / KEPT, json.dumps(kept))
+    write_json(workdir / KEPT, kept)
     return workdir
 
 
@@ -61,7 +61,7 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
         tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
     kept = read_kept(folder)
     workdir = import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
-    write_text(workdir / KEPT, json.dumps(kept))
+    write_json(workdir / KEPT, kept)
     return workdir
 
 
@@ -157,11 +157,12 @@ def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, A
     require(not (workdir / "config.json").exists(), f"{workdir} is there already; delete it, or choose another --runs-dir")
     run = RunDirectory.open(workdir, config)
     try:
-        run.write("config.json", {"hash": config_hash(config), "config": to_dict(config)})
+        run.data = {"tokenizer": tokenizer.fingerprint()}
+        run.write_config()
         run.write("environment.json", environment())
         run.write(ORIGIN, origin)
         tokenizer.save(workdir)
-        checkpoints = Checkpoints(workdir, keep=1)
+        checkpoints = Checkpoints(workdir, keep=1, identity=run.identity)
         checkpoints.save(State(model, (), jnp.zeros((), jnp.int32), jnp.zeros((), bool)), {"imported": True})
         checkpoints.close()
     finally:

@@ -11,7 +11,7 @@ from metajax.data.images.published import CLASSES
 from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig, Prompts
 from metajax.progress import say
-from metajax.reporting.records import write_json
+from metajax.runs.files import write_json
 
 SLICES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")  # tried in this order: a host, then larger ones
 # Numbers that a learner's step has in it.

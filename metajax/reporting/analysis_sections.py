@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from metajax.reporting import metadata_words
 from metajax.reporting.analysis_figures import draw
 from metajax.reporting.analysis_words import SECTIONS, headlines
 from metajax.reporting.tasks import title
+from metajax.runs.files import find_readable
 
 
 def sections(workdir: Path) -> list[dict[str, Any]]:
     """Title, text, headline numbers and figures of each analysis in the folder, in the order of ANALYSES."""
-    files = [workdir / "analysis" / f"{name}.json" for name in ANALYSES]
-    return [_section(json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists()]
+    return [_section(saved) for name in ANALYSES if (saved := find_readable(workdir / "analysis" / f"{name}.json"))]
 
 
 def _section(saved: dict[str, Any]) -> dict[str, Any]:

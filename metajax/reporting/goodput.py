@@ -7,13 +7,14 @@ and steps that a kill undid. Time between two starts is no one's and not counted
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metajax.atomic import write_text
+from metajax.progress import warn
+from metajax.reporting.records import RunDirectory
+from metajax.runs.files import recall, write_json
 
 APART = ("compile", "data_wait", "checkpoint", "evaluation")
 SAVES = 16  # remembered of one start
@@ -25,11 +26,14 @@ class Goodput:
     Args:
       path: time.json of the run; None: not this process's to write.
       age: seconds since the command began.
+      run: whose it is; told what was lost of earlier starts, and asked before anything is written.
     """
 
-    def __init__(self, path: Path | None, age: float = 0.0):
-        self._path, self._began = path, time.monotonic() - age
-        self._earlier: list[dict[str, Any]] = json.loads(path.read_text()) if path is not None and path.exists() else []
+    def __init__(self, path: Path | None, age: float = 0.0, run: RunDirectory | None = None):
+        self._path, self._began, self._run = path, time.monotonic() - age, run
+        self._warn = run.warn if run is not None else warn
+        found = recall(path, self._warn, "another is begun") if path is not None else None
+        self._earlier: list[dict[str, Any]] = (found or {"starts": []})["starts"]
         self.apart = dict.fromkeys(APART, 0.0)  # seconds of this start
         self._startup = 0.0
         self._from, self._saves = 0, []
@@ -38,6 +42,8 @@ class Goodput:
         """Start-up is over and training goes on from `step`: what earlier starts did beyond it is lost."""
         self._startup = time.monotonic() - self._began - sum(self.apart.values())
         self._from = step
+        if step and not self._earlier and self._path is not None:
+            self._warn(f"{self._path} is missing or was damaged: goodput leaves out the starts before")
         for start in reversed(self._earlier):
             kept = dict(start["saves"]).get(step)
             start["lost"] = start["steps"] - (kept or 0.0)
@@ -59,8 +65,10 @@ class Goodput:
 
     def write(self) -> None:
         """Bring the file up to date."""
+        if self._run is not None:
+            self._run.require_there()
         if self._path is not None:
-            write_text(self._path, json.dumps([*self._earlier, self._entry()]))
+            write_json(self._path, {"starts": [*self._earlier, self._entry()]})
 
     def _entry(self) -> dict[str, Any]:
         spent = {"startup": self._startup, **self.apart}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from metajax import registry
 from metajax.atomic import write_text
 from metajax.config import Config, Metadata, Switch, difference, flatten, from_dict
 from metajax.families import AnyConfig
+from metajax.progress import warn
 from metajax.reporting import choices
 from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
 from metajax.reporting.records import conditions, read_config
 from metajax.reporting.tasks import HEAD, accuracy_figure, table_rows, title
-from metajax.training.metrics import read_lines
+from metajax.runs.files import Damaged, find_readable, read_json, read_lines
 
 CONDITIONS = {  # of the evaluation: title, what the model was shown
     "none": ("No metadata", "The model sees the body alone."),
@@ -49,11 +51,11 @@ def write_run_report(workdir: Path) -> Path:
     """Write report.html from what a complete run left in `workdir`, and return its path.
 
     Raises:
-      FileNotFoundError: no report.json there.
+      UserError: no report.json there, or a damaged one.
     """
     report = read_json(workdir / "report.json")
     config = from_dict(Config, report["config"])
-    curve, held_out_curve = curves(workdir)
+    curve, held_out_curve = curves(workdir, report)
     unit, tasks = curve_unit(config), report["eval"].get("tasks")
     page = templates.get_template("run.html").render(
         title=f"{report['name']} (seed {report['seed']})",
@@ -77,7 +79,7 @@ def write_run_report(workdir: Path) -> Path:
         rows=report.get("rows"),
         against=against(config),
         config=[(name, as_set(value)) for name, value in flatten(config).items()],
-        environment_facts=environment_facts(read_json(workdir / "environment.json")),
+        environment_facts=environment_facts(find_readable(workdir / "environment.json")),
         manifest=json.dumps(report["corpora"], indent=1, ensure_ascii=False),
     )
     return write_page(workdir, page)
@@ -96,10 +98,6 @@ def write_analysis_page(workdir: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def write_page(folder: Path, page: str) -> Path:
     """Put the page in its place whole."""
     write_text(folder / "report.html", page)
@@ -110,9 +108,18 @@ def _choices(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return results and {"head": choices.HEAD, "rows": choices.table_rows(results)}
 
 
-def curves(workdir: Path) -> tuple[Curve, Curve]:
+def metrics(workdir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of a complete run; none, and a line that says so, where they are not those that its report was made of."""
+    try:
+        return read_lines(workdir / "metrics.jsonl", report.get("metrics"))
+    except Damaged as error:
+        warn(f"curves left out: {error}")
+        return []
+
+
+def curves(workdir: Path, report: Mapping[str, Any]) -> tuple[Curve, Curve]:
     """(training, held-out) bits per byte of a run, nats of answers where it trained on tasks, the loss on images, as (steps, values)."""
-    lines = read_lines(workdir / "metrics.jsonl")
+    lines = metrics(workdir, report)
     training = [(line["step"], line.get("bpb", line.get("body_nll", line["loss"]))) for line in lines if "loss" in line]
     held_out = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
     return tuple(([s for s, _ in pairs], [v for _, v in pairs]) for pairs in (training, held_out))
@@ -311,7 +318,10 @@ def with_code(text: str) -> Markup:
     return Markup("").join(Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def environment_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+def environment_facts(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a run was made with; none where its file is missing or damaged."""
+    if found is None:
+        return []
     devices, git = found["devices"], found["git"]
     state = {True: ", with uncommitted changes", False: "", None: ""}[git["dirty"]]
     return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
+from metajax.runs.files import find_readable
 
 Result = Mapping[str, Any]
 SECTIONS = {  # title, and what is looked at
@@ -49,9 +49,9 @@ def image_sections(workdir: Path) -> list[dict[str, Any]]:
     """Title, text, headline numbers and figures of each analysis that has been made of a run."""
     found = []
     for name, (title, text) in SECTIONS.items():
-        file = workdir / "analysis" / f"{name}.json"
-        if file.exists():
-            result = json.loads(file.read_text(encoding="utf-8"))["result"]
+        saved = find_readable(workdir / "analysis" / f"{name}.json")
+        if saved:
+            result = saved["result"]
             figures = [(Markup(svg), caption) for svg, caption in _DRAWERS[name](result)]
             found.append({"title": title, "text": text, "lines": headlines(name, result), "figures": figures})
     return found

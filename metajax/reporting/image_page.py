@@ -19,15 +19,15 @@ from metajax.reporting.html import (
     against,
     as_set,
     environment_facts,
+    metrics,
     parameter_facts,
-    read_json,
     seconds_text,
     short_count,
     templates,
     write_page,
 )
 from metajax.reporting.image_analyses import image_sections
-from metajax.training.metrics import read_lines
+from metajax.runs.files import find_readable, read_json
 from metajax.vision.task import DETAILS
 
 CURVES = {
@@ -48,7 +48,7 @@ FACTS = {
 def write_image_report(workdir: Path) -> Path:
     """Write report.html from what a complete run left in `workdir`, and return its path."""
     report = read_json(workdir / "report.json")
-    config, results, details = config_from(report["config"]), report["eval"], workdir / DETAILS
+    config, results, details = config_from(report["config"]), report["eval"], find_readable(workdir / DETAILS)
     delta = results.get("delta")
     page = templates.get_template("image_run.html").render(
         title=f"{report['name']} (seed {report['seed']})",
@@ -56,15 +56,15 @@ def write_image_report(workdir: Path) -> Path:
         sentence=sentence(report, config),
         accuracies=accuracies(results),
         delta_facts=[(title, _number(delta[name])) for name, title in FACTS.items()] if delta else [],
-        delta_figures=[(Markup(svg), caption) for svg, caption in delta_figures(read_json(details))] if details.exists() else [],
-        curves=_curves(workdir),
+        delta_figures=[(Markup(svg), caption) for svg, caption in delta_figures(details)] if details else [],
+        curves=_curves(metrics(workdir, report)),
         sections=image_sections(workdir),
         time_facts=_time_facts(report),
         parameter_facts=parameter_facts(report["parameters"]) if report["parameters"]["total"] else [("total", "none")],
         sources=[source_line(found) for found in report["corpora"]],
         against=against(config),
         config=[(name, as_set(value)) for name, value in flatten(config).items()],
-        environment_facts=environment_facts(read_json(workdir / "environment.json")),
+        environment_facts=environment_facts(find_readable(workdir / "environment.json")),
     )
     return write_page(workdir, page)
 
@@ -124,8 +124,8 @@ def _time_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [*facts, ("resumed at step", str(report["restarted_from"]) if report["restarted_from"] else "not resumed")]
 
 
-def _curves(workdir: Path) -> list[tuple[Markup, str]]:
-    lines, drawn = read_lines(workdir / "metrics.jsonl"), []
+def _curves(lines: list[dict[str, Any]]) -> list[tuple[Markup, str]]:
+    drawn = []
     for name, caption in CURVES.items():
         curve = ([x["step"] for x in lines if name in x], [x[name] for x in lines if name in x])
         if curve[0]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metajax.buckets import files, hashes_of, home, remove, steps_of
-from metajax.training.checkpoints import verify
+from metajax.training.checkpoints import another_runs, verify
 
 
 class Kept(NamedTuple):
@@ -27,7 +27,7 @@ def inventory(workdir: Path, read_all: bool) -> list[Kept]:
         folder, hashes = home(workdir) / "checkpoints" / str(step), hashes_of(workdir, step)
         infos = files(folder).values()
         size, written = sum(info["size"] for info in infos), max(map(_written, infos), default="")
-        problem = verify(folder, hashes) if read_all else None
+        problem = (verify(folder, hashes) or another_runs(workdir, step)) if read_all else None
         state = "verified" if read_all else "complete" if hashes else "without hashes: cut off, or being written"
         found.append(Kept(step, size, written, f"damaged: {problem}" if problem else state, problem is not None))
     return found
@@ -46,7 +46,8 @@ def prune(workdir: Path, keep: int) -> list[Path]:
     """
     there = home(workdir)
     steps = steps_of(workdir)
-    whole = [step for step in reversed(steps) if verify(there / "checkpoints" / str(step), hashes_of(workdir, step)) is None]
+    bad = {s: verify(there / "checkpoints" / str(s), hashes_of(workdir, s)) or another_runs(workdir, s) for s in reversed(steps)}
+    whole = [step for step, problem in bad.items() if problem is None]
     kept, gone = whole[:keep], []
     for step in steps if kept else []:
         if step not in kept:

@@ -6,24 +6,29 @@ failure.log where a table saw the run fail.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
-import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from metajax.atomic import strict, write_text
 from metajax.buckets import SCHEME, fill, home, outages, publish, stage
 from metajax.config import UserError, config_hash, difference, nearest, require, to_dict
 from metajax.families import AnyConfig, config_from
 from metajax.progress import warn
+from metajax.runs.files import CONFIG, Mark, find_json, read_json, recall, write_json
+from metajax.runs.place import Place
 
+T = TypeVar("T")
+LOCK = ".lock"  # one that a process left which is gone locks nothing
 RUN_LOG = "run.log"  # of a run that is made beside others
 FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there before the run is
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -34,26 +39,36 @@ def default_workdir(config: AnyConfig, root: Path) -> Path:
     return root / config.name / config.scale / f"{config_hash(config)}-s{config.seed}"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, the old file or the new one whole."""
-    write_text(path, json.dumps(strict(value), indent=1) + "\n")
-
-
 def read_config(workdir: Path) -> AnyConfig:
     """The config a workdir was made for.
 
     Raises:
       UserError: no readable config.json there.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG
+    require(path.exists(), f"{workdir} is not a run: it has no {CONFIG}")
+    saved = read_json(path)
+    require("config" in saved, f"{workdir} is not a run: its {CONFIG} is another program's, such as that of an exported model")
     try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not a run: it has no config.json") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete that file if the run can be made again") from None
-    require("config" in saved, f"{workdir} is not a run: its config.json is another program's, such as that of an exported model")
-    return config_from(saved["config"])
+        return config_from(saved["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}; another version of metajax wrote it, which can read this run") from None
+
+
+def read_report(workdir: Path) -> dict[str, Any] | None:
+    """The report of a run, None where it is not complete."""
+    return find_json(workdir / "report.json")
+
+
+def readable(runs: Iterable[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
+    """(run, what `read` has of it) for every run whose files can be read; one line for each of the others."""
+    found = []
+    for run in runs:
+        try:
+            found.append((run, read(run)))
+        except UserError as error:
+            warn(f"left out: {error}")
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -100,7 +115,11 @@ class RunDirectory:
     path: Path
     config: AnyConfig
     warnings: list[str] = field(default_factory=list)
+    id: str = ""  # made once, kept in config.json: what other files are held against
+    data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known when the run begins
+    logged: Mark | None = None  # of metrics.jsonl, as the checkpoint has it from which the run goes on
     _lock: Any = None
+    _place: Place | None = None
 
     @classmethod
     def open(cls, path: Path, config: AnyConfig) -> RunDirectory:
@@ -112,18 +131,24 @@ class RunDirectory:
         if not _is_first():
             return cls(path, config)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             with outages():
-                _require_run_or_empty(home(path))
+                there = home(path)  # first: a name that cannot be is refused before anything is made
+                path.mkdir(parents=True, exist_ok=True)
+                _require_run_or_empty(there)
             lock = _lock(path)
         except OSError as error:
             raise UserError(f"{path} cannot be a run directory ({error.strerror or error}); choose another --workdir") from None
         require(lock is not None, f"another process is running in {path}; wait for it or choose another --workdir")
         fill(path)
         run = cls(path, config, _lock=lock)
-        if (path / "config.json").exists():
+        if (path / CONFIG).exists():
             _require_same(read_config(path), config, path)
-            run.warnings = list(run.read("warnings.json", []))
+            run.id = read_json(path / CONFIG).get("id", "")
+            found = recall(path / "warnings.json", run.warn, "the warnings of earlier starts are lost")
+            run.warnings = [*(found or {}).get("warnings", []), *run.warnings]
+        else:
+            run.id = secrets.token_hex(4)
+        run._place = Place(path)
         return run
 
     def begin(self, key: str, tokenizer: str) -> None:
@@ -132,11 +157,14 @@ class RunDirectory:
         config.json comes first, because a folder without it is not taken for a run; a later start refreshes it and warns
         of other library versions. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
         """
+        self.data = {"key": key, "tokenizer": tokenizer}
         if not _is_first():
             return
-        known = check_data(self.path, key, tokenizer)
-        self.write("config.json", {"hash": config_hash(self.config), "config": to_dict(self.config)})
-        here, before = environment(), self.read("environment.json")
+        found = recall(self.path / "data.json", self.warn, "what the checkpoints say of the data counts")
+        if found is not None:
+            require_data(found, self.data, self.path)
+        self.write_config()
+        here, before = environment(), recall(self.path / "environment.json", self.warn, "changed versions are not told")
         if before is not None and before["libraries"] != here["libraries"]:
             then, now = before["libraries"], here["libraries"]
             changed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
@@ -145,24 +173,47 @@ class RunDirectory:
             then, now = (str(found["git"]["commit"])[:9] for found in (before, here))
             self.warn(f"taken up with other code (commit {then} -> {now}): numbers may differ from those of an undisturbed run")
         self.write("environment.json", here)
-        if known is None:
-            self.write("data.json", {"key": key, "tokenizer": tokenizer})
+        if found is None:
+            self.write("data.json", self.data)
         publish(self.path)
+
+    def go_on_from(self, meta: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint says of the run's other files: where metrics.jsonl was, and the warnings until then."""
+        self.logged = meta.get("metrics")
+        before = [*dict.fromkeys([*meta.get("warnings", ()), *self.warnings])]
+        if before != self.warnings:
+            self.warnings = before
+            self.write("warnings.json", {"warnings": before})
+
+    def write_config(self) -> None:
+        """Write config.json, without which a folder is not taken for a run."""
+        self.write(CONFIG, {"id": self.id, "hash": config_hash(self.config), "config": to_dict(self.config)})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint of this run has in common; see `require_same_run`."""
+        return _identity(self.config) | self.data
 
     def close(self) -> None:
         """Publish what a stage holds, and release the lock."""
         if self._lock is not None:
             publish(self.path)
             self._lock.close()
+            self._place.close()
 
-    def read(self, name: str, default: Any = None) -> Any:
-        """A JSON file of the run, or `default` when it is not there."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else default
+    def require_there(self) -> None:
+        """UserError where the folder that this run began in is gone, or another one by now: nothing is written then."""
+        if self._place is not None:
+            self._place.require_there()
+
+    def while_there(self) -> contextlib.AbstractContextManager[None]:
+        """See `Place.while_there`."""
+        return contextlib.nullcontext() if self._place is None else self._place.while_there()
 
     def write(self, name: str, value: Any) -> None:
-        """Write a JSON file of the run atomically."""
+        """Write a JSON file of the run, the old one or the new one whole."""
         if _is_first():
+            self.require_there()
             write_json(self.path / name, value)
 
     def warn(self, message: str) -> None:
@@ -170,49 +221,69 @@ class RunDirectory:
         warn(message)
         if message not in self.warnings:  # a start after the first says it again
             self.warnings.append(message)
-            self.write("warnings.json", self.warnings)
+            self.write("warnings.json", {"warnings": self.warnings})
 
 
 def _lock(path: Path) -> Any:
     """A lock held until it is closed, None where another process has it."""
-    lock = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+    lock = open(path / LOCK, "w")  # noqa: SIM115 - held for the life of the run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         return None
     return lock
 
 
 def _require_run_or_empty(there: Any) -> None:
-    if not there.exists() or (there / "config.json").exists():
+    if not there.exists() or (there / CONFIG).exists():
         return
     present = sorted(p.name for p in there.iterdir() if not p.name.startswith(".") and p.name not in (FAILURE_LOG, RUN_LOG))
     kept = ", ".join(present[:3])
     require(not present, f"{there} is not empty and is not a run (it holds {kept}); choose another --workdir")
 
 
-def check_data(workdir: Path, key: str, tokenizer: str) -> dict[str, str] | None:
-    """The data a run began with, None when it has not begun.
+def check_data(workdir: Path, **now: str) -> None:
+    """UserError where the `tokenizer` or the corpus `key` is another one than the run began with."""
+    require_data(find_json(workdir / "data.json") or {}, now, workdir)
 
-    Raises:
-      UserError: the tokenizer or the corpus is another one now.
-    """
-    path = workdir / "data.json"
-    if not path.exists():
-        return None
-    saved = json.loads(path.read_text())
+
+def require_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """The same for {key, tokenizer} that something of the run has; what either side lacks is not compared."""
+    key, tokenizer = (now.get(name, saved.get(name)) for name in ("key", "tokenizer"))
     require(
-        saved["tokenizer"] == tokenizer,
-        f"the tokenizer is not the one {workdir} was trained with ({tokenizer[:12]} now, {saved['tokenizer'][:12]} then); "
+        saved.get("tokenizer", tokenizer) == tokenizer,
+        f"the tokenizer is not the one {workdir} was trained with ({tokenizer!s:.12} now, {saved.get('tokenizer')!s:.12} then); "
         "restore it, or start a new run with another --workdir",
     )
     require(
-        saved["key"] == key,
-        f"the corpus has changed since {workdir} began ({key} now, {saved['key']} then: other files or library versions); "
+        saved.get("key", key) == key,
+        f"the corpus has changed since {workdir} began ({key} now, {saved.get('key')} then: other files or library versions); "
         "start a new run with another --workdir",
     )
-    return saved
+
+
+def _identity(config: AnyConfig) -> dict[str, Any]:
+    return {"name": config.name, "scale": config.scale, "seed": config.seed, "hash": config_hash(config)}
+
+
+def identity_of(workdir: Path) -> dict[str, Any]:
+    """`RunDirectory.identity` of a run that nobody has open."""
+    return _identity(read_config(workdir)) | (find_json(workdir / "data.json") or {})
+
+
+def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, workdir: Path) -> None:
+    """UserError where a checkpoint, `what`, is another run's: `saved` is the identity that it has. Those of earlier versions have the
+    hash alone, which is compared then, or nothing."""
+    names = [name for name in ("name", "scale", "seed", "hash") if name in saved]
+    differing = [name for name in names if saved[name] != mine[name]]
+    theirs, ours = (", ".join(f"{name} {found[name]}" for name in names) for found in (saved, mine))
+    require(
+        not differing,
+        f"{what} belongs to another {'configuration' if differing == ['hash'] else 'run'} ({theirs}; this run: {ours}); move it away, and the one "
+        "before is used, or put this run's own back",
+    )
+    require_data(saved, mine, workdir)
 
 
 def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
@@ -241,20 +312,18 @@ def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def list_runs(root: Path) -> list[Path]:
     """Workdirs below `root`, oldest first."""
     found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name != "checkpoints"]  # of a run that goes on they vanish while one looks
-        if "config.json" in files and _readable(Path(folder)):
-            found.append(Path(folder))
-    return sorted(found, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
+    for folder, folders, files in os.walk(root, onerror=_tell):
+        is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
+        found += [Path(folder)] if is_run else []
+        # Of a run that goes on checkpoints vanish while one looks; what it has set aside is no run.
+        folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
+    runs = [run for run, _ in readable(found, read_config)]
+    return sorted(runs, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
 
 
-def _readable(workdir: Path) -> bool:
-    try:
-        read_config(workdir)
-    except UserError as error:
-        warn(f"left out: {error}")
-        return False
-    return True
+def _tell(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # no run yet, or a folder that has gone while one looks
+        warn(f"left out: {error.filename}: {error.strerror}")
 
 
 def _find_on_bucket(url: str, root: Path) -> Path:
@@ -263,7 +332,7 @@ def _find_on_bucket(url: str, root: Path) -> Path:
     if lock is not None:  # else it is running on this machine, and what it has staged is newer
         with lock:
             fill(folder)
-    require((folder / "config.json").exists(), f"{url} is not a run: it has no config.json")
+    require((folder / CONFIG).exists(), f"{url} is not a run: it has no config.json")
     return folder
 
 
@@ -277,7 +346,7 @@ def find_run(word: str, root: Path) -> Path:
     if word.startswith(SCHEME):
         return _find_on_bucket(word, root)
     for folder in (root / word, Path(word)):
-        if (folder / "config.json").exists():
+        if (folder / CONFIG).exists():
             return folder
     runs = list_runs(root)
     by_name = [run for run in runs if read_config(run).name == word]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from metajax.families import AnyConfig
 from metajax.registry import Column, Row, Table, at_scale
 from metajax.reporting.records import FAILURE_LOG
 from metajax.reporting.statistics import Summary, Values, paired_difference, seeds_needed, summarize
+from metajax.runs.files import find_readable
 
 COMPLETE, FAILED, UNFINISHED, NOT_RUN = "complete", "failed", "not finished", "not run yet"
 
@@ -41,10 +41,14 @@ def gather(
 
     Numbers are in the unit that the column shows; lists over seeds have None where a run is not complete or has no such number.
     """
-    runs = {
-        name: [_run_state(run, root, table.analyses) for part in of_row.values() for run in part] for name, of_row in rows.items()
+    reports = {
+        name: {p: [find_readable(run.workdir / "report.json") for run in part] for p, part in of_row.items()}
+        for name, of_row in rows.items()
     }
-    reports = {name: {p: [_report(run.workdir) for run in part] for p, part in of_row.items()} for name, of_row in rows.items()}
+    runs = {
+        name: [_run_state(*pair, root, table.analyses) for p in of_row for pair in zip(of_row[p], reports[name][p], strict=True)]
+        for name, of_row in rows.items()
+    }
     chosen = [row for row in table.rows if row.name in rows]
     basis = next((row for row in chosen if row.name == table.baseline), None)
     columns, compared = table.columns_at(scale), reports[basis.name] if basis else {}
@@ -189,16 +193,16 @@ def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
 # ---------------------------------------------------------------------------------------------- the state of a run
 
 
-def _run_state(run: Run, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
+def _run_state(run: Run, report: Mapping[str, Any] | None, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
     """What a table may say of a run: it is complete when it has been through the table's analyses too."""
-    report, reason = _report(run.workdir), last_failure(run.workdir)
+    reason = last_failure(run.workdir)
     if report is not None and all(name in report["analyses"] for name in analyses):
         state, reason = COMPLETE, None
     elif reason is not None:
         state = FAILED
     else:
         state = UNFINISHED if (run.workdir / "config.json").exists() else NOT_RUN
-    environment = run.workdir / "environment.json"
+    environment = find_readable(run.workdir / "environment.json") if report else None
     return {
         "seed": run.config.seed,
         "part": run.part,
@@ -207,13 +211,8 @@ def _run_state(run: Run, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
         "reason": reason,
         "parent": run.config.init.from_ or None,
         "warnings": len(report["warnings"]) if report else 0,
-        "git": json.loads(environment.read_text())["git"] if report and environment.exists() else None,
+        "git": environment and environment["git"],
     }
-
-
-def _report(workdir: Path) -> dict[str, Any] | None:
-    path = workdir / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _code(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -229,20 +228,20 @@ def _code(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def record_failure(workdir: Path, time: str, reason: str, details: str) -> None:
     """Add a failure, with its traceback, to the log in the run's folder."""
-    path = workdir / FAILURE_LOG
-    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_text(path, f"{earlier}=== {time} failed: {reason}\n{details}\n")
+    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} failed: {reason}\n{details}\n")
 
 
 def record_retry(workdir: Path, time: str) -> None:
     """Say in the log of a run that had failed that it is tried again."""
-    path = workdir / FAILURE_LOG
-    if path.exists():
-        write_text(path, f"{path.read_text(encoding='utf-8')}=== {time} tried again\n")
+    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} tried again\n")
 
 
 def last_failure(workdir: Path) -> str | None:
     """Why the run failed when it was last tried; None when it did not, or is being tried again."""
-    path = workdir / FAILURE_LOG
-    found = re.findall(r"^=== \S+ (failed: .*|tried again)$", path.read_text(encoding="utf-8"), re.M) if path.exists() else []
+    found = re.findall(r"^=== \S+ (failed: .*|tried again)$", _log(workdir), re.M)
     return found[-1].removeprefix("failed: ") if found and found[-1] != "tried again" else None
+
+
+def _log(workdir: Path) -> str:
+    path = workdir / FAILURE_LOG
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

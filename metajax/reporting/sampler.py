@@ -14,8 +14,8 @@ from metajax.config import nearest, require
 from metajax.fields import Range, convert
 from metajax.progress import say
 from metajax.registry import Row, Table
-from metajax.reporting.records import write_json
 from metajax.reporting.tables import RunOne, attempt, plan_table
+from metajax.runs.files import write_json
 
 Budget = Annotated[float, Range(above=0, most=1_000_000)]
 UNITS = {"s": 1, "m": 60, "h": 3600}

@@ -22,7 +22,6 @@ from metajax.reporting.html import (
     curves,
     environment_facts,
     held_out,
-    read_json,
     short_count,
     templates,
     with_code,
@@ -31,6 +30,7 @@ from metajax.reporting.html import (
 from metajax.reporting.image_page import source_line
 from metajax.reporting.records import FAILURE_LOG, read_config
 from metajax.reporting.results import COMPLETE, FAILED
+from metajax.runs.files import find_readable, read_json
 
 Row = Mapping[str, Any]  # of a result
 Reports = Mapping[str, Mapping[str, Any]]  # row -> the report of its first complete run
@@ -212,7 +212,9 @@ def _parameters(row: Row, result: formats.Result) -> str:
 
 
 def _machine(root: Path, row: Row) -> str:
-    facts = dict(environment_facts(read_json(root / _complete(row)["folder"] / "environment.json")))
+    facts = dict(environment_facts(find_readable(root / _complete(row)["folder"] / "environment.json")))
+    if not facts:
+        return "not known: the file of the run is missing or damaged"
     return f"{facts['devices']}; jax {facts['jax']}, python {facts['python']}; git {facts['git']}"
 
 
@@ -224,7 +226,7 @@ def _curve_figures(result: formats.Result, root: Path) -> list[tuple[Markup, str
     found: dict[tuple[str, str], dict[str, list]] = {}
     complete = [(row["name"], run) for row in result["rows"] for run in row["runs"] if run["state"] == COMPLETE]
     for name, run in complete:
-        pair = curves(root / run["folder"])
+        pair = curves(root / run["folder"], read_json(root / run["folder"] / "report.json"))
         if len(pair[0][0]):
             part = run["part"], curve_unit(read_config(root / run["folder"]))
             found.setdefault(part, {}).setdefault(name, []).append(pair)

@@ -5,6 +5,7 @@ A table may be stopped at any moment: the runs are ordinary runs, and the table 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -23,8 +24,10 @@ from metajax.lineage import absent_fields, apply_changes, inherited, resolve_par
 from metajax.progress import say, warn
 from metajax.registry import Row, Table
 from metajax.reporting.formats import csv_text, latex, markdown
-from metajax.reporting.records import FAILURE_LOG, default_workdir, write_json
+from metajax.reporting.records import FAILURE_LOG, default_workdir
 from metajax.reporting.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
+from metajax.runs.files import find_readable, write_json
+from metajax.runs.place import Gone, Place
 from metajax.workers import Inline
 
 RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
@@ -77,8 +80,7 @@ class TablePlan:
 
     def result(self) -> dict[str, Any]:
         """The table from what is on disk; seeds of an earlier command are shown where one of their runs is complete."""
-        saved = self.folder / "table.json"
-        earlier = json.loads(saved.read_text(encoding="utf-8"))["seeds"] if saved.exists() else []
+        earlier = (find_readable(self.folder / "table.json") or {"seeds": []})["seeds"]
         found = {
             (row.name, part, seed): self.run_of(row, seed, part)[0]
             for row, part in self._lines()
@@ -140,7 +142,13 @@ def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None
       run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
       executor: where runs are made, `at_once` of them at a time and each behind those that it starts from; None: here, one by one.
     """
-    waiting, result, executor = plan.runs(), plan.write(), executor or Inline()
+    plan.write()
+    with contextlib.closing(Place(plan.root)) as root, root.while_there():
+        return _run_all(plan, run_one, executor or Inline(), at_once, root)
+
+
+def _run_all(plan: TablePlan, run_one: RunOne, executor: Executor, at_once: int, root: Place) -> dict[str, Any]:
+    waiting, result = plan.runs(), plan.result()
     count, failures, running = len(waiting), {}, {}
     shown = {run["folder"] for row in result["rows"] for run in row["runs"]}
     while waiting or running:
@@ -156,6 +164,7 @@ def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run = running.pop(future)
             reason, changed = future.result()
+            root.require_there()
             if reason is not None:
                 failures[run.workdir] = reason
                 warn(f"failed: {reason}; the log is {run.workdir / FAILURE_LOG}")
@@ -177,6 +186,8 @@ def attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mappin
     before = report.stat().st_mtime_ns if report.exists() else None
     try:
         run_one(run.config, run.workdir, analyses)
+    except Gone:
+        raise
     except Exception as error:  # whatever it is, the other rows do not depend on it; the log has the traceback
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         record_failure(run.workdir, _now(), reason, traceback.format_exc())

@@ -14,12 +14,13 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from metajax import registry
-from metajax.config import Config, config_hash, difference, flatten
+from metajax.config import Config, config_hash, difference, flatten, require
 from metajax.families import AnyConfig
 from metajax.image_config import ImageConfig
 from metajax.progress import PROGRAM, Terminal, echo, plain, shown
-from metajax.reporting.records import conditions, list_runs, read_config
+from metajax.reporting.records import conditions, list_runs, read_config, read_report, readable
 from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
+from metajax.runs.files import read_lines
 
 console = Terminal()
 
@@ -392,18 +393,23 @@ def print_cache(cache: Any) -> None:
 def print_runs(root: Path) -> None:
     """Every run under `root`, oldest first."""
     grid = _grid("run", "experiment", "scale", "seed", "state", "held-out bits/byte")
-    for run in list_runs(root):
-        config = read_config(run)
-        report = _report(run)
-        state = "complete" if report else f"step {_last_step(run)} of {config.training.steps}"
-        scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in conditions(report["eval"]).items()) if report else "-"
-        grid.add_row(run.name, config.name, config.scale, str(config.seed), state, scores)
+    for run, cells in readable(list_runs(root), _run_cells):
+        grid.add_row(run.name, *cells)
     console.print(grid if grid.row_count else f"no runs under {root}; start with: {PROGRAM} quickstart")
+
+
+def _run_cells(run: Path) -> list[str]:
+    config, report = read_config(run), read_report(run)
+    state = "complete" if report else f"step {_last_step(run)} of {config.training.steps}"
+    scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in conditions(report["eval"]).items()) if report else "-"
+    return [config.name, config.scale, str(config.seed), state, scores]
 
 
 def print_comparison(runs: list[Path]) -> None:
     """Runs side by side: the fields that differ, then results."""
-    configs, reports = [read_config(run) for run in runs], [_report(run) for run in runs]
+    found = readable(runs, lambda run: (read_config(run), read_report(run)))
+    require(len(found) >= 2, "less than two of these runs can be read")
+    runs, configs, reports = [run for run, _ in found], [config for _, (config, _) in found], [report for _, (_, report) in found]
     grid = _grid("", *(run.name for run in runs))
     grid.add_row("experiment", *(c.name for c in configs))
     grid.add_row("seed", *(str(c.seed) for c in configs))
@@ -436,14 +442,7 @@ def print_comparison(runs: list[Path]) -> None:
     console.print(grid)
 
 
-def _report(run: Path) -> dict[str, Any] | None:
-    path = run / "report.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def _last_step(run: Path) -> int:
-    from metajax.training.metrics import read_lines
-
     lines = read_lines(run / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import functools
 import hashlib
-import json
 import os
 import re
 import time
@@ -23,12 +24,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from metajax.atomic import write_text
-from metajax.buckets import files, hashes_of, home, move, publish, steps_of
+from metajax.buckets import files, hashes_of, home, literal, move, publish, steps_of
 from metajax.config import UserError, require
 from metajax.partial_restore import read_parts
 from metajax.pods.hosts import gather, is_first, of_first
 from metajax.progress import say, warn
+from metajax.reporting.records import identity_of, require_same_run
+from metajax.runs.files import Damaged, read_json, write_json
 from metajax.training.state import State, from_arrays, to_arrays
 
 
@@ -37,6 +39,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+RUN = "run"  # in the meta of a checkpoint: whose it is
 COMMIT_SECONDS = 600.0  # for process 0 to name a save, once all processes have written theirs
 
 
@@ -46,10 +49,11 @@ def _storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(found.group(1)) if found else errno.ENOENT if str(error).startswith("NOT_FOUND") else None
         if code is None:
             raise
-        raise OSError(int(code.group(1)), os.strerror(int(code.group(1))), str(folder)) from error
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 class Checkpoints:
@@ -59,10 +63,13 @@ class Checkpoints:
       workdir: of the run; DIR is its home, which may be a bucket.
       keep: newest checkpoints kept, two at least; the best by held-out bits per byte is kept besides.
       on_warning: told what was wrong with a checkpoint that had to be set aside.
+      identity: of the run, written into every checkpoint; one of another run is refused.
     """
 
-    def __init__(self, workdir: Path, keep: int, on_warning: Callable[[str], None] = warn):
-        self._workdir, there = workdir, home(workdir)
+    def __init__(
+        self, workdir: Path, keep: int, on_warning: Callable[[str], None] = warn, identity: Mapping[str, Any] | None = None
+    ):
+        self._workdir, self._identity, there = workdir, identity, home(workdir)
         self.folder, self.hashes, self.damaged = there / "checkpoints", there / "hashes", there / "damaged"
         self._warn = on_warning
         self._host, self._hosts = jax.process_index(), jax.process_count()
@@ -91,7 +98,8 @@ class Checkpoints:
         started = time.monotonic()
         self.finish()
         step = int(jax.device_get(state.step))
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(copy.deepcopy(meta)))
+        meta = copy.deepcopy(meta) | ({RUN: dict(self._identity)} if self._identity else {})
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_arrays(state)), meta=ocp.args.JsonSave(meta))
         with _storage_errors(self.folder):
             self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score}, force=True)
         self._unhashed = step
@@ -132,8 +140,8 @@ class Checkpoints:
         hashes = {"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}
         if is_first():
             publish(self._workdir)  # before the save counts as complete, for its steps will not be made again
-        write_text(self.hashes / f"{step}-p{self._host}.json", json.dumps(hashes))
-        for old in self.hashes.glob("*.json") if is_first() else ():
+        write_json(self.hashes / f"{step}-p{self._host}.json", hashes)
+        for old in hashes_of(self._workdir) if is_first() else ():
             if not (self.folder / old.name.partition("-")[0]).exists():
                 old.unlink(missing_ok=True)
 
@@ -154,7 +162,7 @@ class Checkpoints:
         The newest may lack its hashes because the process was killed while it wrote them: such a save never counted.
 
         Raises:
-          UserError: there are checkpoints and none of them is good.
+          UserError: there are checkpoints and none of them is good, or the newest is another run's.
         """
         steps = self.steps()
         if steps and of_first(_cut_off(hashes_of(self._workdir, steps[-1]))):
@@ -182,6 +190,8 @@ class Checkpoints:
         from_arrays(abstract, shapes, f"the checkpoint at step {step}")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=arguments)
+        if self._identity is not None:
+            require_same_run(_whose(restored["meta"]), self._identity, f"checkpoint {step} in {self.folder}", self._workdir)
         return from_arrays(abstract, restored["state"], f"the checkpoint at step {step}"), restored["meta"]
 
     def _set_aside(self, step: int) -> None:
@@ -198,10 +208,15 @@ class Checkpoints:
 def _cut_off(hash_files: list[Path]) -> bool:
     """Whether the hashes of a save are not all there, though none of them is damaged: the run was killed while it wrote them."""
     try:
-        counts = [int(json.loads(file.read_text())["hosts"]) for file in hash_files]
-    except (ValueError, KeyError, TypeError):
+        counts = [read_json(file)["hosts"] for file in hash_files]
+    except Damaged:
         return False
     return len(counts) < max(counts, default=1)
+
+
+def _whose(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The identity of the run that saved a checkpoint; of earlier versions the hash alone."""
+    return meta.get(RUN) or ({"hash": meta["config_hash"]} if "config_hash" in meta else {})
 
 
 def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) -> str | None:
@@ -211,11 +226,11 @@ def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) 
         return "its hashes are missing"
     for file in hash_files:
         try:
-            saved = json.loads(file.read_text())
-            expected |= saved["files"]
-            writers = int(saved["hosts"])
-        except (ValueError, KeyError, TypeError):
+            saved = read_json(file)
+        except Damaged:
             return f"its hash file {file.name} is not readable"
+        expected |= saved["files"]
+        writers = saved["hosts"]
     if len(hash_files) < writers:
         return f"the hashes of {writers - len(hash_files)} hosts are missing"
     if not (there := files(folder)):
@@ -225,8 +240,12 @@ def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) 
             return f"{name} is missing"
         if _sha256(folder / name) != sha:
             return f"{name} has changed since it was written"
-    extra = sorted(set(there) - set(expected))
-    return f"{extra[0]} was not there when it was written" if extra else None
+    if extra := sorted(set(there) - set(expected)):
+        _say_once(f"{folder / extra[0]} is not of the checkpoint: it is left alone")
+    return None
+
+
+_say_once = functools.cache(say)
 
 
 def save_arrays(folder: Path, tree: Any) -> None:
@@ -238,16 +257,45 @@ def save_arrays(folder: Path, tree: Any) -> None:
 def load_arrays(folder: Path, abstract: Any) -> Any:
     """Read a pytree written by `save_arrays` in the layout of `abstract`."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return from_arrays(abstract, checkpointer.restore(folder.absolute(), to_arrays(abstract)), str(folder))
+        return from_arrays(abstract, checkpointer.restore(literal(folder), to_arrays(abstract)), str(folder))
 
 
 def newest_good(workdir: Path) -> int:
-    """The step of the newest checkpoint of a finished or running experiment that verifies; UserError where there is none."""
-    for step in reversed(steps_of(workdir)):
-        found = hashes_of(workdir, step)
-        if found and verify(home(workdir) / "checkpoints" / str(step), found) is None:
+    """The step of the newest checkpoint of a finished or running experiment that verifies, with a line for each newer one.
+
+    Raises:
+      UserError: there is none, or it is another run's.
+    """
+    folder, skipped = home(workdir) / "checkpoints", []
+    hashed = {int(path.name.partition("-")[0]) for path in hashes_of(workdir)}
+    for step in sorted({*steps_of(workdir), *hashed}, reverse=True):
+        problem = verify(folder / str(step), hashes_of(workdir, step))
+        if problem is None:
+            for text in skipped:
+                warn(f"{text}; the one at step {step} is used")
+            if problem := another_runs(workdir, step):
+                raise UserError(problem)
             return step
-    raise UserError(f"{workdir} has no complete checkpoint yet; run the experiment first")
+        skipped.append(f"the checkpoint at step {step} of {workdir} is damaged, or not complete ({problem})")
+    found = f"{skipped[0]}, and no other is good; restore it from a copy" if skipped else "run the experiment first"
+    raise UserError(f"{workdir} has no complete checkpoint yet; {found}")
+
+
+def saved_identity(workdir: Path, step: int) -> Mapping[str, Any]:
+    """Whose a checkpoint is: `RunDirectory.identity` of the run that saved it."""
+    folder = home(workdir) / "checkpoints" / str(step) / "meta"
+    return _whose(ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore()))
+
+
+def another_runs(workdir: Path, step: int) -> str | None:
+    """None where a checkpoint that verifies is one of the run in whose folder it is, else a line that says whose it is."""
+    saved = saved_identity(workdir, step)
+    try:
+        if saved:
+            require_same_run(saved, identity_of(workdir), f"checkpoint {step} in {home(workdir) / 'checkpoints'}", workdir)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def read_parameters(

@@ -34,8 +34,8 @@ from metajax.pods.watchdog import Watchdog
 from metajax.progress import progress, say, warn
 from metajax.reporting.goodput import Goodput
 from metajax.reporting.pace import Counts, LeftOut, Pace, Phases
-from metajax.reporting.records import RunDirectory, find_run
-from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, read_parameters, save_arrays
+from metajax.reporting.records import RunDirectory, check_data, find_run
+from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, read_parameters, save_arrays, saved_identity
 from metajax.training.metrics import Loggers, MetricsFile, Nowhere, memory_use
 from metajax.training.program import Program
 from metajax.training.state import State
@@ -70,7 +70,7 @@ class Trainer:
         self.config, self.run, self.paths, self.phases = config, run, paths, phases
         self.frozen: tuple[Any, ...] = ()  # what the step reads beside state and batch
         self.left_out = LeftOut()
-        self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started)
+        self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started, run)
         with phases.time("data"):
             together(self._open)
             agree("configuration", config_hash(config))
@@ -110,14 +110,15 @@ class Trainer:
                 closing.callback(self.watchdog.close)
                 self.program = Program.build(self.config, self.vocab_size, beat=self.watchdog.beat)
                 state = self.program.create_state()
-                self.checkpoints = Checkpoints(self.run.path, runtime.keep, self.run.warn)
+                self.checkpoints = Checkpoints(self.run.path, runtime.keep, self.run.warn, self.run.identity)
                 closing.callback(self.checkpoints.close)
                 state, self.counts, start = self._restore(state)
             with self.phases.time("compile"), self.goodput.spend("compile"):
                 step_fn = None
                 if start < steps:
                     step_fn = self.program.compile_step(state, self.program.put(self.batches[start]))
-            self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start) if is_first() else Nowhere()
+            logged = self.run.path / "metrics.jsonl"
+            self.metrics = MetricsFile(logged, start, self.run.logged, self.run.warn) if is_first() else Nowhere()
             closing.callback(self.metrics.close)
             self.loggers = Loggers(self.config, self.run.path, start) if is_first() else Nowhere()
             closing.callback(self.loggers.close)
@@ -164,6 +165,12 @@ class Trainer:
                 f"init.from = {config.init.run} has gone on, and the reference with it: step {self._parent_step} now, {meta['parent_step']} when "
                 "this run began; start a new run with another --workdir"
             )
+        if self.frozen and meta.get("parent", self._parent) != self._parent:
+            raise UserError(
+                f"init.from = {config.init.run} is another run ({self._parent}) than when this run began ({meta['parent']}); put that one back, or "
+                "start a new run with another --workdir"
+            )
+        self.run.go_on_from(meta)
         self.watchdog.saved, self.left_out = meta["step"], LeftOut(**meta.get("left_out", {}))
         say(f"resuming at step {meta['step']} of {self.config.training.steps}")
         return state, Counts(**meta["counts"]) if is_first() else Counts(), meta["step"]
@@ -172,7 +179,9 @@ class Trainer:
         init = self.config.init
         parent = find_run(init.run, self.paths.runs)
         self._parent_step = newest_good(parent)
+        self._parent = dict(saved_identity(parent, self._parent_step))
         theirs, ours = load_tokenizer(parent).fingerprint(), self.corpora.tokenizer.fingerprint()
+        check_data(parent, tokenizer=theirs)
         if theirs != ours and not init.parts:
             raise UserError(
                 f"init.from = {init.run}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
@@ -267,12 +276,15 @@ class Trainer:
         return score, record
 
     def _save(self, state: State, score: float | None) -> None:
+        self.run.require_there()
         meta = {
             "step": int(jax.device_get(state.step)),
             "config_hash": config_hash(self.config),
             "counts": vars(self.counts.of_all()),
             "left_out": vars(self.left_out),
-            **({"parent_step": self._parent_step} if self.frozen else {}),
+            "metrics": self.metrics.mark(),
+            "warnings": self.run.warnings,
+            **({"parent_step": self._parent_step, "parent": self._parent} if self.frozen else {}),
         }
         with self.goodput.spend("checkpoint"):
             self.checkpoints.save(state, meta, score)
@@ -358,7 +370,9 @@ def replay(folder: Path, config: Config, vocab_size: int) -> dict[str, float]:
     abstract = program.abstract_state().model
     state = program.create_state().replace(model=load_arrays(folder / "state", abstract))
     frozen = load_arrays(folder / "frozen", (abstract,)) if program.frozen(abstract) else ()
-    slices = [np.load(path) for path in sorted(folder.glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))]
+    slices = [
+        np.load(path) for path in sorted(Path(folder).glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))
+    ]
     batch = program.put({name: np.concatenate([part[name] for part in slices]) for name in slices[0].files})
     _, metrics = program.compile_step(state, batch)(state, batch, *frozen)
     return {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -17,7 +17,7 @@ from metajax.image_config import ImageConfig
 from metajax.interop.clip import load_clip
 from metajax.models.clip.model import CLIP
 from metajax.parallel.mesh import make_mesh
-from metajax.reporting.records import find_run, read_config
+from metajax.reporting.records import check_data, find_run, read_config
 from metajax.training.checkpoints import read_parameters
 
 
@@ -41,7 +41,9 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
         f"init.from = {config.init.from_}: not the run of a CLIP",
     )
     clip = replace(theirs.clip, compute_dtype=config.prompts.compute_dtype or theirs.clip.compute_dtype)
-    return clip_of_run(parent, replace(theirs, clip=clip, runtime=config.runtime), here), WordTokenizer.load(parent)
+    words = WordTokenizer.load(parent)
+    check_data(parent, tokenizer=words.fingerprint())
+    return clip_of_run(parent, replace(theirs, clip=clip, runtime=config.runtime), here), words
 
 
 def clip_of_run(workdir: Path, config: ImageConfig, sharding: NamedSharding) -> CLIP:

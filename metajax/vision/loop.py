@@ -56,12 +56,12 @@ def train(task: Task, config: ImageConfig, run: RunDirectory, phases: Phases) ->
         closing.callback(preemption.close)  # last: what is being saved is saved first
         closing.enter_context(told_once())
         with phases.time("init"):
-            checkpoints = Checkpoints(run.path, config.runtime.keep, run.warn)
+            checkpoints = Checkpoints(run.path, config.runtime.keep, run.warn, run.identity)
             closing.callback(checkpoints.close)
             state = jax.jit(initialiser(task.create, task.tx), out_shardings=whole(config))(jax.random.key(config.seed))
-            state, choice, start = _restore(checkpoints, state, task, config)
+            state, choice, start = _restore(checkpoints, state, task, config, run)
         step_fn = _compiled(task, config, state, choice, start, phases)
-        metrics = MetricsFile(run.path / "metrics.jsonl", start)
+        metrics = MetricsFile(run.path / "metrics.jsonl", start, run.logged, run.warn)
         closing.callback(metrics.close)
         loggers = Loggers(config, run.path, start)
         closing.callback(loggers.close)
@@ -86,7 +86,9 @@ def train(task: Task, config: ImageConfig, run: RunDirectory, phases: Phases) ->
     return Trained(state, clock, start)
 
 
-def _restore(checkpoints: Checkpoints, fresh: State, task: Task, config: ImageConfig) -> tuple[State, np.ndarray, int]:
+def _restore(
+    checkpoints: Checkpoints, fresh: State, task: Task, config: ImageConfig, run: RunDirectory
+) -> tuple[State, np.ndarray, int]:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
     found = checkpoints.restore(abstract)
     if found is None:
@@ -95,6 +97,7 @@ def _restore(checkpoints: Checkpoints, fresh: State, task: Task, config: ImageCo
     require(
         meta["config_hash"] == config_hash(config), "the checkpoint belongs to another configuration; choose another --workdir"
     )
+    run.go_on_from(meta)
     say(f"resuming at step {meta['step']} of {task.steps}")
     return state, np.array(meta["choice"], np.float32), meta["step"]
 
@@ -187,7 +190,9 @@ class _Loop:
         return state
 
     def save(self, state: State, choice: np.ndarray) -> None:
+        self.files.require_there()
         meta = {"step": int(jax.device_get(state.step)), "config_hash": config_hash(self.config), "choice": choice.tolist()}
+        meta |= {"metrics": self.metrics.mark(), "warnings": self.files.warnings}
         self.checkpoints.save(state, meta)
 
     def _log(self, step: int, metrics: Any, batch: Batch, state: State) -> None:

@@ -14,7 +14,7 @@ from metajax.image_config import ImageConfig
 from metajax.progress import say
 from metajax.reporting.pace import Phases
 from metajax.reporting.records import RunDirectory
-from metajax.training.metrics import read_lines
+from metajax.runs.files import mark_of, read_lines
 from metajax.vision.contrastive import contrastive_task
 from metajax.vision.loop import train
 from metajax.vision.prompt_learning import prompt_task
@@ -58,6 +58,7 @@ def make(config: ImageConfig, run: RunDirectory, paths: Paths, phases: Phases) -
         "sample": None,
         "startup": dict(phases.seconds),
         "time": clock,
+        "metrics": mark_of((run.path / "metrics.jsonl").read_bytes()),
         "restarted_from": trained.restarted_from,
         "parent": config.init.from_ or None,
         "warnings": run.warnings,

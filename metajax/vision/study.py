@@ -23,7 +23,7 @@ from metajax.models.clip.model import CLIP
 from metajax.models.clip.prompts import ClassTexts
 from metajax.parallel.mesh import make_mesh
 from metajax.progress import progress
-from metajax.reporting.records import write_json
+from metajax.runs.files import write_json
 from metajax.training.state import initialiser
 from metajax.vision.clips import clip_of_run, open_clip, whole
 from metajax.vision.loop import compile_step

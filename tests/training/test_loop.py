@@ -16,9 +16,10 @@ from metajax import atomic
 from metajax.config import Metadata, MetaTokens, UserError, override
 from metajax.data import tokenizers
 from metajax.experiment import run_experiment
-from metajax.reporting import html, records
+from metajax.reporting import html
 from metajax.reporting.pace import Pace
 from metajax.reporting.records import RunDirectory
+from metajax.runs import files
 from metajax.training import loop
 from metajax.training.loop import NonFinite, replay
 from metajax.training.metrics import MetricsFile, read_lines
@@ -110,7 +111,7 @@ def test_a_kill_between_any_two_files_is_survived(tiny_config, paths, tmp_path, 
         original(path, text)
 
     with monkeypatch.context() as patch:
-        for module in (records, html, tokenizers):
+        for module in (files, html, tokenizers):
             patch.setattr(module, "write_text", write_text)
         with pytest.raises(Cut):
             run_experiment(tiny_config(), tmp_path / "cut", paths)
@@ -122,7 +123,7 @@ def test_other_library_versions_are_warned_of(tiny_config, paths, tmp_path, monk
     run_and_cut(tiny_config(), tmp_path, paths, 2, monkeypatch)
     saved = json.loads((tmp_path / "environment.json").read_text())
     saved["libraries"]["jax"] = "0.0.1"
-    (tmp_path / "environment.json").write_text(json.dumps(saved))
+    files.write_json(tmp_path / "environment.json", saved)
     [warning] = run_experiment(tiny_config(), tmp_path, paths)["warnings"]
     assert "jax 0.0.1 -> " in warning
 

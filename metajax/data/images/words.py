@@ -12,6 +12,7 @@ import regex
 
 from metajax.atomic import write_text
 from metajax.config import require
+from metajax.runs.files import find_json
 
 FILE = "words.json"  # in a run's folder
 _WORDS = regex.compile(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]")
@@ -34,8 +35,9 @@ class WordTokenizer:
     @classmethod
     def load(cls, folder: Path) -> WordTokenizer:
         """UserError where the folder has none."""
-        require((folder / FILE).exists(), f"{folder} has no {FILE}: it is not the run of a CLIP")
-        return cls(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        saved = find_json(folder / FILE)
+        require(saved is not None, f"{folder} has no {FILE}: it is not the run of a CLIP")
+        return cls(saved["words"])
 
     def save(self, folder: Path) -> None:
         write_text(folder / FILE, json.dumps(self.words))

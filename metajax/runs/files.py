@@ -1,0 +1,233 @@
+"""The files of a run's folder: how they are written, and the one way in which they are read back.
+
+A JSON file is an object that ends with `sha256`, a digest of what is before it and of the run's id, which config.json holds. So a file
+that was changed since, or that belongs to another run, is found out. Files of earlier versions have no digest: there only types are
+checked. metrics.jsonl is held against its `Mark`, which checkpoints and the report have.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from metajax.atomic import strict, write_text
+from metajax.config import UserError, require
+from metajax.progress import warn
+
+CONFIG, DIGEST = "config.json", "sha256"
+NULL = type(None)
+NUMBER = (int, float)
+AGAIN = "give the command of the run again, and it is made anew from the checkpoints"
+REMEDIES = {
+    CONFIG: "restore it from a copy, or choose another --workdir",
+    "report.json": AGAIN,
+    "environment.json": "delete it; all but the description of the machine is there without it",
+    "data.json": "delete it; the checkpoints hold what it says",
+    "metrics.jsonl": "delete it; curves are missing then, but no result",
+    "imported.json": "import the model again",
+    "words.json": "delete report.json, give the command of the run again, and both are made anew",
+    "table.json": "it is made anew; seeds of earlier commands are shown when they are asked for",
+}
+LISTS = {"words.json": "words", "warnings.json": "warnings", "time.json": "starts"}  # may be lists: the first is, earlier versions' others
+RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
+BIN = {"exact": (*NUMBER, NULL), "*": object}
+SPENT = ("from", "steps", "lost", "startup", "compile", "data_wait", "checkpoint", "evaluation")  # seconds of one start, from a step
+# What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
+SHAPES: dict[str, Any] = {
+    CONFIG: {"?config": dict, "?id": str, "?hash": str},
+    "environment.json": {
+        "libraries": {"*": (str, NULL)}, "git": {"commit": (str, NULL), "dirty": (bool, NULL)}, "command": [str], "started": str,
+        "devices": {"kind": str, "count": int, "hosts": int}, "cpu_count": (int, NULL), "python": str, "platform": str,
+    },
+    "data.json": {"key": str, "tokenizer": str},
+    "warnings.json": {"warnings": [str]},
+    "time.json": {"starts": [{"saves": [[NUMBER]], **dict.fromkeys(SPENT, NUMBER), "*": NUMBER}]},
+    "report.json": {
+        "eval": {"?choice": {"average": NUMBER, "*": object}, "?tasks": {"*": {"*": (BIN, *NUMBER)}}, "*": (RESULT, NULL, *NUMBER)},
+        "parameters": {"total": NUMBER, "*": NUMBER},
+        "counts": {"*": NUMBER}, "?flops_per_token": {"*": NUMBER}, "?warnings": [str], "?analyses": dict, "?config": dict,
+        "?corpora": [dict], "?metrics": {"lines": int, "bytes": int, DIGEST: str},
+    },
+    "table.json": {"seeds": [int]},
+    "imported.json": {"family": str, "config": dict},
+    "hashes": {"hosts": int, "files": {"*": str}},  # of a folder: every file in it that is not named here
+    "analysis": {"name": str, "result": dict, "?made_on": {"task": str, "length": int, "prompts": int}},
+    "delta_tokens.json": dict,
+    "words.json": {"words": [str]},
+    "wandb.json": {"id": str, "folder": str},
+}  # fmt: skip
+METRICS = {"step": int, **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER), "*": (str, bool, NULL, *NUMBER)}  # of one line
+Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl as it was once
+
+
+class Damaged(UserError):
+    """A file of a run that is not what the run wrote; `fault` says which and why, the message also names the remedy."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(path, why)
+        self.fault = f"{path} is damaged ({why})"
+
+    def __str__(self) -> str:
+        return f"{self.fault}; {REMEDIES.get(self.args[0].name, 'delete it, or restore it from a copy')}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, the old file or the new one whole; an object gets its digest."""
+    value = strict(value)  # as it will be read: keys are text
+    if isinstance(value, dict):
+        value.pop(DIGEST, None)
+        digest = _digest(path, value)
+        value |= {DIGEST: digest} if digest else {}
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run, without its digest.
+
+    Raises:
+      Damaged: it is not what the run wrote.
+      UserError: it is missing, or may not be read.
+    """
+    value = find_json(path)
+    require(value is not None, f"{path} is missing; {REMEDIES.get(path.name, 'restore it from a copy')}")
+    return value
+
+
+def find_json(path: Path) -> dict[str, Any] | None:
+    """The same, or None where there is none."""
+    data = _read(path)
+    if data is None:
+        return None
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, f"no JSON: {str(error).splitlines()[0]}" if data else "empty") from None
+    if isinstance(value, list) and path.name in LISTS:
+        value = {LISTS[path.name]: value}
+    wrong = _misfit(value, dict) or _misfit(value, SHAPES.get(path.name, SHAPES.get(path.parent.name, dict)))
+    if wrong:
+        raise Damaged(path, wrong)
+    written = value.pop(DIGEST, None)
+    if written is not None and written != _digest(path, value):
+        raise Damaged(path, "changed since it was written, or of another run")
+    return value
+
+
+def find_readable(path: Path) -> dict[str, Any] | None:
+    """The same for a page that does without a damaged file, which is told; None as well."""
+    try:
+        return find_json(path)
+    except UserError as error:
+        _warn_once(f"left out: {error}")
+        return None
+
+
+_warn_once = functools.cache(warn)  # a table reads its runs again after each of them
+
+
+def recall(path: Path, on_warning: Callable[[str], None], lost: str) -> dict[str, Any] | None:
+    """The same for a run that goes on: where the file is damaged, it is set aside and `lost` is told; None as well."""
+    try:
+        return find_json(path)
+    except Damaged as error:
+        set_aside(path)
+        on_warning(f"{error.fault}; it is kept in {path.parent / 'damaged'}, and {lost}")
+        return None
+
+
+def set_aside(path: Path) -> None:
+    """Move a damaged file, or a folder in its place, into DIR/damaged."""
+    target = path.parent / "damaged" / f"{path.name}-{time.time_ns()}"
+    target.parent.mkdir(exist_ok=True)
+    os.replace(path, target)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError:
+        raise Damaged(path, "a folder in its place") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); restore the access to it") from None
+
+
+def _digest(path: Path, value: Mapping[str, Any]) -> str | None:
+    """Of a file's content and of the run in whose folder, or one below, it is; None outside of runs. The hashes of a checkpoint go where
+    it goes, which says itself whose it is."""
+    run = ""
+    if path.name != CONFIG and path.parent.name != "hashes":
+        holder = next((folder for folder in (path.parent, path.parent.parent) if (folder / CONFIG).exists()), None)
+        if holder is None:
+            return None
+        run = read_json(holder / CONFIG).get("id", "")
+    return hashlib.sha256(json.dumps([run, value], sort_keys=True).encode()).hexdigest()
+
+
+def _misfit(value: Any, shape: Any, at: str = "") -> str:
+    """Where a value is not of a shape of SHAPES; "" where it is."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{at or 'it'} is no object"
+        missing = [key for key in shape if not key.startswith(("?", "*")) and key not in value]
+        if missing:
+            return f"{at and at + '.'}{missing[0]} is missing"
+        known = {key: shape.get(key, shape.get(f"?{key}", shape.get("*", object))) for key in value if at or key != DIGEST}
+        return next(filter(None, (_misfit(value[key], inner, f"{at and at + '.'}{key}") for key, inner in known.items())), "")
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{at or 'it'} is no list"
+        return next(filter(None, (_misfit(item, shape[0], f"{at}[{n}]") for n, item in enumerate(value))), "")
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    if any(not _misfit(value, one, at) if isinstance(one, dict) else _is_a(value, one) for one in shapes):
+        return ""
+    return f"{at or 'it'} is {'no object' if shape is dict else f'a wrong value: {value!r:.40}'}"
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+def mark_of(data: bytes) -> Mark:
+    """The mark of the content of a metrics file."""
+    return {"lines": data.count(b"\n"), "bytes": len(data), DIGEST: hashlib.sha256(data).hexdigest()}
+
+
+def read_lines(path: Path, mark: Mark | None = None) -> list[dict[str, Any]]:
+    """Records of a metrics file, none where it is missing; a last line cut off by a kill is left out.
+
+    Raises:
+      Damaged: a line that is no record, or other content than that of `mark`.
+    """
+    data = _read(path) or b""
+    if mark is not None and mark_of(data[: mark["bytes"]]) != mark:
+        raise Damaged(path, "changed since it was written" if data else "missing")
+    records, unread = parse_lines(data)
+    if unread:
+        raise Damaged(path, f"line {unread[0]} is no record of a step")
+    return records
+
+
+def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """(records, numbers of the lines that are none) of the content of a metrics file, up to its last line end."""
+    records, unread = [], []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if _misfit(record, METRICS):
+            unread.append(number)
+        else:
+            records.append(record)
+    return records, unread

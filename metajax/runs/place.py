@@ -1,0 +1,46 @@
+"""A folder that has to stay where it is while something goes on in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from metajax.config import UserError
+
+
+class Gone(UserError):
+    """A folder that something goes on in was moved or deleted: a mistake that no other run can make up for."""
+
+
+class Place:
+    """A folder as it is now, held open so that another one of its name is told from it."""
+
+    def __init__(self, path: Path):
+        self.path, self._held = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        os.close(self._held)
+
+    def require_there(self) -> None:
+        """Gone where the folder was moved or deleted, or another one has its name by now."""
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._held))
+        except OSError:
+            there = False
+        if not there:
+            gone = f"{self.path} was moved, deleted or replaced while the run went on"
+            raise Gone(f"{gone}; put it back and give the same command again")
+
+    @contextlib.contextmanager
+    def while_there(self) -> Iterator[None]:
+        """What fails inside because this folder, or something else that is read, is gone by now is told as Gone."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.require_there()
+            if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+                which = error.filename2 or error.filename or self.path
+                raise Gone(f"{which}: {error.strerror}; put back what was there, and give the same command again") from error
+            raise
