@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import resource
-import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from tests import fuzz_arguments
-from tests.faults.suite import CONTEXT, Suite, corpus_rows
-from tests.interop import mutations
+from tests.faults.suite import CONTEXT, Suite, child, corpus_rows
 
-SECONDS, GIBIBYTES = 20.0, 2.0
+SECONDS, GIBIBYTES = 20.0, 2.0  # that one command may take
+ARGUMENTS, CHECKPOINTS = 1_500, 400  # how many of them are tried
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,32 @@ class Case:
 def bad_inputs(suite: Suite) -> None:
     """All kinds; what failed is printed with its last words."""
     counts: Counter[str] = Counter()
-    for case in [*argument_cases(suite), *corpus_cases(suite), *run_file_cases(suite), *checkpoint_cases(suite)]:
+    for case in [*corpus_cases(suite), *run_file_cases(suite)]:
         counts[case.kind] += 1
         problem = try_case(suite, case)
         suite.check(f"bad input, {case.kind}: {case.name}{problem and ': ' + problem}", not problem)
+    counts["arguments"] = others(suite, "-m", "tests.fuzz_arguments", "--cases", str(ARGUMENTS))
+    counts["checkpoints"] = others(
+        suite, "tests/interop/mutations.py", str(suite.home / "mutations"), "--count", str(CHECKPOINTS)
+    )
     print(f"bad inputs: {sum(counts.values())} (" + ", ".join(f"{kind} {n}" for kind, n in counts.items()) + ")", flush=True)
+
+
+def others(suite: Suite, *command: str) -> int:
+    """Bad arguments, or damaged checkpoints, which a program of their own tries in one process; how many there were."""
+    words = [sys.executable, *command, "--seed", str(suite.seed)]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    print(done.stdout, end="", flush=True)
+    tried, survived = 0, 0
+    if found := re.search(r"bad arguments: (\d+) tried, (\d+) survived", done.stdout):
+        tried, survived = map(int, found.groups())
+    elif found := re.search(r"(\d+) damaged checkpoints: (\d+) refused in one line, (\d+) imported", done.stdout):
+        tried, survived = int(found[1]), int(found[2]) + int(found[3])
+    suite.injected += max(tried, 1)
+    suite.survived += survived
+    if not tried:
+        print(f"NOT SURVIVED: {command}: {done.stderr[-2000:]}", flush=True)
+    return tried
 
 
 def try_case(suite: Suite, case: Case) -> str:
@@ -70,8 +92,6 @@ def try_case(suite: Suite, case: Case) -> str:
 
 def measured(words: list[str], log: Path, memory: Any) -> None:
     """One command line, whose memory at its peak (GiB) goes into `memory`."""
-    from tests.faults.suite import child
-
     try:
         child(words, log, None)
     finally:
@@ -79,13 +99,6 @@ def measured(words: list[str], log: Path, memory: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- kinds
-
-
-def argument_cases(suite: Suite) -> Iterator[Case]:
-    """Options and fields of the command line with values that they do not take."""
-    place = ("--runs-dir", str(suite.home), "--cache-dir", str(suite.home / "cache"))
-    for name, words in fuzz_arguments.cases(suite.seed, suite.home):
-        yield Case("arguments", name, (*words, *(place if "--runs-dir" not in words else ())))
 
 
 def corpus_cases(suite: Suite) -> Iterator[Case]:
@@ -151,13 +164,3 @@ def run_file_cases(suite: Suite) -> Iterator[Case]:
             yield Case("tokenizers", f"{kind}, {name}", tuple(suite.command(suite.new(), f"data.tokenizer={kind}:{path}")))
         question = ("eval", str(suite.undisturbed), "--choice", f"arc_easy:{path}", "--cache-dir", str(suite.home / "cache"))
         yield Case("questions", name, question)
-
-
-def checkpoint_cases(suite: Suite) -> Iterator[Case]:
-    """Folders of Hugging Face and GGUF files that were changed in one place."""
-    folder = suite.home / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    place = ("--runs-dir", str(suite.home / "imported"), "--cache-dir", str(suite.home / "cache"))
-    for number, (name, family, path) in enumerate(mutations.cases(suite.seed, folder)):
-        shutil.rmtree(suite.home / "imported", ignore_errors=True)
-        yield Case(f"checkpoint of {family}", f"{number} {name}", ("import", family, str(path), *place), True)
