@@ -8,7 +8,7 @@ import pytest
 
 from metajax.cli import main
 from metajax.runs.files import write_json
-from tests.faults import command, write_corpus
+from tests.faults.suite import command, write_corpus
 
 STEPS, SAVED = 8, 6
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import command, write_corpus
+from tests.faults.suite import command, write_corpus
 
 ROOT = Path(__file__).parents[2]
 FILLS_UP = """
