@@ -46,7 +46,7 @@ def folder(text: str) -> Path:
 
 
 def data_folder(text: str) -> Any:
-    """A local folder that is there, or gs://BUCKET/PATH."""
+    """An existing local folder, or gs://BUCKET/PATH."""
     from etils import epath
 
     word(text)
@@ -66,5 +66,5 @@ def workdir(text: str) -> str | Path:
 def new_file(text: str) -> Path:
     """A file that can be written where it is named."""
     path = Path(word(text))
-    require(path.parent.is_dir() and not path.is_dir(), f"{text}: expected a file in a folder that is there")
+    require(path.parent.is_dir() and not path.is_dir(), f"{text}: expected a file in an existing folder")
     return path

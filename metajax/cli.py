@@ -301,9 +301,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="multiple choice, KIND:FILE such as arc_easy:arc_easy/test.jsonl (as in the run)",
     )
-    add_number(
-        parser, "--shots", field_types(Choice)["shots"], None, "solved examples in front of each question", as_there, "LIST"
-    )
+    add_number(parser, "--shots", field_types(Choice)["shots"], None, "solved examples before each question", as_there, "LIST")
     parser.add_argument(
         "--contexts",
         default=None,
@@ -322,7 +320,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         "--task", type=checked.word, default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
     )  # fmt: skip
     longest = "the run's longest bin within training"
-    add_number(parser, "--length", Annotated[int, Range(2, 2**20)], None, "slots of a prompt's row", longest)
+    add_number(parser, "--length", Annotated[int, Range(2, 2**20)], None, "positions of a prompt's row", longest)
     text = "prompts, and examples in a bin of the interventions"
     add_number(parser, "--examples", Annotated[int, Range(2, 10**6)], None, text, "500, and as in the run")
     _add_place(parser)
@@ -336,7 +334,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "read control tokens that the prompt or the context spells, such as a chat's turn markers, as those tokens (as text)"
     )
     parser.add_argument("--markers", action="store_true", help=marker_help)
-    text = "with --context: 0 draws as without it, 1 as behind it, more goes beyond"
+    text = "with --context: 0 draws as without the context, 1 as with it, more than 1 goes further"
     add_number(parser, "--guidance", Guidance, None, text, "none", "G")
     add_number(parser, "--tokens", Annotated[int, Range(1, 2**20)], 64, "length of the continuation")
     add_number(parser, "--temperature", Temperature, 0.8, "0 takes the most likely token", metavar="T")

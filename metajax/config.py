@@ -207,7 +207,7 @@ class Metadata(Part, path="metadata"):
     assigned: Literal["own", "shuffled"] = "own"  # shuffled: another document's, at random (the control in training)
     keep: Share = 0.9  # share of documents that keep their metadata
     when_dropped: Literal["empty", "nothing"] = "empty"  # the empty pair of delimiters, or nothing at all
-    # Of predicting the metadata itself, in front of the body and behind it.
+    # Of predicting the metadata itself, before the body and after it.
     loss_weights: tuple[NotNegative, NotNegative] = (0.0, 1.0)
     bos_eos: Literal["outside", "inside"] = "outside"  # BOS metadata body metadata EOS, or metadata BOS body EOS metadata
     too_long: Literal["stop", "drop"] = "stop"  # metadata that no row takes: an error, or dropped and counted; never cut
@@ -281,7 +281,7 @@ class Choice(Part, path="evaluation.choice"):
             len(self.tasks) > 0,
             "evaluation.choice.tasks is empty; name one, such as arc_easy:FILE, or leave evaluation.choice out",
         )
-        require(len(self.shots) > 0, "evaluation.choice.shots is empty; 0 puts no solved question in front")
+        require(len(self.shots) > 0, "evaluation.choice.shots is empty; 0 shows no solved question first")
         known = ("none", "empty", "task")
         for context in self.contexts:
             require(

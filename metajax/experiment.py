@@ -82,7 +82,7 @@ def run_experiment(
 
 
 def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[str], phases: Phases) -> dict[str, Any]:
-    workdir, again = run.path, "it is made anew from the checkpoints"
+    workdir, again = run.path, "it is made again from the checkpoints"
     done = of_first(together(lambda: recall(workdir / "report.json", run.warn, again) if is_first() else None))
     if done is not None:
         say(f"{config.name} (seed {config.seed}) is complete in {workdir}")

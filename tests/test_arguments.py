@@ -238,7 +238,7 @@ def test_a_file_where_a_folder_is_wanted(told, file, option):
         (["quickstart/plain", "--set", "=3"], "expected FIELD=VALUE"),
         (["quickstart/plain", "--set", "model.layers="], "model.layers = ''"),
         (["show", "quickstart/plain", "--set", "dpo.beta=0"], "dpo.beta = '0'"),
-        (["plan", "quickstart/plain", "--topology", "v5e:4x4", "--html", "nowhere/page.html"], "in a folder that is there"),
+        (["plan", "quickstart/plain", "--topology", "v5e:4x4", "--html", "nowhere/page.html"], "in an existing folder"),
         (["eval", ""], "is empty"),
         (["analyze", "x", "--what", ""], "is empty"),
     ],

@@ -32,7 +32,7 @@ REMEDIES = {
 def handle(opener: Callable[[str], Any], path: str, key: str) -> Any:
     """opener(path), kept while it is among the last used; an older one is closed when nobody holds it any more.
 
-    key: of the source, so that a file written anew under the same path is opened anew.
+    key: of the source, so that a file that was rewritten under the same path is opened again.
     """
     return opener(path)
 

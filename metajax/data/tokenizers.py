@@ -186,7 +186,7 @@ class Gpt2(Tokenizer):
     def _encode_long(self, text: str) -> list[int]:
         """The same ids with a long run of white space taken out first, which the pattern has as one piece, too.
 
-        The last character of a run is no part of that piece unless the text ends there: it stands in front of a word, or alone.
+        The last character of a run is no part of that piece unless the text ends there: it belongs to the next word, or stays alone.
         """
         ids, at = [], 0
         for run in _LONG_SPACE.finditer(text):
@@ -238,7 +238,7 @@ class SentencePiece(Tokenizer):
             model = retyped(self.model, {*self.control.values()}, USER_DEFINED if reading == "markers" else CONTROL)
             self._readers[reading] = sentencepiece.SentencePieceProcessor(model_proto=model)
         found, markers = self._readers[reading].encode(texts), tuple(self.control)
-        if reading == "markers":  # without the space that a model puts in front of a text, where a control token comes first
+        if reading == "markers":  # without the space that a model puts before a text, where a control token comes first
             own = {*self.control.values()}
             found = [ids[t.startswith(markers) and ids[0] not in own :] for ids, t in zip(found, texts, strict=True)]
         return found

@@ -72,7 +72,7 @@ def check_choice(corpora: Corpora) -> None:
 
 
 def _asked(corpora: Corpora) -> Iterator[tuple[Task, str, list[Question], str | None]]:
-    """Every task with every setting: its name, the questions behind their solved examples, and what is said in front of all."""
+    """Every task with every setting: its name, the questions after their solved examples, and what comes before all."""
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [Task.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
@@ -115,7 +115,7 @@ def in_front(config: Config, context: str, task: Task) -> str | None:
 
 
 def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> int:
-    """Tokens of a passage that fit in front of its completion; UserError where none does."""
+    """Tokens of a passage that fit before its completion; UserError where none does."""
     room = room_for_prompt(config, tokenizer, said) - COMPLETION
     require(
         room > 0, f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.row_length"

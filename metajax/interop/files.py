@@ -127,7 +127,7 @@ def read_kept(folder: Path | None) -> dict[str, str]:
                 kept[path.name] = _BASE64 + base64.b64encode(content).decode()
     if _TOKENIZER_CONFIG in kept and read_json(folder / _TOKENIZER_CONFIG).get("add_bos_token") is False:
         warn(
-            f"{folder / _TOKENIZER_CONFIG} says add_bos_token = false, but a token that begins a text stands in front of every document and "
+            f"{folder / _TOKENIZER_CONFIG} says add_bos_token = false, but metajax puts a token that begins a text before every document and "
             "prompt here: answers and log-likelihoods may differ from those of other programs"
         )
     return kept

@@ -118,7 +118,7 @@ def import_weights(
         )
     if words.vocabulary.bos >= rows:
         warn(
-            f"neither config.json nor tokenizer {spec} names a token that begins or ends a text: a vector that means nothing stands there"
+            f"neither config.json nor tokenizer {spec} names a token that begins or ends a text: an untrained vector is used for it"
         )
     origin = {
         "family": family,

@@ -19,7 +19,7 @@ class Dpo(Part, path="dpo"):
     one. The reference is the model that training starts from, `init.from`.
     """
 
-    beta: Positive = 0.1  # how dear it is to leave the reference; not stated for Hymba, 0.1 in Rafailov et al.
+    beta: Positive = 0.1  # strength of the KL penalty towards the reference model; not stated for Hymba, 0.1 in Rafailov et al.
     rejected: str = "rejected"  # a column of the sources
 
     def check(self, config: Config) -> None:

@@ -23,7 +23,7 @@ from metajax.progress import warn
 CONFIG, DIGEST = "config.json", "sha256"
 NULL = type(None)
 NUMBER = (int, float)
-AGAIN = "give the command of the run again, and it is made anew from the checkpoints"
+AGAIN = "give the command of the run again, and it is made again from the checkpoints"
 REMEDIES = {
     CONFIG: "restore it from a copy, or choose another --workdir",
     "report.json": AGAIN,
@@ -31,8 +31,8 @@ REMEDIES = {
     "data.json": "delete it; the checkpoints hold what it says",
     "metrics.jsonl": "delete it; curves are missing then, but no result",
     "imported.json": "import the model again",
-    "words.json": "delete report.json, give the command of the run again, and both are made anew",
-    "table.json": "it is made anew; seeds of earlier commands are shown when they are asked for",
+    "words.json": "delete report.json, give the command of the run again, and both are made again",
+    "table.json": "it is made again; seeds of earlier commands are shown when they are asked for",
 }
 LISTS = {"words.json": "words", "warnings.json": "warnings", "time.json": "starts"}  # may be lists: the first is, earlier versions' others
 RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
