@@ -23,6 +23,7 @@ from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import evaluate_tasks
 from metajax.families import AnyConfig, require_text
+from metajax.fields import Stopped
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.interop.imports import ORIGIN
@@ -70,6 +71,8 @@ def run_experiment(
     try:
         with run.while_there():
             return _run(config, run, paths, analyses, Phases(started, {"imports": imports_seconds}))
+    except Stopped:
+        raise
     except KeyboardInterrupt:
         step = max((step for step in steps_of(workdir) if hashes_of(workdir, step)), default=0)
         raise Interrupted(f"interrupted; the same command goes on from step {step}") from None

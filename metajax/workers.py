@@ -68,8 +68,7 @@ def _outlive() -> None:
         time.sleep(ASK_AGAIN_SECONDS)
 
 
-@contextlib.contextmanager
-def workers(count: int, start: Callable[[], None]) -> Iterator[Executor]:
+def workers(count: int, start: Callable[[], None]) -> contextlib.AbstractContextManager[Executor]:
     """`count` processes, each on every `count`-th core and one `count`-th of a GPU; `start` is called in each before its first work.
 
     Raises UserError when there are fewer cores.
@@ -80,8 +79,7 @@ def workers(count: int, start: Callable[[], None]) -> Iterator[Executor]:
     shares = multiprocessing.get_context("spawn").SimpleQueue()
     for i in range(count):
         shares.put((cores[i::count], _GPU_MEMORY / count))
-    with process_pool(count, _share, shares, start) as executor:
-        yield executor
+    return process_pool(count, _share, shares, start)
 
 
 def _share(shares: Any, start: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from metajax.fields import Stopped
 HINT_SECONDS = 2.0  # after the first Ctrl-C, before a line says what the second one would do
 
 
-class Interrupted(Stopped):
+class Interrupted(Stopped, KeyboardInterrupt):
     """Ctrl-C ended a run in good order; the message says from which step the same command goes on."""
 
     EXIT_CODE = 130

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from metajax.fields import UserError
 
-OPEN = 16  # files that `handle` keeps open in a process
+# Files that `handle` keeps open in a process, two descriptors each: half of what the system allows, and at most 256.
+OPEN = max(2, min(256, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 48) // 4))
 REMEDIES = {
     errno.ENFILE: "this machine has no file handle left; close other programs",
     errno.EMFILE: "this process may have {limit} files open (ulimit -n); raise the limit",
@@ -28,12 +29,22 @@ REMEDIES = {
 }
 
 
-@lru_cache(maxsize=OPEN)
 def handle(opener: Callable[[str], Any], path: str, key: str) -> Any:
     """opener(path), kept while it is among the last used; an older one is closed when nobody holds it any more.
 
     key: of the source, so that a file that was rewritten under the same path is opened again.
     """
+    try:
+        return _kept(opener, path, key)
+    except (OSError, RuntimeError) as error:
+        if _fault(error) not in (errno.EMFILE, errno.ENFILE):
+            raise
+        _kept.cache_clear()  # others of this process, or a lower limit, have left less room than there was at the start
+        return _kept(opener, path, key)
+
+
+@lru_cache(maxsize=OPEN)
+def _kept(opener: Callable[[str], Any], path: str, key: str) -> Any:
     return opener(path)
 
 

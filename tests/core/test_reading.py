@@ -52,8 +52,8 @@ def open_files():
 def test_many_files_need_few_handles(kind, suffix, tmp_path, open_files):
     for n in range(60):
         write(tmp_path / f"{n:02d}.{suffix}", [{"text": f"{n} {i}", "url": f"https://{n}.org"} for i in range(2)])
-    reading.handle.cache_clear()
-    open_files(reading.OPEN + 8)
+    reading._kept.cache_clear()
+    open_files(24)
     source = pickle.loads(pickle.dumps(open_source(f"{kind}:*.{suffix}", cache_dir=tmp_path, data_dir=tmp_path)))
     order = list(range(120)) if suffix == "gz" else random.Random(0).sample(range(120), 120)
     assert [source[i].text for i in order] == [f"{i // 2} {i % 2}" for i in order]
@@ -65,7 +65,7 @@ def test_no_handle_left_is_no_bad_record(kind, suffix, tmp_path, open_files):
     write(tmp_path / f"a.{suffix}", [{"text": "a"}])
     source = open_source(f"{kind}:a.{suffix}", cache_dir=tmp_path, data_dir=tmp_path)
     len(source)
-    reading.handle.cache_clear()
+    reading._kept.cache_clear()
     open_files(0)
     held = []
     with pytest.raises(OSError, match="Too many"):  # gaps between the open files, too

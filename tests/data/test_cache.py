@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -183,13 +184,15 @@ def test_parts_that_are_there_are_taken_up(corpus, tmp_path):
 
 @pytest.mark.fault(23)
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files")
-def test_the_files_of_tokens_that_are_open_at_once_are_bounded(corpus, tmp_path):
-    texts = [f"text {i}" for i in range(3 * reading.OPEN)]
+def test_the_files_of_tokens_that_are_open_at_once_are_bounded(corpus, tmp_path, monkeypatch):
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > reading.OPEN * 4
+    monkeypatch.setattr(reading, "_kept", lru_cache(4)(reading._kept.__wrapped__))
+    texts = [f"text {i}" for i in range(24)]
     cache = _parts(corpus(rows(texts)), tmp_path, part=1)
     for _ in range(2):
         assert [bytes(cache[i].tolist()).decode() for i in range(len(texts))] == texts
     opened = [path.resolve().name for path in Path("/proc/self/fd").iterdir()]
-    assert 0 < sum(name.startswith("tokens-") for name in opened) <= 2 * reading.OPEN
+    assert 0 < sum(name.startswith("tokens-") for name in opened) <= 8
 
 
 @pytest.mark.fault(23)
