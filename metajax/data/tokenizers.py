@@ -271,7 +271,7 @@ def _bpe_base(spec: str) -> int:
     size = int(number) if number.isdecimal() and len(number) < 10 else 0
     require(
         smallest <= size <= 2**20 and size % BLOCK == 0,
-        f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {BLOCK} from {smallest} to {2**20:,}, such as bpe:2048",
+        f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {BLOCK} from {smallest} on, at most {2**20:,}, such as bpe:2048",
     )
     return size - len(RESERVED)
 

@@ -195,9 +195,14 @@ def test_fingerprints_stay_and_caches_of_changed_texts_do_not(each):
 
 def test_files_beside_a_tokenizer_that_are_damaged_are_named(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    for name, text in (("config.json", "{"), ("generation_config.json", "[]"), ("special_tokens_map.json", '"\udcff"')):
+    for name, text in (
+        ("config.json", "{"),
+        ("config.json", "[" * 100_000),
+        ("generation_config.json", "[]"),
+        ("special_tokens_map.json", '"\udcff"'),
+    ):
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
-        with pytest.raises(UserError, match=rf"{name}: (not JSON|a JSON list)"):
+        with pytest.raises(UserError, match=rf"{name}: (not a JSON file|a JSON list)"):
             opened(f"hf:{tmp_path}/tokenizer.json")
         (tmp_path / name).unlink()
 
