@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +226,7 @@ class OpenedRun:
     tokenizer: Tokenizer
     program: Program
     model: Any
-    saved: Mapping[str, Any]  # whose the checkpoint is, see `RunDirectory.identity`
+    saved: Mapping[str, Any] = field(default_factory=dict)  # whose the checkpoint is, see `RunDirectory.identity`
 
     def _open_corpora(self, config: Config, paths: Paths) -> Corpora:
         """UserError when corpus or tokenizer is not the run's."""

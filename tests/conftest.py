@@ -3,7 +3,12 @@
 import itertools
 import json
 import os
+import signal
+import threading
 from pathlib import Path
+
+if threading.current_thread() is threading.main_thread():  # a shell's background job ignores Ctrl-C, and its children do too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many tests compile the same small programs: keep them between tests, workers and sessions.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -67,6 +67,7 @@ def test_the_first_one_is_an_exception_and_nothing_is_waited_for(script, said):
 @pytest.mark.fault(31)
 def test_the_second_one_ends_at_once_where_python_does_not_hear_it():
     process = start(IN_C)
+    time.sleep(0.5)  # until it is in C
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="of the moments (another each time)")
     parser.add_argument("--only", default=",".join(FAULTS), metavar="LIST", help=f"some of {','.join(FAULTS)} (all)")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children do too
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.pop("XLA_FLAGS", None)
     CONTEXT.set_forkserver_preload(PRELOADED)

@@ -18,6 +18,7 @@ from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
 from metajax.evaluation.choice import score
 from metajax.experiment import open_run
+from metajax.progress import shown
 from metajax.reporting.records import find_run
 from metajax.training.losses import token_nll
 
@@ -192,7 +193,7 @@ def test_bits_per_byte_and_choices(pair):
     np.testing.assert_allclose(found["bpb"], total / math.log(2) / len("".join(texts).encode()), rtol=1e-5)
 
     question = Question(("the end",) * 2, (" of a list", " €"), ("of a list", "€"), 0)
-    corpora = opened._corpora(override(config, {"evaluation.choice": Choice(("jsonl:none",))}), places)
+    corpora = opened._open_corpora(override(config, {"evaluation.choice": Choice(("jsonl:none",))}), places)
     scored = score(opened.program, corpora, opened.model, [question], [259])[:, 0]
     before = len(encode("the end")) + 1
     expected = [-nats(model, [259, *encode("the end" + answer)])[before - 1 :].sum() for answer in question.answers]
@@ -209,7 +210,7 @@ def test_greedy_text_and_its_end(pair, capsys):
         expected = decode([*ids[1:], *tokens_of(model, ids, ends)], skip_special_tokens=False)
         words = ["generate", str(opened.workdir), "--prompt", prompt, "--tokens", str(COUNT), "--temperature", "0"]
         assert main([*words, "--runs-dir", str(home / "runs"), "--cache-dir", str(home / "cache")]) == 0
-        assert capsys.readouterr().out == expected + "\n"
+        assert capsys.readouterr().out == shown(expected) + "\n"
 
 
 def test_the_pins_are_what_is_compared_with(library):
