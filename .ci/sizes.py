@@ -8,7 +8,7 @@ from pathlib import Path
 FILE_LINES, FUNCTION_LINES = 500, 60
 CORE = ("config", "model_config", "fields", "registry", "ops", "models", "training", "parallel", "data")
 NOT_CORE = ("metajax/models/clip/", "metajax/data/tasks/", "metajax/data/images", "metajax/data/sources/")
-LIMITS = {"core": 6_350, "metajax": 23_450, "kernels_pallas": 4_000}
+LIMITS = {"core": 7_360, "metajax": 27_110, "kernels_pallas": 3_370}
 
 
 def lines(path: Path) -> int:

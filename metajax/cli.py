@@ -53,7 +53,7 @@ EXAMPLES = """examples:
   python run.py analyze RUN --what sharpening       what goes on inside
   python run.py compare RUN RUN                     two runs side by side
 """
-GO_ON = "; make room or restore the access, then give the same command again: only the steps since the last save are lost"
+GO_ON = "; make room or restore the access, then give the same command again: it goes on from what has been saved"
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
