@@ -333,6 +333,10 @@ def verdict(family, source, places):
     return f"numbers that are none in {wrong}" if wrong else "imported"
 
 
+def _peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def run(folder, count, seed=0, families=("llama", "gpt2", "hymba", "gguf")):
     """Make and import `count` damaged checkpoints below `folder`: ({verdict: how often}, [what was neither refused nor imported])."""
     counts, failures = {"refused": 0, "imported": 0}, []
@@ -341,9 +345,9 @@ def run(folder, count, seed=0, families=("llama", "gpt2", "hymba", "gguf")):
         place.mkdir(parents=True)
         source = place / ("model.gguf" if family == "gguf" else "model")
         told = damage_gguf(draw, source) if family == "gguf" else damage_folder(draw, source, family)
-        started, ended = time.monotonic(), verdict(family, source, place)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if peak > BYTES:
+        before, started, ended = _peak(), time.monotonic(), verdict(family, source, place)
+        peak = _peak()
+        if peak > max(BYTES, before):  # what this process did before may have taken more
             ended = f"{peak:,} bytes"
         if ended in counts:
             counts[ended] += 1
