@@ -223,7 +223,7 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
         require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
     require(not missing, f"{path or cls.__name__} needs {', '.join(missing)}")
-    return cls(**values)
+    return cls(**{name: convert(value, hints[name], prefix + name) for name, value in values.items()})
 
 
 def _required(f: dataclasses.Field) -> bool:

@@ -13,8 +13,6 @@ from typing import Any
 
 from metajax import registry
 from metajax.config import Config, flatten, nearest, override, require
-from metajax.data.metadata import special_targets
-from metajax.data.tokenizers import load as load_tokenizer
 from metajax.families import AnyConfig
 from metajax.image_config import OF_TEXT, ImageConfig
 from metajax.progress import say
@@ -84,6 +82,9 @@ def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyCon
     found, parts = getattr(parent, "imported", None), config.init.parts
     if found is None or not isinstance(config, Config) or (parts and not parts.keys() & {"embedding", "unembedding"}):
         return config
+    from metajax.data.metadata import special_targets  # slow to import, and few commands need it
+    from metajax.data.tokenizers import load as load_tokenizer
+
     asked = special_targets(config, load_tokenizer(folder).vocabulary)
     added = {*found.added, *(i for i in asked if i >= found.rows)}
     return replace(config, imported=replace(found, added=tuple(sorted(added))))

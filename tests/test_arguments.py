@@ -250,7 +250,7 @@ def test_what_cannot_be_is_one_line(told, words, message):
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("size", ["64000000000", "9" * 5000, "-64", "1e12", ""])
 def test_a_vocabulary_has_a_largest_size(size):
-    with pytest.raises(UserError, match="from 320 to 1,048,576"):
+    with pytest.raises(UserError, match="from 320 on, at most 1,048,576"):
         vocabulary_of(f"bpe:{size}")
 
 

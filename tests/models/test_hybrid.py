@@ -243,7 +243,7 @@ def test_captures_are_what_the_layers_did():
         ({"window": None}, "without model.window all attend to everything"),
         ({"hybrid.fusion": "mamba"}, "no attention in neighbouring layers"),
         ({"hybrid.fusion": "sequential", "hybrid.kv_groups": ()}, "come in pairs"),
-        ({"position": "learned"}, "choose rope, ntk, yarn or none"),
+        ({"position": "learned"}, "choose rope, linear, llama3, ntk, yarn or none"),
         ({"norm_position": "post"}, "a hybrid model has 'pre'"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_place_is_given_whole_or_not_at_all(monkeypatch):
     assert find_place() is None
     with pytest.raises(UserError, match="go together"):
         find_place("localhost:1", 2, None)
-    with pytest.raises(UserError, match="whole numbers"):
+    with pytest.raises(UserError, match="expected a whole number from 1"):
         find_place("localhost:1", "two", 0)
     with pytest.raises(UserError, match="numbered from 0 to 1"):
         find_place("localhost:1", 2, 2)

@@ -14,7 +14,7 @@ import pytest
 
 from metajax import atomic
 from metajax.config import Metadata, MetaTokens, UserError, override
-from metajax.data import tokenizers
+from metajax.data import encoding
 from metajax.experiment import run_experiment
 from metajax.reporting import html
 from metajax.reporting.pace import Pace
@@ -111,7 +111,7 @@ def test_a_kill_between_any_two_files_is_survived(tiny_config, paths, tmp_path, 
         original(path, text)
 
     with monkeypatch.context() as patch:
-        for module in (files, html, tokenizers):
+        for module in (files, html, encoding):
             patch.setattr(module, "write_text", write_text)
         with pytest.raises(Cut):
             run_experiment(tiny_config(), tmp_path / "cut", paths)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import jax
 import numpy as np
 from PIL import Image
 
 from metajax.config import UserError, require
 from metajax.models.clip.config import Clip
 
-AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+if TYPE_CHECKING:
+    import jax  # which listing experiments does without
+
+AnyArray = TypeVar("AnyArray", np.ndarray, "jax.Array")
 # What Pillow's decoders raise for a file that is no image, or not a whole one.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
