@@ -87,7 +87,7 @@ def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyCon
 
     asked = special_targets(config, load_tokenizer(folder).vocabulary)
     added = {*found.added, *(i for i in asked if i >= found.rows)}
-    return replace(config, imported=replace(found, added=tuple(sorted(added))))
+    return replace(config, imported=replace(found, added=tuple(sorted(added)), opens=True))  # its documents begin with BOS
 
 
 def _for_parent_alone(config: ImageConfig, changes: Mapping[str, Any]) -> ImageConfig:

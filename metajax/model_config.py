@@ -182,6 +182,7 @@ class Imported(Part, path="imported"):
     rows: Count  # of the checkpoint's table; the model's table may have more
     added: tuple[CountOrZero, ...] = ()  # ids without a row there that this run trains or evaluates
     ends: tuple[CountOrZero, ...] = ()  # ids that end a text
+    opens: bool = True  # whether its tokenizer puts BOS before a prompt
 
     @property
     def last(self) -> int:

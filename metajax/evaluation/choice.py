@@ -139,7 +139,7 @@ def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence
 
 def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], head: list[int]) -> np.ndarray:
     """float64 [N, 2] for every answer of every question, in order: log-likelihood, and whether it is the greedy continuation."""
-    encode, room = corpora.tokenizer.encode, row_capacity(corpora.config) + 1 - len(head)
+    encode, room = corpora.tokenizer.encode, row_capacity(corpora.config) + 1 - max(1, len(head))
     pieces = []
     for question in questions:
         for context, answer in zip(question.contexts, question.answers, strict=True):
@@ -148,7 +148,8 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
                 0 < len(behind) < room,
                 f"the answer {answer!r} has {len(behind)} tokens, and a row holds {room - 1} behind its beginning",
             )
-            pieces.append((head + (before + behind)[-room:], len(behind)))
+            opened = head or ([] if before else [corpora.tokenizer.vocabulary.bos])  # the first token needs one before it
+            pieces.append((opened + (before + behind)[-room:], len(behind)))
     found = np.zeros((len(pieces), 2))
     found[:, 1] = 1
     shards = row_shards(program.mesh)

@@ -38,9 +38,12 @@ def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def opening(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> list[int]:
-    """BOS, and the metadata between the delimiters it had in training, on the side of BOS where it stood."""
+    """BOS, and the metadata between the delimiters it had in training, on the side of BOS where it stood.
+
+    Empty where there is no metadata and the tokenizer of an imported checkpoint puts no BOS before a prompt.
+    """
     if context is None:
-        return [tokenizer.vocabulary.bos]
+        return [tokenizer.vocabulary.bos] if config.imported is None or config.imported.opens else []
     recipe = config.metadata or Metadata()
     before, after = delimiters(recipe, tokenizer)
     ids = tokenizer.encode(context) if isinstance(context, str) else context
@@ -140,7 +143,9 @@ def stream(
     vocabulary = tokenizer.vocabulary
     contexts = [context] * len(prompts) if isinstance(context, str | None) else list(context)
     encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [[*opening(config, tokenizer, said), *prompt] for said, prompt in zip(contexts, encoded, strict=True)]
+    ids = [
+        [*opening(config, tokenizer, said), *prompt] or [vocabulary.bos] for said, prompt in zip(contexts, encoded, strict=True)
+    ]
     if guidance is not None:
         require(math.isfinite(guidance), f"guidance = {guidance}: a finite number")
         require(None not in contexts, "guidance is away from text without metadata: it needs a context")

@@ -19,7 +19,6 @@ from metajax.config import UserError, require
 from metajax.core.sealed import HASHES
 from metajax.interop.layouts import Tensor
 from metajax.interop.settings import shown
-from metajax.progress import warn
 from metajax.runs.files import find_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,7 +27,7 @@ KEPT = "imported_files.json"  # of an imported run: {name: text}, the other file
 _KEPT_ENDS = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
 _KEPT_NAMES = re.compile("(LICEN[CS]E|NOTICE|USE_POLICY)", re.IGNORECASE)
 _KEPT_BYTES = 1 << 26
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _BASE64 = "\x00base64:"
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
@@ -125,11 +124,6 @@ def read_kept(folder: Path | None) -> dict[str, str]:
                 kept[path.name] = content.decode()
             except UnicodeDecodeError:
                 kept[path.name] = _BASE64 + base64.b64encode(content).decode()
-    if _TOKENIZER_CONFIG in kept and read_json(folder / _TOKENIZER_CONFIG).get("add_bos_token") is False:
-        warn(
-            f"{folder / _TOKENIZER_CONFIG} says add_bos_token = false, but metajax puts a token that begins a text before every document and "
-            "prompt here: answers and log-likelihoods may differ from those of other programs"
-        )
     return kept
 
 

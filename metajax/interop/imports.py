@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from metajax.config import Config, Data, Imported, Runtime, UserError, require
 from metajax.core.sealed import FORMAT, Sealed
-from metajax.data.tokenizers import HuggingFace, Tokenizer, open_tokenizer
+from metajax.data.tokenizers import Gpt2, HuggingFace, Tokenizer, open_tokenizer
 from metajax.interop.families import FAMILIES
-from metajax.interop.files import KEPT, open_directory, read_json, read_kept
+from metajax.interop.files import KEPT, TOKENIZER_CONFIG, open_directory, read_json, read_kept
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.layouts import HEAD, Tensor, load_model, table_rows
 from metajax.interop.settings import shown
@@ -103,7 +103,7 @@ def import_weights(
     words = _with_ends(words, values.get("bos_token_id"), ends[0] if ends else None)
     if words.vocabulary.eos < rows:
         ends = dict.fromkeys([*ends, words.vocabulary.eos])
-    imported = Imported(rows, ends=tuple(ends))
+    imported = Imported(rows, ends=tuple(ends), opens=_puts_bos(words))
     config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, row_length=length), model=model, imported=imported)
     mesh, size = make_mesh(Runtime.mesh), imported.table(words.vocabulary.size)
     weights = load_model(
@@ -142,6 +142,18 @@ def _with_ends(words: Tokenizer, bos: int | None, eos: int | None) -> Tokenizer:
         named[0] = known(found.vocabulary.eos)
         found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
     return found
+
+
+def _puts_bos(words: Tokenizer) -> bool:
+    """Whether other programs put BOS before a prompt: what tokenizer_config.json says, else what the tokenizer itself does."""
+    kind, _, name = words.spec.partition(":")
+    beside = (Path(name) if Path(name).is_dir() else Path(name).parent) / TOKENIZER_CONFIG
+    told = read_json(beside).get("add_bos_token") if kind in ("hf", "sentencepiece", "gpt2") and beside.is_file() else None
+    if isinstance(told, bool):
+        return told
+    if isinstance(words, HuggingFace):
+        return as_library(words).encode("").ids[:1] == [words.vocabulary.bos]
+    return not isinstance(words, Gpt2)
 
 
 def _fill_up(table: jax.Array, rows: int) -> jax.Array:

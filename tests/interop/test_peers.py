@@ -3,13 +3,14 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from metajax.cli import main
 from metajax.config import Choice, override
@@ -135,10 +136,15 @@ def write_gguf(path, model, ends):
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, library, tmp_path_factory):
-    """(transformers' model, our run of it, ids that end a text, folder of runs and cache); the text of PROMPT ends early."""
+    """(transformers' model, our run of it, ids that end a text, folder of runs and cache); the text of PROMPT ends early.
+
+    The tokenizer of the Llamas puts BOS before a prompt, those of the GPT-2 and of the GGUF do not.
+    """
     kind, home = request.param, tmp_path_factory.mktemp(request.param)
     model, words = made(library, kind), byte_tokenizer()[0]
-    free = tokens_of(model, [259, *words.encode(PROMPT).ids], [259])
+    if kind.startswith("llama"):
+        words.post_processor = processors.TemplateProcessing(f"{END} $A", special_tokens=[(END, 259)])
+    free = tokens_of(model, words.encode(PROMPT).ids, [259])
     ends = [259, next((i for i in free[4:] if i not in free[:4]), 66)]
     model.generation_config.eos_token_id = ends
     if kind == "gguf":
@@ -194,20 +200,25 @@ def test_bits_per_byte_and_choices(pair):
 
     question = Question(("the end",) * 2, (" of a list", " €"), ("of a list", "€"), 0)
     corpora = opened._open_corpora(override(config, {"evaluation.choice": Choice(("jsonl:none",))}), places)
-    scored = score(opened.program, corpora, opened.model, [question], [259])[:, 0]
-    before = len(encode("the end")) + 1
-    expected = [-nats(model, [259, *encode("the end" + answer)])[before - 1 :].sum() for answer in question.answers]
-    np.testing.assert_allclose(scored, expected, rtol=1e-5)
+    for head in ([259], []):
+        scored = score(opened.program, corpora, opened.model, [question], head)[:, 0]
+        before = len([*head, *encode("the end")])
+        expected = [-nats(model, [*head, *encode("the end" + answer)])[before - 1 :].sum() for answer in question.answers]
+        np.testing.assert_allclose(scored, expected, rtol=1e-5)
+    bare = replace(question, contexts=("", ""))
+    scored = score(opened.program, corpora, opened.model, [bare], [])[:, 0]
+    np.testing.assert_allclose(scored, [-nats(model, [259, *encode(answer)]).sum() for answer in bare.answers], rtol=1e-5)
 
 
 @pytest.mark.fault(2)
 def test_greedy_text_and_its_end(pair, capsys):
     model, opened, ends, home = pair
     assert sorted(opened.config.imported.ends) == sorted(ends)
+    begins = [259] * opened.config.imported.opens
     encode, decode = opened.tokenizer.encode, byte_tokenizer()[0].decode
     for prompt in (PROMPT, "a naïve", ""):
-        ids = [259, *encode(prompt)]
-        expected = decode([*ids[1:], *tokens_of(model, ids, ends)], skip_special_tokens=False)
+        ids = [*begins, *encode(prompt)] or [259]
+        expected = decode([*encode(prompt), *tokens_of(model, ids, ends)], skip_special_tokens=False)
         words = ["generate", str(opened.workdir), "--prompt", prompt, "--tokens", str(COUNT), "--temperature", "0"]
         assert main([*words, "--runs-dir", str(home / "runs"), "--cache-dir", str(home / "cache")]) == 0
         assert capsys.readouterr().out == shown(expected) + "\n"

@@ -169,7 +169,7 @@ def test_training_starts_at_the_checkpoints_own_loss(negative, corpus, home, rec
     tuned = open_run(workdir)
     vocabulary = tuned.tokenizer.vocabulary
     added = () if recipe is None else (vocabulary.context_begin, vocabulary.context_end)
-    assert tuned.config.imported == override(opened.config, {"imported.added": added}).imported
+    assert tuned.config.imported == override(opened.config, {"imported.added": added, "imported.opens": True}).imported
     (line,) = read_lines(workdir / "metrics.jsonl")
     assert math.isfinite(line["loss"]) and line["loss"] > line["nll"]
     rest = [n for n in range(len(TEXTS)) if not is_held_out(str(n), 0.4)]
@@ -276,8 +276,8 @@ class Spelled:
 
 def greedy(opened):
     """The ids that follow a prompt."""
-    options = {"count": 24, "sampling": Sampling(0.0)}
-    (text,) = generate(prepare(opened.model), opened.config, Spelled(opened.tokenizer), ["the"], **options)
+    options, prompt = {"count": 24, "sampling": Sampling(0.0)}, [256, *opened.tokenizer.encode("the")]
+    (text,) = generate(prepare(opened.model), opened.config, Spelled(opened.tokenizer), [prompt], **options)
     return [ord(c) - 0x4E00 for c in text]
 
 

@@ -1,0 +1,34 @@
+"""A prompt begins with BOS where the tokenizer of the checkpoint puts it there, and nowhere else."""
+
+import json
+
+import pytest
+import tokenizers
+from sound_checkpoints import write_folder
+from tokenizers import processors
+
+from metajax.experiment import open_run
+from metajax.inference.generation import opening
+from metajax.interop.imports import import_directory
+
+END = "<|endoftext|>"
+
+
+def imported(folder, runs, puts_bos, said):
+    """A Llama whose tokenizer.json puts BOS first or not, and whose tokenizer_config.json says so, the contrary or nothing."""
+    write_folder(folder, "llama")
+    words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if puts_bos:
+        words.post_processor = processors.TemplateProcessing(f"{END} $A", special_tokens=[(END, words.token_to_id(END))])
+        words.save(str(folder / "tokenizer.json"))
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | ({} if said is None else {"add_bos_token": said})))
+    return open_run(import_directory("llama", folder, runs, ""))
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("puts_bos, said", [(False, None), (True, None), (True, False), (False, True), (False, False)])
+def test_a_prompt_begins_as_the_tokenizer_says(tmp_path, puts_bos, said):
+    opened = imported(tmp_path / "made", tmp_path / "runs", puts_bos, said)
+    expected = puts_bos if said is None else said
+    assert opening(opened.config, opened.tokenizer, None) == [opened.tokenizer.vocabulary.bos] * expected
