@@ -1,4 +1,4 @@
-"""The door: python run.py NAME | VERB ... (see metajax/cli.py)."""
+"""The door: python run.py NAME | VERB ... (see metajax/cli/main.py)."""
 
 import time
 
@@ -12,7 +12,8 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Ctrl-C during the imports, which takes seconds on a cold disk
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
-        from metajax.cli import leave, main
+        from metajax.cli.main import main
+        from metajax.core.interrupts import leave
     except ModuleNotFoundError as error:  # another Python than the one that was set up, most likely
         print(
             f"error: {sys.executable} has no module {error.name!r}; `make quickstart` sets up .venv, `. .venv/bin/activate` makes it "

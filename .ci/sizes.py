@@ -7,7 +7,7 @@ from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES = 500, 60
 CORE = ("config", "model_config", "fields", "registry", "ops", "models", "training", "parallel", "data")
-NOT_CORE = ("metajax/models/clip/", "metajax/data/tasks/", "metajax/data/images", "metajax/data/sources/")
+NOT_CORE = ("metajax/vision/clip/", "metajax/data/tasks/", "metajax/vision/data", "metajax/data/sources/")
 LIMITS = {"core": 7_360, "metajax": 27_110, "kernels_pallas": 3_370}
 
 

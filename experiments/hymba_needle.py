@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from metajax.config import Config, Tasks, override
-from metajax.model_config import hymba_ntk_factor
+from metajax.config import Config, Tasks, hymba_ntk_factor
+from metajax.core.fields import override
 from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, at_scale, table
 
 from .hymba import LLAMA, MAMBA, MAMBA_2, PAPER, base

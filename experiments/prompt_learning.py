@@ -6,11 +6,9 @@ trained from its start on emoji and digits in a run of its own, with images that
 
 from dataclasses import replace
 
-from metajax.config import Init, Optimizer, Runtime, Training
-from metajax.data.images.published import VARIANTS, ZHOU
-from metajax.image_config import AUGMENTATIONS, ImageConfig, Images, Prompts
-from metajax.models.clip.config import Clip
+from metajax.config import AUGMENTATIONS, Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training
 from metajax.registry import ByScale, Column, Published, Row, experiment, table
+from metajax.vision.data.published import VARIANTS, ZHOU
 
 PAPER = "AAPL (arXiv 2404.16804), with CoOp and CoCoOp"
 CLIP_RUN = "prompt_learning/clip"

@@ -1,6 +1,6 @@
 """`python -m metajax` is the command."""
 
-from metajax.cli import command
+from metajax.cli.main import command
 
 if __name__ == "__main__":
     command()

@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
-from metajax.buckets import hashes_of, steps_of
-from metajax.config import Config, Runtime, config_hash, override, require, to_dict
+from metajax.config import AnyConfig, Config, config_hash
+from metajax.core.errors import Stopped, require
+from metajax.core.fields import to_dict
 from metajax.core.interrupts import Interrupted
+from metajax.core.progress import progress, say
+from metajax.core.storage import hashes_of, steps_of
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, open_corpora, training_rows
-from metajax.data.tokenizers import Tokenizer
-from metajax.data.tokenizers import load as load_tokenizer
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, training_rows
+from metajax.distributed.hosts import is_first, of_first, together
+from metajax.evaluation import validation
 from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
+from metajax.evaluation.preferences import evaluate_preferences
 from metajax.evaluation.tasks import evaluate_tasks
-from metajax.families import AnyConfig, require_text
-from metajax.fields import Stopped
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
-from metajax.interop.imports import ORIGIN
+from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
+from metajax.models.flops import flops_per_token
 from metajax.models.lm import param_count
-from metajax.planning.cache_bytes import cache_bytes, published_cache_bytes
-from metajax.planning.flops import flops_per_token
-from metajax.pods.hosts import is_first, of_first, together
-from metajax.preferences.evaluation import evaluate_preferences
-from metajax.progress import progress, say
-from metajax.reporting.pace import Phases
-from metajax.reporting.records import RunDirectory, check_data, read_config, require_data
 from metajax.reporting.rows import for_page
+from metajax.runs.directory import RunDirectory, read_config
 from metajax.runs.files import mark_of, read_lines, recall
-from metajax.training.checkpoints import newest_good, read_parameters, saved_identity
-from metajax.training.loggers import check_loggers
-from metajax.training.loop import Trained, Trainer
-from metajax.training.metrics import memory_use
+from metajax.runs.loggers import check_loggers
+from metajax.runs.metrics import memory_use
+from metajax.runs.pace import Phases
+from metajax.training.loop import Evaluator, Trained, Trainer
+from metajax.training.opened import OpenedRun, open_run
 from metajax.training.program import Program
-
-if TYPE_CHECKING:
-    from metajax.analysis.study import Study
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
@@ -109,8 +103,11 @@ def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str
     """Analyses of a complete run of either family."""
     if isinstance(config, Config):
         from metajax.analysis.analyses import run_analyses
+        from metajax.analysis.study import open_study
 
-        return run_analyses(open_run(workdir).study(config, paths), names, workdir)
+        opened = open_run(workdir)
+        study = open_study(opened.program, opened.open_corpora(config, paths), opened.model)
+        return run_analyses(study, names, workdir)
     from metajax.vision.study import open_image_study, run_image_analyses
 
     return run_image_analyses(open_image_study(workdir, config, paths), names, workdir)
@@ -121,13 +118,13 @@ def write_report(workdir: Path) -> None:
     if isinstance(read_config(workdir), Config):
         from metajax.reporting.html import write_run_report as write
     else:
-        from metajax.reporting.image_page import write_image_report as write
+        from metajax.vision.page import write_image_report as write
     write(workdir)
 
 
 def _make(config: Config, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
     """Train what is left to train, evaluate, and return the report."""
-    trained = Trainer(config, run, paths, phases).train()
+    trained = Trainer(config, run, paths, phases, Evaluator(validation.check, validation.score)).train()
     return _report(config, run, trained, time.monotonic() - phases.started)
 
 
@@ -217,58 +214,9 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
     return results
 
 
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run's newest checkpoint with the run's own tokenizer, ready to be used."""
-
-    config: Config
-    workdir: Path
-    tokenizer: Tokenizer
-    program: Program
-    model: Any
-    saved: Mapping[str, Any] = field(default_factory=dict)  # whose the checkpoint is, see `RunDirectory.identity`
-
-    def _open_corpora(self, config: Config, paths: Paths) -> Corpora:
-        """UserError when corpus or tokenizer is not the run's."""
-        if config.imported is not None:
-            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
-            config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
-        corpora = open_corpora(config, paths)
-        now = {"key": corpora.key, "tokenizer": corpora.tokenizer.fingerprint()}
-        check_data(self.workdir, **now)
-        require_data(self.saved, now, self.workdir)
-        return corpora
-
-    def evaluate(self, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
-        """Held-out results with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
-        return evaluate(config, self.program, self._open_corpora(config, paths), self.model)
-
-    def study(self, config: Config, paths: Paths, **choice: Any) -> Study:
-        """Prompts for the analyses, with the tasks of `config`; see `open_study` for `choice`."""
-        from metajax.analysis.study import open_study
-
-        return open_study(self.program, self._open_corpora(config, paths), self.model, **choice)
-
-
-def open_run(workdir: Path) -> OpenedRun:
-    """Open a run for evaluation or generation; its folder is not changed.
-
-    Raises:
-      UserError: no checkpoint or tokenizer there, damaged ones only, or another run's.
-    """
-    config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
-    require(
-        config.imported is not None or not (workdir / ORIGIN).exists(),
-        f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
-    )
-    config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
-    step = newest_good(workdir)
-    saved, now = saved_identity(workdir, step), {"tokenizer": tokenizer.fingerprint()}
-    check_data(workdir, **now)
-    require_data(saved, now, workdir)
-    program = Program.build(config, tokenizer.vocabulary.size)
-    model = read_parameters(workdir, program.abstract_state().model, step=step)
-    return OpenedRun(config, workdir, tokenizer, program, model, saved)
+def evaluate_run(opened: OpenedRun, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
+    """Results of an opened run with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
+    return evaluate(config, opened.program, opened.open_corpora(config, paths), opened.model)
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from metajax.config import Scale, UserError, check_analyses, nearest, override, require
-from metajax.families import AnyConfig
-from metajax.progress import PROGRAM, warn
+from metajax.config import AnyConfig, Scale, check_analyses
+from metajax.core.errors import UserError, nearest, require
+from metajax.core.fields import override
+from metajax.core.progress import PROGRAM, warn
 
 SCALES: tuple[str, ...] = get_args(Scale)
 Base = Callable[[str], AnyConfig]

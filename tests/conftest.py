@@ -26,19 +26,29 @@ jaxtyping.install_import_hook(
     [
         "metajax.models",
         "metajax.analysis",
-        "metajax.ops",
+        "metajax.vision.clip",
+        "metajax.vision.delta_tokens",
         "metajax.training.losses",
-        "metajax.preferences.loss",
+        "metajax.training.dpo",
         "kernels_pallas",
     ],
     "beartype.beartype",
 )  # before any of them is imported
 
 from metajax import registry  # noqa: E402
-from metajax.config import Config, Data, Evaluation, Model, Optimizer, Runtime, Training, override  # noqa: E402
-from metajax.data.images.clip_tokens import MERGES, ClipTokenizer  # noqa: E402
+from metajax.config import (  # noqa: E402
+    Clip,
+    Config,
+    Data,
+    Evaluation,
+    Model,
+    Optimizer,
+    Runtime,
+    Training,
+)
+from metajax.core.fields import override  # noqa: E402
 from metajax.data.pipeline import Paths  # noqa: E402
-from metajax.models.clip.config import Clip  # noqa: E402
+from metajax.vision.data.clip_tokens import MERGES, ClipTokenizer  # noqa: E402
 
 WORDS = [
     "array",
@@ -173,7 +183,7 @@ def clip_config():
 @pytest.fixture(scope="session")
 def prompt_clip(clip_config):
     """The frozen CLIP under the goldens of zero-shot classes and prompt learners."""
-    from metajax.interop.clip import from_state
+    from metajax.vision.weights import from_state
 
     z = np.load(Path(__file__).parent / "goldens" / "prompt_clip_a.npz")
     cfg = clip_config(z)

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from metajax import cli, registry
-from metajax.config import UserError, config_hash, to_dict
-from metajax.fields import field_types
-from metajax.progress import shown
-from metajax.reporting.records import write_json
+from metajax import registry
+from metajax.cli import main as cli
+from metajax.config import config_hash
+from metajax.core.errors import UserError
+from metajax.core.fields import field_types, to_dict
+from metajax.core.progress import shown
+from metajax.runs.files import write_json
 from tests.faults.suite import write_corpus
 
 SECONDS = 20.0
@@ -104,14 +106,14 @@ def no_work(home: Path) -> Iterator[None]:
         raise UserError("the work would begin here")
 
     work = (
-        "experiment.run_experiment", "experiment.open_run", "data.pipeline.open_corpora", "planning.command.plan", "pods.hosts.connect",
-        "reporting.sampler.sample", "verbs._run_jobs", "pods.preflight.preflight",
+        "experiment.run_experiment", "training.opened.open_run", "data.pipeline.open_corpora", "cli.plan.plan", "distributed.hosts.connect",
+        "tables.sampler.sample", "cli.verbs._run_jobs", "cli.preflight.preflight",
     )  # fmt: skip
     before = Path.cwd()
     with contextlib.ExitStack() as stack:
         for name in work:
             stack.enter_context(mock.patch(f"metajax.{name}", stop))
-        for name in ("planning.topology.allow_compiler", "verbs._start_jax"):
+        for name in ("planning.topology.allow_compiler", "cli.verbs._start_jax"):
             stack.enter_context(mock.patch(f"metajax.{name}"))
         stack.callback(os.chdir, before)
         os.chdir(home)

@@ -9,19 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metajax import registry
-from metajax.config import (
-    Config,
-    MetaTokens,
-    Runtime,
-    Switch,
-    UserError,
-    config_hash,
-    difference,
-    flatten,
-    from_dict,
-    override,
-    to_dict,
-)
+from metajax.config import Config, MetaTokens, Runtime, Switch, config_hash, difference
+from metajax.core.errors import UserError
+from metajax.core.fields import flatten, from_dict, override, to_dict
 
 BASE = Config(name="x")
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from metajax import cli, registry
-from metajax.config import UserError, override
+from metajax import registry
+from metajax.cli import main as cli
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

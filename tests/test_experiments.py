@@ -7,9 +7,9 @@ import pytest
 
 from metajax import registry
 from metajax.data.tokenizers import vocabulary_of
-from metajax.lineage import resolve_parents
 from metajax.models.lm import param_count
-from metajax.reporting.tables import choose_rows, plan_table
+from metajax.runs.parents import resolve_parents
+from metajax.tables.run import choose_rows, plan_table
 from metajax.training.program import abstract_model
 
 registry.load()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from metajax import registry
-from metajax.config import Config, UserError
+from metajax.config import Config
+from metajax.core.errors import UserError
 from metajax.registry import Column, Row, Table
 
 TABLE = Table(

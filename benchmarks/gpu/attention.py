@@ -1,4 +1,4 @@
-"""Attention alone: what `metajax.ops` picks, beside jax.nn's on cuDNN and PyTorch's FlexAttention and SDPA."""
+"""Attention alone: what `metajax.models.ops` picks, beside jax.nn's on cuDNN and PyTorch's FlexAttention and SDPA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu.clock import Case, Side, compile_all, compiled
 from kernels_pallas.bench.attention import META_SHARE, SHAPES, Shape
 from kernels_pallas.bench.programs import PASSES
 from kernels_pallas.prefix_window_attention.xla import attention_xla
-from metajax import ops
+from metajax.models import ops
 from metajax.models.masks import Mask
 
 BLOCKS = (128, 512, 1024, 2048)  # query rows of a block, beside the 256 that dispatch takes

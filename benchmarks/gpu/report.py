@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu.clock import ROUNDS, Case
 from kernels_pallas.bench.report import replace_section
-from metajax.atomic import write_text
+from metajax.core.atomic import write_text
 
 Found = dict[str, Any]
 SECTIONS = {"attention": "Attention alone", "step": "The whole train step", "scan": "The selective scan"}

@@ -13,7 +13,7 @@ from benchmarks.gpu.clock import Case, Side, compile_all, compiled
 from kernels_pallas.bench.programs import PASSES, with_passes
 from kernels_pallas.bench.scan import SHAPES, Shape
 from kernels_pallas.selective_scan.xla import selective_scan_xla
-from metajax import ops
+from metajax.models import ops
 
 CHUNKS = (16, 32, 64, 256, 512)  # tokens of a chunk, beside the 128 that dispatch takes
 ARRAYS = {

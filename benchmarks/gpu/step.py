@@ -12,9 +12,10 @@ import numpy as np
 
 from benchmarks.gpu.clock import Case, Side, compile_all
 from metajax import registry
-from metajax.config import Config, override
+from metajax.config import Config
+from metajax.core.fields import override
+from metajax.models.flops import peak_flops, step_flops
 from metajax.models.lm import named_params
-from metajax.planning.flops import peak_flops, step_flops
 from metajax.planning.plan import whole_batch
 from metajax.training.program import Program
 

@@ -21,7 +21,7 @@ from metajax.analysis.rate_distortion import rate_distortion
 from metajax.analysis.sharpening import sharpening
 from metajax.analysis.study import Study
 from metajax.analysis.theory import theory
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.runs.files import write_json
 
 FOLDER = "analysis"  # of a run's folder

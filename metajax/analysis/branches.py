@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
 from metajax.analysis.study import Batch, Study, capture
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.models.lm import LM
 from metajax.training.losses import token_nll, weighed
 from metajax.training.step import apply_model

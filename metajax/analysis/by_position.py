@@ -10,7 +10,7 @@ import numpy as np
 
 from metajax.analysis.labels import some_documents
 from metajax.analysis.study import Study
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.data.pipeline import Corpora, held_out
 from metajax.data.rows import Row
 from metajax.data.sources import parse_spec

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from metajax.analysis.labels import check_labels, classes_of, matched, opening, some_documents, texts_of
 from metajax.analysis.study import Study
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.data.cache import build_metadata_table
 from metajax.data.questions import Question
 from metajax.evaluation.choice import score

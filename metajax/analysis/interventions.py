@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from metajax.analysis.study import Study
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.evaluation.tasks import evaluate_tasks
 from metajax.models.lm import LM, with_intervention
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from metajax.analysis.study import Study
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.data.annotators import UNKNOWN
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import check_fields, delimiters, uniform_hash

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from metajax.analysis.labels import check_labels, classes_of, opening, some_documents, texts_of, with_rows
 from metajax.analysis.study import Batch, Study, capture, cluster_mean, rounded
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.data.addresses import split_url
 from metajax.data.cache import build_metadata_table
 from metajax.models.lm import LM

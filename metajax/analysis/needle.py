@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from metajax.analysis.study import Batch, Study, open_study
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
 from metajax.training.step import apply_model

@@ -15,14 +15,15 @@ import jax
 import numpy as np
 
 from metajax.analysis.study import Study
-from metajax.config import Config, Evaluation, Init, MetaTokens, override
+from metajax.config import Config, Evaluation, Init, MetaTokens
+from metajax.core.fields import override
+from metajax.core.progress import progress
+from metajax.data.encoding import Vocabulary
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import Sides
 from metajax.data.packing import pack
 from metajax.data.rows import Row, RowSource, finish, stack
-from metajax.data.tokenizers import Vocabulary
 from metajax.inference.speed import generation_speed
-from metajax.progress import progress
 from metajax.training.program import Program, abstract_model
 
 # Twins of equal row length; the first of each kind is what the others are compared with. Here: meta-tokens, but nothing that attends among them.

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from metajax.analysis.interventions import intervene
 from metajax.analysis.study import Batch, Study, capture
+from metajax.core.progress import progress
+from metajax.evaluation.statistics import summarize
 from metajax.models.lm import LM
-from metajax.progress import progress
-from metajax.reporting.statistics import summarize
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 WIDTH = 64  # of z

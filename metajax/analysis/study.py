@@ -13,15 +13,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 
-from metajax.config import nearest, require
+from metajax.core.errors import nearest, require
+from metajax.core.progress import progress
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, task_examples
 from metajax.data.rows import Row, finish, padding_row, stack
 from metajax.data.tasks.source import PAUSES, assemble
+from metajax.distributed.mesh import row_shards
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
-from metajax.parallel.mesh import row_shards
-from metajax.progress import progress
 from metajax.training.program import Program
 from metajax.training.step import MODEL_INPUTS
 
@@ -161,7 +161,7 @@ def at_slots(x: Float[jax.Array, "B ..."], slots: Int[jax.Array, " B"], axis: in
 # -------------------------------------------------------------------------------------------------------- statistics
 
 
-def pooled(values: Float[np.ndarray, N * rest], chosen: Bool[np.ndarray, N * rest]) -> dict[str, Any]:
+def pooled(values: Float[np.ndarray, "N ..."], chosen: Bool[np.ndarray, "N ..."]) -> dict[str, Any]:
     """Mean, median and share above 0 of the chosen values, pooled over prompts, in the unit of the values.
 
     half, positive_half: half widths of 95 % intervals. The values of one prompt are not independent, so prompts (N of them) are the
@@ -176,7 +176,7 @@ def pooled(values: Float[np.ndarray, N * rest], chosen: Bool[np.ndarray, N * res
     }  # fmt: skip
 
 
-def cluster_mean(values: Float[np.ndarray, N * rest], chosen: Bool[np.ndarray, N * rest]) -> tuple[float, float]:
+def cluster_mean(values: Float[np.ndarray, "N ..."], chosen: Bool[np.ndarray, "N ..."]) -> tuple[float, float]:
     """(mean of the chosen values, half width of its 95 % interval over prompts)."""
     n, total = len(values), int(chosen.sum())
     mean = float(values[chosen].mean(dtype=np.float64))

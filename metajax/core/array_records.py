@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from metajax.core.errors import UserError
 from metajax.core.reading import handle, reading
-from metajax.fields import UserError
 
 
 def open_reader(path: str) -> ArrayRecordReader:

@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
-from metajax.fields import Stopped
+from metajax.core.errors import Stopped
 
 HINT_SECONDS = 2.0  # after the first Ctrl-C, before a line says what the second one would do
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from metajax.core.errors import UserError, require
 from metajax.core.reading import reading
-from metajax.fields import UserError, require
 
 BLANK = b" \t\r\n\v\f"
 MAGIC = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from metajax.fields import UserError
+from metajax.core.errors import UserError
 
 # Files that `handle` keeps open in a process, two descriptors each: half of what the system allows, and at most 256.
 OPEN = max(2, min(256, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 48) // 4))
@@ -69,7 +69,7 @@ def reading(path: str, damaged: Callable[[str], UserError]) -> Iterator[None]:
 
 
 def _is_of_network(error: OSError) -> bool:
-    """Whether a bucket or the way to it is at fault, which `metajax.buckets.outages` tells."""
+    """Whether a bucket or the way to it is at fault, which `metajax.core.storage.outages` tells."""
     is_builtin = type(error).__module__ in ("builtins", "gzip")
     return not is_builtin or isinstance(error, (ConnectionError, TimeoutError)) or str(error).startswith("Forbidden")
 

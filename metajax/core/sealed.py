@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from metajax.atomic import whole_folder
-from metajax.config import UserError
+from metajax.core.atomic import whole_folder
+from metajax.core.errors import UserError
 
 FORMAT = 1  # part of the names of sealed folders; raise it when what is in them changes, and all are made again
 HASHES = "hashes.json"

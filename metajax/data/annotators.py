@@ -29,7 +29,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
 
-from metajax.config import UserError, nearest, require
+from metajax.core.errors import UserError, nearest, require
 from metajax.data.addresses import parts
 from metajax.data.dates import year_and_month
 

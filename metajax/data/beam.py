@@ -14,8 +14,8 @@ from traceback import format_exception_only
 
 from etils import epath
 
-from metajax.atomic import copy_files, whole_folder
-from metajax.config import UserError, require
+from metajax.core.atomic import copy_files, whole_folder
+from metajax.core.errors import UserError, require
 from metajax.data.tokenising import Job
 
 

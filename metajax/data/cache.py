@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from metajax.config import require
 from metajax.core.array_records import open_reader
+from metajax.core.errors import require
 from metajax.core.reading import handle, reading
 from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folder
 from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source
+from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import render, template_columns, template_fields
-from metajax.data.tokenizers import Tokenizer
 
 
 def digest(*parts: Any) -> str:

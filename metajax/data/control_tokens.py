@@ -14,8 +14,8 @@ from typing import Any
 
 import tokenizers
 
-from metajax.config import UserError
 from metajax.core import json_lines
+from metajax.core.errors import UserError
 
 # An added token of this form is a control token, whatever its file says of it: <|im_start|>, [INST], <tool_call>, but no element of HTML and
 # no single byte, which some vocabularies have as ordinary tokens.

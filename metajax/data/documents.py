@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from metajax.atomic import write_text
-from metajax.config import require
+from metajax.core.atomic import write_text
+from metajax.core.errors import require
 from metajax.data.documents import BadRecord
 
 FILE = "tokenizer.json"

@@ -9,9 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from metajax.config import Config, Metadata, UserError, nearest, require
+from metajax.config import Config, Metadata
+from metajax.core.errors import UserError, nearest, require
 from metajax.data.annotators import annotate, split_field
-from metajax.data.tokenizers import Tokenizer, Vocabulary
+from metajax.data.encoding import Tokenizer, Vocabulary
 
 # A doubled brace; {column|filter:format}, the column in double quotes or not; other text; a character that is none of these.
 _PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)

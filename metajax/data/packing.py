@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 
 MIN_PIECE = 16  # a piece behind metadata carries at least this many inputs of its document, or the whole rest of it
 

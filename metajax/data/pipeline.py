@@ -19,11 +19,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from metajax.config import Config, require
+from metajax.config import Config
+from metajax.core.errors import require
 from metajax.core.interrupts import be_deaf, start_tracker
+from metajax.core.progress import warn
 from metajax.core.sealed import FORMAT, Sealed, save_array, sealed_folder
 from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
 from metajax.data.documents import is_held_out
+from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import (
     MetadataIds,
@@ -37,15 +40,14 @@ from metajax.data.metadata import (
 )
 from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
+from metajax.data.pairs import pair_rows
 from metajax.data.questions import Task
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source, parse_spec, place_of, told
 from metajax.data.sources.files import JOINED
 from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
-from metajax.data.tokenizers import Tokenizer, open_tokenizer
-from metajax.preferences.pairs import pair_rows
-from metajax.progress import warn
+from metajax.data.tokenizers import open_tokenizer
 
 Note = Callable[[str], None]
 EVALUATION_SEED = 20_250_601  # held-out documents, their order and their meta-token slots are the same for every run

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from metajax.config import nearest, require
 from metajax.core import json_lines
+from metajax.core.errors import nearest, require
 from metajax.data.sources import find_files
 
 Record = Mapping[str, Any]

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from metajax.data.encoding import Vocabulary
 from metajax.data.metadata import Sides
 from metajax.data.packing import RowIndex
-from metajax.data.tokenizers import Vocabulary
 
 Row = dict[str, np.ndarray]
 BEGIN, FRONT, BODY, BEHIND, END, NOTHING = range(6)  # what a slot holds, and what it is asked for

@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from metajax.config import require
+from metajax.core.errors import require
+from metajax.core.progress import progress
 from metajax.core.sealed import FORMAT, HASHES, Sealed, save_array, sealed_folder
+from metajax.core.workers import process_pool
 from metajax.data.cache import ARRAYS, TokenCache, bad_record, digest, read_documents
 from metajax.data.documents import BadRecord, Document, Source, origin_bucket, place, tally_of
-from metajax.data.tokenizers import Tokenizer
-from metajax.progress import progress
-from metajax.workers import process_pool
+from metajax.data.encoding import Tokenizer
 
 CHUNK = 512  # records tokenised at a time
 PART = 1 << 16  # records of a part

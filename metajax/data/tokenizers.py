@@ -18,7 +18,8 @@ import tiktoken
 import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from metajax.config import UserError, nearest, require
+from metajax.core.errors import UserError, nearest, require
+from metajax.core.progress import say
 from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.control_tokens import (
     CONTROL,
@@ -34,7 +35,6 @@ from metajax.data.control_tokens import (
 )
 from metajax.data.encoding import BLOCK, FILE, RESERVED, Reading, Tokenizer, Vocabulary
 from metajax.data.tasks.prompts import RESERVED_PIECES
-from metajax.progress import say
 
 KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf", "run")
 _GPT2_BASE = 50257

@@ -17,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metajax.config import Config, Metadata, require
+from metajax.config import Config, Metadata
+from metajax.core.errors import require
+from metajax.core.progress import progress
+from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
 from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
 from metajax.data.rows import Row, padding_row, stack
-from metajax.data.tokenizers import Tokenizer
+from metajax.distributed.mesh import row_shards
 from metajax.evaluation.held_out import require_finite, require_rows
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
-from metajax.parallel.mesh import row_shards
-from metajax.progress import progress
 from metajax.training.losses import token_nll
 from metajax.training.step import apply_model
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from metajax.config import Config, require
+from metajax.config import Config
+from metajax.core.errors import require
 from metajax.data.pipeline import Corpora, held_out
 
 if TYPE_CHECKING:

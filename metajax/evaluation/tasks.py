@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Config, require
+from metajax.config import Config
+from metajax.core.errors import require
+from metajax.core.progress import progress
 from metajax.data.pipeline import Corpora, task_batches
 from metajax.data.tasks.prompts import chance
-from metajax.parallel.mesh import row_shards
-from metajax.progress import progress
-from metajax.reporting.statistics import share_interval
+from metajax.distributed.mesh import row_shards
+from metajax.evaluation.statistics import share_interval
 from metajax.training.step import apply_model
 
 if TYPE_CHECKING:

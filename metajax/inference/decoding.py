@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from metajax.config import Temperature, TopK, TopP
-from metajax.fields import Part
+from metajax.core.fields import Part
 from metajax.inference.caches import Cache
 from metajax.inference.forward import Ready, prefill, step
 

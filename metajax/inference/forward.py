@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.inference.caches import Cache, KeyValues, Kinds, Recurrence
 from metajax.models.hybrid import Kind, Left, layer_runs
 from metajax.models.lm import LM

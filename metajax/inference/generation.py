@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Config, Metadata, require
+from metajax.config import Config, Metadata
+from metajax.core.errors import require
+from metajax.data.encoding import Tokenizer, Vocabulary
 from metajax.data.metadata import delimiters
-from metajax.data.tokenizers import Tokenizer, Vocabulary
 from metajax.inference.decoding import Decoding, Rules, Sampling, advance, start
 from metajax.inference.forward import Ready
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Config, require
-from metajax.data.tokenizers import Vocabulary
+from metajax.config import Config
+from metajax.core.errors import require
+from metajax.data.encoding import Vocabulary
 from metajax.inference.decoding import Sampling, advance
 from metajax.inference.forward import Ready, prepare
 from metajax.inference.generation import Rows, make_rules

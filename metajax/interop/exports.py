@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from metajax.atomic import whole_folder
-from metajax.config import Config, require
-from metajax.data.tokenizers import Vocabulary
+from metajax.config import Config
+from metajax.core.atomic import whole_folder
+from metajax.core.errors import require
+from metajax.core.progress import warn
+from metajax.data.encoding import Vocabulary
 from metajax.data.tokenizers import load as load_tokenizer
-from metajax.experiment import OpenedRun
 from metajax.interop.families import FAMILIES, Family
 from metajax.interop.files import DTYPES, write_kept, write_tensors
-from metajax.interop.imports import ORIGIN
 from metajax.interop.layouts import HEAD, stored, tensors_of
 from metajax.interop.tokenizer_files import write_tokenizer
 from metajax.models.lm import LM
-from metajax.progress import warn
-from metajax.reporting.records import read_config
+from metajax.runs.directory import ORIGIN, read_config
 from metajax.runs.files import find_json
+from metajax.training.opened import OpenedRun
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from metajax.config import UserError, require
+from metajax.core.errors import UserError, require
 from metajax.core.sealed import HASHES
 from metajax.interop.layouts import Tensor
 from metajax.interop.settings import shown

@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from metajax.config import UserError, require
+from metajax.core.errors import UserError, require
 from metajax.core.sealed import sealed_folder
 from metajax.interop.gguf_header import Lying, read_header
 from metajax.interop.layouts import HEAD, Tensor

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import Model, Runtime, require
+from metajax.config import Model, Runtime
+from metajax.core.errors import require
 from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, require_fields, tensors_of
 from metajax.interop.settings import MOST, MOST_LAYERS, Settings
 from metajax.models.lm import LM, named_params

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from metajax.config import Hybrid, Model, Runtime, require
+from metajax.config import Hybrid, Model, Runtime, hymba_ntk_factor
+from metajax.core.errors import require
 from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, require_fields, tensors_of
 from metajax.interop.settings import MOST_LAYERS, Settings, shown
-from metajax.model_config import hymba_ntk_factor
 from metajax.models.lm import LM
 
 _MAMBA, _HEADS = "mixer.mamba", "mixer.attention"

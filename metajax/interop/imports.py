@@ -11,25 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metajax.config import Config, Data, Imported, Runtime, UserError, require
+from metajax.config import Config, Data, Imported, Runtime
+from metajax.core.errors import UserError, require
+from metajax.core.progress import warn
 from metajax.core.sealed import FORMAT, Sealed
-from metajax.data.tokenizers import Gpt2, HuggingFace, Tokenizer, open_tokenizer
+from metajax.data.encoding import Tokenizer
+from metajax.data.tokenizers import Gpt2, HuggingFace, open_tokenizer
+from metajax.distributed.mesh import make_mesh
+from metajax.distributed.rules import param_shardings
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import KEPT, TOKENIZER_CONFIG, open_directory, read_json, read_kept
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.layouts import HEAD, Tensor, load_model, table_rows
 from metajax.interop.settings import shown
 from metajax.interop.tokenizer_files import as_library
-from metajax.parallel.mesh import make_mesh
-from metajax.parallel.rules import param_shardings
-from metajax.progress import warn
-from metajax.reporting.records import RunDirectory, default_workdir, environment
+from metajax.runs.directory import ORIGIN, RunDirectory, default_workdir, environment
 from metajax.runs.files import write_json
 from metajax.training.checkpoints import Checkpoints
 from metajax.training.state import State
 
 TOKENIZER_FILES = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece"}
-ORIGIN = "imported.json"  # of the run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
 
 
 def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, workdir: Path | None = None) -> Path:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from metajax.config import Imported, Model, Runtime, require
+from metajax.config import Imported, Model, Runtime
+from metajax.core.errors import require
 from metajax.interop.settings import shown
 from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, named_params

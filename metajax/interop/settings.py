@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from metajax.config import Model, UserError, require
-from metajax.progress import warn
+from metajax.config import Model
+from metajax.core.errors import UserError, require
+from metajax.core.progress import warn
 
 MOST = 10**8  # of any size: beyond it the sizes of arrays could not be counted
 MOST_LAYERS = 10_000

@@ -10,8 +10,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from metajax.config import UserError, require
-from metajax.data.tokenizers import RESERVED, Bytes, Gpt2, HuggingFace, SentencePiece, Tokenizer
+from metajax.core.errors import UserError, require
+from metajax.data.encoding import RESERVED, Tokenizer
+from metajax.data.tokenizers import Bytes, Gpt2, HuggingFace, SentencePiece
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, rows: int, length: int) -> None:

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from kernels_pallas.prefix_window_attention.reference import masked_attention, masked_softmax
-from metajax import ops
 from metajax.config import MetaTokens, Model
+from metajax.models import ops
 from metajax.models.layers import Linear, gather_rows, residual_std
 from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
 from metajax.models.rotary import Table, apply_rotary

@@ -17,15 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kernels_pallas.prefix_window_attention.reference import masked_softmax, with_meta
-from metajax import ops
 from metajax.config import Model, Runtime
+from metajax.distributed.rules import RESIDUAL_AXES, constrain
+from metajax.models import ops
 from metajax.models.attention import Past, Taps
 from metajax.models.layers import Linear, Mlp, Norm, normal_param
 from metajax.models.mamba import Mamba
 from metajax.models.mamba2 import Mamba2
 from metajax.models.masks import Mask
 from metajax.models.rotary import Table, apply_rotary, rotary_table
-from metajax.parallel.rules import RESIDUAL_AXES, constrain
 
 # What can be captured, stacked over the layers that have it. With "prefix_" in front: the same of the M meta tokens, B = 1, T = M.
 _OF_LAYERS = (

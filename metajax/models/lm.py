@@ -16,14 +16,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.config import Imported, MetaTokens, Model, Runtime, nearest, override, require
-from metajax.model_config import ROTARY
+from metajax.config import ROTARY, Imported, MetaTokens, Model, Runtime
+from metajax.core.errors import nearest, require
+from metajax.core.fields import override
+from metajax.distributed.rules import RESIDUAL_AXES, constrain
 from metajax.models import hybrid
 from metajax.models.attention import CausalAttention, MetaAttention, Past, Rows, Taps
 from metajax.models.layers import Mlp, Norm, as_rows, gather_rows, normal_param, scan_layers, scatter_add_rows
 from metajax.models.masks import meta_flags
 from metajax.models.rotary import rotary_table
-from metajax.parallel.rules import RESIDUAL_AXES, constrain
 
 # What `LM.__call__` can return besides the logits; all but "final" are stacked over the layers.
 CAPTURABLE = (

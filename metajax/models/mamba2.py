@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax import ops
 from metajax.config import Model
+from metajax.models import ops
 from metajax.models.attention import Taps
 from metajax.models.layers import Linear, Norm, normal_param
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from metajax.config import require
+from metajax.core.errors import require
 
 
 @dataclass(frozen=True)

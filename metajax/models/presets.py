@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from metajax.config import Hybrid, Model, override
-from metajax.model_config import hymba_ntk_factor
+from metajax.config import Hybrid, Model, hymba_ntk_factor
+from metajax.core.fields import override
 
 
 def gpt2(layers: int = 12, heads: int = 12, width: int = 768, **changes: Any) -> Model:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metajax.config import Model, UserError
-from metajax.model_config import ROTARY
+from metajax.config import ROTARY, Model
+from metajax.core.errors import UserError
 
 LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": turns over the original length between which it blends
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]

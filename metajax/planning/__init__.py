@@ -1,0 +1,1 @@
+"""Train steps compiled for TPU slices that are absent: memory, collectives, schedules, advice."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from metajax.config import override
-from metajax.families import AnyConfig
-from metajax.image_config import ImageConfig
+from metajax.config import AnyConfig, ImageConfig
+from metajax.core.fields import override
 
 _MOST = 2**20  # rows; no batch is larger
 

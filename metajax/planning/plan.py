@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kernels_pallas.bench.schedule import operations, xla_cycles
-from metajax.config import Config, config_hash, require
-from metajax.families import AnyConfig
-from metajax.parallel.rules import batch_sharding
+from metajax.config import AnyConfig, Config, config_hash
+from metajax.core.errors import require
+from metajax.distributed.rules import batch_sharding
+from metajax.models.flops import flops_per_token, step_flops
 from metajax.planning.buffers import largest_buffers, temporaries
-from metajax.planning.flops import flops_per_token, step_flops
 from metajax.planning.schedules import kernel_calls, scheduled
 from metajax.planning.topology import Chip, chip_of, parse_topology, slice_devices
 from metajax.training.program import Program
@@ -88,7 +88,7 @@ def plan(
     """The plan of one config as plain data: see `memory`, `collectives`, `scheduled`, `bound`, `estimate`.
 
     Args:
-      step: what is planned of a config; its kind of run decides (`text_step`, `metajax.planning.images.image_step`).
+      step: what is planned of a config; its kind of run decides (`text_step`, `metajax.vision.plan.image_step`).
       dump: where the compiler was told to write what it does; the largest buffers and the kinds of temporaries are read there.
       schedules: whether the kernels are compiled once more, each alone, for the cycles that they are scheduled for.
 

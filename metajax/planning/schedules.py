@@ -13,7 +13,7 @@ from kernels_pallas.bench import attention, compiled, scan
 from kernels_pallas.bench.programs import Program
 from kernels_pallas.bench.schedule import operations
 from metajax.config import Config
-from metajax.planning.hybrid_flops import layers_of
+from metajax.models.hybrid_flops import layers_of
 
 KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
 _CALL = re.compile(rf"%({KERNELS.pattern})[.\w]* = .* custom-call\(.*operand_layout_constraints=\{{(.*?)\}}\}}")

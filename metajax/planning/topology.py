@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from metajax.config import UserError, nearest, require
-from metajax.fields import Range, convert
+from metajax.core.errors import UserError, nearest, require
+from metajax.core.fields import Range, convert
 from metajax.planning.buffers import FLAGS
 
 

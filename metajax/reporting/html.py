@@ -11,15 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from metajax import registry
-from metajax.atomic import write_text
-from metajax.config import Config, Metadata, Switch, difference, flatten, from_dict
-from metajax.families import AnyConfig
-from metajax.progress import warn
+from metajax.config import AnyConfig, Config, Metadata, Switch, difference
+from metajax.core.atomic import write_text
+from metajax.core.fields import flatten, from_dict
+from metajax.core.progress import warn
 from metajax.reporting import choices
 from metajax.reporting.analysis_sections import sections
 from metajax.reporting.figures import Curve, loss_curves
-from metajax.reporting.records import conditions, read_config
 from metajax.reporting.tasks import HEAD, accuracy_figure, table_rows, title
+from metajax.runs.directory import conditions, read_config
 from metajax.runs.files import Damaged, find_readable, read_json, read_lines
 
 CONDITIONS = {  # of the evaluation: title, what the model was shown

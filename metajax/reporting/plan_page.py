@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metajax.atomic import write_text
+from metajax.core.atomic import write_text
 from metajax.reporting.html import templates
 
 GIB = 2**30

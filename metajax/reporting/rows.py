@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from metajax.core.progress import shown
+from metajax.data.encoding import Tokenizer
 from metajax.data.rows import Row, RowSource
-from metajax.data.tokenizers import Tokenizer
-from metajax.progress import shown
 
 LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this slot"
 COLOURS = {"metadata": "blue", "meta-token": "magenta", "": ""}

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
 from metajax import registry
-from metajax.config import Config, config_hash, difference, flatten, require
-from metajax.families import AnyConfig
-from metajax.image_config import ImageConfig
-from metajax.progress import PROGRAM, Terminal, echo, plain, shown
-from metajax.reporting.records import conditions, list_runs, read_config, read_report, readable
-from metajax.reporting.tables import TablePlan, choose_rows, expected_minutes
+from metajax.config import AnyConfig, Config, ImageConfig, config_hash, difference
+from metajax.core.errors import require
+from metajax.core.fields import flatten
+from metajax.core.progress import PROGRAM, Terminal, echo, plain, shown
+from metajax.runs.directory import conditions, list_runs, read_config, read_report, readable
 from metajax.runs.files import read_lines
 
 console = Terminal()
@@ -32,7 +29,7 @@ class _Grid(Grid):
         super().add_row(*(Text(shown(cell, keep="")) for cell in cells))
 
 
-def _grid(*titles: str) -> _Grid:
+def grid_of(*titles: str) -> _Grid:
     """A plain table whose names to be copied, its first column's and experiments', never wrap."""
     grid = _Grid(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
@@ -40,120 +37,27 @@ def _grid(*titles: str) -> _Grid:
     return grid
 
 
-def _line(bold: str, rest: str = "", style: str = "bold") -> Text:
+def line_of(bold: str, rest: str = "", style: str = "bold") -> Text:
     return plain(bold, style).append(shown(rest), "not bold not dim")
 
 
-def print_list(pattern: str) -> None:
-    """Tables with their rows, and single experiments, whose name contains `pattern`."""
-    tables = [t for t in registry.tables().values() if pattern in t.name]
-    single = [e for e in registry.experiments().values() if pattern in e.name and (e.table is None or e.table not in tables)]
-    for table in tables:
-        _entry(
-            table.name,
-            f"three seeds: {', '.join(f'{scale} {_table_time(table, scale)}' for scale in table.scales)}",
-            table.summary,
-        )
-        _entry_line("rows", f"{table.name}/", [row.name for row in table.rows])
-        if table.parts:
-            _entry_line("each with", "/", table.parts)
-        if table.coverage:
-            _entry_line("paper:", "", [f"{table.coverage} of {table.paper}"])
-    for experiment in single:
-        changes = experiment.row.changes if experiment.row else {}
-        what = ", ".join(f"{k} = {_short(v)}" for k, v in changes.items()) or experiment.summary
-        times = (f"{scale} {_duration(experiment.minutes[scale])}" for scale in experiment.scales)
-        _entry(experiment.name, ", ".join(times), what)
-    if not tables and not single:
-        console.print(f"nothing named like {pattern!r}")
-    _print_coverage(tables)
-    console.print(f"\nrun: {PROGRAM} NAME    look first: {PROGRAM} show NAME    help: {PROGRAM} --help")
-
-
-def _print_coverage(tables: Iterable[registry.Table]) -> None:
-    """For each paper the rows of its tables and figures above, table by table: what two of them share counts twice."""
-    here, in_print, printed = Counter[str](), Counter[str](), Counter[str]()
-    for table in (table for table in tables if table.coverage):
-        paper = table.paper.partition(")")[0] + ")"
-        here[paper] += table.paper_rows_here
-        in_print[paper] += table.paper_rows_in_print
-        printed[paper] += table.paper_rows
-    if printed:
-        console.print(_line("\nrows of the papers' tables and figures", " that there are at paper scale"))
-    for paper, count in printed.items():
-        more = f", {in_print[paper]} more in print alone" * (in_print[paper] > 0)
-        console.print(plain(f"    {paper}: {here[paper]} of {count} rows{more}"))
-
-
-def _entry(name: str, times: str, what: str) -> None:
-    console.print(_line(name, f"  ({times})"))
-    console.print(Padding(plain(what), (0, 0, 0, 4)))
-
-
-def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
-    console.print(Padding(_line(f"{title} {before}", "  ".join(names), "dim"), (0, 0, 0, 4)))
-
-
-def _table_time(table: registry.Table, scale: str) -> str:
-    """Expected time of a whole table with three seeds, its core rows in brackets where they are fewer."""
-    whole = _duration(3 * expected_minutes(table, scale))
-    if not table.runs_at(scale):
-        return "nothing to run"
-    if choose_rows(table, "core") == table.rows:
-        return whole
-    return f"{whole} (core {_duration(3 * expected_minutes(table, scale, 'core'))})"
-
-
-def _duration(minutes: float) -> str:
+def duration(minutes: float) -> str:
     for limit, unit in ((2 * 1440, "d"), (120, "h")):
         if minutes >= limit:
             return f"{minutes / (limit / 2):.3g} {unit}"
     return f"{minutes:.0f} min"
 
 
-def _short(value: Any) -> str:
-    is_config = hasattr(value, "__dataclass_fields__") and not isinstance(value, registry.ByScale)
-    return type(value).__name__ if is_config else str(value).replace("\n", "\\n")
-
-
-def print_table_plan(plan: TablePlan) -> None:
-    """A table before it runs: its rows, what each changes, what it starts from, what the paper says, and the hash of its runs."""
-    table, scale, seed = plan.table, plan.scale, plan.seeds[0]
-    console.print(_line(table.name, f" at scale {scale}: {table.summary}"))
-    if table.coverage:
-        console.print(plain(f"{table.coverage} of {table.paper}"))
-    grid = _grid("row", "what changes", "starts from", "the paper says", "hash")
-    for row in plan.rows:
-        lacks = table.lacks(row, scale)
-        of_row = [] if lacks else [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
-        differs = (
-            (lacks and f"not here, for want of {lacks}")
-            or ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
-            or (row.of and f"the runs of {row.of}")
-            or "-"
-        )
-        said = [(column.title, row.paper(column.key)) for column in table.columns_at(scale)]
-        published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
-        starts = dict.fromkeys(parents[-1].config.name if parents else run.config.init.from_ for run, parents in of_row)
-        name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
-        hashes = ", ".join(config_hash(run.config) for run, _ in of_row)
-        grid.add_row(name, differs, ", ".join(filter(None, starts)) or "-", published or "-", hashes or "-")
-    console.print(grid)
-    console.print(
-        f"{len(plan.runs())} runs a seed, about {_duration(expected_minutes(table, scale))}; run it: {PROGRAM} {table.name}"
-    )
-
-
 def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:
     """Resolved config, parameters by part, FLOPs a token, time estimate, published values."""
     from metajax.data.tokenizers import vocabulary_of
+    from metajax.models.cache_bytes import cache_bytes
+    from metajax.models.flops import flops_per_token
     from metajax.models.lm import param_count
-    from metajax.planning.cache_bytes import cache_bytes
-    from metajax.planning.flops import flops_per_token
     from metajax.training.program import abstract_model
 
-    console.print(_line(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
-    grid = _grid("field", "value")
+    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
+    grid = grid_of("field", "value")
     for name, value in flatten(config).items():
         grid.add_row(name, "-" if value is None or value == "" else str(value))
     console.print(grid)
@@ -165,7 +69,7 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
         console.print(f"the tokenizer {config.data.tokenizer} is a file of yours: parameters and FLOPs follow once it is read")
         return
     counts, flops = param_count(abstract_model(config, vocabulary.size)), flops_per_token(config, vocabulary.size)
-    numbers = _grid("part", "parameters", "training FLOPs a slot")
+    numbers = grid_of("part", "parameters", "training FLOPs a slot")
     for part in sorted(counts.keys() | flops.keys() - {"total"}):
         numbers.add_row(part, f"{counts[part]:,}" if part in counts else "-", f"{flops[part]:,.0f}" if part in flops else "-")
     console.print(numbers)
@@ -191,7 +95,7 @@ def print_plan(found: dict[str, Any]) -> None:
     from metajax.reporting import plan_page
 
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
-    console.print(_line(found["name"], f" at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"))
+    console.print(line_of(found["name"], f" at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"))
     if not found["fits"]:
         state = sum(found["state"].values())
         console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
@@ -213,7 +117,7 @@ def print_plan(found: dict[str, Any]) -> None:
 
 
 def _print_facts(title: str, unit: str, facts: Sequence[tuple[str, str]]) -> None:
-    grid = _grid(title, unit)
+    grid = grid_of(title, unit)
     for fact in facts:
         grid.add_row(*fact)
     console.print(grid)
@@ -221,7 +125,7 @@ def _print_facts(title: str, unit: str, facts: Sequence[tuple[str, str]]) -> Non
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:
     """The plans of many programs, a line for each."""
-    grid = _grid("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s")
+    grid = grid_of("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s")
     for found in made:
         line = [found["name"], str(len(found["stands_for"])), found["topology"]]
         if not found["fits"]:
@@ -271,7 +175,7 @@ def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Accuracy by task and length."""
     from metajax.reporting.tasks import HEAD, table_rows
 
-    grid = _grid(*HEAD)
+    grid = grid_of(*HEAD)
     for cells in table_rows(results):
         grid.add_row(*cells)
     console.print(grid)
@@ -281,7 +185,7 @@ def print_choices(results: dict[str, Any]) -> None:
     """Multiple choice by task and setting."""
     from metajax.reporting.choices import HEAD, table_rows
 
-    grid = _grid(*HEAD)
+    grid = grid_of(*HEAD)
     for cells in table_rows(results):
         grid.add_row(*cells)
     console.print(grid)
@@ -301,7 +205,7 @@ def print_curriculum(config: Config, paths: Any) -> None:
     from metajax.data.pipeline import open_corpora, task_examples
 
     examples, tasks = task_examples(open_corpora(config, paths)), config.tasks
-    grid = _grid("task", *(f"phase {phase + 1}" for phase in range(len(tasks.phases))), "evaluated at")
+    grid = grid_of("task", *(f"phase {phase + 1}" for phase in range(len(tasks.phases))), "evaluated at")
     for task in tasks.names:
         ranges = (f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in range(len(tasks.phases)))
         grid.add_row(task, *ranges, ", ".join(map(str, tasks.eval_lengths)))
@@ -347,10 +251,10 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
     found = survey(source, more)
     sizes, sample = found.sizes, f" (here and below a sample: every {found.every}th document)" if found.every > 1 else ""
     bytes_ = f"{sizes.sum():,} bytes (median {int(np.median(sizes)):,})"
-    console.print(_line(spec, f": {len(source):,} documents, {bytes_}, {found.origins:,} origins{sample}"))
+    console.print(line_of(spec, f": {len(source):,} documents, {bytes_}, {found.origins:,} origins{sample}"))
     for note in found.notes:
         console.print(plain(note, "yellow"))
-    grid = _grid("field", "has it", "distinct", "entropy", "bits/word", "most frequent")
+    grid = grid_of("field", "has it", "distinct", "entropy", "bits/word", "most frequent")
     grid.expand, last = True, grid.columns[-1]  # the last column gets what the others leave
     last.ratio, last.no_wrap, last.overflow = 1, True, "ellipsis"
     for field in found.fields:
@@ -367,7 +271,7 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
         )
     )
     if len(found.paired) > 1:
-        pairs = _grid("bits in common", *(str(n) for n in range(1, len(found.paired) + 1)))
+        pairs = grid_of("bits in common", *(str(n) for n in range(1, len(found.paired) + 1)))
         for n, (name, row) in enumerate(zip(found.paired, found.pairs, strict=True), 1):
             pairs.add_row(f"{n} {name}", *(f"{bits:.1f}" for bits in row))
         console.print(pairs)
@@ -392,7 +296,7 @@ def print_cache(cache: Any) -> None:
 
 def print_runs(root: Path) -> None:
     """Every run under `root`, oldest first."""
-    grid = _grid("run", "experiment", "scale", "seed", "state", "held-out bits/byte")
+    grid = grid_of("run", "experiment", "scale", "seed", "state", "held-out bits/byte")
     for run, cells in readable(list_runs(root), _run_cells):
         grid.add_row(run.name, *cells)
     console.print(grid if grid.row_count else f"no runs under {root}; start with: {PROGRAM} quickstart")
@@ -410,7 +314,7 @@ def print_comparison(runs: list[Path]) -> None:
     found = readable(runs, lambda run: (read_config(run), read_report(run)))
     require(len(found) >= 2, "less than two of these runs can be read")
     runs, configs, reports = [run for run, _ in found], [config for _, (config, _) in found], [report for _, (_, report) in found]
-    grid = _grid("", *(run.name for run in runs))
+    grid = grid_of("", *(run.name for run in runs))
     grid.add_row("experiment", *(c.name for c in configs))
     grid.add_row("seed", *(str(c.seed) for c in configs))
     fields = sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"})
@@ -449,7 +353,7 @@ def _last_step(run: Path) -> int:
 
 def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
     """What a sample of all tables found, and which of them it did not reach."""
-    grid = _grid("table", "lines", "minutes", "failed", "columns without a number")
+    grid = grid_of("table", "lines", "minutes", "failed", "columns without a number")
     for line in lines:
         empty = ", ".join(line["empty"]) or "-"
         grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), empty)

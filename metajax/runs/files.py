@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from metajax.atomic import strict, write_text
-from metajax.config import UserError, require
-from metajax.progress import warn
+from metajax.core.atomic import strict, write_text
+from metajax.core.errors import UserError, require
+from metajax.core.progress import warn
 
 CONFIG, DIGEST = "config.json", "sha256"
 NULL = type(None)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 
 
 class Gone(UserError):

@@ -1,0 +1,1 @@
+"""The trainer and the step: losses, optimizers, state, checkpoints."""

@@ -24,13 +24,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from metajax.buckets import files, hashes_of, home, literal, move, publish, steps_of
-from metajax.config import UserError, require
-from metajax.partial_restore import read_parts
-from metajax.pods.hosts import gather, is_first, of_first
-from metajax.progress import say, warn
-from metajax.reporting.records import identity_of, require_same_run
+from metajax.core.errors import UserError, require
+from metajax.core.progress import say, warn
+from metajax.core.storage import files, hashes_of, home, literal, move, publish, steps_of
+from metajax.distributed.hosts import gather, is_first, of_first
+from metajax.runs.directory import identity_of, require_same_run
 from metajax.runs.files import Damaged, read_json, write_json
+from metajax.training.partial_restore import read_parts
 from metajax.training.state import State, from_arrays, to_arrays
 
 

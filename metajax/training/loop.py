@@ -7,36 +7,33 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.atomic import write_text
-from metajax.buckets import home
-from metajax.config import Config, UserError, config_hash
+from metajax.config import Config, config_hash
+from metajax.core.atomic import write_text
+from metajax.core.errors import Stopped, UserError
+from metajax.core.progress import progress, say, warn
 from metajax.core.quiet import told_once
-from metajax.data.pipeline import Corpora, Paths, check_evaluation, open_corpora, read_batches, training_batches
+from metajax.core.storage import home
+from metajax.data.pipeline import Corpora, Paths, open_corpora, read_batches, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
-from metajax.evaluation.choice import check_choice, evaluate_choice
-from metajax.evaluation.held_out import evaluate_held_out
-from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
-from metajax.fields import Stopped
-from metajax.parallel.mesh import HostRows, make_mesh
-from metajax.planning.flops import peak_flops, step_flops
-from metajax.pods.hosts import agree, is_first, together
-from metajax.pods.preemption import Preemption
-from metajax.pods.watchdog import Watchdog
-from metajax.progress import progress, say, warn
-from metajax.reporting.goodput import Goodput
-from metajax.reporting.pace import Counts, LeftOut, Pace, Phases
-from metajax.reporting.records import RunDirectory, check_data, find_run
+from metajax.distributed.hosts import agree, is_first, together
+from metajax.distributed.mesh import HostRows, make_mesh
+from metajax.distributed.preemption import Preemption
+from metajax.distributed.watchdog import Watchdog
+from metajax.models.flops import peak_flops, step_flops
+from metajax.runs.directory import RunDirectory, check_data, find_run
+from metajax.runs.goodput import Goodput
+from metajax.runs.metrics import Loggers, MetricsFile, Nowhere, memory_use
+from metajax.runs.pace import Counts, LeftOut, Pace, Phases
 from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, read_parameters, save_arrays, saved_identity
-from metajax.training.metrics import Loggers, MetricsFile, Nowhere, memory_use
 from metajax.training.program import Program
 from metajax.training.state import State
 
@@ -46,6 +43,17 @@ LN2 = math.log(2.0)
 class NonFinite(Exception):
     """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`, in one step or, with `runtime.on_bad_step` "skip",
     in too many in a row; the message names the replay bundle."""
+
+
+class Evaluator(NamedTuple):
+    """What a run is evaluated by while it trains.
+
+    check: raises UserError before the first step for what could not be evaluated. score: (score, lower is better; numbers for the metrics)
+    of a model.
+    """
+
+    check: Callable[[Corpora], None]
+    score: Callable[[Program, Corpora, Any], tuple[float, dict[str, float]]]
 
 
 @dataclass
@@ -66,8 +74,8 @@ class Trained:
 class Trainer:
     """One run of one config in one directory."""
 
-    def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases):
-        self.config, self.run, self.paths, self.phases = config, run, paths, phases
+    def __init__(self, config: Config, run: RunDirectory, paths: Paths, phases: Phases, evaluator: Evaluator):
+        self.config, self.run, self.paths, self.phases, self.evaluator = config, run, paths, phases, evaluator
         self.frozen: tuple[Any, ...] = ()  # what the step reads beside state and batch
         self.left_out = LeftOut()
         self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started, run)
@@ -83,9 +91,7 @@ class Trainer:
         self.rows = HostRows.of(make_mesh(self.config.runtime.mesh), jax.process_index())
         self.batches = training_batches(self.corpora, host=self.rows.index, hosts=self.rows.count, note=notes.append)
         self.batches[0]
-        check_evaluation(self.corpora)
-        check_choice(self.corpora)
-        check_bins(self.config)
+        self.evaluator.check(self.corpora)
         self.run.begin(self.corpora.key, self.corpora.tokenizer.fingerprint())
         for note in notes:
             self.run.warn(note)
@@ -256,24 +262,12 @@ class Trainer:
         return every > 0 and step % every == 0 and step < self.config.training.steps
 
     def _evaluate(self, state: State, step: int) -> float:
-        """A score of which less is better: held-out bits per byte, or the share of task examples that are answered wrong."""
+        """The validation score, lower is better; it is written with the metrics."""
         with self.goodput.spend("evaluation"), self.watchdog.patient():
-            score, record = self._score(state)
+            score, record = self.evaluator.score(self.program, self.corpora, state.model)
         self.metrics.write({"step": step, **record})
         self.loggers.write(step, {name: value for name, value in record.items() if value is not None})
         return score
-
-    def _score(self, state: State) -> tuple[float, dict[str, float]]:
-        if self.config.tasks is not None:
-            results = evaluate_tasks(self.program, self.corpora, state.model)
-            return 1 - mean_exact(results), {
-                f"exact/{task}/{length}": r["exact"] for task, bins in results.items() for length, r in bins.items()
-            }
-        score = evaluate_held_out(self.program, self.corpora, state.model, self.config.evaluation.conditions[0])["bpb"]
-        record = {"held_out_bpb": score}
-        if self.config.evaluation.choice is not None:
-            record["choice"] = evaluate_choice(self.program, self.corpora, state.model)["average"]
-        return score, record
 
     def _save(self, state: State, score: float | None) -> None:
         self.run.require_there()

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax.config import Config, require
+from metajax.config import Config
+from metajax.core.errors import require
+from metajax.distributed.mesh import HostRows, make_mesh, row_shards
+from metajax.distributed.rules import batch_sharding, param_shardings
 from metajax.models.lm import LM, decay_mask
-from metajax.parallel.mesh import HostRows, make_mesh, row_shards
-from metajax.parallel.rules import batch_sharding, param_shardings
 from metajax.training.optimizers import make_optimizer
 from metajax.training.state import State, initialiser
 from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step, eval_step

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 
 
 @struct.dataclass

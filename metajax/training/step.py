@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from metajax.config import Config
-from metajax.parallel.rules import batch_sharding
-from metajax.preferences.loss import METRICS, preference_sums
+from metajax.distributed.rules import batch_sharding
+from metajax.training.dpo import METRICS, preference_sums
 from metajax.training.losses import token_nll, weighted_sums
 from metajax.training.optimizers import at_step, schedule
 from metajax.training.state import State

@@ -1,0 +1,1 @@
+"""The image family whole: CLIP, prompt learners, their data, runs, evaluations and pages."""

@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metajax.config import require
-from metajax.data.images.clip_tokens import ClipTokenizer
-from metajax.data.images.words import WordTokenizer
+from metajax.config import ImageConfig
+from metajax.core.errors import require
 from metajax.data.pipeline import Paths
-from metajax.image_config import ImageConfig
-from metajax.interop.clip import load_clip
-from metajax.models.clip.model import CLIP
-from metajax.parallel.mesh import make_mesh
-from metajax.reporting.records import check_data, find_run, read_config
+from metajax.distributed.mesh import make_mesh
+from metajax.runs.directory import check_data, find_run, read_config
 from metajax.training.checkpoints import read_parameters
+from metajax.vision.clip.model import CLIP
+from metajax.vision.data.clip_tokens import ClipTokenizer
+from metajax.vision.data.words import WordTokenizer
+from metajax.vision.weights import load_clip
 
 
 def whole(config: ImageConfig) -> NamedSharding:

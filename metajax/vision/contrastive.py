@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import require
-from metajax.data.images.batches import caption_batches, test_pixels, texts_of_sets, viewer
-from metajax.data.images.preprocessing import normalise
-from metajax.data.images.sets import ImageSet, check_set, content_of, fingerprint_of
-from metajax.data.images.sources import open_images
-from metajax.data.images.templates import texts_of
-from metajax.data.images.words import WordTokenizer
+from metajax.config import ImageConfig
+from metajax.core.errors import require
 from metajax.data.pipeline import Paths
-from metajax.evaluation.zero_shot import accuracy, class_weights, whole_parts
-from metajax.image_config import ImageConfig
-from metajax.models.clip.model import CLIP, LOSSES, cut_after_end, unit
 from metajax.models.lm import decay_mask
 from metajax.training.optimizers import make_optimizer, schedule
+from metajax.vision.clip.model import CLIP, LOSSES, cut_after_end, unit
+from metajax.vision.data.batches import caption_batches, test_pixels, texts_of_sets, viewer
+from metajax.vision.data.preprocessing import normalise
+from metajax.vision.data.sets import ImageSet, check_set, content_of, fingerprint_of
+from metajax.vision.data.sources import open_images
+from metajax.vision.data.templates import texts_of
+from metajax.vision.data.words import WordTokenizer
 from metajax.vision.task import Losses, Task
+from metajax.vision.zero_shot import accuracy, class_weights, whole_parts
 
 
 def contrastive_task(config: ImageConfig, paths: Paths) -> Task:

@@ -14,19 +14,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax.config import config_hash, require
+from metajax.config import ImageConfig, config_hash
+from metajax.core.errors import require
+from metajax.core.progress import progress, say
 from metajax.core.quiet import told_once
 from metajax.data.pipeline import read_batches
-from metajax.image_config import ImageConfig
-from metajax.parallel.mesh import HostRows, make_mesh
-from metajax.parallel.rules import batch_sharding
-from metajax.pods.preemption import Preemption
-from metajax.progress import progress, say
-from metajax.reporting.pace import Phases
-from metajax.reporting.records import RunDirectory
+from metajax.distributed.mesh import HostRows, make_mesh
+from metajax.distributed.preemption import Preemption
+from metajax.distributed.rules import batch_sharding
+from metajax.runs.directory import RunDirectory
+from metajax.runs.metrics import Loggers, MetricsFile
+from metajax.runs.pace import Phases
 from metajax.training.checkpoints import Checkpoints
 from metajax.training.loop import NonFinite, write_bundle
-from metajax.training.metrics import Loggers, MetricsFile
 from metajax.training.state import State, initialiser
 from metajax.vision.clips import whole
 from metajax.vision.task import Task

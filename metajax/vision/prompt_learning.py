@@ -11,20 +11,12 @@ import numpy as np
 import optax
 from flax import struct
 
-from metajax.analysis import delta_tokens
-from metajax.config import require
-from metajax.data.images.augmentations import augment
-from metajax.data.images.batches import prompt_batches, test_pixels, viewer
-from metajax.data.images.preprocessing import centre, normalise
-from metajax.data.images.sets import ImageSet, check_set, content_of, few_shot, fingerprint_of, part_of_classes
-from metajax.data.images.sources import open_images
-from metajax.data.images.templates import SELECTED
+from metajax.config import Clip, ImageConfig, Prompts
+from metajax.core.errors import require
 from metajax.data.pipeline import Paths
-from metajax.evaluation.zero_shot import accuracy, harmonic
-from metajax.image_config import ImageConfig, Prompts
-from metajax.models.clip.config import Clip
-from metajax.models.clip.model import CLIP, unit
-from metajax.models.clip.prompts import (
+from metajax.vision import delta_tokens
+from metajax.vision.clip.model import CLIP, unit
+from metajax.vision.clip.prompts import (
     ClassTexts,
     Learner,
     ad_triplet,
@@ -35,7 +27,14 @@ from metajax.models.clip.prompts import (
 )
 from metajax.vision.clips import open_clip
 from metajax.vision.contrastive import describe, encode_images, zero_shot
+from metajax.vision.data.augmentations import augment
+from metajax.vision.data.batches import prompt_batches, test_pixels, viewer
+from metajax.vision.data.preprocessing import centre, normalise
+from metajax.vision.data.sets import ImageSet, check_set, content_of, few_shot, fingerprint_of, part_of_classes
+from metajax.vision.data.sources import open_images
+from metajax.vision.data.templates import SELECTED
 from metajax.vision.task import Losses, Task
+from metajax.vision.zero_shot import accuracy, harmonic
 
 PROFILED = 100  # images whose delta tokens are looked at
 TEST_AT_ONCE = 100

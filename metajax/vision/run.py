@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.config import config_hash, require, to_dict
+from metajax.config import ImageConfig, config_hash
+from metajax.core.errors import require
+from metajax.core.fields import to_dict
+from metajax.core.progress import say
 from metajax.data.pipeline import Paths
-from metajax.image_config import ImageConfig
-from metajax.progress import say
-from metajax.reporting.pace import Phases
-from metajax.reporting.records import RunDirectory
+from metajax.runs.directory import RunDirectory
 from metajax.runs.files import mark_of, read_lines
+from metajax.runs.pace import Phases
 from metajax.vision.contrastive import contrastive_task
 from metajax.vision.loop import train
 from metajax.vision.prompt_learning import prompt_task

@@ -11,20 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import require
-from metajax.data.images.published import CLASSES
-from metajax.data.images.sources import open_images
-from metajax.data.images.words import WordTokenizer
+from metajax.config import PUBLISHED, AnyConfig, Clip, ImageConfig, preset
+from metajax.core.errors import require
 from metajax.data.pipeline import Paths
-from metajax.families import AnyConfig
-from metajax.image_config import ImageConfig
-from metajax.models.clip.config import PUBLISHED, Clip, preset
-from metajax.models.clip.model import CLIP
-from metajax.models.clip.prompts import ClassTexts, Learner
 from metajax.models.lm import decay_mask
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.state import State, initialiser
+from metajax.vision.clip.model import CLIP
+from metajax.vision.clip.prompts import ClassTexts, Learner
 from metajax.vision.contrastive import caption_loss
+from metajax.vision.data.published import CLASSES
+from metajax.vision.data.sources import open_images
+from metajax.vision.data.words import WordTokenizer
 from metajax.vision.prompt_learning import Frozen, epoch_schedule, prompt_loss, sgd
 from metajax.vision.task import Task
 

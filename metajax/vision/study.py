@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.config import override, require
-from metajax.data.images.batches import test_pixels
-from metajax.data.images.preprocessing import normalise
-from metajax.data.images.sets import part_of_classes
-from metajax.data.images.sources import open_images
+from metajax.config import ImageConfig
+from metajax.core.errors import require
+from metajax.core.fields import override
+from metajax.core.progress import progress
 from metajax.data.pipeline import Paths
-from metajax.image_config import ImageConfig
-from metajax.models.clip.model import CLIP
-from metajax.models.clip.prompts import ClassTexts
-from metajax.parallel.mesh import make_mesh
-from metajax.progress import progress
+from metajax.distributed.mesh import make_mesh
 from metajax.runs.files import write_json
 from metajax.training.state import initialiser
+from metajax.vision.clip.model import CLIP
+from metajax.vision.clip.prompts import ClassTexts
 from metajax.vision.clips import clip_of_run, open_clip, whole
+from metajax.vision.data.batches import test_pixels
+from metajax.vision.data.preprocessing import normalise
+from metajax.vision.data.sets import part_of_classes
+from metajax.vision.data.sources import open_images
 from metajax.vision.loop import compile_step
 from metajax.vision.prompt_learning import Frozen, texts_for
 from metajax.vision.sketch import Shapes, sketch

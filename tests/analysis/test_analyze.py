@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from metajax.cli import main
+from metajax.cli.main import main
 from metajax.config import MetaTokens, Tasks
 from metajax.experiment import run_experiment
 from metajax.reporting.html import write_run_report
-from metajax.reporting.records import write_json
+from metajax.runs.files import write_json
 
 TASKS = Tasks(names=("copying",), train_length=48, eval_lengths=(32,), eval_examples=12, span=3)
 RUN = {

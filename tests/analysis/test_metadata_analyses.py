@@ -16,7 +16,8 @@ from metajax.analysis.labels import classes_of, matched, opening, with_rows
 from metajax.analysis.metadata_attention import parts_of, shares
 from metajax.analysis.probes import accuracies, states
 from metajax.analysis.study import capture, open_study
-from metajax.config import Metadata, UserError
+from metajax.config import Metadata
+from metajax.core.errors import UserError
 from metajax.data.pipeline import held_out, open_corpora
 from metajax.data.sources.generated import best_nats
 from metajax.reporting.analysis_sections import sections

@@ -12,7 +12,8 @@ from metajax.analysis.mixing_maps import describe, ssm_map, ssm_maps, ssm_rates
 from metajax.analysis.needle import depth_of, needle
 from metajax.analysis.overhead import twins
 from metajax.analysis.study import TEXT, capture, open_study
-from metajax.config import Hybrid, Tasks, UserError
+from metajax.config import Hybrid, Tasks
+from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
 from metajax.reporting.analysis_figures import draw
 from metajax.reporting.analysis_words import headlines

@@ -16,7 +16,8 @@ from metajax.analysis.overhead import OF_META_TOKENS, overhead, random_batch, tw
 from metajax.analysis.sharpening import sharpness
 from metajax.analysis.study import open_study, pooled
 from metajax.analysis.theory import meta_rows
-from metajax.config import MetaTokens, Tasks, UserError, check_analyses
+from metajax.config import MetaTokens, Tasks, check_analyses
+from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
 from metajax.models.masks import Mask
 from metajax.models.rotary import rotary_table

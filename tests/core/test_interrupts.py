@@ -12,8 +12,8 @@ import pytest
 from metajax import experiment
 from metajax.core.interrupts import Interrupted
 from metajax.experiment import run_experiment
+from metajax.runs.files import read_lines
 from metajax.training import loop
-from metajax.training.metrics import read_lines
 
 ROOT = Path(__file__).parents[2]
 BEGINS = "import contextlib, ctypes, os, signal, sys, time\nfrom metajax.core.interrupts import interruptible, leave\n"
@@ -85,7 +85,7 @@ def test_a_process_in_the_background_goes_on_ignoring_it():
 
 POOL = """
 from pathlib import Path
-from metajax.workers import process_pool
+from metajax.core.workers import process_pool
 
 def saves_when_asked(path):
     asked = []

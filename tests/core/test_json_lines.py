@@ -7,7 +7,7 @@ from decimal import Decimal
 import pyarrow as pa
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.core.json_lines import lines, parse, records
 
 

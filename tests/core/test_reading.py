@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from metajax.config import UserError
 from metajax.core import reading
 from metajax.core.array_records import ArrayRecords
+from metajax.core.errors import UserError
 from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord
 from metajax.data.sources import open_source

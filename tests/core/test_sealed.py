@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from metajax.config import UserError
 from metajax.core import sealed
+from metajax.core.errors import UserError
 from metajax.core.sealed import Blocks, Sealed, save_array, sealed_folder
 from tests.damage import flip
 

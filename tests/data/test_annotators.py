@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.addresses import split_url
 from metajax.data.annotators import annotate, annotators_version, field_of, parse_field
 from metajax.data.metadata import render

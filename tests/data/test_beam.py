@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from metajax.cli import main
-from metajax.config import UserError
+from metajax.cli.main import main
+from metajax.core.errors import UserError
 from metajax.data.beam import on_beam
 from metajax.data.sources import open_source
 from metajax.data.tokenising import build_token_cache, in_processes

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metajax.atomic import whole_folder
-from metajax.config import UserError
 from metajax.core import reading
+from metajax.core.atomic import whole_folder
+from metajax.core.errors import UserError
 from metajax.data import cache as tokens
 from metajax.data.cache import build_metadata_table, digest, read_documents
 from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from metajax.cli import main
-from metajax.config import UserError, override
+from metajax.cli.main import main
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.core.sealed import HASHES, Sealed
 from metajax.data.cache import TokenCache, build_metadata_table
 from metajax.data.documents import Document

@@ -12,7 +12,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data import tokenizers
 from metajax.data.cache import build_metadata_table
 from metajax.data.documents import BadRecord

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.documents import BadRecord, is_held_out
 
 

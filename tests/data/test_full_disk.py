@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from metajax.cli import main
-from metajax.config import override
+from metajax.cli.main import main
+from metajax.core.fields import override
 from metajax.core.sealed import HASHES, Sealed
 from metajax.data.pipeline import Paths, open_corpora, phase_rows
 from metajax.data.sources import open_source

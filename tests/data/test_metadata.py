@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metajax.config import Metadata, UserError
+from metajax.config import Metadata
+from metajax.core.errors import UserError
 from metajax.data.metadata import MetadataIds, check_fields, delimiters, owners, render, template_fields, uniform_hash
 from metajax.data.tokenizers import Bytes
 

@@ -6,11 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from metajax.config import Metadata, UserError
+from metajax.config import Metadata
+from metajax.core.errors import UserError
 from metajax.data import pipeline
 from metajax.data.pipeline import check_evaluation, open_corpora, training_batches, training_rows
 from metajax.data.rows import stack
-from metajax.reporting.pace import Counts
+from metajax.runs.pace import Counts
 
 
 def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):

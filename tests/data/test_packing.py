@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.packing import MIN_PIECE, pack
 
 STYLES = ("concat", "best_fit")

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import Metadata, MetaTokens, UserError, override
+from metajax.config import Metadata, MetaTokens
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.data import pipeline
 from metajax.data.documents import BadRecord
 from metajax.data.metadata import uniform_hash
@@ -385,7 +387,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from absl import flags
-from metajax.config import Config, from_dict
+from metajax.config import Config
+from metajax.core.fields import from_dict
 from metajax.data.pipeline import Paths, open_corpora, read_batches, training_batches
 
 if __name__ == "__main__":
@@ -402,7 +405,7 @@ if __name__ == "__main__":
 
 
 def test_reader_processes_give_the_same_batches(full, paths, tmp_path):
-    from metajax.config import to_dict
+    from metajax.core.fields import to_dict
 
     (tmp_path / "program.py").write_text(PROGRAM)
     done = subprocess.run(

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metajax.config import MetaTokens
+from metajax.data.encoding import Vocabulary
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import MetadataIds, Sides
 from metajax.data.packing import MIN_PIECE, RowIndex, pack
 from metajax.data.rows import RowSource, finish, padding_row, stack
-from metajax.data.tokenizers import Vocabulary
 
 B, E, P, M, C, D = 90, 91, 92, 93, 94, 95  # bos, eos, pad, meta, context_begin, context_end
 VOCABULARY = Vocabulary(base=90, size=128, bos=B, eos=E, pad=P, meta=M, context_begin=C, context_end=D, spare=())

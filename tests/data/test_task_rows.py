@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from metajax.config import MetaTokens, Tasks, UserError
+from metajax.config import MetaTokens, Tasks
+from metajax.core.errors import UserError
 from metajax.data.pipeline import (
     derive_seed,
     open_corpora,

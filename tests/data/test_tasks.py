@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import Tasks, UserError
+from metajax.config import Tasks
+from metajax.core.errors import UserError
 from metajax.data.tasks.prompts import LISTS, MARK, PAUSE, RESERVED_PIECES, TEXT, chance
 from metajax.data.tasks.source import KINDS, Examples, is_test, phase_of
 from metajax.data.tokenizers import Bytes, Gpt2, train_bpe

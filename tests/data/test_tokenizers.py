@@ -9,9 +9,10 @@ import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data import tokenizers
-from metajax.data.tokenizers import RESERVED, Bytes, Gpt2, load, open_tokenizer, train_bpe, vocabulary_of
+from metajax.data.encoding import RESERVED
+from metajax.data.tokenizers import Bytes, Gpt2, load, open_tokenizer, train_bpe, vocabulary_of
 
 TEXTS = [
     f"The {a} {b} runs to the {b}; it's {i} o'clock.\n"

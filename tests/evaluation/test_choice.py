@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Choice, Metadata, UserError
+from metajax.config import Choice, Metadata
+from metajax.core.errors import UserError
 from metajax.data.pipeline import check_evaluation, open_corpora
 from metajax.data.questions import KINDS, Question, Task, encode_pair
 from metajax.evaluation.choice import COMPLETION, evaluate_choice, in_front, score, summarise, with_shots

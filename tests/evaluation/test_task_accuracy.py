@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import MetaTokens, Tasks, UserError, override
+from metajax.config import MetaTokens, Tasks
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.data.pipeline import open_corpora, task_batches, task_examples
 from metajax.evaluation.tasks import evaluate_tasks, impossible, mean_exact, summarise
 from metajax.experiment import run_experiment
 from metajax.reporting.html import write_run_report
-from metajax.reporting.records import write_json
-from metajax.training.metrics import read_lines
+from metajax.runs.files import read_lines, write_json
 from metajax.training.program import Program, abstract_model
 from metajax.training.step import apply_model
 

@@ -5,8 +5,9 @@ import json
 import jax
 import pytest
 
-from metajax.atomic import strict
-from metajax.config import Evaluation, MetaTokens, Tasks, UserError
+from metajax.config import Evaluation, MetaTokens, Tasks
+from metajax.core.atomic import strict
+from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import check_bins

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metajax.training.metrics import read_lines
+from metajax.runs.files import read_lines
 from tests.faults.suite import HYBRID, Ended, Suite, command
 
 TABLE = ("--rows", "plain,meta_tokens")  # of the quickstart

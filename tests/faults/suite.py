@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metajax.training.metrics import read_lines
+from metajax.runs.files import read_lines
 
 STEPS = 60
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["metajax.experiment", "metajax.verbs", "metajax.cli", "metajax.reporting.terminal"]
+PRELOADED = ["metajax.experiment", "metajax.cli.verbs", "metajax.cli", "metajax.reporting.terminal"]
 
 
 HYBRID = 'model.hybrid={"meta_tokens": 2, "full_layers": [0], "state": 4}'
@@ -62,7 +62,7 @@ def child(words: Sequence[str], log: Path, first: Callable[[], None] | None) -> 
             os.dup2(file.fileno(), stream)
     if first is not None:
         first()
-    from metajax.cli import main
+    from metajax.cli.main import main
 
     code = main(words)
     sys.stdout.flush()
@@ -187,7 +187,7 @@ def parameters(workdir: str) -> str:
     """A hash of the parameters in a run's newest checkpoint."""
     import jax
 
-    from metajax.experiment import open_run
+    from metajax.training.opened import open_run
     from metajax.training.state import to_arrays
 
     digest = hashlib.sha256()

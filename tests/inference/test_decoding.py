@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import MetaTokens, Model, Runtime, UserError
+from metajax.config import MetaTokens, Model, Runtime
+from metajax.core.errors import UserError
 from metajax.inference.caches import KeyValues
 from metajax.inference.decoding import Rules, Sampling, advance, start
 from metajax.inference.forward import prefill, prepare, step

@@ -10,7 +10,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from metajax.config import Hybrid, Metadata, MetaTokens, UserError, override
+from metajax.config import Hybrid, Metadata, MetaTokens
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.data.tokenizers import Bytes, open_tokenizer
 from metajax.inference.decoding import Sampling, guided

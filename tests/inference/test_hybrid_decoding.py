@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Hybrid, Model, Runtime, UserError, override
+from metajax.config import Hybrid, Model, Runtime
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.inference.forward import prefill, prepare, step
 from metajax.interop.hymba import from_hymba, model_config
+from metajax.models.cache_bytes import cache_bytes
 from metajax.models.lm import LM
-from metajax.planning.cache_bytes import cache_bytes
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IMPLEMENTATIONS = {"hymba_a": "auto", "hymba_b": "reference"}

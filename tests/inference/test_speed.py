@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from metajax.config import MetaTokens, UserError
+from metajax.config import MetaTokens
+from metajax.core.errors import UserError
 from metajax.data.tokenizers import Bytes
 from metajax.inference import speed
 from metajax.training.program import build_model

@@ -24,10 +24,10 @@ sys.path.append(str(Path(__file__).parents[2]))  # for the command line
 
 from sound_checkpoints import CONFIGS, gguf_bytes, gguf_fields, gguf_tensors, tensors, write_folder
 
-from metajax.config import UserError
-from metajax.experiment import open_run
+from metajax.core.errors import UserError
 from metajax.interop.imports import import_directory, import_gguf
 from metajax.models.lm import named_params
+from metajax.training.opened import open_run
 
 SECONDS, BYTES = 20, 2 << 30  # that one import may take
 JUNK = [

@@ -7,9 +7,9 @@ import tokenizers
 from sound_checkpoints import write_folder
 from tokenizers import processors
 
-from metajax.experiment import open_run
 from metajax.inference.generation import opening
 from metajax.interop.imports import import_directory
+from metajax.training.opened import open_run
 
 END = "<|endoftext|>"
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.tokenizers import open_tokenizer, train_bpe
-from metajax.experiment import open_run
 from metajax.interop import llama
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer
 from metajax.interop.imports import import_gguf
 from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
+from metajax.training.opened import open_run
 from tests.damage import DAMAGES
 
 WIDTH, HEADS, KV, MLP, WORDS = 64, 4, 2, 96, 320

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from metajax.config import Config, Data, Runtime, UserError
+from metajax.config import Config, Data, Runtime
+from metajax.core.errors import UserError
 from metajax.data.tokenizers import Bytes
-from metajax.experiment import OpenedRun, open_run
 from metajax.interop.exports import export_run
 from metajax.interop.files import open_directory
 from metajax.interop.hymba import LAYOUT, from_hymba, hub_config, model_config, to_hymba
@@ -20,6 +20,7 @@ from metajax.interop.imports import import_directory
 from metajax.interop.layouts import read_part, stored
 from metajax.models.lm import LM, named_params
 from metajax.models.presets import hymba_1_5b, hymba_cpu
+from metajax.training.opened import OpenedRun, open_run
 from metajax.training.program import abstract_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 from sound_checkpoints import LLAMA3, gguf_bytes, gguf_fields, llama_config, ours, sound, tensors, theirs, write_folder
 
-from metajax.config import override
-from metajax.experiment import OpenedRun, open_run
+from metajax.core.fields import override
 from metajax.interop.exports import export_run
 from metajax.interop.imports import import_directory, import_gguf
+from metajax.training.opened import OpenedRun, open_run
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
 TOKENS = {

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from metajax.cli import main
-from metajax.config import Config, Data, Hybrid, MetaTokens, Model, UserError
+from metajax.cli.main import main
+from metajax.config import Config, Data, Hybrid, MetaTokens, Model
+from metajax.core.errors import UserError
 from metajax.data.tokenizers import Bytes
-from metajax.experiment import OpenedRun, open_run
 from metajax.interop import layouts, llama
 from metajax.interop.exports import export_run
 from metajax.interop.families import FAMILIES
@@ -28,7 +28,8 @@ from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
 from metajax.models.presets import gpt2
 from metajax.models.presets import llama as llama_shape
-from metajax.reporting.records import find_run
+from metajax.runs.directory import find_run
+from metajax.training.opened import OpenedRun, open_run
 from metajax.training.program import abstract_model, build_model
 
 ROOT = Path(__file__).parents[2]
@@ -255,8 +256,8 @@ from metajax.interop import llama
 from metajax.interop.files import Values, open_directory, write_tensors
 from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
-from metajax.parallel.mesh import make_mesh
-from metajax.parallel.rules import param_shardings
+from metajax.distributed.mesh import make_mesh
+from metajax.distributed.rules import param_shardings
 
 values, tensors = open_directory(Path(sys.argv[1]), "llama")
 mesh, cfg = make_mesh("data=1,fsdp=-1"), llama.model_config(values)

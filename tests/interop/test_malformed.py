@@ -22,8 +22,8 @@ from sound_checkpoints import (
     write_folder,
 )  # fmt: skip
 
-from metajax.cli import main
-from metajax.config import UserError
+from metajax.cli.main import main
+from metajax.core.errors import UserError
 from metajax.interop.families import FAMILIES
 from metajax.interop.files import open_directory
 from metajax.interop.gguf_files import open_gguf, write_gguf_tokenizer

@@ -12,16 +12,18 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from metajax.cli import main
-from metajax.config import Choice, override
+from metajax.cli.main import main
+from metajax.config import Choice
+from metajax.core.fields import override
+from metajax.core.progress import shown
 from metajax.data.documents import is_held_out
 from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
 from metajax.evaluation.choice import score
-from metajax.experiment import open_run
-from metajax.progress import shown
-from metajax.reporting.records import find_run
+from metajax.experiment import evaluate_run
+from metajax.runs.directory import find_run
 from metajax.training.losses import token_nll
+from metajax.training.opened import open_run
 
 pytestmark = pytest.mark.peers
 END, ROWS = "<|endoftext|>", 260
@@ -195,11 +197,11 @@ def test_bits_per_byte_and_choices(pair):
     config, places = override(opened.config, changes), Paths(cache=home / "cache", runs=home / "runs")
     texts = [text for n, text in enumerate(TEXTS) if is_held_out(str(n), 0.5)]
     total = sum(nats(model, [259, *encode(text)]).sum() for text in texts)
-    found = opened.evaluate(config, places)["none"]
+    found = evaluate_run(opened, config, places)["none"]
     np.testing.assert_allclose(found["bpb"], total / math.log(2) / len("".join(texts).encode()), rtol=1e-5)
 
     question = Question(("the end",) * 2, (" of a list", " €"), ("of a list", "€"), 0)
-    corpora = opened._open_corpora(override(config, {"evaluation.choice": Choice(("jsonl:none",))}), places)
+    corpora = opened.open_corpora(override(config, {"evaluation.choice": Choice(("jsonl:none",))}), places)
     for head in ([259], []):
         scored = score(opened.program, corpora, opened.model, [question], head)[:, 0]
         before = len([*head, *encode("the end")])

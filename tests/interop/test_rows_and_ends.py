@@ -11,13 +11,15 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from metajax.cli import main
-from metajax.config import Choice, Metadata, UserError, override
+from metajax.cli.main import main
+from metajax.config import Choice, Metadata
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.data.documents import is_held_out
 from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
 from metajax.evaluation.choice import score
-from metajax.experiment import open_run
+from metajax.experiment import evaluate_run
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, make_rules
@@ -26,12 +28,12 @@ from metajax.interop.exports import export_run
 from metajax.interop.files import open_directory
 from metajax.interop.imports import import_directory
 from metajax.interop.layouts import load_model
-from metajax.lineage import resolve_parents
 from metajax.models.lm import named_params
-from metajax.preferences.loss import preference_sums
-from metajax.runs.files import read_json, write_json
+from metajax.runs.files import read_json, read_lines, write_json
+from metajax.runs.parents import resolve_parents
+from metajax.training.dpo import preference_sums
 from metajax.training.losses import token_nll, weighted_sums
-from metajax.training.metrics import read_lines
+from metajax.training.opened import open_run
 
 ROWS, WIDTH, LENGTH, END = 257, 32, 64, "[END]"
 TEXTS = [
@@ -127,7 +129,7 @@ def test_likelihoods_have_the_checkpoints_rows_alone(negative, corpus, home):
     assert logits.shape[1] == 320 and np.all(logits[:, ROWS:] == -np.inf) and logits[:, :ROWS].max() < -20
     np.testing.assert_allclose(jax.nn.log_softmax(logits)[:, :ROWS], logs(ids), atol=2e-5)
     config = override(opened.config, text_changes(corpus))
-    found = opened.evaluate(config, Paths(cache=home / "cache", runs=home / "runs"))["none"]
+    found = evaluate_run(opened, config, Paths(cache=home / "cache", runs=home / "runs"))["none"]
     total, count, size = of_documents(opened, logs, 0.4)
     assert (found["body_tokens"], found["body_bytes"]) == (count, size)
     np.testing.assert_allclose(found["bpb"], total / math.log(2) / size, rtol=1e-5)
@@ -139,7 +141,7 @@ def test_choices_are_scored_by_the_checkpoints_rows_alone(negative, corpus, home
     opened, logs = negative
     question = Question(("the sum",) * 2, (" of a list", " x"), ("of a list", "x"), 0)
     config = override(opened.config, text_changes(corpus, **{"evaluation.choice": Choice(("jsonl:none",))}))
-    corpora = opened._open_corpora(config, Paths(cache=home / "cache"))
+    corpora = opened.open_corpora(config, Paths(cache=home / "cache"))
     found = score(opened.program, corpora, opened.model, [question], [256])
     encode = opened.tokenizer.encode
     expected = [-nats(logs, [256, *encode("the sum" + answer)])[-len(answer) :].sum() for answer in question.answers]
@@ -232,7 +234,7 @@ def test_text_that_the_checkpoint_has_no_rows_for_is_refused(home, corpus, capsy
     opened = open_run(import_directory("gpt2", folder, home / "runs", ""))
     assert "has 258 tokens, the checkpoint 257" in capsys.readouterr().err
     with pytest.raises(UserError, match="tokens without a row in the checkpoint, which has 257"):
-        opened.evaluate(override(opened.config, text_changes(corpus, **{"data.held_out": 0.9})), Paths(cache=home / "cache"))
+        evaluate_run(opened, override(opened.config, text_changes(corpus, **{"data.held_out": 0.9})), Paths(cache=home / "cache"))
 
 
 # ---------------------------------------------------------------------------------------------------------- draws

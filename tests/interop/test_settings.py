@@ -22,7 +22,7 @@ from sound_checkpoints import (
     write_folder,
 )  # fmt: skip
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.interop.families import FAMILIES
 from metajax.interop.gguf_files import open_gguf
 from metajax.interop.layouts import load_model

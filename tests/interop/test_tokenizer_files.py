@@ -6,7 +6,8 @@ import pytest
 import sentencepiece
 import tokenizers as library
 
-from metajax.data.tokenizers import RESERVED, Bytes, Gpt2, open_tokenizer, train_bpe
+from metajax.data.encoding import RESERVED
+from metajax.data.tokenizers import Bytes, Gpt2, open_tokenizer, train_bpe
 from metajax.interop.tokenizer_files import byte_characters, merges_of, write_tokenizer
 
 TEXTS = ["The old fox runs to the mètre; it's 12 o'clock.\n", "日本 🙂 ẞ  two  spaces\n\n<|meta|> and <|endoftext|> as text"]

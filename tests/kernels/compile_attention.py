@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 from jax.experimental import topologies
 
-from metajax import ops
+from metajax.models import ops
 from metajax.models.masks import Mask
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}

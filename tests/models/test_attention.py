@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels_pallas.prefix_window_attention.reference import attention_reference, masked_attention
 from kernels_pallas.prefix_window_attention.tpu import attention_tpu
 from kernels_pallas.prefix_window_attention.xla import attention_xla
-from metajax import ops
+from metajax.models import ops
 from metajax.models.layers import gather_rows, scatter_add_rows
 from metajax.models.masks import Mask, meta_dense
 

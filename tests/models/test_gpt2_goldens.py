@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Runtime, UserError
+from metajax.config import Runtime
+from metajax.core.errors import UserError
 from metajax.interop.gpt2 import from_gpt2, to_gpt2
 from metajax.models.lm import LM
 from metajax.models.presets import gpt2, gpt2_small

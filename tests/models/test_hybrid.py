@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Config, Hybrid, MetaTokens, Model, Runtime, UserError, override
+from metajax.config import Config, Hybrid, MetaTokens, Model, Runtime
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.models import presets
 from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, decay_mask, named_params, param_count

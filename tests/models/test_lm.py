@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import MetaTokens, Model, Runtime, UserError
+from metajax.config import MetaTokens, Model, Runtime
+from metajax.core.errors import UserError
 from metajax.models.layers import Norm
 from metajax.models.lm import LM, decay_mask, named_params, param_count
 from metajax.models.presets import gpt2_small, llama

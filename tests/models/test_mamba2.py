@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import UserError, override
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.models.mamba2 import CHUNK, chunked_scan
 from metajax.models.presets import hymba_300m
 

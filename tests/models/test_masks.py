@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
 
 LENGTH = 24  # one shape for all examples, so that what varies is data

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from test_lm import CFG, META, POSITIONS, RUNTIME, SEGMENTS, SLOTS, TOKENS, VOCAB, B, T, build, run
 
-from metajax.config import MetaTokens, UserError, override
+from metajax.config import MetaTokens
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.models.lm import LM, named_params, with_intervention
 from metajax.models.rotary import rotary_table
 from metajax.training.program import abstract_model

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Model, UserError
-from metajax.model_config import hymba_ntk_factor
+from metajax.config import Model, hymba_ntk_factor
+from metajax.core.errors import UserError
 from metajax.models import rotary
 
 GOLDEN = np.load(Path(__file__).parents[1] / "goldens" / "rope_a.npz")

@@ -10,7 +10,7 @@ import jax
 import jsonschema
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.planning.plan import memory, text_step, whole_batch
 from metajax.planning.topology import chip_of, parse_topology
 from metajax.training.program import Program

@@ -3,9 +3,10 @@
 from rich.console import Console
 
 from metajax import registry
-from metajax.config import config_hash, to_dict
-from metajax.reporting.records import write_json
+from metajax.config import config_hash
+from metajax.core.fields import to_dict
 from metajax.reporting.terminal import print_comparison
+from metajax.runs.files import write_json
 
 
 def made(folder, name, report):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from metajax import registry
-from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash, override, to_dict
+from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash
+from metajax.core.fields import override, to_dict
 from metajax.registry import Column, Row, Table
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.html import against, write_run_report
-from metajax.reporting.records import write_json
-from metajax.reporting.tables import plan_table, run_table
+from metajax.runs.files import write_json
+from metajax.tables.run import plan_table, run_table
 
 HOSTILE = '<script>alert("x")</script> & naïve café — 元素 🙂 </p>'
 CONDITIONS = ("none", "right", "shuffled")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.documents import Document
 from metajax.data.sources import open_source
 from metajax.reporting.information import Words, entropy, mutual_information, number_values, survey

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from metajax.config import UserError
-from metajax.reporting.inventory import inventory, prune
-from metajax.reporting.records import identity_of, require_same_run
+from metajax.core.errors import UserError
+from metajax.training.inventory import inventory, prune
+from metajax.runs.directory import identity_of, require_same_run
 from metajax.training.checkpoints import newest_good, saved_identity
 
 pytestmark = pytest.mark.fault(10)

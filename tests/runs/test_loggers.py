@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from metajax.training.metrics import Loggers, logger_id
+from metajax.runs.metrics import Loggers, logger_id
 
 pytestmark = pytest.mark.fault(17)
 

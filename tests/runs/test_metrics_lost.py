@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from metajax.training.metrics import MetricsFile, read_lines
+from metajax.runs.files import read_lines
+from metajax.runs.metrics import MetricsFile
 
 
 def edited(change):

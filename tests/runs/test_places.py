@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metajax import buckets
-from metajax.cli import main
-from metajax.config import UserError
-from metajax.reporting.records import list_runs
+from metajax.core import storage as buckets
+from metajax.cli.main import main
+from metajax.core.errors import UserError
+from metajax.runs.directory import list_runs
 from metajax.runs.place import Gone, Place
 from metajax.training.checkpoints import Checkpoints, load_arrays, newest_good, save_arrays, verify
-from metajax.training.metrics import MetricsFile
+from metajax.runs.metrics import MetricsFile
 from metajax.training.state import State
 from tests.runs.conftest import train_command
 
@@ -160,7 +160,7 @@ def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatc
 
 @pytest.mark.fault(38)
 def test_a_table_ends_in_one_line_where_its_folder_goes(own_registry, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metajax.verbs._start_jax", lambda cache: None)
+    monkeypatch.setattr("metajax.cli.verbs._start_jax", lambda cache: None)
     root = tmp_path / "runs"
 
     def run_experiment(config, workdir, paths, **_):

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from metajax.config import UserError
-from metajax.reporting.records import read_config, write_json
+from metajax.core.errors import UserError
+from metajax.runs.directory import read_config
+from metajax.runs.files import write_json
 from metajax.runs.files import Damaged, find_json, parse_lines, read_json, read_lines, recall
 
 REPORT = {"eval": {"none": {"bpb": 1.5}}, "parameters": {"total": 3}, "counts": {"slots": 8}}

@@ -8,8 +8,8 @@ import pytest
 
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.experiment import run_experiment
+from metajax.runs.files import read_lines
 from metajax.training.loop import NonFinite, replay
-from metajax.training.metrics import read_lines
 from metajax.training.optimizers import schedule
 from metajax.training.program import Program
 from metajax.training.state import to_arrays

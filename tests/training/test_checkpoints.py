@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Init, UserError
+from metajax.config import Init
+from metajax.core.errors import UserError
 from metajax.training.checkpoints import Checkpoints, read_parameters
 from metajax.training.state import State, from_arrays, to_arrays
 

@@ -12,17 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metajax import atomic
-from metajax.config import Metadata, MetaTokens, UserError, override
+from metajax.config import Metadata, MetaTokens
+from metajax.core import atomic
+from metajax.core.errors import UserError
+from metajax.core.fields import override
 from metajax.data import encoding
 from metajax.experiment import run_experiment
 from metajax.reporting import html
-from metajax.reporting.pace import Pace
-from metajax.reporting.records import RunDirectory
 from metajax.runs import files
+from metajax.runs.directory import RunDirectory
+from metajax.runs.files import read_lines
+from metajax.runs.metrics import MetricsFile
+from metajax.runs.pace import Pace
 from metajax.training import loop
 from metajax.training.loop import NonFinite, replay
-from metajax.training.metrics import MetricsFile, read_lines
 from metajax.training.optimizers import schedule
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from metajax.config import UserError
-from metajax.parallel.mesh import HostRows, make_mesh, parse_mesh
-from metajax.parallel.rules import param_shardings, partition_spec
+from metajax.core.errors import UserError
+from metajax.distributed.mesh import HostRows, make_mesh, parse_mesh
+from metajax.distributed.rules import param_shardings, partition_spec
 from metajax.training.program import check_axes
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 import jax
 import numpy as np
-from metajax.config import Config, from_dict
+from metajax.config import Config
+from metajax.core.fields import from_dict
 from metajax.data.pipeline import Paths, open_corpora, training_batches
 from metajax.training.checkpoints import Checkpoints, read_parameters
 from metajax.training.program import Program
@@ -79,7 +80,8 @@ ALL_AXES = MESHES[-1:]
     ],
 )  # fmt: skip
 def test_eight_devices_equal_one(tiny_config, paths, tmp_path, kind, meshes):
-    from metajax.config import Hybrid, MetaTokens, to_dict
+    from metajax.config import Hybrid, MetaTokens
+    from metajax.core.fields import to_dict
 
     changes = {"data.batch_rows": 8, "model.width": 32, "meta_tokens": MetaTokens() if kind == "meta_tokens" else None}
     if kind == "hybrid":

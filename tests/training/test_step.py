@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Hybrid, MetaTokens, override
+from metajax.config import Hybrid, MetaTokens
+from metajax.core.fields import override
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.training.losses import token_nll, weighted_sums
 from metajax.training.program import Program

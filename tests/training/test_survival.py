@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from metajax.core.errors import Stopped
 from metajax.experiment import run_experiment
-from metajax.fields import Stopped
-from metajax.reporting import goodput
-from metajax.reporting.goodput import Goodput
-from metajax.training import loop, metrics
+from metajax.runs import goodput, metrics
+from metajax.runs.files import read_lines
+from metajax.runs.goodput import Goodput
+from metajax.training import loop
 from metajax.training.loop import NonFinite, replay
-from metajax.training.metrics import read_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def curve_of(config, paths, workdir):
 HANG = """
 import sys, threading
 from pathlib import Path
-from metajax.pods.watchdog import Watchdog
+from metajax.distributed.watchdog import Watchdog
 dog = Watchdog(0.3, Path(sys.argv[1]))
 def stuck_collective(): threading.Event().wait()
 for _ in range(5):

@@ -15,14 +15,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from metajax import registry
-from metajax.config import Init, Optimizer, Runtime, Training, UserError, config_hash, override
-from metajax.experiment import open_run, run_experiment
-from metajax.fields import Stopped
-from metajax.image_config import ImageConfig, Images, Prompts
-from metajax.lineage import resolve_parents
-from metajax.models.clip.config import Clip
-from metajax.reporting.records import default_workdir, read_config
+from metajax.config import Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training, config_hash
+from metajax.core.errors import Stopped, UserError
+from metajax.core.fields import override
+from metajax.experiment import run_experiment
+from metajax.runs.directory import default_workdir, read_config
+from metajax.runs.parents import resolve_parents
 from metajax.training.checkpoints import Checkpoints
+from metajax.training.opened import open_run
 from metajax.vision import loop, prompt_learning, study
 from metajax.vision import run as vision_run
 from metajax.vision.loop import train

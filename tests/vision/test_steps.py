@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.data.images.preprocessing import normalise
-from metajax.image_config import Prompts
-from metajax.models.clip.model import unit
-from metajax.models.clip.prompts import Learner, class_texts, cross_entropy, prompt_logits
+from metajax.config import Prompts
 from metajax.training.state import State
+from metajax.vision.clip.model import unit
+from metajax.vision.clip.prompts import Learner, class_texts, cross_entropy, prompt_logits
+from metajax.vision.data.preprocessing import normalise
 from metajax.vision.loop import step_function
 from metajax.vision.prompt_learning import Frozen, draw_types, epoch_schedule, prompt_loss, sgd
 from metajax.vision.task import Task

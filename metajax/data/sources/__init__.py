@@ -15,8 +15,8 @@ from urllib.parse import parse_qsl
 
 from etils import epath
 
-from metajax.config import UserError, nearest, require
 from metajax.core.array_records import ArrayRecords
+from metajax.core.errors import UserError, nearest, require
 from metajax.core.json_lines import is_compressed
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.documents import Document
 from metajax.data.sources.files import Columns, Parquet, file_entry

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.core.json_lines import is_compressed, lines
 from metajax.data.documents import Document
 from metajax.data.sources.files import Columns, Files

@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from metajax.config import UserError, require
+from metajax.core.errors import UserError, require
+from metajax.core.progress import say
 from metajax.core.sealed import FORMAT
 from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, folder_of, open_or_build
-from metajax.progress import say
 
 RECIPE = 2  # raise when a change below changes the documents
 MIN_WORDS = 20

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 from etils import epath
 from fsspec.core import url_to_fs
 
-from metajax.config import UserError, nearest, require
 from metajax.core import json_lines
 from metajax.core.array_records import ArrayRecords
+from metajax.core.errors import UserError, nearest, require
 from metajax.core.reading import first_line, handle, reading
 from metajax.data.addresses import parts
 from metajax.data.documents import BadRecord, Document

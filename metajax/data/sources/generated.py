@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from metajax.config import require
+from metajax.core.errors import require
 from metajax.data.documents import Document
 
 RECIPE = 1  # raise when a change below changes the documents

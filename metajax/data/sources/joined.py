@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from etils import epath
 
-from metajax.config import nearest, require
+from metajax.core.errors import nearest, require
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document

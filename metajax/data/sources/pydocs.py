@@ -20,14 +20,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from metajax.config import UserError, nearest
+from metajax.core.errors import UserError, nearest
+from metajax.core.progress import progress, say
 from metajax.core.sealed import FORMAT
+from metajax.core.workers import process_pool
 from metajax.data.documents import Document
 from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.sources.files import file_entry
-from metajax.progress import progress, say
-from metajax.workers import process_pool
 
 STDLIB = "stdlib"
 DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")

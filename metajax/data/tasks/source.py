@@ -12,11 +12,12 @@ from functools import cached_property
 
 import numpy as np
 
-from metajax.config import TASKS, Config, Tasks, require
+from metajax.config import TASKS, Config, Tasks
+from metajax.core.errors import require
+from metajax.data.encoding import Tokenizer
 from metajax.data.rows import Row, finish
 from metajax.data.tasks.mqar import SHORTEST, most_pairs, recall_row
 from metajax.data.tasks.prompts import MARK, PAUSE, Example, Writer
-from metajax.data.tokenizers import Tokenizer
 
 TEST_SHARE = 10  # one in ten is a test example, as 90,000 and 10,000 in the paper
 ATTEMPTS = 2_000  # to draw an example of one split and of a wanted length

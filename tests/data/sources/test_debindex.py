@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.sources import debindex, open_source
 from metajax.data.sources.debindex import (
     PINNED,

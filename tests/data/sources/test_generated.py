@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.sources import open_source
 from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, SYMBOLS, best_nats, draw, successors
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from metajax.config import Config, Data, Model, UserError
+from metajax.config import Config, Data, Model
+from metajax.core.errors import UserError
 from metajax.data.documents import BadRecord
 from metajax.data.pipeline import Paths, notes, open_corpora
 from metajax.data.sources import open_source

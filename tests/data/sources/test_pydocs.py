@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.sources import open_source, pydocs
 from metajax.data.sources.docstrings import Docstring, public_names, read_module
 

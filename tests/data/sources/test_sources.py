@@ -17,8 +17,8 @@ from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metajax.config import UserError
 from metajax.core.array_records import ArrayRecords
+from metajax.core.errors import UserError
 from metajax.data.documents import BadRecord, Document, is_held_out
 from metajax.data.sources import open_source, parse_spec
 from metajax.data.sources.files import Columns, line_index, to_document

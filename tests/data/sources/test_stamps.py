@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.pipeline import Paths, open_corpora
 from metajax.data.sources import open_source
 from metajax.data.sources.files import file_stamp, file_stamps

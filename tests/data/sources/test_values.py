@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from metajax.config import UserError
+from metajax.core.errors import UserError
 from metajax.data.documents import BadRecord, Document
 from metajax.data.sources import open_source
 from metajax.data.sources.files import NO_ORIGIN, NO_TEXT, Columns, to_document

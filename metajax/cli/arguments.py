@@ -1,0 +1,71 @@
+"""Arguments of the command line that are checked while they are read: numbers within a range, folders, files, buckets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Annotated, Any
+
+from metajax.core.errors import require
+from metajax.core.fields import Range, convert, describe
+from metajax.core.storage import SCHEME, storage
+
+Jobs = Annotated[int, Range(1, 1024)]
+
+
+def add_number(
+    parser: Any, name: str, hint: Any, default: Any, text: str, said: str = "", metavar: str = "N", **more: Any
+) -> None:
+    """An option with one number, or a list of them, within the range of `hint`; its help tells range and default.
+
+    Args:
+      said: what stands for the default where that is no number.
+    """
+
+    def read(word: str) -> Any:
+        require(bool(word.strip()), f"{name} is empty: expected {describe(hint)}")
+        return convert(word, hint, name)
+
+    more |= {"metavar": metavar, "help": f"{text}: {describe(hint)} ({said or default})"}
+    parser.add_argument(name, type=read, default=default, **more)
+
+
+def word(text: str) -> str:
+    """Text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def folder(text: str) -> Path:
+    """A local folder, there already or to be made."""
+    word(text)
+    require("://" not in text, f"{text}: runs and caches live in a local folder; only --data-dir and --workdir can be a bucket")
+    there = next(path for path in (Path(text).absolute(), *Path(text).absolute().parents) if path.exists())
+    require(there.is_dir(), f"{text} cannot be a run directory or cache: {there} is a file; name a folder")
+    return Path(text)
+
+
+def data_folder(text: str) -> Any:
+    """An existing local folder, or gs://BUCKET/PATH."""
+    from etils import epath
+
+    word(text)
+    require("://" not in text or text.startswith(SCHEME), f"--data-dir {text}: expected a folder or gs://BUCKET/PATH")
+    if text.startswith(SCHEME):
+        storage(text)
+    else:
+        require(Path(text).is_dir(), f"--data-dir {text}: there is no such folder")
+    return epath.Path(text)
+
+
+def workdir(text: str) -> str | Path:
+    """A local folder, or gs://BUCKET/PATH as it is, of which the stage is below --runs-dir."""
+    return text if text.startswith(SCHEME) else folder(text)
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written where it is named."""
+    path = Path(word(text))
+    require(path.parent.is_dir() and not path.is_dir(), f"{text}: expected a file in an existing folder")
+    return path

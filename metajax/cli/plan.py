@@ -1,0 +1,91 @@
+"""What `plan` does once the compiler has been allowed: a plan of either kind of run, advice, the largest batch."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from metajax import registry
+from metajax.cli.survey import SLICES, survey
+from metajax.config import AnyConfig, ImageConfig
+from metajax.core.errors import require
+from metajax.core.fields import override
+from metajax.core.progress import echo, say
+from metajax.data.encoding import Vocabulary
+from metajax.data.pipeline import Paths
+from metajax.data.tokenizers import vocabulary_of
+from metajax.planning.advice import advise, batch_of, largest_batch
+from metajax.planning.plan import plan, text_step
+from metajax.reporting.plan_page import write_plan_page
+from metajax.reporting.terminal import print_plan, print_survey
+from metajax.runs.parents import resolve_parents
+
+
+def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
+    """Print the plan of a config, which starts from the runs of `parents`; 1 where it does not fit."""
+    step = _step(config, parents, paths, options.vocabulary)
+    found = plan(config, step, options.topology, dump, schedules=options.schedules)
+    shards = found["mesh"]["data"] * found["mesh"]["fsdp"]  # of a batch's rows
+    if not found["fits"]:
+        say("it does not fit; looking for a change that does")
+        found["advice"] = advise(config, shards, lambda changed: plan(changed, step, options.topology))
+    if options.largest_batch:
+        field, size, pieces = batch_of(config)
+
+        def fits(count: int) -> bool:
+            say(f"trying {field}={count}")
+            return plan(override(config, {field: count}), step, options.topology)["fits"]
+
+        found["largest_batch"] = {"field": field, "size": largest_batch(shards * pieces, size, fits)}
+    if options.html is not None:
+        write_plan_page(options.html, found)
+    if options.json:
+        echo(json.dumps(found, indent=1).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
+    else:
+        print_plan(found)
+    return 0 if found["fits"] else 1
+
+
+def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
+    """Print and write the plans of all experiments of a scale, one for each program; 1 where one failed or does not fit."""
+    named = [one for one in registry.experiments().values() if options.name in one.name]
+    chosen = [one.build(options.scale) for one in named if options.scale in one.scales]
+    require(bool(chosen), f"nothing of scale {options.scale} is named like {options.name!r}")
+
+    def plan_one(config: AnyConfig, topology: str) -> dict[str, Any]:
+        for file in dump.iterdir():
+            file.unlink()
+        jax.clear_caches()
+        resolved, parents = resolve_parents(config, {}, paths.runs)
+        return plan(resolved, _step(resolved, parents, paths, options.vocabulary), topology, dump)
+
+    file = paths.runs / "plans" / f"{options.scale}.json"
+    made = survey(chosen, options.topology.split(",") if options.topology else SLICES, plan_one, file)
+    print_survey(made)
+    say(f"plans: {file}")
+    return 0 if all(found["fits"] for found in made) else 1
+
+
+def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
+    """What is planned of a config and devices, for its kind of run."""
+    if isinstance(config, ImageConfig):
+        from metajax.vision.plan import image_step
+        from metajax.vision.sketch import shapes_of
+
+        return functools.partial(image_step, shapes=shapes_of(config, parents, paths))
+    tokenizer = config.data.tokenizer
+    known = vocabulary_of(tokenizer)
+    if known is None and tokenizer in registry.vocabularies:
+        known = Vocabulary.above(registry.vocabularies[tokenizer])
+    size = vocabulary or (known.size if known is not None else None)
+    require(
+        size is not None,
+        f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
+    )
+    return functools.partial(text_step, vocab_size=size)

@@ -1,0 +1,233 @@
+"""Before a run on several hosts: is everyone there, with the same code and data, and does the storage answer?
+
+Every check runs in a process of its own and has a few seconds: reading a bucket without credentials, or a collective with a host
+that is not there, can hang for ever. Run the same command on all hosts at about the same time; alone it checks this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metajax.core.errors import Stopped, UserError, require
+from metajax.core.progress import echo
+from metajax.core.storage import outages
+
+SECONDS = 10.0  # for each check
+
+
+class Finding(NamedTuple):
+    """What a check has found."""
+
+    check: str
+    good: bool
+    text: str  # what was found, or what is wrong and how to mend it
+
+
+REMEDIES = {  # of a check that does not come back
+    "place": "ask the launcher: outside Cloud TPU, GKE and Slurm give --coordinator, --processes and --process-id",
+    "data": "is its bucket readable from this host (gcloud auth application-default login), its file system mounted?",
+    "hosts": "are all hosts running this command, and is the coordinator's port open between them?",
+    "storage": "is the bucket writable from this host (gcloud auth application-default login), the file system mounted?",
+    "collective": "is another program using the chips of some host (sudo fuser /dev/accel* /dev/vfio/*)? else restart that host",
+}
+
+
+def preflight(arguments: dict[str, Any], seconds: float = SECONDS) -> list[Finding]:
+    """All checks, in their order; each sees what those before it found.
+
+    Args:
+      arguments: coordinator, processes, process (None: from the environment), workdir, sources, data_dir, cache_dir, and `facts` that all hosts
+        must share, such as the hash of the configuration.
+    """
+    findings = []
+    for check in CHECKS:
+        good, text, found = _bounded(check, arguments, seconds)
+        arguments = {**arguments, **found, "facts": {**arguments["facts"], **found.get("facts", {})}}
+        findings.append(Finding(check, good, text))
+    return findings
+
+
+def _bounded(check: str, arguments: dict[str, Any], seconds: float) -> tuple[bool, str, dict[str, Any]]:
+    command = [sys.executable, "-m", "metajax.cli.preflight", check, json.dumps({**arguments, "seconds": seconds})]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False, f"{socket.gethostname()}: no answer within {seconds:g} s; {REMEDIES[check]}", {}
+    if done.returncode == 0:
+        answer = json.loads(done.stdout.splitlines()[-1])
+        return True, answer.pop("text"), answer
+    last = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+    return False, last if done.returncode == 2 else f"{socket.gethostname()}: {last}; {REMEDIES[check]}", {}
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _place(arguments: dict[str, Any]) -> dict[str, Any]:
+    from metajax.distributed.hosts import find_place
+
+    place = find_place(arguments["coordinator"], arguments["processes"], arguments["process"])
+    if place is None or place.processes == 1:
+        return {"text": "one process", "coordinator": None, "processes": 1, "process": 0}
+    text = f"process {place.process} of {place.processes}, coordinator {place.coordinator}"
+    return {"text": text, "coordinator": place.coordinator, "processes": place.processes, "process": place.process}
+
+
+def _data(arguments: dict[str, Any]) -> dict[str, Any]:
+    from etils import epath
+
+    from metajax.data.cache import digest
+    from metajax.data.sources import open_source
+
+    folder, cache = arguments["data_dir"], Path(arguments["cache_dir"])
+    sources = [open_source(spec, cache_dir=cache, data_dir=folder and epath.Path(folder)) for spec in arguments["sources"]]
+    for source in sources:
+        source[0], source[len(source) - 1]
+    sizes = ", ".join(f"{source.spec}: {len(source):,} documents" for source in sources)
+    return {"text": sizes or "no experiment named", "facts": {"data": digest([source.fingerprint() for source in sources])}}
+
+
+def _hosts(arguments: dict[str, Any]) -> dict[str, Any]:
+    count, me = arguments["processes"], arguments["process"]
+    facts = {**arguments["facts"], "host": socket.gethostname()}
+    if count == 1:
+        return {"text": "no others"}
+    deadline = time.monotonic() + arguments["seconds"] - 2.0
+    meet = _collect if me == 0 else _report
+    everyone = meet(arguments["coordinator"], count, me, facts, deadline)
+    missing = [str(i) for i, other in enumerate(everyone) if other is None]
+    require(
+        not missing,
+        f"of {count} processes {', '.join(missing)} did not come to {arguments['coordinator']}; start the same command there, and look whether "
+        "these machines are up",
+    )
+    first = everyone[0]
+    for i, other in enumerate(everyone):
+        for name in first:
+            require(
+                name == "host" or other[name] == first[name],
+                f"process {i} ({other['host']}) has {name} {other[name]}, process 0 ({first['host']}) {first[name]}; install the same "
+                f"code, requirements and data on {other['host']}, and give the same command",
+            )
+    return {"text": f"all {count} are there: " + ", ".join(other["host"] for other in everyone)}
+
+
+def _collect(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
+    """Process 0: everyone's facts as far as they come in time, told to all who came."""
+    everyone, guests = [facts, *[None] * (count - 1)], []
+    with socket.create_server(("", int(address.rpartition(":")[2])), backlog=count) as server:
+        while None in everyone and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                guest, _ = server.accept()
+            except TimeoutError:
+                break
+            guest.settimeout(max(0.1, deadline - time.monotonic()))
+            lines = guest.makefile("rw")
+            number, everyone_else = json.loads(lines.readline())
+            require(0 < number < count, f"a process says that it is number {number} of {count}; give each its own --process-id")
+            everyone[number] = everyone_else
+            guests.append((guest, lines))
+        for guest, lines in guests:
+            lines.write(json.dumps(everyone) + "\n")
+            lines.flush()
+            guest.close()
+    return everyone
+
+
+def _report(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
+    """Every other process: tell process 0 and hear what it knows."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=max(0.1, deadline - time.monotonic())) as line:
+                line.settimeout(max(0.1, deadline + 1.0 - time.monotonic()))
+                lines = line.makefile("rw")
+                lines.write(json.dumps([me, facts]) + "\n")
+                lines.flush()
+                return json.loads(lines.readline())
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"process {me} ({facts['host']}) does not reach the coordinator {address} ({error}); start the command on process 0 too, "
+                    "and open that port between the hosts"
+                ) from None
+            time.sleep(0.1)
+
+
+def _storage(arguments: dict[str, Any]) -> dict[str, Any]:
+    from etils import epath
+
+    from metajax.core.storage import SCHEME, require_bucket
+
+    began, said = time.monotonic(), secrets.token_hex(8)
+    probe, on_bucket = epath.Path(arguments["workdir"]) / f".probe-{said}", arguments["workdir"].startswith(SCHEME)
+    if on_bucket:
+        require_bucket(arguments["workdir"])
+    try:
+        if not on_bucket:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text(said)
+        heard = _read_as_checkpoints(probe) if on_bucket else probe.read_text()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()}: {probe.parent} cannot be written ({error}); free space or permissions there, or another --workdir"
+        ) from None
+    require(heard == said, f"{socket.gethostname()}: {probe} reads back as something else; use another --workdir")
+    return {"text": f"{probe.parent}: written, read back and deleted in {time.monotonic() - began:.2f} s"}
+
+
+def _read_as_checkpoints(path: Any) -> str:
+    """A file of a bucket through TensorStore, which signs in by itself."""
+    import tensorstore
+
+    return tensorstore.KvStore.open(f"{path.parent}/").result().read(path.name).result().value.decode()
+
+
+def _collective(arguments: dict[str, Any]) -> dict[str, Any]:
+    import jax
+
+    from metajax.distributed.hosts import Place, connect, gather
+
+    if arguments["processes"] > 1:
+        place = Place(arguments["coordinator"], arguments["processes"], arguments["process"])
+        connect(place, max(1, int(arguments["seconds"]) - 2))
+    gather("compile")
+    began = time.monotonic()
+    gather("go")
+    took = time.monotonic() - began
+    devices = f"{jax.device_count()} devices ({jax.devices()[0].device_kind}) in {jax.process_count()} processes"
+    return {"text": f"{devices}, a gather over all in {1000 * took:.1f} ms"}
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "place": _place,
+    "data": _data,
+    "hosts": _hosts,
+    "storage": _storage,
+    "collective": _collective,
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """One check in this process: its finding as a line of JSON, or the error as one line and exit code 2."""
+    try:
+        with outages():
+            echo(json.dumps(CHECKS[words[0]](json.loads(words[1]))))
+    except (UserError, Stopped) as error:
+        echo(str(error), stream=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""What a CLIP is made of, and the published sizes (Radford et al., arXiv 2103.00020, tables 19 and 20)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from metajax.config.model import Model
+from metajax.core.errors import nearest, require
+from metajax.core.fields import Count, Part, Positive, Range, Size, SizeOrZero
+
+# OpenAI's, for red, green and blue.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+Real = Annotated[float, Range(-1e30, 1e30)]
+
+
+@dataclass(frozen=True)
+class Clip(Part, path="clip"):
+    """An image tower and a text tower that meet in one space of `embed` numbers."""
+
+    vision_layers: tuple[Size, ...]  # of a vision transformer: one number; of a ResNet: blocks of each of the four stages
+    vision_width: Size  # of a ResNet: channels of the first stage
+    vision_heads: Size  # of a ResNet: those of its attention pool
+    text_width: Size
+    text_heads: Size
+    embed: Size
+    patch: SizeOrZero = 0  # side of a vision transformer's patches; 0: a ResNet
+    image_size: Size = 224
+    text_layers: Size = 12
+    context: Size = 77  # rows of the text tower's position table
+    vocab: Count = 49_408
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's (arXiv 2303.15343), whose logits have a learned bias
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # The image tower reads (pixel / 255 - mean) / std of each channel; None: OpenAI's numbers.
+    pixel_mean: tuple[Real, Real, Real] | None = None
+    pixel_std: tuple[Positive, Positive, Positive] | None = None
+
+    def __post_init__(self) -> None:
+        stages = 1 if self.patch else 4
+        require(
+            len(self.vision_layers) == stages,
+            f"clip.vision_layers = {self.vision_layers}: {'a vision transformer' if self.patch else 'a ResNet (patch 0)'} needs {stages}",
+        )
+        side = self.patch or 32
+        require(self.image_size % side == 0, f"clip.image_size = {self.image_size} does not divide by {side}")
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, standard deviation) that pixels from 0 to 1 are normalised with, by channel."""
+        return self.pixel_mean or PIXEL_MEAN, self.pixel_std or PIXEL_STD
+
+    @property
+    def vision(self) -> Model:
+        """The transformer of the image tower."""
+        return self._transformer(self.vision_layers[0], self.vision_width, self.vision_heads)
+
+    @property
+    def text(self) -> Model:
+        """The transformer of the text tower."""
+        return self._transformer(self.text_layers, self.text_width, self.text_heads)
+
+    def _transformer(self, layers: int, width: int, heads: int) -> Model:
+        return Model(
+            layers=layers, width=width, heads=heads, mlp_width=4 * width, activation=self.activation, norm="layernorm", norm_eps=1e-5,
+            bias=True, position="learned", init_std=width**-0.5, compute_dtype=self.compute_dtype,
+        )  # fmt: skip
+
+
+_BASE = Clip(vision_layers=(12,), vision_width=768, vision_heads=12, text_width=512, text_heads=8, embed=512, patch=16)
+PRESETS = {
+    "ViT-B/16": _BASE,
+    "ViT-B/32": replace(_BASE, patch=32),
+    "ViT-L/14": replace(
+        _BASE, vision_layers=(24,), vision_width=1024, vision_heads=16, text_width=768, text_heads=12, embed=768, patch=14
+    ),
+    "RN50": replace(_BASE, vision_layers=(3, 4, 6, 3), vision_width=64, vision_heads=32, embed=1024, patch=0),
+}
+PUBLISHED = {  # names of their weights
+    "clip-vit-base-patch16": "ViT-B/16",
+    "clip-vit-base-patch32": "ViT-B/32",
+    "clip-vit-large-patch14": "ViT-L/14",
+    "RN50.pt": "RN50",
+}
+
+
+def preset(name: str, **changes: Any) -> Clip:
+    """A published size with fields changed; UserError for an unknown name."""
+    require(name in PRESETS, f"clip preset {name!r}: unknown{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)

@@ -1,0 +1,106 @@
+"""What is read, and how it becomes rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from metajax.core.errors import nearest, require
+from metajax.core.fields import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Part,
+    Range,
+    Share,
+    Size,
+)
+
+Length = Annotated[int, Range(2, 2**20)]
+TASKS = ("list_recall", "segment_counting", "parity", "copying", "needle", "mqar")  # in metajax/data/tasks
+
+
+@dataclass(frozen=True)
+class Switch(Part, path="data.switch"):
+    """What changes in the data from one step on (annealing, cooldown); parameters, optimiser state and schedule go on."""
+
+    step: Count
+    weights: tuple[NotNegative, ...] = ()  # of the sources; empty: as before
+    metadata: Literal["same", "none"] = "same"  # none: documents without metadata from here on (MeCo)
+    # Share of the training documents kept for the time from here on, and read only there; 0: all go on.
+    unseen: Annotated[float, Range(0, below=1)] = 0.0
+
+    @property
+    def anew(self) -> bool:
+        """Whether rows from the step on are others than before it: other documents, or the same without their metadata."""
+        return self.unseen > 0 or self.metadata == "none"
+
+
+@dataclass(frozen=True)
+class Data(Part, path="data"):
+    """What is read and how it becomes rows. A source is `KIND[:PATH][?text=COLUMN&origin=COLUMN]`."""
+
+    sources: tuple[str, ...] = ("pydocs",)
+    weights: tuple[NotNegative, ...] = ()  # one per source; empty: equal
+    switch: Switch | None = None
+    tokenizer: str = "bpe:2048"
+    row_length: Annotated[int, Range(8, 2**20)] = 256
+    batch_rows: Size = 8  # rows of the global batch, whatever the number of hosts
+    packing: Literal["concat", "best_fit", "new_document"] = "concat"  # metajax/data/packing.py
+    attend_across_documents: bool = False
+    held_out: Annotated[float, Range(above=0, below=1)] = 0.05  # share of origins kept for evaluation
+    min_bytes: CountOrZero = 0  # shorter documents are left out, of training and of evaluation
+    on_bad_record: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "data.sources is empty; name at least one, such as pydocs")
+        for name, weights in (("data.weights", self.weights), ("data.switch.weights", self.switch and self.switch.weights)):
+            if weights:
+                require(
+                    len(weights) == len(self.sources),
+                    f"data.sources has {len(self.sources)} entries but {name} has {len(weights)}; they must agree",
+                )
+                require(sum(weights) > 0, f"{name} = {weights}: one of them has to be above 0")
+
+
+@dataclass(frozen=True)
+class Tasks(Part, path="tasks"):
+    """Synthetic tasks instead of documents as training text (Language Modeling with Learned Meta-Tokens, section 4, appendix D;
+    needle and mqar for Hymba).
+
+    A length counts every slot that an example takes: BOS, prompt, answer. List names, prompts and the meaning of the sizes are in
+    metajax/data/tasks/prompts.py; what does not fill a length is filled with neutral text.
+    """
+
+    names: tuple[str, ...] = TASKS[:4]  # a run may have one or several of TASKS
+    train_length: Size = 128  # longest training example; the paper has 128, 256, 512 and more
+    # Curriculum: equal parts of the training steps, each with the share of train_length that its longest examples have. Five
+    # phases in the paper; their bounds are not stated, halving is inferred from its split names.
+    phases: tuple[Share, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    train_examples: Count = 90_000  # of each task, spread over the phases
+    eval_lengths: tuple[Length, ...] = (64, 128, 256)  # upper ends of the bins; a bin reaches down to half of it
+    eval_examples: Count = 1_000  # in every bin; the paper has 10,000 test examples a task over all of them
+    # Where the meta-tokens of an example stand: at the spots that its question speaks of, at as many random spots, or nowhere;
+    # without "deliberate" an ordinary token marks the spots. The paper's is "deliberate".
+    placement: Literal["deliberate", "random", "none"] = "deliberate"
+    lists: Size = 6  # named lists in an example, at most; this and the sizes below are not stated in the paper
+    items: Size = 8  # items of a list, at most
+    classes: Annotated[int, Range(2, 2**20)] = 4  # answers of segment counting: 0 .. classes - 1, equally likely
+    bits: Size = 6  # bits before the pause, at most (parity)
+    span: Size = 6  # words to copy, at most
+    pairs: Size = 64  # of a key and its value, at most, and at most a quarter of a row's slots (mqar)
+
+    def __post_init__(self) -> None:
+        known = TASKS
+        require(len(self.names) > 0, f"tasks.names is empty; known: {', '.join(known)}")
+        for name in self.names:
+            require(name in known, f"tasks.names: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        require(len(self.phases) > 0, "tasks.phases is empty: a share of tasks.train_length for each phase")
+        lengths = self.eval_lengths
+        require(len(set(lengths)) == len(lengths), f"tasks.eval_lengths = {lengths}: different lengths")
+        least = max(2, self.classes - 1)
+        require(self.items >= least, f"tasks.items = {self.items}: at least {least}, so that a list holds what is asked for")
+
+    def pauses(self, row_length: int) -> int:
+        """Meta-tokens that a training row has room for, with or without meta-attention."""
+        return row_length // 8

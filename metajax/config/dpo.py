@@ -1,0 +1,19 @@
+"""The sub-config of learning from preferences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metajax.core.fields import Part, Positive
+
+
+@dataclass(frozen=True)
+class Dpo(Part, path="dpo"):
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of pairs of answers.
+
+    A document is the answer that was chosen, its metadata the prompt in front of both answers, another column of its record the rejected
+    one. The reference is the model that training starts from, `init.from`.
+    """
+
+    beta: Positive = 0.1  # strength of the KL penalty towards the reference model; not stated for Hymba, 0.1 in Rafailov et al.
+    rejected: str = "rejected"  # a column of the sources

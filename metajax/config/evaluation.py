@@ -1,0 +1,76 @@
+"""What is measured on a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from metajax.core.errors import nearest, require
+from metajax.core.fields import (
+    Count,
+    CountOrZero,
+    Part,
+    Range,
+)
+
+ANALYSES = (
+    "interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead", "mixing_maps", "branches", "needle",
+    "probes", "metadata_attention", "guidance", "by_position",
+)  # fmt: skip  # in metajax/analysis
+# Of drawing tokens.
+Temperature = Annotated[float, Range(0, 10**6)]
+TopK = CountOrZero
+TopP = Annotated[float, Range(above=0, most=1)]
+Guidance = Annotated[float, Range(-1000, 1000)]
+
+
+@dataclass(frozen=True)
+class Choice(Part, path="evaluation.choice"):
+    """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/choice.py)."""
+
+    tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
+    # Solved questions in front of each; every number is evaluated, the first one is the task's result.
+    shots: tuple[Annotated[int, Range(0, 10_000)], ...] = (5,)
+    # What stands in front of it all: nothing, the empty pair of metadata, or the source that a task has (MeCo's conditional inference).
+    contexts: tuple[str, ...] = ("none",)
+    examples: Count = 1000  # of a task, at most
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.tasks) > 0,
+            "evaluation.choice.tasks is empty; name one, such as arc_easy:FILE, or leave evaluation.choice out",
+        )
+        require(len(self.shots) > 0, "evaluation.choice.shots is empty; 0 shows no solved question first")
+        known = ("none", "empty", "task")
+        for context in self.contexts:
+            require(
+                context in known,
+                f"evaluation.choice.contexts: unknown {context!r}{nearest(context, known)}; known: {', '.join(known)}",
+            )
+        require(len(self.contexts) > 0, "evaluation.choice.contexts is empty; `none` puts nothing in front")
+
+
+@dataclass(frozen=True)
+class Evaluation(Part, path="evaluation"):
+    every: CountOrZero = 0  # steps between held-out evaluations during training; 0: at the end alone
+    documents: CountOrZero = 400  # held-out documents, in an order fixed by the corpus; with tasks 0 leaves them out
+    conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
+    sample_tokens: CountOrZero = 48  # length of the text sample in the report
+    choice: Choice | None = None
+    # Templates of metadata that probes tell from hidden states; the first is a document's topic.
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.conditions) > 0, "evaluation.conditions is empty; `none` evaluates without metadata")
+        known = ("none", "right", "empty", "shuffled")
+        for condition in self.conditions:
+            require(
+                condition in known,
+                f"evaluation.conditions: unknown {condition!r}{nearest(condition, known)}; known: {', '.join(known)}",
+            )
+
+
+def check_analyses(what: str, names: tuple[str, ...]) -> None:
+    """UserError for an analysis that does not exist; `what` is where it is named."""
+    for name in names:
+        require(name in ANALYSES, f"{what}: unknown {name!r}{nearest(name, ANALYSES)}; known: {', '.join(ANALYSES)}")

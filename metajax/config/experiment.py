@@ -1,0 +1,156 @@
+"""One experiment on text, whole, and its identity.
+
+A field is declared once, with its type, range and default. The command line, the saved `config.json`, the hash and the error messages
+follow from the dataclass (metajax/core/fields.py). What cannot change a number is in `Runtime`, outside the identity hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from metajax.config.data import Data, Tasks
+from metajax.config.dpo import Dpo
+from metajax.config.evaluation import Evaluation
+from metajax.config.metadata import Metadata, MetaTokens
+from metajax.config.model import Hybrid, Imported, Model
+from metajax.config.runtime import Runtime
+from metajax.config.training import Init, Optimizer, Training
+from metajax.core.errors import require
+from metajax.core.fields import (
+    Part,
+    Seed,
+    flatten,
+    to_dict,
+)
+
+Scale = Literal["cpu", "gpu", "paper"]
+
+
+@dataclass(frozen=True)
+class Config(Part):
+    """One experiment, whole. `name` and `scale` say which; `--seed` sets the seed; the rest is reachable with --set."""
+
+    name: str
+    scale: Scale = "cpu"
+    seed: Seed = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    meta_tokens: MetaTokens | None = None
+    metadata: Metadata | None = None
+    tasks: Tasks | None = None
+    dpo: Dpo | None = None
+    imported: Imported | None = field(default=None, metadata={"filled_in": True})  # by `import` and `init.from`; nobody sets it
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    init: Init = field(default_factory=Init)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def __post_init__(self) -> None:
+        data, training, optimizer = self.data, self.training, self.optimizer
+        require(
+            data.batch_rows % training.accumulate == 0,
+            f"data.batch_rows = {data.batch_rows} does not divide by training.accumulate = {training.accumulate}",
+        )
+        horizon = optimizer.horizon or training.steps
+        require(
+            optimizer.schedule == "constant" or optimizer.warmup_steps <= horizon,
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is longer than the schedule of {horizon} steps "
+            "(optimizer.horizon, or training.steps where that is 0)",
+        )
+        if data.switch is not None:
+            require(
+                data.switch.step < training.steps,
+                f"data.switch.step = {data.switch.step} is not before training.steps = {training.steps}",
+            )
+            require(
+                data.switch.metadata == "same" or (self.metadata is not None and self.metadata.position != "none"),
+                "data.switch.metadata = 'none' takes metadata away, but this experiment trains without (metadata.position)",
+            )
+        if self.dpo is not None:
+            self._check_pairs()
+        self._check_lengths()
+        if self.meta_tokens is not None:
+            self.meta_tokens.check_position(self.model.position)
+        shown = [c for c in self.evaluation.conditions if c != "none"]
+        require(
+            not shown or self.metadata is not None,
+            f"evaluation.conditions names {', '.join(shown)} but this experiment has no metadata template (metadata is null)",
+        )
+
+    def _check_pairs(self) -> None:
+        """UserError where the rest of a config does not make pairs of answers, each whole and behind its prompt."""
+        recipe, switch = self.metadata, self.data.switch
+        wanted = {
+            "init.from": (bool(self.init.run) and not self.init.parts, "a whole run, which is the reference, too"),
+            "metadata": (
+                recipe is not None
+                and (recipe.position, recipe.keep, recipe.tokens, recipe.assigned) == ("prepend", 1, 0, "own")
+                and recipe.loss_weights[0] == 0,
+                "the prompt, with position prepend, keep 1, tokens 0, its own, and no loss on it",
+            ),
+            "data.switch.metadata": (switch is None or switch.metadata == "same", "same"),
+            "data.attend_across_documents": (not self.data.attend_across_documents, "false"),
+            "tasks": (self.tasks is None, "none"),
+            "optimizer.z_loss": (self.optimizer.z_loss == 0, "0"),
+        }
+        for name, (holds, value) in wanted.items():
+            require(holds, f"dpo learns from pairs of answers: {name} has to be {value}")
+
+    def _check_lengths(self) -> None:
+        meta = self.meta_tokens
+        require(
+            self.model.hybrid is None or meta is None or meta.attention == "none",
+            "meta_tokens.attention: a hybrid model has no meta-attention; set meta_tokens.attention=none",
+        )
+        model, tasks, slots = self.model, self.tasks, self.row_slots
+        require(
+            model.max_positions == 0 or model.max_positions >= slots,
+            f"model.max_positions = {model.max_positions} is less than the {slots} slots of a row",
+        )
+        require(
+            self.evaluation.documents > 0 or tasks is not None,
+            "evaluation.documents = 0: at least 1, or there is nothing to evaluate",
+        )
+        require(
+            tasks is None or 16 <= tasks.train_length <= self.data.row_length,
+            f"tasks.train_length = {tasks and tasks.train_length}: between 16 and data.row_length = {self.data.row_length}",
+        )
+
+    @property
+    def row_slots(self) -> int:
+        """Positions of a row as the model sees it."""
+        meta = self.meta_tokens
+        added = meta is not None and meta.length == "added" and self.tasks is None  # tasks bring theirs in their prompts
+        return self.data.row_length + (meta.count(self.data.row_length) if added else 0)
+
+    @property
+    def row_meta_tokens(self) -> int:
+        """M, the slots that a training row has for meta-tokens; rows of documents fill all of them, rows of tasks some."""
+        if self.meta_tokens is None:
+            return 0
+        return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.row_length)
+
+
+def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields whose values differ, as (value in a, value in b); absent fields read as None."""
+    fa, fb = flatten(a), flatten(b)
+    return {k: (fa.get(k), fb.get(k)) for k in sorted(fa.keys() | fb.keys()) if fa.get(k) != fb.get(k)}
+
+
+def config_hash(config: Config) -> str:
+    """Eight hex digits over every field that can change a number; name, seed and `runtime` stand outside."""
+    identity = {k: v for k, v in to_dict(config).items() if k not in ("name", "scale", "seed", "runtime")}
+    # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
+    for part in ("dpo", "imported"):
+        if identity.get(part, 0) is None:
+            del identity[part]
+    if ((identity.get("model") or {}).get("hybrid") or {}).get("d_conv") == Hybrid.d_conv:
+        del identity["model"]["hybrid"]["d_conv"]
+    for part in ("evaluation", "prompts", "clip"):
+        if identity.get(part):
+            identity[part] = {k: v for k, v in identity[part].items() if v is not None}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,193 @@
+"""Typed configuration of runs on images: a CLIP that is trained, or a prompt learner beside one that is not.
+
+A family of its own beside `metajax.config.Config`: name, scale, seed, init and runtime mean the same there and here, and so do overrides,
+hash and run directories; what is trained and on what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Literal
+
+from metajax.config.clip import Clip
+from metajax.config.experiment import Scale
+from metajax.config.runtime import Runtime
+from metajax.config.training import Init, Optimizer, Training
+from metajax.core.errors import nearest, require
+from metajax.core.fields import CountOrZero, NotNegative, Part, Positive, Range, Seed, Share, Size, SizeOrZero, flatten, override
+
+AUGMENTATIONS = (
+    "color_jitter_red",
+    "color_jitter_green",
+    "color_jitter_blue",
+    "grayscale",
+    "gaussian_noise",
+    "gaussian_blur",
+    "horizontal_flip",
+    "vertical_flip",
+    "rotation_90",
+    "rotation_180",
+    "rotation_270",
+    "crop",
+    "cutout",
+    "sobel_filter",
+)  # in metajax/vision/data/augmentations.py; fmt: skip
+
+
+OF_TEXT = (
+    "runtime.on_bad_step",
+    "runtime.max_grad_norm",
+    "runtime.max_skipped",
+    "runtime.profile",
+    "runtime.hang_seconds",
+    "runtime.startup_seconds",
+    "runtime.implementation",
+    "training.accumulate",
+)  # what no run on images reads; fmt: skip
+
+
+@dataclass(frozen=True)
+class Images(Part, path="images"):
+    """What is seen. A source is KIND[:PATH], see metajax/vision/data/sources.py."""
+
+    sources: tuple[str, ...] = ("emoji",)  # a CLIP learns from all of them; a prompt learner has one
+    targets: tuple[str, ...] = ()  # other sources that a prompt learner is tested on as well, with all their classes
+    classes: Literal["all", "base"] = "all"  # base: training sees the first half of the classes, and the others are tested apart
+    shots: CountOrZero = 16  # training images of each class; 0: all there are
+    view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
+    crop_area: Annotated[float, Range(above=0, most=1)] = 0.08  # least share of the image that a random part has
+    # Images of a CLIP's step, at least 2, for texts are told apart from each other; a prompt learner has `prompts.batch`.
+    batch: Annotated[int, Range(2, 2**20)] = 96
+    template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
+    ensemble: bool = False  # the mean of seven templates (and the source's own) in its place
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "images.sources is empty; name at least one, such as emoji")
+        require(
+            not self.template or "{}" in self.template, f"images.template = {self.template!r} has no {{}} for the class's name"
+        )
+
+
+@dataclass(frozen=True)
+class Prompts(Part, path="prompts"):
+    """A prompt learner: CoOp (arXiv 2109.01134), CoCoOp (2203.05557) or AAPL (2404.16804), by its switches.
+
+    CoOp is the default; condition = "meta" makes it CoCoOp, and alpha > 0 makes that AAPL. context = 0: zero-shot classes by templates.
+    """
+
+    context: Annotated[int, Range(0, 1024)] = 4  # M vectors in front of a class's name
+    context_init: str = ""  # words whose embeddings they begin as, one for each; "": N(0, 0.02^2)
+    class_specific: bool = False  # vectors of its own for each class
+    class_position: Literal["end", "middle", "front"] = "end"
+    # What is added to every context vector. meta: the meta-net's output for the image. delta: how it changes under an augmentation; the
+    # released AAPL never does this. At test, where the paper names no augmentation, it is the mean of the deltas of all of them.
+    condition: Literal["none", "meta", "delta"] = "none"
+    bottleneck: SizeOrZero = 0  # of the meta-net; 0: a 16th of the image features
+    augment: Share = 0.0  # probability of one augmentation on the image whose class is asked for (CoCoOp with augmentation)
+    alpha: NotNegative = 0.0  # weight of the adversarial triplet loss
+    beta: NotNegative = 1.0  # weight of the cross-entropy
+    margin: NotNegative = 0.2
+    constraints: Literal["two", "four"] = "two"  # triplets; the two beyond are inferred, not stated in the paper
+    triplet_of: Literal["delta", "meta"] = "delta"
+    augmentations: tuple[str, ...] = AUGMENTATIONS
+    sampling: Literal["uniform", "weighted"] = "uniform"  # weighted: those whose deltas are poorly separated more often, by epoch
+    space: Literal["normalised", "rgb"] = "normalised"  # where augmentations work; the released code's is the first
+    # Of the frozen CLIP; None: its own, and float32 of published weights.
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    epochs: Annotated[int, Range(0, 10**6)] = 10
+    batch: Size = 1
+    learning_rate: Positive = 0.002
+    warmup_rate: NotNegative = 1e-5  # of the first epoch
+    weight_decay: NotNegative = 5e-4
+
+    def __post_init__(self) -> None:
+        for name in self.augmentations:
+            require(
+                name in AUGMENTATIONS,
+                f"prompts.augmentations: unknown {name!r}{nearest(name, AUGMENTATIONS)}; known: {', '.join(AUGMENTATIONS)}",
+            )
+        require(len(set(self.augmentations)) >= 2, f"prompts.augmentations = {self.augmentations}: at least two different ones")
+        conditioned = self.condition != "none"
+        require(conditioned or not self.alpha, "prompts.alpha: there is no meta-net to train; set prompts.condition=meta")
+        require(self.context > 0 or not conditioned, "prompts.condition: there is no context to add to; set prompts.context=4")
+        require(
+            not conditioned or self.class_position == "end",
+            f"prompts.class_position = {self.class_position!r}: with prompts.condition = {self.condition!r} the name stands at the end",
+        )
+        words = len(self.context_init.split())
+        require(
+            not words or words == self.context,
+            f"prompts.context_init has {words} words but prompts.context = {self.context}; they must agree",
+        )
+
+    @property
+    def paired(self) -> bool:
+        """Whether a step sees a second image, and both under two augmentations."""
+        return self.alpha > 0 or self.condition == "delta"
+
+
+@dataclass(frozen=True)
+class ImageConfig(Part):
+    """One run on images, whole: with `prompts` a learner beside a frozen CLIP, without them a CLIP from its start."""
+
+    name: str
+    scale: Scale = "cpu"
+    seed: Seed = 0
+    images: Images = field(default_factory=Images)
+    clip: Clip | None = None  # None: that of `weights`, or of the run in `init.from`
+    weights: str = ""  # folder or .pt file below the data folder, with a published CLIP and its vocabulary
+    prompts: Prompts | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)  # of a CLIP; a prompt learner has its own
+    training: Training = field(default_factory=Training)
+    init: Init = field(default_factory=Init)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def __post_init__(self) -> None:
+        if self.prompts is None:
+            require(self.clip is not None and not self.weights, "without `prompts` a CLIP is trained from its start: give `clip`")
+        else:
+            require(len(self.images.sources) == 1, f"images.sources = {self.images.sources}: a prompt learner has one")
+            require(
+                bool(self.init.from_) != bool(self.weights),
+                "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
+            )
+
+    def unread(self) -> dict[str, str]:
+        """{field: why nothing reads it} of a run of this kind."""
+        cfg = self.prompts
+        clip, learner, context = cfg is None, cfg is not None, bool(cfg and cfg.context)
+        alone, paired = not (cfg and cfg.alpha), bool(cfg and cfg.paired)
+        rules = (
+            (True, "runs on images have no such thing, runs on text do", OF_TEXT),
+            (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
+            (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
+            (clip, "a CLIP is trained from its start", ["init.from_"]),
+            (clip, "the loss of a CLIP has no such term", ["optimizer.z_loss"]),
+            (learner, "a prompt learner has SGD: prompts.learning_rate", [f"optimizer.{f.name}" for f in fields(Optimizer)]),
+            (learner, "a prompt learner has epochs: prompts.epochs", ["training.steps"]),
+            (learner, "a prompt learner has its own: prompts.batch", ["images.batch"]),
+            (learner, "the CLIP is that of init.from or weights", ["clip"]),
+            (context, "the context is learned; it is for prompts.context=0", ["images.template", "images.ensemble"]),
+            (learner and alone, "without prompts.alpha there are no triplets", ["prompts.margin", "prompts.constraints", "prompts.triplet_of"]),
+            (learner and not paired, "it is for pairs of augmentations, as with prompts.alpha", ["prompts.sampling"]),
+            (learner and not (paired or cfg.augment), "nothing is augmented", ["prompts.augmentations", "prompts.space"]),
+        )  # fmt: skip
+        return {name: why for applies, why, names in rules if applies for name in names}
+
+    def without_ignored(self, passing: Collection[str]) -> ImageConfig:
+        """The config without what is set of `passing` and nothing here reads; UserError for any other such field."""
+        values, defaults, ignored = flatten(self) | {"clip": self.clip}, {"clip": None, **flatten(Prompts(), "prompts.")}, {}
+        for part in fields(self):
+            if part.default_factory is not MISSING:
+                defaults |= flatten(part.default_factory(), f"{part.name}.")
+        for name, why in self.unread().items():
+            if values[name] != defaults[name]:
+                require(name in passing, f"{self.name} would ignore {name.rstrip('_')}: {why}; leave it out")
+                ignored[name] = defaults[name]
+        return override(self, ignored)
+
+    @property
+    def still(self) -> bool:
+        """Whether a learner's training images are the same in every step, so that their features are too."""
+        return self.images.view == "centre" and not self.prompts.augment and not self.prompts.paired

@@ -1,0 +1,205 @@
+"""What a model is made of: the sub-config of the decoder, and that of hybrid layers inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+
+from metajax.core.errors import require
+from metajax.core.fields import Count, CountOrZero, Part, Positive, Range, Size, SizeOrZero
+
+Layers = Annotated[int, Range(1, 10_000)]
+
+ROTARY = ("rope", "linear", "llama3", "ntk", "yarn")  # schemes of `Model.position` that rotate queries and keys
+
+
+@dataclass(frozen=True)
+class Hybrid(Part, path="model.hybrid"):
+    """Hymba's mixers, attention heads beside a Mamba-1 in one layer (arXiv 2411.13676), and what its ablations take away.
+
+    Layers without a place in `full_layers` attend in `model.window`; where that is null every layer attends to all.
+    """
+
+    # mean, concat: both in one layer, joined behind their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
+    fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
+    meta_tokens: SizeOrZero = 128  # M learned embeddings in front of every document
+    full_layers: tuple[CountOrZero, ...] = ()
+    kv_groups: tuple[Layers, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
+    head_dim: SizeOrZero = 0  # of queries and keys; 0: model.width / model.heads
+    value_dim: SizeOrZero = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
+    ssm: Literal["mamba", "mamba2"] = "mamba"
+    expand: Annotated[int, Range(1, 64)] = 2  # Mamba's inner width / model.width
+    state: Size = 16  # N, numbers a channel remembers
+    d_conv: Annotated[int, Range(2, 4)] = (
+        4  # tokens that the convolution before the scan reads: the current one and those before it
+    )
+    dt_rank: SizeOrZero = 0  # 0: ceil(model.width / 16)
+    # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
+    dt_init: Literal["zero", "mamba"] = "zero"
+    inner_norms: bool = True  # of step size, B and C
+    branch_norm: Literal["scaled", "plain", "none"] = "scaled"  # before the fusion; the scales are the paper's learnable betas
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether both mixers stand in one layer."""
+        return self.fusion in ("mean", "concat")
+
+
+@dataclass(frozen=True)
+class Model(Part, path="model"):
+    """A decoder language model assembled from parts; the presets in metajax/models/presets.py fill this in."""
+
+    layers: Layers = 4
+    width: Size = 128
+    heads: Size = 4
+    kv_heads: SizeOrZero = 0  # 0: as many as heads
+    mlp_width: SizeOrZero = 512  # 0, in a hybrid: layers without a feed-forward network
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: Positive = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"
+    bias: bool = False
+    tied: bool = True
+    position: Literal["learned", "rope", "linear", "llama3", "ntk", "yarn", "none"] = "rope"
+    rope_theta: Positive = 10_000.0
+    rope_factor: Positive = 1.0  # context extension, for linear, llama3, ntk and yarn
+    rope_original_length: CountOrZero = 0  # length before extension, for llama3, ntk and yarn
+    max_positions: SizeOrZero = 0  # rows of the learned position table; 0: as many as a row has positions
+    window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
+    init_std: Positive = 0.02
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    hybrid: Hybrid | None = None
+
+    def __post_init__(self) -> None:
+        require(self.mlp_width > 0 or self.hybrid is not None, "model.mlp_width = 0: only a hybrid model has layers without")
+        require(
+            self.width % self.heads == 0 or bool(self.hybrid and self.hybrid.head_dim),
+            f"model.width = {self.width} does not divide by model.heads = {self.heads}",
+        )
+        require(
+            self.heads % self.num_kv_heads == 0,
+            f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
+        )
+        rotary = self.position in ROTARY
+        require(
+            not rotary or self.head_dim % 2 == 0,
+            f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
+        )
+        if self.hybrid is not None:
+            self._check_hybrid(self.hybrid)
+        if self.position in ("llama3", "ntk", "yarn"):
+            require(
+                self.rope_original_length > 0,
+                f"model.position = {self.position!r} needs model.rope_original_length, the length before extension",
+            )
+
+    def _check_hybrid(self, hybrid: Hybrid) -> None:
+        only = {"norm_position": "pre", "bias": False}
+        for name, value in only.items():
+            require(getattr(self, name) == value, f"model.{name} = {getattr(self, name)!r}: a hybrid model has {value!r}")
+        require(
+            self.position != "learned",
+            f"model.position = 'learned': the meta tokens of a hybrid model have none; choose {', '.join(ROTARY)} or none",
+        )
+        outside = [layer for layer in hybrid.full_layers if layer >= self.layers]
+        require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")
+        require(
+            not hybrid.full_layers or self.window is not None,
+            "model.hybrid.full_layers sets layers apart, but without model.window all attend to everything",
+        )
+        groups = hybrid.kv_groups
+        require(
+            not groups or sum(groups) == self.layers,
+            f"model.hybrid.kv_groups = {groups} has {sum(groups)} layers, model.layers = {self.layers}",
+        )
+        require(
+            not groups or hybrid.fusion in ("mean", "concat", "attention"),
+            f"model.hybrid.kv_groups: fusion {hybrid.fusion!r} has no attention in neighbouring layers to share keys and values",
+        )
+        starts = [sum(groups[:i]) for i in range(len(groups))]
+        across = [
+            start for start, n in zip(starts, groups, strict=True) if len({self.layer_window(start + i) for i in range(n)}) > 1
+        ]
+        require(
+            not across, f"model.hybrid.kv_groups: the group from layer {across and across[0]} on mixes full and window layers"
+        )
+        require(
+            hybrid.ssm == "mamba" or self.ssm_width % self.ssm_heads == 0,
+            f"model.hybrid.ssm = 'mamba2': {self.ssm_width} channels (expand * width) are no whole number of heads of 64",
+        )
+        require(
+            hybrid.fusion != "sequential" or self.layers % 2 == 0,
+            f"model.layers = {self.layers}: sequential layers come in pairs, Mamba and attention",
+        )
+
+    def layer_window(self, layer: int) -> int | None:
+        """The attention window of a layer; None: all."""
+        full = self.hybrid is not None and layer in self.hybrid.full_layers
+        return None if full else self.window
+
+    @property
+    def head_dim(self) -> int:
+        return (self.hybrid and self.hybrid.head_dim) or self.width // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's values."""
+        if self.hybrid is None:
+            return self.head_dim
+        return self.hybrid.value_dim or self.head_dim * (self.hybrid.expand if self.hybrid.is_parallel else 1)
+
+    @property
+    def ssm_width(self) -> int:
+        """Channels of a hybrid's Mamba."""
+        return self.width * self.hybrid.expand if self.hybrid is not None else 0
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of its convolution: those of Mamba-2 have B and C beside them."""
+        both = 2 * self.hybrid.state if self.hybrid is not None and self.hybrid.ssm == "mamba2" else 0
+        return self.ssm_width + both
+
+    @property
+    def ssm_heads(self) -> int:
+        """Heads of a Mamba-2, of 64 channels each, or one of all channels where there are fewer."""
+        return max(1, self.ssm_width // 64)
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the projection to Mamba's step size."""
+        return (self.hybrid.dt_rank or -(-self.width // 16)) if self.hybrid is not None else 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+
+@dataclass(frozen=True)
+class Imported(Part, path="imported"):
+    """What a run keeps of the published checkpoint that it is, or that its parameters come from; `import` and `init.from` fill it in."""
+
+    rows: Count  # of the checkpoint's table; the model's table may have more
+    added: tuple[CountOrZero, ...] = ()  # ids without a row there that this run trains or evaluates
+    ends: tuple[CountOrZero, ...] = ()  # ids that end a text
+    opens: bool = True  # whether its tokenizer puts BOS before a prompt
+
+    @property
+    def last(self) -> int:
+        """Rows up to the last one that is in the softmax."""
+        return max((self.rows - 1, *self.added)) + 1
+
+    def table(self, size: int) -> int:
+        """Rows of the model's table where the tokenizer's is `size`: at least the checkpoint's, in blocks of 64."""
+        return max(size, -(-self.rows // 64) * 64)
+
+    def absent(self, size: int) -> np.ndarray:
+        """bool[size]: the ids of a table that have no row in the checkpoint and are not added; no softmax may have them."""
+        ids = np.arange(size)
+        return (ids >= self.rows) & ~np.isin(ids, self.added)
+
+
+def hymba_ntk_factor(length: float, original_length: float, extension: float = 2.0) -> float:
+    """`rope_factor` as Hymba derives it from its maximum length: extension * length / original - (extension - 1)."""
+    return extension * length / original_length - (extension - 1)

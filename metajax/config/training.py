@@ -1,0 +1,60 @@
+"""Steps, optimizer and where parameters start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from metajax.core.fields import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    Share,
+    Size,
+)
+
+Beta = Annotated[float, Range(0, below=1)]
+
+
+@dataclass(frozen=True)
+class Optimizer(Part, path="optimizer"):
+    """AdamW, its schedule and its clipping."""
+
+    learning_rate: Positive = 3e-3
+    final_fraction: Share = 0.1  # of the peak, at the end of the schedule
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: CountOrZero = 20
+    horizon: CountOrZero = 0  # step where cosine, linear or wsd end; 0: training.steps
+    decay_share: Annotated[float, Range(above=0, most=1)] = 0.2  # wsd: the last share of the horizon decays
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.1
+    clip_norm: NotNegative = 1.0  # 0: no clipping
+    z_loss: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class Training(Part, path="training"):
+    steps: Count = 200
+    accumulate: Size = 1  # micro-batches a step; the gradient equals that of the whole batch
+
+
+@dataclass(frozen=True)
+class Init(Part, path="init"):
+    """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read. RUN?PART&PART=NAME reads these parts
+    alone, the second under the NAME that it has there; a part is the beginning of a parameter's path, such as blocks/attention."""
+
+    from_: str = ""
+
+    @property
+    def run(self) -> str:
+        """The run without the parts."""
+        return self.from_.partition("?")[0]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """{part of this model: its name in the run}; empty: all of it, under the same names."""
+        pairs = (item.partition("=") for item in self.from_.partition("?")[2].split("&") if item)
+        return {ours: theirs or ours for ours, _, theirs in pairs}

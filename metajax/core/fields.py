@@ -1,0 +1,253 @@
+"""Typed access to frozen dataclasses: conversion from text and JSON, ranges, dotted overrides, errors that name the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from metajax.core.errors import UserError, nearest, require
+
+# ----------------------------------------------------------------------------------------------------- ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field or an argument takes, as in `Annotated[int, Range(1, 8)]`: `least` and `most` are among them, `above` and
+    `below` are not. Infinity and NaN are in no range."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        number = lambda bound: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"  # noqa: E731
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"from {number(self.least)} to {number(self.most)}"
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {number(bound)}" for word, bound in bounds.items() if math.isfinite(bound))
+
+
+# No count is larger, so that counts and their positions fit 32 bits; no real number is beyond what float32 holds.
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Size = Annotated[int, Range(1, 2**20)]  # of a layer, a row or a batch
+SizeOrZero = Annotated[int, Range(0, 2**20)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # JAX and grain keep 32 bits of it
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
+NotNegative = Annotated[float, Range(0, 1e30)]
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """{name of a dataclass's field: its type, with the range}."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+class Part:
+    """Base of the dataclasses that make a config. `path` is where it stands in one, for errors.
+
+    However it is built, each field is converted to its type and held against its range, before the class's own `__post_init__`.
+    """
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        agree = cls.__dict__.get("__post_init__", lambda self: None)
+
+        def convert_all(self: Any) -> None:
+            for name, hint, fits in _checks(cls):
+                value = getattr(self, name)
+                if not fits(value):
+                    object.__setattr__(self, name, convert(value, hint, f"{path}.{name}".strip("._")))
+            agree(self)
+
+        cls.__post_init__ = convert_all
+
+
+# ------------------------------------------------------------------------------------------------- conversion
+
+
+@functools.cache
+def _shape(hint: Any) -> tuple[Any, Range, bool]:
+    """(T, its range, whether None is taken too) of a type such as `Annotated[T, Range(1)] | None`."""
+    inner, limits, optional = hint, Range(), False
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
+        optional = True
+    if typing.get_origin(inner) is Annotated:
+        inner, limits = typing.get_args(inner)
+    return inner, limits, optional
+
+
+@functools.cache
+def _checks(cls: type) -> list[tuple[str, Any, Callable[[Any], bool]]]:
+    """(name, type, whether a value needs no conversion) of each field: a table makes thousands of configs, most of them of good values."""
+
+    def quick(hint: Any) -> Callable[[Any], bool]:
+        inner, limits, optional = _shape(hint)
+        if inner in (int, float):
+            return lambda value: type(value) is inner and value in limits
+        if inner is str:
+            return lambda value: type(value) is str and is_text(value)
+        if typing.get_origin(inner) is Literal:
+            return lambda value: value in typing.get_args(inner)
+        return lambda value: type(value) is inner or (optional and value is None)
+
+    return [(name, hint, quick(hint)) for name, hint in field_types(cls).items()]
+
+
+def describe(hint: Any) -> str:
+    """What a field or an argument takes, such as `a whole number from 1 to 8`."""
+    inner, limits, optional = _shape(hint)
+    if typing.get_origin(inner) is Literal:
+        text = "one of " + ", ".join(map(str, typing.get_args(inner)))
+    elif typing.get_origin(inner) is tuple:
+        item = typing.get_args(inner)[0]
+        text = "a comma-separated list" + (f", each {describe(item)}" if _shape(item)[1] != Range() else "")
+    else:
+        names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+        text = f"{names.get(inner.__name__, inner.__name__)} {limits}".strip()
+    return text + (" or none" if optional else "")
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """A value from JSON, from the command line or from Python, as the field's type; UserError when it is not one."""
+    inner, _, optional = _shape(hint)
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    if dataclasses.is_dataclass(inner):
+        if isinstance(value, inner):
+            return value
+        value = _loads(value, path) if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            raise _wrong(value, hint, path, " as a mapping of its fields")
+        return from_dict(inner, value, path)
+    if typing.get_origin(inner) is tuple:
+        items = [item for item in value.split(",") if item] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise _wrong(value, hint, path)
+        args = typing.get_args(inner)
+        require(
+            args[-1] is Ellipsis or len(items) == len(args),
+            f"{path} = {str(value)[:200]!r}: expected {len(args)} comma-separated values",
+        )
+        hints = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        return tuple(convert(item, h, path) for item, h in zip(items, hints, strict=True))
+    if typing.get_origin(inner) is Literal:
+        if value not in typing.get_args(inner):
+            raise _wrong(value, hint, path, nearest(str(value), map(str, typing.get_args(inner))))
+        return value
+    return _convert_scalar(value, hint, path)
+
+
+def _wrong(value: Any, hint: Any, path: str, more: str = "") -> UserError:
+    text = repr(value)
+    return UserError(f"{path} = {text if len(text) < 200 else text[:200] + '...'}: expected {describe(hint)}{more}")
+
+
+def _loads(text: str, path: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
+        raise UserError(f"{path} = {text[:200]!r}: expected JSON such as '{{\"field\": value}}' ({error})") from None
+
+
+def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
+    kind, limits, _ = _shape(hint)
+    if kind is str and isinstance(value, str):
+        require(is_text(value), f"{path} = {value[:200]!r}: expected text in UTF-8 without NUL")
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    try:
+        if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        number = float(value)
+        if kind is int and not number.is_integer():
+            raise ValueError
+        if kind is int:
+            number = int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
+        if number not in limits:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise _wrong(value, hint, path) from None
+    return number
+
+
+def is_text(value: str) -> bool:
+    """Whether text can be written to a file in UTF-8 and be part of a path."""
+    return "\0" not in value and (value.isascii() or value.encode(errors="ignore").decode() == value)
+
+
+def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+    """Build dataclass `cls` from a nested mapping; unknown keys and wrong types raise UserError with the dotted path."""
+    hints = field_types(cls)
+    prefix = f"{path}." if path else ""
+    for key in values:
+        require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
+    require(not missing, f"{path or cls.__name__} needs {', '.join(missing)}")
+    return cls(**{name: convert(value, hints[name], prefix + name) for name, value in values.items()})
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested, JSON-ready form of a config; `from_dict(Config, to_dict(c)) == c`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def override(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy with dotted fields replaced: {"model.layers": "8", "meta_tokens": MetaTokens()}.
+
+    All changes of one sub-config are applied at once, so that two fields which must agree can change together.
+    """
+    return _override(config, changes, "")
+
+
+def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
+    hints = field_types(type(config))
+    whole: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for dotted, value in changes.items():
+        head, _, rest = dotted.partition(".")
+        name = head if head in hints else f"{head}_"  # `from` is a keyword in Python, `from_` the field
+        require(name in hints, f"unknown field {path}{head}{nearest(head, hints)}")
+        if rest:
+            nested.setdefault(name, {})[rest] = value
+        else:
+            whole[name] = convert(value, hints[name], path + head)
+    for name, inner in nested.items():
+        part, hint = whole.get(name, getattr(config, name)), _shape(hints[name])[0]
+        require(
+            dataclasses.is_dataclass(hint), f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set"
+        )
+        if part is None:
+            whole[name] = convert({k: v for k, v in inner.items()}, hints[name], path + name)
+        else:
+            whole[name] = _override(part, inner, f"{path}{name}.")
+    return dataclasses.replace(config, **whole)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every reachable field by dotted path; sub-configs that are null count as one, those that nobody sets as none."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{f.name}."))
+        elif value is not None or not f.metadata.get("filled_in"):
+            flat[prefix + f.name] = value
+    return flat

@@ -1,0 +1,240 @@
+"""Runs on a bucket, `--workdir gs://BUCKET/PATH`: checkpoints, their hashes and replay bundles are there; everything else of a run
+is small, is written into a local folder, its stage, and copied to the bucket by process 0.
+
+What is not on the bucket did not happen: at a start the stage is made like the bucket, and it is published before the hashes of a
+checkpoint, with which that counts as complete. So a run goes on from any machine, with the metrics up to the step it goes on from.
+A reader, or a start after a kill, finds an object whole or not at all; config.json is the first.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from metajax.core.errors import Stopped, UserError, require
+
+SCHEME = "gs://"
+MARK = ".bucket"  # in a stage: where the run is
+THERE_ALONE = ("checkpoints", "hashes", "damaged", "replay-step-")  # what these begin is on the bucket and not in the stage
+PATTERNS = "[]*?#"  # what gcsfs or GCS itself takes for a pattern or a version
+SIGN_IN = "gcloud auth application-default login, or give this machine's service account roles/storage.admin on the bucket"
+
+
+def storage(path: Any) -> tuple[Any, str]:
+    """(file system, path in it) of a local path or a bucket's, which other programs and hosts write to as well: no listing is kept."""
+    import fsspec  # slow to import, and few commands need it
+
+    if os.fspath(path).startswith(SCHEME):
+        require(find_spec("gcsfs") is not None, f"{path}: buckets are reached through gcsfs; pip install gcsfs")
+        fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # etils and Orbax open it too
+    return fsspec.url_to_fs(os.fspath(path))
+
+
+def require_bucket(path: Any) -> None:
+    """UserError where the bucket of a path is not there: gcsfs and Orbax would make one, whatever its name."""
+    system, inside = storage(path)
+    bucket = SCHEME + inside.partition("/")[0]
+    require(system.exists(bucket), f"{path}: there is no bucket {bucket}; gcloud storage buckets create {bucket}")
+
+
+def files(folder: Any) -> dict[str, dict[str, Any]]:
+    """The files below a local folder or a bucket's, by path relative to it and in that order; of each `size` and `mtime` among others."""
+    if _on_bucket(folder):
+        system, root = storage(folder)
+        return {name.removeprefix(f"{root}/"): info for name, info in sorted(system.find(root, detail=True).items())}
+    found = {}
+    for path in sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(FileNotFoundError):  # of a run that goes on it may have gone by now
+            stat = os.lstat(path)
+            found[os.path.relpath(path, folder)] = {"size": stat.st_size, "mtime": stat.st_mtime}
+    return found
+
+
+def remove(folder: Any) -> None:
+    """Delete a folder with all that is in it."""
+    if _on_bucket(folder):
+        system, root = storage(folder)
+        system.rm(root, recursive=True)
+    else:
+        shutil.rmtree(folder)
+
+
+def move(source: Any, target: Any) -> None:
+    """Move a file or folder; on a bucket object by object."""
+    if _on_bucket(source):
+        system, _ = storage(source)
+        system.copy(os.fspath(source), os.fspath(target), recursive=True)
+        system.rm(os.fspath(source), recursive=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+
+def stage(url: str, runs: Path) -> Path:
+    """The local folder of a run on a bucket, RUNS/gs/BUCKET/PATH; what it holds is of its last use, see `fill`."""
+    where = url.rstrip("/")
+    require(len(where.removeprefix(SCHEME).split("/")) > 1, f"{url}: a run needs a path in the bucket, gs://BUCKET/PATH")
+    require(
+        not set(PATTERNS) & set(where),
+        f"{url}: {' '.join(PATTERNS)} in the path of a bucket are taken for patterns; name another",
+    )
+    folder = runs / "gs" / where.removeprefix(SCHEME)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARK).exists():
+        (folder / MARK).write_text(where)
+    return folder
+
+
+def _on_bucket(path: Any) -> bool:
+    return os.fspath(path).startswith(SCHEME)
+
+
+@functools.cache
+def _literal() -> type:
+    from etils import epath
+
+    class Literal(type(epath.Path())):
+        """A local path that is no pattern itself where Orbax looks for `process_*` below it, nor finds copies such as `process_0~`."""
+
+        def glob(self, pattern: str) -> Iterator[Literal]:
+            return (type(self)(path) for path in Path(self).glob(pattern) if re.fullmatch(r"[\w.]*_\w+", path.name))
+
+    return Literal
+
+
+def literal(path: Path) -> Any:
+    """A local path for Orbax, absolute.
+
+    Raises:
+      UserError: a name that Orbax or TensorStore takes for something else.
+    """
+    where = Path(path).absolute()
+    require(
+        "\\" not in str(where),
+        f"{where}: a backslash in a path is taken for a slash by TensorStore, which writes checkpoints; name another",
+    )
+    require(
+        where.parts[1:2] not in (("gs",), ("s3",), ("az",), ("hf",)),
+        f"{where}: Orbax takes {where.parts[1]} for a bucket; name another folder",
+    )
+    return _literal()(where)
+
+
+def home(workdir: Path) -> Any:
+    """Where the checkpoints of a workdir are: on the bucket whose stage it is, else in itself."""
+    from etils import epath
+
+    mark = Path(workdir, MARK)
+    if not mark.exists():
+        return literal(workdir)
+    where = mark.read_text(errors="replace")
+    require(
+        where.startswith(SCHEME), f"{mark} does not name a bucket; delete that file, and name the run as gs://BUCKET/PATH again"
+    )
+    storage(where)
+    return epath.Path(where)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    """Steps of the checkpoints of a run, oldest first, those that are being written among them."""
+    folder = home(workdir) / "checkpoints"
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in there if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
+
+
+def hashes_of(workdir: Path, step: int | None = None) -> list[Path]:
+    """The files with the hashes of one of them, or of all; what else is in their folder is left alone."""
+    folder = home(workdir) / "hashes"
+    of = re.compile(rf"{r'[0-9]+' if step is None else step}-p[0-9]+\.json")
+    return sorted(path for path in folder.iterdir() if of.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def fill(workdir: Path) -> None:
+    """Make a stage like its bucket, where a run is there, else empty; other folders stay as they are.
+
+    Raises:
+      UserError: there is no such bucket.
+    """
+    if not (workdir / MARK).exists():
+        return
+    there = home(workdir)
+    system, root = storage(there)
+    require_bucket(there)
+    kept = _kept(there) if (there / "config.json").exists() else {}
+    for name in _staged(workdir):
+        if name not in kept:
+            (workdir / name).unlink()
+    for name, digest in kept.items():
+        if digest != _digest(workdir / name):
+            (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+            system.get_file(f"{root}/{name}", str(workdir / name))
+
+
+def publish(workdir: Path) -> None:
+    """Copy what is new in a stage to its bucket; nothing where `workdir` is none."""
+    if not (workdir / MARK).exists():
+        return
+    there = home(workdir)
+    (system, root), kept = storage(there), _kept(there)
+    for name in sorted(_staged(workdir), key=lambda name: (name != "config.json", name)):
+        if kept.get(name) != _digest(workdir / name):
+            system.pipe_file(f"{root}/{name}", (workdir / name).read_bytes())
+
+
+def _kept(there: Any) -> dict[str, str]:
+    """{name: MD5 in base64, as buckets tell it} of what a run on a bucket has besides what is there alone."""
+    system, root = storage(there)
+    tops = [path.name for path in there.iterdir() if not path.name.startswith(THERE_ALONE)] if there.exists() else []
+    found = [item for top in tops for item in system.find(f"{root}/{top}", detail=True).items()]
+    return {name.removeprefix(f"{root}/"): info.get("md5Hash", "") for name, info in found}
+
+
+def _staged(workdir: Path) -> list[str]:
+    """Without what is hidden, and what Weights & Biases keeps itself."""
+    return [name for name in files(workdir) if not os.path.basename(name).startswith(".") and not name.startswith("wandb/")]
+
+
+def _digest(path: Path) -> str:
+    return base64.b64encode(hashlib.md5(path.read_bytes(), usedforsecurity=False).digest()).decode() if path.exists() else ""
+
+
+# ----------------------------------------------------------------------------------------------------- outages
+
+
+@contextlib.contextmanager
+def outages() -> Iterator[None]:
+    """What a bucket says in place of an answer, as an end from outside: the libraries have tried again for a while by then.
+
+    Raises:
+      Stopped: it does not answer; later it may.
+      UserError: it does not let us.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "gcsfs" not in sys.modules:
+            raise
+        from gcsfs.retry import HttpError, is_retriable
+        from google.api_core.exceptions import GoogleAPIError, RetryError, ServerError
+        from google.auth.exceptions import GoogleAuthError
+
+        said = f"the bucket: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        if is_retriable(error) or isinstance(error, (RetryError, ServerError)):
+            raise Stopped(f"{said}; the same command goes on") from error
+        forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # as gcsfs says it
+        if forbidden or isinstance(error, (HttpError, GoogleAPIError, GoogleAuthError)):
+            raise UserError(f"{said}; {SIGN_IN}") from error
+        raise

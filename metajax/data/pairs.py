@@ -1,0 +1,76 @@
+"""Rows of pairs of answers: each pair whole in one row, two segments behind the same prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metajax.core.errors import UserError, nearest, require
+from metajax.data.annotators import field_of
+from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table
+from metajax.data.metadata import Sides
+from metajax.data.packing import RowIndex, pack
+from metajax.data.rows import Row, RowSource
+from metajax.data.sources import place_of
+
+if TYPE_CHECKING:
+    from metajax.data.pipeline import Corpora
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Ids of answer 2d, the chosen one of document d, and 2d + 1, the rejected one."""
+
+    chosen: TokenCache
+    rejected: MetadataTable
+
+    def __call__(self, answer: int) -> np.ndarray:
+        return self.rejected[answer // 2] if answer % 2 else self.chosen[answer // 2]
+
+    def lengths(self) -> np.ndarray:
+        """int64 [D, 2], in tokens."""
+        return np.stack([self.chosen.lengths, np.diff(self.rejected.offsets)], axis=1).astype(np.int64)
+
+
+class PairRows(RowSource):
+    """Rows whose segments are answers, chosen and rejected in turn; the body that bits per byte counts is the chosen one."""
+
+    def __getitem__(self, n: Any) -> Row:
+        row = super().__getitem__(n)
+        return row | {"is_body": row["is_body"] & (row["segment_ids"] % 2 == 1)}
+
+
+def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.ndarray, capacity: int) -> PairRows:
+    """The pairs of `documents` (ids, in order), packed best-fit behind their prompts, the metadata of `sides`.
+
+    Raises:
+      UserError: a record without one of the three texts, or longer than a row of `capacity` slots.
+    """
+    column, tokenizer = corpora.config.dpo.rejected, corpora.tokenizer
+    known, spec = cache.manifest["metadata_fields"], cache.manifest["source"]["spec"]
+    require(
+        column in known,
+        f"dpo.rejected = {column!r}: {spec} has no such column{nearest(column, known)}; it has {', '.join(known)}",
+    )
+    answers = Answers(cache, build_metadata_table(cache, tokenizer, f"{{{field_of(column)}}}"))
+    inputs = answers.lengths()[documents] + 1
+    slots = inputs.sum(axis=1) + 2 * sides.overhead(documents)
+    wrong = {
+        "no prompt (metadata.template)": sides.front.owner[documents] < 0,
+        "no chosen answer": inputs[:, 0] == 1,
+        f"no rejected answer ({column!r})": inputs[:, 1] == 1,
+        f"its two answers with their prompts take more than the {capacity} slots of a row (data.row_length)": slots > capacity,
+    }
+    for reason, found in wrong.items():
+        if found.any():
+            place = cache.manifest, corpora.config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
+            where = place_of(*place, int(documents[found].min()))
+            raise UserError(f"{where}: {reason}; so are {found.sum()} of {len(found)} records")
+    index = pack(documents, slots, np.zeros_like(slots), capacity, "best_fit")
+    pairs = index.pieces[:, :1]
+    halves = np.stack([2 * pairs + [0, 1], np.zeros((len(pairs), 2)), answers.lengths()[pairs[:, 0]] + 1], axis=-1)
+    index = RowIndex(halves.reshape(-1, 3).astype(np.int32), 2 * index.offsets)
+    prompts = replace(sides, front=replace(sides.front, owner=np.repeat(sides.front.owner, 2)))
+    return PairRows(index, answers, prompts, tokenizer.vocabulary, capacity)

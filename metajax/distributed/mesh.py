@@ -1,0 +1,79 @@
+"""The device mesh from a one-line description such as "data=2,fsdp=-1"."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AxisType, Mesh
+
+from metajax.config import AXES, mesh_axes
+from metajax.core.errors import require
+from metajax.distributed.rules import RULES, batch_sharding
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """The sizes of all `AXES` for `devices` devices; a size of -1 takes what is left.
+
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1) | mesh_axes(text)
+    free = [name for name, size in sizes.items() if size == -1]
+    if free:
+        sizes[free[0]] = max(1, devices // math.prod(s for s in sizes.values() if s != -1))
+    product = " x ".join(str(size) for size in sizes.values() if size > 1) or "1"
+    total = math.prod(sizes.values())
+    require(total == devices, f"runtime.mesh = {text!r} is {product} = {total}, but there are {devices} devices")
+    return sizes
+
+
+def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices (or the given ones), axes named `AXES`, sharding left to the compiler within the rules.
+
+    Slices of TPUs, which a slow network joins, are spread over `data`.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = parse_mesh(text, len(devices))
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+    spread = f"runtime.mesh = {text!r}: {slices} slices are spread over data; give it a multiple, such as data={slices},fsdp=-1"
+    require(shape[0] % slices == 0, spread)
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return Mesh(create_hybrid_device_mesh(within, between, devices), tuple(sizes), axis_types=types)
+
+
+class HostRows(NamedTuple):
+    """Which of `count` equal slices of a batch a process reads; of the processes that read the same one, one counts it."""
+
+    index: int
+    count: int
+    counts: bool
+
+    @classmethod
+    def of(cls, mesh: Mesh, process: int) -> HostRows:
+        """The rows that the devices of a process hold.
+
+        Raises:
+          UserError: two processes hold the same rows in part, which happens where context or tensor cross processes askew.
+        """
+        shards, held = row_shards(mesh), defaultdict(set)
+        for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+            held[device.process_index].add(rows.start or 0)
+        slices = sorted({tuple(sorted(starts)) for starts in held.values()})
+        askew = "runtime.mesh spreads the rows unevenly over processes; let context and tensor stay inside a process, or span whole ones"
+        require(len({len(starts) for starts in slices}) == 1 and sum(map(len, slices)) == shards, askew)
+        mine = tuple(sorted(held[process]))
+        return cls(
+            slices.index(mine), len(slices), process == min(p for p, starts in held.items() if tuple(sorted(starts)) == mine)
+        )
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

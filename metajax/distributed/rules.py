@@ -1,0 +1,107 @@
+"""The one table from logical axes to mesh axes, and the shardings that follow from it.
+
+Collisions are refused: an array whose two logical axes would land on one mesh axis is an error, not a guess.
+A dimension that its mesh axes do not divide stays whole; for parameters another dimension takes fsdp in its place, and a
+large parameter that no dimension can spread is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from metajax.core.errors import UserError, require
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "positions": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "ssm": ("tensor",),  # Mamba's channels beside "embed", and between its two products
+    "channels": ("fsdp",),  # the same where there is no width to spread
+    "selection": (),
+    "taps": (),
+    "inputs": (),  # channels that a convolution reads
+    "features": (),  # of the space where images and texts meet
+    "rate": (),
+    "meta": (),
+    "norm": (),
+    "length": ("context",),
+    "layers": (),
+}
+RESIDUAL_AXES = ("batch", "length", None)
+
+SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp where "embed" does not divide
+LARGE = 1 << 20  # elements; a larger parameter must be spread
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The PartitionSpec of an array with logical `axes` on `mesh`; UserError for an unknown axis or a collision.
+
+    A stacked array has one leading dimension more than its axes say: it is the layer dimension.
+    """
+    axes = (*("layers",) * (len(shape) - len(axes)), *axes)
+    taken: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for logical, size in zip(axes, shape, strict=True):
+        require(logical is None or logical in RULES, f"no sharding rule for the logical axis {logical!r}")
+        names = tuple(n for n in RULES[logical] if mesh.shape.get(n, 1) > 1) if logical else ()
+        for name in names:
+            if name in taken:
+                raise UserError(f"logical axes {taken[name]!r} and {logical!r} of one array both map to mesh axis {name!r}")
+            taken[name] = str(logical)
+        shards = math.prod(mesh.shape[name] for name in names)
+        entries.append(names if names and size % shards == 0 else None)
+    if "fsdp" in taken and taken["fsdp"] != "batch" and ("fsdp",) not in entries:
+        _spread_elsewhere(entries, axes, shape, mesh)
+    return PartitionSpec(*entries)
+
+
+def _spread_elsewhere(
+    entries: list[tuple[str, ...] | None], axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> None:
+    """Where the width does not divide by fsdp, another axis of the parameter takes it, beside what it is spread over already."""
+    for logical in SECOND_CHOICE:
+        if logical in axes:
+            names = entries[axes.index(logical)] or ()
+            if shape[axes.index(logical)] % math.prod(mesh.shape[n] for n in (*names, "fsdp")) == 0:
+                entries[axes.index(logical)] = (*names, "fsdp")
+                return
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings with the structure of `tree`, whose leaves are nnx.Params carrying `axes` (others are replicated)."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            spec = partition_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)
+            require(
+                leaf.size < LARGE or mesh.shape.get("fsdp", 1) == 1 or any("fsdp" in entry for entry in spec if entry),
+                f"a parameter of shape {leaf.shape} does not divide by fsdp = {mesh.shape.get('fsdp', 1)} and would be whole on every "
+                "device; choose a smaller fsdp in runtime.mesh, such as data=4,fsdp=64",
+            )
+            return leaf.replace(NamedSharding(mesh, spec))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of the batch over every data-like axis."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pin `x` to the sharding of its logical axes on the mesh in use; without a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

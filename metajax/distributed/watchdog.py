@@ -1,0 +1,107 @@
+"""What ends a run that hangs: a collective whose other host is gone, storage that never answers, a deadlock."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from metajax.core.atomic import write_text
+from metajax.core.errors import Stopped
+from metajax.core.progress import fail
+
+STARTS = 3  # in a row that end here without a new save; the last of them says that another one would not help
+STORAGE_SECONDS = 10.0  # for the stacks to be written, for the storage may be what hangs
+
+
+class Watchdog:
+    """Ends the process when `beat` was not called for too long, with the stacks of all threads in `stacks` and on stderr.
+
+    The exit code asks for the same command again. It is that of an error at the third start in a row that saved nothing new, which a file
+    beside `stacks` counts. A thread of its own watches, because a collective that hangs never returns to Python.
+
+    Args:
+      seconds: between two beats of the steps; 0: no watch.
+      stacks: the file, of this process alone.
+      startup: seconds for all that comes before `begin_steps`, and for each part of what is `patient`; 0: no watch; None: as `seconds`.
+    """
+
+    def __init__(self, seconds: float, stacks: Path, startup: float | None = None):
+        self._hang, self._stacks = (seconds, "no step, save or evaluation ended", "runtime.hang_seconds"), stacks
+        self._startup = self._hang if startup is None else (startup, "the start did not end", "runtime.startup_seconds")
+        self._watched, self._last, self._closed = self._startup, time.monotonic(), threading.Event()
+        self._counted = _read(self._count)
+        self.saved = self._counted["saved"]  # the step that the next start would go on from, as far as it is known
+        if seconds or startup:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @property
+    def _count(self) -> Path:
+        return self._stacks.with_name(f".{self._stacks.stem}.json")  # hidden: of this machine, not of a run on a bucket
+
+    def beat(self) -> None:
+        """The run is alive."""
+        self._last = time.monotonic()
+
+    def begin_steps(self) -> None:
+        """The first step has ended: from now on the limit is that of steps."""
+        self.beat()
+        self._watched = self._hang
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """An evaluation: its first beat may come late, for it compiles."""
+        before = self._watched
+        self._watched = (self._startup[0], "an evaluation did not go on", self._startup[2])
+        try:
+            yield
+        finally:
+            self.beat()
+            self._watched = before
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while True:
+            seconds = self._watched[0]
+            left = self._last + seconds - time.monotonic() if seconds else 1.0
+            if self._closed.wait(min(max(left, 0.01), 1.0)):  # a limit that has changed is noticed within a second
+                return
+            watched = self._watched
+            if watched[0] and time.monotonic() - self._last >= watched[0]:
+                self._end(*watched)
+
+    def _end(self, seconds: float, what: str, field: str) -> None:
+        starts = self._counted["starts"] + 1 if self.saved == self._counted["saved"] else 1
+        message = f"{what} for {seconds:g} s ({field}); stacks: {self._stacks}"
+        if starts >= STARTS:
+            message += (
+                f"; {starts} starts in a row ended so without a save after step {self.saved}: mend the cause, or raise {field}"
+            )
+        fail(message)
+        faulthandler.dump_traceback(sys.stderr)
+        writing = threading.Thread(target=self._write, args=(starts,), daemon=True)
+        writing.start()
+        writing.join(STORAGE_SECONDS)
+        os._exit(Stopped.EXIT_CODE if starts < STARTS else 2)  # with the first the same command takes up the run
+
+    def _write(self, starts: int) -> None:
+        write_text(self._count, json.dumps({"saved": self.saved, "starts": starts}))
+        with open(self._stacks, "w") as file:
+            faulthandler.dump_traceback(file)
+
+
+def _read(path: Path) -> dict[str, int]:
+    """{saved, starts} of the starts before this one; none where there is no such file, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        return {name: int(found[name]) for name in ("saved", "starts")}
+    return {"saved": 0, "starts": 0}

@@ -1,0 +1,44 @@
+"""How often a trained policy prefers the chosen answers of held-out pairs, more than its reference does."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from metajax.data.pipeline import Corpora, held_out
+from metajax.evaluation.held_out import require_finite
+from metajax.evaluation.statistics import share_interval
+from metajax.runs.directory import find_run
+from metajax.training.checkpoints import newest_good, read_parameters
+from metajax.training.dpo import METRICS, preference_sums
+from metajax.training.losses import token_nll
+from metajax.training.step import Batch, apply_model
+
+if TYPE_CHECKING:
+    from metajax.training.program import Program
+
+
+def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
+    """Means over the held-out pairs: margin, accuracy (the share with a margin above 0), chosen_reward; see `preference_sums`.
+
+    Beside them: pairs, how many there are, low and high, the 95 % interval of the accuracy, and the step of the reference.
+    """
+    parent, beta = find_run(program.config.init.run, corpora.paths.runs), program.config.dpo.beta
+    step = newest_good(parent)
+    reference = read_parameters(parent, program.abstract_state().model, step=step)
+    sums_of = jax.jit(partial(_sums, beta=beta))
+    with jax.set_mesh(program.mesh):
+        batches = [program.put(program.local_rows(batch)) for batch in held_out(corpora, "training").batches]
+        sums = jax.device_get([sums_of(model, reference, batch) for batch in batches])
+    total = {name: sum(found[name].item() for found in sums) for name in ("pairs", *METRICS)}
+    require_finite(total["margin"], "the held-out pairs")
+    low, high = share_interval(round(total["accuracy"]), round(total["pairs"]))
+    counted = {"pairs": round(total["pairs"]), "low": low, "high": high, "reference_step": step}
+    return {name: total[name] / total["pairs"] for name in METRICS} | counted
+
+
+def _sums(model: Any, reference: Any, batch: Batch, *, beta: float) -> dict[str, jax.Array]:
+    nll, reference_nll = (token_nll(apply_model(m, batch), batch["targets"])[0] for m in (model, reference))
+    return preference_sums(nll, reference_nll, batch["loss_weights"], batch["segment_ids"], beta)[1]

@@ -1,0 +1,193 @@
+"""The one door to kernels. A model says what it attends to; `implementation` and the platform say how it is computed.
+
+"auto" is settled when the program is lowered, for the platform it is lowered for, so that a program planned for
+another platform holds that platform's kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas.prefix_window_attention.reference import attention_reference
+from kernels_pallas.prefix_window_attention.tpu import attention_tpu
+from kernels_pallas.prefix_window_attention.xla import attention_xla
+from kernels_pallas.selective_scan.conv import causal_conv_tpu
+from kernels_pallas.selective_scan.reference import causal_conv_reference, selective_scan_reference
+from kernels_pallas.selective_scan.tpu import selective_scan_tpu
+from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
+from metajax.models.masks import Mask, gathered_expiry
+from metajax.models.ops.dispatch import dispatch
+from metajax.models.ops.sharded import attention_in_parts, conv_in_parts, on_devices, parts_of, scan_in_parts
+
+ATTENTION = {"reference": attention_reference, "xla": attention_xla, "pallas_tpu": attention_tpu}
+SELECTIVE_SCAN = {"reference": selective_scan_reference, "xla": selective_scan_xla, "pallas_tpu": selective_scan_tpu}
+CAUSAL_CONV = {"reference": causal_conv_reference, "xla": causal_conv_xla, "pallas_tpu": causal_conv_tpu}
+AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
+# Queries x keys of a row up to which "auto" is XLA on every platform: one tile of the kernel, which has nothing to leave out
+# there, while its layouts cost more than they save (docs/kernels.md, meta_attention). Scan and convolution are XLA for rows of one token,
+# which the kernels would fill up to a group of tokens.
+ONE_TILE = 256 * 256
+
+# How their arrays lie on a mesh; lifetimes and segments of a row are known to all its parts.
+_KEYS = ("batch", "length", "kv_heads", None)
+_CHANNELS = ("batch", "length", "ssm")
+_STATE = ("batch", "ssm", None)
+_SEGMENTS = ("batch", None)
+ATTENTION_AXES = {
+    "q": ("batch", "length", "heads", None), "k": _KEYS, "v": _KEYS, "expiry": _SEGMENTS,
+    "meta_k": (None, "kv_heads", None), "meta_v": (None, "kv_heads", None), "q_offset": (),
+}  # fmt: skip
+SCAN_AXES = {
+    "u": _CHANNELS, "delta": _CHANNELS, "A": ("ssm", None), "B": ("batch", "length", None), "C": ("batch", "length", None), "D": ("ssm",),
+    "delta_bias": ("ssm",), "z": _CHANNELS, "segment_ids": _SEGMENTS, "initial_state": _STATE, "reset_state": ("ssm", None),
+}  # fmt: skip
+CONV_AXES = {
+    "x": _CHANNELS, "w": ("ssm", None), "b": ("ssm",), "segment_ids": _SEGMENTS,
+    "initial_tail": ("batch", None, "ssm"), "reset_tail": (None, "ssm"),
+}  # fmt: skip
+
+
+def attention(
+    q: Float[Array, "B T H Dq"],
+    k: Float[Array, "B S KV Dq"],
+    v: Float[Array, "B S KV Dv"],
+    *,
+    mask: Mask,
+    segment_ids: Int[Array, "B S"],
+    meta_k: Float[Array, "M KV Dq"] | None = None,
+    meta_v: Float[Array, "M KV Dv"] | None = None,
+    q_offset: int | Int[Array, ""] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """Masked softmax attention with scale 1/sqrt(Dq): (out, lse), lse float32, the natural log of the sum of exponentials.
+
+    Grouped heads: query head h reads KV head h // (H / KV). Every query sees the keys `meta_k` too. Query row t stands at
+    key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
+    Raises UserError for an unknown implementation, and for one that does not take the dtype or the platform.
+    """
+    window = None if mask.prefix else mask.window  # how far back keys can be seen
+    return _attention(q, k, v, mask.expiry(segment_ids), implementation, window, meta_k, meta_v, q_offset)
+
+
+def meta_attention(
+    q: Float[Array, "B M H Dq"],
+    k: Float[Array, "B M KV Dq"],
+    v: Float[Array, "B M KV Dv"],
+    *,
+    slots: Int[Array, "B M"],
+    segment_ids: Int[Array, "B T"],
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B M H Dv"], Float[Array, "B M H"]]:
+    """Attention among the meta-tokens of a row: `q`, `k`, `v` are already gathered at `slots`, sorted row indices.
+
+    A meta-token sees itself and the earlier meta-tokens of its own segment (learned meta-tokens, arXiv 2509.16278).
+    A slot >= T is unused: its output is 0. Raises UserError as `attention` does.
+    """
+    return _attention(q, k, v, gathered_expiry(segment_ids, slots), implementation)
+
+
+def join_past(
+    out: Float[Array, "B T H Dv"],
+    lse: Float[Array, "B T H"],
+    q: Float[Array, "B T H Dq"],
+    k: Float[Array, "B S KV Dq"],
+    v: Float[Array, "B S KV Dv"],
+    visible: Bool[Array, "B S"],
+    *,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """(out, lse) of attention to all its keys and to further ones, of which every query of a row sees the `visible` ones.
+
+    Two softmaxes over disjoint keys are joined by their log-sum-exp. Raises UserError as `attention` does.
+    """
+    last = k.shape[1] + q.shape[1]  # behind the last query, when they stand behind all these keys
+    past_out, past_lse = _attention(q, k, v, jnp.where(visible, last, 0), implementation, q_offset=k.shape[1])
+    total = jnp.logaddexp(lse, past_lse)
+    finite = jnp.where(total == -jnp.inf, 0.0, total)  # a query without any key: weights exp(-inf - 0) = 0, not NaN
+    own, earlier = (jnp.exp(part - finite)[..., None] for part in (lse, past_lse))
+    return (own * out + earlier * past_out).astype(out.dtype), total
+
+
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    expiry: Array,
+    implementation: str,
+    window: int | None = None,
+    meta_k: Array | None = None,
+    meta_v: Array | None = None,
+    q_offset: int | Array | None = None,
+) -> tuple[Array, Array]:
+    def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Array | int) -> tuple[Array, Array]:
+        auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
+        return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=q.shape[-1] ** -0.5, **options)
+
+    parts = parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
+    if parts > 1:
+        attend = functools.partial(attention_in_parts, attend, window)
+    elif isinstance(q_offset, int):  # known when the program is made: keys behind the queries are left out then
+        attend, q_offset = functools.partial(attend, q_offset=q_offset), None
+    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "meta_k": meta_k, "meta_v": meta_v}
+    return on_devices(attend, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
+
+
+def selective_scan(
+    u: Float[Array, "B T C"],
+    delta: Float[Array, "B T C"],
+    A: Float[Array, "C N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " C"],
+    delta_bias: Float[Array, " C"],
+    z: Float[Array, "B T C"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"],
+    initial_state: Float[Array, "B C N"] | None = None,
+    reset_state: Float[Array, "C N"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
+    """Mamba-1's recurrence with softplus, skip and gate (arXiv 2312.00752, algorithm 2): (y, float32 state after the last token).
+
+    Where a segment starts the state is `reset_state` (None: zeros); the row itself continues `initial_state` (None: `reset_state`).
+    Raises UserError as `attention` does.
+    """
+
+    def scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array, **options: Array) -> tuple:
+        auto = AUTO if u.shape[1] > 1 else {}
+        return dispatch(SELECTIVE_SCAN, auto, implementation, u, delta, A, B, C, D, delta_bias, **options)
+
+    tokens = {"u": u, "delta": delta, "B": B, "C": C, "z": z, "segment_ids": segment_ids}
+    states = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state, "reset_state": reset_state}
+    parts = parts_of(u.shape[1])
+    kernel = scan if parts == 1 else functools.partial(scan_in_parts, scan)
+    return on_devices(kernel, SCAN_AXES, (_CHANNELS, _STATE), parts, **tokens, **states)
+
+
+def causal_conv(
+    x: Float[Array, "B T C"],
+    w: Float[Array, "C K"],
+    b: Float[Array, " C"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    initial_tail: Float[Array, "B K-1 C"] | None = None,
+    reset_tail: Float[Array, "K-1 C"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
+    """silu(b + causal depthwise convolution of width K, from 2 to 4) inside segments: (y, tail that a continued row must be given).
+
+    Before a segment stands `reset_tail` (None: zeros), before the row `initial_tail` (None: `reset_tail`), oldest first.
+    Raises UserError as `attention` does.
+    """
+
+    def conv(x: Array, w: Array, b: Array, **options: Array) -> tuple[Array, Array]:
+        return dispatch(CAUSAL_CONV, AUTO if x.shape[1] > 1 else {}, implementation, x, w, b, **options)
+
+    parts = parts_of(x.shape[1])
+    kernel = conv if parts == 1 else functools.partial(conv_in_parts, conv)
+    tails = {"initial_tail": initial_tail, "reset_tail": reset_tail}
+    outputs = _CHANNELS, CONV_AXES["initial_tail"]
+    return on_devices(kernel, CONV_AXES, outputs, parts, x=x, w=w, b=b, segment_ids=segment_ids, **tails)

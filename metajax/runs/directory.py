@@ -1,0 +1,366 @@
+"""The run directory: what a run writes, who may write there, and how runs are found again.
+
+config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json, report.html;
+failure.log where a table saw the run fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import platform
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from metajax.core.storage import SCHEME, fill, home, outages, publish, stage
+from metajax.config import config_hash, difference
+from metajax.core.errors import UserError, nearest, require
+from metajax.core.fields import to_dict
+from metajax.config import AnyConfig, config_from
+from metajax.core.progress import warn
+from metajax.runs.files import CONFIG, Mark, find_json, read_json, recall, write_json
+from metajax.runs.place import Place
+
+T = TypeVar("T")
+LOCK = ".lock"  # one that a process left which is gone locks nothing
+RUN_LOG = "run.log"  # of a run that is made beside others
+FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there before the run is
+ORIGIN = "imported.json"  # of an imported run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+def default_workdir(config: AnyConfig, root: Path) -> Path:
+    """ROOT/NAME/SCALE/HASH8-sSEED."""
+    return root / config.name / config.scale / f"{config_hash(config)}-s{config.seed}"
+
+
+def read_config(workdir: Path) -> AnyConfig:
+    """The config a workdir was made for.
+
+    Raises:
+      UserError: no readable config.json there.
+    """
+    path = workdir / CONFIG
+    require(path.exists(), f"{workdir} is not a run: it has no {CONFIG}")
+    saved = read_json(path)
+    require("config" in saved, f"{workdir} is not a run: its {CONFIG} is another program's, such as that of an exported model")
+    try:
+        return config_from(saved["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}; another version of metajax wrote it, which can read this run") from None
+
+
+def read_report(workdir: Path) -> dict[str, Any] | None:
+    """The report of a run, None where it is not complete."""
+    return find_json(workdir / "report.json")
+
+
+def readable(runs: Iterable[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
+    """(run, what `read` has of it) for every run whose files can be read; one line for each of the others."""
+    found = []
+    for run in runs:
+        try:
+            found.append((run, read(run)))
+        except UserError as error:
+            warn(f"left out: {error}")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and git state: what a number may depend on besides the config."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "hosts": jax.process_count()},
+        "cpu_count": os.cpu_count(),
+        "git": git_state(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of the code, and whether it has been changed since."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _is_first() -> bool:
+    from metajax.distributed.hosts import is_first  # starts with JAX, which finding runs does without
+
+    return is_first()
+
+
+@dataclass
+class RunDirectory:
+    """A workdir opened for one run, locked against a second process."""
+
+    path: Path
+    config: AnyConfig
+    warnings: list[str] = field(default_factory=list)
+    id: str = ""  # made once, kept in config.json: what other files are held against
+    data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known when the run begins
+    logged: Mark | None = None  # of metrics.jsonl, as the checkpoint has it from which the run goes on
+    _lock: Any = None
+    _place: Place | None = None
+
+    @classmethod
+    def open(cls, path: Path, config: AnyConfig) -> RunDirectory:
+        """Create the workdir or return to it; of several processes the first alone does so, and writes there.
+
+        Raises:
+          UserError: it holds another experiment, something that is no run, or a process that is still running.
+        """
+        if not _is_first():
+            return cls(path, config)
+        try:
+            with outages():
+                there = home(path)  # first: a name that cannot be is refused before anything is made
+                path.mkdir(parents=True, exist_ok=True)
+                _require_run_or_empty(there)
+            lock = _lock(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be a run directory ({error.strerror or error}); choose another --workdir") from None
+        require(lock is not None, f"another process is running in {path}; wait for it or choose another --workdir")
+        fill(path)
+        run = cls(path, config, _lock=lock)
+        if (path / CONFIG).exists():
+            _require_same(read_config(path), config, path)
+            run.id = read_json(path / CONFIG).get("id", "")
+            found = recall(path / "warnings.json", run.warn, "the warnings of earlier starts are lost")
+            run.warnings = [*(found or {}).get("warnings", []), *run.warnings]
+        else:
+            run.id = secrets.token_hex(4)
+        run._place = Place(path)
+        return run
+
+    def begin(self, key: str, tokenizer: str) -> None:
+        """Hold the data against what the run began with, then write what the run is and where it runs.
+
+        config.json comes first, because a folder without it is not taken for a run; a later start refreshes it and warns
+        of other library versions. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
+        """
+        self.data = {"key": key, "tokenizer": tokenizer}
+        if not _is_first():
+            return
+        found = recall(self.path / "data.json", self.warn, "what the checkpoints say of the data counts")
+        if found is not None:
+            require_data(found, self.data, self.path)
+        self.write_config()
+        here, before = environment(), recall(self.path / "environment.json", self.warn, "changed versions are not told")
+        if before is not None and before["libraries"] != here["libraries"]:
+            then, now = before["libraries"], here["libraries"]
+            changed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
+            self.warn(f"taken up with other versions ({changed}): numbers may differ from those of an undisturbed run")
+        if before is not None and before["git"]["commit"] != here["git"]["commit"]:
+            then, now = (str(found["git"]["commit"])[:9] for found in (before, here))
+            self.warn(f"taken up with other code (commit {then} -> {now}): numbers may differ from those of an undisturbed run")
+        self.write("environment.json", here)
+        if found is None:
+            self.write("data.json", self.data)
+        publish(self.path)
+
+    def go_on_from(self, meta: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint says of the run's other files: where metrics.jsonl was, and the warnings until then."""
+        self.logged = meta.get("metrics")
+        before = [*dict.fromkeys([*meta.get("warnings", ()), *self.warnings])]
+        if before != self.warnings:
+            self.warnings = before
+            self.write("warnings.json", {"warnings": before})
+
+    def write_config(self) -> None:
+        """Write config.json, without which a folder is not taken for a run."""
+        self.write(CONFIG, {"id": self.id, "hash": config_hash(self.config), "config": to_dict(self.config)})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What every checkpoint of this run has in common; see `require_same_run`."""
+        return _identity(self.config) | self.data
+
+    def close(self) -> None:
+        """Publish what a stage holds, and release the lock."""
+        if self._lock is not None:
+            publish(self.path)
+            self._lock.close()
+            self._place.close()
+
+    def require_there(self) -> None:
+        """UserError where the folder that this run began in is gone, or another one by now: nothing is written then."""
+        if self._place is not None:
+            self._place.require_there()
+
+    def while_there(self) -> contextlib.AbstractContextManager[None]:
+        """See `Place.while_there`."""
+        return contextlib.nullcontext() if self._place is None else self._place.while_there()
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run, the old one or the new one whole."""
+        if _is_first():
+            self.require_there()
+            write_json(self.path / name, value)
+
+    def warn(self, message: str) -> None:
+        """Say a warning and record it, so that it reaches report.json also when this process dies first."""
+        warn(message)
+        if message not in self.warnings:  # a start after the first says it again
+            self.warnings.append(message)
+            self.write("warnings.json", {"warnings": self.warnings})
+
+
+def _lock(path: Path) -> Any:
+    """A lock held until it is closed, None where another process has it."""
+    lock = open(path / LOCK, "w")  # noqa: SIM115 - held for the life of the run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def _require_run_or_empty(there: Any) -> None:
+    if not there.exists() or (there / CONFIG).exists():
+        return
+    present = sorted(p.name for p in there.iterdir() if not p.name.startswith(".") and p.name not in (FAILURE_LOG, RUN_LOG))
+    kept = ", ".join(present[:3])
+    require(not present, f"{there} is not empty and is not a run (it holds {kept}); choose another --workdir")
+
+
+def check_data(workdir: Path, **now: str) -> None:
+    """UserError where the `tokenizer` or the corpus `key` is another one than the run began with."""
+    require_data(find_json(workdir / "data.json") or {}, now, workdir)
+
+
+def require_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """The same for {key, tokenizer} that something of the run has; what either side lacks is not compared."""
+    key, tokenizer = (now.get(name, saved.get(name)) for name in ("key", "tokenizer"))
+    require(
+        saved.get("tokenizer", tokenizer) == tokenizer,
+        f"the tokenizer is not the one {workdir} was trained with ({tokenizer!s:.12} now, {saved.get('tokenizer')!s:.12} then); "
+        "restore it, or start a new run with another --workdir",
+    )
+    require(
+        saved.get("key", key) == key,
+        f"the corpus has changed since {workdir} began ({key} now, {saved.get('key')} then: other files or library versions); "
+        "start a new run with another --workdir",
+    )
+
+
+def _identity(config: AnyConfig) -> dict[str, Any]:
+    return {"name": config.name, "scale": config.scale, "seed": config.seed, "hash": config_hash(config)}
+
+
+def identity_of(workdir: Path) -> dict[str, Any]:
+    """`RunDirectory.identity` of a run that nobody has open."""
+    return _identity(read_config(workdir)) | (find_json(workdir / "data.json") or {})
+
+
+def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, workdir: Path) -> None:
+    """UserError where a checkpoint, `what`, is another run's: `saved` is the identity that it has. Those of earlier versions have the
+    hash alone, which is compared then, or nothing."""
+    names = [name for name in ("name", "scale", "seed", "hash") if name in saved]
+    differing = [name for name in names if saved[name] != mine[name]]
+    theirs, ours = (", ".join(f"{name} {found[name]}" for name in names) for found in (saved, mine))
+    require(
+        not differing,
+        f"{what} belongs to another {'configuration' if differing == ['hash'] else 'run'} ({theirs}; this run: {ours}); move it away, and the one "
+        "before is used, or put this run's own back",
+    )
+    require_data(saved, mine, workdir)
+
+
+def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
+    if (saved.name, saved.scale, saved.seed) != (config.name, config.scale, config.seed):
+        raise UserError(
+            f"{path} holds {saved.name} at scale {saved.scale} with seed {saved.seed}, "
+            f"not {config.name} at {config.scale} with seed {config.seed}; choose another --workdir"
+        )
+    if config_hash(saved) != config_hash(config):
+        changed = {k: v for k, v in difference(saved, config).items() if not k.startswith("runtime.")}
+        name, (then, now) = next(iter(changed.items()))
+        raise UserError(
+            f"{path} holds another configuration of {config.name} ({len(changed)} fields differ, first {name}: {then!r} there, {now!r} now); "
+            "choose another --workdir"
+        )
+
+
+def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The held-out results of a report's `eval`, by condition; what it has on tasks and choices stands beside them, images have none."""
+    return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
+
+
+# ----------------------------------------------------------------------------------------------- finding runs
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Workdirs below `root`, oldest first."""
+    found = []
+    for folder, folders, files in os.walk(root, onerror=_tell):
+        is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
+        found += [Path(folder)] if is_run else []
+        # Of a run that goes on checkpoints vanish while one looks; what it has set aside is no run.
+        folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
+    runs = [run for run, _ in readable(found, read_config)]
+    return sorted(runs, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
+
+
+def _tell(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # no run yet, or a folder that has gone while one looks
+        warn(f"left out: {error.filename}: {error.strerror}")
+
+
+def _find_on_bucket(url: str, root: Path) -> Path:
+    folder = stage(url, root)
+    lock = _lock(folder)
+    if lock is not None:  # else it is running on this machine, and what it has staged is newer
+        with lock:
+            fill(folder)
+    require((folder / CONFIG).exists(), f"{url} is not a run: it has no config.json")
+    return folder
+
+
+def find_run(word: str, root: Path) -> Path:
+    """The workdir that `word` means: a path, from `root` or from here, a unique prefix of HASH-sSEED, an experiment's name (its newest run),
+    or gs://BUCKET/PATH, whose stage is brought up to date.
+
+    Raises:
+      UserError: none, or more than one.
+    """
+    if word.startswith(SCHEME):
+        return _find_on_bucket(word, root)
+    for folder in (root / word, Path(word)):
+        if (folder / CONFIG).exists():
+            return folder
+    runs = list_runs(root)
+    by_name = [run for run in runs if read_config(run).name == word]
+    if by_name:
+        return by_name[-1]
+    matches = [run for run in runs if run.name.startswith(word) or str(run.relative_to(root)).startswith(word)]
+    require(
+        len(matches) < 2,
+        f"{word!r} is the start of {len(matches)} runs: {', '.join(str(m) for m in matches[:4])}; give more of it",
+    )
+    if not matches:
+        names = [read_config(run).name for run in runs] + [run.name for run in runs]
+        raise UserError(f"no run {word!r} under {root}{nearest(word, names)}; `runs` lists what there is")
+    return matches[0]

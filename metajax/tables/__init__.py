@@ -1,0 +1,1 @@
+"""A paper's table: its runs, its results and its page."""

@@ -1,0 +1,247 @@
+"""A table's result: what its runs have left on disk, put together with statistics and the paper's values. Nothing is run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metajax.config import AnyConfig
+from metajax.core.atomic import write_text
+from metajax.evaluation.statistics import Summary, Values, paired_difference, seeds_needed, summarize
+from metajax.registry import Column, Row, Table, at_scale
+from metajax.runs.directory import FAILURE_LOG
+from metajax.runs.files import find_readable
+
+COMPLETE, FAILED, UNFINISHED, NOT_RUN = "complete", "failed", "not finished", "not run yet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a table: a row with a seed, or a run that rows start from."""
+
+    config: AnyConfig
+    workdir: Path
+    parents: tuple[Path, ...]  # workdirs that have to be complete before, the oldest first
+    part: str = ""  # of the table
+
+
+def gather(
+    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path,
+    rows: Mapping[str, Mapping[str, Sequence[Run]]],
+) -> dict[str, Any]:  # fmt: skip
+    """The table as plain data: every number of every seed, statistics, published values, costs, and the state of each run.
+
+    Args:
+      rows: row name -> part -> its run for each of `seeds`.
+
+    Numbers are in the unit that the column shows; lists over seeds have None where a run is not complete or has no such number.
+    """
+    reports = {
+        name: {p: [find_readable(run.workdir / "report.json") for run in part] for p, part in of_row.items()}
+        for name, of_row in rows.items()
+    }
+    runs = {
+        name: [_run_state(*pair, root, table.analyses) for p in of_row for pair in zip(of_row[p], reports[name][p], strict=True)]
+        for name, of_row in rows.items()
+    }
+    chosen = [row for row in table.rows if row.name in rows]
+    basis = next((row for row in chosen if row.name == table.baseline), None)
+    columns, compared = table.columns_at(scale), reports[basis.name] if basis else {}
+    values = {
+        row.name: {
+            c.key: [
+                _number(of_seed, table.filled(row, scale), c, base)
+                for of_seed, base in zip(
+                    _read_by(c, reports[row.name], len(seeds)), _read_by(c, compared, len(seeds)), strict=True
+                )
+            ]
+            for c in columns
+        }
+        for row in chosen
+    }
+    return {
+        "name": table.name,
+        "scale": scale,
+        "seeds": list(seeds),
+        "summary": table.summary,
+        "paper": table.paper,
+        "coverage": table.coverage,
+        "notes": list(table.notes),
+        "changes": {k: str(v) for k, v in changes.items()},
+        "baseline": basis.name if basis else None,
+        "columns": [dataclasses.asdict(c) | {"key": c.key, "scales": list(c.scales)} for c in columns],
+        "rows": [
+            {
+                "name": row.name,
+                "group": row.group,
+                "note": row.note,
+                "lacks": table.lacks(row, scale),
+                "changes": {k: str(v) for k, v in at_scale(row.changes, scale).items()} | ({"of": row.of} if row.of else {}),
+                "runs": runs[row.name],
+                "cost": _cost(next((r for part in reports[row.name].values() for r in part if r), None)),
+                "cells": {c.key: _cell(c.key, row, basis, values) for c in columns},
+            }
+            for row in chosen
+        ],
+        "code": _code({run["folder"]: run["git"] for of_row in runs.values() for run in of_row if run["git"]}),
+    }
+
+
+def _cell(key: str, row: Row, basis: Row | None, values: Mapping[str, Mapping[str, Values]]) -> dict[str, Any]:
+    """One number of the table: ours, its difference to the baseline's, and the paper's."""
+    ours, paper = values[row.name][key], row.paper(key)
+    difference = paper_difference = None
+    if basis is not None and basis is not row:
+        difference, theirs = paired_difference(ours, values[basis.name][key]), basis.paper(key)
+        if paper and theirs and paper.value is not None and theirs.value is not None:
+            paper_difference = paper.value - theirs.value
+    needed = None
+    if difference is not None and difference.deviation is not None and paper_difference:
+        needed = seeds_needed(paper_difference, difference.deviation)
+    return {
+        "values": list(ours),
+        "ours": _as_dict(summarize(ours)),
+        "difference": _as_dict(difference),
+        "published": dataclasses.asdict(paper) | {"difference": paper_difference} if paper else None,
+        "seeds_needed": needed,  # for an effect as large as the paper's, with the spread seen here
+    }
+
+
+def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(summary) | {"clear_of_zero": summary.clear_of_zero} if summary else None
+
+
+def _read_by(column: Column, reports: Mapping[str, Sequence[Any]], seeds: int) -> list[list[Mapping[str, Any] | None]]:
+    """The reports that a column reads, for each seed: its part's, or those of all parts."""
+    if column.part == "*" and reports:
+        return [list(of_seed) for of_seed in zip(*reports.values(), strict=True)]
+    return [[report] for report in reports.get(column.part, [None] * seeds)]
+
+
+def _number(
+    reports: Sequence[Mapping[str, Any] | None],
+    fill: Mapping[str, str],
+    column: Column,
+    baseline: Sequence[Mapping[str, Any] | None],
+) -> float | None:
+    """What a column shows of a seed: the mean of each path over the reports, then what is made of the two. None: one is missing."""
+    if column.match is not None:
+        curve, target = (None if r is None else _find(r, column.path, fill) for r in (reports[0], baseline[0]))
+        share = share_to_match(curve, target[-1][1], column.match) if curve and target else None
+        return None if share is None else column.factor * share
+    means = []
+    for path in column.paths:
+        found = [None if report is None else _look_up(report, path, fill) for report in reports]
+        if any(value is None for value in found):
+            return None
+        means.append(sum(found) / len(found))
+    if column.harmonic:
+        first, second = means
+        return column.factor * (2 * first * second / (first + second) if first and second else 0.0)
+    return column.factor * (means[0] - means[1] if column.minus else means[0])
+
+
+def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: float) -> float | None:
+    """The share of its steps after which a curve is first better than `target` by `margin`; None where it never is, or is one point.
+
+    curve: (step, value), in order, the last at the run's end, straight lines between. A curve that falls has a margin to fall by, one
+    that rises the other way; which it does is seen from its ends.
+    """
+    if len(curve) < 2:
+        return None
+    sign = 1.0 if curve[-1][1] >= curve[0][1] else -1.0
+    goal, end = sign * target + margin, curve[-1][0]
+    before = None
+    for step, value in ((step, sign * value) for step, value in curve):
+        if value >= goal:
+            back = 0.0 if before is None or value == before[1] else (value - goal) / (value - before[1]) * (step - before[0])
+            return (step - back) / end
+        before = step, value
+    return None
+
+
+def _find(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> Any:
+    value: Any = report
+    for key in path.format_map(fill).split("."):
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, Mapping) and key in value:
+            value = value[key]
+        else:
+            return None
+    return value
+
+
+def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> float | None:
+    value = _find(report, path, fill)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """What a run is made of and was given, from the first seed that is complete: seeds differ by a few tokens only."""
+    if report is None:
+        return None
+    size = {"parameters": report["parameters"]["total"], "flops_per_slot": sum(report["flops_per_token"].values())}
+    return size | dict(report["counts"])
+
+
+# ---------------------------------------------------------------------------------------------- the state of a run
+
+
+def _run_state(run: Run, report: Mapping[str, Any] | None, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
+    """What a table may say of a run: it is complete when it has been through the table's analyses too."""
+    reason = last_failure(run.workdir)
+    if report is not None and all(name in report["analyses"] for name in analyses):
+        state, reason = COMPLETE, None
+    elif reason is not None:
+        state = FAILED
+    else:
+        state = UNFINISHED if (run.workdir / "config.json").exists() else NOT_RUN
+    environment = find_readable(run.workdir / "environment.json") if report else None
+    return {
+        "seed": run.config.seed,
+        "part": run.part,
+        "folder": run.workdir.relative_to(root).as_posix(),
+        "state": state,
+        "reason": reason,
+        "parent": run.config.init.from_ or None,
+        "warnings": len(report["warnings"]) if report else 0,
+        "git": environment and environment["git"],
+    }
+
+
+def _code(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The states of the code that made the runs, and the runs of each; more than one means that the rows are not of one make."""
+    made: dict[tuple[Any, Any], list[str]] = {}
+    for folder, git in states.items():
+        made.setdefault((git["commit"], git["dirty"]), []).append(folder)
+    return [{"commit": commit, "dirty": dirty, "runs": folders} for (commit, dirty), folders in made.items()]
+
+
+# ---------------------------------------------------------------------------------------------- failures of a run
+
+
+def record_failure(workdir: Path, time: str, reason: str, details: str) -> None:
+    """Add a failure, with its traceback, to the log in the run's folder."""
+    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} failed: {reason}\n{details}\n")
+
+
+def record_retry(workdir: Path, time: str) -> None:
+    """Say in the log of a run that had failed that it is tried again."""
+    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} tried again\n")
+
+
+def last_failure(workdir: Path) -> str | None:
+    """Why the run failed when it was last tried; None when it did not, or is being tried again."""
+    found = re.findall(r"^=== \S+ (failed: .*|tried again)$", _log(workdir), re.M)
+    return found[-1].removeprefix("failed: ") if found and found[-1] != "tried again" else None
+
+
+def _log(workdir: Path) -> str:
+    path = workdir / FAILURE_LOG
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

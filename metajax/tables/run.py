@@ -1,0 +1,211 @@
+"""Tables: run or resume every row for every seed, its parents first, and write down where the table stands after each run.
+
+A table may be stopped at any moment: the runs are ordinary runs, and the table is made anew from what they have left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from metajax import registry
+from metajax.config import AnyConfig
+from metajax.core.atomic import write_text
+from metajax.core.errors import nearest, require
+from metajax.core.progress import say, warn
+from metajax.core.workers import Inline
+from metajax.registry import Row, Table
+from metajax.runs.directory import FAILURE_LOG, default_workdir
+from metajax.runs.files import find_readable, write_json
+from metajax.runs.parents import absent_fields, apply_changes, inherited, resolve_parents
+from metajax.runs.place import Gone, Place
+from metajax.tables.formats import csv_text, latex, markdown
+from metajax.tables.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
+
+RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A table with everything that a command adds to it, resolved: a mistake has shown before the first run."""
+
+    table: Table
+    scale: str
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]  # to be run
+    changes: Mapping[str, Any]
+    root: Path  # of the run directories
+
+    @property
+    def folder(self) -> Path:
+        """ROOT/NAME/SCALE; with changes or fewer rows a folder beside it: SCALE-core, SCALE-HASH8."""
+        home = self.root / self.table.name
+        if not self.changes and self.rows == self.table.rows:
+            return home / self.scale
+        if not self.changes and self.rows == choose_rows(self.table, "core"):
+            return home / f"{self.scale}-core"
+        variant = json.dumps([{k: str(v) for k, v in self.changes.items()}, [row.name for row in self.rows]], sort_keys=True)
+        return home / f"{self.scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
+
+    def run_of(self, row: Row, seed: int, part: str) -> tuple[Run, tuple[Run, ...]]:
+        """The run of a row's part, and the runs that it starts from, the oldest first."""
+        config = replace(apply_changes(self.table.config(row, self.scale, part), self.changes), seed=seed)
+        config, older = resolve_parents(config, self.changes, self.root)
+        folders = [default_workdir(parent, self.root) for parent in older]
+        parents = tuple(Run(parent, folders[i], tuple(folders[:i])) for i, parent in enumerate(older))
+        return Run(config, default_workdir(config, self.root), tuple(folders), part), parents
+
+    def _lines(self) -> list[tuple[Row, str]]:
+        """Every row that this scale's corpus has the fields for, with each of its parts."""
+        there = [row for row in self.rows if not self.table.lacks(row, self.scale)]
+        return [(row, part) for row in there for part in self.table.parts_of(row, self.scale)]
+
+    def runs(self) -> list[Run]:
+        """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""
+        found: dict[Path, Run] = {}
+        for seed in self.seeds:
+            for row, part in self._lines():
+                run, parents = self.run_of(row, seed, part)
+                for one in (*parents, run):
+                    found.setdefault(one.workdir, one)
+        return list(found.values())
+
+    def result(self) -> dict[str, Any]:
+        """The table from what is on disk; seeds of an earlier command are shown where one of their runs is complete."""
+        earlier = (find_readable(self.folder / "table.json") or {"seeds": []})["seeds"]
+        found = {
+            (row.name, part, seed): self.run_of(row, seed, part)[0]
+            for row, part in self._lines()
+            for seed in {*self.seeds, *earlier}
+        }
+        made = {seed for (_, _, seed), run in found.items() if (run.workdir / "report.json").exists()}
+        seeds = sorted({*self.seeds, *made})
+        rows: dict[str, dict[str, list[Run]]] = {row.name: {} for row in self.rows}
+        for row, part in self._lines():
+            rows[row.name][part] = [found[row.name, part, seed] for seed in seeds]
+        return gather(self.table, self.scale, seeds, self.changes, self.root, rows)
+
+    def write(self) -> dict[str, Any]:
+        """Write table.json, table.md, table.csv, table.tex and report.html, and return the result."""
+        from metajax.tables.page import write_table_page
+
+        result = self.result()
+        write_json(self.folder / "table.json", result)
+        for name, text in (("table.md", markdown), ("table.csv", csv_text), ("table.tex", latex)):
+            write_text(self.folder / name, text(result))
+        write_table_page(self.folder, result, self.root)
+        return result
+
+
+def choose_rows(table: Table, words: str | None) -> tuple[Row, ...]:
+    """All rows, the core ones ("core"), or those named in a comma-separated list."""
+    if words is None:
+        return table.rows
+    if words == "core":
+        return tuple(row for row in table.rows if row.core)
+    by_name = {row.name: row for row in table.rows}
+    for word in words.split(","):
+        require(word in by_name, f"table {table.name} has no row {word!r}{nearest(word, by_name)}; rows: {', '.join(by_name)}")
+    return tuple(by_name[word] for word in words.split(","))
+
+
+def plan_table(
+    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path, rows: Sequence[Row]
+) -> TablePlan:
+    """The table as a command asks for it.
+
+    Args:
+      changes: dotted overrides of every row, and of the runs that rows start from (see `metajax.runs.parents.inherited`).
+
+    Raises:
+      UserError: a change that fits no row, a parent that does not exist, experiments that start from each other.
+    """
+    plan = TablePlan(table, scale, tuple(rows), tuple(seeds), changes, root)
+    for config in {run.config.name: run.config for run in plan.runs()}.values():
+        for field in absent_fields(config, inherited(changes)):
+            say(f"{config.name} does without {field}: --set passes it by")
+    return plan
+
+
+def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None, at_once: int = 1) -> dict[str, Any]:
+    """Run or resume every run of the plan and return the result; a run that fails is recorded, and the others go on.
+
+    Args:
+      run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
+      executor: where runs are made, `at_once` of them at a time and each behind those that it starts from; None: here, one by one.
+    """
+    plan.write()
+    with contextlib.closing(Place(plan.root)) as root, root.while_there():
+        return _run_all(plan, run_one, executor or Inline(), at_once, root)
+
+
+def _run_all(plan: TablePlan, run_one: RunOne, executor: Executor, at_once: int, root: Place) -> dict[str, Any]:
+    waiting, result = plan.runs(), plan.result()
+    count, failures, running = len(waiting), {}, {}
+    shown = {run["folder"] for row in result["rows"] for run in row["runs"]}
+    while waiting or running:
+        unfinished = {run.workdir for run in (*waiting, *running.values())}
+        for run in [run for run in waiting if unfinished.isdisjoint(run.parents)][: at_once - len(running)]:
+            is_row = run.workdir.relative_to(plan.root).as_posix() in shown
+            purpose = "" if is_row else ", from which rows start"
+            waiting.remove(run)
+            say(
+                f"[{count - len(waiting)}/{count}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}",
+            )
+            running[executor.submit(attempt, run, run_one, plan.table.analyses if is_row else (), dict(failures))] = run
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run = running.pop(future)
+            reason, changed = future.result()
+            root.require_there()
+            if reason is not None:
+                failures[run.workdir] = reason
+                warn(f"failed: {reason}; the log is {run.workdir / FAILURE_LOG}")
+            if reason is not None or changed:
+                result = plan.write()
+    return result
+
+
+def attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
+    """Make one run; (why it failed, whether its report is a new one)."""
+    parent = next((p for p in run.parents if p in failures), None)
+    if parent is not None:
+        reason = f"the run it starts from failed ({failures[parent]})"
+        record_failure(run.workdir, _now(), reason, f"see {parent / FAILURE_LOG}")
+        return reason, False
+    if last_failure(run.workdir) is not None:
+        record_retry(run.workdir, _now())
+    report = run.workdir / "report.json"
+    before = report.stat().st_mtime_ns if report.exists() else None
+    try:
+        run_one(run.config, run.workdir, analyses)
+    except Gone:
+        raise
+    except Exception as error:  # whatever it is, the other rows do not depend on it; the log has the traceback
+        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+        record_failure(run.workdir, _now(), reason, traceback.format_exc())
+        return reason, False
+    return None, report.stat().st_mtime_ns != before
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def has_runs(result: Mapping[str, Any]) -> bool:
+    """Whether any run of the table is complete."""
+    return any(run["state"] == COMPLETE for row in result["rows"] for run in row["runs"])
+
+
+def expected_minutes(table: Table, scale: str, words: str | None = None) -> float:
+    """Minutes of one seed: every run once, those that rows start from too, each as its own experiment declares."""
+    plan = TablePlan(table, scale, choose_rows(table, words), (0,), {}, Path("runs"))
+    known = registry.experiments()
+    return sum(known.get(run.config.name, table).minutes.get(scale, 0.0) for run in plan.runs())

@@ -1,0 +1,106 @@
+"""Sweeps: a row for each combination of some fields' values, in a file of experiments and in a table made on the fly."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from metajax.config import AnyConfig, ImageConfig, config_hash
+from metajax.core.errors import require
+from metajax.registry import Column, Experiment, Row, Table
+from metajax.runs.parents import apply_changes
+
+MOST_ROWS = 10_000
+
+
+def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """A row for each combination of the axes' values; the fields of one axis go in step.
+
+    swept({"model.layers": (2, 4), "model.width": (64, 128)}, {"optimizer.learning_rate": (1e-3, 2e-3)}) makes four rows, the first of them
+    layers_2_width_64_learning_rate_0.001.
+    """
+    for axis in axes:
+        require(len(set(map(len, axis.values()))) == 1, f"a sweep in step: {' and '.join(axis)} have different numbers of values")
+    count = math.prod(len(next(iter(axis.values()))) for axis in axes)
+    require(count <= MOST_ROWS, f"a sweep of {count:,} rows: at most {MOST_ROWS:,}")
+    steps = [[dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)] for axis in axes]
+    made = [{field: value for step in chosen for field, value in step.items()} for chosen in itertools.product(*steps)]
+    named = lambda changes: "_".join(f"{field.rpartition('.')[2]}_{value}" for field, value in changes.items())  # noqa: E731
+    return [Row(re.sub(r"[^\w.+-]+", "-", named(changes)), changes) for changes in made]
+
+
+def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, changes: Mapping[str, Any]) -> Table:
+    """The table of an experiment swept over fields; its runs are the experiment's own, as `--set` would make them.
+
+    Args:
+      words: FIELD=VALUE,VALUE,... each; several make a product. Several in one word, with spaces between, go in step.
+      changes: those of the command for every row. The row that they alone would make, where there is one, is the baseline.
+
+    Raises:
+      UserError: a word of another form, or a field that is set or swept twice.
+    """
+    pairs = [[_axis(one) for one in re.split(r"\s+(?=[\w.]+=)", word)] for word in words]  # a value may have spaces
+    pairs = [[(f, list(dict.fromkeys(v))) for f, v in word] if len(word) == 1 else word for word in pairs]
+    axes, fields = [dict(of_word) for of_word in pairs], [field for of_word in pairs for field, _ in of_word]
+    require(len(set(fields)) == len(fields), "--sweep: a field is swept twice; give all of its values at once")
+    for field in fields:
+        require(field not in changes, f"--sweep {field}: it is set with --set too; leave one of them out")
+    fill = {**experiment.table.fill, **experiment.row.fill} if experiment.table else {}
+    rows = [
+        replace(row, name=" ".join(f"{field}={value}" for field, value in row.changes.items()), of=experiment.name, fill=fill)
+        for row in swept(*axes)
+    ]
+    own = apply_changes(experiment.build(scale), changes)
+    said = " and ".join(f"{field} = {', '.join(values)}" for axis in axes for field, values in axis.items())
+    table = Table(
+        name=f"{experiment.name}/sweep-{hashlib.sha256(json.dumps(axes).encode()).hexdigest()[:8]}",
+        summary=f"{experiment.name} with {said}",
+        paper=experiment.paper,
+        base=experiment.build,
+        rows=tuple(rows),
+        columns=experiment.table.columns if experiment.table else _columns(own),
+        baseline=None,
+        minutes=experiment.minutes,
+        scales=experiment.scales,
+    )
+    baseline = [row.name for row in rows if config_hash(apply_changes(table.config(row, scale), changes)) == config_hash(own)]
+    return replace(table, baseline=baseline[0]) if baseline else table
+
+
+def _axis(word: str) -> tuple[str, list[str]]:
+    field, equals, values = word.partition("=")
+    found = [value for value in values.split(",") if value]
+    require(bool(equals and field and found), f"--sweep {word}: expected FIELD=VALUE,VALUE, such as --sweep model.layers=2,4,8")
+    require(
+        field not in ("seed", "scale", "name", "init.from"), f"--sweep {field}: not a field to sweep; see --seeds and --scale"
+    )
+    return field, found
+
+
+def _columns(config: AnyConfig) -> tuple[Column, ...]:
+    """For an experiment without a table: exact match by task and length, bits per byte under each condition; accuracy on images."""
+    if isinstance(config, ImageConfig):
+        named = (
+            ("base", "new")
+            if config.prompts and config.images.classes == "base"
+            else ("all",)
+            if config.prompts
+            else config.images.sources
+        )
+        return tuple(Column(f"{name}, %", f"eval.{name}.accuracy", 1, "higher", 100) for name in named)
+    tasks = config.tasks
+    scored = [(task, length) for task in tasks.names for length in tasks.eval_lengths] if tasks else []
+    conditions = config.evaluation.conditions if config.evaluation.documents else ()
+    return (
+        *(
+            Column(f"{task}, {length} tokens, %", f"eval.tasks.{task}.{length}.exact", 1, "higher", 100)
+            for task, length in scored
+        ),
+        *(Column(f"bits/byte, {c} metadata", f"eval.{c}.bpb") for c in conditions),
+    )

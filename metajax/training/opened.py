@@ -1,0 +1,62 @@
+"""The newest checkpoint of a run, opened for evaluation, analysis, generation or export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from metajax.config import Config, Runtime, require_text
+from metajax.core.errors import require
+from metajax.core.fields import override
+from metajax.data.encoding import Tokenizer
+from metajax.data.pipeline import Corpora, Paths, open_corpora
+from metajax.data.tokenizers import load as load_tokenizer
+from metajax.runs.directory import ORIGIN, check_data, read_config, require_data
+from metajax.training.checkpoints import newest_good, read_parameters, saved_identity
+from metajax.training.program import Program
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run's newest checkpoint with the run's own tokenizer, ready to be evaluated, analysed or exported."""
+
+    config: Config
+    workdir: Path
+    tokenizer: Tokenizer
+    program: Program
+    model: Any
+    saved: Mapping[str, Any] = field(default_factory=dict)  # whose the checkpoint is, see `RunDirectory.identity`
+
+    def open_corpora(self, config: Config, paths: Paths) -> Corpora:
+        """UserError when corpus or tokenizer is not the run's."""
+        if config.imported is not None:
+            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
+            config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
+        corpora = open_corpora(config, paths)
+        now = {"key": corpora.key, "tokenizer": corpora.tokenizer.fingerprint()}
+        check_data(self.workdir, **now)
+        require_data(self.saved, now, self.workdir)
+        return corpora
+
+
+def open_run(workdir: Path) -> OpenedRun:
+    """Open a run for evaluation or generation; its folder is not changed.
+
+    Raises:
+      UserError: no checkpoint or tokenizer there, damaged ones only, or another run's.
+    """
+    config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
+    require(
+        config.imported is not None or not (workdir / ORIGIN).exists(),
+        f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
+    )
+    config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
+    step = newest_good(workdir)
+    saved, now = saved_identity(workdir, step), {"tokenizer": tokenizer.fingerprint()}
+    check_data(workdir, **now)
+    require_data(saved, now, workdir)
+    program = Program.build(config, tokenizer.vocabulary.size)
+    model = read_parameters(workdir, program.abstract_state().model, step=step)
+    return OpenedRun(config, workdir, tokenizer, program, model, saved)

@@ -1,0 +1,130 @@
+"""The stack of pre-norm blocks that both of CLIP's towers have, and the two towers that are made of it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from metajax.config import Clip, Model, Runtime
+from metajax.core.errors import nearest, require
+from metajax.distributed.rules import RESIDUAL_AXES, constrain
+from metajax.models.attention import Projections, Taps
+from metajax.models.layers import Mlp, Norm, normal_param, scan_layers
+from metajax.vision.clip.convolution import Conv
+
+# What towers can return beside their features.
+CAPTURABLE = (
+    "residual",  # [L, B, T, width], the input of each block
+    "attention_probabilities",  # float32[L, B, heads, query, key], computed beside the tower's own attention
+    "final",  # [B, T, width], after the final norm; of images, after the last block instead
+)
+Captured = dict[str, Array]
+
+
+class Block(nnx.Module):
+    """x += Attention(norm x); x += Mlp(norm x), over all positions or over those up to each one's own."""
+
+    def __init__(self, cfg: Model, key: PRNGKeyArray):
+        keys = jax.random.split(key)
+        self.attention, self.attention_norm = Projections(cfg, keys[0]), Norm(cfg)
+        self.mlp, self.mlp_norm = Mlp(cfg, keys[1]), Norm(cfg)
+
+    def __call__(self, x: Float[Array, "B T width"], taps: Taps, *, causal: bool) -> Float[Array, "B T width"]:
+        taps.record("residual", x)
+        q, k, v = self.attention.split(self.attention_norm(x), None)
+        if taps.wants("attention_probabilities"):
+            taps.record("attention_probabilities", _probabilities(q, k, causal))
+        x = x + self.attention.merge(jax.nn.dot_product_attention(q, k, v, is_causal=causal))
+        return constrain(x + self.mlp(self.mlp_norm(x)), RESIDUAL_AXES)
+
+
+def _probabilities(q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], causal: bool) -> Float[Array, "B H T T"]:
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    allow = jnp.tril(jnp.ones(scores.shape[-2:], bool)) if causal else True
+    return jax.nn.softmax(scores, where=allow, axis=-1)
+
+
+class Transformer(nnx.Module):
+    """Blocks, stacked and scanned, [B, T, width] -> [B, T, width]."""
+
+    def __init__(self, cfg: Model, runtime: Runtime, key: PRNGKeyArray, *, causal: bool):
+        self.layers, self.remat, self.unroll, self.causal = cfg.layers, runtime.remat, runtime.unroll or cfg.layers, causal
+        self.blocks = jax.vmap(functools.partial(Block, cfg))(jax.random.split(key, cfg.layers))
+
+    def __call__(self, x: Float[Array, "B T width"], capture: tuple[str, ...]) -> tuple[Float[Array, "B T width"], Captured]:
+        for name in capture:
+            require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
+
+        def body(x: Array, block: Block) -> tuple[Array, Captured]:
+            taps = Taps(capture)
+            x = block(x, taps, causal=self.causal)
+            return x, taps.values
+
+        return scan_layers(body, x, self.blocks, layers=self.layers, remat=self.remat, unroll=self.unroll)
+
+
+class VisionTransformer(nnx.Module):
+    """Patches behind a class token; its features are what the class token holds in the end (Dosovitskiy et al., arXiv 2010.11929).
+
+    CLIP's has a norm in front of its blocks too, and no bias in its patch embedding.
+    """
+
+    def __init__(self, cfg: Clip, runtime: Runtime, key: PRNGKeyArray):
+        keys = jax.random.split(key, 5)
+        width, std, patches = cfg.vision_width, cfg.vision_width**-0.5, (cfg.image_size // cfg.patch) ** 2
+        self.patch, self.dtype = cfg.patch, cfg.compute_dtype
+        self.patches = Conv(keys[0], (cfg.patch, 3, width))
+        self.class_token = normal_param(keys[1], (width,), std, ("embed",))
+        self.positions = normal_param(keys[2], (patches + 1, width), std, ("positions", "embed"))
+        self.pre_norm, self.final_norm = Norm(cfg.vision), Norm(cfg.vision)
+        self.transformer = Transformer(cfg.vision, runtime, keys[3], causal=False)
+        self.projection = normal_param(keys[4], (width, cfg.embed), std, ("embed", "features"))
+
+    def __call__(
+        self, images: Float[Array, "B H W 3"], capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "B features"], Captured]:
+        """(features, captured intermediates) of normalised images."""
+        x = self.patches(images.astype(self.dtype), stride=self.patch)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(x.dtype)
+        x, captured = self.transformer(self.pre_norm(x), capture)
+        features = self.final_norm(x[:, 0]) @ self.projection[...].astype(x.dtype)
+        return features, {**captured, "final": x} if "final" in capture else captured
+
+
+class TextTower(nnx.Module):
+    """Causal blocks over a text; its features are what the end token holds in the end.
+
+    Positions behind the end token change nothing: a batch may be cut behind its longest text (`cut_after_end`).
+    """
+
+    def __init__(self, cfg: Clip, runtime: Runtime, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        width, self.dtype = cfg.text_width, cfg.compute_dtype
+        self.embedding = normal_param(keys[0], (cfg.vocab, width), 0.02, ("vocab", "embed"))
+        self.positions = normal_param(keys[1], (cfg.context, width), 0.01, ("positions", "embed"))
+        self.transformer = Transformer(cfg.text, runtime, keys[2], causal=True)
+        self.final_norm = Norm(cfg.text)
+        self.projection = normal_param(keys[3], (width, cfg.embed), width**-0.5, ("embed", "features"))
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
+        """Token embeddings, without positions: where prompt learners put their own vectors."""
+        return self.embedding[...][tokens]
+
+    def __call__(
+        self, embedded: Float[Array, "B T width"], end: Int[Array, " B"], capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "B features"], Captured]:
+        """(features, captured intermediates) of embedded tokens; `end`: the place of each text's end token."""
+        length, table = embedded.shape[1], self.positions[...]
+        require(
+            length <= table.shape[0], f"texts of {length} tokens, but the text tower has {table.shape[0]} positions; cut them"
+        )
+        x, captured = self.transformer((embedded + table[:length]).astype(self.dtype), capture)
+        x = self.final_norm(x)
+        features = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0] @ self.projection[...].astype(x.dtype)
+        return features, {**captured, "final": x} if "final" in capture else captured

@@ -1,0 +1,106 @@
+"""Batches of images as a pure function of (step, seed): shuffled, seen through a random view, and for AAPL paired with another class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from metajax.vision.data.preprocessing import as_rgb, centre, resize
+from metajax.vision.data.sets import ImageSet, Item
+from metajax.vision.data.templates import SELECTED
+
+Record = dict[str, Any]
+CAPTIONS = ("a photo of a {}.", *SELECTED)  # what a CLIP of one's own reads beside an image
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+
+
+def random_view(image: Image.Image, size: int, rng: np.random.Generator, least: float) -> np.ndarray:
+    """uint8[size, size, 3]: a random part of at least that share of the area, 3:4 to 4:3, bicubic; mirrored every other time.
+
+    As torchvision's RandomResizedCrop: ten tries for a shape that fits, else the middle.
+    """
+    image = as_rgb(image)
+    width, height = image.size
+    box = None
+    for _ in range(_TRIES):
+        area, ratio = width * height * rng.uniform(least, 1), math.exp(rng.uniform(*np.log(_RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            box = (left, top, left + w, top + h)
+            break
+    if box is None:
+        w, h = round(min(width, height * _RATIO[1])), round(min(height, width / _RATIO[0]))
+        box = ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)
+    pixels = np.asarray(resize(image.crop(box), size, size))
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def viewer(size: int, view: str, least: float) -> Callable[[Image.Image, np.random.Generator], np.ndarray]:
+    """How a training image is seen: `Images.view`."""
+    if view == "centre":
+        return lambda image, rng: centre(image, size)
+    return lambda image, rng: random_view(image, size, rng, least)
+
+
+def _batches(items: Sequence[Any], seed: int, batch: int, make: Callable[[Any, np.random.Generator], Record]) -> grain.MapDataset:
+    """Epochs without end, each shuffled anew and cut into whole batches (one smaller batch where there are too few items for one)."""
+    rows = grain.MapDataset.source(items).seed(seed).shuffle().random_map(make)
+    return rows.batch(min(batch, len(items)), drop_remainder=True).repeat()
+
+
+def prompt_batches(
+    images: ImageSet, items: Sequence[Item], seed: int, batch: int, see: Callable, *, paired: bool
+) -> grain.MapDataset:
+    """Records of index, label and pixels [views, size, size, 3]; paired: a second view of an image of another class, drawn uniformly
+    among classes and then among its images."""
+    by_class: dict[int, list[Item]] = {}
+    for item in items:
+        by_class.setdefault(item.label, []).append(item)
+
+    def make(place: int, rng: np.random.Generator) -> Record:
+        item = items[place]
+        views = [see(images.read(item.key), rng)]
+        if paired:
+            labels = [label for label in by_class if label != item.label]
+            others = by_class[labels[int(rng.integers(len(labels)))]]
+            views.append(see(images.read(others[int(rng.integers(len(others)))].key), rng))
+        return {"index": np.int32(place), "label": np.int32(item.label), "pixels": np.stack(views)}
+
+    return _batches(range(len(items)), seed, batch, make)
+
+
+def caption_batches(
+    sets: Sequence[ImageSet], seed: int, batch: int, see: Callable, tokenize: Callable[[str], np.ndarray]
+) -> grain.MapDataset:
+    """Records of pixels [size, size, 3] and tokens [T] for contrastive training: an image, and a template filled with what it shows, or,
+    every other time, with its class. Texts of sets without classes stand as they are."""
+    items = [(one, item) for one in sets for item in one.splits["pretrain"]]
+
+    def make(pair: tuple[ImageSet, Item], rng: np.random.Generator) -> Record:
+        images, item = pair
+        template, name = CAPTIONS[int(rng.integers(len(CAPTIONS)))], images.name_of(item)
+        if item.label >= 0 and rng.random() < 0.5:
+            name = images.classes[item.label]
+        text = template.format(name) if images.classes else name
+        return {"pixels": see(images.read(item.key), rng), "tokens": tokenize(text)}
+
+    return _batches(items, seed, batch, make)
+
+
+def texts_of_sets(sets: Sequence[ImageSet]) -> list[str]:
+    """All names and templates that training captions are made of, and those of the sets' classes."""
+    names = [one.name_of(item) for one in sets for item in one.splits["pretrain"]]
+    return [*names, *(name for one in sets for name in one.classes), *CAPTIONS, *(one.template for one in sets)]
+
+
+def test_pixels(images: ImageSet, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8[N, size, size, 3], labels int32[N]) of a set's test images, their middle."""
+    items = images.splits["test"]
+    return np.stack([centre(images.read(item.key), size) for item in items]), np.array([item.label for item in items], np.int32)

@@ -1,0 +1,70 @@
+"""Images as CLIP reads them: RGB in 8 bits, the short side resized to the model's, the centre, normalised by channel."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from metajax.config import Clip
+from metajax.core.errors import UserError, require
+
+if TYPE_CHECKING:
+    import jax  # which listing experiments does without
+
+AnyArray = TypeVar("AnyArray", np.ndarray, "jax.Array")
+# What Pillow's decoders raise for a file that is no image, or not a whole one.
+_DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image of a file, decoded, in RGB with 8 bits a channel. UserError, naming the file, for what cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except _DECODING as error:
+        system = getattr(error, "strerror", None)  # such as a missing file or too many open ones: the file itself may be good
+        require(not system, f"{path}: {system}")
+        reason = "it is empty" if path.stat().st_size == 0 else (str(error).strip().splitlines() or ["damaged"])[0]
+        raise UserError(f"{path}: not a whole image ({reason}); fetch it again, or remove it") from None
+    return as_rgb(image, str(path))
+
+
+def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """The image in RGB with 8 bits a channel; 16 bits of grey are reduced by shifting. UserError for grey of 32 bits."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    require(
+        image.mode not in ("I", "F"),
+        f"{name}: its pixels have 32 bits, and what is black or white is not known; convert it to 8 or 16 bits",
+    )
+    return image.convert("RGB")
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic with antialiasing, in 8 bits: along rows first, then along columns, each rounded.
+
+    As Pillow up to 12 does by itself, and as CLIP was trained and tested with; later versions choose the order by the sizes.
+    """
+    rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return rows.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def centre(image: Image.Image, size: int) -> np.ndarray:
+    """uint8[size, size, 3]: the middle of an RGB image whose short side was resized to `size`.
+
+    Sides are rounded as torchvision's Resize and CenterCrop round them, which OpenAI's code uses.
+    """
+    image, short = as_rgb(image), min(image.size)
+    width, height = (size if side == short else size * side // short for side in image.size)
+    left, top = (round((side - size) / 2) for side in (width, height))
+    return np.asarray(resize(image, width, height).crop((left, top, left + size, top + size)))
+
+
+def normalise(pixels: AnyArray, clip: Clip) -> AnyArray:
+    """float32 [..., 3] as the image tower of `clip` reads it, of uint8 pixels; on the host or on a device."""
+    mean, std = (np.array(numbers, np.float32) for numbers in clip.pixel_statistics)
+    return (pixels.astype(np.float32) / 255 - mean) / std

@@ -1,0 +1,121 @@
+"""The eleven data sets of the prompt-learning papers and ImageNet's four variants, in the folders that CoOp's instructions make.
+
+Splits, class names and their order are those of the published split_zhou_*.json; Aircraft and ImageNet have none and are read from their own
+lists. Nothing is downloaded, and no split is made up where a file is missing: numbers on another split cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from metajax.core.errors import UserError, require
+from metajax.vision.data.sets import ImageSet, Item, image_files, of_files
+from metajax.vision.data.templates import TEMPLATES
+
+# name: (folder below the data folder, images below that, split file)
+ZHOU = {
+    "caltech101": ("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
+    "oxford_pets": ("oxford_pets", "images", "split_zhou_OxfordPets.json"),
+    "stanford_cars": ("stanford_cars", "", "split_zhou_StanfordCars.json"),
+    "oxford_flowers": ("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json"),
+    "food101": ("food-101", "images", "split_zhou_Food101.json"),
+    "sun397": ("sun397", "SUN397", "split_zhou_SUN397.json"),
+    "dtd": ("dtd", "images", "split_zhou_DescribableTextures.json"),
+    "eurosat": ("eurosat", "2750", "split_zhou_EuroSAT.json"),
+    "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json"),
+}
+# name: folder of test images below the data folder, one folder for each synset (of V2: for each class's number)
+VARIANTS = {
+    "imagenet_v2": "imagenetv2/imagenetv2-matched-frequency-format-val",
+    "imagenet_sketch": "imagenet-sketch/images",
+    "imagenet_a": "imagenet-adversarial/imagenet-a",
+    "imagenet_r": "imagenet-rendition/imagenet-r",
+}
+NAMES = (*ZHOU, "fgvc_aircraft", "imagenet", *VARIANTS)
+CLASSES = {  # how many there are, for what needs no more than that
+    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
+    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
+}  # fmt: skip
+Splits = dict[str, list[tuple[str, int]]]  # split -> (path, label)
+
+
+def open_published(name: str, root: Path) -> ImageSet:
+    """A data set by its name; UserError where its folder or one of its lists is not there."""
+    try:
+        if name in ZHOU:
+            base, classes, splits = _zhou(name, root)
+        elif name == "fgvc_aircraft":
+            base, classes, splits = _aircraft(root / name)
+        else:
+            base, classes, splits = _imagenet(name, root)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what a list of another form runs into
+        raise UserError(f"{name}: its lists below {root} are not the published ones ({error!r}); fetch them again") from None
+    items = {split: [Item(path, label) for path, label in found] for split, found in splits.items()}
+    return of_files(name, base, classes, items, TEMPLATES[name])
+
+
+def _read(path: Path, what: str) -> str:
+    require(path.is_file(), f"{path} is not there; {what}, and name the folder above with --data-dir")
+    return path.read_text(encoding="utf-8")
+
+
+def _zhou(name: str, root: Path) -> tuple[Path, list[str], Splits]:
+    folder, images, file = ZHOU[name]
+    found = json.loads(_read(root / folder / file, f"put CoOp's published {file} beside the images"))
+    names = {label: word for rows in found.values() for _, label, word in rows}
+    splits = {split: [(path, label) for path, label, _ in found[split]] for split in ("train", "val", "test")}
+    return root / folder / images, [names[label] for label in range(len(names))], splits
+
+
+def _aircraft(folder: Path) -> tuple[Path, list[str], Splits]:
+    what = "put the official FGVC-Aircraft lists and images there"
+    classes = _read(folder / "variants.txt", what).split("\n")
+    classes = [name.strip() for name in classes if name.strip()]
+    splits: Splits = {}
+    for split in ("train", "val", "test"):
+        lines = [line.split(" ", 1) for line in _read(folder / f"images_variant_{split}.txt", what).splitlines() if line.strip()]
+        splits[split] = [(f"{image}.jpg", classes.index(name.strip())) for image, name in lines]
+    return folder / "images", classes, splits
+
+
+def _imagenet(name: str, root: Path) -> tuple[Path, list[str], Splits]:
+    """ImageNet, whose validation images are the test; of a variant with fewer classes only these."""
+    lines = _read(root / "imagenet" / "classnames.txt", "put CoOp's published classnames.txt there").splitlines()
+    names = dict(line.strip().split(" ", 1) for line in lines if line.strip())
+    synsets = sorted(names)
+    if name == "imagenet":
+        base = root / "imagenet" / "images"
+        folders = {split: _folders(base / place) for split, place in (("train", "train"), ("test", "val"))}
+    else:
+        base = root / VARIANTS[name]
+        folders = {"test": _folders(base)}
+    if name == "imagenet_v2":
+        synset_of = {folder: synsets[int(folder.name)] for folder in folders["test"]}
+    else:
+        synset_of = {folder: folder.name for found in folders.values() for folder in found}
+    present = sorted(set(synset_of.values()))
+    unknown = [synset for synset in present if synset not in names]
+    require(not unknown, f"{base} has a folder {unknown and unknown[0]}, which is not in classnames.txt")
+    splits = {
+        split: [
+            (path.relative_to(base).as_posix(), present.index(synset_of[folder]))
+            for folder in found
+            for path in image_files(folder)
+        ]
+        for split, found in folders.items()
+    }
+    return base, [names[synset] for synset in present], splits
+
+
+def _folders(base: Path) -> list[Path]:
+    require(
+        base.is_dir(),
+        f"{base} is not there; put the images in folders of their classes, and name the folder above with --data-dir",
+    )
+    return _sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.name)

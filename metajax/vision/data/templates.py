@@ -1,0 +1,47 @@
+"""Texts of classes: a template for each data set, and the ensemble of several, as in CoOp's code (Zhou et al., arXiv 2109.01134).
+
+Underscores of names become spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metajax.core.errors import require
+
+_PHOTO = "a photo of a {}."
+# One for each data set.
+TEMPLATES = {
+    "imagenet": _PHOTO,
+    "imagenet_v2": _PHOTO,
+    "imagenet_sketch": _PHOTO,
+    "imagenet_a": _PHOTO,
+    "imagenet_r": _PHOTO,
+    "caltech101": _PHOTO,
+    "stanford_cars": _PHOTO,
+    "sun397": _PHOTO,
+    "oxford_pets": "a photo of a {}, a type of pet.",
+    "oxford_flowers": "a photo of a {}, a type of flower.",
+    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+    "dtd": "{} texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "food101": "a photo of {}, a type of food.",
+    "ucf101": "a photo of a person doing {}.",
+}
+# Those that did best on ImageNet, in OpenAI's choice.
+SELECTED = (
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.", "art of the {}.",
+    "a photo of the small {}.",
+)  # fmt: skip
+
+
+def ensemble(dataset: str) -> tuple[str, ...]:
+    """The templates whose mean stands for a class: the selected ones, and outside ImageNet the data set's own."""
+    require(dataset in TEMPLATES, f"no template for data set {dataset!r}; known: {', '.join(TEMPLATES)}")
+    return SELECTED if dataset.startswith("imagenet") else (*SELECTED, TEMPLATES[dataset])
+
+
+def texts_of(names: Sequence[str], template: str) -> list[str]:
+    """The text of every class."""
+    require("{}" in template, f"template {template!r} has no {{}} for the class's name")
+    return [template.replace("{}", name.replace("_", " ")) for name in names]

@@ -1,0 +1,63 @@
+"""A tokenizer for a small CLIP of one's own: the words of its captions, with the interface of CLIP's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import regex
+
+from metajax.core.atomic import write_text
+from metajax.core.errors import require
+from metajax.runs.files import find_json
+
+FILE = "words.json"  # in a run's folder
+_WORDS = regex.compile(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]")
+_SPECIAL = ("<pad>", "<unknown>", "<start>", "<end>")
+
+
+class WordTokenizer:
+    """Ids of whole words, lower-cased: pad 0, unknown 1, the words, start, and end with the largest id."""
+
+    def __init__(self, words: Sequence[str]):
+        self.words = tuple(words)
+        self.size, self.start, self.end = len(words) + 4, len(words) + 2, len(words) + 3
+        self._ids = {word: i for i, word in enumerate(words, 2)}
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> WordTokenizer:
+        """Of all words in these texts, the placeholder of prompts, and what ends them."""
+        return cls(sorted({"x", ".", *(word for text in texts for word in _WORDS.findall(text.lower()))}))
+
+    @classmethod
+    def load(cls, folder: Path) -> WordTokenizer:
+        """UserError where the folder has none."""
+        saved = find_json(folder / FILE)
+        require(saved is not None, f"{folder} has no {FILE}: it is not the run of a CLIP")
+        return cls(saved["words"])
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / FILE, json.dumps(self.words))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start and end."""
+        return [self._ids.get(word, 1) for word in _WORDS.findall(text.lower())]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words, and the names of ids that are none."""
+        return " ".join((*_SPECIAL[:2], *self.words, *_SPECIAL[2:])[i] for i in ids)
+
+    def tokenize(self, texts: Sequence[str], length: int = 77) -> np.ndarray:
+        """int32[texts, length]: start, ids, end, zeros; UserError for a text that is too long."""
+        rows = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.start, *self.encode(text), self.end]
+            require(len(ids) <= length, f"{text[:60]!r} has {len(ids)} tokens, but a text has {length}; raise clip.context")
+            row[: len(ids)] = ids
+        return rows

@@ -1,0 +1,92 @@
+"""Preflight: hosts that meet, miss each other or differ; storage; a check that never answers."""
+
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from metajax.cli import preflight
+from metajax.cli.main import main
+from metajax.core.errors import UserError
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def meet(address, facts, count=None, seconds=4.0):
+    """What each of the processes with these facts finds."""
+    found = [None] * len(facts)
+
+    def one(i):
+        arguments = {
+            "coordinator": address,
+            "processes": count or len(facts),
+            "process": i,
+            "facts": facts[i],
+            "seconds": seconds,
+        }
+        try:
+            found[i] = preflight._hosts(arguments)["text"]
+        except UserError as error:
+            found[i] = str(error)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(facts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_all_are_there_and_alike(address):
+    first, *others = meet(address, [{"jax": "1", "code": "abc"}] * 3)
+    assert first.startswith("all 3 are there: ") and set(others) == {first}
+
+
+def test_a_host_that_differs_is_named_on_every_host(address):
+    for said in meet(address, [{"jax": "1"}, {"jax": "1"}, {"jax": "2"}]):
+        assert "process 2 (" in said and "has jax 2, process 0 (" in said and "install the same code" in said
+
+
+def test_a_missing_host_is_named_on_those_that_came(address):
+    began = time.monotonic()
+    for said in meet(address, [{}, {}], count=4):
+        assert said.startswith("of 4 processes 2, 3 did not come") and "start the same command there" in said
+    assert time.monotonic() - began < 4.0
+
+
+def test_a_coordinator_that_is_not_there(address):
+    arguments = {"coordinator": address, "processes": 2, "process": 1, "facts": {}, "seconds": 2.3}
+    with pytest.raises(UserError, match=r"process 1 .* does not reach the coordinator .*open that port"):
+        preflight._hosts(arguments)
+
+
+def test_storage_is_written_and_read_back(tmp_path):
+    assert "written, read back and deleted" in preflight._storage({"workdir": str(tmp_path / "new")})["text"]
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*another --workdir"):
+        preflight._storage({"workdir": str(tmp_path / "file")})
+
+
+def test_a_check_that_does_not_answer_is_ended_and_a_broken_one_told(monkeypatch):
+    monkeypatch.setitem(preflight.REMEDIES, "storage", "mount it")
+    began = time.monotonic()
+    good, text, _ = preflight._bounded("storage", {}, seconds=0.05)
+    assert not good and "no answer within 0.05 s; mount it" in text and time.monotonic() - began < 10
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    good, text, _ = preflight._bounded("storage", {}, seconds=5.0)
+    assert not good and "ended with 1; mount it" in text
+
+
+def test_the_folder_of_the_runs_is_what_it_writes_to(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(preflight, "preflight", lambda arguments, seconds: seen.update(arguments) or [])
+    assert main(["preflight", "--runs-dir", str(tmp_path)]) == 0 and seen["workdir"] == str(tmp_path)
+    assert main(["preflight", "--workdir", "elsewhere", "--runs-dir", str(tmp_path)]) == 0 and seen["workdir"] == "elsewhere"

@@ -1,0 +1,105 @@
+"""FLOPs of hybrid layers: matrix products against the program's own, pairs by brute force, the scan from its recurrence."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_flops import dot_flops
+
+from metajax.config import Config, Data, Hybrid, Model, Runtime
+from metajax.core.fields import override
+from metajax.models import hybrid_flops
+from metajax.models.flops import flops_per_token, matmul_flops, step_flops
+from metajax.models.presets import hymba_1_5b
+from metajax.training.program import build_model
+
+VOCAB, SLOTS, ROWS, METAS = 64, 24, 2, 3
+MODEL = Model(
+    layers=4, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=5,
+    hybrid=Hybrid(meta_tokens=METAS, full_layers=(0,), kv_groups=(1, 3), state=4),
+)  # fmt: skip
+FORMS = {
+    "mean": {},
+    "concat": {"hybrid.fusion": "concat"},
+    "attention": {"hybrid.fusion": "attention"},
+    "mamba": {"hybrid.fusion": "mamba", "hybrid.kv_groups": ()},
+    "sequential": {"hybrid.fusion": "sequential", "hybrid.kv_groups": (), "hybrid.head_dim": 6},
+}
+
+
+def config_of(model):
+    runtime = Runtime(implementation="reference", unroll=1)
+    return Config(name="x", data=Data(row_length=SLOTS, batch_rows=ROWS), model=model, runtime=runtime)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_matrix_products_equal_the_programs_own(form):
+    config = config_of(override(MODEL, FORMS[form]))
+    model = jax.eval_shape(lambda: build_model(config, VOCAB, jax.random.key(0)))
+    tokens = jnp.zeros((ROWS, SLOTS), jnp.int32)
+    counted = dot_flops(jax.make_jaxpr(lambda m: m(tokens, positions=tokens, segment_ids=tokens + 1))(model).jaxpr)
+    parts = matmul_flops(config, VOCAB)
+    head, _ = parts.pop("head"), parts.pop("scan", 0)  # the scan has no matrix product in it
+    attending = sum(kind.attends for kind in hybrid_flops.layers_of(config.model))
+    dense_pairs = attending * (ROWS * SLOTS * (METAS + SLOTS) + METAS**2)
+    slots = ROWS * SLOTS
+    assert (slots + METAS) * sum(parts.values()) + slots * head + hybrid_flops.pair_operations(
+        config.model
+    ) * dense_pairs == counted
+
+
+def test_pairs_equal_a_brute_force_count():
+    lengths = [[9, 11, 4], [2, 14, 5]]
+    segments = np.array([np.repeat([1, 2, 3, 0], [*n, SLOTS - sum(n)]) for n in lengths])
+    positions = np.array([np.concatenate([np.arange(k) for k in [*n, SLOTS - sum(n)]]) for n in lengths])
+    count = 0
+    for window in (None, 5, 5, 5):
+        count += sum(k <= q for q in range(METAS) for k in range(METAS))
+        for row in lengths:
+            for length in row:
+                for q in range(METAS, METAS + length):  # the document behind its meta tokens
+                    count += sum(k <= q and (k < METAS or window is None or q - k <= window) for k in range(METAS + length))
+    assert hybrid_flops.batch_pairs(MODEL, {"segment_ids": segments, "positions": positions}) == count
+
+
+def test_the_scans_count_follows_from_its_recurrence():
+    class Counted:
+        """A number that counts what is done to it."""
+
+        total = 0
+
+        def operation(self, *_):
+            Counted.total += 1
+            return Counted()
+
+        __add__ = __mul__ = exp = softplus = silu = operation
+
+    def token(state):
+        u, delta, bias, skip, z = (Counted() for _ in range(5))
+        step = (delta + bias).softplus()
+        change, readout = step * u, skip * u
+        for _ in range(state):
+            h, rate, b, c = (Counted() for _ in range(4))
+            h = (step * rate).exp() * h + change * b
+            readout = readout + h * c
+        return readout * z.silu()
+
+    token(5)
+    assert hybrid_flops.scan_operations(3, 5) == 3 * Counted.total
+
+
+def test_a_row_of_one_document_costs_flops_per_token():
+    config = config_of(MODEL)
+    ones = np.ones((ROWS, SLOTS), np.int32)
+    batch = {"tokens": ones, "segment_ids": ones, "positions": np.tile(np.arange(SLOTS), (ROWS, 1))}
+    per_token = flops_per_token(config, VOCAB)
+    assert step_flops(config, VOCAB, batch) == pytest.approx(ROWS * SLOTS * sum(per_token.values()), rel=1e-12)
+
+
+def test_sharing_saves_the_projections_of_keys_and_values():
+    shared = hymba_1_5b()
+    alone = dataclasses.replace(shared, hybrid=dataclasses.replace(shared.hybrid, kv_groups=()))
+    saved = hybrid_flops.token_flops(alone)["attention"] - hybrid_flops.token_flops(shared)["attention"]
+    assert saved == 2 * 15 * 1600 * (320 + 640), "15 of 32 layers reuse"
