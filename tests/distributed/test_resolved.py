@@ -1,6 +1,6 @@
 """Where every parameter of the papers' models lies on a mesh, held against tests/goldens/shardings.json.
 
-A change of the rules shows here. To take it: METAJAX_WRITE_GOLDENS=1 python -m pytest tests/parallel/test_resolved.py, and read the diff.
+A change of the rules shows here. To take it: METAJAX_WRITE_GOLDENS=1 python -m pytest tests/distributed/test_resolved.py, and read the diff.
 """
 
 import json
