@@ -19,13 +19,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # {experiment: what makes it short}; the CLIP that AAPL starts from is made once in each tree.
-TEXT = {"training.steps": 60, "evaluation.documents": 4, "evaluation.sample_tokens": 4, "evaluation.conditions": "none", "runtime.save_every": 1000}
+TEXT = {
+    "training.steps": 60,
+    "evaluation.documents": 4,
+    "evaluation.sample_tokens": 4,
+    "evaluation.conditions": "none",
+    "runtime.save_every": 1000,
+}
 CASES = {
     "quickstart/plain": TEXT,
     "quickstart/meta_tokens": TEXT,
     "quickstart/metadata": TEXT,
     "hymba/components/whole/text": TEXT,
-    "prompt_learning/base_to_new/aapl/digits": {"training.steps": 60, "runtime.save_every": 1000},
+    "prompt_learning/base_to_new/aapl/digits": {"training.steps": 60},  # of the CLIP that it starts from
 }  # fmt: skip
 
 
@@ -35,7 +41,9 @@ def run(tree: Path, home: Path, name: str, changes: dict, number: int) -> dict[s
     words = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
     places = ["--runs-dir", str(home / "runs"), "--cache-dir", str(home / "cache"), "--workdir", str(workdir)]
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "run.py", name, *words, *places], cwd=tree, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "run.py", name, *words, *places], cwd=tree, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{name} in {tree}: {done.stderr[-2000:]}")
     report = json.loads((workdir / "report.json").read_text())
