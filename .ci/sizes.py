@@ -12,7 +12,14 @@ FILE_LINES, FUNCTION_LINES = 500, 60
 # {part: (what belongs to it, what does not, most lines)}
 PARTS = {
     "core": (
-        ("metajax/config/", "metajax/registry.py", "metajax/models/", "metajax/training/", "metajax/distributed/", "metajax/data/"),
+        (
+            "metajax/config/",
+            "metajax/registry.py",
+            "metajax/models/",
+            "metajax/training/",
+            "metajax/distributed/",
+            "metajax/data/",
+        ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
         8_290,
     ),

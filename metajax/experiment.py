@@ -21,8 +21,8 @@ from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, training_rows
 from metajax.distributed.hosts import is_first, of_first, together
 from metajax.evaluation import validation
-from metajax.evaluation.choice import evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
+from metajax.evaluation.multiple_choice import evaluate_choice
 from metajax.evaluation.preferences import evaluate_preferences
 from metajax.evaluation.tasks import evaluate_tasks
 from metajax.inference.forward import prepare

@@ -15,7 +15,7 @@ from metajax.data.pipeline import Corpora, held_out
 from metajax.data.rows import Row
 from metajax.data.sources import parse_spec
 from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, best_nats, draw
-from metajax.evaluation.choice import token_scores
+from metajax.evaluation.multiple_choice import token_scores
 
 FIRST = 8  # tokens that count as the beginning; the end is the last third
 

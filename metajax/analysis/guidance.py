@@ -20,7 +20,7 @@ from metajax.analysis.study import Study
 from metajax.core.errors import require
 from metajax.data.cache import build_metadata_table
 from metajax.data.questions import Question
-from metajax.evaluation.choice import score
+from metajax.evaluation.multiple_choice import score
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate

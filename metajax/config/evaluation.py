@@ -26,7 +26,7 @@ Guidance = Annotated[float, Range(-1000, 1000)]
 
 @dataclass(frozen=True)
 class Choice(Part, path="evaluation.choice"):
-    """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/choice.py)."""
+    """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/multiple_choice.py)."""
 
     tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
     # Solved questions in front of each; every number is evaluated, the first one is the task's result.

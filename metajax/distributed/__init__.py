@@ -1,1 +1,1 @@
-"""Devices and hosts: the mesh, sharding rules, start of several processes, preemption, watchdog, preflight."""
+"""Devices and hosts: the mesh, sharding rules, start of several processes, preemption, watchdog."""

@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, agree, and who of them writes.
+"""Several processes as one run: how they find each other, agree, and which of them writes.
 
-Every process runs the same command. Process 0 writes logs and reports; each reads its own slice of every batch. A mistake that one
-of them meets becomes the error of all, so that none waits for another that has left.
+Every process runs the same command. Process 0 writes logs and reports, and each process reads its own slice of every batch. An error of
+one process is raised on all of them, so that none waits for a process that has left.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from metajax.core.progress import PROGRAM, console
 
 T = TypeVar("T")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Of a launcher that starts several processes: Slurm's srun, GKE's TPU pods, Cloud TPU virtual machines (where chips are), Open MPI.
+# Set by launchers of several processes: Slurm's srun, GKE's TPU pods, Cloud TPU virtual machines with chips, Open MPI.
 LAUNCHERS = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "OMPI_MCA_orte_hnp_uri")
-CONNECT_SECONDS = 300  # for all processes to come; a launcher may start them minutes apart
+CONNECT_SECONDS = 300  # until all processes are there; a launcher may start them minutes apart
 HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as dead, and the others end with SIGABRT
 
 
@@ -50,10 +50,10 @@ class Place:
 
 
 def find_place(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Place | None:
-    """Where this process stands by the arguments, else by `VARIABLES`, else by the launcher's environment; None: it is alone.
+    """This process's place, from the arguments, else from `VARIABLES`, else from the launcher's environment; None: it is alone.
 
     Raises:
-      UserError: some of the three are given and others are not, or they are no numbers.
+      UserError: only some of the three are given, or they are not numbers.
     """
     given = (coordinator, processes, process)
     if all(value is None for value in given):
@@ -76,10 +76,10 @@ def has_tpu() -> bool:
 
 
 def connect(place: Place | None, seconds: int = CONNECT_SECONDS) -> None:
-    """Join the other processes; before the first use of a device. Alone there is nothing to do.
+    """Join the other processes; call it before the first use of a device. A single process needs nothing.
 
     Raises:
-      Stopped: the others did not come in time, or one of them is still of an earlier start; later they may.
+      Stopped: the others did not come in time, or one of them still belongs to an earlier start; a later start may succeed.
     """
     if place is None or place.processes == 1:
         return
@@ -98,12 +98,12 @@ def connect(place: Place | None, seconds: int = CONNECT_SECONDS) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process writes logs and reports."""
     return jax.process_index() == 0
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes in their order, known to all."""
+    """The texts of all processes, in order, on every process."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -114,7 +114,7 @@ def gather(text: str) -> list[str]:
 
 
 def together(act: Callable[[], T]) -> T:
-    """act() on every process; a UserError of any is raised by all."""
+    """act() on every process; a UserError of one process is raised on all."""
     value, problem = None, ""
     try:
         value = act()
@@ -133,7 +133,7 @@ def of_first(value: Any) -> Any:
 
 
 def agree(what: str, value: str) -> None:
-    """UserError on every process where one has another `value` than process 0."""
+    """UserError on every process if one of them has another `value` than process 0."""
     first, *others = gather(value)
     for process, other in enumerate(others, 1):
         require(

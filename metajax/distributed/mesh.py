@@ -16,10 +16,10 @@ from metajax.distributed.rules import RULES, batch_sharding
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """The sizes of all `AXES` for `devices` devices; a size of -1 takes what is left.
+    """The sizes of all `AXES` for `devices` devices; a size of -1 takes the devices that are left.
 
     Raises:
-      UserError: sizes that do not multiply to the number of devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     sizes = dict.fromkeys(AXES, 1) | mesh_axes(text)
     free = [name for name, size in sizes.items() if size == -1]
@@ -34,7 +34,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices (or the given ones), axes named `AXES`, sharding left to the compiler within the rules.
 
-    Slices of TPUs, which a slow network joins, are spread over `data`.
+    Several TPU slices, joined by a slower network, are spread over `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(text, len(devices))
@@ -49,7 +49,7 @@ def make_mesh(text: str, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 class HostRows(NamedTuple):
-    """Which of `count` equal slices of a batch a process reads; of the processes that read the same one, one counts it."""
+    """The slice of a batch that a process reads, of `count` equal ones; one of the processes that read the same slice `counts` it."""
 
     index: int
     count: int
@@ -57,10 +57,10 @@ class HostRows(NamedTuple):
 
     @classmethod
     def of(cls, mesh: Mesh, process: int) -> HostRows:
-        """The rows that the devices of a process hold.
+        """The slice of rows that the devices of a process hold.
 
         Raises:
-          UserError: two processes hold the same rows in part, which happens where context or tensor cross processes askew.
+          UserError: two processes share only some of their rows, because context or tensor cross processes unevenly.
         """
         shards, held = row_shards(mesh), defaultdict(set)
         for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
@@ -75,5 +75,5 @@ class HostRows(NamedTuple):
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """The number of devices over which the rows of a batch are sharded."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -1,4 +1,4 @@
-"""SIGTERM, which announces that a machine is taken away, and Ctrl-C: save, and end where all processes agree to."""
+"""SIGTERM, sent before a machine is taken away, and Ctrl-C: save, and end after a step that all processes agree on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Preemption:
         self._asked: int | None = None  # the signal
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            alone = jax.process_count() == 1  # of several processes JAX takes the SIGTERM
+            alone = jax.process_count() == 1  # with several processes, JAX handles SIGTERM
             numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
             heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._ask) for number in heard}
@@ -38,11 +38,11 @@ class Preemption:
         return self._asked is not None
 
     def end(self, state: str) -> Stopped:
-        """What to raise, with the `state` that the run is left in; after Ctrl-C no launcher is to give the command again."""
+        """The exception to raise, with the state of the run; after Ctrl-C no launcher repeats the command."""
         kind, why = (Interrupted, "Ctrl-C") if self._asked == signal.SIGINT else (Stopped, "SIGTERM")
-        return kind(f"asked to end ({why}): {state}; the same command goes on from there")
+        return kind(f"asked to end ({why}): {state}; the same command continues from there")
 
     def close(self) -> None:
-        """The signals mean again what they meant before."""
+        """Restore the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,8 +1,7 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it.
 
-Collisions are refused: an array whose two logical axes would land on one mesh axis is an error, not a guess.
-A dimension that its mesh axes do not divide stays whole; for parameters another dimension takes fsdp in its place, and a
-large parameter that no dimension can spread is refused.
+Collisions are refused: two logical axes of one array may not use the same mesh axis. A dimension that its mesh axes do not divide is
+replicated. For parameters, another dimension then takes fsdp, and a large parameter that no dimension can shard is refused.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "ssm": ("tensor",),  # Mamba's channels beside "embed", and between its two products
-    "channels": ("fsdp",),  # the same where there is no width to spread
+    "ssm": ("tensor",),  # Mamba's channels next to "embed", and between its two products
+    "channels": ("fsdp",),  # the same in parameters without the model's width
     "selection": (),
     "taps": (),
     "inputs": (),  # channels that a convolution reads
-    "features": (),  # of the space where images and texts meet
+    "features": (),  # of the space shared by images and texts
     "rate": (),
     "meta": (),
     "norm": (),
@@ -39,14 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 RESIDUAL_AXES = ("batch", "length", None)
 
-SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp where "embed" does not divide
-LARGE = 1 << 20  # elements; a larger parameter must be spread
+SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp if "embed" does not divide
+LARGE = 1 << 20  # elements; a larger parameter must be sharded
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of an array with logical `axes` on `mesh`; UserError for an unknown axis or a collision.
 
-    A stacked array has one leading dimension more than its axes say: it is the layer dimension.
+    A stacked array has leading dimensions beyond its axes: they are layers.
     """
     axes = (*("layers",) * (len(shape) - len(axes)), *axes)
     taken: dict[str, str] = {}
@@ -68,7 +67,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
 def _spread_elsewhere(
     entries: list[tuple[str, ...] | None], axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> None:
-    """Where the width does not divide by fsdp, another axis of the parameter takes it, beside what it is spread over already."""
+    """Give fsdp to another axis of the parameter, in addition to the mesh axes that it has."""
     for logical in SECOND_CHOICE:
         if logical in axes:
             names = entries[axes.index(logical)] or ()
@@ -85,7 +84,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
             spec = partition_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)
             require(
                 leaf.size < LARGE or mesh.shape.get("fsdp", 1) == 1 or any("fsdp" in entry for entry in spec if entry),
-                f"a parameter of shape {leaf.shape} does not divide by fsdp = {mesh.shape.get('fsdp', 1)} and would be whole on every "
+                f"a parameter of shape {leaf.shape} does not divide by fsdp = {mesh.shape.get('fsdp', 1)} and would be replicated on every "
                 "device; choose a smaller fsdp in runtime.mesh, such as data=4,fsdp=64",
             )
             return leaf.replace(NamedSharding(mesh, spec))
@@ -95,7 +94,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of the batch over every data-like axis."""
+    """The sharding of a batch: its rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 

@@ -1,4 +1,4 @@
-"""What ends a run that hangs: a collective whose other host is gone, storage that never answers, a deadlock."""
+"""Ends a run that hangs, for example in a collective whose other host is gone, or on storage that never answers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from metajax.core.atomic import write_text
 from metajax.core.errors import Stopped
 from metajax.core.progress import fail
 
-STARTS = 3  # in a row that end here without a new save; the last of them says that another one would not help
-STORAGE_SECONDS = 10.0  # for the stacks to be written, for the storage may be what hangs
+STARTS = 3  # in a row without a new save; the last one exits with an error
+STORAGE_SECONDS = 10.0  # to write the stacks; storage may be the cause of the hang
 
 
 class Watchdog:
-    """Ends the process when `beat` was not called for too long, with the stacks of all threads in `stacks` and on stderr.
+    """Ends the process when `beat` has not been called for too long, and writes the stacks of all threads to `stacks` and stderr.
 
-    The exit code asks for the same command again. It is that of an error at the third start in a row that saved nothing new, which a file
-    beside `stacks` counts. A thread of its own watches, because a collective that hangs never returns to Python.
+    The exit code asks for the same command again. At the third start in a row without a new save it is that of an error; a file beside
+    `stacks` counts the starts. A separate thread watches, because a collective that hangs never returns to Python.
 
     Args:
-      seconds: between two beats of the steps; 0: no watch.
-      stacks: the file, of this process alone.
-      startup: seconds for all that comes before `begin_steps`, and for each part of what is `patient`; 0: no watch; None: as `seconds`.
+      seconds: limit between two beats during the steps; 0: none.
+      stacks: a file of this process alone.
+      startup: limit before `begin_steps`, and between beats within `patient`; 0: none; None: as `seconds`.
     """
 
     def __init__(self, seconds: float, stacks: Path, startup: float | None = None):
@@ -37,28 +37,30 @@ class Watchdog:
         self._startup = self._hang if startup is None else (startup, "the start did not end", "runtime.startup_seconds")
         self._watched, self._last, self._closed = self._startup, time.monotonic(), threading.Event()
         self._counted = _read(self._count)
-        self.saved = self._counted["saved"]  # the step that the next start would go on from, as far as it is known
+        self.saved = self._counted["saved"]  # the step from which the next start would continue, as far as is known
         if seconds or startup:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @property
     def _count(self) -> Path:
-        return self._stacks.with_name(f".{self._stacks.stem}.json")  # hidden: of this machine, not of a run on a bucket
+        return self._stacks.with_name(
+            f".{self._stacks.stem}.json"
+        )  # hidden, because it belongs to this machine and not to a run on a bucket
 
     def beat(self) -> None:
-        """The run is alive."""
+        """Report progress."""
         self._last = time.monotonic()
 
     def begin_steps(self) -> None:
-        """The first step has ended: from now on the limit is that of steps."""
+        """The first step has ended; the limit of the steps applies from now on."""
         self.beat()
         self._watched = self._hang
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """An evaluation: its first beat may come late, for it compiles."""
+        """Apply the startup limit during an evaluation, whose first beat waits for compilation."""
         before = self._watched
-        self._watched = (self._startup[0], "an evaluation did not go on", self._startup[2])
+        self._watched = (self._startup[0], "an evaluation made no progress", self._startup[2])
         try:
             yield
         finally:
@@ -73,7 +75,7 @@ class Watchdog:
         while True:
             seconds = self._watched[0]
             left = self._last + seconds - time.monotonic() if seconds else 1.0
-            if self._closed.wait(min(max(left, 0.01), 1.0)):  # a limit that has changed is noticed within a second
+            if self._closed.wait(min(max(left, 0.01), 1.0)):  # notices a changed limit within a second
                 return
             watched = self._watched
             if watched[0] and time.monotonic() - self._last >= watched[0]:
@@ -91,7 +93,7 @@ class Watchdog:
         writing = threading.Thread(target=self._write, args=(starts,), daemon=True)
         writing.start()
         writing.join(STORAGE_SECONDS)
-        os._exit(Stopped.EXIT_CODE if starts < STARTS else 2)  # with the first the same command takes up the run
+        os._exit(Stopped.EXIT_CODE if starts < STARTS else 2)  # a temporary failure asks for the same command again
 
     def _write(self, starts: int) -> None:
         write_text(self._count, json.dumps({"saved": self.saved, "starts": starts}))
@@ -100,7 +102,7 @@ class Watchdog:
 
 
 def _read(path: Path) -> dict[str, int]:
-    """{saved, starts} of the starts before this one; none where there is no such file, or it is damaged."""
+    """{saved, starts} of earlier starts; zeros if there is no such file, or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text())
         return {name: int(found[name]) for name in ("saved", "starts")}

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from metajax.config import Config
 from metajax.core.errors import require
 from metajax.data.pipeline import Corpora, held_out
+from metajax.training.program import Program
 
-if TYPE_CHECKING:
-    from metajax.training.program import Program
-
-MOST_NATS = math.log(sys.float_info.max)  # whose perplexity a float holds
+MOST_NATS = math.log(sys.float_info.max)  # the largest loss whose perplexity fits a float
 
 
 def require_finite(loss: float, what: str) -> None:
-    """UserError where the loss of `what` is not a number that could be reported."""
+    """UserError if the loss of `what` is not finite."""
     require(
         math.isfinite(loss),
         f"the loss of {what} is {loss}: training has diverged; lower optimizer.learning_rate in a new run, or look at an earlier checkpoint",
@@ -27,7 +25,7 @@ def require_finite(loss: float, what: str) -> None:
 
 
 def require_rows(config: Config, nats: float, what: str) -> None:
-    """UserError where an infinite loss says that a token has no row in the imported checkpoint; `what` holds the token."""
+    """UserError if the loss is infinite because a token in `what` has no row in the imported checkpoint."""
     rows = config.imported.rows if config.imported is not None else 0
     require(
         not rows or nats != math.inf,
@@ -39,16 +37,14 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
     """Bits per byte of the bodies of the held-out documents.
 
     bpb = sum of -log2 p(body token) / UTF-8 bytes of the bodies. Every body token of every chosen document is predicted
-    exactly once, so the denominator is the same for every model and condition. Metadata and meta-tokens are context,
-    never counted.
+    exactly once, so the denominator is the same for every model and condition. Metadata and meta-tokens are never counted.
 
     Args:
       condition: what the model is shown: "none", "right", "empty" or "shuffled" metadata.
 
     Returns:
-      bpb, nats_per_token, perplexity (e to the nats a body token; None for more than a float holds), body_tokens, body_bytes,
-      documents, metadata_tokens (positions), metadata_nats_per_token (None where none is asked for, or has no row in an imported
-      checkpoint).
+      bpb, nats_per_token, perplexity (e to the nats per body token; None if no float holds it), body_tokens, body_bytes, documents,
+      metadata_tokens (positions), metadata_nats_per_token (None if metadata has no loss, or no row in an imported checkpoint).
     """
     data = held_out(corpora, condition)
     with jax.set_mesh(program.mesh):

@@ -1,9 +1,9 @@
-"""How often a trained policy prefers the chosen answers of held-out pairs, more than its reference does."""
+"""How often a trained policy prefers the chosen answers of held-out pairs more than its reference does."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -14,16 +14,14 @@ from metajax.runs.directory import find_run
 from metajax.training.checkpoints import newest_good, read_parameters
 from metajax.training.dpo import METRICS, preference_sums
 from metajax.training.losses import token_nll
+from metajax.training.program import Program
 from metajax.training.step import Batch, apply_model
-
-if TYPE_CHECKING:
-    from metajax.training.program import Program
 
 
 def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
     """Means over the held-out pairs: margin, accuracy (the share with a margin above 0), chosen_reward; see `preference_sums`.
 
-    Beside them: pairs, how many there are, low and high, the 95 % interval of the accuracy, and the step of the reference.
+    The result also has `pairs`, their number; `low` and `high`, the 95 % interval of the accuracy; and `reference_step`.
     """
     parent, beta = find_run(program.config.init.run, corpora.paths.runs), program.config.dpo.beta
     step = newest_good(parent)

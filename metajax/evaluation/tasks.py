@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,8 @@ from metajax.data.pipeline import Corpora, task_batches
 from metajax.data.tasks.prompts import chance
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.statistics import share_interval
+from metajax.training.program import Program
 from metajax.training.step import apply_model
-
-if TYPE_CHECKING:
-    from metajax.training.program import Program
 
 Apply = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> logits [B, T, V]
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -29,10 +27,10 @@ Results = dict[str, dict[str, dict[str, Any]]]
 def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply = apply_model) -> Results:
     """{task: {length: numbers}} over the test examples of every bin of `tasks.eval_lengths`; see `summarise` for the numbers.
 
-    A bin that the model cannot read (a learned position table that is too short) has `exact` None and a `reason`.
+    A bin that is too long for the model's learned position table has `exact` None and a `reason`.
 
     Args:
-      apply: how the model reads a batch; an intervention passes its own. Jitted once for each function and shape.
+      apply: (model, batch) -> logits; an intervention passes its own. Jitted once for each function and shape.
     """
     tasks, results = corpora.config.tasks, {}
     with progress(f"evaluating {', '.join(tasks.names)}", total=len(tasks.names) * len(tasks.eval_lengths)) as advance:
@@ -51,7 +49,7 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
 
 
 def impossible(config: Config, length: int) -> str | None:
-    """Why the model of a config cannot read rows of `length` slots, or None."""
+    """Why the model of a config cannot read rows of `length` positions, or None."""
     table = max(config.row_slots, config.model.max_positions)
     if config.model.position == "learned" and length > table:
         return f"the position table has {table} rows; raise model.max_positions before training"
@@ -59,11 +57,11 @@ def impossible(config: Config, length: int) -> str | None:
 
 
 def check_bins(config: Config) -> None:
-    """UserError now, not after training, where a mean over the lengths of `tasks.eval_lengths` has none that the model can read."""
+    """UserError before training if the model can read none of `tasks.eval_lengths`, so that there would be no mean."""
     tasks, evaluation = config.tasks, config.evaluation
     if tasks is not None and (evaluation.every or not evaluation.documents):
         readable = any(impossible(config, length) is None for length in tasks.eval_lengths)
-        require(readable, f"tasks.eval_lengths = {tasks.eval_lengths}: there is none that the model can read")
+        require(readable, f"tasks.eval_lengths = {tasks.eval_lengths}: the model can read none of them")
 
 
 def mean_exact(results: Results) -> float:
@@ -76,9 +74,9 @@ def mean_exact(results: Results) -> float:
 def summarise(sums: dict[str, int]) -> dict[str, Any]:
     """Accuracies in [0, 1] with Wilson 95 % intervals.
 
-    exact: every answer token and the end behind it are right. This equals the accuracy of greedy decoding: up to the first mistake both
-    read the same tokens, so either both make it or neither does. token: the share of answer tokens that are right given
-    the right ones before. Tokens of one answer are not independent, so that both intervals count examples (n), not tokens.
+    exact: every answer token and the end token after them are right. This equals the accuracy of greedy decoding: up to the first mistake
+    both read the same tokens. token: the share of answer tokens that are right given the right ones before. Tokens of one answer are not
+    independent, so both intervals count examples (n), not tokens.
     """
     n, token = sums["examples"], sums["right_tokens"] / sums["tokens"]
     out: dict[str, Any] = {"exact": sums["exact"] / n, "token": token, "n": n, "tokens": sums["tokens"]}
@@ -95,7 +93,7 @@ def _score(program: Program, batches: list[dict[str, np.ndarray]], model: Any, a
 
 @partial(jax.jit, static_argnames="apply")
 def _sums(model: Any, batch: dict[str, jax.Array], *, apply: Apply) -> dict[str, jax.Array]:
-    """Counts over a batch whose rows hold one example each; rows of padding count for nothing."""
+    """Counts over a batch whose rows hold one example each; padding rows are not counted."""
     right = jnp.argmax(apply(model, batch), axis=-1) == batch["targets"]
     asked, answer = batch["loss_weights"] > 0, batch["is_body"]
     return {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from metajax.data.pipeline import Corpora, check_evaluation
-from metajax.evaluation.choice import check_choice, evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
+from metajax.evaluation.multiple_choice import check_choice, evaluate_choice
 from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
 from metajax.training.program import Program
 

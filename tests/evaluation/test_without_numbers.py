@@ -85,7 +85,7 @@ def test_one_empty_document_among_others_is_evaluated(tiny_config, paths, tmp_pa
     [
         ({"tasks": "jsonl:{folder}/three.jsonl", "shots": 5}, "5 shots, but there are 2 examples"),
         ({"tasks": "jsonl:{folder}/three.jsonl", "shots": 0, "contexts": "task"}, "has no source to name"),
-        ({"tasks": "jsonl:{folder}/three.jsonl,jsonl:{folder}/three.jsonl", "shots": 0}, "named alike"),
+        ({"tasks": "jsonl:{folder}/three.jsonl,jsonl:{folder}/three.jsonl", "shots": 0}, "same name"),
         ({"tasks": "jsonl:{folder}/none.jsonl"}, "has no question"),
         ({"tasks": "jsonl:{folder}/nowhere.jsonl"}, "no such file"),
         ({"tasks": "jsonl:{folder}/blank.jsonl", "shots": 0}, "an answer without text"),

@@ -19,7 +19,7 @@ from metajax.core.progress import shown
 from metajax.data.documents import is_held_out
 from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
-from metajax.evaluation.choice import score
+from metajax.evaluation.multiple_choice import score
 from metajax.experiment import evaluate_run
 from metajax.runs.directory import find_run
 from metajax.training.losses import token_nll

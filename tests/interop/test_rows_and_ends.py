@@ -18,7 +18,7 @@ from metajax.core.fields import override
 from metajax.data.documents import is_held_out
 from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
-from metajax.evaluation.choice import score
+from metajax.evaluation.multiple_choice import score
 from metajax.experiment import evaluate_run
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare

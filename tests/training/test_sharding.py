@@ -117,7 +117,7 @@ def test_rules_by_hand():
 
 def test_a_large_parameter_is_never_left_whole_on_every_device():
     large = nnx.Param(jax.ShapeDtypeStruct((1599, 1601), "float32"), axes=("embed", "mlp"))
-    with pytest.raises(UserError, match="would be whole on every device"):
+    with pytest.raises(UserError, match="fsdp = .* would be replicated"):
         param_shardings({"w": large}, MESH)
 
 
@@ -144,7 +144,7 @@ def test_mesh_errors_say_what_is_wrong(text, devices, message):
 
 def test_slices_are_spread_over_data_alone():
     devices = [SimpleNamespace(platform="tpu", slice_index=i // 2, id=i) for i in range(4)]
-    with pytest.raises(UserError, match="2 slices are spread over data; give it a multiple, such as data=2,fsdp=-1"):
+    with pytest.raises(UserError, match="data=2,fsdp=-1"):
         make_mesh("fsdp=-1", devices)
 
 

@@ -1,16 +1,17 @@
-"""Multiple-choice questions by log-likelihood, as the lm-evaluation-harness scores them: the answer whose tokens are most likely behind the
-question, by the sum of their log-probabilities (acc) or that sum by the answer's length in characters (acc_norm). Passages (SQuAD completion, SWDE,
-FDA) are completed instead: acc is the share of greedy continuations that contain the value.
+"""Multiple choice by log-likelihood, scored as the lm-evaluation-harness does.
 
-Questions and their answers are packed as documents of rows. A context that is too long loses its beginning; what stands in front of
-everything (BOS, metadata) stays, where the harness would cut it off too.
+The chosen answer has the largest sum of log-probabilities after the question (acc), or the largest sum per character of the answer
+(acc_norm). Passages (SQuAD completion, SWDE, FDA) are completed instead: acc is the share of greedy continuations that contain the value.
+
+Questions and their answers are packed as documents of rows. A context that is too long loses its beginning. BOS and metadata before it are
+kept, while the harness would cut them too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +32,17 @@ from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
 from metajax.training.losses import token_nll
+from metajax.training.program import Program
 from metajax.training.step import apply_model
 
-if TYPE_CHECKING:
-    from metajax.training.program import Program
-
-COMPLETION = 48  # tokens behind a passage, at most, as in the harness
-Piece = tuple[list[int], int]  # ids, and how many at their end are the answer
+COMPLETION = 48  # most tokens of a completion, as in the harness
+Piece = tuple[list[int], int]  # ids, and the number of the answer's ids at their end
 
 
 def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
-    """{task: {acc, acc_norm, n}, "average": mean acc} with the first context and number of shots; all of them as settings.CONTEXT_SHOTS.
+    """{task: {acc, acc_norm, n}, "average": mean acc} for the first context and number of shots; every setting as settings.CONTEXT_SHOTS.
 
-    "questions" and "passages": the mean acc of each sort, where there is one.
+    "questions" and "passages" are the mean acc of each sort, if the run has tasks of that sort.
     """
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [Task.of(spec) for spec in choice.tasks]
@@ -67,19 +66,19 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
 
 
 def check_choice(corpora: Corpora) -> None:
-    """UserError now, not after training, where questions cannot be asked as `evaluation.choice` has it."""
+    """UserError before training if the questions cannot be asked as `evaluation.choice` says."""
     for _ in _asked(corpora) if corpora.config.evaluation.choice is not None else ():
         pass
 
 
 def _asked(corpora: Corpora) -> Iterator[tuple[Task, str, list[Question], str | None]]:
-    """Every task with every setting: its name, the questions after their solved examples, and what comes before all."""
+    """(task, setting, questions with their solved examples, metadata before everything) of every task and setting."""
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [Task.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     require(
         len(set(names)) == len(names),
-        f"evaluation.choice.tasks: two are named alike in {', '.join(names)}; name them with ?name=",
+        f"evaluation.choice.tasks: two tasks have the same name in {', '.join(names)}; name them with ?name=",
     )
     for task in tasks:
         questions = task.read(task.path, corpora.paths.data)[: choice.examples]
@@ -96,7 +95,7 @@ def _asked(corpora: Corpora) -> Iterator[tuple[Task, str, list[Question], str | 
 
 
 def with_shots(question: Question, number: int, examples: Sequence[Question], shots: int, same_file: bool) -> Question:
-    """The question behind its description and `shots` solved examples, drawn by its number; from its own file never itself."""
+    """The question after its description and `shots` solved examples, drawn by its number and never the question itself."""
     drawn = np.random.default_rng([EVALUATION_SEED, number]).permutation(len(examples))
     fitting = [examples[i] for i in drawn if examples[i].description == question.description and not (same_file and i == number)]
     require(
@@ -107,7 +106,7 @@ def with_shots(question: Question, number: int, examples: Sequence[Question], sh
 
 
 def in_front(config: Config, context: str, task: Task) -> str | None:
-    """What metadata says in front of everything: nothing, the empty pair or a task's source."""
+    """The metadata before everything: none, the empty pair, or the task's source."""
     if context != "task":
         return None if context == "none" else ""
     require(task.source is not None, f"evaluation.choice: {task.name} has no source to name; give it one with ?source=TEXT")
@@ -116,7 +115,7 @@ def in_front(config: Config, context: str, task: Task) -> str | None:
 
 
 def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> int:
-    """Tokens of a passage that fit before its completion; UserError where none does."""
+    """Tokens of a passage that fit before its completion; UserError if none fits."""
     room = room_for_prompt(config, tokenizer, said) - COMPLETION
     require(
         room > 0, f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.row_length"
@@ -125,7 +124,7 @@ def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> 
 
 
 def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:
-    """Whether the first line of each context's greedy continuation has the answer in it, in upper or lower case."""
+    """Whether the first line of each greedy continuation contains the answer, ignoring case."""
     config, tokenizer = corpora.config, corpora.tokenizer
     room = room_for_passage(config, tokenizer, said)
     prompts = [tokenizer.encode(question.contexts[0])[-room:] for question in questions]
@@ -139,7 +138,7 @@ def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence
 
 
 def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], head: list[int]) -> np.ndarray:
-    """float64 [N, 2] for every answer of every question, in order: log-likelihood, and whether it is the greedy continuation."""
+    """float64 [N, 2] of every answer of every question, in order: log-likelihood, and whether it is the greedy continuation."""
     encode, room = corpora.tokenizer.encode, row_capacity(corpora.config) + 1 - max(1, len(head))
     pieces = []
     for question in questions:
@@ -147,9 +146,11 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
             before, behind = encode_pair(encode, context, answer)
             require(
                 0 < len(behind) < room,
-                f"the answer {answer!r} has {len(behind)} tokens, and a row holds {room - 1} behind its beginning",
+                f"the answer {answer!r} has {len(behind)} tokens, and a row holds {room - 1} after its beginning",
             )
-            opened = head or ([] if before else [corpora.tokenizer.vocabulary.bos])  # the first token needs one before it
+            opened = head or (
+                [] if before else [corpora.tokenizer.vocabulary.bos]
+            )  # the first token is predicted from one before it
             pieces.append((opened + (before + behind)[-room:], len(behind)))
     found = np.zeros((len(pieces), 2))
     found[:, 1] = 1
@@ -168,7 +169,7 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
 
 
 def token_scores(program: Program) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
-    """(model, batch) -> nats of every slot's target and whether it is the most likely token, [B, T] each and whole on every host; jitted."""
+    """Jitted (model, batch) -> nats of every target and whether it is the most likely token, [B, T] each, replicated."""
 
     def scores(model: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = apply_model(model, batch)
@@ -198,7 +199,7 @@ def _batches(corpora: Corpora, pieces: Sequence[Piece], size: int) -> Iterator[R
 
 
 def _row(pieces: Sequence[Piece], numbers: Sequence[int], capacity: int, pad: int) -> Row:
-    """Pieces as the documents of one row, asked for their answers alone; `piece` is the number of each slot's piece."""
+    """Pieces as the documents of one row with a loss on their answers alone; `piece` is the piece of each position."""
     row = {name: np.full(capacity, pad, np.int32) for name in ("tokens", "targets")}
     row |= {name: np.zeros(capacity, bool) for name in ("is_body", "is_metadata", "asks_metadata")}
     row |= {"segment_ids": np.zeros(capacity, np.int32), "piece": np.zeros(capacity, np.int32)}

@@ -13,7 +13,7 @@ from metajax.config import Choice, Metadata
 from metajax.core.errors import UserError
 from metajax.data.pipeline import check_evaluation, open_corpora
 from metajax.data.questions import KINDS, Question, Task, encode_pair
-from metajax.evaluation.choice import COMPLETION, evaluate_choice, in_front, score, summarise, with_shots
+from metajax.evaluation.multiple_choice import COMPLETION, evaluate_choice, in_front, score, summarise, with_shots
 from metajax.experiment import run_experiment
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
