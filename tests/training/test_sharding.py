@@ -117,7 +117,7 @@ def test_rules_by_hand():
 
 def test_a_large_parameter_is_never_left_whole_on_every_device():
     large = nnx.Param(jax.ShapeDtypeStruct((1599, 1601), "float32"), axes=("embed", "mlp"))
-    with pytest.raises(UserError, match="fsdp = .* would be replicated"):
+    with pytest.raises(UserError, match=r"fsdp = .* would be replicated"):
         param_shardings({"w": large}, MESH)
 
 
