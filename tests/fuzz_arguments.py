@@ -106,14 +106,14 @@ def no_work(home: Path) -> Iterator[None]:
         raise UserError("the work would begin here")
 
     work = (
-        "experiment.run_experiment", "training.opened.open_run", "data.pipeline.open_corpora", "cli.plan.plan", "distributed.hosts.connect",
-        "tables.sampler.sample", "cli.verbs._run_jobs", "cli.preflight.preflight",
+        "experiment.run_experiment", "training.opened.open_run", "data.pipeline.open_corpora", "cli.plans.plan", "distributed.hosts.connect",
+        "tables.sampler.sample", "cli.verbs.run._run_jobs", "cli.preflight.preflight",
     )  # fmt: skip
     before = Path.cwd()
     with contextlib.ExitStack() as stack:
         for name in work:
             stack.enter_context(mock.patch(f"metajax.{name}", stop))
-        for name in ("planning.topology.allow_compiler", "cli.verbs._start_jax"):
+        for name in ("planning.topology.allow_compiler", "cli.common.start_jax"):
             stack.enter_context(mock.patch(f"metajax.{name}"))
         stack.callback(os.chdir, before)
         os.chdir(home)

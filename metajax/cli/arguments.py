@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Annotated, Any
 
+from metajax.config import Processes
 from metajax.core.errors import require
-from metajax.core.fields import Range, convert, describe
+from metajax.core.fields import CountOrZero, Range, Seed, convert, describe
 from metajax.core.storage import SCHEME, storage
 
 Jobs = Annotated[int, Range(1, 1024)]
@@ -69,3 +70,44 @@ def new_file(text: str) -> Path:
     path = Path(word(text))
     require(path.parent.is_dir() and not path.is_dir(), f"{text}: expected a file in an existing folder")
     return path
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs-dir", type=folder, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)")
+    parser.add_argument(
+        "--cache-dir", type=folder, default=Path("cache"), metavar="DIR", help="tokenised corpora and compiled programs (cache)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=data_folder, default=None, metavar="DIR",
+        help="where relative data paths start, also gs://... (here)",
+    )  # fmt: skip
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", default="cpu", metavar="SCALE", help="cpu, gpu or paper (cpu)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="changes",
+        help="set a field, such as model.layers=8; in runs that come first as init.from too, but for evaluation",
+    )
+    add_number(parser, "--seed", Seed, 0, "seed of the run")
+
+
+def add_run_word(parser: argparse.ArgumentParser) -> None:
+    text = "workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
+    parser.add_argument("run", type=word, metavar="RUN", help=text)
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--coordinator",
+        type=word,
+        default=None,
+        metavar="HOST:PORT",
+        help="of process 0, where several processes make one run and no launcher says so",
+    )
+    add_number(parser, "--processes", Processes, None, "how many there are", "the launcher's")
+    add_number(parser, "--process-id", CountOrZero, None, "which of them this is", "the launcher's", "I")

@@ -3,7 +3,7 @@
 import json
 
 from metajax import registry
-from metajax.cli import plan as command
+from metajax.cli import plans as command
 from metajax.cli.main import main
 from metajax.cli.survey import programs
 from metajax.planning import topology

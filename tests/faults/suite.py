@@ -22,7 +22,7 @@ from metajax.runs.files import read_lines
 
 STEPS = 60
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["metajax.experiment", "metajax.cli.verbs", "metajax.cli", "metajax.reporting.terminal"]
+PRELOADED = ["metajax.experiment", "metajax.cli.verbs.run", "metajax.cli.main", "metajax.reporting.terminal"]
 
 
 HYBRID = 'model.hybrid={"meta_tokens": 2, "full_layers": [0], "state": 4}'

@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
     write_corpus(home / "corpus.jsonl")
     folders = {name: home / "runs" / name for name in ("one", "other")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metajax.cli.verbs._start_jax", lambda cache: None)
+        patch.setattr("metajax.cli.common.start_jax", lambda cache: None)
         for name, workdir in folders.items():
             words = train_command(home, workdir)
             assert main([*words, *(("--seed", "1") if name == "other" else ())]) == 0
@@ -63,7 +63,7 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def here(runs, capsys, monkeypatch):
     """The command line in this process, with programs that are compiled once for all tests."""
-    monkeypatch.setattr("metajax.cli.verbs._start_jax", lambda cache: None)
+    monkeypatch.setattr("metajax.cli.common.start_jax", lambda cache: None)
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     yield Commands(runs.home, capsys)

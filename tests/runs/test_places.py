@@ -160,7 +160,7 @@ def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatc
 
 @pytest.mark.fault(38)
 def test_a_table_ends_in_one_line_where_its_folder_goes(own_registry, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metajax.cli.verbs._start_jax", lambda cache: None)
+    monkeypatch.setattr("metajax.cli.common.start_jax", lambda cache: None)
     root = tmp_path / "runs"
 
     def run_experiment(config, workdir, paths, **_):

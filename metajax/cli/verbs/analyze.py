@@ -1,0 +1,91 @@
+"""`analyze`: the papers' analyses of a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from metajax.cli import arguments as checked
+from metajax.cli import common
+from metajax.cli.arguments import add_number, add_place, add_run_word
+from metajax.cli.verb import verb
+from metajax.config import ANALYSES, ImageConfig, check_analyses
+from metajax.core.errors import require
+from metajax.core.fields import Range, override
+from metajax.core.progress import echo, say
+from metajax.core.storage import publish
+
+
+def add_analyze(parser: argparse.ArgumentParser) -> None:
+    add_run_word(parser)
+    parser.add_argument(
+        "--what", type=checked.word, default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)"
+    )
+    parser.add_argument(
+        "--task", type=checked.word, default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
+    )  # fmt: skip
+    longest = "the run's longest bin within training"
+    add_number(parser, "--length", Annotated[int, Range(2, 2**20)], None, "positions of a prompt's row", longest)
+    text = "prompts, and examples in a bin of the interventions"
+    add_number(parser, "--examples", Annotated[int, Range(2, 10**6)], None, text, "500, and as in the run")
+    add_place(parser)
+
+
+@verb("analyze", add_analyze)
+def analyze(options: argparse.Namespace, started: float) -> int:
+    """Analyses of a run's newest checkpoint, as numbers and figures.
+
+    python run.py analyze RUN                                all that fit the run
+    python run.py analyze RUN --what sharpening,caching      some of them
+    """
+    names = tuple(options.what.split(",")) if options.what else ()
+    check_analyses("--what", names)
+    from metajax.runs.directory import find_run, read_config
+
+    workdir = find_run(options.run, options.runs_dir)
+    if isinstance(read_config(workdir), ImageConfig):
+        return _analyze_images(workdir, names, options)
+    config, changes, choice = common.config_of_run(options), {}, {"task": options.task, "length": options.length}
+    task = options.task or ("list_recall" if config.tasks is None and config.meta_tokens is not None else None)
+    if task not in (None, "text"):
+        changes["tasks.names"] = choice["task"] = task
+        if config.tasks is None:
+            changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+    if options.examples is not None:
+        choice["prompts"] = options.examples
+        changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
+    config = override(config, changes)
+    opened = common.open_run(options, options.run)
+    from metajax.analysis.analyses import fitting, run_analyses
+    from metajax.analysis.study import open_study
+    from metajax.reporting.html import write_analysis_page
+    from metajax.reporting.terminal import print_analysis
+
+    study = open_study(opened.program, opened.open_corpora(config, common.paths_of(options)), opened.model, **choice)
+    say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
+    for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
+        print_analysis(name, numbers)
+    say(f"figures: {write_analysis_page(opened.workdir)}")
+    publish(opened.workdir)
+    return 0
+
+
+def _analyze_images(workdir: Path, names: Sequence[str], options: argparse.Namespace) -> int:
+    require(
+        options.task is None and options.length is None and options.examples is None,
+        f"{workdir} is a run on images; --task, --length and --examples choose prompts of text",
+    )
+    common.start_jax(options.cache_dir)
+    from metajax.runs.directory import read_config
+    from metajax.vision.analysis_page import headlines
+    from metajax.vision.page import write_image_report
+    from metajax.vision.study import fitting, open_image_study, run_image_analyses
+
+    study = open_image_study(workdir, read_config(workdir), common.paths_of(options))
+    for name, numbers in run_image_analyses(study, names or fitting(study), workdir):
+        echo("\n  ".join((name, *headlines(name, numbers))))
+    say(f"figures: {write_image_report(workdir)}")
+    publish(workdir)
+    return 0

@@ -1,0 +1,220 @@
+"""`run` and `table`: run an experiment, a table, a sweep, or a sample of all tables."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from metajax import registry
+from metajax.cli import arguments as checked
+from metajax.cli import common
+from metajax.cli.arguments import Jobs, add_config, add_number, add_place, add_processes
+from metajax.cli.verb import verb
+from metajax.config import AnyConfig, Config
+from metajax.core.errors import UserError, require
+from metajax.core.fields import Seed, convert
+from metajax.core.progress import echo, fail, say, terminal
+from metajax.core.storage import stage
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="experiment or table")
+    parser.add_argument(
+        "--all", action="store_true", help="a sample of all tables instead, a row of each in turn; --seed chooses"
+    )
+    parser.add_argument("--budget", type=_budget, default=None, metavar="TIME", help="of --all, such as 30m or 2h (60m)")
+    add_config(parser)
+    parser.add_argument(
+        "--workdir",
+        type=checked.workdir,
+        default=None,
+        metavar="DIR",
+        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED, also gs://BUCKET/PATH; for a table the same as --runs-dir",
+    )
+    add_number(parser, "--seeds", Jobs, 1, "a table or a sweep: seeds from --seed on")
+    parser.add_argument(
+        "--rows", type=checked.word, default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas"
+    )
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps",
+        help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product, several in one "
+        "word ('model.layers=2,4 model.width=64,128') go in step",
+    )  # fmt: skip
+    add_number(parser, "--jobs", Jobs, 1, "a table: runs at a time, each on its share of the cores")
+    add_processes(parser)
+    parser.add_argument("--render", action="store_true", help="a table: write it again from what has been run, and run nothing")
+    add_place(parser)
+
+
+def _budget(text: str) -> float:
+    from metajax.tables.sampler import budget_seconds
+
+    return budget_seconds(text)
+
+
+@verb("table", add_run)
+@verb("run", add_run)
+def run(options: argparse.Namespace, started: float) -> int:
+    """Run an experiment or a table; the word `run` can be left out.
+
+    python run.py table quickstart --seeds 3 --jobs 2        three seeds of every row, two runs at a time
+    python run.py table --all --budget 60m                   a sample of every table, to see that all of it works
+    python run.py quickstart                                 run a table: every row, then the comparison
+    python run.py quickstart/metadata --set training.steps=400 --seed 1
+        run one experiment with changes
+    python run.py quickstart/plain --sweep model.layers=2,4,8 --seeds 3
+        run a sweep as a table
+    """
+    require(options.all == (options.name is None), "name an experiment or a table, or say --all")
+    require(options.all or options.budget is None, "--budget goes with --all")
+    target = None if options.all else registry.find(options.name)
+    single = isinstance(target, registry.Experiment) and not options.sweeps
+    require(single or not isinstance(options.workdir, str), f"{options.workdir}: a bucket is for one experiment; name a folder")
+    last = options.seed + options.seeds - 1
+    convert(last, Seed, f"--seed {options.seed} --seeds {options.seeds}: the last seed")
+    startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
+
+    def run_one(config: AnyConfig, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
+        from metajax.experiment import run_experiment
+
+        first = next(startup, {})
+        if first:
+            first["imports_seconds"] = time.monotonic() - started
+        return run_experiment(config, workdir, common.paths_of(options), analyses=analyses, **first)
+
+    if target is None:
+        return _run_sample(options, run_one)
+    return (_run_single if single else _run_table)(target, options, run_one)
+
+
+def _run_single(experiment: registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
+    """Run one experiment, and before it the runs that it starts from."""
+    require(
+        options.seeds == 1 and options.rows is None and not options.render and options.jobs == 1,
+        f"{experiment.name} is one experiment; --seeds, --rows, --jobs and --render are for tables and sweeps",
+    )
+    config, parents = common.config_of(experiment, options)
+    say(f"{options.name} at scale {options.scale}")
+    common.connect(options)
+    from metajax.distributed.hosts import is_first
+    from metajax.reporting.terminal import print_evaluation
+    from metajax.runs.directory import default_workdir
+    from metajax.training.loop import NonFinite
+
+    try:
+        for parent in parents:
+            say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
+            run_one(parent, default_workdir(parent, options.runs_dir))
+        workdir = options.workdir or default_workdir(config, options.runs_dir)
+        if isinstance(workdir, str):
+            say(f"{workdir}: logs and reports are staged in {(workdir := stage(workdir, options.runs_dir))}")
+        report = run_one(config, workdir)
+        if is_first():
+            print_evaluation(report["eval"])
+        say(f"report: {workdir / 'report.html'}")
+    except NonFinite as error:
+        fail(error)
+        return 1
+    return 0
+
+
+def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
+    """Run a table or a sweep, or render it from what there is; 1 when a run of it failed."""
+    from metajax.runs.parents import parse_changes
+    from metajax.tables.formats import failures, markdown
+    from metajax.tables.run import choose_rows, has_runs, plan_table
+    from metajax.tables.sweeps import sweep_table
+
+    options.runs_dir = options.workdir or options.runs_dir
+    changes = parse_changes(options.changes, options.runs_dir)
+    if isinstance(target, registry.Experiment):
+        table = sweep_table(target, options.sweeps, options.scale, changes)
+    else:
+        require(not options.sweeps, f"{target.name} is a table; --sweep is for one experiment, such as {target.example}")
+        table = target
+    rows, seeds = choose_rows(table, options.rows), range(options.seed, options.seed + options.seeds)
+    plan = plan_table(table, options.scale, seeds, changes, options.runs_dir, rows)
+    say(f"{options.name} at scale {options.scale}")
+    if options.render:
+        result = plan.result()
+        require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
+        plan.write()
+    else:
+        from metajax.distributed.hosts import find_place
+        from metajax.runs.loggers import check_loggers
+
+        require(
+            find_place(options.coordinator, options.processes, options.process_id) is None,
+            f"{options.name} is a table, which runs in one process; several processes run one experiment, such as a row of it",
+        )
+        for logger in {logger for one in plan.runs() for logger in one.config.runtime.loggers}:
+            check_loggers([logger])
+        result = _run_jobs(plan, options, run_one)
+    echo(markdown(result))
+    say(f"report: {plan.folder / 'report.html'}")
+    return 1 if failures(result) else 0
+
+
+def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
+    """Make a sample of all tables; 1 when something in it failed."""
+    given = {
+        "--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--seeds": options.seeds > 1,
+        "--jobs": options.jobs > 1, "--render": options.render,
+    }  # fmt: skip
+    for flag in (flag for flag, value in given.items() if value):
+        raise UserError(
+            f"{flag} does not go with --all, which takes rows of all tables as they are; name a table, or leave it out"
+        )
+    from metajax.reporting.terminal import print_sample
+    from metajax.tables.sampler import sample, summary
+
+    common.start_jax(options.cache_dir)
+    root = options.workdir or options.runs_dir
+    made = sample(registry.tables().values(), options.scale, options.budget or 3600.0, options.seed, root, run_one)
+    there = [table.name for table in registry.tables().values() if table.runs_at(options.scale)]
+    print_sample(summary(made), there)
+    return 1 if any(one.reason for one in made) else 0
+
+
+def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str, Any]:
+    """The runs of a table, one by one here or several at a time in processes that write to the log of each run."""
+    from metajax.core.workers import workers
+    from metajax.distributed.hosts import has_tpu
+    from metajax.runs.directory import RUN_LOG
+    from metajax.tables.run import run_table
+
+    start = functools.partial(common.start_jax, options.cache_dir)
+    if options.jobs == 1:
+        start()
+        return run_table(plan, run_one)
+    require(
+        not has_tpu() or os.environ.get("JAX_PLATFORMS") == "cpu",
+        f"--jobs {options.jobs}: a TPU serves one process; leave it out, or compute on the cores with JAX_PLATFORMS=cpu",
+    )
+    say(f"{options.jobs} runs at a time; each writes what it says to {RUN_LOG} in its folder")
+    try:
+        with workers(options.jobs, start) as executor:
+            return run_table(plan, functools.partial(_run_and_log, common.paths_of(options)), executor, options.jobs)
+    except BrokenProcessPool:
+        raise UserError(
+            "a run's process was killed, for want of memory perhaps; the same command goes on, with fewer --jobs"
+        ) from None
+
+
+def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[str]) -> dict[str, Any]:
+    """Make a run in a process of its own; its progress goes to its folder."""
+    from metajax.experiment import run_experiment
+    from metajax.runs.directory import RUN_LOG
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / RUN_LOG, "a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        with terminal():
+            return run_experiment(config, workdir, paths, analyses=analyses)
