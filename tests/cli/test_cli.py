@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from metajax.cli.main import main
+from metajax.cli.main import build_parser, main
+from metajax.cli.verb import verbs
 from metajax.runs.files import write_json
 
 SMALL = [
@@ -60,19 +62,17 @@ def test_bare_command_lists_what_there_is(command):
     assert done.returncode == 0 and "quickstart/plain" in done.stdout, done.stderr
 
 
-def test_help_has_examples(capsys):
-    for words in (
-        ["--help"],
-        ["run", "--help"],
-        ["show", "--help"],
-        ["generate", "--help"],
-        ["import", "--help"],
-        ["export", "--help"],
-    ):
+def test_every_verb_has_help_with_two_examples_that_parse(capsys):
+    for name, verb in {"": None, **verbs()}.items():
         with pytest.raises(SystemExit) as stop:
-            main(words)
+            main([*filter(None, [name]), "--help"])
         assert stop.value.code == 0
-        assert f"python run.py {words[0] if words[0] in ('import', 'export') else 'quickstart'}" in capsys.readouterr().out
+        shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("python run.py ")]
+        assert len(shown) >= 2
+        for line in shown if verb else ():
+            words = shlex.split(line.removeprefix("python run.py ").partition("   ")[0].partition("  ")[0])
+            assert words[0] in (name, *verbs()) or words[0].startswith("quickstart"), line
+            build_parser().parse_args(words if words[0] in verbs() else ["run", *words])
 
 
 def test_show_resolves_an_experiment(command):
