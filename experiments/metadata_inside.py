@@ -204,7 +204,7 @@ table(
         Row("fine", FINE, fill=OF_SOURCE),
         Row("coarse", COARSE, fill=OF_GROUP),
         Row("shuffled", FINE | {"metadata.assigned": "shuffled"}),
-        Row("tokens", FINE | {"metadata.tokens": 5}, core=False),
+        Row("tokens", KNOWN | {"metadata.template": Metadata.template, "metadata.tokens": 5}, core=False),
         Row("fine_half", FINE | {"metadata.keep": 0.5}, core=False, fill=OF_SOURCE, note="half of the documents without"),
         Row("append_fine", FINE | BEHIND, fill={"behind": "source"} | ASKED),
         Row("append_coarse", COARSE | BEHIND, core=False, fill={"behind": "group"} | ASKED),

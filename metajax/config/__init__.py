@@ -4,8 +4,8 @@ from metajax.config.clip import PIXEL_MEAN, PIXEL_STD, PUBLISHED, Clip, preset
 from metajax.config.data import TASKS, Data, Switch, Tasks
 from metajax.config.dpo import Dpo
 from metajax.config.evaluation import ANALYSES, Choice, Evaluation, Guidance, Temperature, TopK, TopP, check_analyses
-from metajax.config.experiment import Config, Scale, config_hash, difference
-from metajax.config.families import AnyConfig, config_from, require_text
+from metajax.config.experiment import Config, Scale
+from metajax.config.families import CONFIG_VERSION, AnyConfig, config_from, config_hash, difference, require_text
 from metajax.config.images import AUGMENTATIONS, OF_TEXT, ImageConfig, Images, Prompts
 from metajax.config.metadata import Metadata, MetaTokens
 from metajax.config.model import ROTARY, Hybrid, Imported, Model, hymba_ntk_factor
@@ -16,6 +16,7 @@ __all__ = [
     "ANALYSES",
     "AUGMENTATIONS",
     "AXES",
+    "CONFIG_VERSION",
     "OF_TEXT",
     "PIXEL_MEAN",
     "PIXEL_STD",
