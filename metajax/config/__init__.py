@@ -1,7 +1,7 @@
 """Dataclasses of the configuration, one door to all of them; `metajax/core/fields.py` reads and checks their values."""
 
 from metajax.config.clip import PIXEL_MEAN, PIXEL_STD, PUBLISHED, Clip, preset
-from metajax.config.data import TASKS, Data, Switch, Tasks
+from metajax.config.data import Data, Switch, Tasks
 from metajax.config.dpo import Dpo
 from metajax.config.evaluation import ANALYSES, Choice, Evaluation, Guidance, Temperature, TopK, TopP, check_analyses
 from metajax.config.experiment import Config, Scale
@@ -22,7 +22,6 @@ __all__ = [
     "PIXEL_STD",
     "PUBLISHED",
     "ROTARY",
-    "TASKS",
     "AnyConfig",
     "Choice",
     "Clip",

@@ -41,11 +41,12 @@ from metajax.data.metadata import (
 from metajax.data.mixture import Mixture
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.pairs import pair_rows
-from metajax.data.questions import Task
+from metajax.data.questions import QuestionFile
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source, parse_spec, place_of, told
 from metajax.data.sources.files import JOINED
-from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
+from metajax.data.tasks import check_names
+from metajax.data.tasks.examples import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
 
@@ -89,6 +90,7 @@ def derive_seed(*parts: object) -> int:
 
 def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Corpora:
     """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, its parts by `make`."""
+    check_names(config.tasks)
     data = config.data
     sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
 
@@ -326,7 +328,7 @@ def check_evaluation(corpora: Corpora) -> None:
     """UserError now, not after training, where held-out documents cannot be shown as `evaluation.conditions` asks, or a file of
     questions cannot be read."""
     choice = corpora.config.evaluation.choice
-    for task in map(Task.of, choice.tasks if choice is not None else ()):
+    for task in map(QuestionFile.of, choice.tasks if choice is not None else ()):
         for path in {task.path, task.shots_from}:
             task.read(path, corpora.paths.data)
     if corpora.config.evaluation.documents:

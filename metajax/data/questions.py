@@ -125,7 +125,7 @@ SITES = {
 
 
 @dataclass(frozen=True)
-class Task:
+class QuestionFile:
     """A file of questions. spec: KIND:FILE[?shots_from=FILE&name=NAME&source=TEXT].
 
     shots_from: where solved examples come from, the file itself where it is left out. name: of the results, the kind's where it is left
@@ -139,7 +139,7 @@ class Task:
     shots_from: str
 
     @classmethod
-    def of(cls, spec: str) -> Task:
+    def of(cls, spec: str) -> QuestionFile:
         """UserError for an unknown kind or option."""
         head, _, query = spec.partition("?")
         kind, _, path = head.partition(":")

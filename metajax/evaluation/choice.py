@@ -23,7 +23,7 @@ from metajax.core.progress import progress
 from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
-from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
+from metajax.data.questions import BETWEEN, COMPLETED, Question, QuestionFile, encode_pair
 from metajax.data.rows import Row, padding_row, stack
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.held_out import require_finite, require_rows
@@ -46,7 +46,7 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
     "questions" and "passages": the mean acc of each sort, where there is one.
     """
     choice, config = corpora.config.evaluation.choice, corpora.config
-    tasks = [Task.of(spec) for spec in choice.tasks]
+    tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context in choice.contexts for shots in choice.shots}
     with progress(f"choices of {config.name}", total=len(tasks) * len(found)) as advance:
@@ -72,10 +72,10 @@ def check_choice(corpora: Corpora) -> None:
         pass
 
 
-def _asked(corpora: Corpora) -> Iterator[tuple[Task, str, list[Question], str | None]]:
+def _asked(corpora: Corpora) -> Iterator[tuple[QuestionFile, str, list[Question], str | None]]:
     """Every task with every setting: its name, the questions after their solved examples, and what comes before all."""
     choice, config = corpora.config.evaluation.choice, corpora.config
-    tasks = [Task.of(spec) for spec in choice.tasks]
+    tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     require(
         len(set(names)) == len(names),
@@ -106,7 +106,7 @@ def with_shots(question: Question, number: int, examples: Sequence[Question], sh
     return replace(question, contexts=tuple(before + context for context in question.contexts))
 
 
-def in_front(config: Config, context: str, task: Task) -> str | None:
+def in_front(config: Config, context: str, task: QuestionFile) -> str | None:
     """What metadata says in front of everything: nothing, the empty pair or a task's source."""
     if context != "task":
         return None if context == "none" else ""
