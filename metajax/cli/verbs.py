@@ -222,16 +222,16 @@ def list_all(options: argparse.Namespace, started: float) -> int:
 
 def show(options: argparse.Namespace, started: float) -> int:
     """Print an experiment before it runs, or a corpus."""
-    from metajax.data.sources import KINDS
+    from metajax.data.sources import source
     from metajax.reporting import terminal
 
-    if options.name.partition(":")[0].partition("?")[0] in KINDS:
+    if options.name.partition(":")[0].partition("?")[0] in source.names():
         terminal.print_corpus(options.name, _paths(options), options.count, options.fields)
         return 0
     try:
         target = registry.find(options.name)
     except UserError as error:
-        raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
+        raise UserError(f"{error}; corpora: {', '.join(source.names())}{nearest(options.name, source.names())}") from None
     if isinstance(target, registry.Table):
         require(not options.count, f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}")
         from metajax.runs.parents import parse_changes

@@ -107,7 +107,7 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
     caches = tuple(
         build_token_cache(
             source,
-            tokenizer.marked() if parse_spec(source.spec)[2].markers else tokenizer,
+            tokenizer.marked() if parse_spec(source.spec).columns.markers else tokenizer,
             cache_dir=paths.cache,
             on_bad_record=data.on_bad_record,
             make=make,

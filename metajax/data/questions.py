@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 
 from metajax.core import json_lines
 from metajax.core.errors import nearest, require
-from metajax.data.sources import find_files
+from metajax.data.sources.files import find_files
 
 Record = Mapping[str, Any]
 DELIMITER = " "  # between a prompt and its answer

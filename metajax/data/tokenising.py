@@ -28,7 +28,7 @@ from metajax.core.progress import progress
 from metajax.core.sealed import FORMAT, HASHES, Sealed, save_array, sealed_folder
 from metajax.core.workers import process_pool
 from metajax.data.cache import ARRAYS, TokenCache, bad_record, digest, read_documents
-from metajax.data.documents import BadRecord, Document, Source, origin_bucket, place, tally_of
+from metajax.data.documents import BadRecord, Document, Source, origin_bucket
 from metajax.data.encoding import Tokenizer
 
 CHUNK = 512  # records tokenised at a time
@@ -114,7 +114,7 @@ class Job:
         """Tokens, the arrays of the cache and the metadata of a part's documents; returns what the manifest needs of it."""
         dtype = _dtype(self.tokenizer)
         found: dict[str, list[int]] = {name: [] for name in ARRAYS}
-        bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(tally_of(self.source))
+        bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(self.source.tally)
         writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
         table = pq.ParquetWriter(folder / "metadata.parquet", SCHEMA)
         for chunk in _chunks(read_documents(self.source, self.on_bad_record, self.ranges[number])):
@@ -140,7 +140,7 @@ class Job:
             save_array(folder / f"{name}.npy", np.array(found[name], kind))
         sizes = {name: sum(found[name]) for name in ("lengths", "bytes")}
         facts = {"bad": bad, "unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
-        return {**facts, "documents": len(found["lengths"]), **sizes, "tally": tally_of(self.source) - before}
+        return {**facts, "documents": len(found["lengths"]), **sizes, "tally": self.source.tally - before}
 
     def encode(self, documents: list[Document], records: list[int]) -> tuple[list[Document], list[list[int]], list[int]]:
         """(documents that the tokenizer can encode, their ids, the records of the others, which are bad)."""
@@ -148,7 +148,7 @@ class Job:
         failed = []
         for record, ids in zip(records, encoded, strict=True):
             if isinstance(ids, BadRecord):
-                bad_record(f"{place(self.source, record)}: {ids}", self.on_bad_record)
+                bad_record(f"{self.source.where(record)}: {ids}", self.on_bad_record)
                 failed.append(record)
         good = [n for n, ids in enumerate(encoded) if not isinstance(ids, BadRecord)]
         return [documents[n] for n in good], [encoded[n] for n in good], failed

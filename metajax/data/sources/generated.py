@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +18,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 from metajax.core.errors import require
-from metajax.data.documents import Document
+from metajax.data.documents import Document, Source
+from metajax.data.sources import Request, source
 
 RECIPE = 1  # raise when a change below changes the documents
 SOURCES, GROUPS, SYMBOLS, LENGTH = 16, 4, 16, 32
@@ -61,8 +64,15 @@ def best_nats(sources: np.ndarray, symbols: np.ndarray, known: str) -> np.ndarra
     return np.concatenate([np.full((len(sources), 1), np.log(SYMBOLS)), -np.diff(seen, axis=1)], axis=1)
 
 
-class Generated:
-    """generated[:DOCUMENTS]. Text: letters a to p; `source` is a capital letter, `group` a digit: with bytes, one token each.
+@source("generated")
+def open_generated(request: Request) -> Generated:
+    """generated[:DOCUMENTS]."""
+    request.refuse_options()
+    return Generated(request.spec, request.path)
+
+
+class Generated(Source):
+    """A number of documents. Text: letters a to p; `source` is a capital letter, `group` a digit: with bytes, one token each.
 
     Every document is an origin of its own, so that held-out documents come from the same sources as the others.
     """
@@ -72,17 +82,16 @@ class Generated:
             not count or (count.isdecimal() and int(count) > 0),
             f"data source {spec!r}: the number of documents, such as generated:{DOCUMENTS}",
         )
-        self.spec, self.count = spec, int(count or DOCUMENTS)
+        self.spec, self.count, self.tally = spec, int(count or DOCUMENTS), Counter()
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> Document:
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)} in {self.spec}")
-        source, symbols = draw(int(i))
-        text = "".join(chr(ord("a") + symbol) for symbol in symbols)
-        return Document(text, {"source": chr(ord("A") + source), "group": str(source % GROUPS)}, f"document {i}")
+    def read(self, records: range) -> Iterator[Document]:
+        for i in records:
+            source, symbols = draw(i)
+            text = "".join(chr(ord("a") + symbol) for symbol in symbols)
+            yield Document(text, {"source": chr(ord("A") + source), "group": str(source % GROUPS)}, f"document {i}")
 
     def fingerprint(self) -> str:
         """sha256 over recipe, table and number of documents."""
@@ -93,11 +102,7 @@ class Generated:
         drawn = [draw(i) for i in range(_MEASURED)]
         sources, symbols = (np.array(part) for part in zip(*drawn, strict=True))
         best = {known: float(best_nats(sources, symbols, known).mean()) for known in ("nothing", "group", "source")}
-        return {
-            "kind": "generated",
-            "spec": self.spec,
+        return super().manifest() | {
             "recipe": RECIPE,
-            "records": len(self),
-            "fingerprint": self.fingerprint(),
             f"best_nats_a_symbol_of_{_MEASURED}_documents": best,
         }
