@@ -17,7 +17,7 @@ from metajax.core.fields import (
 )
 
 Injected = OnlyWith("rate")
-Placed = OnlyWith("position", "prepend", "append", "both")
+Trained = OnlyWith("in_training", why="training shows no metadata with metadata.position=none")
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,19 @@ class MetaTokens(Part, path="meta_tokens"):
 class Metadata(Part, path="metadata"):
     """Document metadata as text beside the body (Beyond URLs, URLs Help / Topics Guide, MeCo)."""
 
-    position: Literal["none", "prepend", "append", "both"] = "prepend"  # of the body; repeated at every piece of a cut document
+    # none, prepend, append, both, or a position of your own (metajax/data/positions); repeated at every piece of a cut document.
+    position: str = "prepend"
     template: Annotated[str, OnlyWith("tokens", 0)] = (
         "{url}"  # metadata fields in braces, with filters behind a bar: {url|host}; metajax/data/annotators.py
     )
-    appended: str = ""  # position "both": the template behind the body; "": the same as in front
+    appended: str = ""  # position "both": the template after the body; "": the same as before it
     # This many learnable tokens, the same for all documents, in place of the template (5 in Beyond URLs). A vocabulary keeps 11 for them.
     tokens: Annotated[int, Range(0, 11)] = 0
     wrap: Literal["special_tokens", "plain"] = "special_tokens"  # <|context_begin|> ... <|context_end|>, or the bare text
-    assigned: Annotated[Literal["own", "shuffled"], Placed] = (
+    assigned: Annotated[Literal["own", "shuffled"], Trained] = (
         "own"  # shuffled: another document's, at random (the control in training)
     )
-    keep: Annotated[Share, Placed] = 0.9  # share of documents that keep their metadata
+    keep: Annotated[Share, Trained] = 0.9  # share of documents that keep their metadata
     when_dropped: Literal["empty", "nothing"] = "empty"  # the empty pair of delimiters, or nothing at all
     # Of predicting the metadata itself, before the body and after it.
     loss_weights: tuple[NotNegative, NotNegative] = (0.0, 1.0)
@@ -93,10 +94,15 @@ class Metadata(Part, path="metadata"):
     def __post_init__(self) -> None:
         require(
             not self.appended or self.position == "both",
-            f"metadata.appended = {self.appended!r} needs metadata.position = 'both'; with 'append' the template itself stands behind",
+            f"metadata.appended = {self.appended!r} needs metadata.position = 'both'; with 'append' metadata.template itself comes after the body",
         )
 
     @property
-    def in_front(self) -> bool:
-        """Whether metadata stands in front of the body."""
+    def prepended(self) -> bool:
+        """Whether metadata comes before the body."""
         return self.position in ("prepend", "both")
+
+    @property
+    def in_training(self) -> bool:
+        """Whether training shows metadata."""
+        return self.position != "none"

@@ -30,22 +30,23 @@ from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import (
     MetadataIds,
-    Sides,
+    Placed,
+    Placement,
     check_fields,
     delimiters,
     dropped_owner,
     owners,
-    side_templates,
     uniform_hash,
 )
 from metajax.data.mixture import Mixture
+from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.pairs import pair_rows
+from metajax.data.positions import spots
 from metajax.data.questions import QuestionFile
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
 from metajax.data.sources import open_source, parse_spec, place_of, told
 from metajax.data.sources.files import JOINED
-from metajax.data.tasks import check_names
 from metajax.data.tasks.examples import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
@@ -90,7 +91,7 @@ def derive_seed(*parts: object) -> int:
 
 def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Corpora:
     """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, its parts by `make`."""
-    check_names(config.tasks)
+    check_names(config)
     data = config.data
     sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
 
@@ -128,7 +129,7 @@ def notes(cache: TokenCache) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ rows
 
 
-def _one_side(corpora: Corpora, cache: TokenCache, template: str, condition: str, documents: np.ndarray) -> MetadataIds:
+def _ids_of(corpora: Corpora, cache: TokenCache, template: str, condition: str, documents: np.ndarray) -> MetadataIds:
     """A template's strings, or with "" the learnable tokens as the one string that all documents share."""
     recipe, tokenizer = corpora.config.metadata, corpora.tokenizer
     if template:
@@ -144,33 +145,32 @@ def _one_side(corpora: Corpora, cache: TokenCache, template: str, condition: str
     return MetadataIds(ids, offsets, owner, *delimiters(recipe, tokenizer))
 
 
-def _sides(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Sides:
-    """What stands beside the documents; metadata that no row takes is dropped and noted where the recipe says so."""
+def _placement(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Placement:
+    """The metadata of the documents; metadata that no row can hold is dropped and noted where the recipe says so."""
     recipe = corpora.config.metadata
     if recipe is None or condition == "none" or (condition == "training" and recipe.position == "none"):
-        return Sides()
-    front, behind = (
-        None if template is None else _one_side(corpora, cache, template, condition, documents)
-        for template in side_templates(recipe)
+        return Placement()
+    parts = tuple(
+        Placed(spot.at, _ids_of(corpora, cache, spot.template, condition, documents), spot.loss_weight) for spot in spots(recipe)
     )
-    sides = Sides(front, behind, recipe.bos_eos == "outside", recipe.loss_weights)
+    placement = Placement(parts, recipe.bos_eos == "outside")
     most = most_overhead(row_capacity(corpora.config))
-    long = documents[sides.overhead(documents) > most]
+    long = documents[placement.overhead(documents) > most]
     if len(long) and recipe.too_long == "drop":
-        for side in filter(None, (front, behind)):
-            side.owner[long] = dropped_owner(recipe)
+        for part in parts:
+            part.ids.owner[long] = dropped_owner(recipe)
         note(
             f"{cache.manifest['source']['spec']}: the metadata of {len(long)} of {len(documents)} documents ({condition}) takes more than "
             f"the {most} tokens that a row has for it and was dropped, first that of document {long.min()}"
         )
-    return sides
+    return placement
 
 
-def _index(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.ndarray, style: str) -> RowIndex:
+def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents: np.ndarray, style: str) -> RowIndex:
     """The packed row index, built once for each recipe, then memory-mapped and checked against its hash."""
     config = corpora.config
     capacity = row_capacity(config)
-    overhead = sides.overhead(documents)
+    overhead = placement.overhead(documents)
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(FORMAT, cache.key, recipe, capacity, style)
     if not folder.exists():
@@ -196,10 +196,10 @@ def meta_count(config: Config) -> int:
 def _rows(
     corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str, note: Note = warn
 ) -> RowSource:
-    sides = _sides(corpora, cache, condition, documents, note)
+    placement = _placement(corpora, cache, condition, documents, note)
     if condition == "training" and corpora.config.dpo is not None:
-        return pair_rows(corpora, cache, sides, documents, row_capacity(corpora.config))
-    index = _index(corpora, cache, sides, documents, packing)
+        return pair_rows(corpora, cache, placement, documents, row_capacity(corpora.config))
+    index = _index(corpora, cache, placement, documents, packing)
     inputs = int(cache.lengths[documents].sum(dtype=np.int64)) + len(documents)
     left_out = inputs - int(index.pieces[:, 2].sum(dtype=np.int64))
     if left_out:
@@ -207,7 +207,7 @@ def _rows(
             f"{cache.manifest['source']['spec']}: data.packing={packing} leaves out {left_out:,} of {inputs:,} tokens, the rest of "
             "documents that the end of a row cuts"
         )
-    return RowSource(index, cache.__getitem__, sides, corpora.tokenizer.vocabulary, row_capacity(corpora.config))
+    return RowSource(index, cache.__getitem__, placement, corpora.tokenizer.vocabulary, row_capacity(corpora.config))
 
 
 def complete_row(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:

@@ -16,7 +16,7 @@ from metajax.config import OF_TEXT, AnyConfig, Config
 from metajax.core.errors import nearest, require
 from metajax.core.fields import defaults, flatten, ignored, override, require_all_read
 from metajax.core.progress import say
-from metajax.data.tasks import check_names
+from metajax.data.names import check_names
 from metajax.runs.directory import default_workdir, find_run, list_runs, read_config
 
 
@@ -77,7 +77,7 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
     config = _without_those_of_its_parent(config, inherited(changes))
     require_all_read(config)
     if isinstance(config, Config):
-        check_names(config.tasks)
+        check_names(config)
     return _resolve(config, inherited(changes), root, (config.name,))
 
 

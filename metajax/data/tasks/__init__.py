@@ -64,12 +64,6 @@ def stream_of(name: str) -> int:
     return zlib.crc32(name.encode()) if number is None else number
 
 
-def check_names(tasks: Tasks | None) -> None:
-    """UserError for a task that does not exist."""
-    for name in tasks.names if tasks is not None else ():
-        task.find(name, "tasks.names")
-
-
 def is_test(core: Any) -> bool:
     """The side of the split, by a hash of the text of `core` alone."""
     return zlib.crc32((core if isinstance(core, str) else core.text).encode()) % TEST_SHARE == 0
