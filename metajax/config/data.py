@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from metajax.core.errors import require
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Part,
-    Range,
-    Share,
-    Size,
-)
+from metajax.core.fields import Count, CountOrZero, NotNegative, Part, Range, Share, Size
 
 Length = Annotated[int, Range(2, 2**20)]
 

@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from metajax.core.errors import nearest, require
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    Part,
-    Range,
-)
+from metajax.core.fields import Count, CountOrZero, Part, Range
 
 ANALYSES = (
     "interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead", "mixing_maps", "branches", "needle",

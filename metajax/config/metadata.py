@@ -8,13 +8,7 @@ from fractions import Fraction
 from typing import Annotated, Literal
 
 from metajax.core.errors import require
-from metajax.core.fields import (
-    NotNegative,
-    OnlyWith,
-    Part,
-    Range,
-    Share,
-)
+from metajax.core.fields import NotNegative, OnlyWith, Part, Range, Share
 
 Injected = OnlyWith("rate")
 Trained = OnlyWith("in_training", why="training shows no metadata with metadata.position=none")

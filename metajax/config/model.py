@@ -14,9 +14,9 @@ Layers = Annotated[int, Range(1, 10_000)]
 
 EXTENDED = ("linear", "llama3", "ntk", "yarn")
 ROTARY = ("rope", *EXTENDED)  # schemes of `Model.position` that rotate queries and keys
-Attends = OnlyWith("attends", why="no layer has attention")
-Scans = OnlyWith("scans", why="no layer has a Mamba")
-Mamba1 = OnlyWith("has_mamba1", why="no layer has a Mamba-1")
+Attends = OnlyWith("fusion", "mean", "concat", "sequential", "attention")
+Scans = OnlyWith("fusion", "mean", "concat", "sequential", "mamba")
+OfMamba = OnlyWith("ssm", "mamba")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Hybrid(Part, path="model.hybrid"):
     expand: Annotated[int, Range(1, 64), Scans] = 2  # Mamba's inner width / model.width
     state: Annotated[Size, Scans] = 16  # N, numbers a channel remembers
     d_conv: Annotated[int, Range(2, 4), Scans] = 4  # tokens that the convolution before the scan reads, the current one included
-    dt_rank: Annotated[SizeOrZero, Mamba1] = 0  # 0: ceil(model.width / 16)
+    dt_rank: Annotated[SizeOrZero, Scans, OfMamba] = 0  # 0: ceil(model.width / 16)
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
-    dt_init: Annotated[Literal["zero", "mamba"], Mamba1] = "zero"
-    inner_norms: Annotated[bool, Mamba1] = True  # of step size, B and C
+    dt_init: Annotated[Literal["zero", "mamba"], Scans, OfMamba] = "zero"
+    inner_norms: Annotated[bool, Scans, OfMamba] = True  # of step size, B and C
     branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = (
         "scaled"  # before the fusion; the scales are the paper's learnable betas
     )
@@ -49,21 +49,6 @@ class Hybrid(Part, path="model.hybrid"):
     def is_parallel(self) -> bool:
         """Whether both mixers stand in one layer."""
         return self.fusion in ("mean", "concat")
-
-    @property
-    def attends(self) -> bool:
-        """Whether some layer has attention."""
-        return self.fusion != "mamba"
-
-    @property
-    def scans(self) -> bool:
-        """Whether some layer has a Mamba."""
-        return self.fusion != "attention"
-
-    @property
-    def has_mamba1(self) -> bool:
-        """Whether some layer has a Mamba-1."""
-        return self.scans and self.ssm == "mamba"
 
 
 @dataclass(frozen=True)
@@ -100,8 +85,7 @@ class Model(Part, path="model"):
             f"model.width = {self.width} does not divide by model.heads = {self.heads}",
         )
         require(
-            self.heads % self.num_kv_heads == 0,
-            f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
+            self.heads % self.num_kv_heads == 0, f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}"
         )
         rotary = self.position in ROTARY
         require(

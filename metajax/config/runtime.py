@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from metajax.core.errors import nearest, require
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Part,
-    Range,
-    Size,
-    convert,
-)
+from metajax.core.fields import Count, CountOrZero, NotNegative, Part, Range, Size, convert
 
 # Of the device mesh. Rows of a batch are spread over data and fsdp, parameters and optimiser over fsdp, long rows over context, and heads,
 # channels and the hidden units of feed-forward networks over tensor. Neighbours in the last axes are neighbours in the hardware.

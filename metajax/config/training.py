@@ -5,17 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    OnlyWith,
-    Part,
-    Positive,
-    Range,
-    Share,
-    Size,
-)
+from metajax.core.fields import Count, CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Share, Size
 
 Falling = OnlyWith("schedule", "cosine", "wsd", "linear")
 Beta = Annotated[float, Range(0, below=1)]

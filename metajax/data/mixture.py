@@ -23,11 +23,7 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        weights: Sequence[float],
-        switch_row: int | None = None,
-        switch_weights: Sequence[float] = (),
-        anew: bool = False,
+        self, weights: Sequence[float], switch_row: int | None = None, switch_weights: Sequence[float] = (), anew: bool = False
     ):
         self.shares = _shares(weights)
         self.switch_row = switch_row

@@ -28,16 +28,7 @@ from metajax.data.cache import TokenCache, build_metadata_table, digest, read_do
 from metajax.data.documents import is_held_out
 from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import (
-    MetadataIds,
-    Placed,
-    Placement,
-    check_fields,
-    delimiters,
-    dropped_owner,
-    owners,
-    uniform_hash,
-)
+from metajax.data.metadata import MetadataIds, Placed, Placement, check_fields, delimiters, dropped_owner, owners, uniform_hash
 from metajax.data.mixture import Mixture
 from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack

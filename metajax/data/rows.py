@@ -51,15 +51,7 @@ class RowSource:
         return len(self.index)
 
     def __getitem__(self, n: Any) -> Row:
-        row: Row = {
-            "tokens": np.full(self.capacity, self.vocabulary.pad, np.int32),
-            "targets": np.full(self.capacity, self.vocabulary.pad, np.int32),
-            "loss_weights": np.zeros(self.capacity, np.float32),
-            "is_body": np.zeros(self.capacity, bool),
-            "is_metadata": np.zeros(self.capacity, bool),
-            "asks_metadata": np.zeros(self.capacity, bool),
-            "segment_ids": np.zeros(self.capacity, np.int32),
-        }
+        row = blank_row(self.capacity, self.vocabulary.pad)
         at = 0
         for segment, (document, start, length) in enumerate(self.index.row(int(n)).tolist(), 1):
             piece = self._piece(document, start, length)
@@ -112,6 +104,13 @@ class RowSource:
             "is_metadata": kinds >= METADATA,
             "asks_metadata": asked >= METADATA,
         }
+
+
+def blank_row(length: int, pad: int) -> Row:
+    """A row of padding, before `finish`."""
+    kinds = {"loss_weights": np.float32, "is_body": bool, "is_metadata": bool, "asks_metadata": bool, "segment_ids": np.int32}
+    ids = {name: np.full(length, pad, np.int32) for name in ("tokens", "targets")}
+    return ids | {name: np.zeros(length, kind) for name, kind in kinds.items()}
 
 
 def finish(row: Row, *, attend_across_documents: bool) -> Row:

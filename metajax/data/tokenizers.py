@@ -83,12 +83,7 @@ class HuggingFace(Tokenizer):
     kind = "hf"
 
     def __init__(
-        self,
-        spec: str,
-        library: tokenizers.Tokenizer,
-        bos: str | None = None,
-        eos: str | None = None,
-        named: Sequence[str] = (),
+        self, spec: str, library: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None, named: Sequence[str] = ()
     ):
         self.spec, self._library, self._told = spec, library, (bos, eos, *([sorted(named)] if named else []))
         self._readers = {"text": library}

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from metajax.core.errors import UserError
+from metajax.data.pipeline import open_corpora
+from metajax.data.sources import source
+
 ROOT = Path(__file__).parents[2]
 SOURCE = '''
 """Sentences that count."""
@@ -67,80 +71,61 @@ def middle(length):
 def in_the_middle(recipe):
     return (Spot(own_template(recipe), middle, 0.5),)
 '''
-EXPERIMENTS = '''
+EXPERIMENTS = """
 from metajax.config import Config, Data, Evaluation, Metadata, Model, Optimizer, Tasks, Training
-from metajax.registry import experiment
+from metajax.registry import Column, Row, table
+
+rows = [
+    Row("text", {"metadata": Metadata(template="{parity}", position="middle", keep=1.0), "evaluation.conditions": ("right", "none")}),
+    Row("task", {
+        "tasks": Tasks(names=("first_word",), train_length=96, eval_lengths=(96,), eval_examples=4), "evaluation.documents": 0,
+    }),
+]
+columns = [Column("bits/byte", "eval.none.bpb")]
 
 
-def config(**parts):
+@table("own", summary="", rows=rows, columns=columns, baseline=None, minutes={"cpu": 1})
+def own(scale):
     return Config(
         name="own",
         data=Data(sources=("counting:60",), tokenizer="byte", row_length=96, batch_rows=2, held_out=0.2),
         model=Model(layers=1, width=16, heads=2, mlp_width=16),
         optimizer=Optimizer(warmup_steps=1),
         training=Training(steps=2),
-        **parts,
+        evaluation=Evaluation(documents=4, sample_tokens=0),
     )
+"""
 
 
-@experiment("own/text", summary="", minutes={"cpu": 1})
-def text(scale):
-    return config(metadata=Metadata(template="{parity}", position="middle", keep=1.0), evaluation=Evaluation(documents=4, conditions=("right", "none")))
-
-
-@experiment("own/task", summary="", minutes={"cpu": 1})
-def of_task(scale):
-    tasks = Tasks(names=("first_word",), train_length=96, eval_lengths=(96,), eval_examples=4)
-    return config(tasks=tasks, evaluation=Evaluation(documents=0, sample_tokens=0))
-'''
-
-
-@pytest.fixture(scope="module")
-def metajax(tmp_path_factory):
-    """metajax(*arguments) -> (exit code, stdout and stderr) beside a folder of experiments of one's own."""
-    home = tmp_path_factory.mktemp("own")
-    (home / "experiments").mkdir()
-    (home / "experiments" / "__init__.py").touch()  # or the repository's own would be found first
+def test_a_table_on_ones_own(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").touch()  # or the repository's own would be found first
     for name, text in {"a_source": SOURCE, "a_task": TASK, "a_position": POSITION, "runs": EXPERIMENTS}.items():
-        (home / "experiments" / f"{name}.py").write_text(text)
-
-    def call(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "metajax", *arguments], cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=500,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
-
-    return call, home
-
-
-def report(home, name):
-    [path] = home.glob(f"runs/{name}/cpu/*/report.json")
-    return json.loads(path.read_text())
+        (tmp_path / "experiments" / f"{name}.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "metajax", "own"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    text, task = (json.loads(next(tmp_path.glob(f"runs/own/{row}/cpu/*/report.json")).read_text()) for row in ("text", "task"))
+    assert text["steps"] == task["steps"] == 2
+    assert text["eval"]["right"]["metadata_tokens"] > text["eval"]["none"]["metadata_tokens"] == 0
+    assert task["eval"]["tasks"]["first_word"]["96"]["chance"] == 1 / 16
 
 
-def test_a_run_on_a_source_and_a_position_of_ones_own(metajax):
-    call, home = metajax
-    code, said = call("own/text")
-    assert code == 0, said
-    made = report(home, "own/text")
-    assert made["steps"] == 2 and made["eval"]["right"]["metadata_tokens"] > made["eval"]["none"]["metadata_tokens"] == 0
-    code, said = call("show", "counting:10")
-    assert code == 0 and "parity" in said
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [
+        ({"tasks.names": "copyin", "tasks.train_length": 32}, "copying"),
+        ({"metadata.position": "prepned"}, "prepend"),
+        ({"data.sources": "jsonll:a"}, "jsonl"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(changes, nearest, tiny_config, paths):
+    with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
+        open_corpora(tiny_config(**changes), paths)
 
 
-def test_a_run_on_a_task_of_ones_own(metajax):
-    call, home = metajax
-    code, said = call("own/task")
-    assert code == 0, said
-    assert report(home, "own/task")["eval"]["tasks"]["first_word"]["96"]["chance"] == 1 / 16
-
-
-def test_a_name_that_does_not_exist_is_one_line_with_the_nearest(metajax):
-    call, _ = metajax
-    for change, nearest in {
-        "tasks.names=first_wrod": "first_word", "metadata.position=midle": "middle", "data.sources=countin:3": "counting",
-    }.items():  # fmt: skip
-        name = "own/task" if change.startswith("tasks") else "own/text"
-        code, said = call(name, "--set", change)
-        assert code == 2 and f"did you mean '{nearest}'" in said.splitlines()[-1], said
+def test_a_name_belongs_to_one_module():
+    with pytest.raises(UserError, match="registered twice"):
+        source("jsonl")(open_corpora)

@@ -239,6 +239,31 @@ def test_every_body_token_is_asked_for_once(corpus, seed):
         assert ends == len(corpus.bodies)
 
 
+def middle(length):
+    return length // 2
+
+
+@given(corpora(), st.integers(0, 6))
+def test_metadata_inside_the_body_loses_no_token_of_it(corpus, size):
+    """With metadata in the middle of every piece, too: body tokens are predicted once, in order, and the metadata has its weight."""
+    strings = metadata_ids([list(range(40, 40 + size))] * len(corpus.bodies))
+    parts = (*corpus.metadata.parts, Placed(middle, strings, 0.25))
+    corpus = dataclasses.replace(corpus, metadata=dataclasses.replace(corpus.metadata, parts=parts), capacity=corpus.capacity + 8)
+    asked = []
+    for pieces, plain, row in assemble(corpus, 0):
+        asked += row["targets"][row["is_body"]].tolist()
+        assert (row["loss_weights"][row["is_body"]] == 1).all()
+        held = plain["tokens"][plain["is_metadata"]]
+        assert sum(np.isin(held, range(40, 40 + size))) == size * len(pieces)
+        inside = plain["asks_metadata"] & np.isin(plain["targets"], range(40, 40 + size))
+        assert (plain["loss_weights"][inside] == 0.25).all()
+    if corpus.style == "new_document":
+        assert len(set(asked)) == len(asked)
+    else:
+        assert asked == sorted(asked) or corpus.style == "best_fit"
+        assert sorted(asked) == [token for body in corpus.bodies for token in body]
+
+
 @given(corpora(), st.integers(0, 99))
 def test_targets_are_the_next_token_of_the_document(corpus, seed):
     following = {}

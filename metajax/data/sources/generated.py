@@ -102,7 +102,4 @@ class Generated(Source):
         drawn = [draw(i) for i in range(_MEASURED)]
         sources, symbols = (np.array(part) for part in zip(*drawn, strict=True))
         best = {known: float(best_nats(sources, symbols, known).mean()) for known in ("nothing", "group", "source")}
-        return super().manifest() | {
-            "recipe": RECIPE,
-            f"best_nats_a_symbol_of_{_MEASURED}_documents": best,
-        }
+        return super().manifest() | {"recipe": RECIPE, f"best_nats_a_symbol_of_{_MEASURED}_documents": best}

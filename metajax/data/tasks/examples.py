@@ -14,7 +14,7 @@ import numpy as np
 from metajax.config import Config, Tasks
 from metajax.core.errors import require
 from metajax.data.encoding import Tokenizer
-from metajax.data.rows import Row, finish
+from metajax.data.rows import Row, blank_row, finish
 from metajax.data.tasks import Encoded, SyntheticTask, stream_of, task
 
 ATTEMPTS = 2_000  # to draw an example of one split and of a wanted length
@@ -94,15 +94,7 @@ def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_sl
     meta_slots: M, how many meta-tokens the row has room for; unused ones are `length`. None: the row does not list them.
     """
     vocabulary = tokenizer.vocabulary
-    row: Row = {
-        "tokens": np.full(length, vocabulary.pad, np.int32),
-        "targets": np.full(length, vocabulary.pad, np.int32),
-        "loss_weights": np.zeros(length, np.float32),
-        "is_body": np.zeros(length, bool),
-        "is_metadata": np.zeros(length, bool),
-        "asks_metadata": np.zeros(length, bool),
-        "segment_ids": np.zeros(length, np.int32),
-    }
+    row = blank_row(length, vocabulary.pad)
     at = 0
     for segment, example in enumerate(examples, 1):
         end = at + len(example.ids)
