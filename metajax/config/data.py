@@ -79,7 +79,7 @@ class Tasks(Part, path="tasks"):
     classes: Annotated[int, Range(2, 2**20)] = 4  # answers of segment counting: 0 .. classes - 1, equally likely
     bits: Size = 6  # bits before the pause, at most (parity)
     span: Size = 6  # words to copy, at most
-    pairs: Size = 64  # of a key and its value, at most, and at most a quarter of a row's slots (mqar)
+    pairs: Size = 64  # of a key and its value, at most, and at most a quarter of a row's positions (mqar)
 
     def __post_init__(self) -> None:
         require(len(self.names) > 0, "tasks.names is empty; name at least one, such as parity")

@@ -75,7 +75,7 @@ class Config(Part):
         )
 
     def _check_pairs(self) -> None:
-        """UserError where the rest of a config does not make pairs of answers, each whole and behind its prompt."""
+        """UserError where the rest of a config does not make pairs of answers, each whole and after its prompt."""
         recipe, switch = self.metadata, self.data.switch
         wanted = {
             "init.from": (bool(self.init.run) and not self.init.parts, "a whole run, which is the reference, too"),
@@ -99,10 +99,10 @@ class Config(Part):
             self.model.hybrid is None or meta is None or meta.attention == "none",
             "meta_tokens.attention: a hybrid model has no meta-attention; set meta_tokens.attention=none",
         )
-        model, tasks, slots = self.model, self.tasks, self.row_slots
+        model, tasks, length = self.model, self.tasks, self.row_slots
         require(
-            model.max_positions == 0 or model.max_positions >= slots,
-            f"model.max_positions = {model.max_positions} is less than the {slots} slots of a row",
+            model.max_positions == 0 or model.max_positions >= length,
+            f"model.max_positions = {model.max_positions} is less than the {length} positions of a row",
         )
         require(
             self.evaluation.documents > 0 or tasks is not None,
@@ -126,7 +126,7 @@ class Config(Part):
 
     @property
     def row_meta_tokens(self) -> int:
-        """M, the slots that a training row has for meta-tokens; rows of documents fill all of them, rows of tasks some."""
+        """M, the meta-tokens that a training row has room for; rows of documents use all of them, rows of tasks some."""
         if self.meta_tokens is None:
             return 0
         return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.row_length)

@@ -78,7 +78,7 @@ class Prompts(Part, path="prompts"):
     CoOp is the default; condition = "meta" makes it CoCoOp, and alpha > 0 makes that AAPL. context = 0: zero-shot classes by templates.
     """
 
-    context: Annotated[int, Range(0, 1024)] = 4  # M vectors in front of a class's name
+    context: Annotated[int, Range(0, 1024)] = 4  # M vectors before a class's name
     context_init: str = ""  # words whose embeddings they begin as, one for each; "": N(0, 0.02^2)
     class_specific: bool = False  # vectors of its own for each class
     class_position: Literal["end", "middle", "front"] = "end"

@@ -69,7 +69,7 @@ class Metadata(Part, path="metadata"):
     # none, prepend, append, both, or a position of your own (metajax/data/positions); repeated at every piece of a cut document.
     position: str = "prepend"
     template: Annotated[str, OnlyWith("tokens", 0)] = (
-        "{url}"  # metadata fields in braces, with filters behind a bar: {url|host}; metajax/data/annotators.py
+        "{url}"  # metadata fields in braces, with filters after a bar: {url|host}; metajax/data/annotators.py
     )
     appended: str = ""  # position "both": the template after the body; "": the same as before it
     # This many learnable tokens, the same for all documents, in place of the template (5 in Beyond URLs). A vocabulary keeps 11 for them.

@@ -26,9 +26,9 @@ class Hybrid(Part, path="model.hybrid"):
     Layers without a place in `full_layers` attend in `model.window`; where that is null every layer attends to all.
     """
 
-    # mean, concat: both in one layer, joined behind their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
+    # mean, concat: both in one layer, joined after their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
     fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
-    meta_tokens: SizeOrZero = 128  # M learned embeddings in front of every document
+    meta_tokens: SizeOrZero = 128  # M learned embeddings before every document
     full_layers: Annotated[tuple[CountOrZero, ...], Attends] = ()
     kv_groups: tuple[Layers, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
     head_dim: Annotated[SizeOrZero, Attends] = 0  # of queries and keys; 0: model.width / model.heads

@@ -1,4 +1,4 @@
-"""Filters behind a metadata field: {url|host}, {score|tenths}, {url|host|top1000}. What a template shows is a column and its filters.
+"""Filters after a metadata field: {url|host}, {score|tenths}, {url|host|top1000}. What a template shows is a column and its filters.
 
 A filter maps the values of a whole column, None where a document has none; one that cannot be applied to a value gives None. The
 papers' names clash, so here each part of an address has one name:

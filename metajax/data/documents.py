@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from metajax.core.errors import UserError
@@ -33,7 +34,11 @@ class Source(ABC):
     """A corpus of numbered documents. Sources are picklable, so that other processes can read parts of one."""
 
     spec: str  # as `data.sources` has it
-    tally: Counter[str]  # counts of the documents read so far in this process; see `metajax.data.sources.files`
+
+    @cached_property
+    def tally(self) -> Counter[str]:
+        """Counts of the documents read so far in this process, such as those without an origin (`metajax.data.sources.files`)."""
+        return Counter()
 
     @abstractmethod
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ class Mixture:
       weights: one per source.
       switch_row: first row of the second phase; None for one phase.
       switch_weights: weights of the second phase.
-      anew: the second phase reads other streams from their beginning, numbered behind those of the first.
+      anew: the second phase reads other streams from their beginning, numbered after those of the first.
     """
 
     def __init__(

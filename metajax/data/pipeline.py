@@ -43,7 +43,7 @@ from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
 
 Note = Callable[[str], None]
-EVALUATION_SEED = 20_250_601  # held-out documents, their order and their meta-token slots are the same for every run
+EVALUATION_SEED = 20_250_601  # the order of held-out documents and their meta-token positions are the same for every run
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents:
 
 
 def row_capacity(config: Config) -> int:
-    """Slots of a row that are left for text and metadata once the meta-tokens have theirs."""
+    """Positions of a row that are left for text and metadata once the meta-tokens have theirs."""
     return config.row_slots - meta_count(config)
 
 
@@ -264,7 +264,7 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
 
 
 def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: Note = warn) -> grain.MapDataset:
-    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, slots]; `note` as above."""
+    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, positions]; `note` as above."""
     global_rows = corpora.config.data.batch_rows
     require(global_rows % hosts == 0, f"data.batch_rows = {global_rows} does not divide by {hosts} hosts")
     local = global_rows // hosts
@@ -363,13 +363,13 @@ def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
 
 
 def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
-    """The test examples of one bin, one to a row of `length` slots, in batches of equal shape; the same for every run.
+    """The test examples of one bin, one to a row of `length` positions, in batches of equal shape; the same for every run.
 
-    A batch has no more slots than a micro-batch of training, and a multiple of `shards` rows; padding rows fill the last.
+    A batch has no more positions than a micro-batch of training, and a multiple of `shards` rows; padding rows fill the last.
     """
     config, examples = corpora.config, task_examples(corpora)
-    slots = config.data.batch_rows * config.row_slots // config.training.accumulate
-    size = max(1, slots // length // shards) * shards
+    positions = config.data.batch_rows * config.row_slots // config.training.accumulate
+    size = max(1, positions // length // shards) * shards
     meta_slots = PAUSES if config.meta_tokens is not None else None
     rows = [
         assemble([examples.test(task, length, n)], length, corpora.tokenizer, meta_slots)

@@ -17,7 +17,6 @@ SOURCE = '''
 """Sentences that count."""
 
 import hashlib
-from collections import Counter
 
 from metajax.data.documents import Document, Source
 from metajax.data.sources import source
@@ -26,7 +25,7 @@ from metajax.data.sources import source
 @source("counting")
 class Counting(Source):
     def __init__(self, request):
-        self.spec, self.count, self.tally = request.spec, int(request.path), Counter()
+        self.spec, self.count = request.spec, int(request.path)
 
     def __len__(self):
         return self.count

@@ -160,7 +160,6 @@ class Files(Source):
 
     def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
         self.spec, self.paths, self.root, self.columns = spec, tuple(paths), root, columns
-        self.tally = Counter()
 
     @abstractmethod
     def _count(self, path: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -29,7 +28,7 @@ _FAVOURED, _SEED, _MEASURED = (0.6, 0.3), 7, 2_000
 
 @lru_cache(maxsize=1)
 def successors() -> np.ndarray:
-    """float64 [SOURCES, SYMBOLS, SYMBOLS]: probability of each symbol behind each other one, by source."""
+    """float64 [SOURCES, SYMBOLS, SYMBOLS]: probability of each symbol after each other one, by source."""
     rng = np.random.default_rng(_SEED)
     table = np.full((SOURCES, SYMBOLS, SYMBOLS), (1 - sum(_FAVOURED)) / SYMBOLS)
     for of_symbol in table.reshape(-1, SYMBOLS):
@@ -82,7 +81,7 @@ class Generated(Source):
             not count or (count.isdecimal() and int(count) > 0),
             f"data source {spec!r}: the number of documents, such as generated:{DOCUMENTS}",
         )
-        self.spec, self.count, self.tally = spec, int(count or DOCUMENTS), Counter()
+        self.spec, self.count = spec, int(count or DOCUMENTS)
 
     def __len__(self) -> int:
         return self.count

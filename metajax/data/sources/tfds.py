@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class TfdsText(Source):
             parts = file_instructions(builder.info, self.split)
             self._records.data_source = ArrayRecords((os.fspath(part.filename), part.skip, part.take) for part in parts)
         self._shards = [os.fspath(p) for p in builder.info.splits[base].filepaths]
-        self._version, self.tally = str(builder.info.full_name), Counter()
+        self._version = str(builder.info.full_name)
         require(len(self._records) > 0, f"{spec}: no records in split {self.split!r}; name another split")
 
     def __len__(self) -> int:
