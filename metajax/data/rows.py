@@ -51,16 +51,8 @@ class RowSource:
         return len(self.index)
 
     def __getitem__(self, n: Any) -> Row:
-        row = blank_row(self.capacity, self.vocabulary.pad)
-        at = 0
-        for segment, (document, start, length) in enumerate(self.index.row(int(n)).tolist(), 1):
-            piece = self._piece(document, start, length)
-            end = at + len(piece["tokens"])
-            for name, values in piece.items():
-                row[name][at:end] = values
-            row["segment_ids"][at:end] = segment
-            at = end
-        return row
+        pieces = [self._piece(*piece) for piece in self.index.row(int(n)).tolist()]
+        return joined(pieces, self.capacity, self.vocabulary.pad)
 
     def _piece(self, document: int, start: int, length: int) -> Row:
         """Inputs start .. start + length - 1 of a document with its metadata; input 0 is the BOS.
@@ -106,11 +98,23 @@ class RowSource:
         }
 
 
-def blank_row(length: int, pad: int) -> Row:
-    """A row of padding, before `finish`."""
-    kinds = {"loss_weights": np.float32, "is_body": bool, "is_metadata": bool, "asks_metadata": bool, "segment_ids": np.int32}
-    ids = {name: np.full(length, pad, np.int32) for name in ("tokens", "targets")}
-    return ids | {name: np.zeros(length, kind) for name, kind in kinds.items()}
+KINDS = {
+    "tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "is_body": bool, "is_metadata": bool, "asks_metadata": bool,
+    "segment_ids": np.int32,
+}  # fmt: skip
+
+
+def joined(pieces: Sequence[Row], length: int, pad: int) -> Row:
+    """Pieces one after the other as the segments of a row, followed by padding; arrays that a piece lacks are 0."""
+    row = {name: np.full(length, pad if name in ("tokens", "targets") else 0, kind) for name, kind in KINDS.items()}
+    at = 0
+    for segment, piece in enumerate(pieces, 1):
+        end = at + len(piece["tokens"])
+        for name, values in piece.items():
+            row[name][at:end] = values
+        row["segment_ids"][at:end] = segment
+        at = end
+    return row
 
 
 def finish(row: Row, *, attend_across_documents: bool) -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,6 +50,7 @@ class SyntheticTask(ABC):
     def chance(sizes: Tasks) -> float:
         """Exact-match accuracy of the best guess that ignores everything but the question."""
 
+    @cached_property
     @abstractmethod
     def shortest(self) -> int:
         """Tokens of the smallest example, BOS included."""
@@ -56,12 +58,6 @@ class SyntheticTask(ABC):
     @abstractmethod
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
         """One try at an example of `split`, "train" or "test", and of lengths[0] to lengths[1] tokens; None where it fails."""
-
-
-def stream_of(name: str) -> int:
-    """The number of a task's random stream."""
-    number = task.find(name, "tasks.names").stream
-    return zlib.crc32(name.encode()) if number is None else number
 
 
 def is_test(core: Any) -> bool:

@@ -6,6 +6,7 @@ phase draws it: its lists, bits or text to copy, with question and answer. Neutr
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +15,8 @@ import numpy as np
 from metajax.config import Config, Tasks
 from metajax.core.errors import require
 from metajax.data.encoding import Tokenizer
-from metajax.data.rows import Row, blank_row, finish
-from metajax.data.tasks import Encoded, SyntheticTask, stream_of, task
+from metajax.data.rows import Row, finish, joined
+from metajax.data.tasks import Encoded, SyntheticTask, task
 
 ATTEMPTS = 2_000  # to draw an example of one split and of a wanted length
 MISSES = 4  # examples that may fail to fit before a row is closed
@@ -40,7 +41,7 @@ class Examples:
 
     def shortest(self, name: str) -> int:
         """Tokens of the task's smallest example, BOS included."""
-        return self._of(name).shortest()
+        return self._tasks[name].shortest
 
     def longest(self, name: str, phase: int) -> int:
         """Tokens of the longest training example of a phase: its share of the way from the shortest to tasks.train_length, and not of one
@@ -62,22 +63,19 @@ class Examples:
                 )
 
     def _draw(self, name: str, split: str, part: int, n: int, lengths: tuple[int, int]) -> Encoded:
-        rng = np.random.default_rng([self.seed, stream_of(name), split == "test", part, n])
+        drawn = self._tasks[name]
+        stream = zlib.crc32(name.encode()) if drawn.stream is None else drawn.stream
+        rng = np.random.default_rng([self.seed, stream, split == "test", part, n])
         for _ in range(ATTEMPTS):
-            example = self._of(name).draw(rng, split, lengths)
+            example = drawn.draw(rng, split, lengths)
             if example is not None:
                 return example
         low, high = lengths
         require(False, f"{name} has no {split} example of {low} to {high} tokens; choose greater lengths or sizes in tasks")
 
-    def _of(self, name: str) -> SyntheticTask:
-        if name not in self._tasks:
-            self._tasks[name] = task.find(name, "tasks.names")(self.tasks, self.tokenizer)
-        return self._tasks[name]
-
     @cached_property
     def _tasks(self) -> dict[str, SyntheticTask]:
-        return {}
+        return {name: task.find(name, "tasks.names")(self.tasks, self.tokenizer) for name in self.tasks.names}
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -93,18 +91,11 @@ def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_sl
 
     meta_slots: M, how many meta-tokens the row has room for; unused ones are `length`. None: the row does not list them.
     """
-    vocabulary = tokenizer.vocabulary
-    row = blank_row(length, vocabulary.pad)
-    at = 0
-    for segment, example in enumerate(examples, 1):
-        end = at + len(example.ids)
-        row["tokens"][at:end], row["targets"][at:end] = example.ids, example.targets
-        row["loss_weights"][at:end] = example.asked
-        row["is_body"][at:end] = example.answers
-        row["segment_ids"][at:end] = segment
-        at = end
+    names = {"tokens": "ids", "targets": "targets", "loss_weights": "asked", "is_body": "answers"}
+    pieces = [{name: getattr(example, ours) for name, ours in names.items()} for example in examples]
+    row = joined(pieces, length, tokenizer.vocabulary.pad)
     if meta_slots is not None:
-        used = np.flatnonzero(row["tokens"] == vocabulary.meta)
+        used = np.flatnonzero(row["tokens"] == tokenizer.vocabulary.meta)
         row["meta_slots"] = np.concatenate([used, np.full(meta_slots - len(used), length)]).astype(np.int32)
     return finish(row, attend_across_documents=False)
 

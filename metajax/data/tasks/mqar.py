@@ -7,8 +7,6 @@ here is text: keys are the lower half of a tokenizer's ordinary ids and values t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from metajax.config import Tasks
@@ -18,14 +16,6 @@ POWER = 0.01
 SHARE = (
     4  # positions of a row for each pair: the pair, and a query with one of noise; all the published sizes have at least so many
 )
-
-
-class Associations(NamedTuple):
-    """ids, values: int32 [n], what is read and the target of each position; asked: bool [n], the queries."""
-
-    ids: np.ndarray
-    values: np.ndarray
-    asked: np.ndarray
 
 
 @task("mqar")
@@ -38,33 +28,25 @@ class Mqar(SyntheticTask):
     def chance(sizes: Tasks) -> float:
         return 0.0  # all values of a row at once
 
-    def shortest(self) -> int:
-        return SHARE
+    shortest = SHARE
 
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
         low, high = lengths
         length = high if split == "test" else int(rng.integers(low, high + 1))
         most = min(self.sizes.pairs, length // SHARE)
         pairs = most if split == "test" else int(rng.integers(1, most + 1))
-        row = recall_row(rng, length, pairs, self.tokenizer.vocabulary.base)
-        told = " ".join(map(str, row.ids[: 2 * pairs].tolist()))
+        half = self.tokenizer.vocabulary.base // 2
+        keys, values = rng.choice(half, size=pairs, replace=False), half + rng.choice(half, size=pairs, replace=False)
+        places = (length - 2 * pairs) // 2  # of two positions: a query and noise
+        # The first arrivals of as many Poisson processes: a draw by weight without replacement, at a third of rng.choice's time.
+        arrivals = rng.exponential(size=places) / np.arange(1, places + 1) ** (POWER - 1.0)
+        at = 2 * pairs + 2 * np.argsort(arrivals)[:pairs]
+        ids = rng.integers(2 * half, size=length)
+        ids[: 2 * pairs] = np.stack([keys, values], axis=1).ravel()
+        ids[at] = keys
+        targets, asked = np.zeros(length, np.int32), np.zeros(length, bool)
+        targets[at], asked[at] = values, True
+        told = " ".join(map(str, ids[: 2 * pairs].tolist()))
         if is_test(told) != (split == "test"):
             return None
-        return Encoded(row.ids, row.values, row.asked, row.asked, told, f"{told} ...")
-
-
-def recall_row(rng: np.random.Generator, length: int, pairs: int, vocabulary: int) -> Associations:
-    """A row of `length` positions with `pairs` pairs, each queried once; needs length >= 4 pairs and vocabulary >= 2 pairs."""
-    half = vocabulary // 2
-    keys, values = rng.choice(half, size=pairs, replace=False), half + rng.choice(half, size=pairs, replace=False)
-    places = (length - 2 * pairs) // 2  # of two positions: a query and noise
-    # The first arrivals of as many Poisson processes: a draw by weight without replacement, at a third of rng.choice's time.
-    arrivals = rng.exponential(size=places) / np.arange(1, places + 1) ** (POWER - 1.0)
-    chosen = np.argsort(arrivals)[:pairs]
-    ids = rng.integers(2 * half, size=length)
-    ids[: 2 * pairs] = np.stack([keys, values], axis=1).ravel()
-    at = 2 * pairs + 2 * chosen
-    ids[at] = keys
-    targets, asked = np.zeros(length, np.int32), np.zeros(length, bool)
-    targets[at], asked[at] = values, True
-    return Associations(ids.astype(np.int32), targets, asked)
+        return Encoded(ids.astype(np.int32), targets, asked, asked, told, f"{told} ...")

@@ -94,11 +94,8 @@ class PromptTask(SyntheticTask):
     def write(self, rng: np.random.Generator, room: int) -> Example | None:
         """An example of at most `room` tokens without neutral text, or None where not even the smallest fits."""
 
-    def shortest(self) -> int:
-        return self._shortest
-
     @cached_property
-    def _shortest(self) -> int:
+    def shortest(self) -> int:
         room = 1
         while self.write(np.random.default_rng(0), room) is None:
             room += 1
