@@ -90,17 +90,14 @@ class Prompts(Part, path="prompts"):
     alpha: NotNegative = 0.0  # weight of the adversarial triplet loss
     beta: NotNegative = 1.0  # weight of the cross-entropy
     margin: Annotated[NotNegative, Triplets] = 0.2
-    constraints: Annotated[Literal["two", "four"], Triplets] = (
-        "two"  # triplets; the two beyond are inferred, not stated in the paper
-    )
+    # triplets; the two beyond are inferred, not stated in the paper
+    constraints: Annotated[Literal["two", "four"], Triplets] = "two"
     triplet_of: Annotated[Literal["delta", "meta"], Triplets] = "delta"
     augmentations: Annotated[tuple[str, ...], Augmented] = AUGMENTATIONS
-    sampling: Annotated[Literal["uniform", "weighted"], Paired] = (
-        "uniform"  # weighted: those whose deltas are poorly separated more often, by epoch
-    )
-    space: Annotated[Literal["normalised", "rgb"], Augmented] = (
-        "normalised"  # where augmentations work; the released code's is the first
-    )
+    # weighted: those whose deltas are poorly separated more often, by epoch
+    sampling: Annotated[Literal["uniform", "weighted"], Paired] = "uniform"
+    # where augmentations work; the released code's is the first
+    space: Annotated[Literal["normalised", "rgb"], Augmented] = "normalised"
     # Of the frozen CLIP; None: its own, and float32 of published weights.
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     epochs: Annotated[int, Range(0, 10**6)] = 10

@@ -28,9 +28,8 @@ class MetaTokens(Part, path="meta_tokens"):
     # Meta-tokens without a position: nothing added to the embedding or rotary angle 0, where in both attentions or in one alone.
     zero_position: Literal["none", "both", "causal", "meta"] = "none"
     loss: Annotated[Literal["skip_meta_targets", "real_only"], Injected] = "skip_meta_targets"  # not stated in the paper
-    length: Annotated[Literal["within", "added"], Injected] = (
-        "within"  # M inside row_length, or on top of it; not stated in the paper
-    )
+    # M inside row_length, or on top of it; not stated in the paper
+    length: Annotated[Literal["within", "added"], Injected] = "within"
 
     def __post_init__(self) -> None:
         require(
@@ -68,16 +67,14 @@ class Metadata(Part, path="metadata"):
 
     # none, prepend, append, both, or a position of your own (metajax/data/positions); repeated at every piece of a cut document.
     position: str = "prepend"
-    template: Annotated[str, OnlyWith("tokens", 0)] = (
-        "{url}"  # metadata fields in braces, with filters after a bar: {url|host}; metajax/data/annotators.py
-    )
+    # metadata fields in braces, with filters after a bar: {url|host}; metajax/data/annotators.py
+    template: Annotated[str, OnlyWith("tokens", 0)] = "{url}"
     appended: str = ""  # position "both": the template after the body; "": the same as before it
     # This many learnable tokens, the same for all documents, in place of the template (5 in Beyond URLs). A vocabulary keeps 11 for them.
     tokens: Annotated[int, Range(0, 11)] = 0
     wrap: Literal["special_tokens", "plain"] = "special_tokens"  # <|context_begin|> ... <|context_end|>, or the bare text
-    assigned: Annotated[Literal["own", "shuffled"], Trained] = (
-        "own"  # shuffled: another document's, at random (the control in training)
-    )
+    # shuffled: another document's, at random (the control in training)
+    assigned: Annotated[Literal["own", "shuffled"], Trained] = "own"
     keep: Annotated[Share, Trained] = 0.9  # share of documents that keep their metadata
     when_dropped: Literal["empty", "nothing"] = "empty"  # the empty pair of delimiters, or nothing at all
     # Of predicting the metadata itself, before the body and after it.

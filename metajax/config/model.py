@@ -41,9 +41,8 @@ class Hybrid(Part, path="model.hybrid"):
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
     dt_init: Annotated[Literal["zero", "mamba"], Scans, OfMamba] = "zero"
     inner_norms: Annotated[bool, Scans, OfMamba] = True  # of step size, B and C
-    branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = (
-        "scaled"  # before the fusion; the scales are the paper's learnable betas
-    )
+    # before the fusion; the scales are the paper's learnable betas
+    branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = "scaled"
 
     @property
     def is_parallel(self) -> bool:
@@ -70,9 +69,8 @@ class Model(Part, path="model"):
     rope_theta: Annotated[Positive, OnlyWith("position", *ROTARY)] = 10_000.0
     rope_factor: Annotated[Positive, OnlyWith("position", *EXTENDED)] = 1.0  # context extension
     rope_original_length: Annotated[CountOrZero, OnlyWith("position", "llama3", "ntk", "yarn")] = 0  # length before extension
-    max_positions: Annotated[SizeOrZero, OnlyWith("position", "learned")] = (
-        0  # rows of the learned position table; 0: as many as a row has positions
-    )
+    # rows of the learned position table; 0: as many as a row has positions
+    max_positions: Annotated[SizeOrZero, OnlyWith("position", "learned")] = 0
     window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
     init_std: Positive = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
