@@ -13,17 +13,17 @@ Length = Annotated[int, Range(2, 2**20)]
 
 @dataclass(frozen=True)
 class Switch(Part, path="data.switch"):
-    """What changes in the data from one step on (annealing, cooldown); parameters, optimiser state and schedule go on."""
+    """What changes in the data from one step on (annealing, cooldown); parameters, optimiser state and schedule continue."""
 
     step: Count
     weights: tuple[NotNegative, ...] = ()  # of the sources; empty: as before
     metadata: Literal["same", "none"] = "same"  # none: documents without metadata from here on (MeCo)
-    # Share of the training documents kept for the time from here on, and read only there; 0: all go on.
+    # Share of the training documents that are read only from this step on; 0: all are read before and after it.
     unseen: Annotated[float, Range(0, below=1)] = 0.0
 
     @property
-    def anew(self) -> bool:
-        """Whether rows from the step on are others than before it: other documents, or the same without their metadata."""
+    def fresh(self) -> bool:
+        """Whether rows from the step on differ from those before it: other documents, or the same without their metadata."""
         return self.unseen > 0 or self.metadata == "none"
 
 

@@ -59,7 +59,7 @@ class Images(Part, path="images"):
     shots: CountOrZero = 16  # training images of each class; 0: all there are
     view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
     crop_area: Annotated[float, Range(above=0, most=1)] = 0.08  # least share of the image that a random part has
-    # Images of a CLIP's step, at least 2, for texts are told apart from each other; a prompt learner has `prompts.batch`.
+    # Images of a CLIP's step, at least 2, because texts are compared with each other; a prompt learner has `prompts.batch`.
     batch: Annotated[int, Range(2, 2**20)] = 96
     template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
     ensemble: bool = False  # the mean of seven templates (and the source's own) in its place

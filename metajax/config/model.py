@@ -46,7 +46,7 @@ class Hybrid(Part, path="model.hybrid"):
 
     @property
     def is_parallel(self) -> bool:
-        """Whether both mixers stand in one layer."""
+        """Whether both mixers are in one layer."""
         return self.fusion in ("mean", "concat")
 
 

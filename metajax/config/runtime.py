@@ -33,7 +33,7 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Runtime(Part, path="runtime"):
-    """How a run is carried out. Nothing here changes what is computed, so it stands outside the identity hash."""
+    """How a run is carried out. Nothing here changes what is computed, so the identity hash leaves it out."""
 
     log_every: Count = 10
     save_every: Count = 50

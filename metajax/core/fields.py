@@ -75,7 +75,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 class Part:
-    """Base of the dataclasses that make a config. `path` is where it stands in one, for errors.
+    """Base of the dataclasses that make a config. `path` is its dotted path in one, for errors.
 
     However it is built, each field is converted to its type and held against its range, before the class's own `__post_init__`.
     """

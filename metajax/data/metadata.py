@@ -121,7 +121,7 @@ class Placed:
 class Placement:
     """All metadata of every piece, in order.
 
-    outside: BOS and EOS stand outside the metadata (BOS metadata body metadata EOS), else next to the body.
+    outside: BOS and EOS are outside the metadata (BOS metadata body metadata EOS), else next to the body.
     """
 
     parts: tuple[Placed, ...] = ()

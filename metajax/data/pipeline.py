@@ -36,7 +36,7 @@ from metajax.data.pairs import pair_rows
 from metajax.data.positions import spots
 from metajax.data.questions import QuestionFile
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
-from metajax.data.sources import open_source, parse_spec, place_of, told
+from metajax.data.sources import open_source, parse_spec, place_of, source_notes
 from metajax.data.sources.files import JOINED
 from metajax.data.tasks.examples import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
@@ -114,7 +114,7 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
 def notes(cache: TokenCache) -> list[str]:
     """What a person should know of a tokenised corpus, a line each."""
     manifest, source = cache.manifest, cache.manifest["source"]
-    return told(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
+    return source_notes(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -250,14 +250,14 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
     for line in itertools.chain.from_iterable(map(notes, corpora.caches)):
         note(line)
     streams = []
-    for phase in (0, 1) if switch is not None and switch.anew else (0,):
+    for phase in (0, 1) if switch is not None and switch.fresh else (0,):
         for i in range(sources):
             rows = grain.MapDataset.source(phase_rows(corpora, i, phase, note))
             streams.append(rows.shuffle(seed=_phase_seed("shuffle", config.seed, i, phase)).repeat())
     weights = data.weights or (1.0,) * sources
     mixture = Mixture(weights)
     if switch is not None:
-        mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.anew)
+        mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.fresh)
     mixed = grain.MapDataset.select_from_datasets(streams, mixture)
     complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))

@@ -90,7 +90,7 @@ def _openbookqa(record: Record) -> Question:
 
 
 def _passage(record: Record) -> Question:
-    """A passage that breaks off before the value, which stands somewhere in it (Arora et al., arXiv 2407.05483)."""
+    """A passage that ends before the value, which occurs somewhere in it (Arora et al., arXiv 2407.05483)."""
     return Question((record["text"],), (DELIMITER + record["value"],), (record["value"],), 0)
 
 

@@ -58,8 +58,8 @@ class RowSource:
         """Inputs start .. start + length - 1 of a document with its metadata; input 0 is the BOS.
 
         The target of every position is the next token, with two exceptions where a document is cut. Before a later piece the last
-        metadata token has no target: the piece before it has predicted the first body token already. The last body token of a piece that
-        goes on predicts the next body token, so that no body token is lost or depends on metadata after the text. The metadata after it is
+        metadata token has no target: the piece before it has predicted the first body token already. The last body token of a piece
+        whose document continues predicts the next body token, so that no body token is lost or depends on metadata after the text. The metadata after it is
         then predicted from its second token on.
         """
         body, metadata = self.read(document), self.metadata

@@ -1,4 +1,4 @@
-"""Making the tokenised corpus: part by part, by processes here or elsewhere (`Make`), taking up what an earlier start has left.
+"""Build the tokenised corpus in parts, by processes here or elsewhere (`Make`). Parts that an earlier start finished are kept.
 
 A part is a range of records, the same whoever makes it, and is written whole or not at all. The cache that the parts are
 put together to is the same byte for byte however it was made. Compressed files are read from their beginning for every part of them.
@@ -37,7 +37,9 @@ FACTS = "part.json"
 SCHEMA = pa.schema([("metadata", pa.string())])
 Advance = Callable[[int], None]
 Facts = dict[str, Any]
-Make = Callable[["Job", Sequence[int]], Iterator[int]]  # makes these parts of a job and gives the number of each that is there
+Make = Callable[
+    ["Job", Sequence[int]], Iterator[int]
+]  # makes these parts of a job; yields the number of each when it is complete
 
 
 def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[int]:
@@ -52,7 +54,7 @@ def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[i
 def build_token_cache(
     source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str, make: Make = in_processes, part: int = PART
 ) -> TokenCache:
-    """The tokenised form of `source`, made now with a progress bar or opened when it is there.
+    """The tokenised form of `source`, built now with a progress bar, or opened if it exists.
 
     Args:
       make: who makes the parts of a corpus of several. part: records of a part.
@@ -104,7 +106,7 @@ class Job:
             advance(len(ranges[n]))
 
     def make(self, number: int) -> int:
-        """A part, whole or not at all, unless it is there; its number comes back."""
+        """Make a part, whole or not at all, unless it exists; returns its number."""
         if not (self.folder(number) / HASHES).exists():
             with sealed_folder(self.folder(number)) as work:
                 (work / FACTS).write_text(json.dumps(self.write(number, work, lambda records: None)))

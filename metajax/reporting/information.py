@@ -18,7 +18,7 @@ import numpy as np
 from metajax.data.annotators import Column, field_of
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
 from metajax.data.metadata import render, template_columns, template_fields
-from metajax.data.sources import told
+from metajax.data.sources import source_notes
 from metajax.data.sources.files import NO_TEXT
 from metajax.data.sources.joined import Joined
 
@@ -107,7 +107,7 @@ def _readable(source: Source, records: range) -> tuple[list[Document], list[str]
     bad = len(records) - len(documents)
     notes = [f"{bad:,} of {len(records):,} records cannot be read, first {first}"] if bad else []
     tally = Counter(source.tally)
-    notes += told(source.spec, len(documents), tally, source.ids() if isinstance(source, Joined) else None)
+    notes += source_notes(source.spec, len(documents), tally, source.ids() if isinstance(source, Joined) else None)
     left_out = {name: count for name, count in tally.items() if name.startswith(NO_TEXT) and count}
     return documents, notes + [
         f"column {name.removeprefix(NO_TEXT)!r}: {count:,} values cannot be text and are left out"

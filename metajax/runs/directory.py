@@ -107,7 +107,7 @@ def git_state() -> dict[str, Any]:
 
 
 def _is_first() -> bool:
-    from metajax.distributed.hosts import is_first  # starts with JAX, which finding runs does without
+    from metajax.distributed.hosts import is_first  # imports JAX, which finding runs does not need
 
     return is_first()
 
@@ -121,7 +121,7 @@ class RunDirectory:
     warnings: list[str] = field(default_factory=list)
     id: str = ""  # made once, kept in config.json: what other files are held against
     data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known when the run begins
-    logged: Mark | None = None  # of metrics.jsonl, as the checkpoint has it from which the run goes on
+    logged: Mark | None = None  # of metrics.jsonl, from the checkpoint that the run resumes from
     _lock: Any = None
     _place: Place | None = None
 
@@ -318,7 +318,7 @@ def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The held-out results of a report's `eval`, by condition; what it has on tasks and choices stands beside them, images have none."""
+    """The held-out results of a report's `eval` by condition, without those of tasks and choices; empty for images."""
     return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
 
 
@@ -331,7 +331,7 @@ def list_runs(root: Path) -> list[Path]:
     for folder, folders, files in os.walk(root, onerror=_tell):
         is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
         found += [Path(folder)] if is_run else []
-        # Of a run that goes on checkpoints vanish while one looks; what it has set aside is no run.
+        # Checkpoints of a running process may vanish while this looks; files that it has set aside are no run.
         folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
     runs = [run for run, _ in readable(found, read_config)]
     return sorted(runs, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)

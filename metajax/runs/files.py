@@ -137,7 +137,7 @@ def find_json(path: Path) -> dict[str, Any] | None:
 
 
 def find_readable(path: Path) -> dict[str, Any] | None:
-    """The same for a page that does without a damaged file, which is told; None as well."""
+    """The same for a page: a damaged file is None too, with a warning."""
     try:
         return find_json(path)
     except UserError as error:
@@ -149,7 +149,7 @@ _warn_once = functools.cache(warn)  # a table reads its runs again after each of
 
 
 def recall(path: Path, on_warning: Callable[[str], None], lost: str) -> dict[str, Any] | None:
-    """The same for a run that goes on: where the file is damaged, it is set aside and `lost` is told; None as well."""
+    """The same for a run that resumes: a damaged file is set aside and is None too; the warning says what is `lost`."""
     try:
         return find_json(path)
     except Damaged as error:

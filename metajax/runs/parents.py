@@ -1,7 +1,7 @@
-"""Runs that start from other runs: `init.from` may name an experiment, which stands for its run at the same scale and seed.
+"""Runs that start from other runs: `init.from` may name an experiment, which means its run at the same scale and seed.
 
-The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's own hash changes with
-whatever its parent is. Nothing here needs the parent to exist.
+The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's hash depends on its
+parent. The parent need not exist yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metajax.runs.directory import default_workdir, find_run, list_runs, read_co
 
 
 def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
-    """{field: text} of --set; a parent named in init.from becomes the run it stands for, said aloud."""
+    """{field: text} of --set; a parent named in init.from is replaced by its run, with a message."""
     changes: dict[str, str] = {}
     for pair in pairs:
         field, equals, value = pair.partition("=")
@@ -65,7 +65,7 @@ def find_parent(text: str, runs: Path) -> str:
 
 
 def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
-    """The config with the run that its `init.from` stands for, and the configs of the runs it needs, the oldest first.
+    """The config with the run that its `init.from` means, and the configs of the runs it needs, the oldest first.
 
     Args:
       changes: those of the command (`--set`), already in `config`; its parents get them as well (see `inherited`).

@@ -93,7 +93,7 @@ def place_of(manifest: Mapping[str, Any], on_bad_record: str, cache_dir: Path, d
     return corpus.where(next(itertools.islice(good, document, None)))
 
 
-def told(spec: str, documents: int, tally: Mapping[str, int], ids: str | None = None) -> list[str]:
+def source_notes(spec: str, documents: int, tally: Mapping[str, int], ids: str | None = None) -> list[str]:
     """What a person should know of the documents of a source, a line each. ids: those of documents and labels, where labels are joined."""
     lines, of = [], f"of {documents:,} documents"
     if tally.get(NO_ORIGIN):

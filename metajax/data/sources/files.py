@@ -91,7 +91,7 @@ def _origin(strings: Mapping[str, str], column: str, metadata: Mapping[str, str]
 
 @lru_cache(maxsize=1 << 12)
 def _address_rank(name: str) -> tuple[int, int] | None:
-    """Where a column stands among those that hold a document's address, by its name; None for others."""
+    """The rank of a column among those that hold a document's address, by its name; None for others."""
     last = name.rpartition(".")[2].casefold()
     return (name.count("."), ADDRESSES.index(last)) if last in ADDRESSES else None
 

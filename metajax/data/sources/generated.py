@@ -1,8 +1,8 @@
 """A generated corpus whose best possible losses are known: documents from sources that differ in which symbol follows which.
 
 Each source has two favoured successors for every symbol, with probabilities 0.6 and 0.3; the rest is spread evenly over all
-symbols. The first symbol is any. A reader who is told the source, or its group, saves bits early in a document; one who is not
-finds the source out, so that the gain of a whole document is the logarithm of the number of sources or groups, when it is long.
+symbols. The first symbol is any. A reader who knows the source, or its group, saves bits early in a document; one who does not
+finds it out, so that the gain of a whole document is the logarithm of the number of sources or groups, when it is long.
 """
 
 from __future__ import annotations

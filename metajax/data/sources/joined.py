@@ -102,7 +102,7 @@ def _labels(path: str, on: str) -> Callable[[str], dict[str, str] | None]:
 
 
 def _value(key: str) -> str:
-    """The same text for the same number; a whole float stands for all of its digits, not for the shortest that tell it from others."""
+    """The same text for the same number; a whole float is written with all of its digits, not with the shortest that round-trip."""
     if not _FRACTION.fullmatch(key):
         return key
     return str(int(float(key))) if key.endswith(".0") and len(key) < 300 else key.rstrip("0").rstrip(".")
@@ -119,7 +119,7 @@ def _read(path: str, on: str) -> Labels:
         if key := strings.pop(on):
             rows[key] = {name: text for name, text in strings.items() if text}
             count += 1
-    require(len(rows) == count, f"{path}: an id stands twice in column {on!r}; keep one row of each")
+    require(len(rows) == count, f"{path}: an id occurs twice in column {on!r}; keep one row of each")
     return rows
 
 

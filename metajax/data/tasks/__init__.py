@@ -26,7 +26,7 @@ class Encoded:
     """An example as ids: the tokens that are read, the targets, which targets are asked for, and which of them are the answer.
 
     ids, targets: int32 [n]; asked, answers: bool [n], `answers` without the end of the text; core: what it is about,
-    text or with a `text`, by which train and test are told apart; text: all of it.
+    text or with a `text`, which decides between train and test; text: all of it.
     """
 
     ids: np.ndarray

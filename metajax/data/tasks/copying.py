@@ -21,7 +21,7 @@ class Copying(PromptTask):
 
     def write(self, rng: np.random.Generator, room: int) -> Example | None:
         left = room - self.costs(TEXT_HEAD, OPEN, PAUSE, PAUSE, CLOSE, COPY)
-        free = left // (2 * self.costliest["word"])  # a word stands in the text and in the answer
+        free = left // (2 * self.costliest["word"])  # a word occurs in the text and in the answer
         if free < 1:
             return None
         span = self.pick(rng, WORDS, int(rng.integers(1, min(self.sizes.span, free) + 1)))

@@ -82,7 +82,7 @@ class Examples:
 
 
 def phase_of(step: int, steps: int, phases: int) -> int:
-    """The curriculum's phase at a step: equal parts of the run; the last one goes on."""
+    """The curriculum's phase at a step: equal parts of the run; the last one never ends."""
     return min(phases - 1, step * phases // steps)
 
 

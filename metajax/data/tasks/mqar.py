@@ -2,7 +2,7 @@
 
 Source: Zoology (Arora et al., arXiv 2312.04927), the task on which attention and recurrences come apart: keys and values from disjoint
 halves of the vocabulary, queries after the pairs at gaps that follow a power law of exponent 0.01, all other positions random. Nothing
-here is text: keys are the lower half of a tokenizer's ordinary ids and values the upper half, whatever they stand for.
+here is text: keys are the lower half of a tokenizer's ordinary ids and values the upper half.
 """
 
 from __future__ import annotations

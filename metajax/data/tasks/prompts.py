@@ -23,7 +23,7 @@ import numpy as np
 from metajax.data.tasks import Encoded, SyntheticTask, is_test
 
 PAUSE = "_PAUSE_"  # a piece that becomes the meta-token
-MARK = " |"  # stands at the spots that a question speaks of where no pause does
+MARK = " |"  # marks the spots that a question refers to, where no pause does
 
 LISTS = {
     "Fruits": ("orange", "peach", "banana", "plum", "cherry", "grape", "lemon", "mango"),
@@ -150,7 +150,7 @@ class PromptTask(SyntheticTask):
         return self._known[piece]
 
     def cost(self, piece: str) -> int:
-        """Tokens of a piece, or of what stands for a pause under `tasks.placement`."""
+        """Tokens of a piece, or of what replaces a pause under `tasks.placement`."""
         if piece == PAUSE and self.sizes.placement != "deliberate":
             return len(self.ids(MARK)) + (self.sizes.placement == "random")
         return len(self.ids(piece))
