@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from metajax.core.errors import UserError, nearest, require
 from metajax.data.annotators import field_of
 from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table
+from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import Placement
 from metajax.data.packing import RowIndex, pack
 from metajax.data.rows import Row, RowSource
-from metajax.data.sources import place_of
-
-if TYPE_CHECKING:
-    from metajax.data.pipeline import Corpora
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,18 @@ class PairRows(RowSource):
         return row | {"is_body": row["is_body"] & (row["segment_ids"] % 2 == 1)}
 
 
-def pair_rows(corpora: Corpora, cache: TokenCache, placement: Placement, documents: np.ndarray, capacity: int) -> PairRows:
+def pair_rows(
+    column: str, tokenizer: Tokenizer, cache: TokenCache, placement: Placement, documents: np.ndarray, capacity: int,
+    where: Callable[[int], str],
+) -> PairRows:  # fmt: skip
     """The pairs of `documents` (ids, in order), packed best-fit after their prompts, the metadata of `placement`.
+
+    Args:
+      column: of the rejected answer. where: file and record of a document, for errors.
 
     Raises:
       UserError: a record without one of the three texts, or longer than a row of `capacity` positions.
     """
-    column, tokenizer = corpora.config.dpo.rejected, corpora.tokenizer
     known, spec = cache.manifest["metadata_fields"], cache.manifest["source"]["spec"]
     require(
         column in known,
@@ -66,9 +69,7 @@ def pair_rows(corpora: Corpora, cache: TokenCache, placement: Placement, documen
     }
     for reason, found in wrong.items():
         if found.any():
-            place = cache.manifest, corpora.config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
-            where = place_of(*place, int(documents[found].min()))
-            raise UserError(f"{where}: {reason}; so are {found.sum()} of {len(found)} records")
+            raise UserError(f"{where(int(documents[found].min()))}: {reason}; so are {found.sum()} of {len(found)} records")
     index = pack(documents, needed, np.zeros_like(needed), capacity, "best_fit")
     pairs = index.pieces[:, :1]
     halves = np.stack([2 * pairs + [0, 1], np.zeros((len(pairs), 2)), answers.lengths()[pairs[:, 0]] + 1], axis=-1)

@@ -69,6 +69,10 @@ class Corpora:
         """Identity of the data itself: changes when a source or the tokenizer does."""
         return digest(self.tokenizer.fingerprint(), *(cache.key for cache in self.caches))
 
+    def where(self, cache: TokenCache) -> Callable[[int], str]:
+        """From a document of a cache to its file and record, for errors."""
+        return partial(place_of, cache.manifest, self.config.data.on_bad_record, self.paths.cache, self.paths.data)
+
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a body token stands for, over all sources."""
@@ -165,8 +169,7 @@ def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents:
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(FORMAT, cache.key, recipe, capacity, style)
     if not folder.exists():
-        where = partial(place_of, cache.manifest, config.data.on_bad_record, corpora.paths.cache, corpora.paths.data)
-        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, where)
+        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, corpora.where(cache))
         with sealed_folder(folder) as work:
             save_array(work / "pieces.npy", index.pieces)
             save_array(work / "offsets.npy", index.offsets)
@@ -189,7 +192,8 @@ def _rows(
 ) -> RowSource:
     placement = _placement(corpora, cache, condition, documents, note)
     if condition == "training" and corpora.config.dpo is not None:
-        return pair_rows(corpora, cache, placement, documents, row_capacity(corpora.config))
+        column, capacity = corpora.config.dpo.rejected, row_capacity(corpora.config)
+        return pair_rows(column, corpora.tokenizer, cache, placement, documents, capacity, corpora.where(cache))
     index = _index(corpora, cache, placement, documents, packing)
     inputs = int(cache.lengths[documents].sum(dtype=np.int64)) + len(documents)
     left_out = inputs - int(index.pieces[:, 2].sum(dtype=np.int64))
