@@ -24,7 +24,7 @@ MAMBA = {
 }  # fmt: skip
 # Keys of 1,080 numbers in the paper's model of attention alone, and of 288 in the one with compressed caches; mlp_width makes the size equal.
 ATTENTION = {
-    **NO_META, "model.hybrid.fusion": "attention", "model.width": ByScale(cpu=72, gpu=540, paper=1080),
+    **NO_META, "model.hybrid.fusion": "attention", "model.hybrid.state": Hybrid.state, "model.width": ByScale(cpu=72, gpu=540, paper=1080),
     "model.heads": ByScale(cpu=4, gpu=10, paper=15),
     "model.mlp_width": ByScale(cpu=192, gpu=1824, paper=4928),
 }  # fmt: skip

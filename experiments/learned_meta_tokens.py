@@ -14,7 +14,7 @@ TASKS = ("list_recall", "segment_counting", "parity", "copying")
 
 # What each arm changes in the paper's main model, which has rotary positions and gathered meta-attention.
 PLAIN = {"meta_tokens": None}
-APE = {"model.position": "learned"}
+APE = {"model.position": "learned", "model.max_positions": ByScale(cpu=256, gpu=1024)}
 MODELS = {"plain_ape": PLAIN | APE, "plain_rope": PLAIN, "meta_ape": APE, "meta_rope": {}}
 CONTROLS = {
     "second_causal": {"meta_tokens.attention": "causal"},  # as many parameters: the second attention is plain causal
@@ -75,9 +75,9 @@ def pretrain(scale: str) -> Config:
             row_length=128 if cpu else 512,
             batch_rows=8 if cpu else 64,
         ),
-        model=Model(layers=2, width=64, heads=4, mlp_width=256, max_positions=256, init_std=0.1)
+        model=Model(layers=2, width=64, heads=4, mlp_width=256, init_std=0.1)
         if cpu
-        else Model(layers=8, width=512, heads=8, mlp_width=2048, max_positions=1024, compute_dtype="bfloat16"),
+        else Model(layers=8, width=512, heads=8, mlp_width=2048, compute_dtype="bfloat16"),
         meta_tokens=MetaTokens(rate=0.1),
         optimizer=Optimizer(learning_rate=1e-3 if cpu else 2e-3, warmup_steps=50),
         training=Training(steps=600 if cpu else 3000),

@@ -122,7 +122,6 @@ def extended(factor: int, tuned: int, position: str = "yarn", arm: str = "meta_r
     changes = {
         "model.position": position,
         "init.from": ByScale(f"learned_meta_tokens/pretrain_short/{arm}", start, start),
-        "model.max_positions": ByScale(cpu=256, gpu=4096, paper=8192),
         "data.row_length": WINDOWS[factor],
         "data.batch_rows": ByScale(cpu=16 // factor, gpu=64 // factor, paper=64 // factor),
         "tasks.train_length": WINDOWS[tuned],

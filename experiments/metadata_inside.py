@@ -5,7 +5,7 @@ import math
 from metajax.config import Config, Data, Evaluation, Metadata, Model, Optimizer, Runtime, Training
 from metajax.registry import Column, Published, Row, table
 
-from .metadata import BEYOND, HELP, MAPPING, MINUTES, NOTES, base, cooldown, of_positions
+from .metadata import BEYOND, HELP, MAPPING, MINUTES, NOT_READ, base, cooldown, of_positions
 
 MARGINS = {"bpb": 0.01, "choice": 0.002}  # noise that a comparison has to be safe from: bits/byte; a share of right answers
 CURVES = {"bpb": "bits/byte", "choice": "tasks"}
@@ -16,8 +16,7 @@ SAVED = [
 TASKS_MATCHED = next(column.key for column in SAVED if column.path == "curves.choice" and not column.match)
 
 
-def saved(percent: float) -> dict[str, Published]:
-    return {TASKS_MATCHED: Published(percent, NOTES)}
+SAVED_IN_PAPER = {TASKS_MATCHED: NOT_READ}
 
 
 table(
@@ -28,11 +27,13 @@ table(
     rows=[
         of_positions("standard"),
         of_positions("shuffled_url"),
-        of_positions("prepend_url", published=saved(60)),
-        of_positions("prepend_quality_fine", published=saved(60), core=False),
-        of_positions("prepend_domain_fine", published=saved(80)),
+        of_positions("prepend_url", published=SAVED_IN_PAPER),
+        of_positions("prepend_quality_fine", published=SAVED_IN_PAPER, core=False),
+        of_positions("prepend_domain_fine", published=SAVED_IN_PAPER),
         of_positions("prepend_domain_coarse"),
-        of_positions("append_domain_fine", published=saved(80), core=False, note="said of the best model with metadata behind"),
+        of_positions(
+            "append_domain_fine", published=SAVED_IN_PAPER, core=False, note="said of the best model with metadata behind"
+        ),
         of_positions("append_url"),
     ],
     columns=SAVED,
@@ -82,7 +83,7 @@ table(
     notes=[
         "A perceptron of three layers on the layer at 6/16 of the model, on texts without metadata; classes balanced, origins apart. At cpu and gpu scale "
         "topic is the Section, popularity three ranges, author the Maintainer. Every layer is in a run's report.",
-        "The paper, as told in notes on it: text alone is lowest everywhere, URL best for author and quality, fine better than coarse for topic, and fine "
+        "A summary of the paper says: text alone is lowest everywhere, URL best for author and quality, fine better than coarse for topic, and fine "
         "quality behind the text better for quality and worse for topic than coarse. Its values are in figures.",
     ],
 )(base)  # fmt: skip
@@ -152,7 +153,7 @@ table(
     notes=[
         "Share of drawn texts that a classifier of real texts gives the topic of their metadata; its accuracy on real texts stands last. Nats a token: of "
         "the drawn texts, by the model itself without metadata. 0 is drawing without metadata, 1 behind it.",
-        "The paper, as told in notes on it: topics steer best, URLs towards a site's style, quality hardly, and a model of text alone not at all.",
+        "A summary of the paper says: topics steer best, URLs towards a site's style, quality hardly, and a model of text alone not at all.",
         MAPPING,
     ],
 )(base)
@@ -204,7 +205,7 @@ table(
         Row("fine", FINE, fill=OF_SOURCE),
         Row("coarse", COARSE, fill=OF_GROUP),
         Row("shuffled", FINE | {"metadata.assigned": "shuffled"}),
-        Row("tokens", FINE | {"metadata.tokens": 5}, core=False),
+        Row("tokens", KNOWN | {"metadata.template": Metadata.template, "metadata.tokens": 5}, core=False),
         Row("fine_half", FINE | {"metadata.keep": 0.5}, core=False, fill=OF_SOURCE, note="half of the documents without"),
         Row("append_fine", FINE | BEHIND, fill={"behind": "source"} | ASKED),
         Row("append_coarse", COARSE | BEHIND, core=False, fill={"behind": "group"} | ASKED),

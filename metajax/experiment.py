@@ -227,7 +227,7 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     candidates = long_enough if len(long_enough) else available
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
     ids = None
-    if config.metadata is not None and config.metadata.in_front and not config.metadata.tokens:
+    if config.metadata is not None and config.metadata.prepended and not config.metadata.tokens:
         ids = build_metadata_table(cache, tokenizer, config.metadata.template)[document]
     context = None if ids is None else ids.tolist()  # ids, for text of control tokens would become others
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)

@@ -58,7 +58,7 @@ class Row:
     published: Mapping[str, float | Published | None] = field(default_factory=dict)  # by Column.key; None: not stated
     core: bool = True
     note: str = ""  # one line below the table
-    group: str = ""  # rows in succession with the same group stand under it as their heading
+    group: str = ""  # consecutive rows with the same group are shown under it as their heading
     of: str = ""  # the experiment, or NAME/PART, whose config and runs this row takes instead of the base's and its own
     # For {names} in the columns' paths: rows that read one run in several ways.
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Table:
                 )
 
     def filled(self, row: Row, scale: str) -> dict[str, str]:
-        """What {names} in the columns' paths stand for in this row."""
+        """The values of {names} in the columns' paths, for this row."""
         return at_scale({**self.fill, **row.fill}, scale)
 
     def parts_at(self, scale: str) -> dict[str, Mapping[str, Any]]:

@@ -40,7 +40,7 @@ def fitting(study: Study) -> tuple[str, ...]:
     parallel = study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
     config = study.corpora.config
     recipe, labelled = config.metadata, bool(config.evaluation.labels)
-    in_front = recipe is not None and recipe.in_front
+    in_front = recipe is not None and recipe.prepended
     wanted = {
         "overhead": parallel,
         "mixing_maps": True,

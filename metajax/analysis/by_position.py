@@ -70,6 +70,6 @@ def by_position(study: Study) -> dict[str, Any]:
         out[name] = {
             part: float(total / max(n, 1)) for part, total, n in zip(("first", "middle", "last"), sums, counts, strict=True)
         }
-    if [parse_spec(spec)[0] for spec in study.corpora.config.data.sources] == ["generated"]:
+    if [parse_spec(spec).kind for spec in study.corpora.config.data.sources] == ["generated"]:
         out["best"] = best_possible(study.corpora)
     return out

@@ -99,7 +99,7 @@ def guidance(study: Study) -> dict[str, Any]:
         "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,
         "real": {"accuracy": float(np.mean((real @ weights).argmax(1) == topics)), "documents": len(topics)},
     }  # fmt: skip
-    ready, head = prepare(study.model), opening(corpora, () if recipe.in_front else None)[0]
+    ready, head = prepare(study.model), opening(corpora, () if recipe.prepended else None)[0]
     for strength in STRENGTHS:
         texts = generate(
             ready, corpora.config, tokenizer, [""] * len(order), count=TOKENS, context=contexts, guidance=strength, sampling=Sampling(1.0)

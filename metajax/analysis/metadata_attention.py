@@ -54,7 +54,7 @@ def metadata_attention(study: Study) -> dict[str, Any]:
     clusters, for learnable tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label.
     """
     corpora, recipe = study.corpora, study.corpora.config.metadata
-    require(recipe is not None and recipe.in_front, "metadata_attention: this run has no metadata in front of the text")
+    require(recipe is not None and recipe.prepended, "metadata_attention: this run has no metadata in front of the text")
     templates = check_labels(study, "metadata_attention")
     documents = some_documents(corpora, "held_out", 16, 2 * DOCUMENTS)
     if recipe.tokens:

@@ -20,7 +20,7 @@ from metajax.core.fields import override
 from metajax.core.progress import progress
 from metajax.data.encoding import Vocabulary
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import Sides
+from metajax.data.metadata import Placement
 from metajax.data.packing import pack
 from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.inference.speed import generation_speed
@@ -72,7 +72,7 @@ def random_batch(config: Config, vocabulary: Vocabulary) -> Row:
     length = config.row_slots - count
     bodies = rng.integers(vocabulary.base, size=(len(documents), length - 1), dtype=np.int32)
     index = pack(documents, np.full(len(documents), length), np.zeros(len(documents), int), length, "concat")
-    source = RowSource(index, bodies.__getitem__, Sides(), vocabulary, length)
+    source = RowSource(index, bodies.__getitem__, Placement(), vocabulary, length)
     rows = [source[n] for n in range(len(source))]
     if count:
         rows = [inject(row, rng, meta=meta, count=count, meta_id=vocabulary.meta) for row in rows]

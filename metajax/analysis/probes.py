@@ -80,7 +80,7 @@ def probes(study: Study) -> dict[str, Any]:
     templates, corpora = check_labels(study, "probes"), study.corpora
     recipe, cache = corpora.config.metadata, corpora.caches[0]
     documents = some_documents(corpora, "held_out", 8, DOCUMENTS)
-    shown = () if recipe is not None and recipe.in_front else None
+    shown = () if recipe is not None and recipe.prepended else None
     head, _ = opening(corpora, shown)
     chosen_rows = with_rows(study, [head] * len(documents), documents, TOKENS)
     found = chosen_rows.over_prompts("hidden states", states, study.model)["states"].swapaxes(0, 1)

@@ -18,7 +18,7 @@ from metajax.core.progress import progress
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, task_examples
 from metajax.data.rows import Row, finish, padding_row, stack
-from metajax.data.tasks.source import PAUSES, assemble
+from metajax.data.tasks.examples import PAUSES, assemble
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM

@@ -11,7 +11,7 @@ from metajax.core.fields import Part, Positive
 class Dpo(Part, path="dpo"):
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of pairs of answers.
 
-    A document is the answer that was chosen, its metadata the prompt in front of both answers, another column of its record the rejected
+    A document is the answer that was chosen, its metadata the prompt of both answers, another column of its record the rejected
     one. The reference is the model that training starts from, `init.from`.
     """
 

@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from metajax.core.errors import nearest, require
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    Part,
-    Range,
-)
+from metajax.core.fields import Count, CountOrZero, Part, Range
 
 ANALYSES = (
     "interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead", "mixing_maps", "branches", "needle",
@@ -29,9 +24,9 @@ class Choice(Part, path="evaluation.choice"):
     """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/multiple_choice.py)."""
 
     tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
-    # Solved questions in front of each; every number is evaluated, the first one is the task's result.
+    # Solved questions before each; every number is evaluated, the first one is the task's result.
     shots: tuple[Annotated[int, Range(0, 10_000)], ...] = (5,)
-    # What stands in front of it all: nothing, the empty pair of metadata, or the source that a task has (MeCo's conditional inference).
+    # What comes before all of it: nothing, the empty pair of metadata, or the source that a task has (MeCo's conditional inference).
     contexts: tuple[str, ...] = ("none",)
     examples: Count = 1000  # of a task, at most
 
@@ -47,7 +42,7 @@ class Choice(Part, path="evaluation.choice"):
                 context in known,
                 f"evaluation.choice.contexts: unknown {context!r}{nearest(context, known)}; known: {', '.join(known)}",
             )
-        require(len(self.contexts) > 0, "evaluation.choice.contexts is empty; `none` puts nothing in front")
+        require(len(self.contexts) > 0, "evaluation.choice.contexts is empty; `none` puts nothing before a prompt")
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,23 @@
-"""One experiment on text, whole, and its identity.
+"""The whole config of one experiment on text.
 
 A field is declared once, with its type, range and default. The command line, the saved `config.json`, the hash and the error messages
-follow from the dataclass (metajax/core/fields.py). What cannot change a number is in `Runtime`, outside the identity hash.
+follow from the dataclass (metajax/core/fields.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from metajax.config.data import Data, Tasks
 from metajax.config.dpo import Dpo
 from metajax.config.evaluation import Evaluation
 from metajax.config.metadata import Metadata, MetaTokens
-from metajax.config.model import Hybrid, Imported, Model
+from metajax.config.model import Imported, Model
 from metajax.config.runtime import Runtime
 from metajax.config.training import Init, Optimizer, Training
 from metajax.core.errors import require
-from metajax.core.fields import (
-    Part,
-    Seed,
-    flatten,
-    to_dict,
-)
+from metajax.core.fields import Part, Seed, unread
 
 Scale = Literal["cpu", "gpu", "paper"]
 
@@ -82,7 +75,7 @@ class Config(Part):
         )
 
     def _check_pairs(self) -> None:
-        """UserError where the rest of a config does not make pairs of answers, each whole and behind its prompt."""
+        """UserError where the rest of a config does not make pairs of answers, each whole and after its prompt."""
         recipe, switch = self.metadata, self.data.switch
         wanted = {
             "init.from": (bool(self.init.run) and not self.init.parts, "a whole run, which is the reference, too"),
@@ -106,10 +99,10 @@ class Config(Part):
             self.model.hybrid is None or meta is None or meta.attention == "none",
             "meta_tokens.attention: a hybrid model has no meta-attention; set meta_tokens.attention=none",
         )
-        model, tasks, slots = self.model, self.tasks, self.row_slots
+        model, tasks, length = self.model, self.tasks, self.row_slots
         require(
-            model.max_positions == 0 or model.max_positions >= slots,
-            f"model.max_positions = {model.max_positions} is less than the {slots} slots of a row",
+            model.max_positions == 0 or model.max_positions >= length,
+            f"model.max_positions = {model.max_positions} is less than the {length} positions of a row",
         )
         require(
             self.evaluation.documents > 0 or tasks is not None,
@@ -120,6 +113,10 @@ class Config(Part):
             f"tasks.train_length = {tasks and tasks.train_length}: between 16 and data.row_length = {self.data.row_length}",
         )
 
+    def unread(self) -> dict[str, str]:
+        """{field: why nothing reads it} in this experiment."""
+        return unread(self)
+
     @property
     def row_slots(self) -> int:
         """Positions of a row as the model sees it."""
@@ -129,28 +126,7 @@ class Config(Part):
 
     @property
     def row_meta_tokens(self) -> int:
-        """M, the slots that a training row has for meta-tokens; rows of documents fill all of them, rows of tasks some."""
+        """M, the meta-tokens that a training row has room for; rows of documents use all of them, rows of tasks some."""
         if self.meta_tokens is None:
             return 0
         return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.row_length)
-
-
-def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted fields whose values differ, as (value in a, value in b); absent fields read as None."""
-    fa, fb = flatten(a), flatten(b)
-    return {k: (fa.get(k), fb.get(k)) for k in sorted(fa.keys() | fb.keys()) if fa.get(k) != fb.get(k)}
-
-
-def config_hash(config: Config) -> str:
-    """Eight hex digits over every field that can change a number; name, seed and `runtime` stand outside."""
-    identity = {k: v for k, v in to_dict(config).items() if k not in ("name", "scale", "seed", "runtime")}
-    # What a run does without is no part of it here: a new kind of evaluation, say, leaves the names of the runs there are.
-    for part in ("dpo", "imported"):
-        if identity.get(part, 0) is None:
-            del identity[part]
-    if ((identity.get("model") or {}).get("hybrid") or {}).get("d_conv") == Hybrid.d_conv:
-        del identity["model"]["hybrid"]["d_conv"]
-    for part in ("evaluation", "prompts", "clip"):
-        if identity.get(part):
-            identity[part] = {k: v for k, v in identity[part].items() if v is not None}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

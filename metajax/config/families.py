@@ -1,16 +1,20 @@
-"""The two families of runs, language models and images, and the one place that tells which config belongs to which."""
+"""The two families of runs, language models and images: which config belongs to which, and the identity of a run of either."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from metajax.config.experiment import Config
 from metajax.config.images import ImageConfig
 from metajax.core.errors import require
-from metajax.core.fields import from_dict
+from metajax.core.fields import changed, flatten, from_dict
 
 AnyConfig = Config | ImageConfig
+CONFIG_VERSION = 1  # part of every hash; raise it when a default changes
+NOT_HASHED = ("name", "scale", "seed", "runtime")  # `runtime` changes no number; the others are in the run's path
 
 
 def config_from(values: Mapping[str, Any]) -> AnyConfig:
@@ -22,3 +26,18 @@ def require_text(config: AnyConfig, what: str) -> Config:
     """The config of a language model; UserError where `what` is asked of a run on images."""
     require(isinstance(config, Config), f"{config.name} is a run on images; `{what}` is for language models")
     return config
+
+
+def config_hash(config: AnyConfig) -> str:
+    """Eight hex digits over the config version and the fields that differ from their defaults, except those of NOT_HASHED.
+
+    A new field therefore renames no run, and a changed default would give old hashes a new meaning: raise CONFIG_VERSION with it.
+    """
+    identity = {name: value for name, value in changed(config).items() if name.partition(".")[0] not in NOT_HASHED}
+    return hashlib.sha256(json.dumps([CONFIG_VERSION, identity], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def difference(a: AnyConfig, b: AnyConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields whose values differ, as (value in a, value in b); absent fields read as None."""
+    fa, fb = flatten(a), flatten(b)
+    return {k: (fa.get(k), fb.get(k)) for k in sorted(fa.keys() | fb.keys()) if fa.get(k) != fb.get(k)}

@@ -6,8 +6,7 @@ hash and run directories; what is trained and on what differs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from metajax.config.clip import Clip
@@ -15,7 +14,7 @@ from metajax.config.experiment import Scale
 from metajax.config.runtime import Runtime
 from metajax.config.training import Init, Optimizer, Training
 from metajax.core.errors import nearest, require
-from metajax.core.fields import CountOrZero, NotNegative, Part, Positive, Range, Seed, Share, Size, SizeOrZero, flatten, override
+from metajax.core.fields import CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Seed, Share, Size, SizeOrZero, unread
 
 AUGMENTATIONS = (
     "color_jitter_red",
@@ -45,6 +44,9 @@ OF_TEXT = (
     "runtime.implementation",
     "training.accumulate",
 )  # what no run on images reads; fmt: skip
+Triplets = OnlyWith("alpha", why="without prompts.alpha there are no triplets")
+Paired = OnlyWith("paired", why="it is for pairs of augmentations, as with prompts.alpha")
+Augmented = OnlyWith("augmented", why="nothing is augmented")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Images(Part, path="images"):
     shots: CountOrZero = 16  # training images of each class; 0: all there are
     view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
     crop_area: Annotated[float, Range(above=0, most=1)] = 0.08  # least share of the image that a random part has
-    # Images of a CLIP's step, at least 2, for texts are told apart from each other; a prompt learner has `prompts.batch`.
+    # Images of a CLIP's step, at least 2, because texts are compared with each other; a prompt learner has `prompts.batch`.
     batch: Annotated[int, Range(2, 2**20)] = 96
     template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
     ensemble: bool = False  # the mean of seven templates (and the source's own) in its place
@@ -76,7 +78,7 @@ class Prompts(Part, path="prompts"):
     CoOp is the default; condition = "meta" makes it CoCoOp, and alpha > 0 makes that AAPL. context = 0: zero-shot classes by templates.
     """
 
-    context: Annotated[int, Range(0, 1024)] = 4  # M vectors in front of a class's name
+    context: Annotated[int, Range(0, 1024)] = 4  # M vectors before a class's name
     context_init: str = ""  # words whose embeddings they begin as, one for each; "": N(0, 0.02^2)
     class_specific: bool = False  # vectors of its own for each class
     class_position: Literal["end", "middle", "front"] = "end"
@@ -87,12 +89,15 @@ class Prompts(Part, path="prompts"):
     augment: Share = 0.0  # probability of one augmentation on the image whose class is asked for (CoCoOp with augmentation)
     alpha: NotNegative = 0.0  # weight of the adversarial triplet loss
     beta: NotNegative = 1.0  # weight of the cross-entropy
-    margin: NotNegative = 0.2
-    constraints: Literal["two", "four"] = "two"  # triplets; the two beyond are inferred, not stated in the paper
-    triplet_of: Literal["delta", "meta"] = "delta"
-    augmentations: tuple[str, ...] = AUGMENTATIONS
-    sampling: Literal["uniform", "weighted"] = "uniform"  # weighted: those whose deltas are poorly separated more often, by epoch
-    space: Literal["normalised", "rgb"] = "normalised"  # where augmentations work; the released code's is the first
+    margin: Annotated[NotNegative, Triplets] = 0.2
+    # triplets; the two beyond are inferred, not stated in the paper
+    constraints: Annotated[Literal["two", "four"], Triplets] = "two"
+    triplet_of: Annotated[Literal["delta", "meta"], Triplets] = "delta"
+    augmentations: Annotated[tuple[str, ...], Augmented] = AUGMENTATIONS
+    # weighted: those whose deltas are poorly separated more often, by epoch
+    sampling: Annotated[Literal["uniform", "weighted"], Paired] = "uniform"
+    # where augmentations work; the released code's is the first
+    space: Annotated[Literal["normalised", "rgb"], Augmented] = "normalised"
     # Of the frozen CLIP; None: its own, and float32 of published weights.
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     epochs: Annotated[int, Range(0, 10**6)] = 10
@@ -126,6 +131,11 @@ class Prompts(Part, path="prompts"):
         """Whether a step sees a second image, and both under two augmentations."""
         return self.alpha > 0 or self.condition == "delta"
 
+    @property
+    def augmented(self) -> bool:
+        """Whether any image is augmented."""
+        return self.paired or self.augment > 0
+
 
 @dataclass(frozen=True)
 class ImageConfig(Part):
@@ -155,9 +165,7 @@ class ImageConfig(Part):
 
     def unread(self) -> dict[str, str]:
         """{field: why nothing reads it} of a run of this kind."""
-        cfg = self.prompts
-        clip, learner, context = cfg is None, cfg is not None, bool(cfg and cfg.context)
-        alone, paired = not (cfg and cfg.alpha), bool(cfg and cfg.paired)
+        clip, learner, context = self.prompts is None, self.prompts is not None, bool(self.prompts and self.prompts.context)
         rules = (
             (True, "runs on images have no such thing, runs on text do", OF_TEXT),
             (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
@@ -169,23 +177,8 @@ class ImageConfig(Part):
             (learner, "a prompt learner has its own: prompts.batch", ["images.batch"]),
             (learner, "the CLIP is that of init.from or weights", ["clip"]),
             (context, "the context is learned; it is for prompts.context=0", ["images.template", "images.ensemble"]),
-            (learner and alone, "without prompts.alpha there are no triplets", ["prompts.margin", "prompts.constraints", "prompts.triplet_of"]),
-            (learner and not paired, "it is for pairs of augmentations, as with prompts.alpha", ["prompts.sampling"]),
-            (learner and not (paired or cfg.augment), "nothing is augmented", ["prompts.augmentations", "prompts.space"]),
         )  # fmt: skip
-        return {name: why for applies, why, names in rules if applies for name in names}
-
-    def without_ignored(self, passing: Collection[str]) -> ImageConfig:
-        """The config without what is set of `passing` and nothing here reads; UserError for any other such field."""
-        values, defaults, ignored = flatten(self) | {"clip": self.clip}, {"clip": None, **flatten(Prompts(), "prompts.")}, {}
-        for part in fields(self):
-            if part.default_factory is not MISSING:
-                defaults |= flatten(part.default_factory(), f"{part.name}.")
-        for name, why in self.unread().items():
-            if values[name] != defaults[name]:
-                require(name in passing, f"{self.name} would ignore {name.rstrip('_')}: {why}; leave it out")
-                ignored[name] = defaults[name]
-        return override(self, ignored)
+        return unread(self) | {name: why for applies, why, names in rules if applies for name in names}
 
     @property
     def still(self) -> bool:

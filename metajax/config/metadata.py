@@ -8,12 +8,10 @@ from fractions import Fraction
 from typing import Annotated, Literal
 
 from metajax.core.errors import require
-from metajax.core.fields import (
-    NotNegative,
-    Part,
-    Range,
-    Share,
-)
+from metajax.core.fields import NotNegative, OnlyWith, Part, Range, Share
+
+Injected = OnlyWith("rate")
+Trained = OnlyWith("in_training", why="training shows no metadata with metadata.position=none")
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,9 @@ class MetaTokens(Part, path="meta_tokens"):
     embedding: Literal["learned", "frozen", "zero"] = "learned"  # of a meta-token; frozen: one random vector, never trained
     # Meta-tokens without a position: nothing added to the embedding or rotary angle 0, where in both attentions or in one alone.
     zero_position: Literal["none", "both", "causal", "meta"] = "none"
-    loss: Literal["skip_meta_targets", "real_only"] = "skip_meta_targets"  # not stated in the paper
-    length: Literal["within", "added"] = "within"  # M inside row_length, or on top of it; not stated in the paper
+    loss: Annotated[Literal["skip_meta_targets", "real_only"], Injected] = "skip_meta_targets"  # not stated in the paper
+    # M inside row_length, or on top of it; not stated in the paper
+    length: Annotated[Literal["within", "added"], Injected] = "within"
 
     def __post_init__(self) -> None:
         require(
@@ -66,14 +65,17 @@ class MetaTokens(Part, path="meta_tokens"):
 class Metadata(Part, path="metadata"):
     """Document metadata as text beside the body (Beyond URLs, URLs Help / Topics Guide, MeCo)."""
 
-    position: Literal["none", "prepend", "append", "both"] = "prepend"  # of the body; repeated at every piece of a cut document
-    template: str = "{url}"  # metadata fields in braces, with filters behind a bar: {url|host}; metajax/data/annotators.py
-    appended: str = ""  # position "both": the template behind the body; "": the same as in front
+    # none, prepend, append, both, or a position of your own (metajax/data/positions); repeated at every piece of a cut document.
+    position: str = "prepend"
+    # metadata fields in braces, with filters after a bar: {url|host}; metajax/data/annotators.py
+    template: Annotated[str, OnlyWith("tokens", 0)] = "{url}"
+    appended: str = ""  # position "both": the template after the body; "": the same as before it
     # This many learnable tokens, the same for all documents, in place of the template (5 in Beyond URLs). A vocabulary keeps 11 for them.
     tokens: Annotated[int, Range(0, 11)] = 0
     wrap: Literal["special_tokens", "plain"] = "special_tokens"  # <|context_begin|> ... <|context_end|>, or the bare text
-    assigned: Literal["own", "shuffled"] = "own"  # shuffled: another document's, at random (the control in training)
-    keep: Share = 0.9  # share of documents that keep their metadata
+    # shuffled: another document's, at random (the control in training)
+    assigned: Annotated[Literal["own", "shuffled"], Trained] = "own"
+    keep: Annotated[Share, Trained] = 0.9  # share of documents that keep their metadata
     when_dropped: Literal["empty", "nothing"] = "empty"  # the empty pair of delimiters, or nothing at all
     # Of predicting the metadata itself, before the body and after it.
     loss_weights: tuple[NotNegative, NotNegative] = (0.0, 1.0)
@@ -83,10 +85,15 @@ class Metadata(Part, path="metadata"):
     def __post_init__(self) -> None:
         require(
             not self.appended or self.position == "both",
-            f"metadata.appended = {self.appended!r} needs metadata.position = 'both'; with 'append' the template itself stands behind",
+            f"metadata.appended = {self.appended!r} needs metadata.position = 'both'; with 'append' metadata.template itself comes after the body",
         )
 
     @property
-    def in_front(self) -> bool:
-        """Whether metadata stands in front of the body."""
+    def prepended(self) -> bool:
+        """Whether metadata comes before the body."""
         return self.position in ("prepend", "both")
+
+    @property
+    def in_training(self) -> bool:
+        """Whether training shows metadata."""
+        return self.position != "none"

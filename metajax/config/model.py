@@ -8,11 +8,15 @@ from typing import Annotated, Literal
 import numpy as np
 
 from metajax.core.errors import require
-from metajax.core.fields import Count, CountOrZero, Part, Positive, Range, Size, SizeOrZero
+from metajax.core.fields import Count, CountOrZero, OnlyWith, Part, Positive, Range, Size, SizeOrZero
 
 Layers = Annotated[int, Range(1, 10_000)]
 
-ROTARY = ("rope", "linear", "llama3", "ntk", "yarn")  # schemes of `Model.position` that rotate queries and keys
+EXTENDED = ("linear", "llama3", "ntk", "yarn")
+ROTARY = ("rope", *EXTENDED)  # schemes of `Model.position` that rotate queries and keys
+Attends = OnlyWith("fusion", "mean", "concat", "sequential", "attention")
+Scans = OnlyWith("fusion", "mean", "concat", "sequential", "mamba")
+OfMamba = OnlyWith("ssm", "mamba")
 
 
 @dataclass(frozen=True)
@@ -22,28 +26,27 @@ class Hybrid(Part, path="model.hybrid"):
     Layers without a place in `full_layers` attend in `model.window`; where that is null every layer attends to all.
     """
 
-    # mean, concat: both in one layer, joined behind their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
+    # mean, concat: both in one layer, joined after their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
     fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
-    meta_tokens: SizeOrZero = 128  # M learned embeddings in front of every document
-    full_layers: tuple[CountOrZero, ...] = ()
+    meta_tokens: SizeOrZero = 128  # M learned embeddings before every document
+    full_layers: Annotated[tuple[CountOrZero, ...], Attends] = ()
     kv_groups: tuple[Layers, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
-    head_dim: SizeOrZero = 0  # of queries and keys; 0: model.width / model.heads
-    value_dim: SizeOrZero = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
-    ssm: Literal["mamba", "mamba2"] = "mamba"
-    expand: Annotated[int, Range(1, 64)] = 2  # Mamba's inner width / model.width
-    state: Size = 16  # N, numbers a channel remembers
-    d_conv: Annotated[int, Range(2, 4)] = (
-        4  # tokens that the convolution before the scan reads: the current one and those before it
-    )
-    dt_rank: SizeOrZero = 0  # 0: ceil(model.width / 16)
+    head_dim: Annotated[SizeOrZero, Attends] = 0  # of queries and keys; 0: model.width / model.heads
+    value_dim: Annotated[SizeOrZero, Attends] = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
+    ssm: Annotated[Literal["mamba", "mamba2"], Scans] = "mamba"
+    expand: Annotated[int, Range(1, 64), Scans] = 2  # Mamba's inner width / model.width
+    state: Annotated[Size, Scans] = 16  # N, numbers a channel remembers
+    d_conv: Annotated[int, Range(2, 4), Scans] = 4  # tokens that the convolution before the scan reads, the current one included
+    dt_rank: Annotated[SizeOrZero, Scans, OfMamba] = 0  # 0: ceil(model.width / 16)
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
-    dt_init: Literal["zero", "mamba"] = "zero"
-    inner_norms: bool = True  # of step size, B and C
-    branch_norm: Literal["scaled", "plain", "none"] = "scaled"  # before the fusion; the scales are the paper's learnable betas
+    dt_init: Annotated[Literal["zero", "mamba"], Scans, OfMamba] = "zero"
+    inner_norms: Annotated[bool, Scans, OfMamba] = True  # of step size, B and C
+    # before the fusion; the scales are the paper's learnable betas
+    branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = "scaled"
 
     @property
     def is_parallel(self) -> bool:
-        """Whether both mixers stand in one layer."""
+        """Whether both mixers are in one layer."""
         return self.fusion in ("mean", "concat")
 
 
@@ -63,10 +66,11 @@ class Model(Part, path="model"):
     bias: bool = False
     tied: bool = True
     position: Literal["learned", "rope", "linear", "llama3", "ntk", "yarn", "none"] = "rope"
-    rope_theta: Positive = 10_000.0
-    rope_factor: Positive = 1.0  # context extension, for linear, llama3, ntk and yarn
-    rope_original_length: CountOrZero = 0  # length before extension, for llama3, ntk and yarn
-    max_positions: SizeOrZero = 0  # rows of the learned position table; 0: as many as a row has positions
+    rope_theta: Annotated[Positive, OnlyWith("position", *ROTARY)] = 10_000.0
+    rope_factor: Annotated[Positive, OnlyWith("position", *EXTENDED)] = 1.0  # context extension
+    rope_original_length: Annotated[CountOrZero, OnlyWith("position", "llama3", "ntk", "yarn")] = 0  # length before extension
+    # rows of the learned position table; 0: as many as a row has positions
+    max_positions: Annotated[SizeOrZero, OnlyWith("position", "learned")] = 0
     window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
     init_std: Positive = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,8 +83,7 @@ class Model(Part, path="model"):
             f"model.width = {self.width} does not divide by model.heads = {self.heads}",
         )
         require(
-            self.heads % self.num_kv_heads == 0,
-            f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}",
+            self.heads % self.num_kv_heads == 0, f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}"
         )
         rotary = self.position in ROTARY
         require(

@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from metajax.core.errors import nearest, require
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Part,
-    Range,
-    Size,
-    convert,
-)
+from metajax.core.fields import Count, CountOrZero, NotNegative, Part, Range, Size, convert
 
 # Of the device mesh. Rows of a batch are spread over data and fsdp, parameters and optimiser over fsdp, long rows over context, and heads,
 # channels and the hidden units of feed-forward networks over tensor. Neighbours in the last axes are neighbours in the hardware.
@@ -41,7 +33,7 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Runtime(Part, path="runtime"):
-    """How a run is carried out. Nothing here changes what is computed, so it stands outside the identity hash."""
+    """How a run is carried out. Nothing here changes what is computed, so the identity hash leaves it out."""
 
     log_every: Count = 10
     save_every: Count = 50

@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Part,
-    Positive,
-    Range,
-    Share,
-    Size,
-)
+from metajax.core.fields import Count, CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Share, Size
 
+Falling = OnlyWith("schedule", "cosine", "wsd", "linear")
 Beta = Annotated[float, Range(0, below=1)]
 
 
@@ -24,11 +16,13 @@ class Optimizer(Part, path="optimizer"):
     """AdamW, its schedule and its clipping."""
 
     learning_rate: Positive = 3e-3
-    final_fraction: Share = 0.1  # of the peak, at the end of the schedule
+    final_fraction: Annotated[Share, Falling] = 0.1  # of the peak, at the end of the schedule
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: CountOrZero = 20
-    horizon: CountOrZero = 0  # step where cosine, linear or wsd end; 0: training.steps
-    decay_share: Annotated[float, Range(above=0, most=1)] = 0.2  # wsd: the last share of the horizon decays
+    horizon: Annotated[CountOrZero, Falling] = 0  # step where cosine, linear or wsd end; 0: training.steps
+    decay_share: Annotated[float, Range(above=0, most=1), OnlyWith("schedule", "wsd")] = (
+        0.2  # wsd: the last share of the horizon decays
+    )
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NotNegative = 0.1
     clip_norm: NotNegative = 1.0  # 0: no clipping

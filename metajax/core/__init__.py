@@ -1,1 +1,1 @@
-"""What everything else stands on: typed fields, errors, files, storage, progress; no JAX arrays."""
+"""The base of everything else: typed fields, errors, files, storage, progress, registries; no JAX arrays."""

@@ -69,10 +69,10 @@ def strict(value: Any) -> Any:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
-    """A new folder to fill, which takes its name `folder` at the end: it is there whole or not at all.
+    """A new folder to fill, which is renamed to `folder` at the end, so that it exists whole or not at all.
 
     Where another process was faster its folder stays, for names say what the content is. A bucket has no folders to rename: there
-    the file `last`, copied behind all others, says that they are there.
+    the file `last`, copied after all others, says that they are there.
     """
     if "://" in os.fspath(folder):
         with tempfile.TemporaryDirectory() as filled:

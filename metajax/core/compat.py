@@ -32,7 +32,7 @@ def keep_programs(folder: Path) -> None:
 
 
 class _CheckedPrograms(LRUCache):
-    """JAX's own cache runs a program whose bytes have changed. Here each has its hash in front, and one that is damaged is made again."""
+    """JAX's own cache runs a program whose bytes have changed. Here each begins with its hash, and one that is damaged is made again."""
 
     _full = False
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one plain line that names the remedy. The command line exits with 2."""
+    """A mistake that the user can correct: one plain line that names the remedy. The command line exits with 2."""
 
 
 class Stopped(BaseException):

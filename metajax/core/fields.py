@@ -37,6 +37,25 @@ class Range:
         return " and ".join(f"{word} {number(bound)}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
+class OnlyWith:
+    """The condition under which something reads a field, as in `Annotated[Share, OnlyWith("schedule", "wsd")]`.
+
+    `field` is a field or property of the same dataclass: one of `values`, or anything but 0, empty and False where none are named.
+    `why` replaces the reason that an error gives.
+    """
+
+    def __init__(self, field: str, *values: Any, why: str = ""):
+        self.field, self.values, self.why = field, values, why
+
+    def reason(self, part: Any, prefix: str) -> str:
+        """Why nothing reads the field in this part of a config; "" where something does."""
+        value = getattr(part, self.field)
+        if value in self.values if self.values else value:
+            return ""
+        needed = f"is {' or '.join(map(str, self.values))}" if self.values else "is set"
+        return self.why or f"it is read only where {prefix}{self.field} {needed}"
+
+
 # No count is larger, so that counts and their positions fit 32 bits; no real number is beyond what float32 holds.
 Count = Annotated[int, Range(1, 10**9)]
 CountOrZero = Annotated[int, Range(0, 10**9)]
@@ -56,7 +75,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 class Part:
-    """Base of the dataclasses that make a config. `path` is where it stands in one, for errors.
+    """Base of the dataclasses that make a config. `path` is its dotted path in one, for errors.
 
     However it is built, each field is converted to its type and held against its range, before the class's own `__post_init__`.
     """
@@ -81,11 +100,13 @@ class Part:
 def _shape(hint: Any) -> tuple[Any, Range, bool]:
     """(T, its range, whether None is taken too) of a type such as `Annotated[T, Range(1)] | None`."""
     inner, limits, optional = hint, Range(), False
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
-        optional = True
-    if typing.get_origin(inner) is Annotated:
-        inner, limits = typing.get_args(inner)
+    while typing.get_origin(inner) in (Annotated, types.UnionType, typing.Union):
+        if typing.get_origin(inner) is Annotated:
+            inner, *notes = typing.get_args(inner)
+            limits = next((note for note in notes if isinstance(note, Range)), limits)
+        else:
+            (inner,) = (a for a in typing.get_args(inner) if a is not type(None))
+            optional = True
     return inner, limits, optional
 
 
@@ -251,3 +272,61 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         elif value is not None or not f.metadata.get("filled_in"):
             flat[prefix + f.name] = value
     return flat
+
+
+# ---------------------------------------------------------------------------------------- defaults and ignored fields
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def defaults(cls: type, prefix: str = "") -> dict[str, Any]:
+    """{dotted field: default} of a config and of all its sub-configs, those that are null by default too; required fields are left out."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        part = _shape(field_types(cls)[f.name])[0]
+        if dataclasses.is_dataclass(part):
+            found |= defaults(part, f"{prefix}{f.name}.")
+        if not _required(f) and not dataclasses.is_dataclass(_default(f)):
+            found[prefix + f.name] = _default(f)
+    return found
+
+
+def changed(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted field: value} of the fields whose value is not the default, and True for each sub-config that is null by default and given."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, path = getattr(config, f.name), prefix + f.name
+        if dataclasses.is_dataclass(value):
+            if _required(f) or _default(f) is None:
+                found[path] = True
+            found |= changed(value, f"{path}.")
+        elif _required(f) or value != _default(f):
+            found[path] = value
+    return found
+
+
+def unread(config: Any, prefix: str = "") -> dict[str, str]:
+    """{dotted field: why nothing reads it} by the `OnlyWith` of the fields."""
+    found: dict[str, str] = {}
+    for name, hint in field_types(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            found |= unread(value, f"{prefix}{name}.")
+        for rule in (note for note in getattr(hint, "__metadata__", ()) if isinstance(note, OnlyWith)):
+            if why := rule.reason(config, prefix):
+                found[prefix + name] = why
+    return found
+
+
+def ignored(config: Any) -> dict[str, str]:
+    """{dotted field: why nothing reads it} of the fields that differ from their defaults; `config.unread()` says which are not read."""
+    set_here = changed(config)
+    return {name: why for name, why in config.unread().items() if name in set_here}
+
+
+def require_all_read(config: Any) -> None:
+    """UserError for a field that differs from its default and that nothing would read."""
+    for name, why in ignored(config).items():
+        raise UserError(f"{config.name} would ignore {name.rstrip('_')}: {why}; leave it at its default")

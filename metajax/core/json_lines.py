@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -67,13 +68,35 @@ def records(path: str) -> Iterator[tuple[int, Any]]:
         yield number, value
 
 
-def lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of every line that is not blank; UserError where the file is damaged."""
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed; UserError where it cannot be read to where it is read."""
     with reading(path, lambda reason: _damaged(path, reason)), epath.Path(path).open("rb") as file, _plain(path, file) as stream:
-        for number, line in enumerate(stream, 1):
+        yield stream
+
+
+def lines(path: str, offset: int = 0, number: int = 1) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of every line that is not blank, from the line `number` on, which starts at `offset`."""
+    with opened(path) as stream:
+        if offset:
+            stream.seek(offset)
+        for n, line in enumerate(stream, number):
             line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip(BLANK):
-                yield number, line
+                yield n, line
+
+
+def line_marks(path: str, every: int) -> tuple[int, list[tuple[int, int]]]:
+    """(how many lines are not blank, (offset, line number) of each `every`-th of them), for `lines`."""
+    marks, count, offset = [], 0, 0
+    with opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.removeprefix(codecs.BOM_UTF8).strip(BLANK):
+                if count % every == 0:
+                    marks.append((offset, number))
+                count += 1
+            offset += len(line)
+    return count, marks
 
 
 def is_compressed(path: str) -> bool:
@@ -101,5 +124,7 @@ def _plain(path: str, file: BinaryIO) -> io.BufferedIOBase:
 
 
 def _damaged(path: str, reason: str) -> UserError:
+    if not is_compressed(path):
+        return UserError(f"{path}: not a readable file of JSON lines ({reason}); write it again")
     remedy = REWRITE if "too much memory" in reason else "it is damaged or cut short; fetch or write it again"
     return UserError(f"{path}: cannot be decompressed ({reason}); {remedy}")

@@ -1,9 +1,11 @@
-"""Runs on a bucket, `--workdir gs://BUCKET/PATH`: checkpoints, their hashes and replay bundles are there; everything else of a run
-is small, is written into a local folder, its stage, and copied to the bucket by process 0.
+"""Runs on a bucket, `--workdir gs://BUCKET/PATH`.
 
-What is not on the bucket did not happen: at a start the stage is made like the bucket, and it is published before the hashes of a
-checkpoint, with which that counts as complete. So a run goes on from any machine, with the metrics up to the step it goes on from.
-A reader, or a start after a kill, finds an object whole or not at all; config.json is the first.
+Checkpoints, their hashes and replay bundles are written to the bucket directly. Every other file of a run is small: it is written to a local
+folder, the stage, and process 0 copies it to the bucket.
+
+The bucket is the source of truth. On start, the stage is synced from it. Before a checkpoint is marked complete (its hashes are written),
+the stage is uploaded. So a run can resume on any machine, with the metrics up to the step of its checkpoint. A reader finds an object whole
+or not at all; config.json is uploaded first.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def files(folder: Any) -> dict[str, dict[str, Any]]:
         return {name.removeprefix(f"{root}/"): info for name, info in sorted(system.find(root, detail=True).items())}
     found = {}
     for path in sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names):
-        with contextlib.suppress(FileNotFoundError):  # of a run that goes on it may have gone by now
+        with contextlib.suppress(FileNotFoundError):  # a running process may have deleted it
             stat = os.lstat(path)
             found[os.path.relpath(path, folder)] = {"size": stat.st_size, "mtime": stat.st_mtime}
     return found
@@ -163,7 +165,7 @@ def hashes_of(workdir: Path, step: int | None = None) -> list[Path]:
 
 
 def fill(workdir: Path) -> None:
-    """Make a stage like its bucket, where a run is there, else empty; other folders stay as they are.
+    """Sync a stage from its bucket, or empty it where the bucket has no run; other folders are left alone.
 
     Raises:
       UserError: there is no such bucket.
@@ -184,7 +186,7 @@ def fill(workdir: Path) -> None:
 
 
 def publish(workdir: Path) -> None:
-    """Copy what is new in a stage to its bucket; nothing where `workdir` is none."""
+    """Copy the new files of a stage to its bucket; does nothing for a workdir that is no stage."""
     if not (workdir / MARK).exists():
         return
     there = home(workdir)
@@ -195,7 +197,7 @@ def publish(workdir: Path) -> None:
 
 
 def _kept(there: Any) -> dict[str, str]:
-    """{name: MD5 in base64, as buckets tell it} of what a run on a bucket has besides what is there alone."""
+    """{name: MD5 in base64, as buckets give it} of the files on the bucket that the stage has too."""
     system, root = storage(there)
     tops = [path.name for path in there.iterdir() if not path.name.startswith(THERE_ALONE)] if there.exists() else []
     found = [item for top in tops for item in system.find(f"{root}/{top}", detail=True).items()]

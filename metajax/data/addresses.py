@@ -38,7 +38,7 @@ def parts(url: str) -> tuple[str, str, str] | None:
 def host_of(authority: str) -> str | None:
     """The host without user, port and last dot, in lower case and as DNS has it (xn--); None where it is none.
 
-    IPv6 addresses stand without their brackets.
+    IPv6 addresses have no brackets.
     """
     host = re.sub(r":[0-9]*$", "", authority.rpartition("@")[2])
     try:

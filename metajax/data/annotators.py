@@ -1,4 +1,4 @@
-"""Filters behind a metadata field: {url|host}, {score|tenths}, {url|host|top1000}. What a template shows is a column and its filters.
+"""Filters after a metadata field: {url|host}, {score|tenths}, {url|host|top1000}. What a template shows is a column and its filters.
 
 A filter maps the values of a whole column, None where a document has none; one that cannot be applied to a value gives None. The
 papers' names clash, so here each part of an address has one name:
@@ -8,13 +8,13 @@ papers' names clash, so here each part of an address has one name:
   domain    example.co.uk                  the registered domain, by tldextract's bundled list; the host where there is none
   tld       co.uk                          "URL suffix" in MeCo
   path      /a/b.html?x=1#y                "suffix" in Beyond URLs
-  hash      a UUID that stands for the value: groups without words (MeCo)
+  hash      a UUID made from the value: groups without words (MeCo)
   topK      the value where it is one of the K most frequent of the corpus, else the word unknown (MeCo)
   floor, round, tenths, capK               of numbers: 3.27 becomes 3, 3, 32 and K at most; ties round to the even number
   year, month                              of a date or of seconds since 1970: 2024, 2024-05 (metajax/data/dates.py)
   or_unknown                               the word unknown where a document has no value
 
-Numbers are written with their digits, never with an exponent. A column whose name has one of {}|:!" stands in double quotes, "og:title"|top9;
+Numbers are written with their digits, never with an exponent. A column whose name has one of {}|:!" is written in double quotes, "og:title"|top9;
 a double quote within them is written twice.
 """
 

@@ -47,12 +47,11 @@ def digest(*parts: Any) -> str:
 
 def read_documents(source: Source, on_bad_record: str, records: range | None = None) -> Iterator[tuple[int, Document | None]]:
     """Every (record number, document) of `records`, or of all; a bad record stops with its error, or counts as None with "skip"."""
-    for i in range(len(source)) if records is None else records:
-        try:
-            yield i, source[i]
-        except BadRecord as error:
-            bad_record(str(error), on_bad_record)
-            yield i, None
+    records = range(len(source)) if records is None else records
+    for i, found in zip(records, source.read(records), strict=True):
+        if isinstance(found, BadRecord):
+            bad_record(str(found), on_bad_record)
+        yield i, None if isinstance(found, BadRecord) else found
 
 
 def bad_record(reason: str, on_bad_record: str) -> None:

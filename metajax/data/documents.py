@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 from metajax.core.errors import UserError
 
@@ -27,37 +30,45 @@ class BadRecord(UserError):
     """A corrupt record; the message names file, record and reason."""
 
 
-def place(source: Source, record: int) -> str:
-    """File and record of a source's record, as messages name them."""
-    where = getattr(source, "where", None)
-    return where(record) if where is not None else f"{source.spec}, record {record}"
+class Source(ABC):
+    """A corpus of numbered documents. Sources are picklable, so that other processes can read parts of one."""
 
+    spec: str  # as `data.sources` has it
 
-class Source(Protocol):
-    """Random access to documents. Implementations are picklable, so that reader processes can hold them."""
+    @cached_property
+    def tally(self) -> Counter[str]:
+        """Counts of the documents read so far in this process, such as those without an origin (`metajax.data.sources.files`)."""
+        return Counter()
 
-    spec: str
-
+    @abstractmethod
     def __len__(self) -> int:
         """Number of records."""
-        ...
 
-    def __getitem__(self, i: int) -> Document:
-        """Record i, 0 <= i < len; raises IndexError beyond, BadRecord where the record is corrupt."""
-        ...
+    @abstractmethod
+    def read(self, records: range) -> Iterator[Document | BadRecord]:
+        """The documents of these records, ascending, in order; for a record that cannot be used, the error that says why."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the content may have changed; cheap, reads no record."""
-        ...
 
     def manifest(self) -> dict[str, Any]:
-        """JSON-ready: kind, versions, number of records, files with bytes and sha256. Reads the files whole."""
-        ...
+        """JSON-ready: kind, number of records, files with bytes and sha256. Reads the files whole."""
+        kind = self.spec.partition(":")[0]
+        return {"kind": kind, "spec": self.spec, "records": len(self), "fingerprint": self.fingerprint()}
 
+    def where(self, record: int) -> str:
+        """File and record, as messages name them."""
+        return f"{self.spec}, record {record}"
 
-def tally_of(source: Source) -> Counter[str]:
-    """What a source has counted of the documents read so far in this process; empty for one that does not count."""
-    return getattr(source, "tally", Counter())
+    def __getitem__(self, record: int) -> Document:
+        """One record, for looking at a few; IndexError beyond the end, BadRecord where it cannot be used."""
+        if not 0 <= record < len(self):
+            raise IndexError(f"record {record} of {len(self)} in {self.spec}")
+        [found] = self.read(range(int(record), int(record) + 1))
+        if isinstance(found, BadRecord):
+            raise found
+        return found
 
 
 BUCKETS = 10_000

@@ -56,7 +56,7 @@ class Tokenizer:
     """Text to ids and back, the same for all kinds: no control tokens from text, reserved ids in `decode`, the fingerprint, and the saved
     form, which pickling uses too.
 
-    control: the spelling and id of each token that text never becomes. unknown: the one that stands for characters that the vocabulary
+    control: the spelling and id of each token that text never becomes. unknown: the id for characters that the vocabulary
     lacks; its spelling does not become it either. markers: spellings of control tokens are read as those.
     """
 

@@ -1,7 +1,7 @@
-"""Injection of learned meta-tokens into a row: a fixed number, at random or periodic slots.
+"""Injection of learned meta-tokens into a row: a fixed number, at random or periodic positions.
 
 Source: Language Modeling with Learned Meta-Tokens, section on pre-training; M = rate * row length, uniformly random
-positions, targets that are meta-tokens carry no loss. Slot 0 is never a meta-token (not stated in the paper).
+positions, targets that are meta-tokens carry no loss. Position 0 is never a meta-token (not stated in the paper).
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from metajax.config import MetaTokens
 from metajax.data.rows import Row
 
 
-def choose_slots(slots: int, count: int, inject: str, rng: np.random.Generator) -> np.ndarray:
-    """Sorted int32 [count]: which of `slots` positions become meta-tokens; never position 0."""
+def choose_positions(length: int, count: int, inject: str, rng: np.random.Generator) -> np.ndarray:
+    """Sorted int32 [count]: which of `length` positions become meta-tokens; never position 0."""
     if inject == "random":
-        chosen = 1 + rng.choice(slots - 1, size=count, replace=False)
+        chosen = 1 + rng.choice(length - 1, size=count, replace=False)
         return np.sort(chosen).astype(np.int32)
-    return (1 + (np.arange(count) + 0.5) * (slots - 1) / max(count, 1)).astype(np.int32)
+    return (1 + (np.arange(count) + 0.5) * (length - 1) / max(count, 1)).astype(np.int32)
 
 
 def inject(row: Row, rng: np.random.Generator, *, meta: MetaTokens, count: int, meta_id: int) -> Row:
-    """Spread `row` (C slots) over C + count slots with `count` meta-tokens between.
+    """Spread `row` (C positions) over C + count positions with `count` meta-tokens between.
 
-    A meta-token joins the segment of the token before it. With loss "skip_meta_targets" the last slot before a real
-    token predicts it, be it a meta-token or not, and a slot whose successor is a meta-token carries no loss. With
+    A meta-token joins the segment of the token before it. With loss "skip_meta_targets" the last position before a real
+    token predicts it, be it a meta-token or not, and a position whose successor is a meta-token carries no loss. With
     "real_only" each real token predicts the next real one and meta-tokens predict nothing.
     """
-    slots = len(row["tokens"]) + count
-    meta_slots = choose_slots(slots, count, meta.inject, rng)
-    is_real = np.ones(slots, bool)
+    length = len(row["tokens"]) + count
+    meta_slots = choose_positions(length, count, meta.inject, rng)
+    is_real = np.ones(length, bool)
     is_real[meta_slots] = False
-    source = np.cumsum(is_real) - 1  # the real token at or before each slot
+    source = np.cumsum(is_real) - 1  # the real token at or before each position
     out = {name: values[source] for name, values in row.items() if values.shape == row["tokens"].shape}
     out["tokens"][meta_slots] = meta_id
     out["is_metadata"][meta_slots] = False

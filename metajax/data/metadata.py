@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +13,7 @@ from metajax.config import Config, Metadata
 from metajax.core.errors import UserError, nearest, require
 from metajax.data.annotators import annotate, split_field
 from metajax.data.encoding import Tokenizer, Vocabulary
+from metajax.data.positions import after, spots
 
 # A doubled brace; {column|filter:format}, the column in double quotes or not; other text; a character that is none of these.
 _PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)
@@ -108,30 +109,32 @@ class MetadataIds:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Metadata in front of every piece of a document and behind it; None for none on that side.
+class Placed:
+    """The metadata of a spot by document; see `metajax.data.positions.Spot`."""
 
-    outside: BOS and EOS stand outside the metadata (BOS metadata body metadata EOS), else next to the body.
-    loss_weights: of predicting metadata in front and behind.
+    at: Callable[[int], int]
+    ids: MetadataIds
+    loss_weight: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All metadata of every piece, in order.
+
+    outside: BOS and EOS are outside the metadata (BOS metadata body metadata EOS), else next to the body.
     """
 
-    front: MetadataIds | None = None
-    behind: MetadataIds | None = None
+    parts: tuple[Placed, ...] = ()
     outside: bool = True
-    loss_weights: tuple[float, float] = (0.0, 1.0)
-
-    def ids(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """(int32 ids in front, int32 ids behind)."""
-        none = np.zeros(0, np.int32)
-        return tuple(none if side is None else side[document] for side in (self.front, self.behind))
 
     def overhead(self, documents: np.ndarray) -> np.ndarray:
-        """Slots that a piece of each document needs beside its inputs, int64 [K]; an EOS in front of metadata takes one, too."""
-        front, behind = (
-            np.zeros(len(documents), np.int64) if side is None else side.lengths()[documents]
-            for side in (self.front, self.behind)
-        )
-        return front + behind + (0 if self.outside else behind > 0)
+        """Positions that a piece of each document needs beside its inputs, int64 [K]; an EOS before metadata takes one too."""
+        total, last = np.zeros(len(documents), np.int64), np.zeros(len(documents), np.int64)
+        for part in self.parts:
+            lengths = part.ids.lengths()[documents]
+            total += lengths
+            last += lengths * (part.at is after)
+        return total + (0 if self.outside else last > 0)
 
 
 def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
@@ -195,16 +198,6 @@ def owners(
     return owner
 
 
-def side_templates(recipe: Metadata) -> tuple[str | None, str | None]:
-    """Templates in front of the body and behind it, None where nothing stands; "" means the learnable tokens.
-
-    A recipe that trains without metadata is evaluated with metadata in front.
-    """
-    own = "" if recipe.tokens else recipe.template
-    front = own if recipe.position != "append" else None
-    return front, (recipe.appended or own) if recipe.position in ("append", "both") else None
-
-
 def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after a metadata string."""
     if recipe.wrap == "plain":
@@ -217,8 +210,7 @@ def special_targets(config: Config, vocabulary: Vocabulary) -> set[int]:
     recipe, ids = config.metadata, {vocabulary.eos}
     if recipe is None:
         return ids
-    front, behind = recipe.loss_weights
-    if (recipe.in_front and front) or (recipe.position in ("append", "both") and behind):
+    if recipe.position != "none" and any(spot.loss_weight for spot in spots(recipe)):
         ids |= set(vocabulary.spare[: recipe.tokens])
         if recipe.wrap == "special_tokens":
             ids |= {vocabulary.context_begin, vocabulary.context_end}

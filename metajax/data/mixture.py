@@ -19,20 +19,16 @@ class Mixture:
       weights: one per source.
       switch_row: first row of the second phase; None for one phase.
       switch_weights: weights of the second phase.
-      anew: the second phase reads other streams from their beginning, numbered behind those of the first.
+      fresh: the second phase reads other streams from their beginning, numbered after those of the first.
     """
 
     def __init__(
-        self,
-        weights: Sequence[float],
-        switch_row: int | None = None,
-        switch_weights: Sequence[float] = (),
-        anew: bool = False,
+        self, weights: Sequence[float], switch_row: int | None = None, switch_weights: Sequence[float] = (), fresh: bool = False
     ):
         self.shares = _shares(weights)
         self.switch_row = switch_row
         self.switch_shares = _shares(switch_weights) if switch_row is not None else []
-        self.anew = anew
+        self.fresh = fresh
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -41,7 +37,7 @@ class Mixture:
         if self.switch_row is None or n < self.switch_row:
             return _select(n, self.shares)
         source, k = _select(n - self.switch_row, self.switch_shares)
-        if self.anew:
+        if self.fresh:
             return len(self.shares) + source, k
         return source, k + _counts(self.switch_row, self.shares)[source]
 
@@ -50,7 +46,7 @@ class Mixture:
         first = min(n, self.switch_row) if self.switch_row is not None else n
         counts = _counts(first, self.shares)
         rest = _counts(n - first, self.switch_shares) if n > first else [0] * len(counts)
-        if self.anew:
+        if self.fresh:
             return counts + rest
         return [a + b for a, b in zip(counts, rest, strict=True)]
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from metajax.core.errors import UserError
 
-MIN_PIECE = 16  # a piece behind metadata carries at least this many inputs of its document, or the whole rest of it
+MIN_PIECE = 16  # a piece after metadata carries at least this many inputs of its document, or the whole rest of it
 
 
 @dataclass(frozen=True)

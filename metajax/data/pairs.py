@@ -1,22 +1,20 @@
-"""Rows of pairs of answers: each pair whole in one row, two segments behind the same prompt."""
+"""Rows of pairs of answers: each pair whole in one row, two segments after the same prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from metajax.core.errors import UserError, nearest, require
 from metajax.data.annotators import field_of
 from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table
-from metajax.data.metadata import Sides
+from metajax.data.encoding import Tokenizer
+from metajax.data.metadata import Placement
 from metajax.data.packing import RowIndex, pack
 from metajax.data.rows import Row, RowSource
-from metajax.data.sources import place_of
-
-if TYPE_CHECKING:
-    from metajax.data.pipeline import Corpora
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,18 @@ class PairRows(RowSource):
         return row | {"is_body": row["is_body"] & (row["segment_ids"] % 2 == 1)}
 
 
-def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.ndarray, capacity: int) -> PairRows:
-    """The pairs of `documents` (ids, in order), packed best-fit behind their prompts, the metadata of `sides`.
+def pair_rows(
+    column: str, tokenizer: Tokenizer, cache: TokenCache, placement: Placement, documents: np.ndarray, capacity: int,
+    where: Callable[[int], str],
+) -> PairRows:  # fmt: skip
+    """The pairs of `documents` (ids, in order), packed best-fit after their prompts, the metadata of `placement`.
+
+    Args:
+      column: of the rejected answer. where: file and record of a document, for errors.
 
     Raises:
-      UserError: a record without one of the three texts, or longer than a row of `capacity` slots.
+      UserError: a record without one of the three texts, or longer than a row of `capacity` positions.
     """
-    column, tokenizer = corpora.config.dpo.rejected, corpora.tokenizer
     known, spec = cache.manifest["metadata_fields"], cache.manifest["source"]["spec"]
     require(
         column in known,
@@ -56,21 +59,22 @@ def pair_rows(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.n
     )
     answers = Answers(cache, build_metadata_table(cache, tokenizer, f"{{{field_of(column)}}}"))
     inputs = answers.lengths()[documents] + 1
-    slots = inputs.sum(axis=1) + 2 * sides.overhead(documents)
+    needed = inputs.sum(axis=1) + 2 * placement.overhead(documents)
     wrong = {
-        "no prompt (metadata.template)": sides.front.owner[documents] < 0,
+        "no prompt (metadata.template)": placement.parts[0].ids.owner[documents] < 0,
         "no chosen answer": inputs[:, 0] == 1,
         f"no rejected answer ({column!r})": inputs[:, 1] == 1,
-        f"its two answers with their prompts take more than the {capacity} slots of a row (data.row_length)": slots > capacity,
+        f"its two answers with their prompts take more than the {capacity} positions of a row (data.row_length)": needed
+        > capacity,
     }
     for reason, found in wrong.items():
         if found.any():
-            place = cache.manifest, corpora.config.data.on_bad_record, corpora.paths.cache, corpora.paths.data
-            where = place_of(*place, int(documents[found].min()))
-            raise UserError(f"{where}: {reason}; so are {found.sum()} of {len(found)} records")
-    index = pack(documents, slots, np.zeros_like(slots), capacity, "best_fit")
+            raise UserError(f"{where(int(documents[found].min()))}: {reason}; so are {found.sum()} of {len(found)} records")
+    index = pack(documents, needed, np.zeros_like(needed), capacity, "best_fit")
     pairs = index.pieces[:, :1]
     halves = np.stack([2 * pairs + [0, 1], np.zeros((len(pairs), 2)), answers.lengths()[pairs[:, 0]] + 1], axis=-1)
     index = RowIndex(halves.reshape(-1, 3).astype(np.int32), 2 * index.offsets)
-    prompts = replace(sides, front=replace(sides.front, owner=np.repeat(sides.front.owner, 2)))
+    [prompt] = placement.parts
+    prompt = replace(prompt, ids=replace(prompt.ids, owner=np.repeat(prompt.ids.owner, 2)))
+    prompts = replace(placement, parts=(prompt,))
     return PairRows(index, answers, prompts, tokenizer.vocabulary, capacity)

@@ -28,29 +28,22 @@ from metajax.data.cache import TokenCache, build_metadata_table, digest, read_do
 from metajax.data.documents import is_held_out
 from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import (
-    MetadataIds,
-    Sides,
-    check_fields,
-    delimiters,
-    dropped_owner,
-    owners,
-    side_templates,
-    uniform_hash,
-)
+from metajax.data.metadata import MetadataIds, Placed, Placement, check_fields, delimiters, dropped_owner, owners, uniform_hash
 from metajax.data.mixture import Mixture
+from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.pairs import pair_rows
-from metajax.data.questions import Task
+from metajax.data.positions import spots
+from metajax.data.questions import QuestionFile
 from metajax.data.rows import Row, RowSource, finish, padding_row, stack
-from metajax.data.sources import open_source, parse_spec, place_of, told
+from metajax.data.sources import open_source, parse_spec, place_of, source_notes
 from metajax.data.sources.files import JOINED
-from metajax.data.tasks.source import PAUSES, Examples, TaskRows, assemble
+from metajax.data.tasks.examples import PAUSES, Examples, TaskRows, assemble
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
 
 Note = Callable[[str], None]
-EVALUATION_SEED = 20_250_601  # held-out documents, their order and their meta-token slots are the same for every run
+EVALUATION_SEED = 20_250_601  # the order of held-out documents and their meta-token positions are the same for every run
 
 
 @dataclass(frozen=True)
@@ -76,6 +69,10 @@ class Corpora:
         """Identity of the data itself: changes when a source or the tokenizer does."""
         return digest(self.tokenizer.fingerprint(), *(cache.key for cache in self.caches))
 
+    def where(self, cache: TokenCache) -> Callable[[int], str]:
+        """From a document of a cache to its file and record, for errors."""
+        return partial(place_of, cache.manifest, self.config.data.on_bad_record, self.paths.cache, self.paths.data)
+
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a body token stands for, over all sources."""
@@ -89,6 +86,7 @@ def derive_seed(*parts: object) -> int:
 
 def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Corpora:
     """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, its parts by `make`."""
+    check_names(config)
     data = config.data
     sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
 
@@ -105,7 +103,7 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
     caches = tuple(
         build_token_cache(
             source,
-            tokenizer.marked() if parse_spec(source.spec)[2].markers else tokenizer,
+            tokenizer.marked() if parse_spec(source.spec).columns.markers else tokenizer,
             cache_dir=paths.cache,
             on_bad_record=data.on_bad_record,
             make=make,
@@ -120,13 +118,13 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
 def notes(cache: TokenCache) -> list[str]:
     """What a person should know of a tokenised corpus, a line each."""
     manifest, source = cache.manifest, cache.manifest["source"]
-    return told(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
+    return source_notes(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
 
 
 # ------------------------------------------------------------------------------------------------------ rows
 
 
-def _one_side(corpora: Corpora, cache: TokenCache, template: str, condition: str, documents: np.ndarray) -> MetadataIds:
+def _ids_of(corpora: Corpora, cache: TokenCache, template: str, condition: str, documents: np.ndarray) -> MetadataIds:
     """A template's strings, or with "" the learnable tokens as the one string that all documents share."""
     recipe, tokenizer = corpora.config.metadata, corpora.tokenizer
     if template:
@@ -142,38 +140,36 @@ def _one_side(corpora: Corpora, cache: TokenCache, template: str, condition: str
     return MetadataIds(ids, offsets, owner, *delimiters(recipe, tokenizer))
 
 
-def _sides(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Sides:
-    """What stands beside the documents; metadata that no row takes is dropped and noted where the recipe says so."""
+def _placement(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Placement:
+    """The metadata of the documents; metadata that no row can hold is dropped and noted where the recipe says so."""
     recipe = corpora.config.metadata
     if recipe is None or condition == "none" or (condition == "training" and recipe.position == "none"):
-        return Sides()
-    front, behind = (
-        None if template is None else _one_side(corpora, cache, template, condition, documents)
-        for template in side_templates(recipe)
+        return Placement()
+    parts = tuple(
+        Placed(spot.at, _ids_of(corpora, cache, spot.template, condition, documents), spot.loss_weight) for spot in spots(recipe)
     )
-    sides = Sides(front, behind, recipe.bos_eos == "outside", recipe.loss_weights)
+    placement = Placement(parts, recipe.bos_eos == "outside")
     most = most_overhead(row_capacity(corpora.config))
-    long = documents[sides.overhead(documents) > most]
+    long = documents[placement.overhead(documents) > most]
     if len(long) and recipe.too_long == "drop":
-        for side in filter(None, (front, behind)):
-            side.owner[long] = dropped_owner(recipe)
+        for part in parts:
+            part.ids.owner[long] = dropped_owner(recipe)
         note(
             f"{cache.manifest['source']['spec']}: the metadata of {len(long)} of {len(documents)} documents ({condition}) takes more than "
             f"the {most} tokens that a row has for it and was dropped, first that of document {long.min()}"
         )
-    return sides
+    return placement
 
 
-def _index(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.ndarray, style: str) -> RowIndex:
+def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents: np.ndarray, style: str) -> RowIndex:
     """The packed row index, built once for each recipe, then memory-mapped and checked against its hash."""
     config = corpora.config
     capacity = row_capacity(config)
-    overhead = sides.overhead(documents)
+    overhead = placement.overhead(documents)
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
     folder = corpora.paths.cache / "rows" / digest(FORMAT, cache.key, recipe, capacity, style)
     if not folder.exists():
-        where = partial(place_of, cache.manifest, config.data.on_bad_record, corpora.paths.cache, corpora.paths.data)
-        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, where)
+        index = pack(documents, np.asarray(cache.lengths)[documents] + 1, overhead, capacity, style, corpora.where(cache))
         with sealed_folder(folder) as work:
             save_array(work / "pieces.npy", index.pieces)
             save_array(work / "offsets.npy", index.offsets)
@@ -182,7 +178,7 @@ def _index(corpora: Corpora, cache: TokenCache, sides: Sides, documents: np.ndar
 
 
 def row_capacity(config: Config) -> int:
-    """Slots of a row that are left for text and metadata once the meta-tokens have theirs."""
+    """Positions of a row that are left for text and metadata once the meta-tokens have theirs."""
     return config.row_slots - meta_count(config)
 
 
@@ -194,10 +190,11 @@ def meta_count(config: Config) -> int:
 def _rows(
     corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str, note: Note = warn
 ) -> RowSource:
-    sides = _sides(corpora, cache, condition, documents, note)
+    placement = _placement(corpora, cache, condition, documents, note)
     if condition == "training" and corpora.config.dpo is not None:
-        return pair_rows(corpora, cache, sides, documents, row_capacity(corpora.config))
-    index = _index(corpora, cache, sides, documents, packing)
+        column, capacity = corpora.config.dpo.rejected, row_capacity(corpora.config)
+        return pair_rows(column, corpora.tokenizer, cache, placement, documents, capacity, corpora.where(cache))
+    index = _index(corpora, cache, placement, documents, packing)
     inputs = int(cache.lengths[documents].sum(dtype=np.int64)) + len(documents)
     left_out = inputs - int(index.pieces[:, 2].sum(dtype=np.int64))
     if left_out:
@@ -205,7 +202,7 @@ def _rows(
             f"{cache.manifest['source']['spec']}: data.packing={packing} leaves out {left_out:,} of {inputs:,} tokens, the rest of "
             "documents that the end of a row cuts"
         )
-    return RowSource(index, cache.__getitem__, sides, corpora.tokenizer.vocabulary, row_capacity(corpora.config))
+    return RowSource(index, cache.__getitem__, placement, corpora.tokenizer.vocabulary, row_capacity(corpora.config))
 
 
 def complete_row(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
@@ -257,21 +254,21 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
     for line in itertools.chain.from_iterable(map(notes, corpora.caches)):
         note(line)
     streams = []
-    for phase in (0, 1) if switch is not None and switch.anew else (0,):
+    for phase in (0, 1) if switch is not None and switch.fresh else (0,):
         for i in range(sources):
             rows = grain.MapDataset.source(phase_rows(corpora, i, phase, note))
             streams.append(rows.shuffle(seed=_phase_seed("shuffle", config.seed, i, phase)).repeat())
     weights = data.weights or (1.0,) * sources
     mixture = Mixture(weights)
     if switch is not None:
-        mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.anew)
+        mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.fresh)
     mixed = grain.MapDataset.select_from_datasets(streams, mixture)
     complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))
 
 
 def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: Note = warn) -> grain.MapDataset:
-    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, slots]; `note` as above."""
+    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, positions]; `note` as above."""
     global_rows = corpora.config.data.batch_rows
     require(global_rows % hosts == 0, f"data.batch_rows = {global_rows} does not divide by {hosts} hosts")
     local = global_rows // hosts
@@ -326,7 +323,7 @@ def check_evaluation(corpora: Corpora) -> None:
     """UserError now, not after training, where held-out documents cannot be shown as `evaluation.conditions` asks, or a file of
     questions cannot be read."""
     choice = corpora.config.evaluation.choice
-    for task in map(Task.of, choice.tasks if choice is not None else ()):
+    for task in map(QuestionFile.of, choice.tasks if choice is not None else ()):
         for path in {task.path, task.shots_from}:
             task.read(path, corpora.paths.data)
     if corpora.config.evaluation.documents:
@@ -370,13 +367,13 @@ def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
 
 
 def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
-    """The test examples of one bin, one to a row of `length` slots, in batches of equal shape; the same for every run.
+    """The test examples of one bin, one to a row of `length` positions, in batches of equal shape; the same for every run.
 
-    A batch has no more slots than a micro-batch of training, and a multiple of `shards` rows; padding rows fill the last.
+    A batch has no more positions than a micro-batch of training, and a multiple of `shards` rows; padding rows fill the last.
     """
     config, examples = corpora.config, task_examples(corpora)
-    slots = config.data.batch_rows * config.row_slots // config.training.accumulate
-    size = max(1, slots // length // shards) * shards
+    positions = config.data.batch_rows * config.row_slots // config.training.accumulate
+    size = max(1, positions // length // shards) * shards
     meta_slots = PAUSES if config.meta_tokens is not None else None
     rows = [
         assemble([examples.test(task, length, n)], length, corpora.tokenizer, meta_slots)

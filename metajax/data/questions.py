@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 
 from metajax.core import json_lines
 from metajax.core.errors import nearest, require
-from metajax.data.sources import find_files
+from metajax.data.sources.files import find_files
 
 Record = Mapping[str, Any]
 DELIMITER = " "  # between a prompt and its answer
@@ -27,7 +27,7 @@ BETWEEN = "\n\n"  # between solved examples
 class Question:
     """What is scored: each context with its answer. `weighed` are the texts whose lengths acc_norm divides by; gold is the right one.
 
-    greedy: one answer, which counts as right when it is the most likely text, token by token. description: what stands in front of it and
+    greedy: one answer, which counts as right when it is the most likely text, token by token. description: what comes before it and
     of the solved examples, which are then of those with the same.
     """
 
@@ -90,7 +90,7 @@ def _openbookqa(record: Record) -> Question:
 
 
 def _passage(record: Record) -> Question:
-    """A passage that breaks off before the value, which stands somewhere in it (Arora et al., arXiv 2407.05483)."""
+    """A passage that ends before the value, which occurs somewhere in it (Arora et al., arXiv 2407.05483)."""
     return Question((record["text"],), (DELIMITER + record["value"],), (record["value"],), 0)
 
 
@@ -104,10 +104,10 @@ def _social_iqa(record: Record) -> Question:
 
 
 def _winogrande(record: Record) -> Question:
-    """The names differ, and what follows the blank is scored behind each."""
-    before, _, behind = record["sentence"].partition("_")
+    """The names differ, and what follows the blank is scored after each."""
+    before, _, after = record["sentence"].partition("_")
     contexts = (before + record["option1"], before + record["option2"])
-    return Question(contexts, (DELIMITER + behind.strip(),) * 2, contexts, int(record["answer"]) - 1)
+    return Question(contexts, (DELIMITER + after.strip(),) * 2, contexts, int(record["answer"]) - 1)
 
 
 KINDS: dict[str, Callable[[Record], Question]] = {
@@ -116,7 +116,7 @@ KINDS: dict[str, Callable[[Record], Question]] = {
     "jsonl": lambda record: asked(record["query"], record["choices"], record["gold"]),
 }  # fmt: skip
 COMPLETED = ("fda", "squad_completion", "swde")  # kinds whose value a model is to write, the others' answers are weighed
-# What MeCo puts in front for conditional inference: invented addresses that fit a task.
+# What MeCo puts before a prompt for conditional inference: invented addresses that fit a task.
 SITES = {
     "mmlu_continuation": "testprepportal", "arc_easy": "sciencestudyquiz", "arc_challenge": "sciencestudyquiz", "commonsense_qa": "quizsmart",
     "hellaswag": "wikihowquiz", "openbookqa": "factquizmaster", "piqa": "basicknowledgequiz", "social_iqa": "socialskillsassessment",
@@ -125,7 +125,7 @@ SITES = {
 
 
 @dataclass(frozen=True)
-class Task:
+class QuestionFile:
     """A file of questions. spec: KIND:FILE[?shots_from=FILE&name=NAME&source=TEXT].
 
     shots_from: where solved examples come from, the file itself where it is left out. name: of the results, the kind's where it is left
@@ -139,7 +139,7 @@ class Task:
     shots_from: str
 
     @classmethod
-    def of(cls, spec: str) -> Task:
+    def of(cls, spec: str) -> QuestionFile:
         """UserError for an unknown kind or option."""
         head, _, query = spec.partition("?")
         kind, _, path = head.partition(":")
@@ -178,7 +178,7 @@ def _fields(record: Any) -> str:
 
 def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
     """(ids of the context, ids of the answer) as the harness has them: spaces at the context's end belong to the answer, and the answer is
-    what the ids of both together have behind the context's own."""
+    what the ids of both together have after the context's own."""
     kept = context.rstrip()
     before = encode(kept)
     return before, encode(context + answer)[len(before) :]

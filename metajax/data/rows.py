@@ -1,11 +1,11 @@
 """Assembling one row from its pieces: tokens, targets, loss weights, segments - all decided here.
 
-Row anatomy (every array has one entry a slot; `finish` adds positions):
+Row anatomy (every array has one entry a position; `finish` adds `positions`):
   tokens        int32    what the model reads
-  targets       int32    what it is asked for at this slot
-  loss_weights  float32  weight of that question in the training loss; 0 on padding
+  targets       int32    the token to predict at this position
+  loss_weights  float32  weight of that target in the training loss; 0 on padding
   is_body       bool     the target is a token of a document's body (what bits per byte counts)
-  is_metadata   bool     the slot holds metadata or one of its delimiters (for counting and for `show --rows`)
+  is_metadata   bool     the position holds metadata or one of its delimiters (for counting and for `show --rows`)
   asks_metadata bool     the target is such a token
   segment_ids   int32    documents of the row numbered from 1; 0 is padding
   positions     int32    index inside the segment
@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from metajax.data.encoding import Vocabulary
-from metajax.data.metadata import Sides
+from metajax.data.metadata import Placement
 from metajax.data.packing import RowIndex
+from metajax.data.positions import after, before
 
 Row = dict[str, np.ndarray]
-BEGIN, FRONT, BODY, BEHIND, END, NOTHING = range(6)  # what a slot holds, and what it is asked for
+BEGIN, BODY, END, NOTHING, METADATA = range(5)  # what a position holds, and its target; METADATA + i is part i of the metadata
 
 
 class RowSource:
@@ -33,65 +34,58 @@ class RowSource:
     Args:
       index: which pieces make which row.
       read: document id -> its body ids.
-      metadata: what stands beside every piece of a document.
+      metadata: the metadata of every piece.
       vocabulary: special ids.
-      capacity: slots of a row before meta-tokens are injected.
+      capacity: positions of a row before meta-tokens are injected.
     """
 
     def __init__(
-        self, index: RowIndex, read: Callable[[int], np.ndarray], metadata: Sides, vocabulary: Vocabulary, capacity: int
+        self, index: RowIndex, read: Callable[[int], np.ndarray], metadata: Placement, vocabulary: Vocabulary, capacity: int
     ):
         self.index, self.read, self.metadata, self.vocabulary, self.capacity = index, read, metadata, vocabulary, capacity
-        front, behind = metadata.loss_weights
-        self._weights = np.array([0.0, front, 1.0, behind, 1.0, 0.0], np.float32)  # of BEGIN .. NOTHING as a target
+        self._weights = np.array(
+            [0.0, 1.0, 1.0, 0.0, *(part.loss_weight for part in metadata.parts)], np.float32
+        )  # by what is asked for
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, n: Any) -> Row:
-        row: Row = {
-            "tokens": np.full(self.capacity, self.vocabulary.pad, np.int32),
-            "targets": np.full(self.capacity, self.vocabulary.pad, np.int32),
-            "loss_weights": np.zeros(self.capacity, np.float32),
-            "is_body": np.zeros(self.capacity, bool),
-            "is_metadata": np.zeros(self.capacity, bool),
-            "asks_metadata": np.zeros(self.capacity, bool),
-            "segment_ids": np.zeros(self.capacity, np.int32),
-        }
-        at = 0
-        for segment, (document, start, length) in enumerate(self.index.row(int(n)).tolist(), 1):
-            piece = self._piece(document, start, length)
-            end = at + len(piece["tokens"])
-            for name, values in piece.items():
-                row[name][at:end] = values
-            row["segment_ids"][at:end] = segment
-            at = end
-        return row
+        pieces = [self._piece(*piece) for piece in self.index.row(int(n)).tolist()]
+        return joined(pieces, self.capacity, self.vocabulary.pad)
 
     def _piece(self, document: int, start: int, length: int) -> Row:
-        """Inputs start .. start + length - 1 of a document between its metadata; input 0 is the BOS.
+        """Inputs start .. start + length - 1 of a document with its metadata; input 0 is the BOS.
 
-        Every slot is asked for the next one, with two exceptions where a document is cut. In front of a later piece the last
-        metadata token asks nothing: the piece before has asked for the first body token already. The last body token of a
-        piece that goes on asks for that token, so that no body token is lost or depends on metadata behind the text; the
-        metadata behind it is asked for from its second token on.
+        The target of every position is the next token, with two exceptions where a document is cut. Before a later piece the last
+        metadata token has no target: the piece before it has predicted the first body token already. The last body token of a piece
+        whose document continues predicts the next body token, so that no body token is lost or depends on metadata after the text. The metadata after it is
+        then predicted from its second token on.
         """
-        body, (front, behind) = self.read(document), self.metadata.ids(document)
+        body, metadata = self.read(document), self.metadata
         begins, ends = start == 0, start + length > len(body)
         inside = body[max(start, 1) - 1 : start + length - 1]
+        first, last, parts, cut, lead = [], [], [], 0, 0
+        for kind, part in enumerate(metadata.parts, METADATA):
+            ids = part.ids[document]
+            if part.at is before or part.at is after:
+                (first if part.at is before else last).append((ids, kind))
+                continue
+            at = part.at(len(inside))
+            parts += [(inside[cut:at], BODY), (ids, kind)]
+            cut, lead = at, lead + len(ids) * (at == 0)
+        parts.append((inside[cut:], BODY))
         bos, eos = ([self.vocabulary.bos] * begins, BEGIN), ([self.vocabulary.eos] * ends, END)
-        if self.metadata.outside:
-            parts = [bos, (front, FRONT), (inside, BODY), (behind, BEHIND), eos]
-        else:
-            parts = [(front, FRONT), bos, (inside, BODY), eos, (behind, BEHIND)]
+        parts = [bos, *first, *parts, *last, eos] if metadata.outside else [*first, bos, *parts, eos, *last]
         stream = np.concatenate([*(ids for ids, _ in parts), [self.vocabulary.pad]]).astype(np.int32)
         kinds = np.repeat([*(kind for _, kind in parts), NOTHING], [*(len(ids) for ids, _ in parts), 1])
         stream, targets, kinds, asked = stream[:-1], stream[1:].copy(), kinds[:-1], kinds[1:].copy()
         if not ends:
-            last = len(stream) - len(behind) - 1
-            targets[last], asked[last] = body[start + length - 1], BODY
-        if not begins and len(front):
-            asked[len(front) - 1] = NOTHING
+            at = len(stream) - sum(len(ids) for ids, _ in last) - 1
+            targets[at], asked[at] = body[start + length - 1], BODY
+        lead += sum(len(ids) for ids, _ in first)
+        if not begins and lead:
+            asked[lead - 1] = NOTHING
         if kinds[-1] == END:  # a target alone
             stream, kinds, targets, asked = stream[:-1], kinds[:-1], targets[:-1], asked[:-1]
         return {
@@ -99,9 +93,28 @@ class RowSource:
             "targets": targets,
             "loss_weights": self._weights[asked],
             "is_body": asked == BODY,
-            "is_metadata": (kinds == FRONT) | (kinds == BEHIND),
-            "asks_metadata": (asked == FRONT) | (asked == BEHIND),
+            "is_metadata": kinds >= METADATA,
+            "asks_metadata": asked >= METADATA,
         }
+
+
+KINDS = {
+    "tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "is_body": bool, "is_metadata": bool, "asks_metadata": bool,
+    "segment_ids": np.int32,
+}  # fmt: skip
+
+
+def joined(pieces: Sequence[Row], length: int, pad: int) -> Row:
+    """Pieces one after the other as the segments of a row, followed by padding; arrays that a piece lacks are 0."""
+    row = {name: np.full(length, pad if name in ("tokens", "targets") else 0, kind) for name, kind in KINDS.items()}
+    at = 0
+    for segment, piece in enumerate(pieces, 1):
+        end = at + len(piece["tokens"])
+        for name, values in piece.items():
+            row[name][at:end] = values
+        row["segment_ids"][at:end] = segment
+        at = end
+    return row
 
 
 def finish(row: Row, *, attend_across_documents: bool) -> Row:

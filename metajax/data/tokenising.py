@@ -1,4 +1,4 @@
-"""Making the tokenised corpus: part by part, by processes here or elsewhere (`Make`), taking up what an earlier start has left.
+"""Build the tokenised corpus in parts, by processes here or elsewhere (`Make`). Parts that an earlier start finished are kept.
 
 A part is a range of records, the same whoever makes it, and is written whole or not at all. The cache that the parts are
 put together to is the same byte for byte however it was made. Compressed files are read from their beginning for every part of them.
@@ -28,7 +28,7 @@ from metajax.core.progress import progress
 from metajax.core.sealed import FORMAT, HASHES, Sealed, save_array, sealed_folder
 from metajax.core.workers import process_pool
 from metajax.data.cache import ARRAYS, TokenCache, bad_record, digest, read_documents
-from metajax.data.documents import BadRecord, Document, Source, origin_bucket, place, tally_of
+from metajax.data.documents import BadRecord, Document, Source, origin_bucket
 from metajax.data.encoding import Tokenizer
 
 CHUNK = 512  # records tokenised at a time
@@ -37,7 +37,9 @@ FACTS = "part.json"
 SCHEMA = pa.schema([("metadata", pa.string())])
 Advance = Callable[[int], None]
 Facts = dict[str, Any]
-Make = Callable[["Job", Sequence[int]], Iterator[int]]  # makes these parts of a job and gives the number of each that is there
+Make = Callable[
+    ["Job", Sequence[int]], Iterator[int]
+]  # makes these parts of a job; yields the number of each when it is complete
 
 
 def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[int]:
@@ -52,7 +54,7 @@ def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[i
 def build_token_cache(
     source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str, make: Make = in_processes, part: int = PART
 ) -> TokenCache:
-    """The tokenised form of `source`, made now with a progress bar or opened when it is there.
+    """The tokenised form of `source`, built now with a progress bar, or opened if it exists.
 
     Args:
       make: who makes the parts of a corpus of several. part: records of a part.
@@ -104,7 +106,7 @@ class Job:
             advance(len(ranges[n]))
 
     def make(self, number: int) -> int:
-        """A part, whole or not at all, unless it is there; its number comes back."""
+        """Make a part, whole or not at all, unless it exists; returns its number."""
         if not (self.folder(number) / HASHES).exists():
             with sealed_folder(self.folder(number)) as work:
                 (work / FACTS).write_text(json.dumps(self.write(number, work, lambda records: None)))
@@ -114,7 +116,7 @@ class Job:
         """Tokens, the arrays of the cache and the metadata of a part's documents; returns what the manifest needs of it."""
         dtype = _dtype(self.tokenizer)
         found: dict[str, list[int]] = {name: [] for name in ARRAYS}
-        bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(tally_of(self.source))
+        bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(self.source.tally)
         writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
         table = pq.ParquetWriter(folder / "metadata.parquet", SCHEMA)
         for chunk in _chunks(read_documents(self.source, self.on_bad_record, self.ranges[number])):
@@ -140,7 +142,7 @@ class Job:
             save_array(folder / f"{name}.npy", np.array(found[name], kind))
         sizes = {name: sum(found[name]) for name in ("lengths", "bytes")}
         facts = {"bad": bad, "unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
-        return {**facts, "documents": len(found["lengths"]), **sizes, "tally": tally_of(self.source) - before}
+        return {**facts, "documents": len(found["lengths"]), **sizes, "tally": self.source.tally - before}
 
     def encode(self, documents: list[Document], records: list[int]) -> tuple[list[Document], list[list[int]], list[int]]:
         """(documents that the tokenizer can encode, their ids, the records of the others, which are bad)."""
@@ -148,7 +150,7 @@ class Job:
         failed = []
         for record, ids in zip(records, encoded, strict=True):
             if isinstance(ids, BadRecord):
-                bad_record(f"{place(self.source, record)}: {ids}", self.on_bad_record)
+                bad_record(f"{self.source.where(record)}: {ids}", self.on_bad_record)
                 failed.append(record)
         good = [n for n, ids in enumerate(encoded) if not isinstance(ids, BadRecord)]
         return [documents[n] for n in good], [encoded[n] for n in good], failed

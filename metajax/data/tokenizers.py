@@ -83,12 +83,7 @@ class HuggingFace(Tokenizer):
     kind = "hf"
 
     def __init__(
-        self,
-        spec: str,
-        library: tokenizers.Tokenizer,
-        bos: str | None = None,
-        eos: str | None = None,
-        named: Sequence[str] = (),
+        self, spec: str, library: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None, named: Sequence[str] = ()
     ):
         self.spec, self._library, self._told = spec, library, (bos, eos, *([sorted(named)] if named else []))
         self._readers = {"text": library}
@@ -279,7 +274,7 @@ def _bpe_base(spec: str) -> int:
 def _whole_words(spec: str) -> tuple[str, ...]:
     """What `bpe:N+tasks` holds as one token each, nothing for `bpe:N`."""
     _, plus, words = spec.partition("+")
-    require(not plus or words == "tasks", f"data.tokenizer = {spec!r}: unknown {words!r} behind the +; known: tasks")
+    require(not plus or words == "tasks", f"data.tokenizer = {spec!r}: unknown {words!r} after the +; known: tasks")
     return RESERVED_PIECES if plus else ()
 
 

@@ -24,7 +24,7 @@ from metajax.core.progress import progress
 from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
-from metajax.data.questions import BETWEEN, COMPLETED, Question, Task, encode_pair
+from metajax.data.questions import BETWEEN, COMPLETED, Question, QuestionFile, encode_pair
 from metajax.data.rows import Row, padding_row, stack
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.held_out import require_finite, require_rows
@@ -45,7 +45,7 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
     "questions" and "passages" are the mean acc of each sort, if the run has tasks of that sort.
     """
     choice, config = corpora.config.evaluation.choice, corpora.config
-    tasks = [Task.of(spec) for spec in choice.tasks]
+    tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context in choice.contexts for shots in choice.shots}
     with progress(f"choices of {config.name}", total=len(tasks) * len(found)) as advance:
@@ -71,10 +71,10 @@ def check_choice(corpora: Corpora) -> None:
         pass
 
 
-def _asked(corpora: Corpora) -> Iterator[tuple[Task, str, list[Question], str | None]]:
+def _asked(corpora: Corpora) -> Iterator[tuple[QuestionFile, str, list[Question], str | None]]:
     """(task, setting, questions with their solved examples, metadata before everything) of every task and setting."""
     choice, config = corpora.config.evaluation.choice, corpora.config
-    tasks = [Task.of(spec) for spec in choice.tasks]
+    tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     require(
         len(set(names)) == len(names),
@@ -105,7 +105,7 @@ def with_shots(question: Question, number: int, examples: Sequence[Question], sh
     return replace(question, contexts=tuple(before + context for context in question.contexts))
 
 
-def in_front(config: Config, context: str, task: Task) -> str | None:
+def in_front(config: Config, context: str, task: QuestionFile) -> str | None:
     """The metadata before everything: none, the empty pair, or the task's source."""
     if context != "task":
         return None if context == "none" else ""

@@ -14,7 +14,7 @@ from metajax.config import Config
 from metajax.core.errors import require
 from metajax.core.progress import progress
 from metajax.data.pipeline import Corpora, task_batches
-from metajax.data.tasks.prompts import chance
+from metajax.data.tasks import task as registered
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.statistics import share_interval
 from metajax.training.program import Program
@@ -43,7 +43,7 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
                     scored = summarise(
                         _score(program, task_batches(corpora, task, length, row_shards(program.mesh)), model, apply)
                     )
-                results[task][str(length)] = scored | {"chance": chance(task, tasks)}
+                results[task][str(length)] = scored | {"chance": registered.find(task, "tasks.names").chance(tasks)}
                 advance(1)
     return results
 

@@ -198,7 +198,9 @@ def _run_sentence(report: dict[str, Any], config: Config) -> str:
 def _metadata_words(recipe: Metadata) -> str:
     what = f"{recipe.tokens} learnable tokens" if recipe.tokens else f"metadata {recipe.template!r}"
     whose = " of another document" if recipe.assigned == "shuffled" else ""
-    where = {"prepend": "before", "append": "behind", "both": "before and behind"}[recipe.position]
+    where = {"prepend": "before", "append": "after", "both": "before and after"}.get(
+        recipe.position, f"at position {recipe.position!r} of"
+    )
     return f"{what}{whose} {where} {recipe.keep:.0%} of the documents"
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from metajax.data.annotators import Column, field_of
-from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket, tally_of
+from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
 from metajax.data.metadata import render, template_columns, template_fields
-from metajax.data.sources import told
+from metajax.data.sources import source_notes
 from metajax.data.sources.files import NO_TEXT
 from metajax.data.sources.joined import Joined
 
@@ -99,18 +99,15 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
 
 def _readable(source: Source, records: range) -> tuple[list[Document], list[str]]:
     """(the documents, what to say of them and of records that cannot be read); BadRecord where none can."""
-    documents, first = [], None
-    for i in records:
-        try:
-            documents.append(source[i])
-        except BadRecord as error:
-            first = first or error
+    found = list(source.read(records))
+    documents = [document for document in found if isinstance(document, Document)]
+    first = next((document for document in found if isinstance(document, BadRecord)), None)
     if not documents:
         raise first
     bad = len(records) - len(documents)
     notes = [f"{bad:,} of {len(records):,} records cannot be read, first {first}"] if bad else []
-    tally = Counter(tally_of(source))
-    notes += told(source.spec, len(documents), tally, source.ids() if isinstance(source, Joined) else None)
+    tally = Counter(source.tally)
+    notes += source_notes(source.spec, len(documents), tally, source.ids() if isinstance(source, Joined) else None)
     left_out = {name: count for name, count in tally.items() if name.startswith(NO_TEXT) and count}
     return documents, notes + [
         f"column {name.removeprefix(NO_TEXT)!r}: {count:,} values cannot be text and are left out"

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metajax.core.storage import SCHEME, fill, home, outages, publish, stage
-from metajax.config import config_hash, difference
+from metajax.config import AnyConfig, config_from, config_hash, difference
 from metajax.core.errors import UserError, nearest, require
-from metajax.core.fields import to_dict
-from metajax.config import AnyConfig, config_from
+from metajax.core.fields import require_all_read, to_dict
 from metajax.core.progress import warn
 from metajax.runs.files import CONFIG, Mark, find_json, read_json, recall, write_json
 from metajax.runs.place import Place
@@ -33,7 +32,9 @@ T = TypeVar("T")
 LOCK = ".lock"  # one that a process left which is gone locks nothing
 RUN_LOG = "run.log"  # of a run that is made beside others
 FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there before the run is
-ORIGIN = "imported.json"  # of an imported run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
+ORIGIN = (
+    "imported.json"  # of an imported run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -106,7 +107,7 @@ def git_state() -> dict[str, Any]:
 
 
 def _is_first() -> bool:
-    from metajax.distributed.hosts import is_first  # starts with JAX, which finding runs does without
+    from metajax.distributed.hosts import is_first  # imports JAX, which finding runs does not need
 
     return is_first()
 
@@ -120,7 +121,7 @@ class RunDirectory:
     warnings: list[str] = field(default_factory=list)
     id: str = ""  # made once, kept in config.json: what other files are held against
     data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known when the run begins
-    logged: Mark | None = None  # of metrics.jsonl, as the checkpoint has it from which the run goes on
+    logged: Mark | None = None  # of metrics.jsonl, from the checkpoint that the run resumes from
     _lock: Any = None
     _place: Place | None = None
 
@@ -150,6 +151,7 @@ class RunDirectory:
             found = recall(path / "warnings.json", run.warn, "the warnings of earlier starts are lost")
             run.warnings = [*(found or {}).get("warnings", []), *run.warnings]
         else:
+            require_all_read(config)
             run.id = secrets.token_hex(4)
         run._place = Place(path)
         return run
@@ -190,12 +192,17 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write config.json, without which a folder is not taken for a run."""
-        self.write(CONFIG, {"id": self.id, "hash": config_hash(self.config), "config": to_dict(self.config)})
+        self.write(CONFIG, {"id": self.id, "hash": self.hash, "config": to_dict(self.config)})
 
     @property
     def identity(self) -> dict[str, Any]:
         """What every checkpoint of this run has in common; see `require_same_run`."""
-        return _identity(self.config) | self.data
+        return _identity(self.config, self.hash) | self.data
+
+    @property
+    def hash(self) -> str:
+        """See `hash_of`."""
+        return hash_of(self.path, self.config)
 
     def close(self) -> None:
         """Publish what a stage holds, and release the lock."""
@@ -266,13 +273,19 @@ def require_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path
     )
 
 
-def _identity(config: AnyConfig) -> dict[str, Any]:
-    return {"name": config.name, "scale": config.scale, "seed": config.seed, "hash": config_hash(config)}
+def _identity(config: AnyConfig, hash_: str) -> dict[str, Any]:
+    return {"name": config.name, "scale": config.scale, "seed": config.seed, "hash": hash_}
+
+
+def hash_of(workdir: Path, config: AnyConfig) -> str:
+    """The hash that a run was made under, which an earlier config version may have computed in another way; that of `config` for a new run."""
+    return (find_json(workdir / CONFIG) or {}).get("hash") or config_hash(config)
 
 
 def identity_of(workdir: Path) -> dict[str, Any]:
     """`RunDirectory.identity` of a run that nobody has open."""
-    return _identity(read_config(workdir)) | (find_json(workdir / "data.json") or {})
+    config = read_config(workdir)
+    return _identity(config, hash_of(workdir, config)) | (find_json(workdir / "data.json") or {})
 
 
 def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, workdir: Path) -> None:
@@ -305,7 +318,7 @@ def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The held-out results of a report's `eval`, by condition; what it has on tasks and choices stands beside them, images have none."""
+    """The held-out results of a report's `eval` by condition, without those of tasks and choices; empty for images."""
     return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
 
 
@@ -318,7 +331,7 @@ def list_runs(root: Path) -> list[Path]:
     for folder, folders, files in os.walk(root, onerror=_tell):
         is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
         found += [Path(folder)] if is_run else []
-        # Of a run that goes on checkpoints vanish while one looks; what it has set aside is no run.
+        # Checkpoints of a running process may vanish while this looks; files that it has set aside are no run.
         folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
     runs = [run for run, _ in readable(found, read_config)]
     return sorted(runs, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)

@@ -34,10 +34,23 @@ REMEDIES = {
     "words.json": "delete report.json, give the command of the run again, and both are made again",
     "table.json": "it is made again; seeds of earlier commands are shown when they are asked for",
 }
-LISTS = {"words.json": "words", "warnings.json": "warnings", "time.json": "starts"}  # may be lists: the first is, earlier versions' others
+LISTS = {
+    "words.json": "words",
+    "warnings.json": "warnings",
+    "time.json": "starts",
+}  # may be lists: the first is, earlier versions' others
 RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
 BIN = {"exact": (*NUMBER, NULL), "*": object}
-SPENT = ("from", "steps", "lost", "startup", "compile", "data_wait", "checkpoint", "evaluation")  # seconds of one start, from a step
+SPENT = (
+    "from",
+    "steps",
+    "lost",
+    "startup",
+    "compile",
+    "data_wait",
+    "checkpoint",
+    "evaluation",
+)  # seconds of one start, from a step
 # What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
 SHAPES: dict[str, Any] = {
     CONFIG: {"?config": dict, "?id": str, "?hash": str},
@@ -62,7 +75,11 @@ SHAPES: dict[str, Any] = {
     "words.json": {"words": [str]},
     "wandb.json": {"id": str, "folder": str},
 }  # fmt: skip
-METRICS = {"step": int, **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER), "*": (str, bool, NULL, *NUMBER)}  # of one line
+METRICS = {
+    "step": int,
+    **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER),
+    "*": (str, bool, NULL, *NUMBER),
+}  # of one line
 Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl as it was once
 
 
@@ -120,7 +137,7 @@ def find_json(path: Path) -> dict[str, Any] | None:
 
 
 def find_readable(path: Path) -> dict[str, Any] | None:
-    """The same for a page that does without a damaged file, which is told; None as well."""
+    """The same for a page: a damaged file is None too, with a warning."""
     try:
         return find_json(path)
     except UserError as error:
@@ -132,7 +149,7 @@ _warn_once = functools.cache(warn)  # a table reads its runs again after each of
 
 
 def recall(path: Path, on_warning: Callable[[str], None], lost: str) -> dict[str, Any] | None:
-    """The same for a run that goes on: where the file is damaged, it is set aside and `lost` is told; None as well."""
+    """The same for a run that resumes: a damaged file is set aside and is None too; the warning says what is `lost`."""
     try:
         return find_json(path)
     except Damaged as error:

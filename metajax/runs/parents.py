@@ -1,7 +1,7 @@
-"""Runs that start from other runs: `init.from` may name an experiment, which stands for its run at the same scale and seed.
+"""Runs that start from other runs: `init.from` may name an experiment, which means its run at the same scale and seed.
 
-The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's own hash changes with
-whatever its parent is. Nothing here needs the parent to exist.
+The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's hash depends on its
+parent. The parent need not exist yet.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import Config
+from metajax.config import OF_TEXT, AnyConfig, Config
 from metajax.core.errors import nearest, require
-from metajax.core.fields import flatten, override
-from metajax.config import AnyConfig
-from metajax.config import ImageConfig, OF_TEXT
+from metajax.core.fields import defaults, flatten, ignored, override, require_all_read
 from metajax.core.progress import say
+from metajax.data.names import check_names
 from metajax.runs.directory import default_workdir, find_run, list_runs, read_config
 
 
 def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
-    """{field: text} of --set; a parent named in init.from becomes the run it stands for, said aloud."""
+    """{field: text} of --set; a parent named in init.from is replaced by its run, with a message."""
     changes: dict[str, str] = {}
     for pair in pairs:
         field, equals, value = pair.partition("=")
@@ -38,13 +37,14 @@ def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
 
 
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
-    """The changed fields that this config does without: those of sub-configs that it has not, and of images those that nothing reads."""
-    unread = config.unread().keys() - OF_TEXT if isinstance(config, ImageConfig) else ()
-    return sorted(f for f in changes if f in unread or ("." in f and getattr(config, f.partition(".")[0], config) is None))
+    """The changed fields that have no use in this config: those of sub-configs that it does not have, and those that nothing would read."""
+    missing = {f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None}
+    unread = override(config, {f: value for f, value in changes.items() if f not in missing}).unread().keys() - OF_TEXT
+    return sorted(f for f in changes if f in missing | unread)
 
 
 def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
-    """The config with changes meant for several; those that this one does without pass it by."""
+    """Apply changes that are shared by several configs; those of `absent_fields` are left out."""
     absent = absent_fields(config, changes)
     return override(config, {field: value for field, value in changes.items() if field not in absent})
 
@@ -65,17 +65,19 @@ def find_parent(text: str, runs: Path) -> str:
 
 
 def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
-    """The config with the run that its `init.from` stands for, and the configs of the runs it needs, the oldest first.
+    """The config with the run that its `init.from` means, and the configs of the runs it needs, the oldest first.
 
     Args:
       changes: those of the command (`--set`), already in `config`; its parents get them as well (see `inherited`).
       root: where runs are; `init.from` may also be a run there, or the folder of one.
 
     Raises:
-      UserError: no such experiment or run, experiments that start from each other, or a field that a run on images would ignore.
+      UserError: no such experiment or run, experiments that start from each other, or a field that the run would ignore.
     """
-    if isinstance(config, ImageConfig):
-        config = _for_parent_alone(config, inherited(changes))
+    config = _without_those_of_its_parent(config, inherited(changes))
+    require_all_read(config)
+    if isinstance(config, Config):
+        check_names(config)
     return _resolve(config, inherited(changes), root, (config.name,))
 
 
@@ -92,15 +94,15 @@ def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyCon
     return replace(config, imported=replace(found, added=tuple(sorted(added)), opens=True))  # its documents begin with BOS
 
 
-def _for_parent_alone(config: ImageConfig, changes: Mapping[str, Any]) -> ImageConfig:
-    """The config without those changes that the experiment it starts from reads, and it does not."""
-    known = registry.experiments().get(config.init.from_)
+def _without_those_of_its_parent(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
+    """The config with the default for each change that the experiment it starts from reads, and it does not."""
+    known = registry.experiments().get(config.init.run)
     parent = known.build(config.scale) if known is not None else None
-    read = flatten(parent).keys() - parent.unread() if isinstance(parent, ImageConfig) else ()
-    kept = config.without_ignored([field for field in changes if field in read])
-    for field in (field for field in changes if kept != config and field in config.unread()):
-        say(f"{config.name} does without {field}: --set is for {config.init.from_}, which comes first")
-    return kept
+    read = flatten(parent).keys() - parent.unread().keys() if parent is not None else ()
+    ours = [field for field in ignored(config) if field in changes and field in read]
+    for field in ours:
+        say(f"{config.name} does not read {field}: --set is for {config.init.run}, which comes first")
+    return override(config, {field: defaults(type(config))[field] for field in ours})
 
 
 def _resolve(

@@ -1,4 +1,4 @@
-"""A folder that has to stay where it is while something goes on in it."""
+"""A folder that must not be moved or deleted while a process works in it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from metajax.core.errors import UserError
 
 
 class Gone(UserError):
-    """A folder that something goes on in was moved or deleted: a mistake that no other run can make up for."""
+    """The folder that a process works in was moved or deleted; another run cannot recover from that."""
 
 
 class Place:
-    """A folder as it is now, held open so that another one of its name is told from it."""
+    """A folder, held open so that another folder of the same name is recognised."""
 
     def __init__(self, path: Path):
         self.path, self._held = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -35,7 +35,7 @@ class Place:
 
     @contextlib.contextmanager
     def while_there(self) -> Iterator[None]:
-        """What fails inside because this folder, or something else that is read, is gone by now is told as Gone."""
+        """Raise Gone for a failure inside that happens because this folder, or another file that is read, no longer exists."""
         try:
             yield
         except (OSError, ValueError) as error:

@@ -28,7 +28,6 @@ def make(config: ImageConfig, run: RunDirectory, paths: Paths, phases: Phases) -
     require(
         jax.process_count() == 1, f"{config.name} is a run on images, which is made by one process; start it without --processes"
     )
-    config.without_ignored(())
     with phases.time("data"):
         task = (contrastive_task if config.prompts is None else prompt_task)(config, paths)
         run.begin(task.images, task.tokenizer.fingerprint())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from metajax.config import MetaTokens
-from metajax.data.meta_tokens import choose_slots, inject
+from metajax.data.meta_tokens import choose_positions, inject
 
 META = 999
 LOSSES = ("skip_meta_targets", "real_only")
@@ -111,7 +111,7 @@ def test_random_slots_are_uniform():
     variance p (1 - p) a slot and correlation -1 / 38 between two, so that chi-square times 38 / 35 has 38 degrees."""
     rng = np.random.default_rng(7)
     rows, slots, count = 4000, 40, 4
-    histogram = np.bincount(np.concatenate([choose_slots(slots, count, "random", rng) for _ in range(rows)]), minlength=slots)
+    histogram = np.bincount(np.concatenate([choose_positions(slots, count, "random", rng) for _ in range(rows)]), minlength=slots)
     assert histogram[0] == 0
     expected = rows * count / (slots - 1)
     chi_square = ((histogram[1:] - expected) ** 2 / expected).sum() * (slots - 2) / (slots - 1 - count)
@@ -120,14 +120,14 @@ def test_random_slots_are_uniform():
 
 def test_random_slots_of_two_rows_differ():
     rng = np.random.default_rng(7)
-    assert len({tuple(choose_slots(40, 4, "random", rng)) for _ in range(50)}) > 45
+    assert len({tuple(choose_positions(40, 4, "random", rng)) for _ in range(50)}) > 45
 
 
 @given(st.integers(1, 300).flatmap(lambda slots: st.tuples(st.just(slots + 1), st.integers(1, slots))))
 def test_periodic_slots_are_evenly_spread(case):
     slots, count = case
-    chosen = choose_slots(slots, count, "periodic", np.random.default_rng(0))
-    np.testing.assert_array_equal(chosen, choose_slots(slots, count, "periodic", np.random.default_rng(1)))
+    chosen = choose_positions(slots, count, "periodic", np.random.default_rng(0))
+    np.testing.assert_array_equal(chosen, choose_positions(slots, count, "periodic", np.random.default_rng(1)))
     period = (slots - 1) / count
     assert set(np.diff(chosen).tolist()) <= {int(np.floor(period)), int(np.ceil(period))}
     assert abs((chosen[0] - 1) - (slots - 1 - chosen[-1])) <= 1, "as much before the first as after the last"
@@ -135,4 +135,4 @@ def test_periodic_slots_are_evenly_spread(case):
 
 @pytest.mark.parametrize("how", ["random", "periodic"])
 def test_all_slots_but_the_first(how):
-    np.testing.assert_array_equal(choose_slots(9, 8, how, np.random.default_rng(0)), np.arange(1, 9))
+    np.testing.assert_array_equal(choose_positions(9, 8, how, np.random.default_rng(0)), np.arange(1, 9))

@@ -82,11 +82,11 @@ def test_sources_are_spread_and_not_in_blocks(weights):
 
 @given(mixtures(), st.integers(0, 2 * ROWS))
 def test_a_switch_to_streams_of_its_own_starts_them_from_the_beginning(mixture, n):
-    anew = Mixture([1.0]) if mixture.switch_row is None else mixture
-    anew.anew = True
-    streams, first = len(anew.shares), anew.switch_row
-    source, row = anew[n]
+    fresh = Mixture([1.0]) if mixture.switch_row is None else mixture
+    fresh.fresh = True
+    streams, first = len(fresh.shares), fresh.switch_row
+    source, row = fresh[n]
     assert (source >= streams) == (first is not None and n >= first)
-    assert anew.counts(n + 1)[source] == row + 1, "the next row of that stream"
+    assert fresh.counts(n + 1)[source] == row + 1, "the next row of that stream"
     if source >= streams:
-        assert sum(anew.counts(n + 1)[streams:]) == n + 1 - first
+        assert sum(fresh.counts(n + 1)[streams:]) == n + 1 - first

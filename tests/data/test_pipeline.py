@@ -178,11 +178,7 @@ def test_the_switch_changes_the_counts_of_the_sources(tiny_config, tiny_corpus, 
     assert upper == [1, 1, 1, 3, 3, 3, 3, 3]
 
 
-SWITCHES = [
-    {"unseen": 0.4},
-    {"metadata": "none"},
-    {"metadata": "none", "unseen": 0.4, "weights": (0.5, 0.5)},
-]
+SWITCHES = [{"unseen": 0.4}, {"metadata": "none"}, {"metadata": "none", "unseen": 0.4, "weights": (0.5, 0.5)}]
 
 
 @settings(max_examples=8, deadline=None)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from metajax.config import Metadata
-from metajax.data.metadata import MetadataIds, Sides, delimiters, side_templates
+from metajax.data.metadata import MetadataIds, Placed, Placement, delimiters
 from metajax.data.packing import pack
+from metajax.data.positions import spots
 from metajax.data.rows import RowSource, finish
 from metajax.data.tokenizers import Bytes
 from metajax.reporting.rows import runs
@@ -44,11 +45,10 @@ def decoded(packing, recipe):
     tokenizer, recipe = Bytes(), Metadata(**recipe)
     ids = np.array(list("".join(METADATA).encode()), np.int32)
     side = MetadataIds(ids, np.cumsum([0, *map(len, METADATA)]), np.array(owner), *delimiters(recipe, tokenizer))
-    front, behind = (None if template is None else side for template in side_templates(recipe))
-    sides = Sides(front, behind, recipe.bos_eos == "outside", recipe.loss_weights)
+    placement = Placement(tuple(Placed(spot.at, side, spot.loss_weight) for spot in spots(recipe)), recipe.bos_eos == "outside")
     documents = np.arange(3)
-    index = pack(documents, np.array([len(text) + 1 for text in TEXTS]), sides.overhead(documents), capacity, style)
-    rows = RowSource(index, lambda i: np.array(list(TEXTS[i].encode()), np.int32), sides, tokenizer.vocabulary, capacity)
+    index = pack(documents, np.array([len(text) + 1 for text in TEXTS]), placement.overhead(documents), capacity, style)
+    rows = RowSource(index, lambda i: np.array(list(TEXTS[i].encode()), np.int32), placement, tokenizer.vocabulary, capacity)
     lines = []
     for n in range(len(rows)):
         lines += [f"row {n}", *map(str, runs(finish(rows[n], attend_across_documents=False), tokenizer))]

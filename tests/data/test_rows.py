@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from metajax.config import MetaTokens
 from metajax.data.encoding import Vocabulary
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds, Sides
+from metajax.data.metadata import MetadataIds, Placed, Placement
 from metajax.data.packing import MIN_PIECE, RowIndex, pack
+from metajax.data.positions import after, before
 from metajax.data.rows import RowSource, finish, padding_row, stack
 
 B, E, P, M, C, D = 90, 91, 92, 93, 94, 95  # bos, eos, pad, meta, context_begin, context_end
@@ -30,8 +31,8 @@ def metadata_ids(strings, owner=None, wrapped=True):
 def source(rows, capacity, metadata=None, bodies=BODIES, loss_weight=0.0):
     """A RowSource whose row n holds exactly the pieces rows[n], with `metadata` in front."""
     index = RowIndex(np.array([p for row in rows for p in row], np.int32).reshape(-1, 3), np.cumsum([0, *map(len, rows)]))
-    sides = Sides(metadata, loss_weights=(loss_weight, 1.0))
-    return RowSource(index, lambda i: np.array(bodies[i], np.int32), sides, VOCABULARY, capacity)
+    placement = Placement(() if metadata is None else (Placed(before, metadata, loss_weight),))
+    return RowSource(index, lambda i: np.array(bodies[i], np.int32), placement, VOCABULARY, capacity)
 
 
 def check(row, **expected):
@@ -144,7 +145,7 @@ def test_the_empty_pair_nothing_and_anothers_metadata():
 def test_best_fit_rows():
     """Documents of 5, 3, 1 and 8 inputs in rows of 7: 7 of the 8, then 5 + 1 + the last 1 of the 8, then 3."""
     index = pack(np.arange(4), np.array([5, 3, 1, 8]), np.zeros(4, int), 7, "best_fit")
-    rows = RowSource(index, lambda i: np.array(BODIES[i], np.int32), Sides(), VOCABULARY, 7)
+    rows = RowSource(index, lambda i: np.array(BODIES[i], np.int32), Placement(), VOCABULARY, 7)
     tokens = [rows[n]["tokens"].tolist() for n in range(len(rows))]
     assert tokens == [[B, 11, 12, 13, 14, 15, 16], [B, 1, 2, 3, 4, B, 17], [B, 5, 6, P, P, P, P]]
     check(rows[1], targets=[1, 2, 3, 4, E, E, E], is_body="1111000", loss_weights="1111111", segment_ids="1111123")
@@ -165,10 +166,16 @@ def test_padding_rows_count_for_nothing():
 @dataclasses.dataclass
 class Corpus:
     bodies: list[list[int]]
-    metadata: Sides
+    metadata: Placement
     capacity: int
     style: str
     meta: MetaTokens | None
+
+
+def both_sides(corpus, document):
+    """(ids before, ids after) of a document."""
+    ids = {part.at: part.ids[document] for part in corpus.metadata.parts}
+    return tuple(ids.get(at, np.zeros(0, np.int32)) for at in (before, after))
 
 
 @st.composite
@@ -178,13 +185,14 @@ def corpora(draw):
     starts = np.cumsum([1000, *lengths]).tolist()
     bodies = [list(range(starts[d], starts[d] + n)) for d, n in enumerate(lengths)]
     owner = st.sampled_from([MetadataIds.EMPTY, MetadataIds.NOTHING, *range(len(bodies))])
-    sides = []
-    for first in (20, 30):
+    parts = []
+    weights = draw(st.sampled_from([(0.0, 1.0), (0.5, 0.25)]))
+    for first, at, weight in zip((20, 30), (before, after), weights, strict=True):
         owners = draw(st.lists(owner, min_size=len(bodies), max_size=len(bodies)))
         strings = [list(range(first, first + draw(st.integers(0, 6)))) for _ in bodies]
         wrapped = draw(st.booleans())
-        sides.append(draw(st.sampled_from([None, metadata_ids(strings, owners, wrapped)])))
-    metadata = Sides(*sides, draw(st.booleans()), draw(st.sampled_from([(0.0, 1.0), (0.5, 0.25)])))
+        parts += draw(st.sampled_from([[], [Placed(at, metadata_ids(strings, owners, wrapped), weight)]]))
+    metadata = Placement(tuple(parts), draw(st.booleans()))
     loss = draw(st.sampled_from([None, "skip_meta_targets", "real_only"]))
     meta = None if loss is None else MetaTokens(inject=draw(st.sampled_from(["random", "periodic"])), loss=loss)
     capacity = draw(st.integers(17 + MIN_PIECE, 60))
@@ -231,12 +239,37 @@ def test_every_body_token_is_asked_for_once(corpus, seed):
         assert ends == len(corpus.bodies)
 
 
+def middle(length):
+    return length // 2
+
+
+@given(corpora(), st.integers(0, 6))
+def test_metadata_inside_the_body_loses_no_token_of_it(corpus, size):
+    """With metadata in the middle of every piece, too: body tokens are predicted once, in order, and the metadata has its weight."""
+    strings = metadata_ids([list(range(40, 40 + size))] * len(corpus.bodies))
+    parts = (*corpus.metadata.parts, Placed(middle, strings, 0.25))
+    corpus = dataclasses.replace(corpus, metadata=dataclasses.replace(corpus.metadata, parts=parts), capacity=corpus.capacity + 8)
+    asked = []
+    for pieces, plain, row in assemble(corpus, 0):
+        asked += row["targets"][row["is_body"]].tolist()
+        assert (row["loss_weights"][row["is_body"]] == 1).all()
+        held = plain["tokens"][plain["is_metadata"]]
+        assert sum(np.isin(held, range(40, 40 + size))) == size * len(pieces)
+        inside = plain["asks_metadata"] & np.isin(plain["targets"], range(40, 40 + size))
+        assert (plain["loss_weights"][inside] == 0.25).all()
+    if corpus.style == "new_document":
+        assert len(set(asked)) == len(asked)
+    else:
+        assert asked == sorted(asked) or corpus.style == "best_fit"
+        assert sorted(asked) == [token for body in corpus.bodies for token in body]
+
+
 @given(corpora(), st.integers(0, 99))
 def test_targets_are_the_next_token_of_the_document(corpus, seed):
     following = {}
     for body in filter(None, corpus.bodies):
         following |= dict(zip(body, [*body[1:], E], strict=True))
-    if corpus.metadata.behind is not None:  # the last one may be asked for the metadata behind it
+    if any(part.at is after for part in corpus.metadata.parts):  # the last one may be asked for the metadata behind it
         following = {token: after for token, after in following.items() if after != E}
     for pieces, _, row in assemble(corpus, seed):
         real = row["tokens"] != M
@@ -252,18 +285,19 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
 @given(corpora(), st.integers(0, 99))
 def test_masks_cover_exactly_the_metadata(corpus, seed):
     """Metadata is what is neither BOS, EOS nor body, whole beside every piece; its labels have their side's weight."""
-    front_weight, behind_weight = corpus.metadata.loss_weights
+    weight_of = {part.at: part.loss_weight for part in corpus.metadata.parts}
+    front_weight, behind_weight = weight_of.get(before, 0.0), weight_of.get(after, 0.0)
     for pieces, plain, row in assemble(corpus, seed):
         tokens = plain["tokens"][plain["segment_ids"] > 0]
         is_metadata = plain["is_metadata"][plain["segment_ids"] > 0]
         np.testing.assert_array_equal(is_metadata, ~(np.isin(tokens, [B, E]) | (tokens >= 1000)))
-        beside = [np.concatenate(corpus.metadata.ids(d)) for d, _, _ in pieces.tolist()]
+        beside = [np.concatenate(both_sides(corpus, d)) for d, _, _ in pieces.tolist()]
         np.testing.assert_array_equal(tokens[is_metadata], np.concatenate(beside))
         asks = plain["asks_metadata"]
         following = np.append(plain["tokens"][1:], P)
         np.testing.assert_array_equal(plain["targets"][asks], following[asks])
         for segment, (document, start, length) in enumerate(pieces.tolist(), 1):
-            front, behind = corpus.metadata.ids(document)
+            front, behind = both_sides(corpus, document)
             inside = plain["segment_ids"] == segment
             weights = plain["loss_weights"][inside & asks].tolist()
             asked = plain["targets"][inside & asks].tolist()
@@ -280,7 +314,7 @@ def test_masks_cover_exactly_the_metadata(corpus, seed):
 @given(corpora(), st.integers(0, 99))
 def test_metadata_behind_the_text_changes_nothing_in_front_of_it(corpus, seed):
     """What a body token is asked from is the same with and without metadata behind the text of its piece."""
-    alone = dataclasses.replace(corpus.metadata, behind=None)
+    alone = dataclasses.replace(corpus.metadata, parts=tuple(part for part in corpus.metadata.parts if part.at is before))
     for pieces, plain, _ in assemble(corpus, seed):
         rows = [tuple(map(int, piece)) for piece in pieces]
         for segment, piece in enumerate(rows, 1):

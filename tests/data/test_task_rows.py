@@ -127,13 +127,13 @@ def test_test_rows_hold_one_example_each(corpora, meta):
 def test_errors_name_the_remedy(tiny_config, corpora):
     for changes, message in (
         ({"tasks.train_length": 97}, r"tasks.train_length = 97: between 16 and data.row_length = 96"),
-        ({"tasks.names": "list_recal"}, "tasks.names: unknown 'list_recal'; did you mean 'list_recall'"),
+        ({"tasks.names": "list_recal"}, "tasks.names: unknown task 'list_recal'; did you mean 'list_recall'"),
         ({"tasks.items": 2, "tasks.classes": 4}, "tasks.items = 2: at least 3"),
         ({"tasks.phases": "0.5,1.5"}, "tasks.phases"),
         ({"tasks.eval_lengths": "64,64"}, "different lengths"),
         ({"tasks": None, "evaluation.documents": 0}, "evaluation.documents = 0"),
-        ({"model.max_positions": 40}, "model.max_positions = 40 is less than the 96 slots"),
-        ({"data.tokenizer": "bpe:512+task"}, "unknown 'task' behind the"),
+        ({"model.max_positions": 40}, "model.max_positions = 40 is less than the 96"),
+        ({"data.tokenizer": "bpe:512+task"}, "unknown 'task'"),
         ({"data.tokenizer": "bpe:320+tasks"}, r"a multiple of 64 from 384 on"),
     ):
         with pytest.raises(UserError, match=message):

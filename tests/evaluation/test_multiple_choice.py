@@ -12,7 +12,7 @@ import pytest
 from metajax.config import Choice, Metadata
 from metajax.core.errors import UserError
 from metajax.data.pipeline import check_evaluation, open_corpora
-from metajax.data.questions import KINDS, Question, Task, encode_pair
+from metajax.data.questions import KINDS, Question, QuestionFile, encode_pair
 from metajax.evaluation.multiple_choice import COMPLETION, evaluate_choice, in_front, score, summarise, with_shots
 from metajax.experiment import run_experiment
 from metajax.inference.decoding import Sampling
@@ -168,13 +168,13 @@ def test_solved_examples_are_never_the_question_itself():
 def test_conditional_inference_names_a_source_where_metadata_stood_in_training(prepared):
     recipe = Metadata(template="URL: {url|host}\n\n", wrap="plain")
     _, corpora, _ = prepared([], metadata=recipe)
-    task, tokenizer = Task.of("openbookqa:f.jsonl"), corpora.tokenizer
+    task, tokenizer = QuestionFile.of("openbookqa:f.jsonl"), corpora.tokenizer
     bos = tokenizer.vocabulary.bos
     head = lambda context: opening(corpora.config, tokenizer, in_front(corpora.config, context, task))  # noqa: E731
     assert head("task") == [bos, *tokenizer.encode("URL: www.factquizmaster.com\n\n")]
     assert head("empty") == head("none") == [bos]
     with pytest.raises(UserError, match="own has no source to name; give it one with"):
-        in_front(corpora.config, "task", Task.of("jsonl:f.jsonl?name=own"))
+        in_front(corpora.config, "task", QuestionFile.of("jsonl:f.jsonl?name=own"))
 
 
 @pytest.mark.fault(30)
@@ -184,11 +184,11 @@ def test_questions_are_read_as_corpora_are(tmp_path):
     (tmp_path / "q.jsonl").write_bytes(text.encode())
     (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("q.jsonl", "q.jsonl.gz"):
-        questions = Task.of(f"jsonl:{name}").read(name, tmp_path)
+        questions = QuestionFile.of(f"jsonl:{name}").read(name, tmp_path)
         assert [q.contexts[0] for q in questions] == [record["query"]] * 2
     (tmp_path / "bad.jsonl").write_text(json.dumps(record) + "\n\n{\n")
     with pytest.raises(UserError, match=r"bad\.jsonl, line 3: not JSON"):
-        Task.of("jsonl:bad.jsonl").read("bad.jsonl", tmp_path)
+        QuestionFile.of("jsonl:bad.jsonl").read("bad.jsonl", tmp_path)
 
 
 def test_mistakes_in_files_are_named(prepared, tmp_path):
@@ -201,4 +201,4 @@ def test_mistakes_in_files_are_named(prepared, tmp_path):
         with pytest.raises(UserError, match=message):
             check_evaluation(corpora)
     with pytest.raises(UserError, match="unknown kind 'piqua'; did you mean 'piqa'"):
-        Task.of("piqua:f.jsonl")
+        QuestionFile.of("piqua:f.jsonl")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metajax.core.errors import UserError
-from metajax.data.documents import Document
+from metajax.data.documents import Document, Source
 from metajax.data.sources import open_source
 from metajax.reporting.information import Words, entropy, mutual_information, number_values, survey
 
@@ -59,8 +59,20 @@ def test_bits_saved_are_the_information_of_a_field_and_a_word():
     assert words.bits_saved(np.full(len(corpus), -1)) is None
 
 
-class Corpus(list):
+class Corpus(Source):
     spec = "corpus"
+
+    def __init__(self, documents):
+        self.documents = list(documents)
+
+    def __len__(self):
+        return len(self.documents)
+
+    def read(self, records):
+        return (self.documents[n] for n in records)
+
+    def fingerprint(self):
+        return ""
 
 
 def test_a_survey():

@@ -245,7 +245,10 @@ def test_a_replay_bundle_has_the_reference(dpo_config, here):
         ({"rejected": ""}, "no rejected answer ('rejected')"),
         ({"chosen": ""}, "no chosen answer"),
         ({"prompt": None}, "no prompt (metadata.template)"),
-        ({"rejected": "z" * 200}, "its two answers with their prompts take more than the 96 slots of a row (data.row_length)"),
+        (
+            {"rejected": "z" * 200},
+            "its two answers with their prompts take more than the 96 positions of a row (data.row_length)",
+        ),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "held_out"])

@@ -32,16 +32,16 @@ def show(options: argparse.Namespace, started: float) -> int:
     python run.py show quickstart/meta_tokens --rows 2       config, parameters, FLOPs, and two rows with their loss mask
     python run.py show pydocs                                a corpus: documents, fields, sizes
     """
-    from metajax.data.sources import KINDS
+    from metajax.data.sources import source
     from metajax.reporting import terminal
 
-    if options.name.partition(":")[0].partition("?")[0] in KINDS:
+    if options.name.partition(":")[0].partition("?")[0] in source.names():
         terminal.print_corpus(options.name, common.paths_of(options), options.count, options.fields)
         return 0
     try:
         target = registry.find(options.name)
     except UserError as error:
-        raise UserError(f"{error}; corpora: {', '.join(KINDS)}{nearest(options.name, KINDS)}") from None
+        raise UserError(f"{error}; corpora: {', '.join(source.names())}{nearest(options.name, source.names())}") from None
     if isinstance(target, registry.Table):
         require(not options.count, f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}")
         from metajax.runs.parents import parse_changes

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from metajax.core.errors import require
 from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.documents import Document
-from metajax.data.sources.files import Columns, Parquet, file_entry
+from metajax.data.sources.files import Columns, file_entry
+from metajax.data.sources.parquet import Parquet
 
 _DOCUMENTS, _MANIFEST = "documents.parquet", "manifest.json"
 _ROWS_IN_GROUP = 2048

@@ -26,6 +26,7 @@ from metajax.core.errors import UserError, require
 from metajax.core.progress import say
 from metajax.core.sealed import FORMAT
 from metajax.data.documents import Document
+from metajax.data.sources import Request, source
 from metajax.data.sources.built import BuiltCorpus, folder_of, open_or_build
 
 RECIPE = 2  # raise when a change below changes the documents
@@ -44,11 +45,15 @@ PINNED = {
 Stanza = dict[str, str]
 
 
-def open_debindex(spec: str, cache_dir: Path) -> BuiltCorpus:
+@source("debindex")
+def open_debindex(request: Request) -> BuiltCorpus:
     """The pinned release's corpus where the cache has it, else that of this machine's, fetched (16 MB) and built on first use.
 
     Raises UserError where it has to be built, and there is no Debian, no apt, or no mirror that answers.
     """
+    request.refuse_options()
+    require(not request.path, f"data source {request.spec!r}: debindex takes no path; write just debindex")
+    spec, cache_dir = request.spec, request.cache_dir
     here, release, architecture = debian_release(), PINNED["release"], PINNED["architecture"]
     if here is not None and not folder_of("debindex", _key(release, architecture), cache_dir).exists():
         release, architecture = here

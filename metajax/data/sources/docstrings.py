@@ -43,7 +43,7 @@ def read_module(path: str, name: str, is_package: bool) -> Module:
 
 
 def _visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, module, prefix, local, found) -> None:
-    """Definitions that stand directly in a body: those under `if` and `try` are variants of the same thing."""
+    """Definitions directly in a body: those under `if` and `try` are variants of the same thing."""
     for child in node.body:
         if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue

@@ -1,14 +1,15 @@
 """A generated corpus whose best possible losses are known: documents from sources that differ in which symbol follows which.
 
 Each source has two favoured successors for every symbol, with probabilities 0.6 and 0.3; the rest is spread evenly over all
-symbols. The first symbol is any. A reader who is told the source, or its group, saves bits early in a document; one who is not
-finds the source out, so that the gain of a whole document is the logarithm of the number of sources or groups, when it is long.
+symbols. The first symbol is any. A reader who knows the source, or its group, saves bits early in a document; one who does not
+finds it out, so that the gain of a whole document is the logarithm of the number of sources or groups, when it is long.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 from metajax.core.errors import require
-from metajax.data.documents import Document
+from metajax.data.documents import Document, Source
+from metajax.data.sources import Request, source
 
 RECIPE = 1  # raise when a change below changes the documents
 SOURCES, GROUPS, SYMBOLS, LENGTH = 16, 4, 16, 32
@@ -26,7 +28,7 @@ _FAVOURED, _SEED, _MEASURED = (0.6, 0.3), 7, 2_000
 
 @lru_cache(maxsize=1)
 def successors() -> np.ndarray:
-    """float64 [SOURCES, SYMBOLS, SYMBOLS]: probability of each symbol behind each other one, by source."""
+    """float64 [SOURCES, SYMBOLS, SYMBOLS]: probability of each symbol after each other one, by source."""
     rng = np.random.default_rng(_SEED)
     table = np.full((SOURCES, SYMBOLS, SYMBOLS), (1 - sum(_FAVOURED)) / SYMBOLS)
     for of_symbol in table.reshape(-1, SYMBOLS):
@@ -61,8 +63,15 @@ def best_nats(sources: np.ndarray, symbols: np.ndarray, known: str) -> np.ndarra
     return np.concatenate([np.full((len(sources), 1), np.log(SYMBOLS)), -np.diff(seen, axis=1)], axis=1)
 
 
-class Generated:
-    """generated[:DOCUMENTS]. Text: letters a to p; `source` is a capital letter, `group` a digit: with bytes, one token each.
+@source("generated")
+def open_generated(request: Request) -> Generated:
+    """generated[:DOCUMENTS]."""
+    request.refuse_options()
+    return Generated(request.spec, request.path)
+
+
+class Generated(Source):
+    """A number of documents. Text: letters a to p; `source` is a capital letter, `group` a digit: with bytes, one token each.
 
     Every document is an origin of its own, so that held-out documents come from the same sources as the others.
     """
@@ -77,12 +86,11 @@ class Generated:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> Document:
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)} in {self.spec}")
-        source, symbols = draw(int(i))
-        text = "".join(chr(ord("a") + symbol) for symbol in symbols)
-        return Document(text, {"source": chr(ord("A") + source), "group": str(source % GROUPS)}, f"document {i}")
+    def read(self, records: range) -> Iterator[Document]:
+        for i in records:
+            source, symbols = draw(i)
+            text = "".join(chr(ord("a") + symbol) for symbol in symbols)
+            yield Document(text, {"source": chr(ord("A") + source), "group": str(source % GROUPS)}, f"document {i}")
 
     def fingerprint(self) -> str:
         """sha256 over recipe, table and number of documents."""
@@ -93,11 +101,4 @@ class Generated:
         drawn = [draw(i) for i in range(_MEASURED)]
         sources, symbols = (np.array(part) for part in zip(*drawn, strict=True))
         best = {known: float(best_nats(sources, symbols, known).mean()) for known in ("nothing", "group", "source")}
-        return {
-            "kind": "generated",
-            "spec": self.spec,
-            "recipe": RECIPE,
-            "records": len(self),
-            "fingerprint": self.fingerprint(),
-            f"best_nats_a_symbol_of_{_MEASURED}_documents": best,
-        }
+        return super().manifest() | {"recipe": RECIPE, f"best_nats_a_symbol_of_{_MEASURED}_documents": best}

@@ -6,11 +6,13 @@ labels are in memory at a time.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import itertools
 import os
 import re
-import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,8 +21,8 @@ from etils import epath
 from metajax.core.errors import nearest, require
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents
-from metajax.data.documents import BadRecord, Document
-from metajax.data.sources.files import JOINED, Files, file_entry, file_stamps, unreadable
+from metajax.data.documents import BadRecord, Document, Source
+from metajax.data.sources.files import JOINED, Columns, Files, file_entry, file_stamps, unreadable
 from metajax.data.sources.values import as_string, cells, flat
 
 Labels = dict[str, dict[str, str]]  # id -> its row
@@ -28,69 +30,51 @@ _FRACTION = re.compile(r"-?[0-9]+\.[0-9]+")
 _ENDINGS = r"(\.(jsonl?|parquet|array_?record))?(\.(gz|bz2|zst))?$"
 
 
-class Joined:
+class Joined(Source):
     """A corpus of files whose documents also have the columns of the label file's row with their id, where there is one.
 
-    Ids are the same when their text is, or else their value: 3, 3.0 and "3" are one id. The tally counts the documents that have labels.
+    Ids are equal when their text is, or else their value: 3, 3.0 and "3" are one id. The tally counts the documents that have labels.
 
-    Raises UserError where a file of labels is missing or cannot be read, lacks the column of ids, or has an id twice; BadRecord where a document
-    has no id, or a column that the labels have too.
+    Raises UserError where a file of labels is missing or cannot be read, lacks the column of ids, or has an id twice. A document without an
+    id, or with a column that the labels have too, is a bad record.
     """
 
-    def __init__(self, corpus: Files, start: str, folder: str, on: str):
-        """start: the folder below which a corpus file and its labels, below `folder`, have the same name."""
-        self.corpus, self.spec, self.on = corpus, corpus.spec, on
+    def __init__(self, corpus: Files, path: str, columns: Columns):
+        """path: that of the spec. A corpus file and its labels have the same path below its fixed part and below the folder of labels."""
+        self.corpus, self.spec, self.on, self.tally = corpus, corpus.spec, columns.on, corpus.tally
+        is_one = list(corpus.paths) == [os.path.join(corpus.root, path)]
+        fixed = "/".join(itertools.takewhile(lambda part: is_one or not glob.has_magic(part), path.split("/")[:-1]))
+        start, folder = os.path.join(corpus.root, fixed, ""), os.path.join(corpus.root, columns.join)
         names = [re.sub(_ENDINGS, ".parquet", path.removeprefix(start), count=1) for path in corpus.paths]
         self.labels = tuple(os.path.join(folder, name) for name in names)
         for path, labels in zip(corpus.paths, self.labels, strict=True):
             require(epath.Path(labels).exists(), f"{labels}: no such file; {self.spec!r} looks for the labels of {path} there")
-        self._fresh()
-
-    def _fresh(self) -> None:
-        self._lock = threading.Lock()
-        self._file, self._rows, self._by_value = -1, {}, {}
 
     def __len__(self) -> int:
         return len(self.corpus)
 
-    def __getitem__(self, i: int) -> Document:
-        document = self.corpus[i]
-        file, row = self.corpus.locate(i)
-        where = f"{self.corpus.paths[file]}, record {row}"
+    def where(self, record: int) -> str:
+        return self.corpus.where(record)
+
+    def read(self, records: range) -> Iterator[Document | BadRecord]:
+        documents = self.corpus.read(records)
+        for file, part in self.corpus.by_file(records):
+            labels_of = None
+            for record, document in zip(part, documents, strict=False):
+                if labels_of is None:
+                    labels_of = _labels(self.labels[file], self.on)
+                where = f"{self.corpus.paths[file]}, record {record}"
+                yield document if isinstance(document, BadRecord) else self._joined(document, labels_of, where)
+
+    def _joined(self, document: Document, labels_of: Callable[[str], dict[str, str] | None], where: str) -> Document | BadRecord:
         if self.on not in document.metadata:
-            raise BadRecord(f"{where}: no value in column {self.on!r}, by which labels are joined")
-        with self._lock:
-            labels = self._labels(file, document.metadata[self.on])
+            return BadRecord(f"{where}: no value in column {self.on!r}, by which labels are joined")
+        labels = labels_of(document.metadata[self.on])
         self.tally[JOINED] += labels is not None
-        labels = labels or {}
-        both = sorted(labels.keys() & document.metadata.keys())
+        both = sorted((labels or {}).keys() & document.metadata.keys())
         if both:
-            raise BadRecord(f"{where}: column {both[0]!r} is in the labels, too; rename it there")
-        return Document(document.text, document.metadata | labels, document.origin)
-
-    def where(self, i: int) -> str:
-        """File and record of record i, as messages name them."""
-        return self.corpus.where(i)
-
-    @property
-    def tally(self) -> Counter[str]:
-        """That of the corpus, with the documents that have labels."""
-        return self.corpus.tally
-
-    def _labels(self, file: int, key: str) -> dict[str, str] | None:
-        """The row of an id, of the labels of that file; None where it has none."""
-        if file != self._file:
-            self._file, self._rows = file, _read(self.labels[file], self.on)
-            values = Counter(map(_value, self._rows))
-            self._by_value = {value: self._rows[k] for k in self._rows if values[value := _value(k)] == 1}
-        return self._rows[key] if key in self._rows else self._by_value.get(_value(key))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_file", "_rows", "_by_value")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._fresh()
+            return BadRecord(f"{where}: column {both[0]!r} is in the labels, too; rename it there")
+        return Document(document.text, document.metadata | (labels or {}), document.origin)
 
     def fingerprint(self) -> str:
         """sha256 over the corpus' fingerprint and each label file's size, modification time and hash of its content."""
@@ -109,8 +93,16 @@ class Joined:
         return f"documents have {self.on} = {next(keys, None)!r}, labels {next(iter(rows), None)!r}"
 
 
+def _labels(path: str, on: str) -> Callable[[str], dict[str, str] | None]:
+    """The row of an id in a file of labels; None where it has none."""
+    rows = _read(path, on)
+    values = Counter(map(_value, rows))
+    by_value = {value: rows[k] for k in rows if values[value := _value(k)] == 1}
+    return lambda key: rows[key] if key in rows else by_value.get(_value(key))
+
+
 def _value(key: str) -> str:
-    """The same text for the same number; a whole float stands for all of its digits, not for the shortest that tell it from others."""
+    """The same text for the same number; a whole float is written with all of its digits, not with the shortest that round-trip."""
     if not _FRACTION.fullmatch(key):
         return key
     return str(int(float(key))) if key.endswith(".0") and len(key) < 300 else key.rstrip("0").rstrip(".")
@@ -127,7 +119,7 @@ def _read(path: str, on: str) -> Labels:
         if key := strings.pop(on):
             rows[key] = {name: text for name, text in strings.items() if text}
             count += 1
-    require(len(rows) == count, f"{path}: an id stands twice in column {on!r}; keep one row of each")
+    require(len(rows) == count, f"{path}: an id occurs twice in column {on!r}; keep one row of each")
     return rows
 
 

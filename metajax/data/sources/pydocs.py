@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import Any
 
 from metajax.core.errors import UserError, nearest
@@ -25,6 +24,7 @@ from metajax.core.progress import progress, say
 from metajax.core.sealed import FORMAT
 from metajax.core.workers import process_pool
 from metajax.data.documents import Document
+from metajax.data.sources import Request, source
 from metajax.data.sources.built import BuiltCorpus, open_or_build
 from metajax.data.sources.docstrings import Docstring, Module, is_public, public_names, read_module
 from metajax.data.sources.files import file_entry
@@ -48,12 +48,14 @@ class File:
     is_package: bool
 
 
-def open_pydocs(spec: str, names: str, cache_dir: Path) -> BuiltCorpus:
-    """The corpus of the parts in `names`, joined by + ('' for all four), built on first use and cached.
+@source("pydocs")
+def open_pydocs(request: Request) -> BuiltCorpus:
+    """pydocs[:PART+PART...], all four default parts without one; built on first use and cached.
 
     A part is `stdlib` or any top-level module or package; raises UserError for one that is not installed.
     """
-    parts = tuple(dict.fromkeys(p.strip() for p in names.split("+") if p.strip())) or DEFAULT_PARTS
+    request.refuse_options()
+    parts = tuple(dict.fromkeys(p.strip() for p in request.path.split("+") if p.strip())) or DEFAULT_PARTS
     files = [file for part in parts for file in python_files(part)]
     versions = {"python": platform.python_version(), **_versions(parts, files)}
     key = hashlib.sha256(json.dumps([FORMAT, RECIPE, parts, versions]).encode()).hexdigest()
@@ -61,7 +63,7 @@ def open_pydocs(spec: str, names: str, cache_dir: Path) -> BuiltCorpus:
     def build() -> tuple[list[Document], dict[str, Any]]:
         return build_documents(files, versions)
 
-    return open_or_build(spec, "pydocs", key, cache_dir, build)
+    return open_or_build(request.spec, "pydocs", key, request.cache_dir, build)
 
 
 def python_files(part: str) -> list[File]:

@@ -33,7 +33,7 @@ def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
 def as_string(value: Any) -> str:
     """A value as text, '' where it is missing (None, NaN, NaT, infinite) or a list; UnicodeError where it cannot be text.
 
-    Numbers have the fewest digits that their own type tells apart, no exponent, and zero has no sign.
+    Numbers have the fewest digits that round-trip in their own type, no exponent, and zero has no sign.
     """
     if isinstance(value, (str, bytes)):
         return as_text(value)

@@ -1,28 +1,29 @@
-"""The synthetic tasks in words: every prompt string of this project, and how an example is drawn.
+"""Tasks in words: the strings that their prompts are made of, and what these tasks share.
 
 List recall:       Fruits: orange peach plum / Tools: hammer wrench level _PAUSE_ / Q: item 3 of Tools? A: level
 Segment counting:  Tools: saw _PAUSE_ hammer wrench hammer _PAUSE_ hammer / Q: how many hammer between pauses? A: 2
 Parity:            Bits: 1 0 1 1 _PAUSE_ 0 1 0 / Q: xor before pause? A: 1
 Copying:           Text: alpha beta [_PAUSE_ gamma delta _PAUSE_] epsilon / Q: copy the span. A: gamma delta
-
 Needle:            Text: alpha beta / Fruits: orange / Text: gamma delta / Q: item 1 of Fruits? A: orange
 
 Each / is a new line. The first four are those of Language Modeling with Learned Meta-Tokens (arXiv 2509.16278, section 4); its prompt
-strings are not known, these are ours. The needle is for Hymba (arXiv 2411.13676, figure 10). Lists that do not fill an example's length leave the rest to lines of neutral text.
+strings are not known; these are ours. The needle is for Hymba (arXiv 2411.13676, figure 10). Lines of neutral text fill what is left of an
+example's length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from metajax.config import Tasks
+from metajax.data.tasks import Encoded, SyntheticTask, is_test
 
 PAUSE = "_PAUSE_"  # a piece that becomes the meta-token
-MARK = " |"  # stands at the spots that a question speaks of where no pause does
+MARK = " |"  # marks the spots that a question refers to, where no pause does
 
 LISTS = {
     "Fruits": ("orange", "peach", "banana", "plum", "cherry", "grape", "lemon", "mango"),
@@ -38,19 +39,18 @@ TEXT = (
 )  # fmt: skip
 NAMES = tuple(LISTS)
 TEXT_LINE = 12  # words of a line of neutral text, at most
-OUTSIDE = 0.25  # chance of the counted item at each place of its list outside the pauses
 
-_ITEMS = {name: tuple(f" {word}" for word in words) for name, words in LISTS.items()}
-_WORDS = tuple(f" {word}" for word in TEXT)
-_BITS = (" 0", " 1")
-_TEXT_HEAD, _BITS_HEAD, _OPEN, _CLOSE, _LINE = "Text:", "Bits:", " [", "]", "\n"
-_RECALL, _COUNT, _BETWEEN, _ASK = "\nQ: item", "\nQ: how many", " between pauses? A:", "? A:"
-_PARITY, _COPY = "\nQ: xor before pause? A:", "\nQ: copy the span. A:"
+ITEMS = {name: tuple(f" {word}" for word in words) for name, words in LISTS.items()}
+WORDS = tuple(f" {word}" for word in TEXT)
+BITS = (" 0", " 1")
+TEXT_HEAD, BITS_HEAD, OPEN, CLOSE, LINE = "Text:", "Bits:", " [", "]", "\n"
+RECALL, COUNT, BETWEEN, ASK = "\nQ: item", "\nQ: how many", " between pauses? A:", "? A:"
+PARITY, COPY = "\nQ: xor before pause? A:", "\nQ: copy the span. A:"
 
 # Pieces that a tokenizer of the kind bpe:N+tasks holds as one token each.
 RESERVED_PIECES = (
-    *(f"{name}:" for name in NAMES), *(f" of {name}" for name in NAMES), *(word for name in NAMES for word in _ITEMS[name]), *_WORDS,
-    *(f" {digit}" for digit in range(10)), _TEXT_HEAD, _BITS_HEAD, _OPEN, _RECALL, _COUNT, _BETWEEN, _ASK, _PARITY, _COPY, MARK,
+    *(f"{name}:" for name in NAMES), *(f" of {name}" for name in NAMES), *(word for name in NAMES for word in ITEMS[name]), *WORDS,
+    *(f" {digit}" for digit in range(10)), TEXT_HEAD, BITS_HEAD, OPEN, RECALL, COUNT, BETWEEN, ASK, PARITY, COPY, MARK,
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class Example:
     def prompt(self) -> tuple[str, ...]:
         """Lines and question, the line ends included."""
         first, *rest = self.lines
-        return (*first, *(piece for line in rest for piece in (_LINE, *line)), *self.question)
+        return (*first, *(piece for line in rest for piece in (LINE, *line)), *self.question)
 
     @property
     def text(self) -> str:
@@ -74,160 +74,135 @@ class Example:
         return "".join(f" {PAUSE}" if piece == PAUSE else piece for piece in (*self.prompt, *self.answer))
 
 
-def chance(task: str, tasks: Tasks) -> float:
-    """Exact-match accuracy of the best guess that ignores everything but the question."""
-    words = len(next(iter(LISTS.values())))
-    return {
-        "list_recall": 1 / words,
-        "segment_counting": 1 / tasks.classes,
-        "parity": 1 / 2,
-        "copying": 1 / (tasks.span * len(TEXT)),
-        "needle": 1 / words,
-        "mqar": 0.0,  # all values of a row at once
-    }[task]
+def prompted(ids: list[int], answer: int, end: int, core: Example, text: str) -> Encoded:
+    """BOS, prompt and answer, whose last `answer` ids are asked for, followed by `end`."""
+    index = np.arange(len(ids))
+    asked = index >= len(ids) - answer - 1  # the last token of the prompt asks for the answer's first
+    targets = np.array([*ids[1:], end], np.int32)
+    return Encoded(np.array(ids, np.int32), targets, asked, asked & (index < len(ids) - 1), core, text)
 
 
-@dataclass(frozen=True)
-class Writer:
-    """Draws examples that cost at most so many tokens.
+class PromptTask(SyntheticTask):
+    """A task in words. A subclass writes what an example is about; neutral text makes it as long as is asked for.
 
-    cost: tokens of a piece, the PAUSE included. What fits is decided from the dearest word of each kind, so that it depends on the
-    room alone and never on what is drawn.
+    What fits is decided from the costliest word of each kind, so that it depends on the room alone and never on what is drawn.
     """
 
-    tasks: Tasks
-    cost: Callable[[str], int]
+    splits_by_filler = False  # whether the neutral text counts in the split, for tasks of few examples
 
-    def write(self, task: str, rng: np.random.Generator, room: int) -> Example | None:
-        """What an example of `task` is about, of at most `room` tokens, or None where not even the smallest fits.
+    @abstractmethod
+    def write(self, rng: np.random.Generator, room: int) -> Example | None:
+        """An example of at most `room` tokens without neutral text, or None where not even the smallest fits."""
 
-        `fill` makes it as long as the room is.
-        """
-        return getattr(self, task)(rng, room)
+    @cached_property
+    def shortest(self) -> int:
+        room = 1
+        while self.write(np.random.default_rng(0), room) is None:
+            room += 1
+        return room + 1  # BOS
+
+    def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
+        low, high = lengths
+        room = int(rng.integers(low, high + 1)) - 1  # without BOS
+        core = self.write(rng, room)
+        if core is not None and self.splits_by_filler:
+            core = self.fill(core, rng, room)
+        if core is None or is_test(core) != (split == "test"):
+            return None
+        example = self.fill(core, rng, room)
+        pieces = [*self._placed(example, rng), *example.answer]
+        ids = [self.tokenizer.vocabulary.bos, *(i for piece in pieces for i in self.ids(piece))]
+        if not low <= len(ids) <= high:
+            return None
+        answer = sum(map(self.cost, example.answer))
+        return prompted(ids, answer, self.tokenizer.vocabulary.eos, core, example.text)
+
+    def _placed(self, example: Example, rng: np.random.Generator) -> list[str]:
+        """The prompt with its pauses where `tasks.placement` puts them; random ones are neither first nor last."""
+        prompt = list(example.prompt)
+        if self.sizes.placement == "deliberate":
+            return prompt
+        marked = [MARK if piece == PAUSE else piece for piece in prompt]
+        if self.sizes.placement == "random":
+            for at in sorted(rng.integers(1, len(marked), size=prompt.count(PAUSE)).tolist(), reverse=True):
+                marked.insert(at, PAUSE)
+        return marked
 
     def fill(self, example: Example, rng: np.random.Generator, room: int) -> Example:
         """The example with lines of neutral text between its own, up to `room` tokens."""
-        left = room - self._all(*example.prompt, *example.answer)
-        head, lines = self._all(_TEXT_HEAD, _LINE), list(example.lines)
-        while words := self._words(rng, left - head, TEXT_LINE):
-            lines.insert(int(rng.integers(len(lines) + 1)), (_TEXT_HEAD, *words))
-            left -= head + self._all(*words)
+        left = room - self.costs(*example.prompt, *example.answer)
+        head, lines = self.costs(TEXT_HEAD, LINE), list(example.lines)
+        while words := self.words(rng, left - head, TEXT_LINE):
+            lines.insert(int(rng.integers(len(lines) + 1)), (TEXT_HEAD, *words))
+            left -= head + self.costs(*words)
         return replace(example, lines=tuple(lines))
 
-    def list_recall(self, rng: np.random.Generator, room: int) -> Example | None:
-        """Item j of one of several named lists; the pause stands behind the list that is asked about."""
-        dearest = self._dearest
-        fixed = self._all(_RECALL, _ASK, PAUSE) + dearest["number"] + dearest["of"] + dearest["item"]
-        lists = self._lists(rng, room - fixed, 2)
-        if lists is None:
-            return None
-        name, items = lists[int(rng.integers(len(lists)))]
-        at = int(rng.integers(len(items)))
-        lines = [(f"{n}:", *words, *([PAUSE] if n == name else [])) for n, words in lists]
-        return Example(tuple(lines), (_RECALL, f" {at + 1}", f" of {name}", _ASK), (items[at],))
+    # ------------------------------------------------------------------------------------------------------ tokens
 
-    def segment_counting(self, rng: np.random.Generator, room: int) -> Example | None:
-        """How often an item stands between the two pauses of its list; it stands outside of them too."""
-        classes, least = self.tasks.classes, max(2, self.tasks.classes - 1)
-        fixed = self._all(_COUNT, _BETWEEN, PAUSE, PAUSE) + self._dearest["item"] + self._dearest["number"]
-        lists = self._lists(rng, room - fixed, least)
-        if lists is None:
-            return None
-        chosen = int(rng.integers(len(lists)))
-        name, size = lists[chosen][0], len(lists[chosen][1])
-        count = int(rng.integers(classes))
-        length = int(rng.integers(least, size + 1))
-        start = int(rng.integers(size - length + 1))
-        item, *others = rng.permutation(_ITEMS[name]).tolist()
-        inside = [item] * count + self._draw(rng, others, length - count)
-        outside = [item if u < OUTSIDE else word for u, word in zip(rng.random(size), self._draw(rng, others, size), strict=True)]
-        segment = [inside[i] for i in rng.permutation(length)]
-        line = (f"{name}:", *outside[:start], PAUSE, *segment, PAUSE, *outside[start + length :])
-        lines = [line if i == chosen else (f"{n}:", *words) for i, (n, words) in enumerate(lists)]
-        return Example(tuple(lines), (_COUNT, item, _BETWEEN), (f" {count}",))
+    @cached_property
+    def _known(self) -> dict[str, list[int]]:
+        return {PAUSE: [self.tokenizer.vocabulary.meta]}
 
-    def parity(self, rng: np.random.Generator, room: int) -> Example | None:
-        """The exclusive or of all bits before the pause; bits behind it take the rest of the room.
+    def ids(self, piece: str) -> list[int]:
+        """The ids of a piece."""
+        if piece not in self._known:
+            self._known[piece] = self.tokenizer.encode(piece)
+        return self._known[piece]
 
-        With few bits behind the pause a model could learn the training lines by heart, and would.
-        """
-        bit = self._dearest["bit"]
-        free = (room - self._all(_BITS_HEAD, PAUSE, _PARITY) - bit) // bit
-        if free < 1:
-            return None
-        before = int(rng.integers(1, min(self.tasks.bits, free) + 1))
-        bits = rng.integers(2, size=free).tolist()
-        shown = [_BITS[b] for b in bits]
-        line = (_BITS_HEAD, *shown[:before], PAUSE, *shown[before:])
-        return Example((line,), (_PARITY,), (_BITS[sum(bits[:before]) % 2],))
+    def cost(self, piece: str) -> int:
+        """Tokens of a piece, or of what replaces a pause under `tasks.placement`."""
+        if piece == PAUSE and self.sizes.placement != "deliberate":
+            return len(self.ids(MARK)) + (self.sizes.placement == "random")
+        return len(self.ids(piece))
 
-    def copying(self, rng: np.random.Generator, room: int) -> Example | None:
-        """The words between two pauses and brackets, inside a text."""
-        left = room - self._all(_TEXT_HEAD, _OPEN, PAUSE, PAUSE, _CLOSE, _COPY)
-        free = left // (2 * self._dearest["word"])  # a word stands in the text and in the answer
-        if free < 1:
-            return None
-        span = self._draw(rng, _WORDS, int(rng.integers(1, min(self.tasks.span, free) + 1)))
-        text = self._words(rng, left - 2 * self._all(*span), room)
-        at = int(rng.integers(len(text) + 1))
-        line = (_TEXT_HEAD, *text[:at], _OPEN, PAUSE, *span, PAUSE, _CLOSE, *text[at:])
-        return Example((line,), (_COPY,), tuple(span))
-
-    def needle(self, rng: np.random.Generator, room: int) -> Example | None:
-        """A list of one item; `fill` puts it at any depth of the neutral text."""
-        name = NAMES[int(rng.integers(len(NAMES)))]
-        item = _ITEMS[name][int(rng.integers(len(_ITEMS[name])))]
-        dearest = self._dearest
-        if room < self._all(_RECALL, _ASK, " 1") + dearest["head"] + dearest["of"] + 2 * dearest["item"]:
-            return None
-        return Example(((f"{name}:", item),), (_RECALL, " 1", f" of {name}", _ASK), (item,))
+    def costs(self, *pieces: str) -> int:
+        """Tokens of all pieces."""
+        return sum(map(self.cost, pieces))
 
     # ------------------------------------------------------------------------------------------------------ parts
 
-    def _all(self, *pieces: str) -> int:
-        return sum(map(self.cost, pieces))
-
     @cached_property
-    def _dearest(self) -> dict[str, int]:
-        """Tokens of the dearest piece of each kind."""
+    def costliest(self) -> dict[str, int]:
+        """Tokens of the costliest piece of each kind."""
         kinds = {
             "head": [f"{name}:" for name in NAMES],
             "of": [f" of {name}" for name in NAMES],
-            "item": [item for items in _ITEMS.values() for item in items],
-            "number": [f" {j}" for j in range(max(self.tasks.items + 1, self.tasks.classes))],
-            "bit": _BITS,
-            "word": _WORDS,
+            "item": [item for items in ITEMS.values() for item in items],
+            "number": [f" {j}" for j in range(max(self.sizes.items + 1, self.sizes.classes))],
+            "bit": BITS,
+            "word": WORDS,
         }
         return {kind: max(map(self.cost, pieces)) for kind, pieces in kinds.items()}
 
-    def _draw(self, rng: np.random.Generator, pieces: Sequence[str], count: int) -> list[str]:
+    def pick(self, rng: np.random.Generator, pieces: Sequence[str], count: int) -> list[str]:
+        """`count` of the pieces, drawn with replacement."""
         return [pieces[i] for i in rng.integers(len(pieces), size=count).tolist()]
 
-    def _lists(self, rng: np.random.Generator, room: int, least: int) -> list[tuple[str, list[str]]] | None:
+    def named_lists(self, rng: np.random.Generator, room: int, least: int) -> list[tuple[str, list[str]]] | None:
         """Named lists of at least `least` items that cost at most `room` with their line ends; None where not even one fits.
 
         A list repeats an item only when it is longer than its category.
         """
-        head, item = self._dearest["head"] + self.cost(_LINE), self._dearest["item"]
-        most = min(self.tasks.lists, len(NAMES), room // (head + least * item))
+        head, item = self.costliest["head"] + self.cost(LINE), self.costliest["item"]
+        most = min(self.sizes.lists, len(NAMES), room // (head + least * item))
         if most < 1:
             return None
         count = int(rng.integers(1, most + 1))
-        longest = min(self.tasks.items, (room // count - head) // item)
+        longest = min(self.sizes.items, (room // count - head) // item)
         sizes = rng.integers(least, longest + 1, size=count).tolist()
         names = [NAMES[i] for i in rng.permutation(len(NAMES))[:count].tolist()]
-        return [(name, self._repeat(rng, _ITEMS[name], size)) for name, size in zip(names, sizes, strict=True)]
+        return [(name, self._repeat(rng, ITEMS[name], size)) for name, size in zip(names, sizes, strict=True)]
 
     def _repeat(self, rng: np.random.Generator, pieces: Sequence[str], count: int) -> list[str]:
         rounds = [rng.permutation(len(pieces)) for _ in range(-(-count // len(pieces)))]
         return [pieces[i] for i in np.concatenate(rounds)[:count].tolist()]
 
-    def _words(self, rng: np.random.Generator, room: int, most: int) -> list[str]:
+    def words(self, rng: np.random.Generator, room: int, most: int) -> list[str]:
         """Words of neutral text that cost at most `room`, as many as fit up to `most`."""
-        drawn = rng.integers(len(_WORDS), size=min(most, max(0, room)))
+        drawn = rng.integers(len(WORDS), size=min(most, max(0, room)))
         fits = int(np.searchsorted(self._word_costs[drawn].cumsum(), room, side="right"))
-        return [_WORDS[i] for i in drawn[:fits].tolist()]
+        return [WORDS[i] for i in drawn[:fits].tolist()]
 
     @cached_property
     def _word_costs(self) -> np.ndarray:
-        return np.array([self.cost(word) for word in _WORDS])
+        return np.array([self.cost(word) for word in WORDS])

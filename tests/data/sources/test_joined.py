@@ -151,7 +151,7 @@ def test_labels_without_an_id_or_a_value_are_missing(files, opened, tmp_path):
     [
         (None, {}, UserError, r"wo/0\.parquet: no such file; .* looks for the labels of .*web/0\.jsonl there"),
         ([{"ids": "d0"}], {}, UserError, r"no column 'id' to join by; did you mean 'ids'\?"),
-        ([*LABELS, LABELS[0]], {}, UserError, "an id stands twice in column 'id'"),
+        ([*LABELS, LABELS[0]], {}, UserError, "an id occurs twice"),
         (LABELS, {"id": None}, BadRecord, r"web/0\.jsonl, record 0: no value in column 'id'"),
         (LABELS, {"topic": "mine"}, BadRecord, "column 'topic' is in the labels, too"),
     ],

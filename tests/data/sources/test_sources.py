@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,13 @@ from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metajax.core import json_lines
 from metajax.core.array_records import ArrayRecords
 from metajax.core.errors import UserError
+from metajax.core.json_lines import line_marks
 from metajax.data.documents import BadRecord, Document, is_held_out
-from metajax.data.sources import open_source, parse_spec
-from metajax.data.sources.files import Columns, line_index, to_document
+from metajax.data.sources import jsonl, open_source
+from metajax.data.sources.files import Columns, to_document
 
 ROWS = [
     {
@@ -137,7 +140,7 @@ def test_an_empty_corpus_is_refused(kind, opened, tmp_path):
     else:
         write_arrayrecord(tmp_path / "a.data", [])
     with pytest.raises(UserError, match=r"a\.data.*(no records|not a readable)"):
-        opened(f"{kind}:a.data")
+        len(opened(f"{kind}:a.data"))
 
 
 def test_a_missing_file_is_named(kind, opened, tmp_path):
@@ -167,7 +170,7 @@ def test_a_relative_path_without_data_dir_is_below_the_working_directory(tmp_pat
 )
 def test_a_bad_spec_is_one_plain_line(spec, part):
     with pytest.raises(UserError) as caught:
-        parse_spec(spec)
+        open_source(spec, cache_dir=Path(), data_dir=None)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -215,8 +218,8 @@ def test_compressed_lines_are_read_in_any_order(suffix, pack, opened, tmp_path):
     order = [*range(11), 9, 2, 3, 0, 10]
     assert len(packed) == 11 and [packed[i] for i in order] == [plain[i] for i in order]
     assert pickle.loads(pickle.dumps(packed))[7] == plain[7]
-    with pytest.raises(UserError, match=r"a\.jsonl is not compressed as others are"):
-        opened("jsonl:a.jsonl*")
+    mixed = opened("jsonl:a.jsonl*")
+    assert len(mixed) == 8 and list(mixed.read(range(1, 8, 2))) == [plain[i] for i in (1, 3, 1, 3)]
 
 
 def test_compressed_lines_that_cannot_be_read(opened, tmp_path):
@@ -224,7 +227,7 @@ def test_compressed_lines_that_cannot_be_read(opened, tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be decompressed .*; fetch or write it again"):
         len(opened("jsonl:a.jsonl.gz"))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{\n'))
-    with pytest.raises(BadRecord, match=r"b\.jsonl\.gz, record 1: not JSON"):
+    with pytest.raises(BadRecord, match=r"b\.jsonl\.gz, line 2: not JSON"):
         opened("jsonl:b.jsonl.gz")[1]
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n'))
     with pytest.raises(UserError, match="xz is not read; decompress it"):
@@ -233,17 +236,33 @@ def test_compressed_lines_that_cannot_be_read(opened, tmp_path):
 
 @settings(deadline=None)
 @given(
-    st.lists(st.sampled_from([b"", b" ", b"\t \r", b"a", b'{"a":1}', b"x" * 9, b"{} \r"]), max_size=12),
+    st.lists(st.sampled_from([b"", b" ", b"\t \r", b"1", b'{"a":1}', b"9" * 9, b"{} \r"]), max_size=12),
     st.booleans(),
-    st.integers(1, 20),
+    st.integers(1, 5),
 )
-def test_the_line_index_finds_what_splitting_finds(tmp_path_factory, lines, closed, block):
+def test_marks_are_where_splitting_finds_the_lines(tmp_path_factory, lines, closed, every):
     data = b"\n".join(lines) + (b"\n" if closed else b"")
-    path = tmp_path_factory.mktemp("index") / "f"
+    path = tmp_path_factory.mktemp("marks") / "f"
     path.write_bytes(data)
-    starts, lengths = line_index(str(path), block)
-    found = [data[s : s + n] for s, n in zip(starts, lengths, strict=True)]
-    assert found == [line for line in data.split(b"\n") if line.strip()]
+    filled = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    count, marks = line_marks(str(path), every)
+    assert count == len(filled) and [number for _, number in marks] == [number for number, _ in filled[::every]]
+    for n, mark in enumerate(marks):
+        found = [(number, line.rstrip(b"\n")) for number, line in json_lines.lines(str(path), *mark)]
+        assert found == filled[n * every :]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9), st.integers(1, 6))
+def test_any_range_is_read_from_its_marks(tmp_path_factory, start, stop, step, every):
+    home = tmp_path_factory.mktemp("range")
+    for name in "ab":
+        write_jsonl(home / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(20)])
+    source = open_source("jsonl:*.jsonl", cache_dir=home, data_dir=home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl, "EVERY", every)
+        texts = [f"{name}{n}" for name in "ab" for n in range(20)]
+        assert [document.text for document in source.read(range(start, stop, step))] == texts[start:stop:step]
 
 
 # ------------------------------------------------------------------------------------------ Parquet, ArrayRecord
@@ -252,13 +271,13 @@ def test_the_line_index_finds_what_splitting_finds(tmp_path_factory, lines, clos
 def test_parquet_without_the_column_lists_the_columns(opened, tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"content": "x", "url": "u"}])
     with pytest.raises(UserError, match=r"a\.parquet: no column 'contents' .*did you mean 'content'\?; columns: content, url"):
-        opened("parquet:a.parquet?text=contents")
+        len(opened("parquet:a.parquet?text=contents"))
 
 
 def test_a_file_that_is_not_parquet_is_named(opened, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"garbage" * 100)
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
-        opened("parquet:a.parquet")
+        len(opened("parquet:a.parquet"))
 
 
 def test_a_damaged_row_group_is_a_bad_record(opened, tmp_path):

@@ -92,7 +92,7 @@ def test_nested_columns_have_dotted_names(opened, tmp_path):
             "https://www.s3.org/p3", {"text": "t3", "meta.more.score": "1.5", "meta.more": "own"}, "1.5"
         )
     with pytest.raises(UserError, match=r"no column 'meta\.uri' \(origin\); did you mean 'meta\.url'"):
-        opened("parquet:a.parquet?origin=meta.uri")
+        len(opened("parquet:a.parquet?origin=meta.uri"))
     assert flatten({"a": {"b": 1}, "a.b": None}) == {"a.b": None}
     deep: dict = {}
     for _ in range(5000):

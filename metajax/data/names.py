@@ -1,0 +1,15 @@
+"""Names in a config that registries of `metajax.data` hold."""
+
+from __future__ import annotations
+
+from metajax.config import Config
+from metajax.data.positions import spots
+from metajax.data.tasks import task
+
+
+def check_names(config: Config) -> None:
+    """UserError for a synthetic task or a position of metadata that does not exist."""
+    for name in config.tasks.names if config.tasks is not None else ():
+        task.find(name, "tasks.names")
+    if config.metadata is not None:
+        spots(config.metadata)

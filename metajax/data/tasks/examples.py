@@ -1,0 +1,144 @@
+"""Examples of the tasks as ids, and rows packed from them: both pure functions of their number.
+
+Train and test are disjoint by construction. A hash of what an example is about decides which of the two it belongs to, whatever seed or
+phase draws it: its lists, bits or text to copy, with question and answer. Neutral text counts for the needle alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from metajax.config import Config, Tasks
+from metajax.core.errors import require
+from metajax.data.encoding import Tokenizer
+from metajax.data.rows import Row, finish, joined
+from metajax.data.tasks import Encoded, SyntheticTask, task
+
+ATTEMPTS = 2_000  # to draw an example of one split and of a wanted length
+MISSES = 4  # examples that may fail to fit before a row is closed
+PAUSES = 2  # meta-tokens of an example, at most
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Example n of (task, seed, split, phase or bin), for every n."""
+
+    tasks: Tasks
+    tokenizer: Tokenizer
+    seed: int
+
+    def training(self, name: str, phase: int, n: int) -> Encoded:
+        """Training example n of a phase of the curriculum."""
+        return self._draw(name, "train", phase, n, (self.shortest(name), self.longest(name, phase)))
+
+    def test(self, name: str, length: int, n: int) -> Encoded:
+        """Test example n of the bin of that length: length / 2 < tokens <= length."""
+        return self._draw(name, "test", length, n, (max(length // 2 + 1, self.shortest(name)), length))
+
+    def shortest(self, name: str) -> int:
+        """Tokens of the task's smallest example, BOS included."""
+        return self._tasks[name].shortest
+
+    def longest(self, name: str, phase: int) -> int:
+        """Tokens of the longest training example of a phase: its share of the way from the shortest to tasks.train_length, and not of one
+        length alone, which the pieces of no example might add up to."""
+        way = self.tasks.train_length - self.shortest(name)
+        return self.shortest(name) + min(way, max(1, round(self.tasks.phases[phase] * way)))
+
+    def check(self) -> None:
+        """UserError where a task has no example of the lengths that the config asks for."""
+        for name in self.tasks.names:
+            for field, length in (
+                ("train_length", self.tasks.train_length),
+                *(("eval_lengths", n) for n in self.tasks.eval_lengths),
+            ):
+                require(
+                    self.shortest(name) <= length,
+                    f"tasks.{field} = {length}: the shortest example of {name} takes {self.shortest(name)} tokens with "
+                    f"{self.tokenizer.spec}; choose a greater length",
+                )
+
+    def _draw(self, name: str, split: str, part: int, n: int, lengths: tuple[int, int]) -> Encoded:
+        drawn = self._tasks[name]
+        stream = zlib.crc32(name.encode()) if drawn.stream is None else drawn.stream
+        rng = np.random.default_rng([self.seed, stream, split == "test", part, n])
+        for _ in range(ATTEMPTS):
+            example = drawn.draw(rng, split, lengths)
+            if example is not None:
+                return example
+        low, high = lengths
+        require(False, f"{name} has no {split} example of {low} to {high} tokens; choose greater lengths or sizes in tasks")
+
+    @cached_property
+    def _tasks(self) -> dict[str, SyntheticTask]:
+        return {name: task.find(name, "tasks.names")(self.tasks, self.tokenizer) for name in self.tasks.names}
+
+
+# ---------------------------------------------------------------------------------------------------------- rows
+
+
+def phase_of(step: int, steps: int, phases: int) -> int:
+    """The curriculum's phase at a step: equal parts of the run; the last one never ends."""
+    return min(phases - 1, step * phases // steps)
+
+
+def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_slots: int | None) -> Row:
+    """A finished row (see data/rows.py): one segment an example, loss on what it asks for, body = the answers alone.
+
+    meta_slots: M, how many meta-tokens the row has room for; unused ones are `length`. None: the row does not list them.
+    """
+    names = {"tokens": "ids", "targets": "targets", "loss_weights": "asked", "is_body": "answers"}
+    pieces = [{name: getattr(example, ours) for name, ours in names.items()} for example in examples]
+    row = joined(pieces, length, tokenizer.vocabulary.pad)
+    if meta_slots is not None:
+        used = np.flatnonzero(row["tokens"] == tokenizer.vocabulary.meta)
+        row["meta_slots"] = np.concatenate([used, np.full(meta_slots - len(used), length)]).astype(np.int32)
+    return finish(row, attend_across_documents=False)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Training row n of a run, for every n: examples of the curriculum's phase at its step, drawn until the row is full.
+
+    The strings of a row depend on nothing but tokenizer, tasks, row length, step and seed: models with and without meta-attention
+    read the same. An example that does not fit is left out, and after MISSES of them the row is closed.
+    """
+
+    config: Config
+    examples: Examples
+
+    def __call__(self, n: int) -> Row:
+        config, tasks = self.config, self.config.tasks
+        length, pauses_left = config.data.row_length, tasks.pauses(config.data.row_length)
+        phase = phase_of(n // config.data.batch_rows, config.training.steps, len(tasks.phases))
+        rng = np.random.default_rng([self.examples.seed, n])
+        pool = -(-tasks.train_examples // len(tasks.phases))
+        packed, left, misses = [], length, 0
+        while misses < MISSES:
+            name = tasks.names[int(rng.integers(len(tasks.names)))]
+            example, pauses = self._example(name, phase, int(rng.integers(pool)))
+            if len(example.ids) > left or pauses > pauses_left:
+                misses += 1
+                continue
+            packed.append(example)
+            left, pauses_left = left - len(example.ids), pauses_left - pauses
+        meta_slots = config.row_meta_tokens if config.meta_tokens is not None else None
+        return assemble(packed, length, self.examples.tokenizer, meta_slots)
+
+    def _example(self, name: str, phase: int, n: int) -> tuple[Encoded, int]:
+        """Training example n of a phase and its pauses: drawn once, since rows read the pool of their phase again and again."""
+        pool = self._pools.setdefault(phase, {})
+        if (name, n) not in pool:
+            self._pools.pop(phase - 2, None)  # threads read ahead by less than a phase
+            drawn = self.examples.training(name, phase, n)
+            pauses = int((drawn.ids == self.examples.tokenizer.vocabulary.meta).sum())
+            pool[name, n] = replace(drawn, core="", text=""), pauses  # a row needs the arrays alone
+        return pool[name, n]
+
+    @cached_property
+    def _pools(self) -> dict[int, dict[tuple[str, int], tuple[Encoded, int]]]:
+        return {}

@@ -1,0 +1,29 @@
+"""The needle: one item in a long neutral text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from metajax.config import Tasks
+from metajax.data.tasks import task
+from metajax.data.tasks.prompts import ASK, ITEMS, LISTS, NAMES, RECALL, Example, PromptTask
+
+
+@task("needle")
+class Needle(PromptTask):
+    """A list of one item, at any depth of the neutral text (Hymba, arXiv 2411.13676, figure 10)."""
+
+    stream = 4
+    splits_by_filler = True  # there are 48 examples without it
+
+    @staticmethod
+    def chance(sizes: Tasks) -> float:
+        return 1 / len(LISTS[NAMES[0]])
+
+    def write(self, rng: np.random.Generator, room: int) -> Example | None:
+        name = NAMES[int(rng.integers(len(NAMES)))]
+        item = ITEMS[name][int(rng.integers(len(ITEMS[name])))]
+        costliest = self.costliest
+        if room < self.costs(RECALL, ASK, " 1") + costliest["head"] + costliest["of"] + 2 * costliest["item"]:
+            return None
+        return Example(((f"{name}:", item),), (RECALL, " 1", f" of {name}", ASK), (item,))
