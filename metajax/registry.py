@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from metajax.config import AnyConfig, Scale, check_analyses
+from metajax.config import AnyConfig, Scale
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
 from metajax.core.progress import PROGRAM, warn
@@ -132,7 +132,6 @@ class Table:
     paper_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_analyses(f"table {self.name}", self.analyses)
         names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
         for what, words in (("rows", names), ("columns", keys)):
             require(len(words) == len(set(words)), f"table {self.name}: two of its {what} have the same name")

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from metajax import registry
+from metajax.analysis import analysis
 from metajax.cli import arguments as checked
 from metajax.cli import interop, verbs
 from metajax.cli.arguments import Jobs, add_number
-from metajax.config import ANALYSES, Choice, Evaluation, Guidance, Processes, Tasks, Temperature, TopK, TopP
+from metajax.config import Choice, Evaluation, Guidance, Processes, Tasks, Temperature, TopK, TopP
 from metajax.core.errors import Stopped, UserError, nearest, require
 from metajax.core.fields import Count, CountOrZero, Range, Seed, field_types, is_text
 from metajax.core.interrupts import Interrupted, interruptible, leave
@@ -301,9 +302,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     _add_run_word(parser)
-    parser.add_argument(
-        "--what", type=checked.word, default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)"
-    )
+    known = ",".join(analysis.names())
+    parser.add_argument("--what", type=checked.word, default=None, metavar="LIST", help=f"some of {known} (all that fit the run)")
     parser.add_argument(
         "--task", type=checked.word, default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
     )  # fmt: skip

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
+from metajax.analysis import analysis
 from metajax.cli import interop
-from metajax.config import AnyConfig, Config, ImageConfig, Runtime, check_analyses, require_text
+from metajax.config import AnyConfig, Config, ImageConfig, Runtime, require_text
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import Seed, convert, override
 from metajax.core.progress import echo, fail, say, terminal
@@ -341,14 +342,32 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
 
 
 def analyze(options: argparse.Namespace, started: float) -> int:
-    """Make analyses of a run's newest checkpoint."""
+    """Make analyses of a run's newest checkpoint; its pages show their figures."""
     names = tuple(options.what.split(",")) if options.what else ()
+    from metajax.vision.analyses import check_analyses, image_analysis
+
     check_analyses("--what", names)
     from metajax.runs.directory import find_run, read_config
 
     workdir = find_run(options.run, options.runs_dir)
     if isinstance(read_config(workdir), ImageConfig):
-        return _analyze_images(workdir, names, options)
+        analyses, study = image_analysis, _image_study(workdir, options)
+    else:
+        analyses, study = analysis, _text_study(options)
+    from metajax.experiment import write_report
+    from metajax.reporting.html import write_analysis_page
+
+    for name, numbers in analyses.run(study, names or analyses.fitting(study), workdir):
+        echo("\n  ".join((name.replace("_", " "), *analyses.find(name).lines(numbers))))
+    if (workdir / "report.json").exists():
+        write_report(workdir)
+    say(f"figures: {write_analysis_page(workdir, analyses.sections(workdir))}")
+    publish(workdir)
+    return 0
+
+
+def _text_study(options: argparse.Namespace) -> Any:
+    """The run's model on the prompts that the command asks for."""
     config, changes, choice = _config_of_run(options), {}, {"task": options.task, "length": options.length}
     task = options.task or ("list_recall" if config.tasks is None and config.meta_tokens is not None else None)
     if task not in (None, "text"):
@@ -360,37 +379,24 @@ def analyze(options: argparse.Namespace, started: float) -> int:
         changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
     config = override(config, changes)
     opened = _open_run(options, options.run)
-    from metajax.analysis.analyses import fitting, run_analyses
-    from metajax.analysis.study import open_study
-    from metajax.reporting.html import write_analysis_page
-    from metajax.reporting.terminal import print_analysis
+    from metajax.analysis.common.study import open_study
 
     study = open_study(opened.program, opened.open_corpora(config, _paths(options)), opened.model, **choice)
     say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
-    for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
-        print_analysis(name, numbers)
-    say(f"figures: {write_analysis_page(opened.workdir)}")
-    publish(opened.workdir)
-    return 0
+    return study
 
 
-def _analyze_images(workdir: Path, names: Sequence[str], options: argparse.Namespace) -> int:
+def _image_study(workdir: Path, options: argparse.Namespace) -> Any:
+    """The run's CLIP and some test images."""
     require(
         options.task is None and options.length is None and options.examples is None,
         f"{workdir} is a run on images; --task, --length and --examples choose prompts of text",
     )
     _start_jax(options.cache_dir)
     from metajax.runs.directory import read_config
-    from metajax.vision.analysis_page import headlines
-    from metajax.vision.page import write_image_report
-    from metajax.vision.study import fitting, open_image_study, run_image_analyses
+    from metajax.vision.study import open_image_study
 
-    study = open_image_study(workdir, read_config(workdir), _paths(options))
-    for name, numbers in run_image_analyses(study, names or fitting(study), workdir):
-        echo("\n  ".join((name, *headlines(name, numbers))))
-    say(f"figures: {write_image_report(workdir)}")
-    publish(workdir)
-    return 0
+    return open_image_study(workdir, read_config(workdir), _paths(options))
 
 
 def generate(options: argparse.Namespace, started: float) -> int:

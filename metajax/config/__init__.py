@@ -3,7 +3,7 @@
 from metajax.config.clip import PIXEL_MEAN, PIXEL_STD, PUBLISHED, Clip, preset
 from metajax.config.data import TASKS, Data, Switch, Tasks
 from metajax.config.dpo import Dpo
-from metajax.config.evaluation import ANALYSES, Choice, Evaluation, Guidance, Temperature, TopK, TopP, check_analyses
+from metajax.config.evaluation import Choice, Evaluation, Guidance, Temperature, TopK, TopP
 from metajax.config.experiment import Config, Scale, config_hash, difference
 from metajax.config.families import AnyConfig, config_from, require_text
 from metajax.config.images import AUGMENTATIONS, OF_TEXT, ImageConfig, Images, Prompts
@@ -13,7 +13,6 @@ from metajax.config.runtime import AXES, Processes, Runtime, mesh_axes
 from metajax.config.training import Init, Optimizer, Training
 
 __all__ = [
-    "ANALYSES",
     "AUGMENTATIONS",
     "AXES",
     "OF_TEXT",
@@ -49,7 +48,6 @@ __all__ = [
     "TopK",
     "TopP",
     "Training",
-    "check_analyses",
     "config_from",
     "config_hash",
     "difference",

@@ -13,11 +13,7 @@ from metajax.core.fields import (
     Range,
 )
 
-ANALYSES = (
-    "interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead", "mixing_maps", "branches", "needle",
-    "probes", "metadata_attention", "guidance", "by_position",
-)  # fmt: skip  # in metajax/analysis
-# Of drawing tokens.
+# Sampling of tokens.
 Temperature = Annotated[float, Range(0, 10**6)]
 TopK = CountOrZero
 TopP = Annotated[float, Range(above=0, most=1)]
@@ -68,9 +64,3 @@ class Evaluation(Part, path="evaluation"):
                 condition in known,
                 f"evaluation.conditions: unknown {condition!r}{nearest(condition, known)}; known: {', '.join(known)}",
             )
-
-
-def check_analyses(what: str, names: tuple[str, ...]) -> None:
-    """UserError for an analysis that does not exist; `what` is where it is named."""
-    for name in names:
-        require(name in ANALYSES, f"{what}: unknown {name!r}{nearest(name, ANALYSES)}; known: {', '.join(ANALYSES)}")

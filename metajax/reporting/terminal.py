@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,76 +91,53 @@ def _expected(experiment: registry.Experiment, scale: str) -> str:
 
 
 def print_plan(found: dict[str, Any]) -> None:
-    """A plan: what the chips hold, what crosses between them, and how fast a step can be at best."""
-    from metajax.reporting import plan_page
+    """A plan: memory of the chips, transfers between them, and bounds of a step's time."""
+    from metajax.reporting.plan_page import GIB, advice_lines, buffer_text, plan_facts
 
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
     console.print(line_of(found["name"], f" at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"))
-    if not found["fits"]:
-        state = sum(found["state"].values())
-        console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
-        _print_buffers(found)
-        _print_advice(found)
-        return
-    memory, gib = found["memory"], 2**30
-    sizes = [(name, f"{size / gib:.3f}") for name, size in plan_page.memory_kinds(found).items()]
-    total = ("total", f"{memory['total'] / gib:.3f} of {memory['limit'] / gib:g}")
-    _print_facts("memory of a chip", "GiB", [*sizes, total])
-    _print_facts("operations", "", plan_page.operation_facts(found))
-    _print_facts("between chips, in a step", "", plan_page.link_facts(found))
-    _print_facts("Pallas kernels found", "", plan_page.kernel_facts(found))
-    _print_facts("time of a step, at least", "", plan_page.time_facts(found))
-    _print_facts("by the compiler's estimate", "", plan_page.estimate_facts(found))
-    console.print(f"compiled in {found['compile_seconds']:.0f} s; the largest buffers:")
-    _print_buffers(found)
-    _print_advice(found)
+    if found["fits"]:
+        for title, unit, facts in plan_facts(found):
+            print_grid((title.lower(), unit), facts)
+        console.print(f"compiled in {found['compile_seconds']:.0f} s; the largest buffers:")
+    else:
+        state = sum(found["state"].values()) / GIB
+        console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state:.2f} GiB of each chip")
+    for line in (*(f"  {buffer_text(buffer)}" for buffer in found["largest_buffers"]), *advice_lines(found)):
+        console.print(line, soft_wrap=True)
 
 
-def _print_facts(title: str, unit: str, facts: Sequence[tuple[str, str]]) -> None:
-    grid = grid_of(title, unit)
-    for fact in facts:
-        grid.add_row(*fact)
+def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of text."""
+    grid = grid_of(*titles)
+    for cells in rows:
+        grid.add_row(*cells)
     console.print(grid)
 
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:
     """The plans of many programs, a line for each."""
-    grid = grid_of("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s")
+    rows = []
     for found in made:
         line = [found["name"], str(len(found["stands_for"])), found["topology"]]
         if not found["fits"]:
-            grid.add_row(*line, f"does not fit: {found['reason']}")
+            rows.append([*line, f"does not fit: {found['reason']}"])
             continue
         memory, bound, gib = found["memory"], found["bound"], 2**30
-        grid.add_row(
-            *line, f"{memory['total'] / gib:.2f} of {memory['limit'] / gib:g}", f"{1e3 * bound['step']:.1f}", f"{bound['mfu']:.1%}",
-            f"{found['compile_seconds']:.0f}",
-        )  # fmt: skip
-    console.print(grid)
+        line.append(f"{memory['total'] / gib:.2f} of {memory['limit'] / gib:g}")
+        rows.append([*line, f"{1e3 * bound['step']:.1f}", f"{bound['mfu']:.1%}", f"{found['compile_seconds']:.0f}"])
+    print_grid(("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s"), rows)
     console.print(f"{sum(found['fits'] for found in made)} of {len(made)} programs fit")
-
-
-def _print_buffers(found: dict[str, Any]) -> None:
-    for buffer in found["largest_buffers"]:
-        text = (
-            f"  {buffer['bytes'] / 2**30:.3f} GiB  {buffer['shape']}  {buffer['operation']}  {buffer['source'] or buffer['name']}"
-        )
-        console.print(text, soft_wrap=True)
-
-
-def _print_advice(found: dict[str, Any]) -> None:
-    from metajax.reporting.plan_page import advice_lines
-
-    for line in advice_lines(found):
-        console.print(line)
 
 
 def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
     """Held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
+    from metajax.reporting.tasks import CHOICE_HEAD, HEAD, choice_rows, table_rows
+
     if "tasks" in results:
-        print_tasks(results["tasks"])
+        print_grid(HEAD, table_rows(results["tasks"]))
     if "choice" in results:
-        print_choices(results["choice"])
+        print_grid(CHOICE_HEAD, choice_rows(results["choice"]))
     for name, values in results.items():
         if isinstance(values, dict) and "accuracy" in values:
             pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
@@ -169,35 +146,6 @@ def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         echo(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
-
-
-def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Accuracy by task and length."""
-    from metajax.reporting.tasks import HEAD, table_rows
-
-    grid = grid_of(*HEAD)
-    for cells in table_rows(results):
-        grid.add_row(*cells)
-    console.print(grid)
-
-
-def print_choices(results: dict[str, Any]) -> None:
-    """Multiple choice by task and setting."""
-    from metajax.reporting.choices import HEAD, table_rows
-
-    grid = grid_of(*HEAD)
-    for cells in table_rows(results):
-        grid.add_row(*cells)
-    console.print(grid)
-
-
-def print_analysis(name: str, numbers: dict[str, Any]) -> None:
-    """The headline numbers of an analysis."""
-    from metajax.reporting.analysis_words import headlines
-
-    console.print(plain(name.replace("_", " "), "bold"))
-    for line in headlines(name, numbers):
-        console.print(plain(f"  {line}"), soft_wrap=True)
 
 
 def print_curriculum(config: Config, paths: Any) -> None:

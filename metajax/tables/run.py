@@ -29,6 +29,7 @@ from metajax.runs.parents import absent_fields, apply_changes, inherited, resolv
 from metajax.runs.place import Gone, Place
 from metajax.tables.formats import csv_text, latex, markdown
 from metajax.tables.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
+from metajax.vision.analyses import check_analyses
 
 RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
 
@@ -126,8 +127,9 @@ def plan_table(
       changes: dotted overrides of every row, and of the runs that rows start from (see `metajax.runs.parents.inherited`).
 
     Raises:
-      UserError: a change that fits no row, a parent that does not exist, experiments that start from each other.
+      UserError: an unknown analysis, a change that fits no row, a parent that does not exist, experiments that start from each other.
     """
+    check_analyses(f"table {table.name}", table.analyses)
     plan = TablePlan(table, scale, tuple(rows), tuple(seeds), changes, root)
     for config in {run.config.name: run.config for run in plan.runs()}.values():
         for field in absent_fields(config, inherited(changes)):
