@@ -18,7 +18,7 @@ from metajax.runs.files import find_readable, write_json
 FOLDER = "analysis"  # of a run's folder
 Measure = Callable[[Any], dict[str, Any]]
 Numbers = Mapping[str, Any]
-Figures = list[tuple[str, str]]  # (SVG, caption)
+Figures = list[tuple[Any, str]]  # (matplotlib Figure, caption)
 
 
 @dataclass
@@ -58,14 +58,14 @@ class Analysis:
 
     def section(self, saved: Numbers) -> dict[str, Any]:
         """A section of a page from the saved JSON: title, text, headline numbers and figures."""
-        from metajax.reporting.panels import styled
+        from metajax.reporting.figures import styled, to_svg
 
         result, text, made_on = saved["result"], self.about, saved.get("made_on")
         if made_on and self.on_prompts:
             count, task = result.get("prompts", made_on["prompts"]), made_on["task"].replace("_", " ")
             text = f"{text} Test prompts: {count:,} of {task}, at most {made_on['length']} tokens each."
         with styled():
-            figures = self.draw(result)
+            figures = [(to_svg(figure, caption), caption) for figure, caption in self.draw(result)]
         return {"name": self.name, "title": self.title, "text": text, "lines": self.lines(result), "figures": figures}
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
-from metajax.analysis import analysis
-from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, meta_tokens_in_prompts, rounded
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, capture, rounded
 from metajax.models.lm import LM
-from metajax.reporting.figures import WIDTH, to_svg
+from metajax.reporting.figures import WIDTH
 from metajax.reporting.panels import panels, token_ticks, weight_heat
 
 
@@ -27,8 +28,7 @@ def maps(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     "attention",
     title="Attention maps",
     about="Only the first prompt: an illustration, not a measurement.",
-    fits=has_meta_tokens,
-    needs=meta_tokens_in_prompts,
+    **META_TOKENS,
 )
 def attention(study: Study) -> dict[str, Any]:
     """Share of the last prompt token's causal attention that goes to meta-tokens; `details`: the maps of the first prompt."""
@@ -51,7 +51,7 @@ def attention(study: Study) -> dict[str, Any]:
 
 
 @attention.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     n = numbers["to_meta"]
     return [
         f"the last token of this prompt gives meta-tokens {n['mean']:.1%} of its causal attention ({n['least']:.1%} to {n['most']:.1%} "
@@ -60,7 +60,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @attention.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     details = result["details"]
     causal, metas = np.array(details["causal"]), details["meta_slots"]
     layers, heads, length, _ = causal.shape
@@ -71,20 +71,20 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         axes.set_yticks(metas, [])
         axes.set_title(f"{layer + 1}.{head + 1}", fontsize=8, pad=2)
     caption = "Causal attention by layer.head: queries downwards, keys across, shade the square root of the weight, ticks at meta-tokens."
-    drawn = [(to_svg(figure, "Causal attention of every layer and head"), caption)]
+    drawn = [(figure, caption)]
     for query, words in ((length - 1, "the last token of the prompt"), (metas[-1], "the last meta-token")):
         figure, (axes,) = panels(1, 1, 1.6 + 0.13 * layers * heads)
         weight_heat(figure, axes, causal[:, :, query, : query + 1].reshape(layers * heads, -1))
         axes.set_yticks(range(layers * heads), [f"{i + 1}.{j + 1}" for i, j in np.ndindex(layers, heads)], fontsize=7)
         axes.set_ylabel("layer.head")
         token_ticks(axes, details["labels"][: query + 1])
-        drawn.append((to_svg(figure, f"Causal attention of {words}"), f"What {words} attends to, by layer and head."))
+        drawn.append((figure, f"What {words} attends to, by layer and head."))
     if "meta" in details and len(metas) > 1:  # a single meta-token attends to itself
         drawn.append(_meta_maps(np.array(details["meta"])))
     return drawn
 
 
-def _meta_maps(meta: np.ndarray) -> tuple[str, str]:
+def _meta_maps(meta: np.ndarray) -> tuple[Figure, str]:
     layers, heads, count, _ = meta.shape
     figure, axes_of = panels(layers, heads, WIDTH / heads)
     for axes, (layer, head) in zip(axes_of, np.ndindex(layers, heads), strict=True):
@@ -97,4 +97,4 @@ def _meta_maps(meta: np.ndarray) -> tuple[str, str]:
         axes.set_yticks(range(count), range(1, count + 1), fontsize=7)
         axes.set_title(f"{layer + 1}.{head + 1}", fontsize=8, pad=2)
     caption = "Meta-attention by layer.head, among the prompt's meta-tokens in their order."
-    return to_svg(figure, "Meta-attention of every layer and head"), caption
+    return figure, caption

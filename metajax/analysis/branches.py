@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from metajax.analysis import analysis
+from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, mean_over_rows
 from metajax.analysis.mixing_maps import MIXERS
 from metajax.core.errors import require
 from metajax.models.lm import LM
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import by_layer, panels
 from metajax.training.losses import token_nll, weighed
 from metajax.training.step import apply_model
@@ -104,7 +103,7 @@ def branches(study: Study) -> dict[str, Any]:
 
 
 @branches.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     return [
         f"without {words} in one layer: {n['mean']:+.4f} ± {n['half']:.4f} nats a token, mean of the layers; {max(n['layers']):+.4f} in "
         f"layer {1 + n['layers'].index(max(n['layers']))}"
@@ -114,7 +113,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @branches.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     figure, axes_of = panels(3, 1, 2.0)
     words = {"rms": "size before the norm", "scale": "learned scale", "knock_out": "nats a token without it"}
     for axes, (name, label) in zip(axes_of, words.items(), strict=True):
@@ -124,4 +123,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     axes_of[0].legend(fontsize=8.5)
     axes_of[-1].set_xlabel("layer")
     caption = "Root mean square and mean absolute scale; loss on the rows without the branch, minus with it."
-    return [(to_svg(figure, "The two branches by layer"), caption)]
+    return [(figure, caption)]

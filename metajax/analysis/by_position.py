@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.analysis import analysis
+from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.labels import some_documents
 from metajax.analysis.common.study import Study
 from metajax.core.errors import require
@@ -16,7 +16,7 @@ from metajax.data.rows import Row
 from metajax.data.sources import parse_spec
 from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, best_nats, draw
 from metajax.evaluation.choice import token_scores
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import panels
 
 FIRST = 8  # tokens that count as the beginning; the end is the last third
@@ -89,7 +89,7 @@ def by_position(study: Study) -> dict[str, Any]:
 
 
 @by_position.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     lines = [
         f"{words}: {numbers['own'][part]:.3f} nats a token with the metadata of training, {numbers['none'][part]:.3f} without"
         for part, words in PARTS.items()
@@ -101,10 +101,10 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @by_position.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     figure, (axes,) = panels(1, 1, 2.4)
     for i, (name, words) in enumerate({"own": "metadata of training", "none": "no metadata"}.items()):
         axes.plot(list(PARTS.values()), [result[name][part] for part in PARTS], marker="o", color=look(i)[0], label=words)
     axes.set_ylabel("nats a token")
     axes.legend(fontsize=8.5)
-    return [(to_svg(figure, "Loss by position in the document"), "Mean over the held-out documents' body tokens.")]
+    return [(figure, "Mean over the held-out documents' body tokens.")]

@@ -14,19 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
-from metajax.analysis import analysis
-from metajax.analysis.common.study import (
-    Arrays,
-    Study,
-    at_slots,
-    capture,
-    cluster_mean,
-    has_meta_tokens,
-    meta_tokens_in_prompts,
-    rounded,
-)
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_slots, capture, cluster_mean, rounded
 from metajax.models.lm import LM
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import centred_heat, panels, token_ticks
 
 READINGS = {"same_layer": "residual vectors of the same layer", "embedding": "token embeddings"}
@@ -76,8 +66,7 @@ def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tupl
     title="Caching",
     about="Cosine of the last meta-token's residual vector with the tokens before it. In the paper it is strongest close to the meta-token, "
     "within about 0.04 of zero; the paper does not state whether it means residual vectors or embeddings, so both are here.",
-    fits=has_meta_tokens,
-    needs=meta_tokens_in_prompts,
+    **META_TOKENS,
 )
 def caching(study: Study) -> dict[str, Any]:
     """For each reading: near and far, the mean cosine over all layers and prompts, with the half width of its interval over prompts.
@@ -102,7 +91,7 @@ def caching(study: Study) -> dict[str, Any]:
 
 
 @caching.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     return [
         f"{words}, {distance}: mean cosine {n['mean']:+.3f} ± {n['half']:.3f} over {numbers[name]['prompts']:,} prompts"
         for name, words in READINGS.items()
@@ -112,7 +101,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @caching.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     drawn = []
     for name, words in READINGS.items():
         found = result["details"][name]
@@ -128,10 +117,9 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"Mean cosine with the {words}, over {n[kept].min():,} to {n.max():,} prompts a distance; layer 1 is the input of the first block. "
             f"The half widths of the 95 % intervals reach {np.nanmax(halves):.3f}."
         )
-        drawn.append((to_svg(figure, f"Cosine heat-map, {words}"), caption))
+        drawn.append((figure, caption))
     example = np.array(result["details"]["same_layer"]["example"], float)
     figure, (axes,) = panels(1, 1, 2.0 + 0.2 * len(example))
     centred_heat(figure, axes, example)
     token_ticks(axes, result["details"]["labels"])
-    one = to_svg(figure, "Cosine heat-map of one prompt")
-    return [*drawn, (one, "Only the first prompt: cosine with the residual vectors of the same layer.")]
+    return [*drawn, (figure, "Only the first prompt: cosine with the residual vectors of the same layer.")]

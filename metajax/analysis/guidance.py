@@ -15,17 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from metajax.analysis import analysis
-from metajax.analysis.common.labels import (
-    check_labels,
-    classes_of,
-    has_context,
-    has_labels,
-    matched,
-    opening,
-    some_documents,
-    texts_of,
-)
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common import labels
 from metajax.analysis.common.study import Study
 from metajax.core.errors import require
 from metajax.data.cache import build_metadata_table
@@ -34,7 +25,7 @@ from metajax.evaluation.choice import score
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
 
 STRENGTHS = (0.0, 1.0, 1.5, 2.0, 3.0)
@@ -73,19 +64,19 @@ def train_classifier(
 
 def _topics(study: Study, split: str, count: int, names: list[str] | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(documents of the most frequent topics, as many of each; their topics; the topics' names)."""
-    documents = some_documents(study.corpora, split, TOKENS // 2, count)
-    texts = texts_of(study.corpora, study.corpora.config.evaluation.labels[0], documents)
+    documents = labels.some_documents(study.corpora, split, TOKENS // 2, count)
+    texts = labels.texts_of(study.corpora, study.corpora.config.evaluation.labels[0], documents)
     if names is None:
-        names = classes_of(texts, 2)[1][:CLASSES]
+        names = labels.classes_of(texts, 2)[1][:CLASSES]
     numbers = {name: i for i, name in enumerate(names)}
     classes = np.array([numbers.get(text, -1) for text in texts])
-    kept = matched(classes, np.zeros(len(classes)), 1, np.random.default_rng(0))
+    kept = labels.matched(classes, np.zeros(len(classes)), 1, np.random.default_rng(0))
     return documents[kept], classes[kept], names
 
 
 def _needs(study: Study) -> None:
     recipe = study.corpora.config.metadata
-    check_labels(study)
+    labels.check_labels(study)
     says = recipe is not None and recipe.position != "append" and not recipe.tokens
     require(says, "needs metadata with text, before the document (metadata.position, metadata.tokens)")
 
@@ -95,7 +86,7 @@ def _needs(study: Study) -> None:
     title="Guided generation",
     about="Texts drawn from z_empty + g (z_context - z_empty) after the metadata of held-out documents, and the share that a classifier of "
     "real texts assigns to the topic of that metadata. Nats a token are the model's own for these texts without metadata.",
-    fits=lambda study: has_labels(study) and has_context(study) and not study.corpora.config.metadata.tokens,
+    fits=lambda study: labels.has_labels(study) and labels.has_context(study) and not study.corpora.config.metadata.tokens,
     needs=_needs,
     on_prompts=False,
 )
@@ -119,7 +110,7 @@ def guidance(study: Study) -> dict[str, Any]:
         "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,
         "real": {"accuracy": float(np.mean((real @ weights).argmax(1) == topics)), "documents": len(topics)},
     }  # fmt: skip
-    ready, head = prepare(study.model), opening(corpora, () if recipe.in_front else None)[0]
+    ready, head = prepare(study.model), labels.opening(corpora, () if recipe.in_front else None)[0]
     for strength in STRENGTHS:
         texts = generate(
             ready, corpora.config, tokenizer, [""] * len(order), count=TOKENS, context=contexts, guidance=strength, sampling=Sampling(1.0)
@@ -142,7 +133,7 @@ def _strengths(numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @guidance.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     found, real = _strengths(numbers), numbers["real"]
     return [
         *(
@@ -156,7 +147,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @guidance.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     found = _strengths(result)
     figure, (axes,) = panels(1, 1, 2.6)
     accuracy, half = ([n[key] for n in found.values()] for key in ("accuracy", "half"))
@@ -166,4 +157,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     axes.set_xlabel("g")
     axes.set_ylabel("texts with their topic")
     caption = "With 95 % intervals over texts; grey: chance, and (dashed) the classifier on real texts."
-    return [(to_svg(figure, "Topic of guided texts"), caption)]
+    return [(figure, caption)]

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from metajax.analysis import analysis
-from metajax.analysis.common.study import Study, has_meta_tokens, meta_tokens_in_prompts
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Study
 from metajax.core.errors import UserError
 from metajax.evaluation.tasks import evaluate_tasks
 from metajax.models.lm import LM, with_intervention
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import name_rows, panels, point
 
 INTERVENTIONS: dict[str, dict[str, str]] = {
@@ -49,8 +48,7 @@ def intervene(model: LM) -> dict[str, LM]:
     about="The trained model with the positions or the token embedding of its meta-tokens set to zero. The paper reports that accuracy "
     "stays or rises without positions, and falls without the embedding. In a prompt with one meta-token (list recall, parity), "
     "meta-attention has one key, so its position has no effect.",
-    fits=has_meta_tokens,
-    needs=meta_tokens_in_prompts,
+    **META_TOKENS,
     on_prompts=False,
 )
 def interventions(study: Study) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def interventions(study: Study) -> dict[str, Any]:
 
 
 @interventions.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     lines = []
     for task, length, found in _bins(numbers):
         shown = ", ".join(
@@ -71,7 +69,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @interventions.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     by_task: dict[str, list[tuple[str, str, dict[str, Any]]]] = {task: [] for task in result["none"]}
     for task, length, found in _bins(result):
         by_task[task] += [(length, name, scored) for name, scored in found.items()]
@@ -83,8 +81,7 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         axes.set_xlim(-0.03, 1.03)
         axes.set_title(task.replace("_", " "), fontweight="bold")
     figure.supxlabel("exact match", fontsize=10.5)
-    svg = to_svg(figure, "Accuracy under interventions")
-    return [(svg, "Exact match by length and intervention, with 95 % intervals over examples.")]
+    return [(figure, "Exact match by length and intervention, with 95 % intervals over examples.")]
 
 
 def _bins(numbers: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -12,23 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metajax.analysis import analysis
-from metajax.analysis.common.labels import (
-    check_labels,
-    classes_of,
-    has_context,
-    has_labels,
-    opening,
-    some_documents,
-    texts_of,
-    with_rows,
-)
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common import labels
 from metajax.analysis.common.study import Arrays, Study, capture, cluster_mean, rounded
 from metajax.core.errors import require
 from metajax.data.addresses import split_url
 from metajax.data.cache import build_metadata_table
 from metajax.models.lm import LM
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import by_layer, heat, panels
 
 DOCUMENTS, TOKENS, FIRST = 400, 256, 100
@@ -61,8 +51,8 @@ def shares(model: LM, batch: Arrays, *, first: int) -> dict[str, Array]:
 
 
 def _needs(study: Study) -> None:
-    require(has_context(study), "this run has no metadata before the text")
-    check_labels(study)
+    require(labels.has_context(study), "this run has no metadata before the text")
+    labels.check_labels(study)
 
 
 @analysis(
@@ -70,7 +60,7 @@ def _needs(study: Study) -> None:
     title="Attention to metadata",
     about="Attention of body tokens of held-out texts to what precedes them, over layers and heads, beside equal attention to all earlier "
     "tokens. Beyond URLs reports that the scheme of a URL gets most, though it carries no information.",
-    fits=lambda study: has_labels(study) and has_context(study),
+    fits=lambda study: labels.has_labels(study) and labels.has_context(study),
     needs=_needs,
     on_prompts=False,
 )
@@ -80,7 +70,7 @@ def metadata_attention(study: Study) -> dict[str, Any]:
     clusters, for learnable tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label.
     """
     corpora, recipe, templates = study.corpora, study.corpora.config.metadata, study.corpora.config.evaluation.labels
-    documents = some_documents(corpora, "held_out", 16, 2 * DOCUMENTS)
+    documents = labels.some_documents(corpora, "held_out", 16, 2 * DOCUMENTS)
     if recipe.tokens:
         metadata = [list(corpora.tokenizer.vocabulary.spare[: recipe.tokens])] * len(documents)
     else:
@@ -88,9 +78,9 @@ def metadata_attention(study: Study) -> dict[str, Any]:
         documents = documents[[table[d] is not None for d in documents.tolist()]]
         metadata = [table[d].tolist() for d in documents.tolist()]
     documents, metadata = documents[:DOCUMENTS], metadata[:DOCUMENTS]
-    openings = [opening(corpora, ids) for ids in metadata]
+    openings = [labels.opening(corpora, ids) for ids in metadata]
     url = recipe.template in ("{url}", "URL: {url}\n\n")
-    rows = with_rows(study, [ids for ids, _ in openings], documents, TOKENS)
+    rows = labels.with_rows(study, [ids for ids, _ in openings], documents, TOKENS)
     found = rows.over_prompts("attention to metadata", lambda model, batch: shares(model, batch, first=FIRST), study.model)
     names, place = _places(study, openings, metadata, rows.rows["tokens"].shape[1], url)
     out: dict[str, Any] = {"documents": len(documents), "parts": {}}
@@ -129,7 +119,7 @@ def _places(
 def _distances(
     study: Study, template: str, documents: Int[np.ndarray, " N"], vectors: Float[np.ndarray, "N tokens"]
 ) -> dict[str, Any]:
-    classes, names = classes_of(texts_of(study.corpora, template, documents), LEAST)
+    classes, names = labels.classes_of(labels.texts_of(study.corpora, template, documents), LEAST)
     kept = classes >= 0
     if len(names) < 2:
         return {"template": template, "reason": "no two classes of enough documents"}
@@ -148,7 +138,7 @@ def _distances(
 
 
 @metadata_attention.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     lines = [
         f"{name.replace('_', ' ')}: {part['mean']:.1%} ± {part['half']:.1%} of attention, equal shares {part['uniform']:.1%} "
         f"({part['tokens']:.1f} tokens)"
@@ -163,7 +153,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @metadata_attention.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     parts = {name.replace("_", " "): part for name, part in result["parts"].items() if name != "text"}
     figure, (axes, maps) = panels(2, 1, 2.2)
     by_layer(axes, {name: part["layers"] for name, part in parts.items()})
@@ -173,4 +163,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     heat(figure, maps, np.array([np.ravel(part["heads"]) for part in parts.values()]))
     maps.set_yticks(range(len(parts)), list(parts))
     maps.set_xlabel("heads, layer by layer")
-    return [(to_svg(figure, "Attention to metadata by layer and head"), "Mean share of the attention of body tokens.")]
+    return [(figure, "Mean share of the attention of body tokens.")]

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from metajax.analysis import analysis
+from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, mean_over_rows, rounded
 from metajax.analysis.sharpening import entropy
 from metajax.models.lm import LM
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import panels
 
 MIXERS = {"attention": "attention", "ssm": "Mamba"}
@@ -138,7 +138,7 @@ def _pool(values: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 @mixing_maps.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     lines = []
     for kind, title in MIXERS.items():
         if found := numbers.get(kind):
@@ -149,7 +149,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @mixing_maps.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     kinds = [kind for kind in MIXERS if kind in result]
     figure, axes_of = panels(1, len(kinds), 3.0)
     for axes, kind in zip(axes_of, kinds, strict=True):
@@ -165,4 +165,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     axes_of[0].set_ylabel("share of the map")
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CATEGORIES), fontsize=8.5)
     caption = "Mean over rows, queries and heads (for Mamba: some of its channels)."
-    return [(to_svg(figure, "Where tokens look, by layer"), caption)]
+    return [(figure, caption)]

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from metajax.analysis import analysis
+from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.study import Arrays, Study, has_meta_tokens, open_study
 from metajax.core.errors import require
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import heat, panels
 from metajax.training.step import apply_model
 
@@ -66,13 +65,13 @@ def needle(study: Study) -> dict[str, Any]:
 
 
 @needle.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     found = {length: n for length, n in numbers.items() if length.isdigit()}
     return [f"{length} tokens: {n['exact']:.1%} of {n['n']:,} needles found" for length, n in found.items()]
 
 
 @needle.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     lengths = [length for length in result if length.isdigit()]
     values = np.array([[cell["exact"] for cell in result[n]["depths"]] for n in lengths], float)  # None becomes NaN
     figure, (axes,) = panels(1, 1, 0.9 + 0.45 * len(lengths))
@@ -81,4 +80,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     axes.set_ylabel("tokens")
     axes.set_xticks(range(DEPTHS), [f"{100 * d // DEPTHS} %" for d in range(DEPTHS)], fontsize=8.5)
     axes.set_xlabel("depth of the needle, from")
-    return [(to_svg(figure, "Needles found by length and depth"), "Exact match; a white cell has no example.")]
+    return [(figure, "Exact match; a white cell has no example.")]

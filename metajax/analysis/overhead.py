@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.analysis import analysis
+from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.study import Study
 from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
 from metajax.config import Config, Evaluation, Init, MetaTokens
@@ -27,7 +27,7 @@ from metajax.data.metadata import Sides
 from metajax.data.packing import pack
 from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.inference.speed import generation_speed
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import name_rows, panels
 from metajax.training.program import Program, abstract_model
 
@@ -158,7 +158,7 @@ def _twins_in(numbers: dict[str, Any]) -> dict[str, str]:
 
 
 @overhead.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     names = _twins_in(numbers)
     base = numbers[next(iter(names))]["generation"]["tokens_per_second"]
     lines = [
@@ -175,7 +175,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @overhead.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     figure, (steps, speed) = panels(2, 1, 2.1)
     names = _twins_in(result)
     ratio_panel(steps, result, names, "time of a train step, x of the first")
@@ -183,4 +183,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         speed.barh(y, result[name]["generation"]["tokens_per_second"], color=look(y)[0], alpha=0.75)
     name_rows(speed, list(names.values()), "tokens generated per second")
     caption = f"Medians of {result['rounds']} rounds with one step of every twin; whiskers are quartiles."
-    return [(to_svg(figure, "Time of a step and of generation"), caption)]
+    return [(figure, caption)]

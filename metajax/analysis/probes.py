@@ -15,21 +15,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from metajax.analysis import analysis
-from metajax.analysis.common.labels import (
-    check_labels,
-    classes_of,
-    has_context,
-    has_labels,
-    matched,
-    opening,
-    some_documents,
-    texts_of,
-    with_rows,
-)
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common import labels
 from metajax.analysis.common.study import Arrays, Study, capture, rounded
 from metajax.models.lm import LM
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
 
 DOCUMENTS, TOKENS, LEAST = 2_000, 512, 30  # documents; positions of a row; documents of a class that is probed
@@ -93,8 +83,8 @@ def accuracies(
     about="Probes on frozen states of every layer, averaged over a held-out text without metadata: a linear one and a perceptron of three "
     "layers. Classes are balanced; the second choice of documents also has equal lengths. Half of the origins train a probe, the others "
     "test it. Layer 0 is the embedding.",
-    fits=lambda study: has_labels(study) and study.model.cfg.hybrid is None,
-    needs=check_labels,
+    fits=lambda study: labels.has_labels(study) and study.model.cfg.hybrid is None,
+    needs=labels.check_labels,
     on_prompts=False,
 )
 def probes(study: Study) -> dict[str, Any]:
@@ -103,15 +93,15 @@ def probes(study: Study) -> dict[str, Any]:
     Half of the origins train a probe, the others test it. A label without two classes of enough documents has the reason instead.
     """
     corpora, templates = study.corpora, study.corpora.config.evaluation.labels
-    cache, documents = corpora.caches[0], some_documents(corpora, "held_out", 8, DOCUMENTS)
-    head, _ = opening(corpora, () if has_context(study) else None)
-    chosen_rows = with_rows(study, [head] * len(documents), documents, TOKENS)
+    cache, documents = corpora.caches[0], labels.some_documents(corpora, "held_out", 8, DOCUMENTS)
+    head, _ = labels.opening(corpora, () if labels.has_context(study) else None)
+    chosen_rows = labels.with_rows(study, [head] * len(documents), documents, TOKENS)
     found = chosen_rows.over_prompts("hidden states", states, study.model)["states"].swapaxes(0, 1)
     lengths = np.log(np.minimum(np.asarray(cache.lengths)[documents], TOKENS))
     train = np.asarray(cache.origins)[documents] % 2 == 0
     out: dict[str, Any] = {"documents": len(documents), "layers": len(found), "templates": list(templates)}
     for number, template in enumerate(templates):
-        classes, names = classes_of(texts_of(corpora, template, documents), LEAST)
+        classes, names = labels.classes_of(labels.texts_of(corpora, template, documents), LEAST)
         of_label: dict[str, Any] = {"template": template, "names": names}
         for choice, bins in BINS.items():
             of_label[choice] = _probed(found, lengths, classes, train, bins)
@@ -126,7 +116,7 @@ def _probed(
     rng = np.random.default_rng(bins)
     used = np.zeros(len(classes), bool)
     for side in (train, ~train):  # balanced on both sides
-        used |= matched(np.where(side, classes, -1), lengths, bins, rng)
+        used |= labels.matched(np.where(side, classes, -1), lengths, bins, rng)
     count = classes.max(initial=-1) + 1
     if count < 2 or min((used & train).sum(), (used & ~train).sum()) < 2 * count:
         return {"documents": int(used.sum()), "reason": "too few held-out documents of two classes"}
@@ -145,7 +135,7 @@ def _probed(
 
 
 @probes.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     lines = []
     for label in (numbers[f"label_{i}"] for i in range(len(numbers["templates"]))):
         for choice, words in CHOICES.items():
@@ -164,13 +154,13 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @probes.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
-    labels = [result[f"label_{i}"] for i in range(len(result["templates"]))]
-    labels = [label for label in labels if "reason" not in label["balanced"]]
-    if not labels:
+def figures(result: Numbers) -> Figures:
+    found = [result[f"label_{i}"] for i in range(len(result["templates"]))]
+    found = [label for label in found if "reason" not in label["balanced"]]
+    if not found:
         return []
-    figure, axes_of = panels(len(labels), 1, 2.2)
-    for axes, label in zip(axes_of, labels, strict=True):
+    figure, axes_of = panels(len(found), 1, 2.2)
+    for axes, label in zip(axes_of, found, strict=True):
         for i, (kind, words) in enumerate(KINDS.items()):
             for choice, style in zip(CHOICES, ("-", "--"), strict=True):
                 if "reason" not in label[choice]:
@@ -183,4 +173,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     axes_of[0].legend(fontsize=8)
     axes_of[-1].set_xlabel("layer")
     caption = "Accuracy on documents of other origins, mean of the probes; the grey line is chance."
-    return [(to_svg(figure, "Accuracy of probes by layer"), caption)]
+    return [(figure, caption)]

@@ -19,13 +19,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from metajax.analysis import analysis
-from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, meta_tokens_in_prompts
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, capture
 from metajax.analysis.interventions import intervene
 from metajax.core.progress import progress
 from metajax.evaluation.statistics import summarize
 from metajax.models.lm import LM
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -150,8 +150,7 @@ def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
     about="Variational bottlenecks trained on frozen final states to predict the answer's first token: states of the meta-token, of the "
     "prompt's last token, and of the meta-token without its position. In the paper the meta-token's curve is lower. The paper's budget "
     "leaves the heads far from trained; the converged budget is ours. Intervals are over seeds of the heads.",
-    fits=has_meta_tokens,
-    needs=meta_tokens_in_prompts,
+    **META_TOKENS,
 )
 def rate_distortion(study: Study) -> dict[str, Any]:
     """{stated | converged: {source: {beta_*: rate, distortion (nats, training examples), held_out_*, *_half, seeds}}}, means over seeds.
@@ -194,7 +193,7 @@ def _curve(heads: np.ndarray) -> dict[str, Any]:
 
 
 @rate_distortion.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     lines = [
         f"a uniform guess has {numbers['uniform']:.2f} nats; guessing by the frequency of each answer {numbers['label_entropy']:.2f}"
     ]
@@ -210,7 +209,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @rate_distortion.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     first = {"stated": "The paper's budget: batch 1, 5 epochs.", "converged": "A longer training of the same heads, ours."}
     drawn = []
     for budget, sizes in result["examples"].items():
@@ -238,5 +237,5 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{first[budget]} A point for each beta from 0.01 to 1, mean over {curves['meta'][-1]['seeds']} seeds of the head with 95 % intervals; "
             f"dashed: a uniform guess. In the last fifth of training the objective still fell by (nats): {gaps}."
         )
-        drawn.append((to_svg(figure, f"Rate and distortion, {budget} budget"), caption))
+        drawn.append((figure, caption))
     return drawn

@@ -14,10 +14,10 @@ import numpy as np
 from jax.scipy.special import entr
 from jaxtyping import Array, Float
 
-from metajax.analysis import analysis
-from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, meta_tokens_in_prompts, pooled, rounded
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, capture, pooled, rounded
 from metajax.models.lm import LM, with_intervention
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, by_layer, panels
 
 BINS = 40
@@ -48,8 +48,7 @@ def sharpness(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     about="Causal attention of the tokens after the first meta-token, with the meta-token's embedding and with zeros in its place. The "
     "paper's means are 1.26 (greatest score) and 1.40 nats (entropy) at 152M parameters; it does not state how it pools layers, heads "
     "and prompts.",
-    fits=has_meta_tokens,
-    needs=meta_tokens_in_prompts,
+    **META_TOKENS,
 )
 def sharpening(study: Study) -> dict[str, Any]:
     """boost: greatest score with the meta-token minus the same with its token embedding zeroed. drop: entropy without minus with, nats.
@@ -75,7 +74,7 @@ def sharpening(study: Study) -> dict[str, Any]:
 
 
 @sharpening.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     return [
         f"{words}: mean {n['mean']:+.3f} ± {n['half']:.3f}, median {n['median']:+.3f}, above 0 in {n['positive']:.1%} ± {n['positive_half']:.1%} "
         f"of {n['values']:,} rows of {n['prompts']:,} prompts"
@@ -84,7 +83,7 @@ def headlines(numbers: dict[str, Any]) -> list[str]:
 
 
 @sharpening.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     histograms, axes_of = panels(2, 1, 2.1)
     words = {"boost": "greatest score, with minus without the embedding", "drop": "entropy in nats, without minus with"}
     for axes, (name, label) in zip(axes_of, words.items(), strict=True):
@@ -105,9 +104,6 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         axes.set_xlabel("layer")
     counted = f"{result['boost']['values']:,} rows of {result['boost']['prompts']:,} prompts"
     return [
-        (
-            to_svg(histograms, "Histograms of score boost and entropy drop"),
-            f"All layers, heads and queries, {counted}; orange: the mean.",
-        ),
-        (to_svg(layers, "Score boost and entropy drop by layer"), "Means by layer with 95 % intervals over prompts."),
+        (histograms, f"All layers, heads and queries, {counted}; orange: the mean."),
+        (layers, "Means by layer with 95 % intervals over prompts."),
     ]

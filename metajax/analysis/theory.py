@@ -19,20 +19,11 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import entr, softmax, xlogy
 
-from metajax.analysis import analysis
-from metajax.analysis.common.study import (
-    Arrays,
-    Study,
-    at_slots,
-    capture,
-    cluster_mean,
-    has_meta_tokens,
-    meta_tokens_in_prompts,
-    rounded,
-)
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_slots, capture, cluster_mean, rounded
 from metajax.analysis.sharpening import entropy
 from metajax.models.lm import LM, with_intervention
-from metajax.reporting.figures import look, to_svg
+from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
 
 DELTAS = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -82,8 +73,7 @@ def meta_rows(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     title="The entropy theorem",
     about="Boosting one score lowers the entropy of an attention row where the key's probability p exceeds exp(-H). Where it does not, the "
     "entropy rises at first. The paper states the theorem without this condition.",
-    fits=has_meta_tokens,
-    needs=meta_tokens_in_prompts,
+    **META_TOKENS,
 )
 def theory(study: Study) -> dict[str, Any]:
     """On the rows of queries after the last meta-token: the share where the margin condition holds for its key, and what boosts of its
@@ -130,7 +120,7 @@ def counter_example() -> dict[str, float]:
 
 
 @theory.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     n, example = numbers["margin"], numbers["counter_example"]
     deltas = {
         name.removeprefix("delta_").replace("_", "."): found for name, found in numbers.items() if name.startswith("delta_")
@@ -151,7 +141,7 @@ def _both(found: dict[str, Any]) -> str:
 
 
 @theory.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     details = result["details"]
     figure, (axes,) = panels(1, 1, 3.0)
     axes.scatter(details["margin"], details["drop"], s=5, color=look(0)[0], alpha=0.35, linewidths=0, rasterized=True)
@@ -163,4 +153,4 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         f"{len(details['margin']):,} attention rows drawn at random from {result['margin']['values']:,}. Right of 0 the theorem promises a "
         "drop; left of it entropy rises at first and may fall for a large boost."
     )
-    return [(to_svg(figure, "Entropy drop against the margin"), caption)]
+    return [(figure, caption)]

@@ -8,6 +8,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 
@@ -45,6 +46,11 @@ STYLE = {
 }
 
 
+def styled() -> AbstractContextManager[None]:
+    """The style of all figures, for a `with` statement."""
+    return matplotlib.rc_context(STYLE)
+
+
 @dataclass(frozen=True)
 class SpreadColumn:
     """One figure of `seed_spread`: a value for each seed of each row. Figures of one quantity share their axis where they fill a third of it."""
@@ -66,7 +72,7 @@ def loss_curves(
       series: row -> one curve for each seed.
       held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
     """
-    with matplotlib.rc_context(STYLE):
+    with styled():
         # Names of the legend stand two in a line where they are short, and are broken where they are longer than a line.
         columns, room = (2, 24) if max(map(len, series)) <= 24 else (1, 56)
         figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((len(series) - 1) // columns)), layout="constrained")
@@ -94,7 +100,7 @@ def loss_curves(
 def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> list[str]:
     """An SVG for each column: a dot for each seed, a stroke at the mean, a bar for its interval, a dashed line at the baseline's mean."""
     drawn = []
-    with matplotlib.rc_context(STYLE):
+    with styled():
         for column in columns:
             figure = Figure(figsize=(WIDTH, 0.95 + 0.29 * len(column.values)), layout="constrained")
             axes = figure.add_subplot()

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from metajax.reporting.figures import STYLE, WIDTH, look
+from metajax.reporting.figures import WIDTH, look
 
 GREY, FAINT = "#9aa0a8", "#e7e9ec"
 LABELS = 64  # tokens that an axis has room for
-
-
-def styled() -> AbstractContextManager[None]:
-    """The style of all figures, for a `with` statement."""
-    return rc_context(STYLE)
 
 
 def panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metajax.config import Tasks
-from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
+from metajax.reporting.figures import WIDTH, look, styled, to_svg
 
 HEAD = ("task", "length", "exact match", "95 % interval", "token accuracy", "95 % interval", "chance", "examples")
 CHOICE_HEAD = ("task", "context", "examples", "acc", "acc_norm", "questions")
@@ -50,7 +49,7 @@ def choice_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def accuracy_figure(results: TaskResults, tasks: Tasks) -> str:
     """Exact-match accuracy against the length bin as SVG, a panel for each task: its interval, chance, the longest length in training."""
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(WIDTH, 1.9 * ((len(results) + 1) // 2) + 0.3), layout="constrained")
         panels = figure.subplots((len(results) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flat
         for axes in list(panels)[len(results) :]:

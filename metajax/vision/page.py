@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from metajax.config import ImageConfig, config_from
 from metajax.reporting.facts import Pairs, curve_of, foundation, head, metrics, parameter_facts, sources, time_facts
-from metajax.reporting.figures import MARKERS, look, loss_curves, to_svg
+from metajax.reporting.figures import MARKERS, look, loss_curves, styled, to_svg
 from metajax.reporting.page import (
     analysis_section,
     facts,
@@ -24,7 +24,7 @@ from metajax.reporting.page import (
     text,
     write_page,
 )
-from metajax.reporting.panels import panels, styled
+from metajax.reporting.panels import panels
 from metajax.runs.files import find_readable, read_json
 from metajax.vision.analyses import image_analysis
 from metajax.vision.task import DETAILS

@@ -206,8 +206,11 @@ def meta_tokens_in_prompts(study: Study) -> None:
 
 
 def has_meta_tokens(study: Study) -> bool:
-    """Whether the model has meta-tokens: the analyses of these are made, and no others."""
+    """Whether the model has meta-tokens: by default only the analyses of these are made then."""
     return study.model.meta is not None
+
+
+META_TOKENS = {"fits": has_meta_tokens, "needs": meta_tokens_in_prompts}  # of the analyses of meta-tokens
 
 
 def rounded(values: np.ndarray, digits: int = 4) -> list[Any]:

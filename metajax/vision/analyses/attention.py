@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metajax.analysis import Figures, Numbers
 from metajax.core.errors import require
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import panels
 from metajax.vision.analyses import image_analysis
 from metajax.vision.clip.model import CLIP
@@ -56,12 +56,12 @@ def _probabilities(model: CLIP, pixels: jax.Array) -> jax.Array:
 
 
 @attention.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     return [f"In the last block the class token keeps {numbers['itself']:.0%} of its weight for itself."]
 
 
 @attention.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     details = result["details"]
     pixels, names = np.array(details["pixels"], np.uint8), details["names"]
     maps = {"image": None, "last block": details["last"], "all blocks": details["rollout"]}
@@ -79,6 +79,5 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
             axes.set_title(names[n], fontsize=8)
         if n == 0:
             axes.set_ylabel(words, fontsize=8.5)
-    svg = to_svg(figure, "Attention of the class token over test images")
-    caption = "The last block's attention, mean over heads, and attention through all blocks (rollout). Brightness is relative to each map. "
-    return [(svg, (caption + details["attribution"]).strip())]
+        caption = "The last block's attention, mean over heads, and attention through all blocks (rollout). Brightness is relative to each map. "
+    return [(figure, (caption + details["attribution"]).strip())]

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metajax.analysis import Figures, Numbers
 from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
 from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import progress
 from metajax.distributed.mesh import make_mesh
-from metajax.reporting.figures import to_svg
 from metajax.reporting.panels import GREY, panels
 from metajax.training.state import initialiser
 from metajax.vision.analyses import image_analysis
@@ -82,15 +82,15 @@ def overhead(study: ImageStudy) -> dict[str, Any]:
 
 
 @overhead.headlines
-def headlines(numbers: dict[str, Any]) -> list[str]:
+def headlines(numbers: Numbers) -> list[str]:
     made_on = f"{numbers['classes']} classes of {numbers['tokens']} tokens on {numbers['device']}; medians of {numbers['rounds']} rounds"
     return [made_on, *(f"{words}: {step_words(numbers[name]['step'])}" for name, words in WORDS.items())]
 
 
 @overhead.figures
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(result: Numbers) -> Figures:
     figure, (axes,) = panels(1, 1, 1.9)
     ratio_panel(axes, result, WORDS, "time of a train step, x of CoCoOp's")
     axes.axvline(REPORTED, color=GREY, linewidth=1, linestyle=":")
     caption = f"Medians of {result['rounds']} rounds with one step of every learner; whiskers are quartiles; dotted: {REPORTED}."
-    return [(to_svg(figure, "Time of a step"), caption)]
+    return [(figure, caption)]
