@@ -61,7 +61,7 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str
 def buffer_text(buffer: dict[str, Any]) -> str:
     """A buffer's size, shape and source as one line."""
     size = f"{buffer['bytes'] / GIB:.3f} GiB"
-    return "  ".join((size, buffer["shape"], buffer["operation"], buffer["source"] or buffer["name"]))
+    return "  ".join(filter(None, (size, buffer["shape"], buffer["operation"], buffer["source"] or buffer["name"])))
 
 
 def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:

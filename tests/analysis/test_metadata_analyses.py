@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metajax.analysis import analysis
 from metajax.analysis import guidance as guidance_module
 from metajax.analysis import probes as probes_module
-from metajax.analysis import analysis
 from metajax.analysis.by_position import best_possible, places
-from metajax.analysis.guidance import counts_of, train_classifier
 from metajax.analysis.common.labels import classes_of, matched, opening, with_rows
+from metajax.analysis.common.study import capture, open_study
+from metajax.analysis.guidance import counts_of, train_classifier
 from metajax.analysis.metadata_attention import parts_of, shares
 from metajax.analysis.probes import accuracies, states
-from metajax.analysis.common.study import capture, open_study
 from metajax.config import Metadata
 from metajax.core.errors import UserError
 from metajax.data.pipeline import held_out, open_corpora

@@ -8,10 +8,10 @@ from scipy.special import entr
 
 from metajax.analysis import analysis
 from metajax.analysis.branches import without_branch
+from metajax.analysis.common.study import TEXT, capture, open_study
 from metajax.analysis.mixing_maps import describe, ssm_map, ssm_maps, ssm_rates
 from metajax.analysis.needle import depth_of, needle
 from metajax.analysis.overhead import twins
-from metajax.analysis.common.study import TEXT, capture, open_study
 from metajax.config import Hybrid, Tasks
 from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora

@@ -12,7 +12,7 @@ from metajax.core.errors import UserError
 from metajax.experiment import run_experiment
 from metajax.vision.analyses import check_analyses, image_analysis
 
-LETTERS = '''
+LETTERS = """
 from metajax.analysis import analysis
 
 
@@ -33,7 +33,7 @@ def figures(result):
     figure, (axes,) = panels(1, 1, 2.0)
     axes.plot(result["details"]["lengths"])
     return [(figure, "Lengths.")]
-'''
+"""
 
 
 @pytest.fixture
@@ -65,7 +65,10 @@ def test_one_file_is_a_whole_analysis(package, tiny_config, paths, tmp_path, cap
 
 def test_names_are_known_where_they_are_given(package):
     registry.load(package)
-    assert {"letters", "sharpening", "theory"} <= set(analysis.names()) and set(image_analysis.names()) == {"attention", "overhead"}
+    assert {"letters", "sharpening", "theory"} <= set(analysis.names()) and set(image_analysis.names()) == {
+        "attention",
+        "overhead",
+    }
     with pytest.raises(UserError, match="unknown 'leters'; did you mean 'letters'"):
         check_analyses("table mine", ("leters",))
     with pytest.raises(UserError, match="has one of that name"):

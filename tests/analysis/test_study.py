@@ -10,10 +10,10 @@ from scipy.special import entr, softmax, stdtrit
 
 from metajax.analysis.attention import maps
 from metajax.analysis.caching import by_distance, caching, cosine, resemblance
+from metajax.analysis.common.study import open_study, pooled
 from metajax.analysis.interventions import intervene, interventions
 from metajax.analysis.overhead import OF_META_TOKENS, overhead, random_batch, twins
 from metajax.analysis.sharpening import sharpness
-from metajax.analysis.common.study import open_study, pooled
 from metajax.analysis.theory import meta_rows
 from metajax.config import MetaTokens, Tasks
 from metajax.core.errors import UserError

@@ -14,8 +14,8 @@ from metajax import registry
 from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash
 from metajax.core.fields import override, to_dict
 from metajax.registry import Column, Row, Table
-from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.facts import against
+from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.html import write_run_report
 from metajax.runs.files import write_json
 from metajax.tables.run import plan_table, run_table
