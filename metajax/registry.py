@@ -244,6 +244,7 @@ def _joined(*words: str) -> str:
 
 
 _experiments: dict[str, Experiment] = {}
+_loaded: dict[str, None] = {}  # packages of experiments, in order
 _tables: dict[str, Table] = {}
 _files: dict[str, str] = {}  # {name of an experiment or table: the module that registered it}
 _broken: dict[str, tuple[str, str]] = {}  # {module that could not be imported: its file, and what is wrong where}
@@ -321,12 +322,18 @@ def _require_scale(name: str, scales: Sequence[str], scale: str) -> None:
     require(scale in scales, f"{name} has no {scale!r} scale; it has {', '.join(scales)}")
 
 
+def loaded() -> tuple[str, ...]:
+    """The packages of experiments that `load` was given, for processes that start without them."""
+    return tuple(_loaded)
+
+
 def load(*packages: str) -> None:
     """Import every module of packages of experiments (none named: `experiments`), which registers what they define.
 
     A module that cannot be imported is named in a line, with the reason, and left out with all that it has registered.
     """
     for package in packages or ("experiments",):
+        _loaded[package] = None
         found = _imported(package)
         for info in pkgutil.iter_modules(found.__path__) if found else ():
             _imported(f"{package}.{info.name}")

@@ -38,10 +38,7 @@ def resemblance(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     length = residual.shape[2]
     last = jnp.max(jnp.where(batch["meta_slots"] < length, batch["meta_slots"], 0), axis=1)
     anchor = at_slots(residual, last, 2)[:, :, None]
-    return {
-        "same_layer": cosine(anchor, residual),
-        "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None]),
-    }
+    return {"same_layer": cosine(anchor, residual), "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None])}
 
 
 def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -154,7 +154,6 @@ def figures(result: Numbers) -> Figures:
     axes.errorbar([float(g) for g in found], accuracy, yerr=half, fmt="o-", color=look(0)[0], capsize=2)
     axes.axhline(result["chance"], color=GREY, linewidth=1)
     axes.axhline(result["real"]["accuracy"], color=GREY, linewidth=1, linestyle="--")
-    axes.set_xlabel("g")
-    axes.set_ylabel("texts with their topic")
+    axes.set(xlabel="g", ylabel="texts with their topic")
     caption = "With 95 % intervals over texts; grey: chance, and (dashed) the classifier on real texts."
     return [(figure, caption)]

@@ -157,8 +157,7 @@ def figures(result: Numbers) -> Figures:
     parts = {name.replace("_", " "): part for name, part in result["parts"].items() if name != "text"}
     figure, (axes, maps) = panels(2, 1, 2.2)
     by_layer(axes, {name: part["layers"] for name, part in parts.items()})
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of attention")
+    axes.set(xlabel="layer", ylabel="share of attention")
     axes.legend(fontsize=8)
     heat(figure, maps, np.array([np.ravel(part["heads"]) for part in parts.values()]))
     maps.set_yticks(range(len(parts)), list(parts))

@@ -159,8 +159,7 @@ def figures(result: Numbers) -> Figures:
             axes.bar(layers, share, bottom=below, color=look(i)[0], alpha=0.8, label=words)
             below = below + share
         axes.set_title(MIXERS[kind], fontweight="bold")
-        axes.set_xlabel("layer")
-        axes.set_xticks(layers)
+        axes.set(xlabel="layer", xticks=layers)
         axes.set_ylim(0, 1)
     axes_of[0].set_ylabel("share of the map")
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CATEGORIES), fontsize=8.5)

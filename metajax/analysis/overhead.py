@@ -77,8 +77,7 @@ def as_many_parameters(config: Config, goal: Config, vocab_size: int) -> Config:
     size = lambda c: sum(x.size for x in jax.tree.leaves(abstract_model(c, vocab_size)))  # noqa: E731
     wider = override(config, {"model.mlp_width": config.model.mlp_width + 1})
     return override(
-        config,
-        {"model.mlp_width": config.model.mlp_width + round((size(goal) - size(config)) / (size(wider) - size(config)))},
+        config, {"model.mlp_width": config.model.mlp_width + round((size(goal) - size(config)) / (size(wider) - size(config)))}
     )
 
 

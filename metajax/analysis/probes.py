@@ -168,8 +168,7 @@ def figures(result: Numbers) -> Figures:
                     axes.plot(label[choice][kind]["layers"], style, marker="o", color=look(i)[0], label=name)
         axes.axhline(label["balanced"]["chance"], color=GREY, linewidth=1)
         axes.set_title(label["template"], fontweight="bold")
-        axes.set_ylabel("accuracy")
-        axes.set_xticks(range(result["layers"]))
+        axes.set(ylabel="accuracy", xticks=range(result["layers"]))
     axes_of[0].legend(fontsize=8)
     axes_of[-1].set_xlabel("layer")
     caption = "Accuracy on documents of other origins, mean of the probes; the grey line is chance."

@@ -91,8 +91,7 @@ def figures(result: Numbers) -> Figures:
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=look(0)[0], alpha=0.75)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.axvline(result[name]["mean"], color=look(1)[0], linewidth=1.6)
-        axes.set_xlabel(label)
-        axes.set_ylabel("attention rows")
+        axes.set(xlabel=label, ylabel="attention rows")
         left, right = histogram["beyond"]
         axes.set_title(f"beyond the frame: {left:,} left and {right:,} right", fontsize=8.5, color="#5b616b")
     layers, axes_of = panels(1, 2, 2.2)
@@ -100,8 +99,7 @@ def figures(result: Numbers) -> Figures:
         found = list(result[name]["layers"].values())
         by_layer(axes, {label: [n["mean"] for n in found]}, yerr=[n["half"] for n in found], capsize=2)
         axes.axhline(0, color=GREY, linewidth=1)
-        axes.set_title(label)
-        axes.set_xlabel("layer")
+        axes.set(title=label, xlabel="layer")
     counted = f"{result['boost']['values']:,} rows of {result['boost']['prompts']:,} prompts"
     return [
         (histograms, f"All layers, heads and queries, {counted}; orange: the mean."),

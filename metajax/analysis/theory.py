@@ -147,8 +147,7 @@ def figures(result: Numbers) -> Figures:
     axes.scatter(details["margin"], details["drop"], s=5, color=look(0)[0], alpha=0.35, linewidths=0, rasterized=True)
     axes.axhline(0, color=GREY, linewidth=1)
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_xlabel("margin: ln p + H (nats)")
-    axes.set_ylabel(f"entropy drop, boost of {details['delta']:g} (nats)")
+    axes.set(xlabel="margin: ln p + H (nats)", ylabel=f"entropy drop, boost of {details['delta']:g} (nats)")
     caption = (
         f"{len(details['margin']):,} attention rows drawn at random from {result['margin']['values']:,}. Right of 0 the theorem promises a "
         "drop; left of it entropy rises at first and may fall for a large boost."

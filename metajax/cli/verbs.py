@@ -182,10 +182,10 @@ def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str,
     from metajax.runs.directory import RUN_LOG
     from metajax.tables.run import run_table
 
-    start = functools.partial(_start_jax, options.cache_dir)
     if options.jobs == 1:
-        start()
+        _start_jax(options.cache_dir)
         return run_table(plan, run_one)
+    start = functools.partial(_start_worker, options.cache_dir, registry.loaded())
     require(
         not has_tpu() or os.environ.get("JAX_PLATFORMS") == "cpu",
         f"--jobs {options.jobs}: a TPU serves one process; leave it out, or compute on the cores with JAX_PLATFORMS=cpu",
@@ -198,6 +198,12 @@ def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str,
         raise UserError(
             "a run's process was killed, for want of memory perhaps; the same command goes on, with fewer --jobs"
         ) from None
+
+
+def _start_worker(cache: Path, packages: Sequence[str]) -> None:
+    """Start JAX and load the experiments, whose files may define what a run needs."""
+    _start_jax(cache)
+    registry.load(*packages)
 
 
 def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[str]) -> dict[str, Any]:

@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from metajax.core.errors import nearest, require
-from metajax.core.fields import (
-    Count,
-    CountOrZero,
-    Part,
-    Range,
-)
+from metajax.core.fields import Count, CountOrZero, Part, Range
 
 # Sampling of tokens.
 Temperature = Annotated[float, Range(0, 10**6)]

@@ -10,22 +10,9 @@ from metajax import registry
 from metajax.config import AnyConfig, Config, difference
 from metajax.core.fields import flatten
 from metajax.core.progress import warn
+from metajax.reporting import page
 from metajax.reporting.figures import Curve
-from metajax.reporting.page import (
-    Part,
-    as_set,
-    code,
-    details,
-    facts,
-    group,
-    lines,
-    plural,
-    seconds_text,
-    section,
-    short_count,
-    table,
-    text,
-)
+from metajax.reporting.page import Part
 from metajax.runs.directory import conditions
 from metajax.runs.files import Damaged, find_readable, read_lines
 
@@ -46,7 +33,9 @@ def head(report: Mapping[str, Any]) -> dict[str, Any]:
         "title": f"{report['name']} (seed {report['seed']})",
         "eyebrow": f"Run report · scale {report['scale']} · seed {report['seed']} · config {report['hash']}",
         "heading": report["name"],
-        "notes": [group("warning", lines(warnings, ""), title=plural(len(warnings), "warning"))] if warnings else [],
+        "notes": [page.group("warning", page.lines(warnings, ""), title=page.plural(len(warnings), "warning"))]
+        if warnings
+        else [],
         "files": FILES,
     }
 
@@ -54,20 +43,20 @@ def head(report: Mapping[str, Any]) -> dict[str, Any]:
 def foundation(workdir: Path, config: AnyConfig, sources: list[Part], *more: Part) -> list[Part]:
     """The last sections of a run's page: differences to the baseline, sources, config, environment."""
     found = against(config)
-    rows = [[code(name), code(here), code(there)] for name, here, there in found["fields"]] if found else []
+    rows = [[page.code(name), page.code(here), page.code(there)] for name, here, there in found["fields"]] if found else []
     differs = (
-        table(("field", "here", "there"), rows, "words")
+        page.table(("field", "here", "there"), rows, "words")
         if rows
-        else text("Nothing: every field that can change a number is the same.")
+        else page.text("Nothing: every field that can change a number is the same.")
     )
-    fields = [[code(name), code(as_set(value))] for name, value in flatten(config).items()]
+    fields = [[page.code(name), page.code(page.as_set(value))] for name, value in flatten(config).items()]
     return [
-        section(f"Differences from {found['name']}", differs) if found else None,
-        section(
+        page.section(f"Differences from {found['name']}", differs) if found else None,
+        page.section(
             "What this rests on",
-            group("card", *sources),
-            details("Resolved config", table((), fields, "words")),
-            details("Environment", facts(environment_facts(find_readable(workdir / "environment.json")))),
+            page.group("card", *sources),
+            page.details("Resolved config", page.table((), fields, "words")),
+            page.details("Environment", page.facts(environment_facts(find_readable(workdir / "environment.json")))),
             *more,
         ),
     ]
@@ -113,7 +102,10 @@ def against(config: AnyConfig) -> dict[str, Any] | None:
     if experiment is None or config.scale not in experiment.scales:
         return None
     baseline = _baseline(experiment, config.scale)
-    return {"name": baseline.name, "fields": [(name, *map(as_set, values)) for name, values in changed(config, baseline).items()]}
+    return {
+        "name": baseline.name,
+        "fields": [(name, *map(page.as_set, values)) for name, values in changed(config, baseline).items()],
+    }
 
 
 def changed(config: AnyConfig, other: AnyConfig, *left_out: str) -> dict[str, tuple[Any, Any]]:
@@ -146,14 +138,14 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
     shown = []
     for found in report["corpora"]:
         if "splits" in found:
-            shown.append(text(images_line(found)))
+            shown.append(page.text(images_line(found)))
             continue
         bad = f"; {found['bad_records_skipped']} bad records left out" * bool(found["bad_records_skipped"])
         counts = f"{found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens with {found['tokenizer']['spec']}"
-        shown.append(text(f"{found['source']['spec']}: {counts}{bad}."))
+        shown.append(page.text(f"{found['source']['spec']}: {counts}{bad}."))
     if result := held_out(report):
         shown.append(
-            text(
+            page.text(
                 f"Evaluated on {result['documents']:,} held-out documents: {result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens. "
                 "Each module, package or site is held out whole; no part of it is trained on."
             )
@@ -175,13 +167,13 @@ def budget(name: str, counts: Mapping[str, float], config: Config) -> dict[str, 
     rest = "rejected answers, ends" if config.dpo is not None else rest
     parts = [*((body if key == "body" else label, css, counts[key]) for key, label, css in PARTS_OF_ROWS), (rest, "p5", other)]
     shares = [{"name": label, "css": css, "percent": f"{100 * count / total:.1f}"} for label, css, count in parts]
-    return {"name": name, "total": f"{short_count(counts['slots'])} positions", "parts": shares}
+    return {"name": name, "total": f"{page.short_count(counts['slots'])} positions", "parts": shares}
 
 
 def time_facts(report: Mapping[str, Any]) -> Pairs:
     """What both families tell first of a run's time."""
     return [
-        (words, seconds_text(report["time"][key]))
+        (words, page.seconds_text(report["time"][key]))
         for words, key in (("whole run, this process", "total_seconds"), ("training", "train_seconds"))
     ]
 
@@ -204,7 +196,7 @@ def environment_facts(found: Mapping[str, Any] | None) -> Pairs:
     return [
         ("started", found["started"]),
         ("command", " ".join(found["command"])),
-        ("devices", f"{devices['count']} x {devices['kind']}, {plural(devices['hosts'], 'host')}"),
+        ("devices", f"{devices['count']} x {devices['kind']}, {page.plural(devices['hosts'], 'host')}"),
         ("processor cores", str(found["cpu_count"])),
         ("git", f"{git['commit']}{state}" if git["commit"] else "not a git checkout"),
         ("python", found["python"]),

@@ -88,8 +88,7 @@ def loss_curves(
         if points:
             handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="held-out text"))
         cut = _frame(axes, lines, points)
-        axes.set_xlabel("step" + cut)
-        axes.set_ylabel(f"training {unit}")
+        axes.set(xlabel="step" + cut, ylabel=f"training {unit}")
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(handles) > 1:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from metajax.config import Config, Metadata, Switch
 from metajax.core.fields import from_dict
+from metajax.reporting import page
 from metajax.reporting.facts import (
     PARTS_OF_ROWS,
     Pairs,
@@ -24,24 +25,7 @@ from metajax.reporting.facts import (
     time_facts,
 )
 from metajax.reporting.figures import loss_curves
-from metajax.reporting.page import (
-    Part,
-    analysis_section,
-    bars,
-    code,
-    details,
-    facts,
-    figure,
-    group,
-    pieces,
-    plural,
-    seconds_text,
-    section,
-    short_count,
-    table,
-    text,
-    write_page,
-)
+from metajax.reporting.page import Part
 from metajax.reporting.tasks import CHOICE_HEAD, HEAD, accuracy_figure, choice_rows, table_rows, title
 from metajax.runs.directory import conditions, read_config
 from metajax.runs.files import read_json
@@ -67,21 +51,21 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
     """
     report = read_json(workdir / "report.json")
     config = from_dict(Config, report["config"])
-    return write_page(
+    return page.write_page(
         workdir / "report.html",
         **head(report),
         sentence=_sentence(report, config),
         sections=[
             *_results(report["eval"], config),
-            *map(analysis_section, analyses),
+            *map(page.analysis_section, analyses),
             _training(workdir, report, config),
-            section(
+            page.section(
                 "What happened",
-                group(
+                page.group(
                     "wide-cards",
                     _startup(report["startup"]),
-                    facts(_time_facts(report, config), "Time"),
-                    facts(parameter_facts(report["parameters"]), "Parameters"),
+                    page.facts(_time_facts(report, config), "Time"),
+                    page.facts(parameter_facts(report["parameters"]), "Parameters"),
                 ),
             ),
             _sample(report["sample"]),
@@ -90,7 +74,7 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
                 workdir,
                 config,
                 sources(report),
-                details("Corpus manifest", text(json.dumps(report["corpora"], indent=1, ensure_ascii=False), "text")),
+                page.details("Corpus manifest", page.text(json.dumps(report["corpora"], indent=1, ensure_ascii=False), "text")),
             ),
         ],
     )
@@ -99,13 +83,13 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
 def write_analysis_page(workdir: Path, analyses: Sequence[Mapping[str, Any]]) -> Path:
     """Write WORKDIR/analysis/analysis.html with every analysis that has been made there, and return its path."""
     config = read_config(workdir)
-    return write_page(
+    return page.write_page(
         workdir / "analysis" / "analysis.html",
         title=f"{config.name} (seed {config.seed}): analyses",
         eyebrow=f"Analyses · scale {config.scale} · seed {config.seed}",
         heading=config.name,
         sentence="Analyses of this run's newest checkpoint. One model: its spread over prompts says nothing about other seeds.",
-        sections=[analysis_section(found) for found in analyses],
+        sections=[page.analysis_section(found) for found in analyses],
         files={f"{found['name']}.json": "" for found in analyses},
     )
 
@@ -120,7 +104,7 @@ def _sentence(report: Mapping[str, Any], config: Config) -> str:
         extras.append(_metadata_words(config.metadata))
     learned = ", ".join(map(title, config.tasks.names)) if config.tasks else ", ".join(data.sources)
     return (
-        f"A decoder of {model.layers} layers, width {model.width} and {short_count(report['parameters']['total'])} parameters, trained for "
+        f"A decoder of {model.layers} layers, width {model.width} and {page.short_count(report['parameters']['total'])} parameters, trained for "
         f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} positions on {learned}"
         f"{', with ' + ' and '.join(extras) if extras else ''}{_switch_words(config.data.switch)}."
     )
@@ -153,22 +137,28 @@ def _results(results: Mapping[str, Any], config: Config) -> list[Part]:
             "Share of test examples whose whole answer is right, with its 95 % interval. Dashed: chance; the vertical line is the longest example "
             "in training."
         )
-        both = group("wide-cards", figure(accuracy_figure(tasks, config.tasks), caption), table(HEAD, table_rows(tasks)))
-        shown.append(section("Accuracy on the tasks", both))
+        both = page.group(
+            "wide-cards", page.figure(accuracy_figure(tasks, config.tasks), caption), page.table(HEAD, table_rows(tasks))
+        )
+        shown.append(page.section("Accuracy on the tasks", both))
     if choice:
         remark = "By the likelihood of the answers: of their tokens together (acc), per character (acc_norm); ± is one standard error over questions."
-        shown.append(section("Multiple choice", table(CHOICE_HEAD, choice_rows(choice)), text(remark, "soft small")))
+        shown.append(
+            page.section("Multiple choice", page.table(CHOICE_HEAD, choice_rows(choice)), page.text(remark, "soft small"))
+        )
     if pairs:
         words = (
             f"In {pairs['accuracy']:.1%} ({pairs['low']:.1%} to {pairs['high']:.1%}) of {pairs['pairs']} held-out pairs the chosen answer gains on "
             f"the rejected one, relative to the reference; mean margin {pairs['margin']:.3f}, reward of the chosen answer {pairs['chosen_reward']:.3f}."
         )
-        shown.append(section("Preferences", text(words)))
+        shown.append(page.section("Preferences", page.text(words)))
     found = conditions(results)
     if found:
         remark = "Lower is better. Only body text counts; metadata and meta-tokens are context. One run has no spread, so it ranks nothing."
         shown.append(
-            section("Held-out bits per byte", group("cards", *map(_condition, found.items())), text(remark, "soft small"))
+            page.section(
+                "Held-out bits per byte", page.group("cards", *map(_condition, found.items())), page.text(remark, "soft small")
+            )
         )
     return shown
 
@@ -177,7 +167,7 @@ def _condition(found: tuple[str, Mapping[str, Any]]) -> Part:
     name, result = found
     words, meaning = CONDITIONS.get(name, (name, ""))
     number = Markup('{:.3f} <span class="unit">bits/byte</span>').format(result["bpb"])
-    return group("card", text(words, "eyebrow"), text(number, "number"), text(meaning, "soft small"))
+    return page.group("card", page.text(words, "eyebrow"), page.text(number, "number"), page.text(meaning, "soft small"))
 
 
 def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
@@ -190,8 +180,10 @@ def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
     labels = {"slots": "positions", "loss_tokens": "tokens in the loss", **{key: label for key, label, _ in PARTS_OF_ROWS}}
     tokens = [(label, f"{counts[key]:,}") for key, label in labels.items()]
     tokens += [("bytes a body token", f"{report['bytes_per_token']:.2f}"), ("operations", f"{counts['flops']:.2e}")]
-    used = group("card", bars([budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions")
-    return section("Training", group("wide-cards", figure(loss_curves(training, held_out, unit), caption), used))
+    used = page.group(
+        "card", page.bars([budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions"
+    )
+    return page.section("Training", page.group("wide-cards", page.figure(loss_curves(training, held_out, unit), caption), used))
 
 
 def _startup(startup: Mapping[str, float]) -> Part:
@@ -201,16 +193,18 @@ def _startup(startup: Mapping[str, float]) -> Part:
         if name != "total":
             share = 100 * seconds / total
             parts = [{"name": "", "css": css, "percent": f"{part:.1f}"} for css, part in (("", before), ("p1", share))]
-            rows.append({"name": PHASES.get(name, name), "total": seconds_text(seconds), "parts": parts})
+            rows.append({"name": PHASES.get(name, name), "total": page.seconds_text(seconds), "parts": parts})
             before += share
-    return group("card", bars(rows, keys=False), title=f"From command to first step: {seconds_text(startup['total'])}")
+    return page.group(
+        "card", page.bars(rows, keys=False), title=f"From command to first step: {page.seconds_text(startup['total'])}"
+    )
 
 
 def _time_facts(report: Mapping[str, Any], config: Config) -> Pairs:
     clock, restarted, found = report["time"], report["restarted_from"], time_facts(report)
     if clock["steps_here"] > 1:  # without the first step, which waits for what the others find ready
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
-        found.append(("a step, all included", seconds_text(step)))
+        found.append(("a step, all included", page.seconds_text(step)))
         found.append(("positions a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
     return [
         *found,
@@ -234,9 +228,7 @@ def _goodput_facts(report: Mapping[str, Any]) -> Pairs:
             ((k, v) for k, v in goodput.items() if k not in ("productive", "seconds", "starts")), key=lambda item: -item[1]
         )
         spent = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in apart if share >= 0.0005)
-        words = (
-            f"{goodput['productive']:.1%} of {seconds_text(goodput['seconds'])} in {plural(goodput['starts'], 'start')} ({spent})"
-        )
+        words = f"{goodput['productive']:.1%} of {page.seconds_text(goodput['seconds'])} in {page.plural(goodput['starts'], 'start')} ({spent})"
         found.append(("goodput", words))
     if memory:
         found.append(("peak device memory", f"{memory['hbm_gib']:.2f} GiB ({memory['hbm_share']:.0%})"))
@@ -246,28 +238,28 @@ def _goodput_facts(report: Mapping[str, Any]) -> Pairs:
 def sample_pieces(sample: Mapping[str, Any]) -> Part:
     """A generated text after its context and prompt."""
     context = [(f"{sample['context']}\n", "context")] if sample["context"] else []
-    return pieces([*context, (sample["prompt"], "given"), (sample["continuation"], "made")])
+    return page.pieces([*context, (sample["prompt"], "given"), (sample["continuation"], "made")])
 
 
 def document_pieces(sample: Mapping[str, Any]) -> Part:
     """The document whose beginning was the prompt."""
-    return pieces([(sample["prompt"], "given"), (sample["document"], "")])
+    return page.pieces([(sample["prompt"], "given"), (sample["document"], "")])
 
 
 def _sample(sample: Mapping[str, Any] | None) -> Part:
     if not sample:
         return None
     shown = " Its metadata (coloured) comes first, as in training." if sample["context"] else ""
-    return section(
+    return page.section(
         "A text sample",
-        text(
+        page.text(
             f"The beginning of a held-out document (grey), continued by the model (marked) and by its author.{shown}",
             "soft small",
         ),
-        group(
+        page.group(
             "wide-cards",
-            group("card", sample_pieces(sample), title="The model"),
-            group("card", document_pieces(sample), title="The document"),
+            page.group("card", sample_pieces(sample), title="The model"),
+            page.group("card", document_pieces(sample), title="The document"),
         ),
     )
 
@@ -275,10 +267,10 @@ def _sample(sample: Mapping[str, Any] | None) -> Part:
 def _rows(report: Mapping[str, Any]) -> Part:
     """The first training rows, decoded."""
     cards = [
-        group(
+        page.group(
             "card",
             *(
-                pieces(
+                page.pieces(
                     [(words, f"{LOOKS[kind]} {'given' if silent else ''}") for words, kind, silent in one["pieces"]], "document"
                 )
                 for one in row
@@ -290,5 +282,7 @@ def _rows(report: Mapping[str, Any]) -> Part:
     legend = Markup(
         f"The beginning of the first rows of training, decoded: {look.format('context', 'metadata')}, {look.format('meta', 'meta-tokens')}, and "
         f"{look.format('given', 'grey')} at positions without loss. A line separates documents. All of a row: {{}}."
-    ).format(code(f"show {report['name']} --rows 2"))
-    return section("What the model saw", text(legend, "soft small"), group("wide-cards", *cards)) if cards else None
+    ).format(page.code(f"show {report['name']} --rows 2"))
+    return (
+        page.section("What the model saw", page.text(legend, "soft small"), page.group("wide-cards", *cards)) if cards else None
+    )

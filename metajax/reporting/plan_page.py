@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from metajax.reporting.page import Part, bars, facts, lines, section, text, write_page
+from metajax.reporting import page
+from metajax.reporting.page import Part
 
 GIB = 2**30
 
@@ -14,8 +15,8 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
     """Write the page of a plan as `metajax.planning.plan.plan` makes it."""
     mesh = "".join(f", {axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     measured = plan_facts(plan) if plan["fits"] else []
-    buffers = section("The largest buffers", lines([buffer_text(buffer) for buffer in plan["largest_buffers"]]))
-    write_page(
+    buffers = page.section("The largest buffers", page.lines([buffer_text(buffer) for buffer in plan["largest_buffers"]]))
+    page.write_page(
         path,
         title=f"{plan['name']} on {plan['topology']}",
         eyebrow=f"Plan · scale {plan['scale']} · {plan['topology']}: {plan['chips']} chips{mesh}",
@@ -23,10 +24,10 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
         sentence="The train step compiled for a slice that is absent. Memory is the compiler's own account. Times are lower bounds, or the "
         "compiler's estimate where it says so. Nothing was measured.",
         sections=[
-            section("Memory of a chip", *_memory(plan, measured), *map(text, advice_lines(plan))),
-            *(section(title, facts(pairs)) for title, _, pairs in measured[1:]),
+            page.section("Memory of a chip", *_memory(plan, measured), *map(page.text, advice_lines(plan))),
+            *(page.section(title, page.facts(pairs)) for title, _, pairs in measured[1:]),
             buffers,
-            section("", text(f"Compiled in {plan['compile_seconds']:.0f} s.", "small")) if plan["fits"] else None,
+            page.section("", page.text(f"Compiled in {plan['compile_seconds']:.0f} s.", "small")) if plan["fits"] else None,
         ],
     )
 
@@ -34,14 +35,14 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
 def _memory(plan: dict[str, Any], measured: list[tuple[str, str, list[tuple[str, str]]]]) -> list[Part]:
     """The memory as a bar and as facts; the reason where the step does not fit."""
     if not plan["fits"]:
-        return [text(f"It does not fit: {plan['reason']}")]
+        return [page.text(f"It does not fit: {plan['reason']}")]
     limit = plan["memory"]["limit"]
     parts = [
         {"name": name, "css": f"p{i}", "percent": f"{100 * size / limit:.2f}"}
         for i, (name, size) in enumerate(memory_kinds(plan).items(), 1)  # nine at most, and as many colours
     ]
     row = {"name": f"{plan['memory']['total'] / GIB:.3f} GiB", "total": f"of {limit / GIB:g} GiB", "parts": parts}
-    return [bars([row]), facts((name, f"{size} GiB") for name, size in measured[0][2][:-1])]
+    return [page.bars([row]), page.facts((name, f"{size} GiB") for name, size in measured[0][2][:-1])]
 
 
 def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:

@@ -11,27 +11,11 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from metajax.config import config_from
+from metajax.reporting import page
 from metajax.reporting.facts import budget, changed, curve_unit, curves, environment_facts, sources
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.html import document_pieces, sample_pieces
-from metajax.reporting.page import (
-    Part,
-    as_set,
-    bars,
-    code,
-    details,
-    figures,
-    group,
-    lines,
-    link,
-    plural,
-    section,
-    short_count,
-    table,
-    text,
-    with_code,
-    write_page,
-)
+from metajax.reporting.page import Part
 from metajax.runs.directory import FAILURE_LOG, read_config
 from metajax.runs.files import find_readable, read_json
 from metajax.tables import formats
@@ -52,8 +36,8 @@ def write_table_page(folder: Path, result: Result, root: Path) -> Path:
     first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
     basis = result["baseline"] if result["baseline"] in first else next(iter(first), None)
     paper = f"{result['coverage']} of {result['paper']}" if result["coverage"] else result["paper"]
-    seeds = f"{plural(len(result['seeds']), 'seed')} ({', '.join(map(str, result['seeds']))})"
-    return write_page(
+    seeds = f"{page.plural(len(result['seeds']), 'seed')} ({', '.join(map(str, result['seeds']))})"
+    return page.write_page(
         folder / "report.html",
         title=f"{result['name']} at scale {result['scale']}",
         eyebrow=" · ".join(filter(None, ("Table", f"scale {result['scale']}", seeds, paper))),
@@ -61,8 +45,10 @@ def write_table_page(folder: Path, result: Result, root: Path) -> Path:
         sentence=_sentence(result, first.get(basis)),
         notes=[_progress(result), _failures(folder, root, result)],
         sections=[
-            section(
-                "", _results(result), lines([with_code(note) for note in [*result["notes"], *formats.remarks(result)]], "remarks")
+            page.section(
+                "",
+                _results(result),
+                page.lines([page.with_code(note) for note in [*result["notes"], *formats.remarks(result)]], "remarks"),
             ),
             _curves_and_spread(result, root),
             _costs(result),
@@ -85,11 +71,11 @@ def _href(folder: Path, target: Path) -> str:
 
 def _sentence(result: Result, report: Mapping[str, Any] | None) -> str:
     """What was compared: the summary, and the size and steps of the baseline's run."""
-    said = f"{plural(len(result['rows']), 'row')}: {result['summary']}."
+    said = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
     if report is None or result["baseline"] is None:
         return said
     return (
-        f"{said} The baseline {result['baseline']} has {short_count(report['parameters']['total'])} parameters and {report['steps']:,} "
+        f"{said} The baseline {result['baseline']} has {page.short_count(report['parameters']['total'])} parameters and {report['steps']:,} "
         "training steps; the changes of every other row are listed below."
     )
 
@@ -100,19 +86,19 @@ def _progress(result: Result) -> Part:
     if all(state in (COMPLETE, FAILED) for state in states):
         return None
     done = f"{states.count(COMPLETE)} of {len(states)} runs are complete. This page is rewritten after every run; reload it to see more."
-    return group("note", text(Markup("<b>Not finished.</b> {}").format(done)))
+    return page.group("note", page.text(Markup("<b>Not finished.</b> {}").format(done)))
 
 
 def _failures(folder: Path, root: Path, result: Result) -> Part:
     failed = formats.failures(result)
     said = [
         Markup("{}, seed {}: {} ({})").format(
-            run["row"], run["seed"], run["reason"], link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
+            run["row"], run["seed"], run["reason"], page.link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
         )
         for run in failed
     ]
-    title = f"{plural(len(failed), 'run')} failed. The same command tries again."
-    return group("warning", lines(said, ""), title=title)
+    title = f"{page.plural(len(failed), 'run')} failed. The same command tries again."
+    return page.group("warning", page.lines(said, ""), title=title)
 
 
 # ------------------------------------------------------------------------------------------------------- cells
@@ -157,10 +143,10 @@ def _costs(result: Result) -> Part:
         return None
     remark = "A position is one of a row as the model sees it; training FLOPs are counted from the masks."
     remark += f" In brackets: against {result['baseline']}." if result["baseline"] else ""
-    return section(
+    return page.section(
         "What it costs",
-        table(head, [[name, *map(_two_lines, cells)] for name, *cells in rows], "pinned"),
-        text(remark, "soft small"),
+        page.table(head, [[name, *map(_two_lines, cells)] for name, *cells in rows], "pinned"),
+        page.text(remark, "soft small"),
     )
 
 
@@ -177,20 +163,22 @@ def _differences(folder: Path, root: Path, result: Result, first: Reports) -> Pa
     """A card for each row: its difference to the baseline, and links to its runs' reports."""
     compared = f"{result['baseline']}'s" if result["baseline"] in first else "the table's base"
     cards = [_row_card(folder, root, row, result, first) for row in result["rows"]]
-    return section(
-        "What differs", text(f"The config against {compared}, and each run's own report.", "soft small"), group("texts", *cards)
+    return page.section(
+        "What differs",
+        page.text(f"The config against {compared}, and each run's own report.", "soft small"),
+        page.group("texts", *cards),
     )
 
 
 def _row_card(folder: Path, root: Path, row: Line, result: Result, first: Reports) -> Part:
     parents = ", ".join(dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"]))
-    return group(
+    return page.group(
         "card",
-        text(_changes(row, result, first), "small"),
-        text(row["note"], "small"),
-        text(f"starts from {parents}" if parents else "", "small soft"),
-        text(_parameters(row, result), "small soft"),
-        text(Markup(", ").join(_link(folder, root, run) for run in row["runs"]), "small"),
+        page.text(_changes(row, result, first), "small"),
+        page.text(row["note"], "small"),
+        page.text(f"starts from {parents}" if parents else "", "small soft"),
+        page.text(_parameters(row, result), "small soft"),
+        page.text(Markup(", ").join(_link(folder, root, run) for run in row["runs"]), "small"),
         title=row["name"],
     )
 
@@ -201,17 +189,17 @@ def _changes(row: Line, result: Result, first: Reports) -> str:
     if result["baseline"] in first and row["name"] in first:
         baseline, config = (config_from(first[name]["config"]) for name in (result["baseline"], row["name"]))
         fields = changed(baseline, config, "init.from_").items()
-        changes = [f"{name}: {as_set(then)} \N{RIGHTWARDS ARROW} {as_set(now)}" for name, (then, now) in fields]
+        changes = [f"{name}: {page.as_set(then)} \N{RIGHTWARDS ARROW} {page.as_set(now)}" for name, (then, now) in fields]
     else:  # all that is known is what the row declares
         changes = [f"{name} = {value}" for name, value in row["changes"].items()]
-    return Markup("<br>").join(map(code, changes)) or "nothing"
+    return Markup("<br>").join(map(page.code, changes)) or "nothing"
 
 
 def _link(folder: Path, root: Path, run: Mapping[str, Any]) -> Markup:
-    warnings = f" ({plural(run['warnings'], 'warning')})" if run["warnings"] else ""
+    warnings = f" ({page.plural(run['warnings'], 'warning')})" if run["warnings"] else ""
     file = {COMPLETE: "report.html", FAILED: FAILURE_LOG}.get(run["state"])
     label = f"{run['part']} seed {run['seed']}".strip() + (warnings if run["state"] == COMPLETE else f" ({run['state']})")
-    return link(_href(folder, root / run["folder"] / file) if file else None, label)
+    return page.link(_href(folder, root / run["folder"] / file) if file else None, label)
 
 
 def _parameters(row: Line, result: Result) -> str:
@@ -228,7 +216,11 @@ def _parameters(row: Line, result: Result) -> str:
 def _budgets(first: Reports) -> Part:
     rows = [budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]]
     remark = "Training positions of the first seed. Positions of metadata and meta-tokens hold no text that the row reads."
-    return section("Use of the positions", group("card", bars(rows), text(remark, "soft small"))) if rows else None
+    return (
+        page.section("Use of the positions", page.group("card", page.bars(rows), page.text(remark, "soft small")))
+        if rows
+        else None
+    )
 
 
 def _samples(first: Reports) -> Part:
@@ -239,9 +231,11 @@ def _samples(first: Reports) -> Part:
         "The beginning of a held-out document (grey), then the model's continuation (marked). Metadata, where a row was trained with it, comes "
         "first (coloured). First seed of each row."
     )
-    original = group("card", document_pieces(next(iter(samples.values()))), title="The document itself")
-    made = (group("card", sample_pieces(sample), title=name) for name, sample in samples.items())
-    return section("The same document, continued by each row", text(remark, "soft small"), group("texts", original, *made))
+    original = page.group("card", document_pieces(next(iter(samples.values()))), title="The document itself")
+    made = (page.group("card", sample_pieces(sample), title=name) for name, sample in samples.items())
+    return page.section(
+        "The same document, continued by each row", page.text(remark, "soft small"), page.group("texts", original, *made)
+    )
 
 
 def _foundation(root: Path, result: Result, basis: str | None, first: Reports) -> Part:
@@ -253,7 +247,7 @@ def _foundation(root: Path, result: Result, basis: str | None, first: Reports) -
     said = "not known: the file of the run is missing or damaged"
     if machine:
         said = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
-    return section("What this rests on", group("card", *sources(first[basis]), text(f"Run on {said}.")))
+    return page.section("What this rests on", page.group("card", *sources(first[basis]), page.text(f"Run on {said}.")))
 
 
 # ------------------------------------------------------------------------------------------------------ figures
@@ -264,13 +258,13 @@ def _curves_and_spread(result: Result, root: Path) -> Part:
     columns = [column for column in result["columns"] if any(row["cells"][column["key"]]["ours"] for row in result["rows"])]
     spreads = seed_spread([_spread(result, column) for column in columns], result["baseline"])
     drawn = [*_curve_figures(result, root), *((svg, "") for svg in spreads)]
-    numbers = group("wide-cards", *(_seed_values(result, column) for column in columns))
+    numbers = page.group("wide-cards", *(_seed_values(result, column) for column in columns))
     return (
-        section(
+        page.section(
             "Curves and spread",
-            figures(drawn),
-            text(_spread_caption(result), "soft small"),
-            details("Every seed's number", numbers),
+            page.figures(drawn),
+            page.text(_spread_caption(result), "soft small"),
+            page.details("Every seed's number", numbers),
         )
         if drawn
         else None
@@ -280,7 +274,7 @@ def _curves_and_spread(result: Result, root: Path) -> Part:
 def _seed_values(result: Result, column: Line) -> Part:
     shown = {row["name"]: row["cells"][column["key"]]["values"] for row in result["rows"]}
     rows = [[name, *("-" if v is None else f"{v:.{column['digits'] + 1}f}" for v in values)] for name, values in shown.items()]
-    return table([column["title"], *(f"seed {seed}" for seed in result["seeds"])], rows, "pinned")
+    return page.table([column["title"], *(f"seed {seed}" for seed in result["seeds"])], rows, "pinned")
 
 
 def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:

@@ -10,20 +10,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from metajax.config import ImageConfig, config_from
+from metajax.reporting import page
 from metajax.reporting.facts import Pairs, curve_of, foundation, head, metrics, parameter_facts, sources, time_facts
 from metajax.reporting.figures import MARKERS, look, loss_curves, styled, to_svg
-from metajax.reporting.page import (
-    analysis_section,
-    facts,
-    figures,
-    group,
-    seconds_text,
-    section,
-    short_count,
-    table,
-    text,
-    write_page,
-)
 from metajax.reporting.panels import panels
 from metajax.runs.files import find_readable, read_json
 from metajax.vision.analyses import image_analysis
@@ -53,27 +42,27 @@ def write_image_report(workdir: Path) -> Path:
         (loss_curves({name: [curve]}, unit=name.replace("_", " ")), CURVES[name]) for name, curve in curves.items() if curve[0]
     ]
     remark = "Intervals are over the test images (Wilson); they do not include the spread over seeds."
-    return write_page(
+    return page.write_page(
         workdir / "report.html",
         **head(report),
         sentence=_sentence(report, config),
         sections=[
-            section(
+            page.section(
                 "Accuracy",
-                table(("classes", "accuracy", "95 % interval", "test images"), _accuracies(results)),
-                text(remark, "soft small"),
+                page.table(("classes", "accuracy", "95 % interval", "test images"), _accuracies(results)),
+                page.text(remark, "soft small"),
             ),
             _deltas(results.get("delta"), find_readable(workdir / DETAILS)),
-            section(
+            page.section(
                 "Training",
-                figures(drawn),
-                group(
+                page.figures(drawn),
+                page.group(
                     "wide-cards",
-                    facts(_time_facts(report), "Time"),
-                    facts(parameter_facts(report["parameters"]), "Trained parameters"),
+                    page.facts(_time_facts(report), "Time"),
+                    page.facts(parameter_facts(report["parameters"]), "Trained parameters"),
                 ),
             ),
-            *map(analysis_section, image_analysis.sections(workdir)),
+            *map(page.analysis_section, image_analysis.sections(workdir)),
             *foundation(workdir, config, sources(report)),
         ],
     )
@@ -81,7 +70,7 @@ def write_image_report(workdir: Path) -> Path:
 
 def _sentence(report: Mapping[str, Any], config: ImageConfig) -> str:
     """What was trained."""
-    size, cfg, images = short_count(report["parameters"]["total"]), config.prompts, config.images
+    size, cfg, images = page.short_count(report["parameters"]["total"]), config.prompts, config.images
     if cfg is None:
         sets = ", ".join(images.sources)
         return f"A CLIP of {size} parameters, trained from scratch for {report['steps']:,} steps of {images.batch} captioned images of {sets}."
@@ -114,8 +103,10 @@ def _deltas(delta: Mapping[str, Any] | None, found: Mapping[str, Any] | None) ->
         "The change that an augmentation makes to the instance token of an image, for test images of the first classes. A silhouette near 1 "
         "means separate groups; near 0 or below, they are not separate."
     )
-    pairs = facts((words, _number(delta[name])) for name, words in DELTA_FACTS.items())
-    return section("Delta tokens", text(remark, "soft small"), pairs, figures(delta_figures(found)) if found else None)
+    pairs = page.facts((words, _number(delta[name])) for name, words in DELTA_FACTS.items())
+    return page.section(
+        "Delta tokens", page.text(remark, "soft small"), pairs, page.figures(delta_figures(found)) if found else None
+    )
 
 
 def _number(value: float | None) -> str:
@@ -125,11 +116,11 @@ def _number(value: float | None) -> str:
 def _time_facts(report: Mapping[str, Any]) -> Pairs:
     clock, found = report["time"], time_facts(report)
     if clock["step_seconds"]:
-        found.append(("a step, all included", seconds_text(clock["step_seconds"])))
+        found.append(("a step, all included", page.seconds_text(clock["step_seconds"])))
         found.append(("images a second", f"{clock['images_per_second']:,.0f}"))
     return [
         *found,
-        ("evaluation", seconds_text(clock["evaluate_seconds"])),
+        ("evaluation", page.seconds_text(clock["evaluate_seconds"])),
         ("parameters from", report["parent"] or "a fresh start or a folder"),
         ("resumed at step", str(report["restarted_from"]) if report["restarted_from"] else "not resumed"),
     ]
@@ -167,9 +158,7 @@ def _scatter(points: np.ndarray, groups: list[int], names: list[str] | None, how
         style = {"color": look(number)[0], "marker": MARKERS[number // 6 % len(MARKERS)], "linestyle": ""}
         axes.plot(*points[np.array(groups) == number].T, markersize=3, alpha=0.7, **style)
         handles += [Line2D([], [], markersize=4, label=names[number], **style)] if names is not None else []
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_title(f"{how} by {'class' if names is None else 'augmentation'}")
+    axes.set(xticks=[], yticks=[], title=f"{how} by {'class' if names is None else 'augmentation'}")
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return to_svg(figure, f"{how} of delta tokens")

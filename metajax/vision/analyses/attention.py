@@ -73,8 +73,7 @@ def figures(result: Numbers) -> Figures:
         if maps[words] is not None:
             shown = np.array(maps[words][n])
             axes.imshow(shown, extent=(0, side, side, 0), cmap="inferno", alpha=0.65, interpolation="bilinear")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         if row == 0:
             axes.set_title(names[n], fontsize=8)
         if n == 0:
