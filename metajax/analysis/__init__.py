@@ -1,12 +1,14 @@
 """Analyses of trained models: each module of this package is one, with its numbers, its sentences and its figures.
 
-An analysis of your own is the same in a file of `experiments/`. This file imports neither JAX nor matplotlib; `common` holds what analyses share.
+The second paragraph of a module's docstring is shown on pages. An analysis of your own is the same in a file of `experiments/`. This file
+imports neither JAX nor matplotlib; `common` holds what analyses share.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,7 @@ class Analyses:
         self.made: dict[str, Analysis] = {}
 
     def __call__(
-        self, name: str, *, title: str, about: str = "", fits: Callable[[Any], bool] = lambda study: False,
+        self, name: str, *, title: str, fits: Callable[[Any], bool] = lambda study: False,
         needs: Callable[[Any], None] = lambda study: None, on_prompts: bool = True,
     ) -> Callable[[Measure], Analysis]:  # fmt: skip
         """Decorator of the function that measures: `study -> result`."""
@@ -89,6 +91,8 @@ class Analyses:
         def register(measure: Measure) -> Analysis:
             own = measure.__module__ == f"{self.package}.{name}"
             require(own or name not in self.modules, f"analysis {name!r}: {self.package} has one of that name")
+            paragraphs = (sys.modules[measure.__module__].__doc__ or "").split("\n\n")
+            about = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
             self.made[name] = Analysis(name, measure, title, about, fits, needs, on_prompts)
             return self.made[name]
 

@@ -1,4 +1,7 @@
-"""Attention maps of one prompt: causal attention and meta-attention, by layer and head."""
+"""Attention maps of one prompt: causal attention and meta-attention, by layer and head.
+
+Only the first prompt: an illustration, not a measurement.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def maps(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     return {name.replace("_probabilities", "").replace("attention", "causal"): value for name, value in found.items()}
 
 
-@analysis("attention", title="Attention maps", about="Only the first prompt: an illustration, not a measurement.", **META_TOKENS)
+@analysis("attention", title="Attention maps", **META_TOKENS)
 def attention(study: Study) -> dict[str, Any]:
     """Share of the last prompt token's causal attention that goes to meta-tokens; `details`: the maps of the first prompt."""
     one = Study(study.program, study.corpora, study.model, study.task, {k: v[:1] for k, v in study.rows.items()})

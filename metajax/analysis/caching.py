@@ -1,7 +1,9 @@
 """Caching: how much a meta-token's residual vector resembles the tokens before it, by layer and distance.
 
-Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the cosine heat-map of "Meta Token #2". The paper describes the
-vectors of the tokens before it in two ways, so both are made: their residual vectors at the same layer, and their embeddings.
+Cosine of the last meta-token's residual vector with the tokens before it. In the paper it is strongest close to the meta-token, within about
+0.04 of zero. The paper describes the tokens' vectors in two ways, so both are made: residual vectors of the same layer, and embeddings.
+
+Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the cosine heat-map of "Meta Token #2".
 """
 
 from __future__ import annotations
@@ -58,13 +60,7 @@ def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tupl
     return mean, np.where(n > 1, half, np.nan), n
 
 
-@analysis(
-    "caching",
-    title="Caching",
-    about="Cosine of the last meta-token's residual vector with the tokens before it. In the paper it is strongest close to the meta-token, "
-    "within about 0.04 of zero; the paper does not state whether it means residual vectors or embeddings, so both are here.",
-    **META_TOKENS,
-)
+@analysis("caching", title="Caching", **META_TOKENS)
 def caching(study: Study) -> dict[str, Any]:
     """For each reading: near and far, the mean cosine over all layers and prompts, with the half width of its interval over prompts.
 

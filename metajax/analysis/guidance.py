@@ -1,8 +1,10 @@
-"""Guidance: does text generated after metadata have its topic, and more so with guidance? URLs Help, Topics Guide (arXiv 2505.16570).
+"""Guidance: does text generated after metadata have its topic, and more so with guidance?
 
-Each text is drawn from z_empty + g (z_context - z_empty) after a held-out document's own metadata. A linear classifier of token counts,
-trained on training documents cut to the same length, judges whether the text has that document's topic. The cost of guidance is the
-model's own nats a token for the text without metadata. Grid, sampler and judge are not stated in the paper.
+Texts drawn from z_empty + g (z_context - z_empty) after the metadata of held-out documents, and the share that a classifier of real texts
+assigns to the topic of that metadata. Nats a token are the model's own for these texts without metadata: the cost of guidance.
+
+Source: URLs Help, Topics Guide (arXiv 2505.16570). Grid, sampler and judge are not stated in the paper. Here the judge is a linear classifier
+of token counts, trained on training documents cut to the same length.
 """
 
 from __future__ import annotations
@@ -84,8 +86,6 @@ def _needs(study: Study) -> None:
 @analysis(
     "guidance",
     title="Guided generation",
-    about="Texts drawn from z_empty + g (z_context - z_empty) after the metadata of held-out documents, and the share that a classifier of "
-    "real texts assigns to the topic of that metadata. Nats a token are the model's own for these texts without metadata.",
     fits=lambda study: labels.has_labels(study) and labels.has_context(study) and not study.corpora.config.metadata.tokens,
     needs=_needs,
     on_prompts=False,

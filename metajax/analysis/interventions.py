@@ -1,4 +1,8 @@
-"""Zeroing interventions at the meta-tokens of a trained model, as accuracy on the tasks.
+"""Zeroing at the meta-tokens of a trained model, as accuracy on the tasks.
+
+The trained model with the positions or the token embedding of its meta-tokens set to zero. The paper reports that accuracy stays or rises
+without positions, and falls without the embedding. In a prompt with one meta-token (list recall, parity), meta-attention has one key, so its
+position has no effect.
 
 Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the tables on zeroed positions and zeroed token embeddings.
 """
@@ -42,15 +46,7 @@ def intervene(model: LM) -> dict[str, LM]:
     return found
 
 
-@analysis(
-    "interventions",
-    title="Zeroing at the meta-tokens",
-    about="The trained model with the positions or the token embedding of its meta-tokens set to zero. The paper reports that accuracy "
-    "stays or rises without positions, and falls without the embedding. In a prompt with one meta-token (list recall, parity), "
-    "meta-attention has one key, so its position has no effect.",
-    **META_TOKENS,
-    on_prompts=False,
-)
+@analysis("interventions", title="Zeroing at the meta-tokens", **META_TOKENS, on_prompts=False)
 def interventions(study: Study) -> dict[str, Any]:
     """{intervention: {task: {length: accuracy, as from `evaluate_tasks`}}}, all on the run's test examples."""
     models = intervene(study.model)

@@ -1,7 +1,10 @@
-"""Attention of text to its metadata: to parts of a URL, delimiters and learnable tokens, and how it differs between classes of documents.
+"""Attention of text to its metadata: to parts of a URL, delimiters and learnable tokens, and its difference between classes.
 
-Beyond URLs (arXiv 2511.21613, figures on attention): shares averaged over layers and heads for the parts of a URL; of the last layer, from a
-document's first 100 tokens, for learnable tokens, as a vector whose distances are compared within and between classes of quality.
+Attention of body tokens of held-out texts to what precedes them, over layers and heads, beside equal attention to all earlier tokens. Beyond
+URLs reports that the scheme of a URL gets most, though it carries no information.
+
+Source: Beyond URLs (arXiv 2511.21613, figures on attention): shares averaged over layers and heads for the parts of a URL. For learnable
+tokens the shares of the last layer, from a document's first 100 tokens, are a vector whose distances are compared between classes of quality.
 """
 
 from __future__ import annotations
@@ -58,8 +61,6 @@ def _needs(study: Study) -> None:
 @analysis(
     "metadata_attention",
     title="Attention to metadata",
-    about="Attention of body tokens of held-out texts to what precedes them, over layers and heads, beside equal attention to all earlier "
-    "tokens. Beyond URLs reports that the scheme of a URL gets most, though it carries no information.",
     fits=lambda study: labels.has_labels(study) and labels.has_context(study),
     needs=_needs,
     on_prompts=False,

@@ -1,5 +1,9 @@
 """Where tokens look: shares of attention maps and of Mamba's maps that go to meta tokens, the first token, the token itself, the others.
 
+Attention maps, and the maps that correspond to Mamba, for every token after the first. The paper reports that attention moves
+from the first token to the meta tokens, that Mamba's maps favour the token itself and attention's the others, and that meta
+tokens lower the entropy.
+
 Source: Hymba (arXiv 2411.13676), figures 7 and 15 and equation 5. Mamba's map is that of its data-controlled linear operator,
 alpha[i, j] = |sum_n C_i exp(A (S_i - S_j)) B_j dt_j| with S the running sum of dt. The paper does not state that it takes the absolute
 value, nor how it pools queries. Rows of both kinds sum to 1.
@@ -105,14 +109,7 @@ def mamba_map(model: LM, batch: Arrays) -> dict[str, Array]:
     return describe(ssm_maps(model, batch))
 
 
-@analysis(
-    "mixing_maps",
-    title="Where tokens look",
-    about="Attention maps, and the maps that correspond to Mamba, for every token after the first. The paper reports that attention moves "
-    "from the first token to the meta tokens, that Mamba's maps favour the token itself and attention's the others, and that meta tokens "
-    "lower the entropy.",
-    fits=lambda study: not has_meta_tokens(study),
-)
+@analysis("mixing_maps", title="Where tokens look", fits=lambda study: not has_meta_tokens(study))
 def mixing_maps(study: Study) -> dict[str, Any]:
     """For attention and ssm, where the model has them: {entropy, meta, first, self, cross, reach: {mean, half, layers}}.
 

@@ -1,5 +1,7 @@
 """The needle: retrieval of a named item at any depth of neutral text, by the length of the text and the depth.
 
+Exact match by the length of the text and the depth of the needle. The paper shows its values only in a figure.
+
 Source: Hymba (arXiv 2411.13676), figure 10. Its prompts are not stated; ours are in metajax/data/tasks/prompts.py.
 """
 
@@ -38,13 +40,7 @@ def _needs(study: Study) -> None:
     require(tasks is not None and "needle" in tasks.names, "the run has no task of that name; set tasks.names=needle")
 
 
-@analysis(
-    "needle",
-    title="The needle",
-    about="Exact match by the length of the text and the depth of the needle. The paper shows its values only in a figure.",
-    fits=lambda study: study.task == "needle" and not has_meta_tokens(study),
-    needs=_needs,
-)
+@analysis("needle", title="The needle", fits=lambda study: study.task == "needle" and not has_meta_tokens(study), needs=_needs)
 def needle(study: Study) -> dict[str, Any]:
     """{length: {exact, n, depths: [{exact, n}, ...]}} over the test examples of every length that the model can read."""
     tasks, found = study.corpora.config.tasks, {}

@@ -1,8 +1,10 @@
-"""Cost of parts of a model: train steps and generation of its twins, in turns in one process. What the model learned has no effect.
+"""Cost of parts of a model: train steps and generation of its twins. What the model learned has no effect.
 
-Meta-tokens (arXiv 2509.16278, the section on overhead): the model with and without meta-attention; there, 130.82 tokens per second without
-and 117.86 with meta-tokens and a dense mask, time to first token 7.44 and 7.57 ms. Hymba (arXiv 2411.13676): the hybrid block and each
-of its branches alone, and the whole model beside attention alone of as many parameters.
+Train steps and generation of this model's twins, in turns in one process. For meta-tokens with a dense mask the paper reports 117.86 tokens
+per second against 130.82 without (0.90x), and 7.57 against 7.44 ms to the first token.
+
+Sources: meta-tokens (arXiv 2509.16278, the section on overhead), the model with and without meta-attention; Hymba (arXiv 2411.13676), the
+hybrid block and each of its branches alone, and the whole model beside attention alone of as many parameters.
 """
 
 from __future__ import annotations
@@ -121,14 +123,7 @@ def _needs(study: Study) -> None:
     require(can, "compares models with and without meta-attention or a branch of a hybrid block; this one has neither")
 
 
-@analysis(
-    "overhead",
-    title="Overhead",
-    about="Train steps and generation of this model's twins, in turns in one process. For meta-tokens with a dense mask the paper reports "
-    "117.86 tokens per second against 130.82 without (0.90x), and 7.57 against 7.44 ms to the first token.",
-    fits=lambda study: study.model.meta is not None or _is_parallel(study),
-    needs=_needs,
-)
+@analysis("overhead", title="Overhead", fits=lambda study: study.model.meta is not None or _is_parallel(study), needs=_needs)
 def overhead(study: Study) -> dict[str, Any]:
     """For each twin: step, as from `against_first`; generation {ttft_ms, tokens_per_second}, as from `generation_speed`; parameters."""
     vocabulary, shape = study.corpora.tokenizer.vocabulary, study.program.config.data

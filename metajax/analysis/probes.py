@@ -1,8 +1,11 @@
-"""Probes: what a model's hidden states say about a document (topic, quality, author), from frozen states of every layer.
+"""Probes: what a model's hidden states say about a document (topic, quality, author).
 
-Beyond URLs (arXiv 2511.21613, section on probing) has a multilayer perceptron of three layers; pooling, sizes and training are not stated.
-Here states are averaged over the text's tokens, without metadata (with the empty pair where training had metadata before the text).
-Classes are balanced; a second choice of documents has the same lengths in every class, because length alone predicts some labels.
+Probes on frozen states of every layer, averaged over a held-out text without metadata: a linear one and a perceptron of three layers. Classes
+are balanced; the second choice of documents also has equal lengths, because length alone predicts some labels. Half of the origins train a
+probe, the others test it. Layer 0 is the embedding.
+
+Source: Beyond URLs (arXiv 2511.21613, section on probing); pooling, sizes and training are not stated. Where training had metadata before the
+text, the empty pair is shown.
 """
 
 from __future__ import annotations
@@ -80,9 +83,6 @@ def accuracies(
 @analysis(
     "probes",
     title="What hidden states tell",
-    about="Probes on frozen states of every layer, averaged over a held-out text without metadata: a linear one and a perceptron of three "
-    "layers. Classes are balanced; the second choice of documents also has equal lengths. Half of the origins train a probe, the others "
-    "test it. Layer 0 is the embedding.",
     fits=lambda study: labels.has_labels(study) and study.model.cfg.hybrid is None,
     needs=labels.check_labels,
     on_prompts=False,

@@ -1,5 +1,9 @@
 """Rate and distortion of what a token's final hidden state says about the answer: a variational information bottleneck.
 
+Variational bottlenecks trained on frozen final states to predict the answer's first token: states of the meta-token, of the
+prompt's last token, and of the meta-token without its position. In the paper the meta-token's curve is lower. The paper's budget
+leaves the heads far from trained; the converged budget is ours. Intervals are over seeds of the heads.
+
 Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), section 5.2: with the model frozen, an encoder
 q(z | h) = N(mu(h), diag sigma(h)^2), a decoder softmax(W z + b) and the prior N(0, I) are trained on
 E[-ln q(y | z)] + beta KL(q(z | h) || N(0, I)), 50 list-recall examples, batch 1, 5 epochs, beta from 0.01 to 1.
@@ -144,14 +148,7 @@ def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
     return found
 
 
-@analysis(
-    "rate_distortion",
-    title="Rate and distortion",
-    about="Variational bottlenecks trained on frozen final states to predict the answer's first token: states of the meta-token, of the "
-    "prompt's last token, and of the meta-token without its position. In the paper the meta-token's curve is lower. The paper's budget "
-    "leaves the heads far from trained; the converged budget is ours. Intervals are over seeds of the heads.",
-    **META_TOKENS,
-)
+@analysis("rate_distortion", title="Rate and distortion", **META_TOKENS)
 def rate_distortion(study: Study) -> dict[str, Any]:
     """{stated | converged: {source: {beta_*: rate, distortion (nats, training examples), held_out_*, *_half, seeds}}}, means over seeds.
 

@@ -1,7 +1,10 @@
 """Sharpening: what a meta-token's embedding does to the scores and to the entropy of causal attention.
 
-Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), figure 2. How layers, heads and queries are pooled there,
-and how many prompts, is not stated in the paper; here every (layer, head, query after the first meta-token) counts once.
+Causal attention of the tokens after the first meta-token, with the meta-token's embedding and with zeros in its place. The paper's means are
+1.26 (greatest score) and 1.40 nats (entropy) at 152M parameters. It does not state how it pools layers, heads, queries and prompts; here every
+(layer, head, query) counts once.
+
+Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), figure 2.
 """
 
 from __future__ import annotations
@@ -42,14 +45,7 @@ def sharpness(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     return {"peak": peak_score(probabilities, lse), "entropy": entropy(probabilities)}
 
 
-@analysis(
-    "sharpening",
-    title="Sharpening",
-    about="Causal attention of the tokens after the first meta-token, with the meta-token's embedding and with zeros in its place. The "
-    "paper's means are 1.26 (greatest score) and 1.40 nats (entropy) at 152M parameters; it does not state how it pools layers, heads "
-    "and prompts.",
-    **META_TOKENS,
-)
+@analysis("sharpening", title="Sharpening", **META_TOKENS)
 def sharpening(study: Study) -> dict[str, Any]:
     """boost: greatest score with the meta-token minus the same with its token embedding zeroed. drop: entropy without minus with, nats.
 

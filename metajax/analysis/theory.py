@@ -1,5 +1,8 @@
 """The entropy theorem of the paper, its margin condition, and both on real attention rows.
 
+Boosting one score lowers the entropy of an attention row where the key's probability p exceeds exp(-H). Where it does not, the
+entropy rises at first. The paper states the theorem without this condition.
+
 Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), theorem 4.1 (5.1 in a later version): adding Delta > 0 to one
 logit lowers the entropy of the softmax by some kappa(Delta) > 0. That needs a condition: dH/dDelta = -p (ln p + H), p being the
 probability of the boosted key, so that entropy falls where p > exp(-H) and rises where p < exp(-H). With h(p) the entropy of (p, 1 - p)
@@ -68,13 +71,7 @@ def meta_rows(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     return {"p": at_slots(probabilities, last, 4), "entropy": entropy(probabilities)}
 
 
-@analysis(
-    "theory",
-    title="The entropy theorem",
-    about="Boosting one score lowers the entropy of an attention row where the key's probability p exceeds exp(-H). Where it does not, the "
-    "entropy rises at first. The paper states the theorem without this condition.",
-    **META_TOKENS,
-)
+@analysis("theory", title="The entropy theorem", **META_TOKENS)
 def theory(study: Study) -> dict[str, Any]:
     """On the rows of queries after the last meta-token: the share where the margin condition holds for its key, and what boosts of its
     logit do (`delta_*`). `observed` is no test of the theorem, for an embedding changes more than one logit: the entropy drop from the

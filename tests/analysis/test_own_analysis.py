@@ -12,11 +12,14 @@ from metajax.core.errors import UserError
 from metajax.experiment import run_experiment
 from metajax.vision.analyses import check_analyses, image_analysis
 
-LETTERS = """
+LETTERS = """'''Letters.
+
+How many distinct tokens the prompts have.
+'''
 from metajax.analysis import analysis
 
 
-@analysis("letters", title="Letters of the prompts", about="How many distinct tokens the prompts have.", fits=lambda study: True)
+@analysis("letters", title="Letters of the prompts", fits=lambda study: True)
 def letters(study):
     return {"distinct": len(set(study.rows["tokens"].ravel().tolist())), "details": {"lengths": [1.0, 3.0, 2.0]}}
 
@@ -60,7 +63,7 @@ def test_one_file_is_a_whole_analysis(package, tiny_config, paths, tmp_path, cap
     assert code == 0 and 1 < numbers["distinct"] <= 24 and said in capsys.readouterr().out
     for page in (workdir / "report.html", workdir / "analysis" / "analysis.html"):
         text = page.read_text()
-        assert "Letters of the prompts" in text and said in text and "Lengths." in text
+        assert "Letters of the prompts" in text and "How many distinct tokens" in text and said in text and "Lengths." in text
 
 
 def test_names_are_known_where_they_are_given(package):
@@ -72,7 +75,7 @@ def test_names_are_known_where_they_are_given(package):
     with pytest.raises(UserError, match="unknown 'leters'; did you mean 'letters'"):
         check_analyses("table mine", ("leters",))
     with pytest.raises(UserError, match="has one of that name"):
-        analysis("theory", title="another")(len)
+        analysis("theory", title="another")(check_analyses)
 
 
 @pytest.mark.parametrize("known", [analysis, image_analysis])

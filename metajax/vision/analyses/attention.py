@@ -1,4 +1,8 @@
-"""Attention of the class token over test images: the last block's, and that through all blocks (rollout)."""
+"""Attention of the class token over test images: the last block's, and that through all blocks (rollout).
+
+Attention from the class token to the patches, for a few test images: an illustration, not a measurement. The image tower is the
+frozen CLIP's, so learners on the same CLIP have the same maps.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,6 @@ def _needs(study: ImageStudy) -> None:
 @image_analysis(
     "attention",
     title="Where the class token looks",
-    about="Attention from the class token to the patches, for a few test images: an illustration, not a measurement. The image tower is "
-    "the frozen CLIP's, so learners on the same CLIP have the same maps.",
     fits=lambda study: bool(study.model.cfg.patch),
     needs=_needs,
     on_prompts=False,
