@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, mean_over_rows
+from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, is_parallel, mean_over_rows
 from metajax.analysis.mixing_maps import MIXERS
 from metajax.core.errors import require
 from metajax.models.lm import LM
@@ -65,22 +65,15 @@ def nats(model: LM, batch: Arrays) -> dict[str, Float[Array, " B"]]:
     return {"nats": total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)}
 
 
-def _is_parallel(study: Study) -> bool:
-    return study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
-
-
 def _needs(study: Study) -> None:
     require(
-        _is_parallel(study) and study.model.cfg.hybrid.branch_norm == "scaled",
+        is_parallel(study) and study.model.cfg.hybrid.branch_norm == "scaled",
         "needs attention beside Mamba (model.hybrid.fusion mean or concat) and model.hybrid.branch_norm = scaled",
     )
 
 
 @analysis(
-    "branches",
-    title="Attention beside Mamba",
-    fits=lambda study: _is_parallel(study) and not has_meta_tokens(study),
-    needs=_needs,
+    "branches", title="Attention beside Mamba", fits=lambda study: is_parallel(study) and not has_meta_tokens(study), needs=_needs
 )
 def branches(study: Study) -> dict[str, Any]:
     """For attention and ssm: rms and scale by layer, and knock_out {mean, half, layers}: the rise of the rows' nats a token without the

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import Study
+from metajax.analysis.common.study import Study, is_parallel
 from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
 from metajax.config import Config, Evaluation, Init, MetaTokens
 from metajax.core.errors import require
@@ -114,16 +114,12 @@ def _step(mesh: Any, step: Any, batch: Any, state: Any) -> Any:
         return step(state, batch)[0]
 
 
-def _is_parallel(study: Study) -> bool:
-    return study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
-
-
 def _needs(study: Study) -> None:
-    can = study.model.meta is not None or _is_parallel(study)
+    can = study.model.meta is not None or is_parallel(study)
     require(can, "compares models with and without meta-attention or a branch of a hybrid block; this one has neither")
 
 
-@analysis("overhead", title="Overhead", fits=lambda study: study.model.meta is not None or _is_parallel(study), needs=_needs)
+@analysis("overhead", title="Overhead", fits=lambda study: study.model.meta is not None or is_parallel(study), needs=_needs)
 def overhead(study: Study) -> dict[str, Any]:
     """For each twin: step, as from `against_first`; generation {ttft_ms, tokens_per_second}, as from `generation_speed`; parameters."""
     vocabulary, shape = study.corpora.tokenizer.vocabulary, study.program.config.data

@@ -11,19 +11,7 @@ from markupsafe import Markup
 
 from metajax.config import Config, Metadata, Switch
 from metajax.core.fields import from_dict
-from metajax.reporting import page
-from metajax.reporting.facts import (
-    PARTS_OF_ROWS,
-    Pairs,
-    budget,
-    curve_unit,
-    curves,
-    foundation,
-    head,
-    parameter_facts,
-    sources,
-    time_facts,
-)
+from metajax.reporting import facts, page
 from metajax.reporting.figures import loss_curves
 from metajax.reporting.page import Part
 from metajax.reporting.tasks import CHOICE_HEAD, HEAD, accuracy_figure, choice_rows, table_rows, title
@@ -51,31 +39,24 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
     """
     report = read_json(workdir / "report.json")
     config = from_dict(Config, report["config"])
+    happened = (
+        _startup(report["startup"]),
+        page.facts(_time_facts(report, config), "Time"),
+        page.facts(facts.parameter_facts(report["parameters"]), "Parameters"),
+    )
+    manifest = page.text(json.dumps(report["corpora"], indent=1, ensure_ascii=False), "text")
     return page.write_page(
         workdir / "report.html",
-        **head(report),
+        **facts.head(report),
         sentence=_sentence(report, config),
         sections=[
             *_results(report["eval"], config),
             *map(page.analysis_section, analyses),
             _training(workdir, report, config),
-            page.section(
-                "What happened",
-                page.group(
-                    "wide-cards",
-                    _startup(report["startup"]),
-                    page.facts(_time_facts(report, config), "Time"),
-                    page.facts(parameter_facts(report["parameters"]), "Parameters"),
-                ),
-            ),
+            page.section("What happened", page.group("wide-cards", *happened)),
             _sample(report["sample"]),
             _rows(report),
-            *foundation(
-                workdir,
-                config,
-                sources(report),
-                page.details("Corpus manifest", page.text(json.dumps(report["corpora"], indent=1, ensure_ascii=False), "text")),
-            ),
+            *facts.foundation(workdir, config, facts.sources(report), page.details("Corpus manifest", manifest)),
         ],
     )
 
@@ -171,17 +152,17 @@ def _condition(found: tuple[str, Mapping[str, Any]]) -> Part:
 
 
 def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
-    unit, counts = curve_unit(config), report["counts"]
-    training, held_out = ({"training text": [curve]} for curve in curves(workdir, report))
+    unit, counts = facts.curve_unit(config), report["counts"]
+    training, held_out = ({"training text": [curve]} for curve in facts.curves(workdir, report))
     caption = (
         f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not exactly comparable with the "
         "held-out numbers."
     )
-    labels = {"slots": "positions", "loss_tokens": "tokens in the loss", **{key: label for key, label, _ in PARTS_OF_ROWS}}
+    labels = {"slots": "positions", "loss_tokens": "tokens in the loss", **{key: label for key, label, _ in facts.PARTS_OF_ROWS}}
     tokens = [(label, f"{counts[key]:,}") for key, label in labels.items()]
     tokens += [("bytes a body token", f"{report['bytes_per_token']:.2f}"), ("operations", f"{counts['flops']:.2e}")]
     used = page.group(
-        "card", page.bars([budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions"
+        "card", page.bars([facts.budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions"
     )
     return page.section("Training", page.group("wide-cards", page.figure(loss_curves(training, held_out, unit), caption), used))
 
@@ -200,8 +181,8 @@ def _startup(startup: Mapping[str, float]) -> Part:
     )
 
 
-def _time_facts(report: Mapping[str, Any], config: Config) -> Pairs:
-    clock, restarted, found = report["time"], report["restarted_from"], time_facts(report)
+def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
+    clock, restarted, found = report["time"], report["restarted_from"], facts.time_facts(report)
     if clock["steps_here"] > 1:  # without the first step, which waits for what the others find ready
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
         found.append(("a step, all included", page.seconds_text(step)))
@@ -220,7 +201,7 @@ def _time_facts(report: Mapping[str, Any], config: Config) -> Pairs:
     ]
 
 
-def _goodput_facts(report: Mapping[str, Any]) -> Pairs:
+def _goodput_facts(report: Mapping[str, Any]) -> facts.Pairs:
     """Where the time of all starts went, and the peak memory of the devices; older runs have neither."""
     goodput, memory, found = report.get("goodput"), report.get("memory"), []
     if goodput:

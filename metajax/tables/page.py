@@ -11,8 +11,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from metajax.config import config_from
-from metajax.reporting import page
-from metajax.reporting.facts import budget, changed, curve_unit, curves, environment_facts, sources
+from metajax.reporting import facts, page
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
 from metajax.reporting.html import document_pieces, sample_pieces
 from metajax.reporting.page import Part
@@ -37,6 +36,7 @@ def write_table_page(folder: Path, result: Result, root: Path) -> Path:
     basis = result["baseline"] if result["baseline"] in first else next(iter(first), None)
     paper = f"{result['coverage']} of {result['paper']}" if result["coverage"] else result["paper"]
     seeds = f"{page.plural(len(result['seeds']), 'seed')} ({', '.join(map(str, result['seeds']))})"
+    remarks = page.lines([page.with_code(note) for note in [*result["notes"], *formats.remarks(result)]], "remarks")
     return page.write_page(
         folder / "report.html",
         title=f"{result['name']} at scale {result['scale']}",
@@ -45,11 +45,7 @@ def write_table_page(folder: Path, result: Result, root: Path) -> Path:
         sentence=_sentence(result, first.get(basis)),
         notes=[_progress(result), _failures(folder, root, result)],
         sections=[
-            page.section(
-                "",
-                _results(result),
-                page.lines([page.with_code(note) for note in [*result["notes"], *formats.remarks(result)]], "remarks"),
-            ),
+            page.section("", _results(result), remarks),
             _curves_and_spread(result, root),
             _costs(result),
             _differences(folder, root, result, first),
@@ -188,7 +184,7 @@ def _changes(row: Line, result: Result, first: Reports) -> str:
         return "this is the baseline"
     if result["baseline"] in first and row["name"] in first:
         baseline, config = (config_from(first[name]["config"]) for name in (result["baseline"], row["name"]))
-        fields = changed(baseline, config, "init.from_").items()
+        fields = facts.changed(baseline, config, "init.from_").items()
         changes = [f"{name}: {page.as_set(then)} \N{RIGHTWARDS ARROW} {page.as_set(now)}" for name, (then, now) in fields]
     else:  # all that is known is what the row declares
         changes = [f"{name} = {value}" for name, value in row["changes"].items()]
@@ -214,7 +210,7 @@ def _parameters(row: Line, result: Result) -> str:
 
 
 def _budgets(first: Reports) -> Part:
-    rows = [budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]]
+    rows = [facts.budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]]
     remark = "Training positions of the first seed. Positions of metadata and meta-tokens hold no text that the row reads."
     return (
         page.section("Use of the positions", page.group("card", page.bars(rows), page.text(remark, "soft small")))
@@ -243,11 +239,11 @@ def _foundation(root: Path, result: Result, basis: str | None, first: Reports) -
     if basis is None:
         return None
     run = _complete(next(row for row in result["rows"] if row["name"] == basis))
-    machine = dict(environment_facts(find_readable(root / run["folder"] / "environment.json")))
+    machine = dict(facts.environment_facts(find_readable(root / run["folder"] / "environment.json")))
     said = "not known: the file of the run is missing or damaged"
     if machine:
         said = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
-    return page.section("What this rests on", page.group("card", *sources(first[basis]), page.text(f"Run on {said}.")))
+    return page.section("What this rests on", page.group("card", *facts.sources(first[basis]), page.text(f"Run on {said}.")))
 
 
 # ------------------------------------------------------------------------------------------------------ figures
@@ -282,9 +278,9 @@ def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:
     found: dict[tuple[str, str], dict[str, list]] = {}
     complete = [(row["name"], run) for row in result["rows"] for run in row["runs"] if run["state"] == COMPLETE]
     for name, run in complete:
-        pair = curves(root / run["folder"], read_json(root / run["folder"] / "report.json"))
+        pair = facts.curves(root / run["folder"], read_json(root / run["folder"] / "report.json"))
         if len(pair[0][0]):
-            part = run["part"], curve_unit(read_config(root / run["folder"]))
+            part = run["part"], facts.curve_unit(read_config(root / run["folder"]))
             found.setdefault(part, {}).setdefault(name, []).append(pair)
     drawn = []
     for (part, unit), of_rows in found.items():

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from metajax.config import ImageConfig, config_from
-from metajax.reporting import page
-from metajax.reporting.facts import Pairs, curve_of, foundation, head, metrics, parameter_facts, sources, time_facts
+from metajax.reporting import facts, page
 from metajax.reporting.figures import MARKERS, look, loss_curves, styled, to_svg
 from metajax.reporting.panels import panels
 from metajax.runs.files import find_readable, read_json
@@ -36,15 +35,15 @@ DELTA_FACTS = {
 def write_image_report(workdir: Path) -> Path:
     """Write report.html from what a complete run left in `workdir`, and return its path."""
     report = read_json(workdir / "report.json")
-    config, results, found = config_from(report["config"]), report["eval"], metrics(workdir, report)
-    curves = {name: curve_of(found, name) for name in CURVES}
+    config, results, found = config_from(report["config"]), report["eval"], facts.metrics(workdir, report)
+    curves = {name: facts.curve_of(found, name) for name in CURVES}
     drawn = [
         (loss_curves({name: [curve]}, unit=name.replace("_", " ")), CURVES[name]) for name, curve in curves.items() if curve[0]
     ]
     remark = "Intervals are over the test images (Wilson); they do not include the spread over seeds."
     return page.write_page(
         workdir / "report.html",
-        **head(report),
+        **facts.head(report),
         sentence=_sentence(report, config),
         sections=[
             page.section(
@@ -59,11 +58,11 @@ def write_image_report(workdir: Path) -> Path:
                 page.group(
                     "wide-cards",
                     page.facts(_time_facts(report), "Time"),
-                    page.facts(parameter_facts(report["parameters"]), "Trained parameters"),
+                    page.facts(facts.parameter_facts(report["parameters"]), "Trained parameters"),
                 ),
             ),
             *map(page.analysis_section, image_analysis.sections(workdir)),
-            *foundation(workdir, config, sources(report)),
+            *facts.foundation(workdir, config, facts.sources(report)),
         ],
     )
 
@@ -113,8 +112,8 @@ def _number(value: float | None) -> str:
     return "nothing to separate" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _time_facts(report: Mapping[str, Any]) -> Pairs:
-    clock, found = report["time"], time_facts(report)
+def _time_facts(report: Mapping[str, Any]) -> facts.Pairs:
+    clock, found = report["time"], facts.time_facts(report)
     if clock["step_seconds"]:
         found.append(("a step, all included", page.seconds_text(clock["step_seconds"])))
         found.append(("images a second", f"{clock['images_per_second']:,.0f}"))

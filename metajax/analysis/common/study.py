@@ -210,6 +210,11 @@ def has_meta_tokens(study: Study) -> bool:
     return study.model.meta is not None
 
 
+def is_parallel(study: Study) -> bool:
+    """Whether the model has attention beside Mamba in one block."""
+    return study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
+
+
 META_TOKENS = {"fits": has_meta_tokens, "needs": meta_tokens_in_prompts}  # of the analyses of meta-tokens
 
 
