@@ -39,7 +39,7 @@ def places(batch: Row) -> np.ndarray:
 
 
 def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
-    """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who is told nothing, the group or the source.
+    """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who knows nothing, the group or the source.
 
     mean, first, last: nats a symbol, over all or as in `places`. metadata, where it follows the text: nats of the group or source as a
     whole, for a reader who knows that `metadata.keep` of the documents have it there.

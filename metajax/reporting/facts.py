@@ -171,7 +171,7 @@ def budget(name: str, counts: Mapping[str, float], config: Config) -> dict[str, 
 
 
 def time_facts(report: Mapping[str, Any]) -> Pairs:
-    """What both families tell first of a run's time."""
+    """The first facts of a run's time, for both families."""
     return [
         (words, page.seconds_text(report["time"][key]))
         for words, key in (("whole run, this process", "total_seconds"), ("training", "train_seconds"))

@@ -247,18 +247,10 @@ def _sample(sample: Mapping[str, Any] | None) -> Part:
 
 def _rows(report: Mapping[str, Any]) -> Part:
     """The first training rows, decoded."""
-    cards = [
-        page.group(
-            "card",
-            *(
-                page.pieces(
-                    [(words, f"{LOOKS[kind]} {'given' if silent else ''}") for words, kind, silent in one["pieces"]], "document"
-                )
-                for one in row
-            ),
-        )
-        for row in report.get("rows") or ()
-    ]
+    cards = []
+    for row in report.get("rows") or ():
+        spans = ([(text, f"{LOOKS.get(kind, '')} {'given' * silent}") for text, kind, silent in one["pieces"]] for one in row)
+        cards.append(page.group("card", *(page.pieces(of_document, "document") for of_document in spans)))
     look = '<span class="text"><span class="{}">{}</span></span>'
     legend = Markup(
         f"The beginning of the first rows of training, decoded: {look.format('context', 'metadata')}, {look.format('meta', 'meta-tokens')}, and "

@@ -60,7 +60,7 @@ def spans(row: Row, tokenizer: Tokenizer) -> list[Span]:
     is_meta = row["tokens"] == tokenizer.vocabulary.meta
     asked = _asked(row, tokenizer.vocabulary.eos)
     holds = np.where(row["is_metadata"], "metadata", "text")
-    for slot in np.flatnonzero(is_meta):  # a meta-token belongs to what it stands in
+    for slot in np.flatnonzero(is_meta):  # a meta-token belongs to the text or metadata around it
         holds[slot] = holds[slot - 1]
     documents = np.cumsum(np.diff(row["segment_ids"], prepend=0) != 0)
     split = asked if "meta_slots" not in row else np.zeros(len(asked), int)
@@ -78,8 +78,8 @@ def spans(row: Row, tokenizer: Tokenizer) -> list[Span]:
 def _asked(row: Row, eos: int) -> np.ndarray:
     """The target of each position, as text."""
     weights = row["loss_weights"]
-    behind = np.where(weights == 0, "nothing", np.where(row["targets"] == eos, "end", "rejected"))
-    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", behind))
+    other = np.where(weights == 0, "nothing", np.where(row["targets"] == eos, "end", "rejected"))
+    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", other))
     times = np.array([f"{name} x {w:g}" for name, w in zip(names, weights, strict=True)])
     return np.where((weights == 1) | (names == "nothing"), names, times)
 

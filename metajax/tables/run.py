@@ -1,6 +1,6 @@
-"""Tables: run or resume every row for every seed, its parents first, and write down where the table stands after each run.
+"""Tables: run or resume every row for every seed, its parents first, and write the table after each run.
 
-A table may be stopped at any moment: the runs are ordinary runs, and the table is made anew from what they have left.
+A table may be stopped at any moment: its runs are ordinary runs, and the table is made from their files each time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class TablePlan:
         return [(row, part) for row in there for part in self.table.parts_of(row, self.scale)]
 
     def runs(self) -> list[PlannedRun]:
-        """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""
+        """All runs, each once, after those that it starts from; all rows of one seed before the next seed."""
         found: dict[Path, PlannedRun] = {}
         for seed in self.seeds:
             for row, part in self._lines():
@@ -142,7 +142,7 @@ def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None
 
     Args:
       run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
-      executor: where runs are made, `at_once` of them at a time and each behind those that it starts from; None: here, one by one.
+      executor: where runs are made, `at_once` of them at a time and each after those that it starts from; None: in this process, one by one.
     """
     plan.write()
     with contextlib.closing(Place(plan.root)) as root, root.while_there():

@@ -20,6 +20,7 @@ from metajax.data.pipeline import EVALUATION_SEED, Corpora, task_examples
 from metajax.data.rows import Row, finish, padding_row, stack
 from metajax.data.tasks.source import PAUSES, assemble
 from metajax.distributed.mesh import row_shards
+from metajax.evaluation.statistics import summarize
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
 from metajax.training.program import Program
@@ -106,11 +107,15 @@ def open_study(
     length: int | None = None,
     prompts: int | None = None,
 ) -> Study:
-    """The first `prompts` test examples of a task in the bin of `length` tokens; of task "text" the beginnings of held-out documents.
+    """The first `prompts` test examples of a task in the bin of `length` tokens; for task "text" the beginnings of held-out documents.
 
-    task: None: text where the config has no tasks, else list recall, as in the paper, or the first task there is.
-    length: None: the longest bin within the training length, or that length; of text the row length, or as long as two documents are. prompts: None: PROMPTS or PIECES.
-    Raises UserError for an unknown task, a length that the model cannot read, and fewer than two prompts.
+    Args:
+      task: None: text where the config has no tasks, else list recall, as in the paper, or the first task.
+      length: None: the longest bin within the training length, or that length; for text the row length, or the length of the second longest document.
+      prompts: None: PROMPTS or PIECES.
+
+    Raises:
+      UserError: an unknown task, a length that the model cannot read, fewer than two prompts.
     """
     tasks = corpora.config.tasks
     require(prompts is None or prompts >= 2, f"{prompts} prompts have no spread; at least 2")
@@ -131,7 +136,7 @@ def open_study(
 
 
 def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
-    """BOS and the first `length` - 1 tokens of `count` held-out documents that are longer, or of all there are."""
+    """BOS and the first `length` - 1 tokens of at most `count` held-out documents that are longer."""
     cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
     documents = cache.documents("held_out", data.held_out, data.min_bytes)
     if length is None:
@@ -192,8 +197,8 @@ def cluster_mean(values: Float[np.ndarray, "N ..."], chosen: Bool[np.ndarray, "N
 
 def mean_over_rows(values: Float[np.ndarray, " N"]) -> dict[str, float]:
     """{mean, half}: the mean over rows, and the half width of its 95 % interval (Student t)."""
-    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
-    return {"mean": float(values.mean()), "half": float(half)}
+    found = summarize(values.tolist())
+    return {"mean": found.mean, "half": found.half}
 
 
 def meta_tokens_in_prompts(study: Study) -> None:
