@@ -128,35 +128,23 @@ def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
 # -------------------------------------------------------------------------------------------------------- facts
 
 
-def held_out(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result of one condition, whose documents all conditions share; None: only tasks were evaluated."""
-    return next(iter(conditions(report["eval"]).values()), None)
-
-
 def sources(report: Mapping[str, Any]) -> list[Part]:
-    """The corpora or sets of images of a run, and what it was evaluated on."""
+    """The corpora or sets of images of a run, with the attribution that pictures require, and the documents of its evaluation."""
     shown = []
     for found in report["corpora"]:
         if "splits" in found:
-            shown.append(page.text(images_line(found)))
-            continue
-        bad = f"; {found['bad_records_skipped']} bad records left out" * bool(found["bad_records_skipped"])
-        counts = f"{found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens with {found['tokenizer']['spec']}"
-        shown.append(page.text(f"{found['source']['spec']}: {counts}{bad}."))
-    if result := held_out(report):
-        shown.append(
-            page.text(
-                f"Evaluated on {result['documents']:,} held-out documents: {result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens. "
-                "Each module, package or site is held out whole; no part of it is trained on."
-            )
+            splits = ", ".join(f"{count:,} {name}" for name, count in found["splits"].items())
+            shown.append(f"{found['spec']}: {found['classes']} classes; images: {splits}. {found['attribution']}".strip())
+        else:
+            bad = f"; {found['bad_records_skipped']} bad records left out" * bool(found["bad_records_skipped"])
+            counts = f"{found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens"
+            shown.append(f"{found['source']['spec']}: {counts} with {found['tokenizer']['spec']}{bad}.")
+    for result in list(conditions(report["eval"]).values())[:1]:  # all conditions share their documents
+        counts = (
+            f"{result['documents']:,} held-out documents: {result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
         )
-    return shown
-
-
-def images_line(found: Mapping[str, Any]) -> str:
-    """A set of images as text, with the attribution that its pictures require."""
-    splits = ", ".join(f"{count:,} {name}" for name, count in found["splits"].items())
-    return f"{found['spec']}: {found['classes']} classes; images: {splits}. {found['attribution']}".strip()
+        shown.append(f"Evaluated on {counts}. Each module, package or site is held out whole; no part of it is trained on.")
+    return [page.text(line) for line in shown]
 
 
 def budget(name: str, counts: Mapping[str, float], config: Config) -> dict[str, Any]:
