@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from metajax.analysis import analysis
 from metajax.config import AnyConfig, Config, config_hash
 from metajax.core.errors import Stopped, require
 from metajax.core.fields import to_dict
@@ -102,24 +103,27 @@ def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[
 def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Analyses of a complete run of either family."""
     if isinstance(config, Config):
-        from metajax.analysis.analyses import run_analyses
-        from metajax.analysis.study import open_study
+        from metajax.analysis.common.study import open_study
 
         opened = open_run(workdir)
         study = open_study(opened.program, opened.open_corpora(config, paths), opened.model)
-        return run_analyses(study, names, workdir)
-    from metajax.vision.study import open_image_study, run_image_analyses
+        return analysis.run(study, names, workdir)
+    from metajax.vision.analyses import image_analysis
+    from metajax.vision.study import open_image_study
 
-    return run_image_analyses(open_image_study(workdir, config, paths), names, workdir)
+    return image_analysis.run(open_image_study(workdir, config, paths), names, workdir)
 
 
 def write_report(workdir: Path) -> None:
     """report.html of a complete run of either family."""
     if isinstance(read_config(workdir), Config):
-        from metajax.reporting.html import write_run_report as write
+        from metajax.reporting.html import write_run_report
+
+        write_run_report(workdir, analysis.sections(workdir))
     else:
-        from metajax.vision.page import write_image_report as write
-    write(workdir)
+        from metajax.vision.page import write_image_report
+
+        write_image_report(workdir)
 
 
 def _make(config: Config, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from metajax.config import AnyConfig, Scale, check_analyses
+from metajax.config import AnyConfig, Scale
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
 from metajax.core.progress import PROGRAM, warn
@@ -132,7 +132,6 @@ class Table:
     paper_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_analyses(f"table {self.name}", self.analyses)
         names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
         for what, words in (("rows", names), ("columns", keys)):
             require(len(words) == len(set(words)), f"table {self.name}: two of its {what} have the same name")
@@ -245,6 +244,7 @@ def _joined(*words: str) -> str:
 
 
 _experiments: dict[str, Experiment] = {}
+_loaded: dict[str, None] = {}  # packages of experiments, in order
 _tables: dict[str, Table] = {}
 _files: dict[str, str] = {}  # {name of an experiment or table: the module that registered it}
 _broken: dict[str, tuple[str, str]] = {}  # {module that could not be imported: its file, and what is wrong where}
@@ -322,12 +322,18 @@ def _require_scale(name: str, scales: Sequence[str], scale: str) -> None:
     require(scale in scales, f"{name} has no {scale!r} scale; it has {', '.join(scales)}")
 
 
+def loaded() -> tuple[str, ...]:
+    """The packages of experiments that `load` was given, for processes that start without them."""
+    return tuple(_loaded)
+
+
 def load(*packages: str) -> None:
     """Import every module of packages of experiments (none named: `experiments`), which registers what they define.
 
     A module that cannot be imported is named in a line, with the reason, and left out with all that it has registered.
     """
     for package in packages or ("experiments",):
+        _loaded[package] = None
         found = _imported(package)
         for info in pkgutil.iter_modules(found.__path__) if found else ():
             _imported(f"{package}.{info.name}")

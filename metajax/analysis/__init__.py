@@ -1,1 +1,141 @@
-"""Analyses of trained models: numbers, the sentence that they make and their figures."""
+"""Analyses of trained models: each module of this package is one, with its numbers, its sentences and its figures.
+
+The second paragraph of a module's docstring is shown on pages. An analysis of your own is the same in a file of `experiments/`. This file
+imports neither JAX nor matplotlib; `common` holds what analyses share.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metajax.core.errors import UserError, nearest, require
+from metajax.runs.files import find_readable, write_json
+
+FOLDER = "analysis"  # of a run's folder
+Measure = Callable[[Any], dict[str, Any]]
+Numbers = Mapping[str, Any]
+Figures = list[tuple[Any, str]]  # (matplotlib Figure, caption)
+
+
+@dataclass
+class Analysis:
+    """One analysis; calling it measures a study. Its result is plain data, and only figures read `result["details"]`."""
+
+    name: str
+    measure: Measure
+    title: str
+    about: str  # what it looks at, and what the paper reports
+    fits: Callable[[Any], bool]  # whether `analyze` makes it when no analysis is named
+    needs: Callable[[Any], None]  # raises UserError for a study that it cannot measure
+    on_prompts: bool  # whether its numbers come from the study's own rows
+    lines: Callable[[Numbers], list[str]] = lambda numbers: []
+    draw: Callable[[Numbers], Figures] = lambda result: []
+
+    def __call__(self, study: Any) -> dict[str, Any]:
+        self.check(study)
+        return self.measure(study)
+
+    def check(self, study: Any) -> None:
+        """UserError where the study lacks what the analysis needs."""
+        try:
+            self.needs(study)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+
+    def headlines(self, function: Callable[[Numbers], list[str]]) -> Callable[[Numbers], list[str]]:
+        """Decorator: the function that turns the numbers into sentences."""
+        self.lines = function
+        return function
+
+    def figures(self, function: Callable[[Numbers], Figures]) -> Callable[[Numbers], Figures]:
+        """Decorator: the function that draws the result, with matplotlib's style already set."""
+        self.draw = function
+        return function
+
+    def section(self, saved: Numbers) -> dict[str, Any]:
+        """A section of a page from the saved JSON: title, text, headline numbers and figures."""
+        from metajax.reporting.figures import styled, to_svg
+
+        result, text, made_on = saved["result"], self.about, saved.get("made_on")
+        if made_on and self.on_prompts:
+            count, task = result.get("prompts", made_on["prompts"]), made_on["task"].replace("_", " ")
+            text = f"{text} Test prompts: {count:,} of {task}, at most {made_on['length']} tokens each."
+        with styled():
+            figures = [(to_svg(figure, caption), caption) for figure, caption in self.draw(result)]
+        return {"name": self.name, "title": self.title, "text": text, "lines": self.lines(result), "figures": figures}
+
+
+class Analyses:
+    """The analyses of one family of models by name: the modules of a package, imported on demand, and those defined elsewhere.
+
+    An instance is also the decorator that registers an analysis: `@analysis("sharpening", title="Sharpening")`.
+    """
+
+    def __init__(self, package: str, path: Iterable[str]):
+        self.package = package
+        self.modules = {info.name for info in pkgutil.iter_modules(path) if not info.ispkg}
+        self.made: dict[str, Analysis] = {}
+
+    def __call__(
+        self, name: str, *, title: str, fits: Callable[[Any], bool] = lambda study: False,
+        needs: Callable[[Any], None] = lambda study: None, on_prompts: bool = True,
+    ) -> Callable[[Measure], Analysis]:  # fmt: skip
+        """Decorator of the function that measures: `study -> result`."""
+
+        def register(measure: Measure) -> Analysis:
+            own = measure.__module__ == f"{self.package}.{name}"
+            require(own or name not in self.modules, f"analysis {name!r}: {self.package} has one of that name")
+            paragraphs = (sys.modules[measure.__module__].__doc__ or "").split("\n\n")
+            about = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
+            self.made[name] = Analysis(name, measure, title, about, fits, needs, on_prompts)
+            return self.made[name]
+
+        return register
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in alphabetical order; imports no analysis."""
+        return tuple(sorted({*self.modules, *self.made}))
+
+    def find(self, name: str) -> Analysis:
+        """The analysis of that name; UserError with the nearest name where there is none."""
+        check_names("analyses", [name], self.names())
+        if name not in self.made:
+            importlib.import_module(f"{self.package}.{name}")
+        return self.made[name]
+
+    def fitting(self, study: Any) -> tuple[str, ...]:
+        """The analyses that are meant for this model and these prompts."""
+        return tuple(name for name in self.names() if self.find(name).fits(study))
+
+    def run(self, study: Any, names: Sequence[str], workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Make the analyses one by one, write each to WORKDIR/analysis/NAME.json, and yield (name, its numbers without `details`).
+
+        Raises UserError before the first one where the study lacks what one of them needs.
+        """
+        chosen = [self.find(name) for name in names]
+        for one in chosen:
+            one.check(study)
+        for one in chosen:
+            result = one.measure(study)
+            write_json(workdir / FOLDER / f"{one.name}.json", {"name": one.name, "made_on": study.made_on, "result": result})
+            yield one.name, {key: value for key, value in result.items() if key != "details"} | {"made_on": study.made_on}
+
+    def sections(self, workdir: Path) -> list[dict[str, Any]]:
+        """The saved analyses of a run as sections of a page."""
+        saved = {name: find_readable(workdir / FOLDER / f"{name}.json") for name in self.names()}
+        return [self.find(name).section(found) for name, found in saved.items() if found]
+
+
+def check_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """UserError for a name that is not known; `what` says where it was given."""
+    for name in names:
+        require(name in known, f"{what}: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+analysis = Analyses(__name__, __path__)

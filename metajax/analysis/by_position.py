@@ -1,5 +1,8 @@
-"""Where in a document metadata helps: nats a body token at its beginning, in its middle and at its end; beside the best possible where
-that is known."""
+"""Where in a document metadata helps: the loss at its beginning, middle and end.
+
+Nats a body token of held-out documents at their first 8 tokens, in the middle and in the last third, with the metadata of training and without
+any. Later in a text, the text itself reveals what its metadata says. Of a generated corpus the best possible value is known too.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.analysis.labels import some_documents
-from metajax.analysis.study import Study
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.labels import some_documents
+from metajax.analysis.common.study import Study
 from metajax.core.errors import require
 from metajax.data.pipeline import Corpora, held_out
 from metajax.data.rows import Row
 from metajax.data.sources import parse_spec
 from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, best_nats, draw
 from metajax.evaluation.multiple_choice import token_scores
+from metajax.reporting.figures import look
+from metajax.reporting.panels import panels
 
 FIRST = 8  # tokens that count as the beginning; the end is the last third
+PARTS = {"first": "first 8 tokens", "middle": "middle", "last": "last third"}
 
 
 def places(batch: Row) -> np.ndarray:
-    """int [B, T]: 0, 1, 2 where a slot asks for a body token of the beginning, the middle or the last third of its document's piece; else -1."""
+    """int [B, T]: 0, 1, 2 where the target is a body token of the beginning, middle or last third of its document's piece; else -1."""
     out = np.full(batch["tokens"].shape, -1)
     for row, asked, segments in zip(out, batch["is_body"], batch["segment_ids"], strict=True):
         for segment in np.unique(segments[asked]):
@@ -32,10 +39,10 @@ def places(batch: Row) -> np.ndarray:
 
 
 def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
-    """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who is told nothing, the group or the source.
+    """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who knows nothing, the group or the source.
 
-    mean, first, last: a symbol, all of them or as in `places`; metadata, where it stands behind: of the group or source as a whole, for a
-    reader who knows that `metadata.keep` of the documents have it there.
+    mean, first, last: nats a symbol, over all or as in `places`. metadata, where it follows the text: nats of the group or source as a
+    whole, for a reader who knows that `metadata.keep` of the documents have it there.
     """
     recipe = corpora.config.metadata
     documents = some_documents(corpora, "held_out", 1, corpora.config.evaluation.documents)
@@ -50,13 +57,23 @@ def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
     return out
 
 
+def _needs(study: Study) -> None:
+    require(study.corpora.config.metadata is not None, "this run has no metadata (metadata is null)")
+
+
+@analysis(
+    "by_position",
+    title="Where in a document",
+    fits=lambda study: study.corpora.config.metadata is not None and study.model.meta is None,
+    needs=_needs,
+    on_prompts=False,
+)
 def by_position(study: Study) -> dict[str, Any]:
     """Nats a body token of the held-out documents at the beginning, middle and end, with what training showed ("own") and with nothing.
 
-    `best` beside them, of a generated corpus alone.
+    best: only of a generated corpus.
     """
     recipe, out = study.corpora.config.metadata, {}
-    require(recipe is not None, "by_position: this run has no metadata (metadata is null)")
     own = "none" if recipe.position == "none" else "right" if recipe.keep else "empty"
     for name, condition in {"own": own, "none": "none"}.items():
         sums, counts = np.zeros(3), np.zeros(3)
@@ -67,9 +84,29 @@ def by_position(study: Study) -> dict[str, Any]:
                 for part, at in enumerate(places(batch) == i for i in range(3)):
                     sums[part] += nll[at].sum(dtype=np.float64)
                     counts[part] += at.sum()
-        out[name] = {
-            part: float(total / max(n, 1)) for part, total, n in zip(("first", "middle", "last"), sums, counts, strict=True)
-        }
+        out[name] = {part: float(total / max(n, 1)) for part, total, n in zip(PARTS, sums, counts, strict=True)}
     if [parse_spec(spec).kind for spec in study.corpora.config.data.sources] == ["generated"]:
         out["best"] = best_possible(study.corpora)
     return out
+
+
+@by_position.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    lines = [
+        f"{words}: {numbers['own'][part]:.3f} nats a token with the metadata of training, {numbers['none'][part]:.3f} without"
+        for part, words in PARTS.items()
+    ]
+    return lines + [
+        f"best possible for a reader who knows {known}: {best['first']:.3f} at the first 8 tokens, {best['last']:.3f} in the last third"
+        for known, best in numbers.get("best", {}).items()
+    ]
+
+
+@by_position.figures
+def figures(result: Numbers) -> Figures:
+    figure, (axes,) = panels(1, 1, 2.4)
+    for i, (name, words) in enumerate({"own": "metadata of training", "none": "no metadata"}.items()):
+        axes.plot(list(PARTS.values()), [result[name][part] for part in PARTS], marker="o", color=look(i)[0], label=words)
+    axes.set_ylabel("nats a token")
+    axes.legend(fontsize=8.5)
+    return [(figure, "Mean over the held-out documents' body tokens.")]

@@ -1,7 +1,9 @@
-"""Caching: how much a meta-token's residual vector resembles the tokens in front of it, by layer and distance.
+"""Caching: how much a meta-token's residual vector resembles the tokens before it, by layer and distance.
 
-Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the cosine heat-map of "Meta Token #2". Which vectors of the
-tokens in front are meant is told in two ways, so both are made: their residual vectors at the same layer, and their embeddings.
+Cosine of the last meta-token's residual vector with the tokens before it. In the paper it is strongest close to the meta-token, within about
+0.04 of zero. The paper describes the tokens' vectors in two ways, so both are made: residual vectors of the same layer, and embeddings.
+
+Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the cosine heat-map of "Meta Token #2".
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
-from metajax.analysis.study import Batch, Study, at_slots, capture, cluster_mean, rounded
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_slots, capture, cluster_mean, rounded
 from metajax.models.lm import LM
+from metajax.reporting.panels import centred_heat, panels, token_ticks
 
-READINGS = ("same_layer", "embedding")
-NEAR, FAR = 4, 16  # tokens: near is 1 .. NEAR in front of the meta-token, far is more than FAR
+READINGS = {"same_layer": "residual vectors of the same layer", "embedding": "token embeddings"}
+NEAR, FAR = 4, 16  # tokens before the meta-token: near is at most NEAR, far is more than FAR
 
 
 def cosine(a: Float[Array, "*#batch width"], b: Float[Array, "*#batch width"]) -> Float[Array, "*batch"]:
@@ -27,7 +31,7 @@ def cosine(a: Float[Array, "*#batch width"], b: Float[Array, "*#batch width"]) -
     return jnp.sum(a * b, axis=-1) / jnp.where(lengths > 0, lengths, 1.0)
 
 
-def resemblance(model: LM, batch: Batch) -> dict[str, jax.Array]:
+def resemblance(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     """Cosines of the last meta-token's residual vector with those of all tokens, and with their embeddings, [B, L, T] each.
 
     Layer l is the input of block l.
@@ -36,16 +40,13 @@ def resemblance(model: LM, batch: Batch) -> dict[str, jax.Array]:
     length = residual.shape[2]
     last = jnp.max(jnp.where(batch["meta_slots"] < length, batch["meta_slots"], 0), axis=1)
     anchor = at_slots(residual, last, 2)[:, :, None]
-    return {
-        "same_layer": cosine(anchor, residual),
-        "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None]),
-    }
+    return {"same_layer": cosine(anchor, residual), "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None])}
 
 
 def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean [L, D], half width of its 95 % interval over prompts [L, D], prompts [D]) at 1 .. D tokens in front of `anchors` [N].
+    """(mean [L, D], half width of its 95 % interval over prompts [L, D], prompts [D]) at 1 .. D tokens before `anchors` [N].
 
-    The half width is NaN where one prompt alone is that long.
+    The half width is NaN where only one prompt is that long.
     """
     longest = int(anchors.max())
     source = anchors[:, None] - np.arange(1, longest + 1)
@@ -59,6 +60,7 @@ def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tupl
     return mean, np.where(n > 1, half, np.nan), n
 
 
+@analysis("caching", title="Caching", **META_TOKENS)
 def caching(study: Study) -> dict[str, Any]:
     """For each reading: near and far, the mean cosine over all layers and prompts, with the half width of its interval over prompts.
 
@@ -79,3 +81,38 @@ def caching(study: Study) -> dict[str, Any]:
         one = values[0, :, : study.last_meta[0]]
         found["details"][name] = {"mean": rounded(mean), "half": rounded(half), "prompts": n.tolist(), "example": rounded(one)}
     return found
+
+
+@caching.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    return [
+        f"{words}, {distance}: mean cosine {n['mean']:+.3f} ± {n['half']:.3f} over {numbers[name]['prompts']:,} prompts"
+        for name, words in READINGS.items()
+        for part, distance in (("near", f"at most {NEAR} tokens before"), ("far", f"more than {FAR} tokens before"))
+        if (n := numbers[name].get(part))
+    ]
+
+
+@caching.figures
+def figures(result: Numbers) -> Figures:
+    drawn = []
+    for name, words in READINGS.items():
+        found = result["details"][name]
+        mean, n = np.array(found["mean"], float), np.array(found["prompts"])
+        kept = n >= max(2, n.max() // 20)
+        figure, (axes,) = panels(1, 1, 1.3 + 0.2 * len(mean))
+        centred_heat(figure, axes, mean[:, kept])
+        shown = np.unique(np.linspace(0, kept.sum() - 1, 8).astype(int))
+        axes.set_xticks(shown, (np.flatnonzero(kept) + 1)[shown].tolist())
+        axes.set_xlabel("tokens before the meta-token")
+        halves = np.array(found["half"], float)[:, kept]
+        caption = (
+            f"Mean cosine with the {words}, over {n[kept].min():,} to {n.max():,} prompts a distance; layer 1 is the input of the first block. "
+            f"The half widths of the 95 % intervals reach {np.nanmax(halves):.3f}."
+        )
+        drawn.append((figure, caption))
+    example = np.array(result["details"]["same_layer"]["example"], float)
+    figure, (axes,) = panels(1, 1, 2.0 + 0.2 * len(example))
+    centred_heat(figure, axes, example)
+    token_ticks(axes, result["details"]["labels"])
+    return [*drawn, (figure, "Only the first prompt: cosine with the residual vectors of the same layer.")]

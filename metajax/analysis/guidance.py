@@ -1,8 +1,10 @@
-"""Does text drawn behind metadata have its topic, and does guidance make it more so: URLs Help, Topics Guide (arXiv 2505.16570).
+"""Guidance: does text generated after metadata have its topic, and more so with guidance?
 
-Each text is drawn from z_empty + g (z_context - z_empty) behind a held-out document's own metadata. Whether it has that document's topic is
-judged by a linear classifier of token counts, trained on training documents cut to the same length; what guidance costs is seen in the
-nats a token that the model itself gives the text without metadata. Grid, sampler and judge are not stated in the paper.
+Texts drawn from z_empty + g (z_context - z_empty) after the metadata of held-out documents, and the share that a classifier of real texts
+assigns to the topic of that metadata. Nats a token are the model's own for these texts without metadata: the cost of guidance.
+
+Source: URLs Help, Topics Guide (arXiv 2505.16570). Grid, sampler and judge are not stated in the paper. Here the judge is a linear classifier
+of token counts, trained on training documents cut to the same length.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from metajax.analysis.labels import check_labels, classes_of, matched, opening, some_documents, texts_of
-from metajax.analysis.study import Study
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common import labels
+from metajax.analysis.common.study import Study
 from metajax.core.errors import require
 from metajax.data.cache import build_metadata_table
 from metajax.data.questions import Question
@@ -24,14 +27,13 @@ from metajax.evaluation.multiple_choice import score
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate
+from metajax.reporting.figures import look
+from metajax.reporting.panels import GREY, panels
 
 STRENGTHS = (0.0, 1.0, 1.5, 2.0, 3.0)
 TOKENS, TEXTS = 48, 96  # of a text; texts drawn at each strength, as many of each topic
-LEARNED, TESTED, CLASSES = (
-    6_000,
-    1_000,
-    6,
-)  # documents that the classifier learns from and is tested on; topics, the most frequent
+LEARNED, TESTED = 6_000, 1_000  # documents that train and test the classifier
+CLASSES = 6  # topics, the most frequent
 BUCKETS, STEPS = 4_096, 200  # of token ids; of the classifier's training
 
 
@@ -64,25 +66,34 @@ def train_classifier(
 
 def _topics(study: Study, split: str, count: int, names: list[str] | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(documents of the most frequent topics, as many of each; their topics; the topics' names)."""
-    documents = some_documents(study.corpora, split, TOKENS // 2, count)
-    texts = texts_of(study.corpora, study.corpora.config.evaluation.labels[0], documents)
+    documents = labels.some_documents(study.corpora, split, TOKENS // 2, count)
+    texts = labels.texts_of(study.corpora, study.corpora.config.evaluation.labels[0], documents)
     if names is None:
-        names = classes_of(texts, 2)[1][:CLASSES]
+        names = labels.classes_of(texts, 2)[1][:CLASSES]
     numbers = {name: i for i, name in enumerate(names)}
     classes = np.array([numbers.get(text, -1) for text in texts])
-    kept = matched(classes, np.zeros(len(classes)), 1, np.random.default_rng(0))
+    kept = labels.matched(classes, np.zeros(len(classes)), 1, np.random.default_rng(0))
     return documents[kept], classes[kept], names
 
 
+def _needs(study: Study) -> None:
+    recipe = study.corpora.config.metadata
+    labels.check_labels(study)
+    says = recipe is not None and recipe.position != "append" and not recipe.tokens
+    require(says, "needs metadata with text, before the document (metadata.position, metadata.tokens)")
+
+
+@analysis(
+    "guidance",
+    title="Guided generation",
+    fits=lambda study: labels.has_labels(study) and labels.has_context(study) and not study.corpora.config.metadata.tokens,
+    needs=_needs,
+    on_prompts=False,
+)
 def guidance(study: Study) -> dict[str, Any]:
-    """For each strength g (as "g_1_5"): share of texts with the topic of their metadata, and nats a token without metadata; beside them the
-    classifier's accuracy on real held-out texts and chance."""
+    """For each strength g (as "g_1_5"): share of texts with the topic of their metadata, and nats a token without metadata; also the
+    classifier's accuracy on real held-out texts, and chance."""
     corpora, recipe = study.corpora, study.corpora.config.metadata
-    check_labels(study, "guidance")
-    fits = recipe is not None and recipe.position != "append" and not recipe.tokens
-    require(
-        fits, "guidance: needs metadata that stands in front of the text and says something (metadata.position, metadata.tokens)"
-    )
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
     documents, topics, names = _topics(study, "train", LEARNED, None)
     require(len(names) >= 2, f"guidance: {corpora.config.evaluation.labels[0]} has no two topics")
@@ -99,7 +110,7 @@ def guidance(study: Study) -> dict[str, Any]:
         "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,
         "real": {"accuracy": float(np.mean((real @ weights).argmax(1) == topics)), "documents": len(topics)},
     }  # fmt: skip
-    ready, head = prepare(study.model), opening(corpora, () if recipe.prepended else None)[0]
+    ready, head = prepare(study.model), labels.opening(corpora, () if recipe.prepended else None)[0]
     for strength in STRENGTHS:
         texts = generate(
             ready, corpora.config, tokenizer, [""] * len(order), count=TOKENS, context=contexts, guidance=strength, sampling=Sampling(1.0)
@@ -115,3 +126,34 @@ def guidance(study: Study) -> dict[str, Any]:
             "example": {"topic": names[topics[order][0]], "context": tokenizer.decode(contexts[0]), "text": texts[0]},
         }  # fmt: skip
     return out
+
+
+def _strengths(numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name.removeprefix("g_").replace("_", "."): found for name, found in numbers.items() if name.startswith("g_")}
+
+
+@guidance.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    found, real = _strengths(numbers), numbers["real"]
+    return [
+        *(
+            f"g = {g}: {n['accuracy']:.1%} ± {n['half']:.1%} of {numbers['texts']} texts have the topic of their metadata, "
+            f"{n['nats']:.2f} nats a token"
+            for g, n in found.items()
+        ),
+        f"the classifier on {real['documents']:,} real texts: {real['accuracy']:.1%}; chance {numbers['chance']:.1%}",
+        *(f"g = {g}, after {n['example']['context']!r}: {n['example']['text']!r}" for g, n in found.items()),
+    ]
+
+
+@guidance.figures
+def figures(result: Numbers) -> Figures:
+    found = _strengths(result)
+    figure, (axes,) = panels(1, 1, 2.6)
+    accuracy, half = ([n[key] for n in found.values()] for key in ("accuracy", "half"))
+    axes.errorbar([float(g) for g in found], accuracy, yerr=half, fmt="o-", color=look(0)[0], capsize=2)
+    axes.axhline(result["chance"], color=GREY, linewidth=1)
+    axes.axhline(result["real"]["accuracy"], color=GREY, linewidth=1, linestyle="--")
+    axes.set(xlabel="g", ylabel="texts with their topic")
+    caption = "With 95 % intervals over texts; grey: chance, and (dashed) the classifier on real texts."
+    return [(figure, caption)]

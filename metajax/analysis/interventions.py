@@ -1,38 +1,89 @@
-"""Zeroing interventions at the meta-tokens of a trained model, as accuracy on the tasks.
+"""Zeroing at the meta-tokens of a trained model, as accuracy on the tasks.
+
+The trained model with the positions or the token embedding of its meta-tokens set to zero. The paper reports that accuracy stays or rises
+without positions, and falls without the embedding. In a prompt with one meta-token (list recall, parity), meta-attention has one key, so its
+position has no effect.
 
 Source: Language Modeling with Learned Meta-Tokens (arXiv 2509.16278), the tables on zeroed positions and zeroed token embeddings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from metajax.analysis.study import Study
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import META_TOKENS, Study
 from metajax.core.errors import UserError
 from metajax.evaluation.tasks import evaluate_tasks
 from metajax.models.lm import LM, with_intervention
+from metajax.reporting.panels import name_rows, panels, point
 
 INTERVENTIONS: dict[str, dict[str, str]] = {
     "none": {},
     "zero_position": {"zero_position": "both"},
-    "zero_position_causal": {"zero_position": "causal"},  # in causal attention alone; which scope the paper has is not stated
+    "zero_position_causal": {"zero_position": "causal"},  # only in causal attention; the paper does not state the scope
     "zero_position_meta": {"zero_position": "meta"},
     "zero_token": {"embedding": "zero"},  # the position stays
+}
+WORDS = {
+    "none": "as trained",
+    "zero_position": "no position",
+    "zero_position_causal": "no position in causal attention",
+    "zero_position_meta": "no position in meta-attention",
+    "zero_token": "no token embedding",
 }
 
 
 def intervene(model: LM) -> dict[str, LM]:
-    """{name: the model under that intervention}, for those that mean something under the model's position scheme."""
+    """{name: the model under that intervention}, for those that the model's position scheme allows."""
     found = {}
     for name, changes in INTERVENTIONS.items():
         try:
             found[name] = with_intervention(model, **changes)
         except UserError:
-            continue  # such as another position for meta-attention, where the positions are learned vectors added once
+            continue  # for example learned positions, which meta-attention cannot have of its own
     return found
 
 
+@analysis("interventions", title="Zeroing at the meta-tokens", **META_TOKENS, on_prompts=False)
 def interventions(study: Study) -> dict[str, Any]:
-    """{intervention: {task: {length: accuracy as of `evaluate_tasks`}}} on the run's test examples, the same for all."""
+    """{intervention: {task: {length: accuracy, as from `evaluate_tasks`}}}, all on the run's test examples."""
     models = intervene(study.model)
     return {name: evaluate_tasks(study.program, study.corpora, model) for name, model in models.items()}
+
+
+@interventions.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    lines = []
+    for task, length, found in _bins(numbers):
+        shown = ", ".join(
+            f"{WORDS[k]} {n['exact']:.1%} ({n['exact_low']:.1%} to {n['exact_high']:.1%})" for k, n in found.items()
+        )
+        lines.append(f"{task.replace('_', ' ')}, {length} tokens, n = {found['none']['n']:,}: exact match {shown}")
+    return lines
+
+
+@interventions.figures
+def figures(result: Numbers) -> Figures:
+    by_task: dict[str, list[tuple[str, str, dict[str, Any]]]] = {task: [] for task in result["none"]}
+    for task, length, found in _bins(result):
+        by_task[task] += [(length, name, scored) for name, scored in found.items()]
+    figure, axes_of = panels(len(by_task), 1, 0.55 + 0.34 * max(map(len, by_task.values())))
+    for axes, (task, rows) in zip(axes_of, by_task.items(), strict=True):
+        for y, (_, name, n) in enumerate(rows):
+            point(axes, y, n["exact_low"], n["exact"], n["exact_high"], list(WORDS).index(name))
+        name_rows(axes, [f"{length}: {WORDS[name]}" for length, name, _ in rows], "")
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_title(task.replace("_", " "), fontweight="bold")
+    figure.supxlabel("exact match", fontsize=10.5)
+    return [(figure, "Exact match by length and intervention, with 95 % intervals over examples.")]
+
+
+def _bins(numbers: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(task, length, {intervention: accuracy}) of every length that has examples."""
+    names = [name for name in WORDS if name in numbers]
+    for task, bins in numbers["none"].items():
+        for length, whole in bins.items():
+            if whole["exact"] is not None:
+                yield task, length, {name: numbers[name][task][length] for name in names}

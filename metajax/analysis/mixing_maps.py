@@ -1,8 +1,12 @@
-"""Where tokens look: attention maps and the maps of Mamba, by meta tokens, first token, themselves and the others.
+"""Where tokens look: shares of attention maps and of Mamba's maps that go to meta tokens, the first token, the token itself, the others.
+
+Attention maps, and the maps that correspond to Mamba, for every token after the first. The paper reports that attention moves
+from the first token to the meta tokens, that Mamba's maps favour the token itself and attention's the others, and that meta
+tokens lower the entropy.
 
 Source: Hymba (arXiv 2411.13676), figures 7 and 15 and equation 5. Mamba's map is that of its data-controlled linear operator,
-alpha[i, j] = |sum_n C_i exp(A (S_i - S_j)) B_j step_j| with S the running sum of step sizes; that its absolute value is meant, and how
-the paper pools queries, is not stated. Rows of both kinds sum to 1.
+alpha[i, j] = |sum_n C_i exp(A (S_i - S_j)) B_j dt_j| with S the running sum of dt. The paper does not state that it takes the absolute
+value, nor how it pools queries. Rows of both kinds sum to 1.
 """
 
 from __future__ import annotations
@@ -13,13 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.special import stdtrit
 
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, mean_over_rows, rounded
 from metajax.analysis.sharpening import entropy
-from metajax.analysis.study import Batch, Study, capture, rounded
 from metajax.models.lm import LM
+from metajax.reporting.figures import look
+from metajax.reporting.panels import panels
 
-CATEGORIES = ("meta", "first", "self", "cross")
+MIXERS = {"attention": "attention", "ssm": "Mamba"}
+CATEGORIES = {"meta": "meta tokens", "first": "first token", "self": "itself", "cross": "others"}
 CHANNELS = 16  # of Mamba, evenly spaced, whose maps are made
 
 
@@ -46,7 +53,7 @@ def ssm_map(
     return weights / jnp.where(total > 0, total, 1.0)
 
 
-def ssm_maps(model: LM, batch: Batch) -> Float[Array, "L B channels T P"]:
+def ssm_maps(model: LM, batch: Arrays) -> Float[Array, "L B channels T P"]:
     """The maps of CHANNELS channels of every Mamba, P = M + T."""
     names = [f"{prefix}ssm_{name}" for prefix in ("prefix_", "") for name in ("step", "b", "c")]
     found = {name: jnp.moveaxis(x, 0, 1) for name, x in capture(model, batch, *names).items()}  # layers first again
@@ -90,18 +97,19 @@ def describe(maps: Float[Array, "L B H T P"]) -> dict[str, Array]:
     return {name: jnp.moveaxis(value, 1, 0) for name, value in found.items()}
 
 
-def attention_map(model: LM, batch: Batch) -> dict[str, Array]:
+def attention_map(model: LM, batch: Arrays) -> dict[str, Array]:
     """`describe` of the attention maps."""
     return describe(
         jnp.moveaxis(capture(model, batch, "attention_probabilities")["attention_probabilities"], 0, 1).astype(jnp.float32)
     )
 
 
-def mamba_map(model: LM, batch: Batch) -> dict[str, Array]:
+def mamba_map(model: LM, batch: Arrays) -> dict[str, Array]:
     """`describe` of Mamba's maps."""
     return describe(ssm_maps(model, batch))
 
 
+@analysis("mixing_maps", title="Where tokens look", fits=lambda study: not has_meta_tokens(study))
 def mixing_maps(study: Study) -> dict[str, Any]:
     """For attention and ssm, where the model has them: {entropy, meta, first, self, cross, reach: {mean, half, layers}}.
 
@@ -122,6 +130,35 @@ def _pool(values: dict[str, np.ndarray]) -> dict[str, Any]:
     pooled = {}
     for name, value in values.items():
         rows = value @ decreasing if name == "reach" else value.mean(axis=1)
-        half = stdtrit(len(rows) - 1, 0.975) * rows.std(ddof=1) / np.sqrt(len(rows))
-        pooled[name] = {"mean": float(rows.mean()), "half": float(half), "layers": rounded(value.mean(axis=0))}
+        pooled[name] = mean_over_rows(rows) | {"layers": rounded(value.mean(axis=0))}
     return pooled
+
+
+@mixing_maps.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    lines = []
+    for kind, title in MIXERS.items():
+        if found := numbers.get(kind):
+            shares = ", ".join(f"{words} {found[k]['mean']:.1%} ± {found[k]['half']:.1%}" for k, words in CATEGORIES.items())
+            entropy, reach = (f"{found[k]['mean']:.{n}f} ± {found[k]['half']:.{n}f}" for k, n in (("entropy", 3), ("reach", 1)))
+            lines.append(f"{title}: {shares}; entropy {entropy} nats; effective receptive field {reach} tokens")
+    return lines
+
+
+@mixing_maps.figures
+def figures(result: Numbers) -> Figures:
+    kinds = [kind for kind in MIXERS if kind in result]
+    figure, axes_of = panels(1, len(kinds), 3.0)
+    for axes, kind in zip(axes_of, kinds, strict=True):
+        layers, below = np.arange(1, len(result[kind]["entropy"]["layers"]) + 1), 0.0
+        for i, (name, words) in enumerate(CATEGORIES.items()):
+            share = np.array(result[kind][name]["layers"])
+            axes.bar(layers, share, bottom=below, color=look(i)[0], alpha=0.8, label=words)
+            below = below + share
+        axes.set_title(MIXERS[kind], fontweight="bold")
+        axes.set(xlabel="layer", xticks=layers)
+        axes.set_ylim(0, 1)
+    axes_of[0].set_ylabel("share of the map")
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CATEGORIES), fontsize=8.5)
+    caption = "Mean over rows, queries and heads (for Mamba: some of its channels)."
+    return [(figure, caption)]

@@ -1,6 +1,8 @@
-"""The needle: a named item at any depth of neutral text, by the length of the text and the depth.
+"""The needle: retrieval of a named item at any depth of neutral text, by the length of the text and the depth.
 
-Source: Hymba (arXiv 2411.13676), figure 10; its prompts are not known, those here are in metajax/data/tasks/prompts.py.
+Exact match by the length of the text and the depth of the needle. The paper shows its values only in a figure.
+
+Source: Hymba (arXiv 2411.13676), figure 10. Its prompts are not stated; ours are in metajax/data/tasks/prompts.py.
 """
 
 from __future__ import annotations
@@ -11,31 +13,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from metajax.analysis.study import Batch, Study, open_study
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import Arrays, Study, has_meta_tokens, open_study
 from metajax.core.errors import require
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
+from metajax.reporting.panels import heat, panels
 from metajax.training.step import apply_model
 
 DEPTHS = 10  # equal parts of the text
 
 
-def is_right(model: LM, batch: Batch) -> dict[str, Bool[Array, " B"]]:
+def is_right(model: LM, batch: Arrays) -> dict[str, Bool[Array, " B"]]:
     """Whether every token of the answer is the likeliest."""
     right = jnp.argmax(apply_model(model, batch), axis=-1) == batch["targets"]
     return {"right": jnp.all(right | ~batch["is_body"], axis=1)}
 
 
 def depth_of(tokens: np.ndarray, asked: int, answer: int) -> float:
-    """Where in the prompt, from 0 to 1, the token of the answer stands."""
+    """The position of the answer's token in the prompt, from 0 to 1."""
     return float(np.flatnonzero(tokens[:asked] == answer)[0] / asked)
 
 
+def _needs(study: Study) -> None:
+    tasks = study.corpora.config.tasks
+    require(tasks is not None and "needle" in tasks.names, "the run has no task of that name; set tasks.names=needle")
+
+
+@analysis("needle", title="The needle", fits=lambda study: study.task == "needle" and not has_meta_tokens(study), needs=_needs)
 def needle(study: Study) -> dict[str, Any]:
     """{length: {exact, n, depths: [{exact, n}, ...]}} over the test examples of every length that the model can read."""
-    tasks = study.corpora.config.tasks
-    require(tasks is not None and "needle" in tasks.names, "needle: the run has no task of that name; set tasks.names=needle")
-    found = {}
+    tasks, found = study.corpora.config.tasks, {}
     for length in tasks.eval_lengths:
         if impossible(study.program.config, length) is not None:
             continue
@@ -50,3 +58,22 @@ def needle(study: Study) -> dict[str, Any]:
         ]
         found[str(length)] = {"exact": float(right.mean()), "n": len(right), "depths": cells}
     return found
+
+
+@needle.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    found = {length: n for length, n in numbers.items() if length.isdigit()}
+    return [f"{length} tokens: {n['exact']:.1%} of {n['n']:,} needles found" for length, n in found.items()]
+
+
+@needle.figures
+def figures(result: Numbers) -> Figures:
+    lengths = [length for length in result if length.isdigit()]
+    values = np.array([[cell["exact"] for cell in result[n]["depths"]] for n in lengths], float)  # None becomes NaN
+    figure, (axes,) = panels(1, 1, 0.9 + 0.45 * len(lengths))
+    heat(figure, axes, values, vmin=0, vmax=1)
+    axes.set_yticks(range(len(lengths)), lengths)
+    axes.set_ylabel("tokens")
+    axes.set_xticks(range(DEPTHS), [f"{100 * d // DEPTHS} %" for d in range(DEPTHS)], fontsize=8.5)
+    axes.set_xlabel("depth of the needle, from")
+    return [(figure, "Exact match; a white cell has no example.")]

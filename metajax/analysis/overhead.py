@@ -1,21 +1,26 @@
-"""What parts of a model cost: train steps and generation of its twins, taking turns in one process. Nothing depends on what it learned.
+"""Cost of parts of a model: train steps and generation of its twins. What the model learned has no effect.
 
-Meta-tokens (arXiv 2509.16278, the section on overhead): the model with and without meta-attention; there, 130.82 tokens per second without
-and 117.86 with meta-tokens and a dense mask, time to first token 7.44 and 7.57 ms. Hymba (arXiv 2411.13676): the hybrid block and each
-of its branches alone, and the whole model beside attention alone of as many parameters.
+Train steps and generation of this model's twins, in turns in one process. For meta-tokens with a dense mask the paper reports 117.86 tokens
+per second against 130.82 without (0.90x), and 7.57 against 7.44 ms to the first token.
+
+Sources: meta-tokens (arXiv 2509.16278, the section on overhead), the model with and without meta-attention; Hymba (arXiv 2411.13676), the
+hybrid block and each of its branches alone, and the whole model beside attention alone of as many parameters.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from metajax.analysis.study import Study
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common.study import Study, is_parallel
+from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
 from metajax.config import Config, Evaluation, Init, MetaTokens
+from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import progress
 from metajax.data.encoding import Vocabulary
@@ -24,9 +29,11 @@ from metajax.data.metadata import Placement
 from metajax.data.packing import pack
 from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.inference.speed import generation_speed
+from metajax.reporting.figures import look
+from metajax.reporting.panels import name_rows, panels
 from metajax.training.program import Program, abstract_model
 
-# Twins of equal row length; the first of each kind is what the others are compared with. Here: meta-tokens, but nothing that attends among them.
+# Twins of equal row length; the others are compared with the first, which has meta-tokens and no attention among them.
 OF_META_TOKENS: dict[str, dict[str, Any]] = {
     "none": {"meta_tokens.attention": "none"},
     "gathered": {"meta_tokens.attention": "gathered"},
@@ -38,11 +45,23 @@ ATTENTION = {"model.hybrid.fusion": "attention"}
 MAMBA = {"model.hybrid.fusion": "mamba", "model.window": None, "model.hybrid.full_layers": (), "model.hybrid.kv_groups": ()}
 BLOCK = {"model.mlp_width": 0}  # the mixers alone
 RATE = 0.1  # of meta-tokens, the paper's
-ROUNDS = 40  # of steps, each twin having its turn in each
+ROUNDS = 40  # each has one step of every twin
+WORDS = {
+    "none": "meta-tokens without meta-attention",
+    "gathered": "gathered meta-attention",
+    "dense": "its dense twin",
+    "causal": "a second causal attention",
+    "plain": "no meta-tokens",
+    "block": "hybrid blocks without feed-forward networks",
+    "attention": "their attention alone",
+    "ssm": "their Mamba alone",
+    "whole": "the whole model",
+    "attention_as_large": "attention alone, as many parameters",
+}
 
 
 def twins(config: Config, vocab_size: int) -> dict[str, Config]:
-    """The run's config on text under each way to do without something: its meta-attention, or a branch of its hybrid block."""
+    """The run's config on text, and the same without its meta-attention or without a branch of its hybrid block."""
     text = replace(config, tasks=None, dpo=None, imported=None, init=Init(), evaluation=Evaluation())
     if config.meta_tokens is not None:
         meta = replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none")
@@ -60,8 +79,7 @@ def as_many_parameters(config: Config, goal: Config, vocab_size: int) -> Config:
     size = lambda c: sum(x.size for x in jax.tree.leaves(abstract_model(c, vocab_size)))  # noqa: E731
     wider = override(config, {"model.mlp_width": config.model.mlp_width + 1})
     return override(
-        config,
-        {"model.mlp_width": config.model.mlp_width + round((size(goal) - size(config)) / (size(wider) - size(config)))},
+        config, {"model.mlp_width": config.model.mlp_width + round((size(goal) - size(config)) / (size(wider) - size(config)))}
     )
 
 
@@ -79,34 +97,34 @@ def random_batch(config: Config, vocabulary: Vocabulary) -> Row:
     return stack([finish(row, attend_across_documents=False) for row in rows])
 
 
-def step_seconds(configs: dict[str, Config], vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Seconds of a train step, [ROUNDS] for each config, taken in turns after one step of each that is left out."""
-    ready: dict[str, Any] = {}
+def compiled_steps(configs: dict[str, Config], vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({twin: its train step, state -> state}, {twin: its first state}) on a batch of random tokens."""
+    steps, states = {}, {}
     with progress("compiling train steps", total=len(configs)) as advance:
         for name, config in configs.items():
             program = Program.build(config, vocabulary.size)
-            state, batch = program.create_state(), program.put(random_batch(config, vocabulary))
-            ready[name] = (program.mesh, program.compile_step(state, batch), state, batch)
+            states[name], batch = program.create_state(), program.put(random_batch(config, vocabulary))
+            steps[name] = partial(_step, program.mesh, program.compile_step(states[name], batch), batch)
             advance(1)
-    taken: dict[str, list[float]] = {name: [] for name in configs}
-    with progress("timing train steps", total=ROUNDS + 1) as advance:
-        for _ in range(ROUNDS + 1):
-            for name, (mesh, step, state, batch) in ready.items():
-                with jax.set_mesh(mesh):
-                    began = time.perf_counter()
-                    state, _ = jax.block_until_ready(step(state, batch))
-                    taken[name].append(time.perf_counter() - began)
-                ready[name] = (mesh, step, state, batch)
-            advance(1)
-    return {name: np.array(seconds[1:]) for name, seconds in taken.items()}
+    return steps, states
 
 
+def _step(mesh: Any, step: Any, batch: Any, state: Any) -> Any:
+    with jax.set_mesh(mesh):
+        return step(state, batch)[0]
+
+
+def _needs(study: Study) -> None:
+    can = study.model.meta is not None or is_parallel(study)
+    require(can, "compares models with and without meta-attention or a branch of a hybrid block; this one has neither")
+
+
+@analysis("overhead", title="Overhead", fits=lambda study: study.model.meta is not None or is_parallel(study), needs=_needs)
 def overhead(study: Study) -> dict[str, Any]:
-    """For each twin: step {ms, ratio, ratio_low, ratio_high}, medians and quartiles over ROUNDS of its time over the first twin's of the
-    same round; generation {ttft_ms, tokens_per_second} as of `generation_speed`; parameters."""
+    """For each twin: step, as from `against_first`; generation {ttft_ms, tokens_per_second}, as from `generation_speed`; parameters."""
     vocabulary, shape = study.corpora.tokenizer.vocabulary, study.program.config.data
     configs = twins(study.program.config, vocabulary.size)
-    seconds = step_seconds(configs, vocabulary)
+    steps = against_first(step_seconds(*compiled_steps(configs, vocabulary), ROUNDS))
     count = MetaTokens(rate=RATE).count(shape.row_length) if study.model.meta is not None else 0
     room = min(shape.row_length - count, 2 * (shape.row_length // 3))
     models = {}
@@ -114,14 +132,45 @@ def overhead(study: Study) -> dict[str, Any]:
         program = Program.build(config, vocabulary.size)
         models[name] = (program.create_state().model, config)
     generated = generation_speed(models, vocabulary, prompt=room // 2, count=room // 2)
-    device = jax.devices()[0]
     found: dict[str, Any] = {
-        "rounds": ROUNDS, "rows": shape.batch_rows, "row_length": shape.row_length, "prompt": room // 2, "device": device.device_kind
+        "rounds": ROUNDS, "rows": shape.batch_rows, "row_length": shape.row_length, "prompt": room // 2,
+        "device": jax.devices()[0].device_kind,
     }  # fmt: skip
-    first = next(iter(configs))
     for name in configs:
-        low, ratio, high = np.quantile(seconds[name] / seconds[first], (0.25, 0.5, 0.75)).tolist()
-        step = {"ms": 1e3 * float(np.median(seconds[name])), "ratio": ratio, "ratio_low": low, "ratio_high": high}
         size = sum(x.size for x in jax.tree.leaves(models[name][0]))
-        found[name] = {"step": step, "generation": generated[name], "parameters": size}
+        found[name] = {"step": steps[name], "generation": generated[name], "parameters": size}
     return found
+
+
+def _twins_in(numbers: dict[str, Any]) -> dict[str, str]:
+    """Names of the twins and what they are; the others are compared with the first."""
+    return {name: words for name, words in WORDS.items() if name in numbers}
+
+
+@overhead.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    names = _twins_in(numbers)
+    base = numbers[next(iter(names))]["generation"]["tokens_per_second"]
+    lines = [
+        f"rows of {numbers['row_length']}, {numbers['rows']} a step, on {numbers['device']}; medians of {numbers['rounds']} rounds"
+    ]
+    for name, words in names.items():
+        generated = numbers[name]["generation"]
+        speed = f"{generated['tokens_per_second']:,.0f} tokens per second ({generated['tokens_per_second'] / base:.2f}x)"
+        lines.append(f"{words}: {step_words(numbers[name]['step'])}; first token {generated['ttft_ms']:.2f} ms, {speed}")
+    if "ssm" in numbers:
+        both = numbers["attention"]["step"]["ms"] + numbers["ssm"]["step"]["ms"]
+        lines.append(f"hybrid blocks take {numbers['block']['step']['ms'] / both:.2f}x of the sum of their branches")
+    return lines
+
+
+@overhead.figures
+def figures(result: Numbers) -> Figures:
+    figure, (steps, speed) = panels(2, 1, 2.1)
+    names = _twins_in(result)
+    ratio_panel(steps, result, names, "time of a train step, x of the first")
+    for y, name in enumerate(names):
+        speed.barh(y, result[name]["generation"]["tokens_per_second"], color=look(y)[0], alpha=0.75)
+    name_rows(speed, list(names.values()), "tokens generated per second")
+    caption = f"Medians of {result['rounds']} rounds with one step of every twin; whiskers are quartiles."
+    return [(figure, caption)]

@@ -1,8 +1,11 @@
-"""What a model's hidden states say of a document: topic, quality, author, by probes on frozen states of every layer.
+"""Probes: what a model's hidden states say about a document (topic, quality, author).
 
-Beyond URLs (arXiv 2511.21613, section on probing) has a multilayer perceptron of three layers; pooling, sizes and training are not stated.
-Here: states averaged over the text's tokens, no metadata shown (the empty pair where training had it in front), classes balanced, and a
-second choice of documents with the same lengths in every class, as length alone tells some labels.
+Probes on frozen states of every layer, averaged over a held-out text without metadata: a linear one and a perceptron of three layers. Classes
+are balanced; the second choice of documents also has equal lengths, because length alone predicts some labels. Half of the origins train a
+probe, the others test it. Layer 0 is the embedding.
+
+Source: Beyond URLs (arXiv 2511.21613, section on probing); pooling, sizes and training are not stated. Where training had metadata before the
+text, the empty pair is shown.
 """
 
 from __future__ import annotations
@@ -15,19 +18,24 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from metajax.analysis.labels import check_labels, classes_of, matched, opening, some_documents, texts_of, with_rows
-from metajax.analysis.study import Batch, Study, capture, rounded
+from metajax.analysis import Figures, Numbers, analysis
+from metajax.analysis.common import labels
+from metajax.analysis.common.study import Arrays, Study, capture, rounded
 from metajax.models.lm import LM
+from metajax.reporting.figures import look
+from metajax.reporting.panels import GREY, panels
 
-DOCUMENTS, TOKENS, LEAST = 2_000, 512, 30  # documents; slots of a row; documents of a class that is probed
+DOCUMENTS, TOKENS, LEAST = 2_000, 512, 30  # documents; positions of a row; documents of a class that is probed
 BINS = {"balanced": 1, "matched": 5}  # ranges of length with equally many documents of every class
 HIDDEN, STEPS, SEEDS = 128, 200, 2
 PROBES = {"linear": (), "mlp": (HIDDEN, HIDDEN)}
 RATES = {"linear": 1e-2, "mlp": 1e-3}
 MIDDLE = 6 / 16  # the layer that the paper compares models at
+CHOICES = {"balanced": "classes balanced", "matched": "lengths matched too"}
+KINDS = {"linear": "linear", "mlp": "three layers"}
 
 
-def states(model: LM, batch: Batch) -> dict[str, Float[Array, "B S width"]]:
+def states(model: LM, batch: Arrays) -> dict[str, Float[Array, "B S width"]]:
     """Mean over a row's body tokens of the input of every block, and of the final state."""
     found = capture(model, batch, "residual", "final")
     layers = jnp.concatenate([found["residual"], found["final"][:, None]], axis=1).astype(jnp.float32)
@@ -72,23 +80,28 @@ def accuracies(
     )
 
 
+@analysis(
+    "probes",
+    title="What hidden states tell",
+    fits=lambda study: labels.has_labels(study) and study.model.cfg.hybrid is None,
+    needs=labels.check_labels,
+    on_prompts=False,
+)
 def probes(study: Study) -> dict[str, Any]:
     """For each template of `evaluation.labels` and each choice of documents: accuracy of both probes by layer, of length alone, of chance.
 
     Half of the origins train a probe, the others test it. A label without two classes of enough documents has the reason instead.
     """
-    templates, corpora = check_labels(study, "probes"), study.corpora
-    recipe, cache = corpora.config.metadata, corpora.caches[0]
-    documents = some_documents(corpora, "held_out", 8, DOCUMENTS)
-    shown = () if recipe is not None and recipe.prepended else None
-    head, _ = opening(corpora, shown)
-    chosen_rows = with_rows(study, [head] * len(documents), documents, TOKENS)
+    corpora, templates = study.corpora, study.corpora.config.evaluation.labels
+    cache, documents = corpora.caches[0], labels.some_documents(corpora, "held_out", 8, DOCUMENTS)
+    head, _ = labels.opening(corpora, () if labels.has_context(study) else None)
+    chosen_rows = labels.with_rows(study, [head] * len(documents), documents, TOKENS)
     found = chosen_rows.over_prompts("hidden states", states, study.model)["states"].swapaxes(0, 1)
     lengths = np.log(np.minimum(np.asarray(cache.lengths)[documents], TOKENS))
     train = np.asarray(cache.origins)[documents] % 2 == 0
     out: dict[str, Any] = {"documents": len(documents), "layers": len(found), "templates": list(templates)}
     for number, template in enumerate(templates):
-        classes, names = classes_of(texts_of(corpora, template, documents), LEAST)
+        classes, names = labels.classes_of(labels.texts_of(corpora, template, documents), LEAST)
         of_label: dict[str, Any] = {"template": template, "names": names}
         for choice, bins in BINS.items():
             of_label[choice] = _probed(found, lengths, classes, train, bins)
@@ -103,7 +116,7 @@ def _probed(
     rng = np.random.default_rng(bins)
     used = np.zeros(len(classes), bool)
     for side in (train, ~train):  # balanced on both sides
-        used |= matched(np.where(side, classes, -1), lengths, bins, rng)
+        used |= labels.matched(np.where(side, classes, -1), lengths, bins, rng)
     count = classes.max(initial=-1) + 1
     if count < 2 or min((used & train).sum(), (used & ~train).sum()) < 2 * count:
         return {"documents": int(used.sum()), "reason": "too few held-out documents of two classes"}
@@ -119,3 +132,44 @@ def _probed(
         middle = by_layer[round(MIDDLE * (len(by_layer) - 1))]
         out[kind] = {"mean": float(by_layer.mean()), "middle": float(middle), "layers": rounded(by_layer)}
     return out
+
+
+@probes.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    lines = []
+    for label in (numbers[f"label_{i}"] for i in range(len(numbers["templates"]))):
+        for choice, words in CHOICES.items():
+            found = label[choice]
+            if "reason" in found:
+                lines.append(f"{label['template']}, {words}: not probed, {found['reason']}")
+                continue
+            shown = ", ".join(
+                f"{kind} {found[name]['middle']:.1%} (mean of layers {found[name]['mean']:.1%})" for name, kind in KINDS.items()
+            )
+            lines.append(
+                f"{label['template']} of {len(label['names'])} classes, {words}, {found['documents']:,} documents: {shown}; length alone "
+                f"{found['length']:.1%}, chance {found['chance']:.1%}"
+            )
+    return lines
+
+
+@probes.figures
+def figures(result: Numbers) -> Figures:
+    found = [result[f"label_{i}"] for i in range(len(result["templates"]))]
+    found = [label for label in found if "reason" not in label["balanced"]]
+    if not found:
+        return []
+    figure, axes_of = panels(len(found), 1, 2.2)
+    for axes, label in zip(axes_of, found, strict=True):
+        for i, (kind, words) in enumerate(KINDS.items()):
+            for choice, style in zip(CHOICES, ("-", "--"), strict=True):
+                if "reason" not in label[choice]:
+                    name = f"{words}, {CHOICES[choice]}"
+                    axes.plot(label[choice][kind]["layers"], style, marker="o", color=look(i)[0], label=name)
+        axes.axhline(label["balanced"]["chance"], color=GREY, linewidth=1)
+        axes.set_title(label["template"], fontweight="bold")
+        axes.set(ylabel="accuracy", xticks=range(result["layers"]))
+    axes_of[0].legend(fontsize=8)
+    axes_of[-1].set_xlabel("layer")
+    caption = "Accuracy on documents of other origins, mean of the probes; the grey line is chance."
+    return [(figure, caption)]

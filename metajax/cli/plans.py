@@ -1,18 +1,18 @@
-"""What `plan` does once the compiler has been allowed: a plan of either kind of run, advice, the largest batch."""
+"""The verb `plan`: a plan of either family, advice, the largest batch, and a survey of all experiments."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from metajax import registry
-from metajax.cli.survey import SLICES, survey
+from metajax.cli.survey import SLICES, programs
 from metajax.config import AnyConfig, ImageConfig
 from metajax.core.errors import require
 from metajax.core.fields import override
@@ -24,6 +24,7 @@ from metajax.planning.advice import advise, batch_of, largest_batch
 from metajax.planning.plan import plan, text_step
 from metajax.reporting.plan_page import write_plan_page
 from metajax.reporting.terminal import print_plan, print_survey
+from metajax.runs.files import write_json
 from metajax.runs.parents import resolve_parents
 
 
@@ -65,15 +66,35 @@ def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
         resolved, parents = resolve_parents(config, {}, paths.runs)
         return plan(resolved, _step(resolved, parents, paths, options.vocabulary), topology, dump)
 
-    file = paths.runs / "plans" / f"{options.scale}.json"
-    made = survey(chosen, options.topology.split(",") if options.topology else SLICES, plan_one, file)
+    file, groups, made = paths.runs / "plans" / f"{options.scale}.json", programs(chosen), []
+    slices = options.topology.split(",") if options.topology else SLICES
+    for number, group in enumerate(groups, 1):
+        say(f"program {number} of {len(groups)}: {group[0].name}, which stands for {len(group)}")
+        made.append(_on_first(group[0], slices, plan_one) | {"stands_for": [config.name for config in group]})
+        write_json(file, made)
     print_survey(made)
     say(f"plans: {file}")
     return 0 if all(found["fits"] for found in made) else 1
 
 
+def _on_first(config: AnyConfig, slices: Sequence[str], plan_one: Callable[[AnyConfig, str], dict[str, Any]]) -> dict[str, Any]:
+    """The plan on the first slice that holds the step; where none does, the result on the last one."""
+    for topology in slices:
+        try:
+            found = plan_one(config, topology)
+        except Exception as error:  # the summary and the exit code show it; the other programs continue
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            found = {"name": config.name, "topology": topology, "fits": False, "reason": reason}
+        if found["fits"]:
+            times = f"a step of {1e3 * found['bound']['step']:.1f} ms or more, compiled in {found['compile_seconds']:.0f} s"
+            say(f"  {topology}: {times}")
+            break
+        say(f"  {topology}: {found['reason']}")
+    return found
+
+
 def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
-    """What is planned of a config and devices, for its kind of run."""
+    """The function that lowers the train step of a config for some devices."""
     if isinstance(config, ImageConfig):
         from metajax.vision.plan import image_step
         from metajax.vision.sketch import shapes_of

@@ -1,4 +1,4 @@
-"""What is measured on a trained model."""
+"""Evaluation of a trained model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Annotated
 from metajax.core.errors import nearest, require
 from metajax.core.fields import Count, CountOrZero, Part, Range
 
-ANALYSES = (
-    "interventions", "sharpening", "caching", "attention", "theory", "rate_distortion", "overhead", "mixing_maps", "branches", "needle",
-    "probes", "metadata_attention", "guidance", "by_position",
-)  # fmt: skip  # in metajax/analysis
-# Of drawing tokens.
+# Sampling of tokens.
 Temperature = Annotated[float, Range(0, 10**6)]
 TopK = CountOrZero
 TopP = Annotated[float, Range(above=0, most=1)]
@@ -24,9 +20,9 @@ class Choice(Part, path="evaluation.choice"):
     """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/multiple_choice.py)."""
 
     tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
-    # Solved questions before each; every number is evaluated, the first one is the task's result.
+    # Solved questions before each question; every number is evaluated, the first is the task's result.
     shots: tuple[Annotated[int, Range(0, 10_000)], ...] = (5,)
-    # What comes before all of it: nothing, the empty pair of metadata, or the source that a task has (MeCo's conditional inference).
+    # The context before everything: nothing, the empty pair of metadata, or the task's source (MeCo's conditional inference).
     contexts: tuple[str, ...] = ("none",)
     examples: Count = 1000  # of a task, at most
 
@@ -42,17 +38,17 @@ class Choice(Part, path="evaluation.choice"):
                 context in known,
                 f"evaluation.choice.contexts: unknown {context!r}{nearest(context, known)}; known: {', '.join(known)}",
             )
-        require(len(self.contexts) > 0, "evaluation.choice.contexts is empty; `none` puts nothing before a prompt")
+        require(len(self.contexts) > 0, "evaluation.choice.contexts is empty; `none` puts nothing before the questions")
 
 
 @dataclass(frozen=True)
 class Evaluation(Part, path="evaluation"):
-    every: CountOrZero = 0  # steps between held-out evaluations during training; 0: at the end alone
-    documents: CountOrZero = 400  # held-out documents, in an order fixed by the corpus; with tasks 0 leaves them out
+    every: CountOrZero = 0  # steps between held-out evaluations during training; 0: only at the end
+    documents: CountOrZero = 400  # held-out documents, in an order fixed by the corpus; 0 skips them where there are tasks
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: CountOrZero = 48  # length of the text sample in the report
     choice: Choice | None = None
-    # Templates of metadata that probes tell from hidden states; the first is a document's topic.
+    # Templates of metadata that probes predict from hidden states; the first is a document's topic.
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -63,9 +59,3 @@ class Evaluation(Part, path="evaluation"):
                 condition in known,
                 f"evaluation.conditions: unknown {condition!r}{nearest(condition, known)}; known: {', '.join(known)}",
             )
-
-
-def check_analyses(what: str, names: tuple[str, ...]) -> None:
-    """UserError for an analysis that does not exist; `what` is where it is named."""
-    for name in names:
-        require(name in ANALYSES, f"{what}: unknown {name!r}{nearest(name, ANALYSES)}; known: {', '.join(ANALYSES)}")

@@ -1,17 +1,18 @@
-"""What a handful of seeds allows to be said: means with Student-t intervals, paired differences, the seeds an effect needs."""
+"""Statistics of a few seeds: means with Student-t intervals, paired differences, the number of seeds that an effect needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 CONFIDENCE = 0.95
 POWER = 0.8
-MOST_SEEDS = 1000  # a search for more is given up: such an effect is out of reach
-Values = Sequence[float | None]  # one for each seed, None where there is no such number
+MOST_SEEDS = 1000  # an effect that needs more is out of reach
+Values = Sequence[float | None]  # one for each seed, None where there is no number
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,23 @@ class Summary:
 
     @property
     def clear_of_zero(self) -> bool:
-        """The whole interval lies on one side of 0."""
+        """Whether the interval excludes 0."""
         return self.half is not None and abs(self.mean) > self.half
 
 
 def summarize(values: Values) -> Summary | None:
-    """Mean and 95 % Student-t interval of the values that are there; None when there are none."""
+    """Mean and 95 % Student-t interval of the values that are not None; None when there are none."""
     numbers = np.asarray([v for v in values if v is not None], np.float64)
     n = len(numbers)
-    if n == 0:
-        return None
-    if n == 1:
-        return Summary(1, float(numbers[0]), None, None)
+    if n < 2:
+        return Summary(1, float(numbers[0]), None, None) if n else None
     deviation = float(numbers.std(ddof=1))
-    half = _quantile(n - 1) * deviation / math.sqrt(n)
-    return Summary(n, float(numbers.mean()), deviation, half)
+    return Summary(n, float(numbers.mean()), deviation, float(_quantile(n - 1)) * deviation / math.sqrt(n))
 
 
 def share_interval(right: int, n: int) -> tuple[float, float]:
     """The Wilson 95 % interval of a share of n."""
-    from scipy.stats import binomtest  # seconds, which a run pays where it is evaluated and not when it starts
+    from scipy.stats import binomtest  # takes seconds, so it is imported when a run is evaluated, not when it starts
 
     interval = binomtest(right, n).proportion_ci(CONFIDENCE, "wilson")
     return interval.low, interval.high
@@ -56,7 +54,7 @@ def paired_difference(ours: Values, baseline: Values) -> Summary | None:
 
 
 def seeds_needed(effect: float, deviation: float) -> int | None:
-    """The fewest paired seeds with which a mean difference of `effect` is told from 0, at 95 %, four times out of five.
+    """The fewest paired seeds with which a mean difference of `effect` is detected at 95 % confidence with 80 % power.
 
     Args:
       deviation: standard deviation of the paired differences.
@@ -66,17 +64,15 @@ def seeds_needed(effect: float, deviation: float) -> int | None:
     """
     from scipy.special import nctdtr
 
-    for n in range(2, MOST_SEEDS + 1):
-        if deviation == 0:
-            return n if effect else None
-        noncentrality = min(abs(effect) / deviation * math.sqrt(n), 100.0)  # beyond that the power is 1, and nctdtr gives up
-        bound = _quantile(n - 1)
-        if 1 - nctdtr(n - 1, noncentrality, bound) >= POWER:
-            return n
-    return None
+    if deviation == 0:
+        return 2 if effect else None
+    n = np.arange(2, MOST_SEEDS + 1)
+    noncentrality = np.minimum(abs(effect) / deviation * np.sqrt(n), 100.0)  # from there on the power is 1, and nctdtr fails
+    enough = 1 - nctdtr(n - 1, noncentrality, _quantile(n - 1)) >= POWER
+    return int(n[enough.argmax()]) if enough.any() else None
 
 
-def _quantile(freedom: int) -> float:
+def _quantile(freedom: Any) -> Any:
     from scipy.special import stdtrit  # half a second, which listing the tables does without
 
-    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2))
+    return stdtrit(freedom, 0.5 + CONFIDENCE / 2)

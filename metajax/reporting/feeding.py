@@ -1,7 +1,7 @@
-"""How fast the input path is on one core, against reading token records alone.
+"""Speed of the input path on one core, compared with only reading token records.
 
-Counted in CPU seconds of this process, all of its threads together, so that other work on the machine does not count. Handing a batch from a reader
-process to the one that trains is not in it.
+Measured in CPU seconds of this process, over all threads, so that other work on the machine does not count. The transfer of a batch from a
+reader process to the training process is not included.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 
 from metajax.data.pipeline import Corpora, training_batches
 
-SECONDS, CHUNK = 3.0, 512  # of each measurement; documents tokenised at a time, as in metajax/data/tokenising.py
+SECONDS, CHUNK = 3.0, 512  # of each measurement; documents tokenised at once, as in metajax/data/tokenising.py
 
 
 def feeding(corpora: Corpora, seconds: float = SECONDS) -> dict[str, float]:
     """Tokens a second of one core.
 
-    reading: bodies of the first source's training documents from its cache, in a random order; rows: slots of whole batches as a run reads them;
+    reading: bodies of the first source's training documents from its cache, in random order; rows: positions of whole batches as a run reads them;
     tokenising: from text, as `cache` does it once.
     """
     cache, data, tokenizer = corpora.caches[0], corpora.config.data, corpora.tokenizer
@@ -34,7 +34,7 @@ def feeding(corpora: Corpora, seconds: float = SECONDS) -> dict[str, float]:
 
 
 def rate(read: Callable[[int], int], seconds: float) -> float:
-    """What `read(1)`, `read(2)` ... give together in each CPU second, over so many of them; `read(0)` opens what there is to open."""
+    """The sum of `read(1)`, `read(2)` ... per CPU second, measured over `seconds`; `read(0)` comes first and is not timed."""
     read(0)
     begun, tokens, n = time.process_time(), 0, 0
     while (spent := time.process_time() - begun) < seconds:

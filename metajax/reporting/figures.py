@@ -1,4 +1,4 @@
-"""Figures of the reports: matplotlib drawn to SVG text that stands inside a page, several to a page."""
+"""Figures of the reports: matplotlib figures as SVG text, several in one page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 
@@ -20,12 +21,12 @@ from matplotlib.ticker import MaxNLocator
 
 Curve = tuple[Sequence[float], Sequence[float]]  # (steps, values)
 
-# Okabe and Ito's colours without the two that are faint or plain on white; then again with other strokes.
+# Okabe and Ito's colours without black and yellow; rows beyond these use other strokes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STROKES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 WIDTH = 5.4  # inches; with the font sizes below, text stays readable when the page scales the figure down to a phone
-RAW_POINTS = 600  # of a raw curve, so that a long run does not make a large page
+RAW_POINTS = 600  # points of a raw curve, so that the page of a long run stays small
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 10.5,
@@ -43,6 +44,11 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
     "svg.hashsalt": "metajax",  # the same numbers give the same file
 }
+
+
+def styled() -> AbstractContextManager[None]:
+    """The style of all figures, for a `with` statement."""
+    return matplotlib.rc_context(STYLE)
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ def loss_curves(
       series: row -> one curve for each seed.
       held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
     """
-    with matplotlib.rc_context(STYLE):
-        # Names of the legend stand two in a line where they are short, and are broken where they are longer than a line.
+    with styled():
+        # Short names of the legend are two in a line; names longer than a line are broken.
         columns, room = (2, 24) if max(map(len, series)) <= 24 else (1, 56)
         figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((len(series) - 1) // columns)), layout="constrained")
         axes = figure.add_subplot()
@@ -82,8 +88,7 @@ def loss_curves(
         if points:
             handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="held-out text"))
         cut = _frame(axes, lines, points)
-        axes.set_xlabel("step" + cut)
-        axes.set_ylabel(f"training {unit}")
+        axes.set(xlabel="step" + cut, ylabel=f"training {unit}")
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(handles) > 1:
@@ -94,7 +99,7 @@ def loss_curves(
 def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> list[str]:
     """An SVG for each column: a dot for each seed, a stroke at the mean, a bar for its interval, a dashed line at the baseline's mean."""
     drawn = []
-    with matplotlib.rc_context(STYLE):
+    with styled():
         for column in columns:
             figure = Figure(figsize=(WIDTH, 0.95 + 0.29 * len(column.values)), layout="constrained")
             axes = figure.add_subplot()
@@ -121,7 +126,7 @@ def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve, cut off at its ends, where one step must not stand alone."""
+    """Mean over a centred window of a twentieth of the curve; at its ends the window is shorter."""
     half, places = len(values) // 40, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
@@ -150,7 +155,7 @@ def _draw_row(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colou
 
 
 def _frame(axes: Axes, lines: Sequence[np.ndarray], points: Sequence[float]) -> str:
-    """Set the y range so that the first, steep steps do not flatten the rest; returns what the axis label has to say."""
+    """Set the y range so that the first, steep steps do not flatten the rest; returns a remark for the axis label."""
     if not lines:
         return ""
     later = [line[len(line) // 6 :] for line in lines]
@@ -158,7 +163,7 @@ def _frame(axes: Axes, lines: Sequence[np.ndarray], points: Sequence[float]) -> 
     margin = 0.06 * (high - low or abs(high) or 1.0)
     axes.set_ylim(low - 2 * margin, high + margin)
     cut = max(line.max() for line in lines) > high + margin
-    return " (the first steps lie above the frame)" if cut else ""
+    return " (the first steps are above the frame)" if cut else ""
 
 
 def _limits(columns: Sequence[SpreadColumn]) -> tuple[float, float] | None:

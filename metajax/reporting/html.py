@@ -1,207 +1,100 @@
-"""report.html of a run, one file: no script, nothing fetched, figures inside; and what the page of a table shares with it."""
+"""report.html of a run on text, and the page of a run's analyses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from metajax import registry
-from metajax.config import AnyConfig, Config, Metadata, Switch, difference
-from metajax.core.atomic import write_text
-from metajax.core.fields import flatten, from_dict
-from metajax.core.progress import warn
-from metajax.reporting import choices
-from metajax.reporting.analysis_sections import sections
-from metajax.reporting.figures import Curve, loss_curves
-from metajax.reporting.tasks import HEAD, accuracy_figure, table_rows, title
+from metajax.config import Config, Metadata, Switch
+from metajax.core.fields import from_dict
+from metajax.reporting import facts, page
+from metajax.reporting.figures import loss_curves
+from metajax.reporting.page import Part
+from metajax.reporting.tasks import CHOICE_HEAD, HEAD, accuracy_figure, choice_rows, table_rows, title
 from metajax.runs.directory import conditions, read_config
-from metajax.runs.files import Damaged, find_readable, read_json, read_lines
+from metajax.runs.files import read_json
 
 CONDITIONS = {  # of the evaluation: title, what the model was shown
-    "none": ("No metadata", "The model sees the body alone."),
+    "none": ("No metadata", "The model sees only the body."),
     "right": ("Right metadata", "Each document comes with its own metadata, where training had it."),
     "empty": ("Empty metadata", "Each document comes with an empty pair of delimiters."),
     "shuffled": ("Shuffled metadata", "Each document comes with another document's metadata."),
 }
-PHASES = {
-    "imports": "imports",
-    "data": "open data",
-    "init": "build model",
-    "compile": "compile",
-    "first_step": "first step",
-}
-SLOT_PARTS = (
-    ("body", "body text", "p1"),
-    ("metadata", "metadata", "p2"),
-    ("meta_tokens", "meta-tokens", "p3"),
-    ("padding", "padding", "p4"),
-)
-
-templates = Environment(
-    loader=PackageLoader("metajax.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
+PHASES = {"data": "open data", "init": "build model", "first_step": "first step"}
+LOOKS = {"metadata": "context", "meta-token": "meta", "": ""}  # of the pieces of a row
 
 
-def write_run_report(workdir: Path) -> Path:
+def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write report.html from what a complete run left in `workdir`, and return its path.
 
+    Args:
+      analyses: of `metajax.analysis.Analyses.sections`.
+
     Raises:
-      UserError: no report.json there, or a damaged one.
+      UserError: report.json is missing or damaged.
     """
     report = read_json(workdir / "report.json")
     config = from_dict(Config, report["config"])
-    curve, held_out_curve = curves(workdir, report)
-    unit, tasks = curve_unit(config), report["eval"].get("tasks")
-    page = templates.get_template("run.html").render(
-        title=f"{report['name']} (seed {report['seed']})",
-        report=report,
-        sentence=_run_sentence(report, config),
-        conditions=[_condition(name, result) for name, result in conditions(report["eval"]).items()],
-        tasks=tasks and {"head": HEAD, "rows": table_rows(tasks), "figure": Markup(accuracy_figure(tasks, config.tasks))},
-        preferences=report["eval"].get("preferences"),
-        choices=_choices(report["eval"].get("choice")),
-        analyses=sections(workdir) if report.get("analyses") else [],
-        curve=Markup(loss_curves({"training text": [curve]}, {"training text": [held_out_curve]}, unit)),
-        curve_caption=f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not comparable "
-        "with the held-out numbers to the last digit.",
-        budget=budget("all", report["counts"], config),
-        token_facts=_token_facts(report),
-        startup=_startup(report["startup"]),
-        time_facts=_time_facts(report, config),
-        parameter_facts=parameter_facts(report["parameters"]),
-        corpora=[corpus(manifest) for manifest in report["corpora"]],
-        held_out=held_out(report),
-        rows=report.get("rows"),
-        against=against(config),
-        config=[(name, as_set(value)) for name, value in flatten(config).items()],
-        environment_facts=environment_facts(find_readable(workdir / "environment.json")),
-        manifest=json.dumps(report["corpora"], indent=1, ensure_ascii=False),
+    happened = (
+        _startup(report["startup"]),
+        page.facts(_time_facts(report, config), "Time"),
+        page.facts(facts.parameter_facts(report["parameters"]), "Parameters"),
     )
-    return write_page(workdir, page)
+    manifest = page.text(json.dumps(report["corpora"], indent=1, ensure_ascii=False), "text")
+    return page.write_page(
+        workdir / "report.html",
+        **facts.head(report),
+        sentence=_sentence(report, config),
+        sections=[
+            *_results(report["eval"], config),
+            *map(page.analysis_section, analyses),
+            _training(workdir, report, config),
+            page.section("What happened", page.group("wide-cards", *happened)),
+            _sample(report["sample"]),
+            _rows(report),
+            *facts.foundation(workdir, config, facts.sources(report), page.details("Corpus manifest", manifest)),
+        ],
+    )
 
 
-def write_analysis_page(workdir: Path) -> Path:
+def write_analysis_page(workdir: Path, analyses: Sequence[Mapping[str, Any]]) -> Path:
     """Write WORKDIR/analysis/analysis.html with every analysis that has been made there, and return its path."""
-    config, path = read_config(workdir), workdir / "analysis" / "analysis.html"
-    page = templates.get_template("analysis.html").render(
-        title=f"{config.name} (seed {config.seed}): analyses", config=config, sections=sections(workdir)
+    config = read_config(workdir)
+    return page.write_page(
+        workdir / "analysis" / "analysis.html",
+        title=f"{config.name} (seed {config.seed}): analyses",
+        eyebrow=f"Analyses · scale {config.scale} · seed {config.seed}",
+        heading=config.name,
+        sentence="Analyses of this run's newest checkpoint. One model: its spread over prompts says nothing about other seeds.",
+        sections=[page.analysis_section(found) for found in analyses],
+        files={f"{found['name']}.json": "" for found in analyses},
     )
-    write_text(path, page)
-    return path
 
 
-# ------------------------------------------------------------------------------------------------------ files
-
-
-def write_page(folder: Path, page: str) -> Path:
-    """Put the page in its place whole."""
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
-
-
-def _choices(results: dict[str, Any] | None) -> dict[str, Any] | None:
-    return results and {"head": choices.HEAD, "rows": choices.table_rows(results)}
-
-
-def metrics(workdir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of a complete run; none, and a line that says so, where they are not those that its report was made of."""
-    try:
-        return read_lines(workdir / "metrics.jsonl", report.get("metrics"))
-    except Damaged as error:
-        warn(f"curves left out: {error}")
-        return []
-
-
-def curves(workdir: Path, report: Mapping[str, Any]) -> tuple[Curve, Curve]:
-    """(training, held-out) bits per byte of a run, nats of answers where it trained on tasks, the loss on images, as (steps, values)."""
-    lines = metrics(workdir, report)
-    training = [(line["step"], line.get("bpb", line.get("body_nll", line["loss"]))) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
-    return tuple(([s for s, _ in pairs], [v for _, v in pairs]) for pairs in (training, held_out))
-
-
-def against(config: AnyConfig) -> dict[str, Any] | None:
-    """The fields that differ from the baseline of the run's table, or from the experiment of its name; None where there is no such."""
-    experiment = registry.experiments().get(config.name)
-    if experiment is None or config.scale not in experiment.scales:
-        return None
-    baseline = _baseline(experiment, config.scale)
-    changed = {
-        k: v for k, v in difference(config, baseline).items() if k not in ("name", "seed") and not k.startswith("runtime.")
-    }
-    return {"name": baseline.name, "fields": [(k, *map(as_set, values)) for k, values in changed.items()]}
-
-
-def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
-    """The config of the table's baseline in the same part, or the experiment's own."""
-    table, row = experiment.table, experiment.row
-    if table is not None and table.baseline is not None:
-        part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
-        compared = next(row for row in table.rows if row.name == table.baseline)
-        if part in table.parts_of(compared, scale):
-            return table.config(compared, scale, part)
-    return experiment.build(scale)
-
-
-# ---------------------------------------------------------------------------------------------- words and numbers
-
-
-def seconds_text(value: float) -> str:
-    if value < 1:
-        return f"{1000 * value:.0f} ms"
-    return f"{value:.1f} s" if value < 100 else f"{int(value // 60)} min {int(value % 60)} s"
-
-
-def short_count(count: float) -> str:
-    """A count with three digits and its thousands named: 1.23M."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.3g}{unit}"
-    return f"{count:,.0f}"
-
-
-def as_set(value: Any) -> str:
-    """A config value as --set takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "(empty)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value is None else "(empty)" if value == "" else str(value)
-
-
-def curve_unit(config: AnyConfig) -> str:
-    """What the training curve counts."""
-    if not isinstance(config, Config):
-        return "loss"
-    return "bits per byte" if config.tasks is None else "nats per answer token"
-
-
-def _run_sentence(report: dict[str, Any], config: Config) -> str:
+def _sentence(report: Mapping[str, Any], config: Config) -> str:
+    """What was trained."""
     model, data = config.model, config.data
     extras = []
     if config.meta_tokens is not None and config.tasks is None:
         extras.append(f"{config.meta_tokens.count(data.row_length)} meta-tokens in each row")
     if config.metadata is not None and config.metadata.position != "none":
         extras.append(_metadata_words(config.metadata))
+    learned = ", ".join(map(title, config.tasks.names)) if config.tasks else ", ".join(data.sources)
     return (
-        f"A decoder of {model.layers} layers, width {model.width} and {short_count(report['parameters']['total'])} parameters, trained for "
-        f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} slots on {', '.join(map(title, config.tasks.names)) if config.tasks else ', '.join(data.sources)}"
-        f"{', with ' + ' and '.join(extras) if extras else ''}{_switch_words(data.switch)}."
+        f"A decoder of {model.layers} layers, width {model.width} and {page.short_count(report['parameters']['total'])} parameters, trained for "
+        f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} positions on {learned}"
+        f"{', with ' + ' and '.join(extras) if extras else ''}{_switch_words(config.data.switch)}."
     )
 
 
 def _metadata_words(recipe: Metadata) -> str:
     what = f"{recipe.tokens} learnable tokens" if recipe.tokens else f"metadata {recipe.template!r}"
     whose = " of another document" if recipe.assigned == "shuffled" else ""
-    where = {"prepend": "before", "append": "after", "both": "before and after"}.get(
-        recipe.position, f"at position {recipe.position!r} of"
-    )
-    return f"{what}{whose} {where} {recipe.keep:.0%} of the documents"
+    return f"{what}{whose} in {recipe.keep:.0%} of the documents (position: {recipe.position})"
 
 
 def _switch_words(switch: Switch | None) -> str:
@@ -209,79 +102,95 @@ def _switch_words(switch: Switch | None) -> str:
         return ""
     changes = ["with other weights of the sources"] if switch.weights else []
     changes += ["without metadata"] if switch.metadata == "none" else []
-    changes += ["of documents not read before"] if switch.unseen else []
+    changes += ["on documents not read before"] if switch.unseen else []
     return f"; from step {switch.step:,} on {', '.join(changes) or 'as before'}"
 
 
-def _condition(name: str, result: dict[str, Any]) -> dict[str, str]:
-    title, meaning = CONDITIONS[name]
-    return {"title": title, "meaning": meaning, "bpb": f"{result['bpb']:.3f}"}
+# ----------------------------------------------------------------------------------------------------- sections
 
 
-def held_out(report: dict[str, Any]) -> dict[str, str] | None:
-    """What the evaluation was made on; every condition has the same documents. None: tasks alone."""
-    result = next(iter(conditions(report["eval"]).values()), None)
-    if result is None:
-        return None
-    return {"documents": f"{result['documents']:,}", "bytes": f"{result['body_bytes']:,}", "tokens": f"{result['body_tokens']:,}"}
+def _results(results: Mapping[str, Any], config: Config) -> list[Part]:
+    """Accuracy on tasks, multiple choice, preferences, and bits per byte, as far as they were evaluated."""
+    tasks, choice, pairs = (results.get(name) for name in ("tasks", "choice", "preferences"))
+    shown: list[Part] = []
+    if tasks:
+        caption = (
+            "Share of test examples whose whole answer is right, with its 95 % interval. Dashed: chance; the vertical line is the longest example "
+            "in training."
+        )
+        both = page.group(
+            "wide-cards", page.figure(accuracy_figure(tasks, config.tasks), caption), page.table(HEAD, table_rows(tasks))
+        )
+        shown.append(page.section("Accuracy on the tasks", both))
+    if choice:
+        remark = "By the likelihood of the answers: of their tokens together (acc), per character (acc_norm); ± is one standard error over questions."
+        shown.append(
+            page.section("Multiple choice", page.table(CHOICE_HEAD, choice_rows(choice)), page.text(remark, "soft small"))
+        )
+    if pairs:
+        words = (
+            f"In {pairs['accuracy']:.1%} ({pairs['low']:.1%} to {pairs['high']:.1%}) of {pairs['pairs']} held-out pairs the chosen answer gains on "
+            f"the rejected one, relative to the reference; mean margin {pairs['margin']:.3f}, reward of the chosen answer {pairs['chosen_reward']:.3f}."
+        )
+        shown.append(page.section("Preferences", page.text(words)))
+    found = conditions(results)
+    if found:
+        remark = "Lower is better. Only body text counts; metadata and meta-tokens are context. One run has no spread, so it ranks nothing."
+        shown.append(
+            page.section(
+                "Held-out bits per byte", page.group("cards", *map(_condition, found.items())), page.text(remark, "soft small")
+            )
+        )
+    return shown
 
 
-def corpus(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "spec": manifest["source"]["spec"],
-        "tokenizer": manifest["tokenizer"]["spec"],
-        "skipped": manifest["bad_records_skipped"],
-        **{key: f"{manifest[key]:,}" for key in ("documents", "bytes", "tokens")},
-    }
+def _condition(found: tuple[str, Mapping[str, Any]]) -> Part:
+    name, result = found
+    words, meaning = CONDITIONS.get(name, (name, ""))
+    number = Markup('{:.3f} <span class="unit">bits/byte</span>').format(result["bpb"])
+    return page.group("card", page.text(words, "eyebrow"), page.text(number, "number"), page.text(meaning, "soft small"))
 
 
-def budget(name: str, counts: dict[str, float], config: Config) -> dict[str, Any]:
-    """Shares of the training slots; what no part claims are ends of documents, and prompts where tasks are trained."""
-    slots = counts["slots"] or 1
-    other = max(0, slots - sum(counts[key] for key, _, _ in SLOT_PARTS))
-    body, rest = ("body text", "ends of documents") if config.tasks is None else ("answers", "prompts")
-    rest = "rejected answers, ends" if config.dpo is not None else rest
-    parts = [*((body if key == "body" else label, css, counts[key]) for key, label, css in SLOT_PARTS), (rest, "p5", other)]
-    return {
-        "name": name,
-        "total": short_count(counts["slots"]),
-        "parts": [{"name": label, "css": css, "percent": f"{100 * count / slots:.1f}"} for label, css, count in parts],
-    }
+def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
+    unit, counts = facts.curve_unit(config), report["counts"]
+    training, held_out = ({"training text": [curve]} for curve in facts.curves(workdir, report))
+    caption = (
+        f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not exactly comparable with the "
+        "held-out numbers."
+    )
+    labels = {"slots": "positions", "loss_tokens": "tokens in the loss", **{key: label for key, label, _ in facts.PARTS_OF_ROWS}}
+    tokens = [(label, f"{counts[key]:,}") for key, label in labels.items()]
+    tokens += [("bytes a body token", f"{report['bytes_per_token']:.2f}"), ("operations", f"{counts['flops']:.2e}")]
+    used = page.group(
+        "card", page.bars([facts.budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions"
+    )
+    return page.section("Training", page.group("wide-cards", page.figure(loss_curves(training, held_out, unit), caption), used))
 
 
-def _token_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = report["counts"]
-    labels = {"slots": "slots", "loss_tokens": "tokens in the loss", **{key: label for key, label, _ in SLOT_PARTS}}
-    facts = [(label, f"{counts[key]:,}") for key, label in labels.items()]
-    return [*facts, ("bytes a body token", f"{report['bytes_per_token']:.2f}"), ("operations", f"{counts['flops']:.2e}")]
-
-
-def _startup(startup: dict[str, float]) -> dict[str, Any]:
-    """The phases as a staircase: each begins where the one before ended."""
-    total, phases, before = startup["total"] or 1.0, [], 0.0
+def _startup(startup: Mapping[str, float]) -> Part:
+    """The phases as a staircase: each begins where the previous one ended."""
+    total, rows, before = startup["total"] or 1.0, [], 0.0
     for name, seconds in startup.items():
         if name != "total":
             share = 100 * seconds / total
-            phase = {"name": PHASES.get(name, name), "seconds": seconds_text(seconds)}
-            phases.append(phase | {"before": f"{before:.1f}", "share": f"{share:.1f}"})
+            parts = [{"name": "", "css": css, "percent": f"{part:.1f}"} for css, part in (("", before), ("p1", share))]
+            rows.append({"name": PHASES.get(name, name), "total": page.seconds_text(seconds), "parts": parts})
             before += share
-    return {"total": seconds_text(startup["total"]), "phases": phases}
+    return page.group(
+        "card", page.bars(rows, keys=False), title=f"From command to first step: {page.seconds_text(startup['total'])}"
+    )
 
 
-def _time_facts(report: dict[str, Any], config: Config) -> list[tuple[str, str]]:
-    clock, restarted = report["time"], report["restarted_from"]
-    facts = [
-        ("whole run, this process", seconds_text(clock["total_seconds"])),
-        ("training", seconds_text(clock["train_seconds"])),
-    ]
-    if clock["steps_here"] > 1:  # the first step is told apart: it waits for what the others find ready
+def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
+    clock, restarted, found = report["time"], report["restarted_from"], facts.time_facts(report)
+    if clock["steps_here"] > 1:  # without the first step, which waits for what the others find ready
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
-        facts.append(("a step, all included", seconds_text(step)))
-        facts.append(("slots a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
+        found.append(("a step, all included", page.seconds_text(step)))
+        found.append(("positions a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
     return [
-        *facts,
+        *found,
         ("waiting for data", f"{clock['data_wait_share']:.1%} of training"),
-        ("held up by checkpoints", f"{clock['checkpoint_blocking_share']:.1%} of training"),
+        ("blocked by checkpoints", f"{clock['checkpoint_blocking_share']:.1%} of training"),
         (
             "restarts",
             f"resumed at step {restarted:,} of {report['steps']:,}" if restarted else "none: one process ran every step",
@@ -292,47 +201,61 @@ def _time_facts(report: dict[str, Any], config: Config) -> list[tuple[str, str]]
     ]
 
 
-def _goodput_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where the time of all starts went, and the memory that the devices tell of; runs of before this was counted have neither."""
-    goodput, memory = report.get("goodput"), report.get("memory")
-    facts = []
+def _goodput_facts(report: Mapping[str, Any]) -> facts.Pairs:
+    """Where the time of all starts went, and the peak memory of the devices; older runs have neither."""
+    goodput, memory, found = report.get("goodput"), report.get("memory"), []
     if goodput:
         apart = sorted(
             ((k, v) for k, v in goodput.items() if k not in ("productive", "seconds", "starts")), key=lambda item: -item[1]
         )
         spent = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in apart if share >= 0.0005)
-        starts = f"{goodput['starts']} start{'' if goodput['starts'] == 1 else 's'}"
-        facts.append(("goodput", f"{goodput['productive']:.1%} of {seconds_text(goodput['seconds'])} in {starts} ({spent})"))
+        words = f"{goodput['productive']:.1%} of {page.seconds_text(goodput['seconds'])} in {page.plural(goodput['starts'], 'start')} ({spent})"
+        found.append(("goodput", words))
     if memory:
-        facts.append(("device memory at its peak", f"{memory['hbm_gib']:.2f} GiB ({memory['hbm_share']:.0%})"))
-    return facts
+        found.append(("peak device memory", f"{memory['hbm_gib']:.2f} GiB ({memory['hbm_share']:.0%})"))
+    return found
 
 
-def parameter_facts(parameters: dict[str, int]) -> list[tuple[str, str]]:
-    total = parameters["total"]
-    parts = sorted(((k, v) for k, v in parameters.items() if k != "total"), key=lambda item: -item[1])
-    return [*((name.replace("_", " "), f"{count:,} ({count / total:.1%})") for name, count in parts), ("total", f"{total:,}")]
+def sample_pieces(sample: Mapping[str, Any]) -> Part:
+    """A generated text after its context and prompt."""
+    context = [(f"{sample['context']}\n", "context")] if sample["context"] else []
+    return page.pieces([*context, (sample["prompt"], "given"), (sample["continuation"], "made")])
 
 
-def with_code(text: str) -> Markup:
-    """Escaped text, with what stands between backticks as code."""
-    pieces = text.split("`")
-    return Markup("").join(Markup("<code>{}</code>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces))
+def document_pieces(sample: Mapping[str, Any]) -> Part:
+    """The document whose beginning was the prompt."""
+    return page.pieces([(sample["prompt"], "given"), (sample["document"], "")])
 
 
-def environment_facts(found: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """What a run was made with; none where its file is missing or damaged."""
-    if found is None:
-        return []
-    devices, git = found["devices"], found["git"]
-    state = {True: ", with uncommitted changes", False: "", None: ""}[git["dirty"]]
-    return [
-        ("started", found["started"]),
-        ("command", " ".join(found["command"])),
-        ("devices", f"{devices['count']} x {devices['kind']}, {devices['hosts']} host{'' if devices['hosts'] == 1 else 's'}"),
-        ("processor cores", str(found["cpu_count"])),
-        ("git", f"{git['commit']}{state}" if git["commit"] else "not a git checkout"),
-        ("python", found["python"]),
-        ("platform", found["platform"]),
-        *found["libraries"].items(),
-    ]
+def _sample(sample: Mapping[str, Any] | None) -> Part:
+    if not sample:
+        return None
+    shown = " Its metadata (coloured) comes first, as in training." if sample["context"] else ""
+    return page.section(
+        "A text sample",
+        page.text(
+            f"The beginning of a held-out document (grey), continued by the model (marked) and by its author.{shown}",
+            "soft small",
+        ),
+        page.group(
+            "wide-cards",
+            page.group("card", sample_pieces(sample), title="The model"),
+            page.group("card", document_pieces(sample), title="The document"),
+        ),
+    )
+
+
+def _rows(report: Mapping[str, Any]) -> Part:
+    """The first training rows, decoded."""
+    cards = []
+    for row in report.get("rows") or ():
+        spans = ([(text, f"{LOOKS.get(kind, '')} {'given' * silent}") for text, kind, silent in one["pieces"]] for one in row)
+        cards.append(page.group("card", *(page.pieces(of_document, "document") for of_document in spans)))
+    look = '<span class="text"><span class="{}">{}</span></span>'
+    legend = Markup(
+        f"The beginning of the first rows of training, decoded: {look.format('context', 'metadata')}, {look.format('meta', 'meta-tokens')}, and "
+        f"{look.format('given', 'grey')} at positions without loss. A line separates documents. All of a row: {{}}."
+    ).format(page.code(f"show {report['name']} --rows 2"))
+    return (
+        page.section("What the model saw", page.text(legend, "soft small"), page.group("wide-cards", *cards)) if cards else None
+    )

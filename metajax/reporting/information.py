@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
+from sklearn.metrics import mutual_info_score
 
 from metajax.data.annotators import Column, field_of
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source, origin_bucket
@@ -51,7 +53,7 @@ class Survey:
     """A corpus or an even sample of it: sizes in bytes of its texts, origins, fields, and the information of pairs of fields.
 
     notes: what else a person should know, a line each.
-    pairs: float [N, N] in bits over the documents that have both, entropy on the diagonal, of the fields named in `paired`: those
+    pairs: [N][N] in bits over the documents that have both, entropy on the diagonal, of the fields named in `paired`: those
     whose values have two documents or more on average, without which every field says everything.
     """
 
@@ -61,7 +63,7 @@ class Survey:
     origins: int
     fields: list[Field]
     paired: list[str]
-    pairs: np.ndarray
+    pairs: list[list[float]]
     notes: list[str]
 
 
@@ -75,10 +77,8 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
     coverage = Counter(name for d in documents for name in d.metadata)
     if len(coverage) > _COLUMNS:
         notes.append(f"{len(coverage):,} columns; here are the {_COLUMNS} that most documents have")
-    shown, named = (
-        sorted(dict(coverage.most_common(_COLUMNS))),
-        (name for template in more for name in template_columns(template)),
-    )
+    shown = sorted(dict(coverage.most_common(_COLUMNS)))
+    named = (name for template in more for name in template_columns(template))
     columns = {name: [d.metadata.get(name) for d in documents] for name in dict.fromkeys([*shown, *named])}
     templates = [f"{{{field_of(name)}}}" for name in shown]
     templates += [f"{{{field_of(name)}|{part}}}" for name in shown if _is_url(columns[name]) for part in URL_PARTS]
@@ -90,9 +90,7 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
         numbers[name] = number_values(values)
         fields.append(_field(name, values, numbers[name], words))
     paired = [f.name for f in fields if 1 < f.distinct <= f.documents / 2][:_PAIRS]
-    pairs = np.array([[mutual_information(numbers[a], numbers[b]) for b in paired] for a in paired]).reshape(
-        len(paired), len(paired)
-    )
+    pairs = [[mutual_information(numbers[a], numbers[b]) for b in paired] for a in paired]
     sizes = np.array([len(d.text.encode()) for d in documents])
     return Survey(every, documents, sizes, len({d.origin for d in documents}), fields, paired, pairs, notes)
 
@@ -123,9 +121,7 @@ def _is_url(column: Column) -> bool:
 def number_values(values: Column) -> np.ndarray:
     """int64 [D]: the same number for the same value, -1 for none."""
     numbers: dict[str | None, int] = {None: -1}
-    for value in values:
-        numbers.setdefault(value, len(numbers) - 1)
-    return np.array([numbers[value] for value in values], np.int64)
+    return np.array([numbers.setdefault(value, len(numbers) - 1) for value in values], np.int64)
 
 
 def _field(name: str, values: Column, numbers: np.ndarray, words: Words) -> Field:
@@ -135,16 +131,14 @@ def _field(name: str, values: Column, numbers: np.ndarray, words: Words) -> Fiel
 
 def entropy(numbers: np.ndarray) -> float:
     """Bits of the values' frequencies among the documents that have one."""
-    _, counts = np.unique(numbers[numbers >= 0], return_counts=True)
-    share = counts / counts.sum()
-    return abs(float((share * np.log2(share)).sum()))  # the sum is never positive
+    counts = np.unique(numbers[numbers >= 0], return_counts=True)[1]
+    return float(stats.entropy(counts, base=2)) if len(counts) else 0.0
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Bits that one field says about the other: H(a) + H(b) - H(a, b) of the frequencies, over the documents that have both."""
+    """Bits that one field says about the other, from the frequencies over the documents that have both."""
     both = (a >= 0) & (b >= 0)
-    a, b = a[both], b[both]
-    return entropy(a) + entropy(b) - entropy(a * (b.max(initial=0) + 1) + b)
+    return float(mutual_info_score(a[both], b[both]) / np.log(2)) if both.any() else 0.0
 
 
 class Words:

@@ -1,45 +1,75 @@
-"""A plan as a page: the memory of a chip as a picture, what does not fit and what would, the bounds of a step."""
+"""A plan as sections of facts, for its page and the terminal: memory of a chip, bounds of a step, and what would fit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from metajax.core.atomic import write_text
-from metajax.reporting.html import templates
+from metajax.reporting import page
+from metajax.reporting.page import Part
 
 GIB = 2**30
 
 
 def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
     """Write the page of a plan as `metajax.planning.plan.plan` makes it."""
-    shown: dict[str, Any] = {"advice": advice_lines(plan)}
-    if plan["fits"]:
-        memory, sizes = plan["memory"], memory_kinds(plan)
-        shown |= {
-            "memory": [
-                {"name": name, "css": f"p{i}", "gib": f"{size / GIB:.3f}", "percent": f"{100 * size / memory['limit']:.2f}"}
-                for i, (name, size) in enumerate(sizes.items(), 1)  # nine at most, and as many colours
-            ],
-            "memory_facts": [(name, f"{size / GIB:.3f} GiB") for name, size in sizes.items()],
-            "total": f"{memory['total'] / GIB:.3f}",
-            "limit": f"{memory['limit'] / GIB:g}",
-            "time_facts": time_facts(plan),
-            "estimate_facts": estimate_facts(plan),
-            "operation_facts": operation_facts(plan),
-            "kernel_facts": kernel_facts(plan),
-            "link_facts": link_facts(plan),
-        }  # fmt: skip
-    write_text(
-        path, templates.get_template("plan.html").render(title=f"{plan['name']} on {plan['topology']}", plan=plan, **shown)
+    mesh = "".join(f", {axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    measured = plan_facts(plan) if plan["fits"] else []
+    buffers = page.section("The largest buffers", page.lines([buffer_text(buffer) for buffer in plan["largest_buffers"]]))
+    page.write_page(
+        path,
+        title=f"{plan['name']} on {plan['topology']}",
+        eyebrow=f"Plan · scale {plan['scale']} · {plan['topology']}: {plan['chips']} chips{mesh}",
+        heading=plan["name"],
+        sentence="The train step compiled for a slice that is absent. Memory is the compiler's own account. Times are lower bounds, or the "
+        "compiler's estimate where it says so. Nothing was measured.",
+        sections=[
+            page.section("Memory of a chip", *_memory(plan, measured), *map(page.text, advice_lines(plan))),
+            *(page.section(title, page.facts(pairs)) for title, _, pairs in measured[1:]),
+            buffers,
+            page.section("", page.text(f"Compiled in {plan['compile_seconds']:.0f} s.", "small")) if plan["fits"] else None,
+        ],
     )
 
 
+def _memory(plan: dict[str, Any], measured: list[tuple[str, str, list[tuple[str, str]]]]) -> list[Part]:
+    """The memory as a bar and as facts; the reason where the step does not fit."""
+    if not plan["fits"]:
+        return [page.text(f"It does not fit: {plan['reason']}")]
+    limit = plan["memory"]["limit"]
+    parts = [
+        {"name": name, "css": f"p{i}", "percent": f"{100 * size / limit:.2f}"}
+        for i, (name, size) in enumerate(memory_kinds(plan).items(), 1)  # nine at most, and as many colours
+    ]
+    row = {"name": f"{plan['memory']['total'] / GIB:.3f} GiB", "total": f"of {limit / GIB:g} GiB", "parts": parts}
+    return [page.bars([row]), page.facts((name, f"{size} GiB") for name, size in measured[0][2][:-1])]
+
+
+def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(title, unit, names and values) of all that was found of a plan that fits; memory comes first, its last line the total."""
+    memory = [(name, f"{size / GIB:.3f}") for name, size in memory_kinds(plan).items()]
+    total = ("total", f"{plan['memory']['total'] / GIB:.3f} of {plan['memory']['limit'] / GIB:g}")
+    return [
+        ("Memory of a chip", "GiB", [*memory, total]),
+        ("Time of a step, at least", "", time_facts(plan)),
+        ("By the compiler's estimate", "", estimate_facts(plan)),
+        ("Operations", "", operation_facts(plan)),
+        ("Pallas kernels found", "", kernel_facts(plan)),
+        ("Between chips, in a step", "", link_facts(plan)),
+    ]
+
+
+def buffer_text(buffer: dict[str, Any]) -> str:
+    """A buffer's size, shape and source as one line."""
+    size = f"{buffer['bytes'] / GIB:.3f} GiB"
+    return "  ".join(filter(None, (size, buffer["shape"], buffer["operation"], buffer["source"] or buffer["name"])))
+
+
 def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a chip by kind, as they add up to the total; "temporaries" are those that are neither activations nor gradients."""
+    """Bytes of a chip by kind, which add up to the total; "temporaries" are those that are neither activations nor gradients."""
     memory, state = plan["memory"], plan["state"]
     kinds = {name: size for name, size in plan["temporaries"].items() if name != "other"}
-    if sum(kinds.values()) > memory["temporaries"]:  # of a few kilobytes the compiler's two accounts differ
+    if sum(kinds.values()) > memory["temporaries"]:  # the compiler's two accounts differ by a few kilobytes
         kinds = {}
     return {
         **state,
@@ -52,7 +82,7 @@ def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def time_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What bounds a step from below: the longest of these."""
+    """Lower bounds of a step; the longest of them counts."""
     names = {
         "operations": "operations at the chips' peak",
         "kernels": "kernels as scheduled, all else at the peak",
@@ -67,7 +97,7 @@ def time_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def estimate_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the compiler expects of a step when nothing waits, which is no bound."""
+    """The compiler's estimate of a step in which nothing waits; it is not a bound."""
     estimate, known = plan["estimate"], "schedules" in plan
     facts = [("kernels as scheduled", _ms(estimate["kernels"]) if known else "not asked for (--schedules)")]
     facts += [("all else, by XLA's model", _ms(estimate["xla"]))]
@@ -93,7 +123,7 @@ def kernel_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def link_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What crosses between chips in a step."""
+    """Transfers between chips in a step."""
     return [
         (kind, f"{n['count']:,} times, {n['bytes'] / 1e6:,.1f} MB, {1e3 * n['seconds']:.3f} ms at least")
         for kind, n in plan["collectives"].items()

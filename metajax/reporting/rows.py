@@ -1,4 +1,4 @@
-"""A row as a person reads it: runs of slots that hold the same and are asked for the same, decoded, with the loss in their look."""
+"""A row for people: spans of positions with the same content and the same target, decoded, with a look for the loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from metajax.core.progress import shown
 from metajax.data.encoding import Tokenizer
 from metajax.data.rows import Row, RowSource
 
-LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this slot"
+LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this position"
 COLOURS = {"metadata": "blue", "meta-token": "magenta", "": ""}
-PAGE_LETTERS = 1200  # of a row on a run's page
+PAGE_LETTERS = 1200  # letters of a row on a run's page
 
 
 def summary(rows: RowSource) -> str:
-    """A source's training rows in a line: how many, where they begin, and what stands beside the documents."""
+    """A source's training rows in a line: how many, where they begin, and how much metadata the documents have."""
     pieces, first = rows.index.pieces, rows.index.offsets[:-1]
     words = f"{len(rows):,} rows, {np.mean(pieces[first, 1] > 0):.1%} begin inside a document"
     lengths = rows.metadata.overhead(np.unique(pieces[:, 0]))
@@ -31,12 +31,12 @@ def summary(rows: RowSource) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Slots in a row that stand together.
+class Span:
+    """Neighbouring positions of a row.
 
-    document: which document of the row, from 1. holds: "text" or "metadata". asked: what its slots are asked for, with the weight
-    in the loss where that is not 1: body, metadata, end (of the document), rejected (answer) or nothing; with meta-tokens between, counts of these.
-    pieces: (decoded text, "metadata", "meta-token" or "", whether its slots are left out of the loss).
+    document: the number of the document in the row, from 1. holds: "text" or "metadata". asked: the target, with its weight in the loss where
+    that is not 1: body, metadata, end (of the document), rejected (answer) or nothing; with meta-tokens between, counts of these.
+    pieces: (decoded text, "metadata", "meta-token" or "", whether its positions have no loss).
     """
 
     document: int
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def text(self) -> Text:
-        """As a terminal shows it."""
+        """For the terminal."""
         return Text.assemble(
             *((shown(text), f"{COLOURS[kind]} dim" if silent else COLOURS[kind]) for text, kind, silent in self.pieces)
         )
@@ -55,53 +55,55 @@ class Run:
         return f"{self.document} {self.holds:8} | {self.asked:12} | {self.text.plain}"
 
 
-def runs(row: Row, tokenizer: Tokenizer) -> list[Run]:
-    """The row in order, padding left out."""
+def spans(row: Row, tokenizer: Tokenizer) -> list[Span]:
+    """The spans of a row in order, without padding."""
     is_meta = row["tokens"] == tokenizer.vocabulary.meta
     asked = _asked(row, tokenizer.vocabulary.eos)
     holds = np.where(row["is_metadata"], "metadata", "text")
-    for slot in np.flatnonzero(is_meta):  # a meta-token belongs to what it stands in
+    for slot in np.flatnonzero(is_meta):  # a meta-token belongs to the text or metadata around it
         holds[slot] = holds[slot - 1]
     documents = np.cumsum(np.diff(row["segment_ids"], prepend=0) != 0)
     split = asked if "meta_slots" not in row else np.zeros(len(asked), int)
     found = []
     for _, group in groupby(np.flatnonzero(row["segment_ids"] > 0), lambda s: (documents[s], holds[s], split[s])):
-        slots = np.array(list(group))
-        counts = Counter(asked[slots].tolist())
-        words = asked[slots[0]] if len(counts) == 1 else ", ".join(f"{n} {what}" for what, n in counts.items())
-        found.append(Run(int(documents[slots[0]]), str(holds[slots[0]]), str(words), _pieces(row, slots, is_meta, tokenizer)))
+        positions = np.array(list(group))
+        counts = Counter(asked[positions].tolist())
+        words = asked[positions[0]] if len(counts) == 1 else ", ".join(f"{n} {what}" for what, n in counts.items())
+        found.append(
+            Span(int(documents[positions[0]]), str(holds[positions[0]]), str(words), _pieces(row, positions, is_meta, tokenizer))
+        )
     return found
 
 
 def _asked(row: Row, eos: int) -> np.ndarray:
-    """What each slot is asked for, str [slots]."""
+    """The target of each position, as text."""
     weights = row["loss_weights"]
-    behind = np.where(weights == 0, "nothing", np.where(row["targets"] == eos, "end", "rejected"))
-    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", behind))
+    other = np.where(weights == 0, "nothing", np.where(row["targets"] == eos, "end", "rejected"))
+    names = np.where(row["is_body"], "body", np.where(row["asks_metadata"], "metadata", other))
     times = np.array([f"{name} x {w:g}" for name, w in zip(names, weights, strict=True)])
     return np.where((weights == 1) | (names == "nothing"), names, times)
 
 
-def _pieces(row: Row, slots: np.ndarray, is_meta: np.ndarray, tokenizer: Tokenizer) -> tuple[tuple[str, str, bool], ...]:
-    """The slots decoded; neighbours of one look together, so that a letter of several tokens stays whole."""
-    kind = "metadata" if row["is_metadata"][slots[0]] else ""
+def _pieces(row: Row, positions: np.ndarray, is_meta: np.ndarray, tokenizer: Tokenizer) -> tuple[tuple[str, str, bool], ...]:
+    """The positions decoded; neighbours of one look together, so that a letter of several tokens stays whole."""
+    kind = "metadata" if row["is_metadata"][positions[0]] else ""
     return tuple(
         (tokenizer.decode(row["tokens"][list(part)].tolist()), "meta-token" if meta else kind, bool(silent))
-        for (meta, silent), part in groupby(slots, lambda s: (is_meta[s], row["loss_weights"][s] == 0))
+        for (meta, silent), part in groupby(positions, lambda s: (is_meta[s], row["loss_weights"][s] == 0))
     )
 
 
 def for_page(rows: Any, tokenizer: Tokenizer, count: int) -> list[list[dict[str, Any]]]:
-    """The first rows for a run's page: of each its documents, of each the pieces, as long as there is room."""
+    """The first rows for a run's page: a list of documents with their pieces, up to PAGE_LETTERS letters."""
     found = []
     for n in range(count):
         documents: dict[int, list[Any]] = {}
         left = PAGE_LETTERS
-        for run in runs(rows[n], tokenizer):
-            for text, kind, silent in run.pieces:
+        for span in spans(rows[n], tokenizer):
+            for text, kind, silent in span.pieces:
                 if left > 0:
                     short = text if len(text) <= left else text[:left] + " ..."
-                    documents.setdefault(run.document, []).append([short, kind, silent])
+                    documents.setdefault(span.document, []).append([short, kind, silent])
                 left -= len(text)
         found.append([{"document": number, "pieces": pieces} for number, pieces in documents.items()])
     return found

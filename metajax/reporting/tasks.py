@@ -1,17 +1,18 @@
-"""Task results for people: rows of a table, lines of the terminal, and the figure of accuracy against length."""
+"""Results of tasks and of multiple choice: rows of a table for terminal and page, and the figure of accuracy against length."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metajax.config import Tasks
-from metajax.reporting.figures import STYLE, WIDTH, look, to_svg
+from metajax.reporting.figures import WIDTH, look, styled, to_svg
 
 HEAD = ("task", "length", "exact match", "95 % interval", "token accuracy", "95 % interval", "chance", "examples")
-Results = dict[str, dict[str, dict[str, Any]]]  # as metajax.evaluation.tasks.evaluate_tasks returns them
+CHOICE_HEAD = ("task", "context", "examples", "acc", "acc_norm", "questions")
+CONTEXTS = {"none": "nothing", "empty": "the empty pair", "task": "a fitting source"}  # before the question
+TaskResults = dict[str, dict[str, dict[str, Any]]]  # as metajax.evaluation.tasks.evaluate_tasks returns them
 
 
 def title(task: str) -> str:
@@ -19,7 +20,7 @@ def title(task: str) -> str:
     return task.replace("_", " ")
 
 
-def table_rows(results: Results) -> list[list[str]]:
+def table_rows(results: TaskResults) -> list[list[str]]:
     """One row of cells for each task and length, under HEAD."""
     return [[title(task), length, *_cells(scored)] for task, bins in results.items() for length, scored in bins.items()]
 
@@ -31,9 +32,24 @@ def _cells(scored: dict[str, Any]) -> list[str]:
     return [part for text in shown for part in text.split(", ")] + [f"{scored['chance']:.1%}", f"{scored['n']:,}"]
 
 
-def accuracy_figure(results: Results, tasks: Tasks) -> str:
+def choice_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Cells under CHOICE_HEAD for every task and setting, each share with its standard error; the mean acc after each setting."""
+    rows = []
+    for setting, tasks in results["settings"].items():
+        context, _, shots = setting.rpartition("_")
+        first = CONTEXTS.get(context, context), shots
+        for name, scored in tasks.items():
+            if name == "average":
+                rows.append(["mean", *first, f"{scored:.1%}", "", ""])
+            elif isinstance(scored, dict):
+                shares = [f"{scored[key]:.1%} ± {scored[f'{key}_stderr']:.1%}" for key in ("acc", "acc_norm")]
+                rows.append([title(name), *first, *shares, f"{scored['n']:,}"])
+    return rows
+
+
+def accuracy_figure(results: TaskResults, tasks: Tasks) -> str:
     """Exact-match accuracy against the length bin as SVG, a panel for each task: its interval, chance, the longest length in training."""
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(WIDTH, 1.9 * ((len(results) + 1) // 2) + 0.3), layout="constrained")
         panels = figure.subplots((len(results) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flat
         for axes in list(panels)[len(results) :]:

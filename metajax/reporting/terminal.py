@@ -1,9 +1,9 @@
-"""What the terminal shows: lists, an experiment before it runs, decoded rows, corpora, runs side by side."""
+"""The terminal: lists, an experiment before it runs, decoded rows, corpora, runs side by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,12 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
         console.print(f"the tokenizer {config.data.tokenizer} is a file of yours: parameters and FLOPs follow once it is read")
         return
     counts, flops = param_count(abstract_model(config, vocabulary.size)), flops_per_token(config, vocabulary.size)
-    numbers = grid_of("part", "parameters", "training FLOPs a slot")
+    numbers = grid_of("part", "parameters", "training FLOPs a position")
     for part in sorted(counts.keys() | flops.keys() - {"total"}):
         numbers.add_row(part, f"{counts[part]:,}" if part in counts else "-", f"{flops[part]:,.0f}" if part in flops else "-")
     console.print(numbers)
-    slots = config.training.steps * config.data.batch_rows * config.row_slots
-    console.print(f"{slots:,} slots in {config.training.steps:,} steps, {sum(flops.values()) * slots:.2e} training FLOPs")
+    count = config.training.steps * config.data.batch_rows * config.row_slots
+    console.print(f"{count:,} positions in {config.training.steps:,} steps, {sum(flops.values()) * count:.2e} training FLOPs")
     if config.model.hybrid is not None:
         kept = {part: size for part, size in cache_bytes(config.model, config.row_slots).items() if size}
         shares = ", ".join(f"{part} {size:,}" for part, size in kept.items())
@@ -91,76 +91,53 @@ def _expected(experiment: registry.Experiment, scale: str) -> str:
 
 
 def print_plan(found: dict[str, Any]) -> None:
-    """A plan: what the chips hold, what crosses between them, and how fast a step can be at best."""
-    from metajax.reporting import plan_page
+    """A plan: memory of the chips, transfers between them, and bounds of a step's time."""
+    from metajax.reporting.plan_page import GIB, advice_lines, buffer_text, plan_facts
 
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
     console.print(line_of(found["name"], f" at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"))
-    if not found["fits"]:
-        state = sum(found["state"].values())
-        console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state / 2**30:.2f} GiB of each chip")
-        _print_buffers(found)
-        _print_advice(found)
-        return
-    memory, gib = found["memory"], 2**30
-    sizes = [(name, f"{size / gib:.3f}") for name, size in plan_page.memory_kinds(found).items()]
-    total = ("total", f"{memory['total'] / gib:.3f} of {memory['limit'] / gib:g}")
-    _print_facts("memory of a chip", "GiB", [*sizes, total])
-    _print_facts("operations", "", plan_page.operation_facts(found))
-    _print_facts("between chips, in a step", "", plan_page.link_facts(found))
-    _print_facts("Pallas kernels found", "", plan_page.kernel_facts(found))
-    _print_facts("time of a step, at least", "", plan_page.time_facts(found))
-    _print_facts("by the compiler's estimate", "", plan_page.estimate_facts(found))
-    console.print(f"compiled in {found['compile_seconds']:.0f} s; the largest buffers:")
-    _print_buffers(found)
-    _print_advice(found)
+    if found["fits"]:
+        for title, unit, facts in plan_facts(found):
+            print_grid((title.lower(), unit), facts)
+        console.print(f"compiled in {found['compile_seconds']:.0f} s; the largest buffers:")
+    else:
+        state = sum(found["state"].values()) / GIB
+        console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state:.2f} GiB of each chip")
+    for line in (*(f"  {buffer_text(buffer)}" for buffer in found["largest_buffers"]), *advice_lines(found)):
+        console.print(line, soft_wrap=True)
 
 
-def _print_facts(title: str, unit: str, facts: Sequence[tuple[str, str]]) -> None:
-    grid = grid_of(title, unit)
-    for fact in facts:
-        grid.add_row(*fact)
+def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of text."""
+    grid = grid_of(*titles)
+    for cells in rows:
+        grid.add_row(*cells)
     console.print(grid)
 
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:
     """The plans of many programs, a line for each."""
-    grid = grid_of("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s")
+    rows = []
     for found in made:
         line = [found["name"], str(len(found["stands_for"])), found["topology"]]
         if not found["fits"]:
-            grid.add_row(*line, f"does not fit: {found['reason']}")
+            rows.append([*line, f"does not fit: {found['reason']}"])
             continue
         memory, bound, gib = found["memory"], found["bound"], 2**30
-        grid.add_row(
-            *line, f"{memory['total'] / gib:.2f} of {memory['limit'] / gib:g}", f"{1e3 * bound['step']:.1f}", f"{bound['mfu']:.1%}",
-            f"{found['compile_seconds']:.0f}",
-        )  # fmt: skip
-    console.print(grid)
+        line.append(f"{memory['total'] / gib:.2f} of {memory['limit'] / gib:g}")
+        rows.append([*line, f"{1e3 * bound['step']:.1f}", f"{bound['mfu']:.1%}", f"{found['compile_seconds']:.0f}"])
+    print_grid(("program", "for", "slice", "GiB of a chip", "ms a step, at least", "MFU, at most", "compiled, s"), rows)
     console.print(f"{sum(found['fits'] for found in made)} of {len(made)} programs fit")
-
-
-def _print_buffers(found: dict[str, Any]) -> None:
-    for buffer in found["largest_buffers"]:
-        text = (
-            f"  {buffer['bytes'] / 2**30:.3f} GiB  {buffer['shape']}  {buffer['operation']}  {buffer['source'] or buffer['name']}"
-        )
-        console.print(text, soft_wrap=True)
-
-
-def _print_advice(found: dict[str, Any]) -> None:
-    from metajax.reporting.plan_page import advice_lines
-
-    for line in advice_lines(found):
-        console.print(line)
 
 
 def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
     """Held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
+    from metajax.reporting.tasks import CHOICE_HEAD, HEAD, choice_rows, table_rows
+
     if "tasks" in results:
-        print_tasks(results["tasks"])
+        print_grid(HEAD, table_rows(results["tasks"]))
     if "choice" in results:
-        print_choices(results["choice"])
+        print_grid(CHOICE_HEAD, choice_rows(results["choice"]))
     for name, values in results.items():
         if isinstance(values, dict) and "accuracy" in values:
             pairs = "{pairs} pairs, margin {margin:.3f}, reference of step {reference_step}"
@@ -169,35 +146,6 @@ def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
         echo(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
-
-
-def print_tasks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Accuracy by task and length."""
-    from metajax.reporting.tasks import HEAD, table_rows
-
-    grid = grid_of(*HEAD)
-    for cells in table_rows(results):
-        grid.add_row(*cells)
-    console.print(grid)
-
-
-def print_choices(results: dict[str, Any]) -> None:
-    """Multiple choice by task and setting."""
-    from metajax.reporting.choices import HEAD, table_rows
-
-    grid = grid_of(*HEAD)
-    for cells in table_rows(results):
-        grid.add_row(*cells)
-    console.print(grid)
-
-
-def print_analysis(name: str, numbers: dict[str, Any]) -> None:
-    """The headline numbers of an analysis."""
-    from metajax.reporting.analysis_words import headlines
-
-    console.print(plain(name.replace("_", " "), "bold"))
-    for line in headlines(name, numbers):
-        console.print(plain(f"  {line}"), soft_wrap=True)
 
 
 def print_curriculum(config: Config, paths: Any) -> None:
@@ -216,9 +164,9 @@ def print_curriculum(config: Config, paths: Any) -> None:
 
 
 def print_rows(config: Config, paths: Any, count: int) -> None:
-    """The first `count` training rows as runs of slots: what they hold, what they are asked for, and their text."""
+    """The first `count` training rows as spans of positions: content, target and text."""
     from metajax.data.pipeline import open_corpora, phase_rows, training_rows
-    from metajax.reporting.rows import LEGEND, runs, summary
+    from metajax.reporting.rows import LEGEND, spans, summary
 
     corpora = open_corpora(config, paths)
     rows = training_rows(corpora)
@@ -230,14 +178,14 @@ def print_rows(config: Config, paths: Any, count: int) -> None:
         used, lost = int((row["segment_ids"] > 0).sum()), row["loss_weights"] > 0
         console.print(
             plain(
-                f"row {n}: {used} of {len(lost)} slots, {int(lost.sum())} with loss, {int(row['is_body'].sum())} of them for body text, "
+                f"row {n}: {used} of {len(lost)} positions, {int(lost.sum())} with loss, {int(row['is_body'].sum())} of them for body text, "
                 f"{int((lost & row['asks_metadata']).sum())} for metadata",
                 "bold",
             )
         )
         grid = Grid("document", "holds", "asked for", "text", box=None, pad_edge=False, header_style="bold")
-        for run in runs(row, corpora.tokenizer):
-            grid.add_row(str(run.document), run.holds, run.asked, run.text)
+        for span in spans(row, corpora.tokenizer):
+            grid.add_row(str(span.document), span.holds, span.asked, span.text)
         console.print(grid)
     console.print(plain(LEGEND, "italic"))
 
@@ -271,10 +219,10 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
         )
     )
     if len(found.paired) > 1:
-        pairs = grid_of("bits in common", *(str(n) for n in range(1, len(found.paired) + 1)))
-        for n, (name, row) in enumerate(zip(found.paired, found.pairs, strict=True), 1):
-            pairs.add_row(f"{n} {name}", *(f"{bits:.1f}" for bits in row))
-        console.print(pairs)
+        numbers = range(1, len(found.paired) + 1)
+        names = (f"{n} {name}" for n, name in zip(numbers, found.paired, strict=True))
+        rows = ([name, *(f"{bits:.1f}" for bits in row)] for name, row in zip(names, found.pairs, strict=True))
+        print_grid(("bits in common", *map(str, numbers)), rows)
     for i in np.linspace(0, len(found.documents) - 1, count).astype(int).tolist():
         document = found.documents[i]
         console.print(plain(json.dumps(document.metadata), "blue"))
@@ -313,37 +261,32 @@ def print_comparison(runs: list[Path]) -> None:
     """Runs side by side: the fields that differ, then results."""
     found = readable(runs, lambda run: (read_config(run), read_report(run)))
     require(len(found) >= 2, "less than two of these runs can be read")
-    runs, configs, reports = [run for run, _ in found], [config for _, (config, _) in found], [report for _, (_, report) in found]
-    grid = grid_of("", *(run.name for run in runs))
+    configs, reports = [config for _, (config, _) in found], [report for _, (_, report) in found]
+    grid = grid_of("", *(run.name for run, _ in found))
     grid.add_row("experiment", *(c.name for c in configs))
     grid.add_row("seed", *(str(c.seed) for c in configs))
-    fields = sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"})
-    for field in fields:
+    for field in sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"}):
         grid.add_row(field, *(str(flatten(c).get(field, "-")) for c in configs))
     if None in reports:
         grid.add_row("state", *("complete" if report else "not complete" for report in reports))
-    found = [report["eval"] for report in reports if report]
-    for condition in dict.fromkeys(k for results in found for k in conditions(results)):
-        values = [report and report["eval"].get(condition) for report in reports]
-        grid.add_row(f"bits/byte, {condition} metadata", *(f"{v['bpb']:.4f}" if v else "-" for v in values))
-    for task, length in dict.fromkeys((t, n) for results in found for t, bins in results.get("tasks", {}).items() for n in bins):
-        scored = [report and report["eval"].get("tasks", {}).get(task, {}).get(length) for report in reports]
-        grid.add_row(f"{task}, {length} tokens", *(f"{s['exact']:.1%}" if s and s["exact"] is not None else "-" for s in scored))
-    for name in dict.fromkeys(k for results in found for k, v in results.items() if isinstance(v, dict) and "accuracy" in v):
-        values = [report and report["eval"].get(name) for report in reports]
-        grid.add_row(f"accuracy, {name}", *(f"{v['accuracy']:.1%}" if v else "-" for v in values))
-    if any("choice" in results for results in found):
-        asked = [report and report["eval"].get("choice") for report in reports]
-        grid.add_row("multiple choice, mean", *(f"{choice['average']:.1%}" if choice else "-" for choice in asked))
-    for title, part, key in (
-        ("parameters", "parameters", "total"),
-        ("body tokens", "counts", "body"),
-        ("slots", "counts", "slots"),
-        ("images", "counts", "images"),
-    ):
-        if any(key in report[part] for report in reports if report):
-            grid.add_row(title, *(f"{report[part][key]:,}" if report and key in report[part] else "-" for report in reports))
+    scores = [_scores(report) if report else {} for report in reports]
+    for title in dict.fromkeys(title for of_run in scores for title in of_run):
+        grid.add_row(title, *(of_run.get(title, "-") for of_run in scores))
     console.print(grid)
+
+
+def _scores(report: dict[str, Any]) -> dict[str, str]:
+    """The results and the size of a complete run, by title."""
+    results = report["eval"]
+    shown = {f"bits/byte, {condition} metadata": f"{v['bpb']:.4f}" for condition, v in conditions(results).items()}
+    for task, bins in results.get("tasks", {}).items():
+        shown |= {f"{task}, {n} tokens": "-" if v["exact"] is None else f"{v['exact']:.1%}" for n, v in bins.items()}
+    shown |= {f"accuracy, {k}": f"{v['accuracy']:.1%}" for k, v in results.items() if isinstance(v, dict) and "accuracy" in v}
+    if "choice" in results:
+        shown["multiple choice, mean"] = f"{results['choice']['average']:.1%}"
+    counts = {"parameters": report["parameters"]["total"], **{k: report["counts"].get(k) for k in ("body", "slots", "images")}}
+    titles = {"body": "body tokens", "slots": "positions"}
+    return shown | {titles.get(k, k): f"{count:,}" for k, count in counts.items() if count is not None}
 
 
 def _last_step(run: Path) -> int:
@@ -353,11 +296,13 @@ def _last_step(run: Path) -> int:
 
 def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
     """What a sample of all tables found, and which of them it did not reach."""
-    grid = grid_of("table", "lines", "minutes", "failed", "columns without a number")
-    for line in lines:
-        empty = ", ".join(line["empty"]) or "-"
-        grid.add_row(line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), empty)
-    console.print(grid if lines else "no line of any table fits the time; give it more with --budget")
+    rows = [
+        (line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), ", ".join(line["empty"]) or "-")
+        for line in lines
+    ]
+    if not lines:
+        console.print("no line of any table fits the time; give it more with --budget")
+    print_grid(("table", "lines", "minutes", "failed", "columns without a number"), rows)
     for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
         console.print(plain(f"failed: {failure}", "red"), soft_wrap=True)
     rest = ", ".join(name for name in tables if name not in {line["table"] for line in lines})

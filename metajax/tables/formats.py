@@ -7,98 +7,88 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tabulate import tabulate
+
 from metajax.tables.results import COMPLETE, FAILED, NOT_RUN, UNFINISHED
 
 Result = Mapping[str, Any]
-COSTS = (  # key of a row's cost, title
-    ("parameters", "parameters"),
-    ("flops_per_slot", "FLOPs a slot"),
-    ("flops", "training FLOPs"),
-    ("slots", "slots"),
-    ("body", "body tokens"),
-    ("metadata", "metadata tokens"),
-    ("meta_tokens", "meta-tokens"),
-)
-CSV_HEAD = (
-    "row", "group", "column", "path", "better", "n", "mean", "low", "high", "difference", "difference_low", "difference_high",
-    "difference_n", "paper", "paper_difference", "paper_note",
-)  # fmt: skip
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\N{MINUS SIGN}": "$-$"} | {
-    sign: f"\\{sign}" for sign in "&%$#_{}"
+Line = Mapping[str, Any]  # a row of a result, or a column of it
+COSTS = {
+    "parameters": "parameters",
+    "flops_per_slot": "FLOPs a position",
+    "flops": "training FLOPs",
+    "slots": "positions",
+    "body": "body tokens",
+    "metadata": "metadata tokens",
+    "meta_tokens": "meta-tokens",
 }
 STAR = " *"
-DELTA, PLUS_MINUS = "\N{GREEK CAPITAL LETTER DELTA}", "\N{PLUS-MINUS SIGN}"
+DELTA, PLUS_MINUS, MINUS = "\N{GREEK CAPITAL LETTER DELTA}", "\N{PLUS-MINUS SIGN}", "\N{MINUS SIGN}"
 
 
 # ------------------------------------------------------------------------------------------------------- cells
 
 
-def ours_text(row: Mapping[str, Any], column: Mapping[str, Any], seeds: int) -> str:
-    """Mean and half width of the interval; the number of seeds where some are missing; else why there is no number."""
-    summary = row["cells"][column["key"]]["ours"]
-    return _interval(summary, column["digits"], seeds) if summary else state_of(row, column)
+def cell(row: Line, column: Line, result: Result) -> dict[str, str]:
+    """The texts of one cell.
+
+    ours: mean and half width of the interval, with the number of seeds where some are missing, or why there is no number (`state`).
+    difference: paired, to the baseline. paper: its value with the number of its remark. paper_difference: to the paper's own baseline, with as
+    many digits as the paper gives. Each is "" where there is nothing to say.
+    """
+    found, digits, seeds = row["cells"][column["key"]], column["digits"], len(result["seeds"])
+    state, said, paper, against = "" if found["ours"] else state_of(row, column), found["published"], "", ""
+    if said is not None:
+        mark = f" [{paper_notes(result).index(said['note']) + 1}]" if said["note"] else ""
+        paper = ("not stated" if said["value"] is None else str(said["value"])) + mark
+        if said["difference"] is not None:
+            against = f"{said['difference']:+.{len(str(said['value']).partition('.')[2])}f}"
+    ours, difference = _interval(found["ours"], digits, seeds), _interval(found["difference"], digits, seeds, "+")
+    return {"ours": ours or state, "state": state, "difference": difference, "paper": paper, "paper_difference": against}
 
 
-def difference_text(row: Mapping[str, Any], column: Mapping[str, Any], result: Result) -> str:
-    """The paired difference to the baseline."""
-    if row["name"] == result["baseline"]:
-        return "baseline"
-    summary = row["cells"][column["key"]]["difference"]
-    return _interval(summary, column["digits"], len(result["seeds"]), "+") if summary else "-"
-
-
-def paper_text(row: Mapping[str, Any], column: Mapping[str, Any], result: Result) -> str:
-    """The paper's value, with the number of its remark; '' where the paper has no such row."""
-    said = row["cells"][column["key"]]["published"]
-    if said is None:
+def _interval(summary: Mapping[str, Any] | None, digits: int, seeds: int, sign: str = "") -> str:
+    if summary is None:
         return ""
-    mark = f" [{paper_notes(result).index(said['note']) + 1}]" if said["note"] else ""
-    return ("not stated" if said["value"] is None else str(said["value"])) + mark
-
-
-def paper_difference_text(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-    """The paper's difference to its own baseline; '' where that cannot be said."""
-    said = row["cells"][column["key"]]["published"]
-    if said is None or said["difference"] is None:
-        return ""
-    return f"{said['difference']:+.{len(str(said['value']).partition('.')[2])}f}"  # with as many digits as the paper gives
-
-
-def _interval(summary: Mapping[str, Any], digits: int, seeds: int, sign: str = "") -> str:
     text = f"{summary['mean']:{sign}.{digits}f}"
     text += f" {PLUS_MINUS} {summary['half']:.{digits}f}" if summary["half"] is not None else ""
     return text if summary["n"] == seeds else f"{text} (n={summary['n']})"
 
 
-def state_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-    """What a cell without a number says: what is the matter with the row or the runs that the column reads, or that there is no such number."""
+def state_of(row: Line, column: Line) -> str:
+    """Why a cell has no number: the row cannot be run here, the state of the runs that the column reads, or "-"."""
     if row["lacks"]:
         return "not here"
     states = {run["state"] for run in row["runs"] if column["part"] in (run["part"], "*")}
     return next((state for state in (FAILED, UNFINISHED, NOT_RUN) if state in states), "-")
 
 
-def label(row: Mapping[str, Any], result: Result) -> str:
-    """The row's name, with a star where a run of it was made by other code than the first run of `_basis`."""
+def label(row: Line, result: Result) -> str:
+    """The row's name, with a star where one of its runs was made by other code than the first run of `_basis`."""
     codes = {r["name"]: [(run["git"]["commit"], run["git"]["dirty"]) for run in r["runs"] if run["git"]] for r in result["rows"]}
     basis = codes.get(_basis(result), [])
     return row["name"] + STAR * any(code != basis[0] for code in codes[row["name"]] if basis)
 
 
 def _basis(result: Result) -> str:
-    """The row whose code the others' is held against: the baseline, or the first that has runs; "" where none has."""
+    """The row whose code the others are compared with: the baseline, or the first that has runs; "" where none has."""
     made = [row["name"] for row in result["rows"] if any(run["git"] for run in row["runs"])]
     return result["baseline"] or next(iter(made), "")
 
 
-def run_name(row: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """The row, with the part whose run this is."""
+def run_name(row: Line, run: Mapping[str, Any]) -> str:
+    """The row, with the part that the run belongs to."""
     return f"{row['name']}/{run['part']}" if run["part"] else row["name"]
 
 
-def cost_text(row: Mapping[str, Any], key: str, result: Result) -> str:
-    """A cost, and how much more than the baseline's it is."""
-    cost, basis = row["cost"], next((r["cost"] for r in result["rows"] if r["name"] == result["baseline"]), None)
+def cost_of_baseline(result: Result) -> Mapping[str, float] | None:
+    """The cost of the baseline, where it has a complete run."""
+    return next((row["cost"] for row in result["rows"] if row["name"] == result["baseline"]), None)
+
+
+def cost_text(row: Line, key: str, result: Result) -> str:
+    """A cost, and how much more it is than the baseline's."""
+    cost, basis = row["cost"], cost_of_baseline(result)
     if cost is None:
         return "-"
     text = f"{cost[key]:.3g}" if key == "flops" else f"{cost[key]:,.0f}"
@@ -107,12 +97,14 @@ def cost_text(row: Mapping[str, Any], key: str, result: Result) -> str:
     return f"{text} ({cost[key] / basis[key] - 1:+.1%})"
 
 
-def shown_costs(result: Result) -> list[tuple[str, str]]:
-    """The costs that any row has."""
-    return [(key, title) for key, title in COSTS if any(row["cost"] and row["cost"].get(key) for row in result["rows"])]
+def costs(result: Result) -> tuple[list[str], list[list[str]]]:
+    """(titles, rows) of the costs that any row has; no rows where there are none."""
+    shown = {key: title for key, title in COSTS.items() if any(row["cost"] and row["cost"].get(key) for row in result["rows"])}
+    rows = [[row["name"], *(cost_text(row, key, result) for key in shown)] for row in result["rows"]] if shown else []
+    return ["row", *shown.values()], rows
 
 
-def has_paper(result: Result, column: Mapping[str, Any]) -> bool:
+def has_paper(result: Result, column: Line) -> bool:
     """Whether the paper says anything in this column."""
     return any(row["cells"][column["key"]]["published"] for row in result["rows"])
 
@@ -126,7 +118,7 @@ def has_difference(result: Result) -> bool:
 
 
 def remarks(result: Result) -> list[str]:
-    """What has to be said below the table beside its own notes: seeds, scale, sources, code, power."""
+    """The remarks below the table, after its own notes: seeds, scale, sources, code, power."""
     said = [seed_note(result)]
     if result["scale"] != "paper" and any(has_paper(result, c) for c in result["columns"]):
         said.append(
@@ -142,10 +134,10 @@ def remarks(result: Result) -> list[str]:
 
 
 def seed_note(result: Result) -> str:
-    """What the number of seeds allows to be said."""
+    """What can be concluded from this number of seeds."""
     n = len(result["seeds"])
     if n == 1:
-        return "One seed makes no ranking and has no interval: run the same command with `--seeds 3`; complete runs are not made again."
+        return "One seed makes no ranking and has no interval: run the same command with `--seeds 3`; complete runs are not repeated."
     note = f"{n} seeds: mean {PLUS_MINUS} half of the 95 % interval (Student t)."
     if has_difference(result):
         note += (
@@ -156,17 +148,15 @@ def seed_note(result: Result) -> str:
 
 
 def paper_notes(result: Result) -> list[str]:
-    """Where published values were read when not in a table of the paper, each once."""
+    """Where published values were read that are not in a table of the paper, each once."""
     cells = (row["cells"][column["key"]]["published"] for row in result["rows"] for column in result["columns"])
     return list(dict.fromkeys(said["note"] for said in cells if said and said["note"]))
 
 
 def failures(result: Result) -> list[dict[str, Any]]:
     """Runs that failed: row, seed, reason, folder."""
-    return [
-        {"row": run_name(row, run), "seed": run["seed"], "reason": run["reason"], "folder": run["folder"]}
-        for row in result["rows"] for run in row["runs"] if run["state"] == FAILED
-    ]  # fmt: skip
+    failed = [(row, run) for row in result["rows"] for run in row["runs"] if run["state"] == FAILED]
+    return [{"row": run_name(*pair)} | {key: pair[1][key] for key in ("seed", "reason", "folder")} for pair in failed]
 
 
 def missing(result: Result) -> Iterator[str]:
@@ -176,7 +166,7 @@ def missing(result: Result) -> Iterator[str]:
     runs = [run for row in result["rows"] for run in row["runs"]]
     left = sum(run["state"] not in (COMPLETE, FAILED) for run in runs)
     if left:
-        yield f"Runs not complete yet: {left} of {len(runs)}; the same command goes on."
+        yield f"Runs not complete yet: {left} of {len(runs)}; the same command continues."
 
 
 def _code_remarks(result: Result) -> Iterator[str]:
@@ -195,15 +185,19 @@ def _code_remarks(result: Result) -> Iterator[str]:
 def _power_remarks(result: Result) -> Iterator[str]:
     found = []
     for column in result["columns"]:
-        needs = []
-        for row in result["rows"]:
-            cell = row["cells"][column["key"]]
-            if paper_difference_text(row, column) and cell["difference"] and cell["difference"]["n"] > 1:
-                needs.append(f"{row['name']} {cell['seeds_needed'] or 'over 1000'}")
+        cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"]}
+        needs = [
+            f"{name} {one['seeds_needed'] or 'over 1000'}"
+            for name, one in cells.items()
+            if one["published"]
+            and one["published"]["difference"] is not None
+            and one["difference"]
+            and one["difference"]["n"] > 1
+        ]
         found += [f"{column['title']}: {', '.join(needs)}"] if needs else []
     if found:
         yield (
-            "Seeds needed to tell an effect of the paper's size from none, four times out of five, by the spread between the seeds here: "
+            "Seeds needed to detect an effect of the paper's size with a power of 80 %, given the spread between the seeds here: "
             f"{'; '.join(found)}."
         )
 
@@ -211,70 +205,68 @@ def _power_remarks(result: Result) -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------- forms
 
 
-def head_and_body(result: Result) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Column titles, and the rows as (group, cells)."""
-    head = ["row"]
+def head_and_body(result: Result, heading: str = "{}") -> tuple[list[str], list[list[str]]]:
+    """Column titles, and rows of cells; a row of its own names each group, as `heading` formats it."""
+    head, body, group = ["row"], [], ""
     for column in result["columns"]:
         head += [column["title"]]
         head += [f"{DELTA} {result['baseline']}"] if has_difference(result) else []
         head += ["paper"] if has_paper(result, column) else []
-    return head, [(row["group"], _cells(row, result)) for row in result["rows"]]
+    for row in result["rows"]:
+        if row["group"] and row["group"] != group:
+            body.append([heading.format(row["group"]), *[""] * (len(head) - 1)])
+        group = row["group"]
+        body.append(_cells(row, result))
+    return head, body
 
 
-def _cells(row: Mapping[str, Any], result: Result) -> list[str]:
+def _cells(row: Line, result: Result) -> list[str]:
     cells = [label(row, result)]
     for column in result["columns"]:
-        cells.append(ours_text(row, column, len(result["seeds"])))
+        texts = cell(row, column, result)
+        cells.append(texts["ours"])
         if has_difference(result):
-            cells.append(difference_text(row, column, result))
+            cells.append("baseline" if row["name"] == result["baseline"] else texts["difference"] or "-")
         if has_paper(result, column):
-            against = paper_difference_text(row, column)
-            cells.append(paper_text(row, column, result) + (f" ({against})" if against else ""))
+            cells.append(texts["paper"] + f" ({texts['paper_difference']})" * bool(texts["paper_difference"]))
     return cells
 
 
 def markdown(result: Result) -> str:
-    """The table as GitHub Markdown, aligned to be read as it stands, with costs and remarks."""
+    """The table as GitHub Markdown, aligned to be read as it is, with costs and remarks."""
     lines = [f"# {result['name']} at scale {result['scale']}", "", result["summary"] + ".", ""]
     if result["changes"]:
         lines += ["With " + ", ".join(f"{k} = {v}" for k, v in result["changes"].items()) + ".", ""]
-    head, body = head_and_body(result)
-    grid, group = [], ""
-    for of_row, cells in body:
-        if of_row and of_row != group:
-            grid.append([f"**{of_row}**", *[""] * (len(head) - 1)])
-        group = of_row
-        grid.append(cells)
-    lines += [*_markdown_grid(head, grid), ""]
-    costs = shown_costs(result)
-    if costs:
-        grid = [[row["name"], *(cost_text(row, key, result) for key, _ in costs)] for row in result["rows"]]
-        lines += [*_markdown_grid(["row", *(title for _, title in costs)], grid), ""]
+    for head, rows in (head_and_body(result, "**{}**"), costs(result)):
+        lines += [_grid(head, rows), ""] if rows else []
     return "\n".join([*lines, *(f"- {note}" for note in [*result["notes"], *remarks(result), *missing(result)])]) + "\n"
 
 
-def _markdown_grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    safe = [[cell.replace("|", "\\|") for cell in cells] for cells in [head, *body]]
-    widths = [max(3, *(len(cells[i]) for cells in safe)) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |" for cells in safe]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head, *rows = ([text.replace("|", "\\|") for text in cells] for cells in (head, *rows))
+    return tabulate(rows, head, "github", disable_numparse=True)
 
 
 def csv_text(result: Result) -> str:
-    """One line for each row and column, with the numbers behind the cells and every seed's value."""
+    """One line for each row and column, with the numbers of the cells and every seed's value."""
+    lines = [_numbers(row, column, result) for row in result["rows"] for column in result["columns"]]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*CSV_HEAD, *(f"seed_{seed}" for seed in result["seeds"])])
-    for row in result["rows"]:
-        for column in result["columns"]:
-            cell = row["cells"][column["key"]]
-            said = cell["published"] or {"value": None, "difference": None, "note": ""}
-            ours, difference = (_bounds(cell[name]) for name in ("ours", "difference"))
-            writer.writerow([
-                row["name"], row["group"], column["title"], column["key"], column["better"], *ours, *difference[1:], difference[0],
-                said["value"], said["difference"], said["note"], *cell["values"],
-            ])  # fmt: skip
+    writer = csv.DictWriter(text, lines[0] if lines else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
+
+
+def _numbers(row: Line, column: Line, result: Result) -> dict[str, Any]:
+    found = row["cells"][column["key"]]
+    said, ours, difference = found["published"] or {}, _bounds(found["ours"]), _bounds(found["difference"])
+    return {
+        "row": row["name"], "group": row["group"], "column": column["title"], "path": column["key"], "better": column["better"],
+        "n": ours[0], "mean": ours[1], "low": ours[2], "high": ours[3],
+        "difference": difference[1], "difference_low": difference[2], "difference_high": difference[3], "difference_n": difference[0],
+        "paper": said.get("value"), "paper_difference": said.get("difference"), "paper_note": said.get("note"),
+        **{f"seed_{seed}": value for seed, value in zip(result["seeds"], found["values"], strict=True)},
+    }  # fmt: skip
 
 
 def _bounds(summary: Mapping[str, Any] | None) -> list[Any]:
@@ -287,27 +279,10 @@ def _bounds(summary: Mapping[str, Any] | None) -> list[Any]:
 
 def latex(result: Result) -> str:
     """The table for a paper: a tabular in booktabs' rules."""
-    head, body = head_and_body(result)
-    lines = [
-        f"% {result['name']} at scale {result['scale']}, {len(result['seeds'])} seeds; needs \\usepackage{{booktabs}}",
-        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-        "\\toprule",
-        _latex_line(head),
-        "\\midrule",
-    ]
-    group = ""
-    for of_row, cells in body:
-        if of_row and of_row != group:
-            lines.append(f"\\multicolumn{{{len(head)}}}{{l}}{{\\emph{{{_tex(of_row)}}}}} \\\\")
-        group = of_row
-        lines.append(_latex_line(cells))
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
-
-
-def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join(_tex(cell) for cell in cells) + r" \\"
-
-
-def _tex(text: str) -> str:
-    escaped = "".join(LATEX.get(sign, sign) for sign in text)
-    return escaped.replace(PLUS_MINUS, r"$\pm$").replace(DELTA, r"$\Delta$")
+    head, rows = head_and_body(result)
+    text = tabulate(rows, head, "latex_booktabs", disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)])
+    for sign, command in ((PLUS_MINUS, r"$\pm$"), (DELTA, r"$\Delta$"), (MINUS, "$-$")):
+        text = text.replace(sign, command)
+    return (
+        f"% {result['name']} at scale {result['scale']}, {len(result['seeds'])} seeds; needs \\usepackage{{booktabs}}\n{text}\n"
+    )

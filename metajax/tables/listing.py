@@ -50,7 +50,7 @@ def _print_coverage(tables: Iterable[registry.Table]) -> None:
         in_print[paper] += table.paper_rows_in_print
         printed[paper] += table.paper_rows
     if printed:
-        console.print(line_of("\nrows of the papers' tables and figures", " that there are at paper scale"))
+        console.print(line_of("\nrows of the papers' tables and figures", " available at paper scale"))
     for paper, count in printed.items():
         more = f", {in_print[paper]} more in print alone" * (in_print[paper] > 0)
         console.print(plain(f"    {paper}: {here[paper]} of {count} rows{more}"))

@@ -1,77 +1,63 @@
-"""report.html of a table: ours beside the paper's, costs, curves, spread, and what each row changes; whole or still in the making."""
+"""report.html of a table: ours beside the paper's, costs, curves, spread, and what each row changes; complete or not."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from metajax.config import config_from, difference
+from metajax.config import config_from
+from metajax.reporting import facts, page
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
-from metajax.reporting.html import (
-    as_set,
-    budget,
-    corpus,
-    curve_unit,
-    curves,
-    environment_facts,
-    held_out,
-    short_count,
-    templates,
-    with_code,
-    write_page,
-)
+from metajax.reporting.html import document_pieces, sample_pieces
+from metajax.reporting.page import Part
 from metajax.runs.directory import FAILURE_LOG, read_config
 from metajax.runs.files import find_readable, read_json
 from metajax.tables import formats
+from metajax.tables.formats import Line, Result
 from metajax.tables.results import COMPLETE, FAILED
-from metajax.vision.page import source_line
 
-Row = Mapping[str, Any]  # of a result
 Reports = Mapping[str, Mapping[str, Any]]  # row -> the report of its first complete run
+FILES = {"table.json": "every number of every seed", "table.md": "", "table.csv": "", "table.tex": ""}
 
 
-def write_table_page(folder: Path, result: formats.Result, root: Path) -> Path:
+def write_table_page(folder: Path, result: Result, root: Path) -> Path:
     """Write report.html of a table from its result and from its runs' own files, and return its path.
 
     Args:
-      result: of `metajax.tables.results.gather`; runs that are not complete are shown as what they are.
+      result: of `metajax.tables.results.gather`; runs that are not complete are shown with their state.
       root: where the result's run folders start.
     """
     first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
-    filled = [c for c in result["columns"] if any(row["cells"][c["key"]]["ours"] for row in result["rows"])]
-    basis_row = result["baseline"] if result["baseline"] in first else next(iter(first), None)
-    page = templates.get_template("table.html").render(
+    basis = result["baseline"] if result["baseline"] in first else next(iter(first), None)
+    paper = f"{result['coverage']} of {result['paper']}" if result["coverage"] else result["paper"]
+    seeds = f"{page.plural(len(result['seeds']), 'seed')} ({', '.join(map(str, result['seeds']))})"
+    remarks = page.lines([page.with_code(note) for note in [*result["notes"], *formats.remarks(result)]], "remarks")
+    return page.write_page(
+        folder / "report.html",
         title=f"{result['name']} at scale {result['scale']}",
-        result=result,
-        sentence=_sentence(result, first.get(basis_row)),
-        progress=_progress(result),
-        failures=[found | {"href": _href(folder, root / found["folder"] / FAILURE_LOG)} for found in formats.failures(result)],
-        columns=[_head(column, result) for column in result["columns"]],
-        groups=_groups(result),
-        costs=_costs(result),
-        seed_values=_seed_values(result, filled),
-        remarks=[with_code(note) for note in [*result["notes"], *formats.remarks(result)]],
-        differs_from=f"The config against {result['baseline']}'s" if result["baseline"] in first else "The config against the table's base",
-        rows=[_row_card(folder, root, row, result, first) for row in result["rows"]],
-        curves=_curve_figures(result, root),
-        spreads=[Markup(svg) for svg in seed_spread([_spread(result, c) for c in filled], result["baseline"])],
-        spread_caption=_spread_caption(result),
-        budgets=[budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]],
-        samples=[{"row": name, **report["sample"]} for name, report in first.items() if report["sample"]],
-        corpora=[corpus(found) for found in first[basis_row]["corpora"] if "tokens" in found] if first else [],
-        images=[source_line(found) for found in first[basis_row]["corpora"] if "splits" in found] if first else [],
-        held_out=held_out(first[basis_row]) if first else None,
-        machine=_machine(root, next(row for row in result["rows"] if row["name"] == basis_row)) if first else None,
-    )  # fmt: skip
-    return write_page(folder, page)
+        eyebrow=" · ".join(filter(None, ("Table", f"scale {result['scale']}", seeds, paper))),
+        heading=result["name"],
+        sentence=_sentence(result, first.get(basis)),
+        notes=[_progress(result), _failures(folder, root, result)],
+        sections=[
+            page.section("", _results(result), remarks),
+            _curves_and_spread(result, root),
+            _costs(result),
+            _differences(folder, root, result, first),
+            _budgets(first),
+            _samples(first),
+            _foundation(root, result, basis, first),
+        ],
+        files=FILES,
+    )
 
 
-def _complete(row: Row) -> Mapping[str, Any] | None:
+def _complete(row: Line) -> Mapping[str, Any] | None:
     return next((run for run in row["runs"] if run["state"] == COMPLETE), None)
 
 
@@ -79,161 +65,228 @@ def _href(folder: Path, target: Path) -> str:
     return quote(Path(os.path.relpath(target, folder)).as_posix())
 
 
-def _sentence(result: formats.Result, report: Mapping[str, Any] | None) -> str:
-    """What was compared: the summary, and what the baseline's run says was spent on it."""
-    rows = len(result["rows"])
-    said = f"{rows} row{'' if rows == 1 else 's'}: {result['summary']}."
+def _sentence(result: Result, report: Mapping[str, Any] | None) -> str:
+    """What was compared: the summary, and the size and steps of the baseline's run."""
+    said = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
     if report is None or result["baseline"] is None:
         return said
     return (
-        f"{said} The baseline {result['baseline']} has {short_count(report['parameters']['total'])} parameters and {report['steps']:,} "
-        "training steps; what every other row changes is listed below."
+        f"{said} The baseline {result['baseline']} has {page.short_count(report['parameters']['total'])} parameters and {report['steps']:,} "
+        "training steps; the changes of every other row are listed below."
     )
 
 
-def _progress(result: formats.Result) -> str | None:
-    """How far a table that is not whole has come."""
+def _progress(result: Result) -> Part:
+    """How many runs of an incomplete table are complete."""
     states = [run["state"] for row in result["rows"] for run in row["runs"]]
     if all(state in (COMPLETE, FAILED) for state in states):
         return None
-    return f"{states.count(COMPLETE)} of {len(states)} runs are complete. This page is written anew after every run; reload it to see more."
+    done = f"{states.count(COMPLETE)} of {len(states)} runs are complete. This page is rewritten after every run; reload it to see more."
+    return page.group("note", page.text(Markup("<b>Not finished.</b> {}").format(done)))
+
+
+def _failures(folder: Path, root: Path, result: Result) -> Part:
+    failed = formats.failures(result)
+    said = [
+        Markup("{}, seed {}: {} ({})").format(
+            run["row"], run["seed"], run["reason"], page.link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
+        )
+        for run in failed
+    ]
+    title = f"{page.plural(len(failed), 'run')} failed. The same command tries again."
+    return page.group("warning", page.lines(said, ""), title=title)
 
 
 # ------------------------------------------------------------------------------------------------------- cells
 
 
-def _head(column: Mapping[str, Any], result: formats.Result) -> dict[str, Any]:
-    arrow = {"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}", "": ""}[column["better"]]
-    return {"title": column["title"], "better": column["better"], "arrow": arrow, "paper": formats.has_paper(result, column)}
-
-
-def _groups(result: formats.Result) -> list[dict[str, Any]]:
-    """The rows under their headings, each with its cells, or with one line that says why there are none."""
-    groups: list[dict[str, Any]] = []
+def _results(result: Result) -> Part:
+    """The main table: ours, its spread and difference to the baseline, and the paper's value."""
+    arrows = {"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}", "": ""}
+    columns = [
+        {key: column[key] for key in ("title", "better")}
+        | {"arrow": arrows[column["better"]], "paper": formats.has_paper(result, column)}
+        for column in result["columns"]
+    ]
+    rows, heading = [], ""
     for row in result["rows"]:
-        if not groups or groups[-1]["name"] != row["group"]:
-            groups.append({"name": row["group"], "rows": []})
         cells = [_cell(row, column, result) for column in result["columns"]]
-        groups[-1]["rows"].append(
-            {"name": formats.label(row, result), "baseline": row["name"] == result["baseline"], "cells": cells}
+        new = row["group"] if row["group"] != heading else ""
+        heading = row["group"]
+        rows.append(
+            {"heading": new, "name": formats.label(row, result), "baseline": row["name"] == result["baseline"], "cells": cells}
         )
-    return groups
+    return {"kind": "results", "scale": result["scale"], "columns": columns, "rows": rows}
 
 
-def _cell(row: Row, column: Mapping[str, Any], result: formats.Result) -> dict[str, Any]:
-    cell = row["cells"][column["key"]]
-    ours, _, spread = formats.ours_text(row, column, len(result["seeds"])).partition(f" {formats.PLUS_MINUS} ")
-    difference = cell["difference"]
-    return {
-        "ours": ours,
-        "spread": spread,
-        "state": "" if cell["ours"] else formats.state_of(row, column),
-        "difference": formats.difference_text(row, column, result) if difference else "",
-        "verdict": _verdict(difference, column["better"]),
-        "has_paper": formats.has_paper(result, column),
-        "paper": formats.paper_text(row, column, result),
-        "paper_difference": formats.paper_difference_text(row, column),
-    }
+def _cell(row: Line, column: Line, result: Result) -> dict[str, Any]:
+    found = formats.cell(row, column, result)
+    found["ours"], _, found["spread"] = found["ours"].partition(f" {formats.PLUS_MINUS} ")
+    verdict = _verdict(row["cells"][column["key"]]["difference"], column["better"])
+    return found | {"verdict": verdict, "has_paper": formats.has_paper(result, column)}
 
 
 def _verdict(found: Mapping[str, Any] | None, better: str) -> str:
-    """Better or worse than the baseline where the interval of the difference leaves 0 out."""
+    """Better or worse than the baseline where the interval of the difference excludes 0."""
     if found is None or not found["clear_of_zero"] or not better:
         return ""
     return "better" if (found["mean"] < 0) == (better == "lower") else "worse"
 
 
-def _costs(result: formats.Result) -> dict[str, Any] | None:
-    shown = formats.shown_costs(result)
-    if not shown:
+def _costs(result: Result) -> Part:
+    head, rows = formats.costs(result)
+    if not rows:
         return None
-    rows = [[row["name"], *(formats.cost_text(row, key, result).partition(" ") for key, _ in shown)] for row in result["rows"]]
-    return {"head": ["row", *(title for _, title in shown)], "rows": rows}
+    remark = "A position is one of a row as the model sees it; training FLOPs are counted from the masks."
+    remark += f" In brackets: against {result['baseline']}." if result["baseline"] else ""
+    return page.section(
+        "What it costs",
+        page.table(head, [[name, *map(_two_lines, cells)] for name, *cells in rows], "pinned"),
+        page.text(remark, "soft small"),
+    )
 
 
-def _seed_values(result: formats.Result, columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every seed's number, a block for each column."""
-    return [
-        {
-            "title": column["title"],
-            "rows": [
-                [row["name"], *("-" if v is None else f"{v:.{column['digits'] + 1}f}" for v in row["cells"][column["key"]]["values"])]
-                for row in result["rows"]
-            ],
-        }
-        for column in columns
-    ]  # fmt: skip
+def _two_lines(words: str) -> Markup:
+    """A number, and the share after it in a line of its own."""
+    number, _, share = words.partition(" ")
+    return Markup("{}").format(number) + (Markup('<span class="range">{}</span>').format(share) if share else "")
 
 
 # ------------------------------------------------------------------------------------------------- what differs
 
 
-def _row_card(folder: Path, root: Path, row: Row, result: formats.Result, first: Reports) -> dict[str, Any]:
-    """A row's difference to the baseline and the way to its runs' own reports."""
-    made = {
-        "name": row["name"],
-        "note": row["note"],
-        "unchanged": "nothing",
-        "links": [_link(folder, root, run) for run in row["runs"]],
-    }
-    parents = dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"])
-    made["parents"] = ", ".join(parents)
-    made["parameters"] = _parameters(row, result)
+def _differences(folder: Path, root: Path, result: Result, first: Reports) -> Part:
+    """A card for each row: its difference to the baseline, and links to its runs' reports."""
+    compared = f"{result['baseline']}'s" if result["baseline"] in first else "the table's base"
+    cards = [_row_card(folder, root, row, result, first) for row in result["rows"]]
+    return page.section(
+        "What differs",
+        page.text(f"The config against {compared}, and each run's own report.", "soft small"),
+        page.group("texts", *cards),
+    )
+
+
+def _row_card(folder: Path, root: Path, row: Line, result: Result, first: Reports) -> Part:
+    parents = ", ".join(dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"]))
+    return page.group(
+        "card",
+        page.text(_changes(row, result, first), "small"),
+        page.text(row["note"], "small"),
+        page.text(f"starts from {parents}" if parents else "", "small soft"),
+        page.text(_parameters(row, result), "small soft"),
+        page.text(Markup(", ").join(_link(folder, root, run) for run in row["runs"]), "small"),
+        title=row["name"],
+    )
+
+
+def _changes(row: Line, result: Result, first: Reports) -> str:
     if row["name"] == result["baseline"]:
-        return made | {"changes": [], "unchanged": "this is the baseline"}
-    if result["baseline"] not in first or row["name"] not in first:  # all there is, is what the row declares
-        return made | {"changes": [f"{k} = {v}" for k, v in row["changes"].items()]}
-    baseline, config = (config_from(first[name]["config"]) for name in (result["baseline"], row["name"]))
-    changed = [
-        (k, *v)
-        for k, v in difference(baseline, config).items()
-        if k not in ("name", "seed", "init.from_") and not k.startswith("runtime.")
-    ]
-    return made | {"changes": [f"{name}: {as_set(then)} \N{RIGHTWARDS ARROW} {as_set(now)}" for name, then, now in changed]}
+        return "this is the baseline"
+    if result["baseline"] in first and row["name"] in first:
+        baseline, config = (config_from(first[name]["config"]) for name in (result["baseline"], row["name"]))
+        fields = facts.changed(baseline, config, "init.from_").items()
+        changes = [f"{name}: {page.as_set(then)} \N{RIGHTWARDS ARROW} {page.as_set(now)}" for name, (then, now) in fields]
+    else:  # all that is known is what the row declares
+        changes = [f"{name} = {value}" for name, value in row["changes"].items()]
+    return Markup("<br>").join(map(page.code, changes)) or "nothing"
 
 
-def _link(folder: Path, root: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    warnings = f" ({run['warnings']} warning{'' if run['warnings'] == 1 else 's'})" if run["warnings"] else ""
+def _link(folder: Path, root: Path, run: Mapping[str, Any]) -> Markup:
+    warnings = f" ({page.plural(run['warnings'], 'warning')})" if run["warnings"] else ""
     file = {COMPLETE: "report.html", FAILED: FAILURE_LOG}.get(run["state"])
     label = f"{run['part']} seed {run['seed']}".strip() + (warnings if run["state"] == COMPLETE else f" ({run['state']})")
-    return {"label": label, "href": _href(folder, root / run["folder"] / file) if file else None}
+    return page.link(_href(folder, root / run["folder"] / file) if file else None, label)
 
 
-def _parameters(row: Row, result: formats.Result) -> str:
-    cost, basis = row["cost"], next((r["cost"] for r in result["rows"] if r["name"] == result["baseline"]), None)
+def _parameters(row: Line, result: Result) -> str:
+    cost, basis = row["cost"], formats.cost_of_baseline(result)
     if cost is None:
         return ""
-    text = f"{cost['parameters']:,} parameters"
+    said = f"{cost['parameters']:,} parameters"
     if basis is None or not basis["parameters"] or row["name"] == result["baseline"]:
-        return text
+        return said
     more = cost["parameters"] / basis["parameters"] - 1
-    return f"{text}, {more:+.1%} against {result['baseline']}" if more else f"{text}, as many as {result['baseline']}"
+    return f"{said}, {more:+.1%} against {result['baseline']}" if more else f"{said}, as many as {result['baseline']}"
 
 
-def _machine(root: Path, row: Row) -> str:
-    facts = dict(environment_facts(find_readable(root / _complete(row)["folder"] / "environment.json")))
-    if not facts:
-        return "not known: the file of the run is missing or damaged"
-    return f"{facts['devices']}; jax {facts['jax']}, python {facts['python']}; git {facts['git']}"
+def _budgets(first: Reports) -> Part:
+    rows = [facts.budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]]
+    remark = "Training positions of the first seed. Positions of metadata and meta-tokens hold no text that the row reads."
+    return (
+        page.section("Use of the positions", page.group("card", page.bars(rows), page.text(remark, "soft small")))
+        if rows
+        else None
+    )
+
+
+def _samples(first: Reports) -> Part:
+    samples = {name: report["sample"] for name, report in first.items() if report["sample"]}
+    if not samples:
+        return None
+    remark = (
+        "The beginning of a held-out document (grey), then the model's continuation (marked). Metadata, where a row was trained with it, comes "
+        "first (coloured). First seed of each row."
+    )
+    original = page.group("card", document_pieces(next(iter(samples.values()))), title="The document itself")
+    made = (page.group("card", sample_pieces(sample), title=name) for name, sample in samples.items())
+    return page.section(
+        "The same document, continued by each row", page.text(remark, "soft small"), page.group("texts", original, *made)
+    )
+
+
+def _foundation(root: Path, result: Result, basis: str | None, first: Reports) -> Part:
+    """Sources and machine of the baseline's first run."""
+    if basis is None:
+        return None
+    run = _complete(next(row for row in result["rows"] if row["name"] == basis))
+    machine = dict(facts.environment_facts(find_readable(root / run["folder"] / "environment.json")))
+    said = "not known: the file of the run is missing or damaged"
+    if machine:
+        said = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
+    return page.section("What this rests on", page.group("card", *facts.sources(first[basis]), page.text(f"Run on {said}.")))
 
 
 # ------------------------------------------------------------------------------------------------------ figures
 
 
-def _curve_figures(result: formats.Result, root: Path) -> list[tuple[Markup, str]]:
-    """Learning curves of the complete runs, a figure with its caption for each part of the table: parts count different things."""
+def _curves_and_spread(result: Result, root: Path) -> Part:
+    """Learning curves, a figure for each column's seeds, and every seed's number."""
+    columns = [column for column in result["columns"] if any(row["cells"][column["key"]]["ours"] for row in result["rows"])]
+    spreads = seed_spread([_spread(result, column) for column in columns], result["baseline"])
+    drawn = [*_curve_figures(result, root), *((svg, "") for svg in spreads)]
+    numbers = page.group("wide-cards", *(_seed_values(result, column) for column in columns))
+    return (
+        page.section(
+            "Curves and spread",
+            page.figures(drawn),
+            page.text(_spread_caption(result), "soft small"),
+            page.details("Every seed's number", numbers),
+        )
+        if drawn
+        else None
+    )
+
+
+def _seed_values(result: Result, column: Line) -> Part:
+    shown = {row["name"]: row["cells"][column["key"]]["values"] for row in result["rows"]}
+    rows = [[name, *("-" if v is None else f"{v:.{column['digits'] + 1}f}" for v in values)] for name, values in shown.items()]
+    return page.table([column["title"], *(f"seed {seed}" for seed in result["seeds"])], rows, "pinned")
+
+
+def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:
+    """Learning curves of the complete runs: a figure with its caption for each part of the table, because parts have different units."""
     found: dict[tuple[str, str], dict[str, list]] = {}
     complete = [(row["name"], run) for row in result["rows"] for run in row["runs"] if run["state"] == COMPLETE]
     for name, run in complete:
-        pair = curves(root / run["folder"], read_json(root / run["folder"] / "report.json"))
+        pair = facts.curves(root / run["folder"], read_json(root / run["folder"] / "report.json"))
         if len(pair[0][0]):
-            part = run["part"], curve_unit(read_config(root / run["folder"]))
+            part = run["part"], facts.curve_unit(read_config(root / run["folder"]))
             found.setdefault(part, {}).setdefault(name, []).append(pair)
     drawn = []
     for (part, unit), of_rows in found.items():
         series = ({name: [pair[i] for pair in of_row] for name, of_row in of_rows.items()} for i in (0, 1))
         caption = _curve_caption(len(result["seeds"]), unit)
-        drawn.append((Markup(loss_curves(*series, unit)), f"{part}: {caption}" if part else caption))
+        drawn.append((loss_curves(*series, unit), f"{part}: {caption}" if part else caption))
     return drawn
 
 
@@ -243,8 +296,8 @@ def _curve_caption(seeds: int, unit: str) -> str:
     return f"Moving averages of the training batches' {unit}: each of {seeds} seeds thin, their mean thick."
 
 
-def _spread(result: formats.Result, column: Mapping[str, Any]) -> SpreadColumn:
-    """A column's figure; columns whose paths end alike ("bpb") measure the same thing."""
+def _spread(result: Result, column: Line) -> SpreadColumn:
+    """A column's figure; columns whose paths end alike ("bpb") measure the same quantity."""
     better = f" ({column['better']} is better)" if column["better"] else ""
     quantity = " - ".join(path.rpartition(".")[2] for path in (column["path"], column["minus"]) if path)
     cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"] if not row["lacks"]}
@@ -253,11 +306,11 @@ def _spread(result: formats.Result, column: Mapping[str, Any]) -> SpreadColumn:
     return SpreadColumn(column["title"] + better, quantity, values, halves)
 
 
-def _spread_caption(result: formats.Result) -> str:
+def _spread_caption(result: Result) -> str:
     line = f" The dashed line is {result['baseline']}." if result["baseline"] else ""
     if len(result["seeds"]) == 1:
-        return f"One dot a row, because there is one seed: how far another seed would fall is not known.{line} Axes do not start at 0."
+        return f"One dot a row, because there is one seed: the spread between seeds is not known.{line} Axes do not start at 0."
     return (
-        f"A dot for each of {len(result['seeds'])} seeds, an upright stroke at their mean, a bar for its 95 % interval "
-        f"(one that reaches the frame goes on).{line} Axes do not start at 0, and columns of one quantity share theirs where they fill a third of it."
+        f"A dot for each of {len(result['seeds'])} seeds, a vertical stroke at their mean, a bar for its 95 % interval "
+        f"(cut off at the frame).{line} Axes do not start at 0, and columns of one quantity share theirs where they fill a third of it."
     )

@@ -21,7 +21,7 @@ COMPLETE, FAILED, UNFINISHED, NOT_RUN = "complete", "failed", "not finished", "n
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a table: a row with a seed, or a run that rows start from."""
 
     config: AnyConfig
@@ -32,7 +32,7 @@ class Run:
 
 def gather(
     table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path,
-    rows: Mapping[str, Mapping[str, Sequence[Run]]],
+    rows: Mapping[str, Mapping[str, Sequence[PlannedRun]]],
 ) -> dict[str, Any]:  # fmt: skip
     """The table as plain data: every number of every seed, statistics, published values, costs, and the state of each run.
 
@@ -193,7 +193,7 @@ def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
 # ---------------------------------------------------------------------------------------------- the state of a run
 
 
-def _run_state(run: Run, report: Mapping[str, Any] | None, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
+def _run_state(run: PlannedRun, report: Mapping[str, Any] | None, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
     """What a table may say of a run: it is complete when it has been through the table's analyses too."""
     reason = last_failure(run.workdir)
     if report is not None and all(name in report["analyses"] for name in analyses):

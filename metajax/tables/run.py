@@ -1,6 +1,6 @@
-"""Tables: run or resume every row for every seed, its parents first, and write down where the table stands after each run.
+"""Tables: run or resume every row for every seed, its parents first, and write the table after each run.
 
-A table may be stopped at any moment: the runs are ordinary runs, and the table is made anew from what they have left.
+A table may be stopped at any moment: its runs are ordinary runs, and the table is made from their files each time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from metajax.runs.files import find_readable, write_json
 from metajax.runs.parents import absent_fields, apply_changes, inherited, resolve_parents
 from metajax.runs.place import Gone, Place
 from metajax.tables.formats import csv_text, latex, markdown
-from metajax.tables.results import COMPLETE, Run, gather, last_failure, record_failure, record_retry
+from metajax.tables.results import COMPLETE, PlannedRun, gather, last_failure, record_failure, record_retry
+from metajax.vision.analyses import check_analyses
 
 RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
 
@@ -55,22 +56,22 @@ class TablePlan:
         variant = json.dumps([{k: str(v) for k, v in self.changes.items()}, [row.name for row in self.rows]], sort_keys=True)
         return home / f"{self.scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
 
-    def run_of(self, row: Row, seed: int, part: str) -> tuple[Run, tuple[Run, ...]]:
+    def run_of(self, row: Row, seed: int, part: str) -> tuple[PlannedRun, tuple[PlannedRun, ...]]:
         """The run of a row's part, and the runs that it starts from, the oldest first."""
         config = replace(apply_changes(self.table.config(row, self.scale, part), self.changes), seed=seed)
         config, older = resolve_parents(config, self.changes, self.root)
         folders = [default_workdir(parent, self.root) for parent in older]
-        parents = tuple(Run(parent, folders[i], tuple(folders[:i])) for i, parent in enumerate(older))
-        return Run(config, default_workdir(config, self.root), tuple(folders), part), parents
+        parents = tuple(PlannedRun(parent, folders[i], tuple(folders[:i])) for i, parent in enumerate(older))
+        return PlannedRun(config, default_workdir(config, self.root), tuple(folders), part), parents
 
     def _lines(self) -> list[tuple[Row, str]]:
         """Every row that this scale's corpus has the fields for, with each of its parts."""
         there = [row for row in self.rows if not self.table.lacks(row, self.scale)]
         return [(row, part) for row in there for part in self.table.parts_of(row, self.scale)]
 
-    def runs(self) -> list[Run]:
-        """Every run there is to make, each once, behind those that it starts from; all rows of one seed before the next seed."""
-        found: dict[Path, Run] = {}
+    def runs(self) -> list[PlannedRun]:
+        """All runs, each once, after those that it starts from; all rows of one seed before the next seed."""
+        found: dict[Path, PlannedRun] = {}
         for seed in self.seeds:
             for row, part in self._lines():
                 run, parents = self.run_of(row, seed, part)
@@ -88,7 +89,7 @@ class TablePlan:
         }
         made = {seed for (_, _, seed), run in found.items() if (run.workdir / "report.json").exists()}
         seeds = sorted({*self.seeds, *made})
-        rows: dict[str, dict[str, list[Run]]] = {row.name: {} for row in self.rows}
+        rows: dict[str, dict[str, list[PlannedRun]]] = {row.name: {} for row in self.rows}
         for row, part in self._lines():
             rows[row.name][part] = [found[row.name, part, seed] for seed in seeds]
         return gather(self.table, self.scale, seeds, self.changes, self.root, rows)
@@ -126,8 +127,9 @@ def plan_table(
       changes: dotted overrides of every row, and of the runs that rows start from (see `metajax.runs.parents.inherited`).
 
     Raises:
-      UserError: a change that fits no row, a parent that does not exist, experiments that start from each other.
+      UserError: an unknown analysis, a change that fits no row, a parent that does not exist, experiments that start from each other.
     """
+    check_analyses(f"table {table.name}", table.analyses)
     plan = TablePlan(table, scale, tuple(rows), tuple(seeds), changes, root)
     for config in {run.config.name: run.config for run in plan.runs()}.values():
         for field in absent_fields(config, inherited(changes)):
@@ -140,7 +142,7 @@ def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None
 
     Args:
       run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
-      executor: where runs are made, `at_once` of them at a time and each behind those that it starts from; None: here, one by one.
+      executor: where runs are made, `at_once` of them at a time and each after those that it starts from; None: in this process, one by one.
     """
     plan.write()
     with contextlib.closing(Place(plan.root)) as root, root.while_there():
@@ -157,9 +159,7 @@ def _run_all(plan: TablePlan, run_one: RunOne, executor: Executor, at_once: int,
             is_row = run.workdir.relative_to(plan.root).as_posix() in shown
             purpose = "" if is_row else ", from which rows start"
             waiting.remove(run)
-            say(
-                f"[{count - len(waiting)}/{count}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}",
-            )
+            say(f"[{count - len(waiting)}/{count}] {run.config.name}, seed {run.config.seed}{purpose}: {run.workdir}")
             running[executor.submit(attempt, run, run_one, plan.table.analyses if is_row else (), dict(failures))] = run
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run = running.pop(future)
@@ -173,7 +173,7 @@ def _run_all(plan: TablePlan, run_one: RunOne, executor: Executor, at_once: int,
     return result
 
 
-def attempt(run: Run, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
+def attempt(run: PlannedRun, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
     """Make one run; (why it failed, whether its report is a new one)."""
     parent = next((p for p in run.parents if p in failures), None)
     if parent is not None:

@@ -1,11 +1,12 @@
-"""A sample of all tables within a time: a row of each in turn, then another of each, to see that everything runs to its numbers."""
+"""A sample of all tables within a time: one row of each in turn, to check that everything runs and fills its columns."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,40 +31,37 @@ class Sampled:
     part: str
     minutes: float
     reason: str | None  # why it failed
-    empty: tuple[str, ...]  # columns that it should fill and does not
+    empty: tuple[str, ...]  # columns that it should fill but does not
 
 
 def budget_seconds(text: str) -> float:
     """Seconds of 90s, 60m or 2h; UserError for anything else."""
-    number, unit = text[:-1], text[-1:]
-    require(unit in UNITS, f"--budget {text}: expected a time such as 60m or 2h")
-    return UNITS[unit] * convert(number, Budget, f"--budget {text}: expected a time such as 60m or 2h; its number")
+    said = f"--budget {text}: expected a time such as 60m or 2h"
+    require(text[-1:] in UNITS, said)
+    return UNITS[text[-1]] * convert(text[:-1], Budget, f"{said}; its number")
 
 
 def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root: Path, run_one: RunOne) -> list[Sampled]:
-    """Make lines of the tables that have `scale` until no further one is expected to end in time; another seed chooses others.
+    """Make lines of the tables that have `scale` while another one is expected to end in time; the seed chooses which.
 
-    The first line of each table is made before the second of any. What is complete already costs nothing.
+    The first line of each table comes before the second of any. Complete runs take no time.
     """
     tables = [table for table in tables if scale in table.scales]
     require(bool(tables), f"no table has scale {scale!r}{nearest(scale, registry.SCALES)}")
     ends, made = time.monotonic() + seconds, []
     for table, row, part in _order(tables, scale, seed):
-        if time.monotonic() >= ends:
-            break
         plan = plan_table(table, scale, [seed], {}, root, [row])
         run, parents = plan.run_of(row, seed, part)
-        chain = [one for one in (*parents, run) if not (one.workdir / "report.json").exists()]
-        minutes = sum(registry.experiments().get(one.config.name, table).minutes.get(scale, 0.0) for one in chain)
-        left = (ends - time.monotonic()) / 60
-        if minutes > left:
+        chain, known = [*parents, run], registry.experiments()
+        to_make = [one.config.name for one in chain if not (one.workdir / "report.json").exists()]
+        minutes, left = sum(known.get(name, table).minutes.get(scale, 0.0) for name in to_make), (ends - time.monotonic()) / 60
+        if left <= 0 or minutes > left:
             continue
         say(f"{table.name}/{row.name}{part and '/' + part}, about {minutes:.1f} of {left:.0f} minutes left")
         began, failures, reason = time.monotonic(), {}, None
-        for one in (*parents, run):
+        for one in chain:
             reason, _ = attempt(one, run_one, table.analyses if one is run else (), failures)
-            if reason is not None:
-                failures[one.workdir] = reason
+            failures |= {one.workdir: reason} if reason else {}
         cells = plan.write()["rows"][0]["cells"]
         empty = [c.title for c in table.columns_at(scale) if c.part == part and cells[c.key]["values"] == [None]]
         spent = (time.monotonic() - began) / 60
@@ -72,28 +70,23 @@ def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root:
     return made
 
 
-def _order(tables: Sequence[Table], scale: str, seed: int) -> Iterator[tuple[Table, Row, str]]:
-    chance = random.Random(seed)
-    lines: Mapping[str, list[tuple[Row, str]]] = {
-        table.name: [(row, part) for row in table.rows if not table.lacks(row, scale) for part in table.parts_of(row, scale)]
-        for table in tables
-    }
-    for name in lines:
-        chance.shuffle(lines[name])
-    shuffled = chance.sample(tables, len(tables))
-    for i in range(max(map(len, lines.values()))):
-        for table in shuffled:
-            if i < len(lines[table.name]):
-                yield table, *lines[table.name][i]
+def _order(tables: Sequence[Table], scale: str, seed: int) -> list[tuple[Table, Row, str]]:
+    chance, lines = random.Random(seed), []
+    for table in chance.sample(tables, len(tables)):
+        rows = [row for row in table.rows if not table.lacks(row, scale)]
+        own = [(table, row, part) for row in rows for part in table.parts_of(row, scale)]
+        lines.append(chance.sample(own, len(own)))
+    return [line for turn in zip_longest(*lines) for line in turn if line]
 
 
 def summary(made: Sequence[Sampled]) -> list[dict[str, Any]]:
     """For each table that was reached: its lines, those that failed, and columns without a number."""
-    found: dict[str, dict[str, Any]] = {}
-    for one in made:
-        line = found.setdefault(one.table, {"table": one.table, "lines": 0, "minutes": 0.0, "failed": [], "empty": []})
-        line["lines"] += 1
-        line["minutes"] += one.minutes
-        line["failed"] += [f"{one.row}{one.part and '/' + one.part}: {one.reason}"] if one.reason else []
-        line["empty"] = sorted({*line["empty"], *one.empty})
-    return list(found.values())
+    found = []
+    for name in dict.fromkeys(one.table for one in made):
+        own = [one for one in made if one.table == name]
+        failed = [f"{one.row}{one.part and '/' + one.part}: {one.reason}" for one in own if one.reason]
+        empty = sorted({title for one in own for title in one.empty})
+        found.append(
+            {"table": name, "lines": len(own), "minutes": sum(one.minutes for one in own), "failed": failed, "empty": empty}
+        )
+    return found

@@ -1,7 +1,7 @@
-"""Delta tokens, what the meta-net makes of an augmentation: how well they tell augmentations apart, and how well classes.
+"""Delta tokens, the changes that augmentations make to an image's instance token: their separation by augmentation and by class.
 
-Protocol of AAPL's released code: meta tokens of up to 100 images as they are and under each augmentation, silhouettes (Euclidean, all
-dimensions) of the deltas by augmentation, PCA and t-SNE (perplexity 10, random state 123) to look at.
+Protocol of AAPL's released code: instance tokens (the meta-net's output) of up to 100 images, plain and under each augmentation; silhouettes
+(Euclidean, all dimensions) of the deltas by augmentation; PCA and t-SNE (perplexity 10, random state 123) for figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EMBEDDED = 40  # images in t-SNE, whose time grows faster than its points
 
 
 def delta_groups(learner: Learner, model: CLIP, pixels: np.ndarray, cfg: Prompts, seed: int) -> tuple[jax.Array, jax.Array]:
-    """(meta tokens [types + 1, N, width] with the images as they are in front, deltas [types, N, width]) of uint8 images."""
+    """(instance tokens [types + 1, N, width] with the plain images first, deltas [types, N, width]) of uint8 images."""
     key, plain = jax.random.key(seed), _tokens(learner, model, normalise(jnp.asarray(pixels), model.cfg))
     groups = [plain]
     for n in range(len(cfg.augmentations)):
@@ -65,16 +65,16 @@ def by_type(deltas: np.ndarray) -> np.ndarray:
 
 
 def weights(groups: tuple[jax.Array, jax.Array]) -> np.ndarray:
-    """Probabilities of the augmentations in the next epoch: softmax(-silhouette / 0.1), so that what is poorly told apart comes more often."""
+    """Probabilities of the augmentations in the next epoch, softmax(-silhouette / 0.1): poorly separated ones are more frequent."""
     found = -by_type(np.asarray(groups[1])) / TEMPERATURE
     found = np.exp(found - found.max())
     return (found / found.sum()).astype(np.float32)
 
 
 def analyse(learner: Learner, model: CLIP, pixels: np.ndarray, labels: np.ndarray, cfg: Prompts, seed: int) -> dict[str, Any]:
-    """Silhouettes of deltas and of meta tokens, dead units of the meta-net; under `details` what figures need.
+    """Silhouettes of deltas and of instance tokens, and dead units of the meta-net; `details` is for figures.
 
-    A silhouette is None where a meta-net that is dead, or a single class, leaves nothing to tell apart.
+    A silhouette is None where a dead meta-net or a single class leaves nothing to separate.
     """
     tokens, deltas = (np.asarray(part) for part in delta_groups(learner, model, pixels, cfg, seed))
     hidden = np.asarray(_hidden(learner, model, normalise(jnp.asarray(pixels), model.cfg)))
@@ -103,7 +103,7 @@ def _score(points: np.ndarray, groups: np.ndarray) -> float:
 
 
 def _pairs(deltas: np.ndarray) -> list[list[float]]:
-    """The silhouette of every two augmentations by themselves."""
+    """The silhouette of each pair of augmentations."""
     found, halves = np.zeros((len(deltas), len(deltas))), np.repeat((0, 1), deltas.shape[1])
     for a, b in itertools.combinations(range(len(deltas)), 2):
         found[a, b] = found[b, a] = _score(np.concatenate([deltas[a], deltas[b]]), halves)

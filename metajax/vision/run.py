@@ -16,10 +16,11 @@ from metajax.data.pipeline import Paths
 from metajax.runs.directory import RunDirectory
 from metajax.runs.files import mark_of, read_lines
 from metajax.runs.pace import Phases
+from metajax.vision.analyses import image_analysis
 from metajax.vision.contrastive import contrastive_task
 from metajax.vision.loop import train
 from metajax.vision.prompt_learning import prompt_task
-from metajax.vision.study import fitting, open_image_study, run_image_analyses
+from metajax.vision.study import open_image_study
 from metajax.vision.task import DETAILS, Task
 
 
@@ -39,7 +40,7 @@ def make(config: ImageConfig, run: RunDirectory, paths: Paths, phases: Phases) -
     results = task.evaluate(trained.state.model)
     clock = trained.time | {"evaluate_seconds": time.monotonic() - began, "total_seconds": time.monotonic() - phases.started}
     study = open_image_study(run.path, config, paths)
-    maps = dict(run_image_analyses(study, [name for name in fitting(study) if name == "attention"], run.path))
+    maps = dict(image_analysis.run(study, [name for name in image_analysis.fitting(study) if name == "attention"], run.path))
     details = results.get("delta", {}).pop("details", None)
     if details is not None:
         run.write(DETAILS, details)

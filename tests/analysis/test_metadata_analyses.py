@@ -7,20 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metajax.analysis import analysis
 from metajax.analysis import guidance as guidance_module
 from metajax.analysis import probes as probes_module
-from metajax.analysis.analyses import fitting, run_analyses
 from metajax.analysis.by_position import best_possible, places
+from metajax.analysis.common.labels import classes_of, matched, opening, with_rows
+from metajax.analysis.common.study import capture, open_study
 from metajax.analysis.guidance import counts_of, train_classifier
-from metajax.analysis.labels import classes_of, matched, opening, with_rows
 from metajax.analysis.metadata_attention import parts_of, shares
 from metajax.analysis.probes import accuracies, states
-from metajax.analysis.study import capture, open_study
 from metajax.config import Metadata
 from metajax.core.errors import UserError
 from metajax.data.pipeline import held_out, open_corpora
 from metajax.data.sources.generated import best_nats
-from metajax.reporting.analysis_sections import sections
 from metajax.training.program import Program
 
 
@@ -137,21 +136,21 @@ def test_all_of_them_reach_the_page(study, monkeypatch, tmp_path):
     monkeypatch.setattr(probes_module, "STEPS", 20)
     made = study(**{"evaluation.labels": ("{group}",)})
     names = ("probes", "metadata_attention", "guidance", "by_position")
-    assert set(names) < set(fitting(made))
-    found = dict(run_analyses(made, names, tmp_path))
+    assert set(names) < set(analysis.fitting(made))
+    found = dict(analysis.run(made, names, tmp_path))
     assert found["probes"]["layers"] == 3 and 0 <= found["probes"]["label_0"]["balanced"]["mlp"]["middle"] <= 1
     parts = found["metadata_attention"]["parts"]
     assert sum(part["mean"] for part in parts.values()) == pytest.approx(1, abs=1e-3) and parts["metadata"]["tokens"] == 1
     assert {"g_0", "g_1_5", "real", "topics"} < found["guidance"].keys() and found["guidance"]["texts"] == 8
-    shown = sections(tmp_path)
-    assert [section["name"] for section in shown] == list(names)
+    shown = analysis.sections(tmp_path)
+    assert [section["name"] for section in shown] == sorted(names)
     assert all(section["lines"] and section["figures"] for section in shown)
 
 
 def test_what_an_analysis_needs_is_said(study, tmp_path):
     behind = study(metadata=Metadata(position="append", template="{source}"))
-    for name, message in (("metadata_attention", "no metadata in front"), ("guidance", "stands in front of the text")):
+    for name, message in (("metadata_attention", "no metadata before"), ("guidance", "needs metadata with text")):
         with pytest.raises(UserError, match=message):
-            list(run_analyses(behind, [name], tmp_path))
+            list(analysis.run(behind, [name], tmp_path))
     with pytest.raises(UserError, match=r"evaluation\.labels names no template"):
-        list(run_analyses(study(**{"evaluation.labels": None}), ["probes"], tmp_path))
+        list(analysis.run(study(**{"evaluation.labels": None}), ["probes"], tmp_path))

@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 from scipy.special import entr
 
-from metajax.analysis.analyses import fitting, run_analyses
+from metajax.analysis import analysis
 from metajax.analysis.branches import without_branch
+from metajax.analysis.common.study import TEXT, capture, open_study
 from metajax.analysis.mixing_maps import describe, ssm_map, ssm_maps, ssm_rates
 from metajax.analysis.needle import depth_of, needle
 from metajax.analysis.overhead import twins
-from metajax.analysis.study import TEXT, capture, open_study
 from metajax.config import Hybrid, Tasks
 from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
-from metajax.reporting.analysis_figures import draw
-from metajax.reporting.analysis_words import headlines
 from metajax.training.program import Program, abstract_model
 
 METAS, LENGTH = 3, 24
@@ -121,14 +119,15 @@ def test_needles_stand_where_the_depth_says(opened):
 
 
 def test_numbers_words_and_figures(opened, text, tmp_path):
-    assert fitting(text) == ("overhead", "mixing_maps", "branches")
+    assert analysis.fitting(text) == ("branches", "mixing_maps", "overhead")
     study = open_study(*opened, prompts=4)
-    assert fitting(study) == ("overhead", "mixing_maps", "branches", "needle") and study.task == "needle"
-    for name, numbers in run_analyses(study, fitting(study)[1:], tmp_path):
-        assert headlines(name, numbers) and all("nan" not in line for line in headlines(name, numbers))
-        assert all(svg.startswith("<svg") for svg, _ in draw(name, numbers))
-    with pytest.raises(UserError, match=r"sharpening: about meta-tokens .* this run has none"):
-        list(run_analyses(text, ("sharpening",), tmp_path))
+    assert analysis.fitting(study) == ("branches", "mixing_maps", "needle", "overhead") and study.task == "needle"
+    list(analysis.run(study, analysis.fitting(study)[:3], tmp_path))
+    for section in analysis.sections(tmp_path):
+        assert section["lines"] and all("nan" not in line for line in section["lines"])
+        assert section["figures"] and all(svg.startswith("<svg") for svg, _ in section["figures"])
+    with pytest.raises(UserError, match=r"sharpening: .* this run has none"):
+        list(analysis.run(text, ("sharpening",), tmp_path))
     with pytest.raises(UserError, match="held-out documents of 500 tokens"):
         open_study(*opened, task=TEXT, length=500)
 

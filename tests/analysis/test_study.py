@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from scipy.special import entr, softmax, stdtrit
 
-from metajax.analysis.analyses import check_fits
-from metajax.analysis.attention_maps import maps
-from metajax.analysis.caching import by_distance, cosine, resemblance
+from metajax.analysis.attention import maps
+from metajax.analysis.caching import by_distance, caching, cosine, resemblance
+from metajax.analysis.common.study import open_study, pooled
 from metajax.analysis.interventions import intervene, interventions
 from metajax.analysis.overhead import OF_META_TOKENS, overhead, random_batch, twins
 from metajax.analysis.sharpening import sharpness
-from metajax.analysis.study import open_study, pooled
 from metajax.analysis.theory import meta_rows
-from metajax.config import MetaTokens, Tasks, check_analyses
+from metajax.config import MetaTokens, Tasks
 from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
 from metajax.models.masks import Mask
 from metajax.models.rotary import rotary_table
 from metajax.training.program import Program
 from metajax.training.step import MODEL_INPUTS
+from metajax.vision.analyses import check_analyses
 
 TASKS = Tasks(names=("copying", "list_recall"), train_length=48, eval_lengths=(32, 64), eval_examples=6, span=3)
 RUN = {
@@ -87,7 +87,7 @@ def test_sharpness_and_meta_rows_against_scores_by_hand(opened):
 def test_prompts_in_several_batches_are_those_in_one(opened, monkeypatch):
     study = open_study(*opened(), prompts=5)
     whole = study.over_prompts("test", sharpness, study.model)
-    monkeypatch.setattr("metajax.analysis.study.BATCH_FLOATS", 2 * 2 * 2 * 32 * 32)
+    monkeypatch.setattr("metajax.analysis.common.study.BATCH_FLOATS", 2 * 2 * 2 * 32 * 32)
     parts = study.over_prompts("test", sharpness, study.model)
     for name, values in whole.items():
         assert parts[name].shape == values.shape == (5, 2, 2, 32)
@@ -192,8 +192,8 @@ def test_mistakes_are_named(opened):
         ({"meta_tokens": None}, "meta_tokens is null"),
         ({"tasks.placement": "none"}, r"tasks.placement = 'none'"),
     ):
-        with pytest.raises(UserError, match=f"caching: about meta-tokens in prompts of the tasks, but .*{message}"):
-            check_fits(open_study(*opened(**changes)), ("caching",))
+        with pytest.raises(UserError, match=f"caching: .*{message}"):
+            caching(open_study(*opened(**changes)))
     with pytest.raises(UserError, match=r"raise model.max_positions"):
         open_study(*opened(**{"model.position": "learned"}), length=80)
     with pytest.raises(UserError, match=r"--what: unknown 'cachin'; did you mean 'caching'"):

@@ -18,7 +18,7 @@ from metajax.experiment import run_experiment
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening
-from metajax.reporting.choices import table_rows
+from metajax.reporting.tasks import choice_rows
 from metajax.training.program import Program
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "choice_harness.json").read_text())
@@ -153,7 +153,7 @@ def test_a_run_with_questions_from_start_to_finish(tiny_config, paths, tmp_path)
     )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Multiple choice" in page and f"<td>{scored['own']['acc']:.1%} ± " in page
-    assert table_rows(scored)[-1][:3] == ["mean", "nothing", "0"]
+    assert choice_rows(scored)[-1][:3] == ["mean", "nothing", "0"]
 
 
 def test_solved_examples_are_never_the_question_itself():

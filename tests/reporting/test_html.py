@@ -14,8 +14,9 @@ from metajax import registry
 from metajax.config import Config, Data, Evaluation, Metadata, MetaTokens, Training, config_hash
 from metajax.core.fields import override, to_dict
 from metajax.registry import Column, Row, Table
+from metajax.reporting.facts import against
 from metajax.reporting.figures import SpreadColumn, loss_curves, seed_spread
-from metajax.reporting.html import against, write_run_report
+from metajax.reporting.html import _metadata_words, write_run_report
 from metajax.runs.files import write_json
 from metajax.tables.run import plan_table, run_table
 
@@ -165,6 +166,12 @@ def test_the_page_of_a_run_tells_what_its_config_changes():
     }
     assert against(registry.find_experiment("quickstart/plain").build("cpu"))["fields"] == []
     assert against(base("cpu")) is None, "nobody has registered it"
+
+
+def test_a_page_says_what_the_recipe_says_of_a_position_that_it_does_not_know():
+    recipe = Metadata(template="{url}", keep=0.9)
+    object.__setattr__(recipe, "position", "between")
+    assert all(word in _metadata_words(recipe) for word in ("between", "'{url}'", "90%"))
 
 
 def test_ids_are_unique(pages):

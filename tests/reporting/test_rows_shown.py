@@ -1,4 +1,4 @@
-"""Rows for a person: what is said about runs of slots, and how they look."""
+"""Rows for a person: what is said about spans of slots, and how they look."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from metajax.data.packing import pack
 from metajax.data.positions import before
 from metajax.data.rows import RowSource, finish
 from metajax.data.tokenizers import Bytes
-from metajax.reporting.rows import for_page, runs, summary
+from metajax.reporting.rows import for_page, spans, summary
 
 TOKENIZER = Bytes()
 
@@ -27,7 +27,7 @@ def source(texts, strings, capacity=40):
 
 def test_letters_stay_whole_and_look_as_they_count():
     row = finish(source(["Éé à."], ["ü"])[0], attend_across_documents=False)
-    found = runs(row, TOKENIZER)
+    found = spans(row, TOKENIZER)
     assert [str(run) for run in found] == [
         "1 text     | metadata x 0 | <|eot|>",
         "1 metadata | metadata x 0 | <|context_begin|>ü",
@@ -45,7 +45,7 @@ def test_meta_tokens_stand_in_their_runs_with_counts(loss):
     row = inject(
         row, np.random.default_rng(0), meta=MetaTokens(inject="periodic", loss=loss), count=20, meta_id=TOKENIZER.vocabulary.meta
     )
-    found = runs(finish(row, attend_across_documents=False), TOKENIZER)
+    found = spans(finish(row, attend_across_documents=False), TOKENIZER)
     assert [run.holds for run in found] == ["text", "metadata", "text"]
     text = found[2].text
     assert text.plain.replace("<|meta|>", "") == "abcdefgh" and "<|meta|>" in text.plain

@@ -30,7 +30,7 @@ def test_a_row_whose_field_the_corpus_lacks_is_shown_and_not_run(tmp_path, capsy
     plan = plan_of(rows, [Column("bits/byte", "eval.none.bpb")], tmp_path)
     [run] = plan.runs()
     write_json(run.workdir / "report.json", REPORT)
-    assert "| scored | not here  | " in markdown(plan.result())
+    assert "| scored | not here " in markdown(plan.result())
     assert "- Not here, for want of a score: scored.\n" in markdown(plan.result())
     print_table_plan(plan)
     assert "not here, for want" in " ".join(capsys.readouterr().out.split())

@@ -172,7 +172,7 @@ def test_a_second_process_is_refused(paths, tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeypatch):
     config = learner()
     straight = paths.runs / "straight"
-    monkeypatch.setattr(study, "ROUNDS", 3)
+    monkeypatch.setattr("metajax.vision.analyses.overhead.ROUNDS", 3)
     report = run_experiment(config, straight, paths, analyses=["overhead"])
     timed = report["analyses"]["overhead"]
     assert timed["cocoop"]["step"]["ratio"] == 1 and timed["aapl"]["step"]["ms"] > 0 and timed["classes"] == 5
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeyp
     assert report["parameters"] == {"context": 64, "meta_net": 16 * 16 + 16 + 16 * 16 + 16, "total": 64 + 544}
     page = (straight / "report.html").read_text()
     assert "t-SNE" in page and "silhouette of deltas by augmentation" in page and "Time of a step" in page
-    with pytest.raises(UserError, match="sharpening: not of runs on images"):
+    with pytest.raises(UserError, match="unknown 'sharpening'"):
         run_experiment(config, straight, paths, analyses=["sharpening"])
 
     def killed(task, *others):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+from metajax.analysis import analysis
 from metajax.cli import arguments as checked
 from metajax.cli import common
 from metajax.cli.arguments import add_number, add_place, add_run_word
 from metajax.cli.verb import verb
-from metajax.config import ANALYSES, ImageConfig, check_analyses
+from metajax.config import ImageConfig
 from metajax.core.errors import require
 from metajax.core.fields import Range, override
 from metajax.core.progress import echo, say
@@ -20,9 +20,8 @@ from metajax.core.storage import publish
 
 def add_analyze(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
-    parser.add_argument(
-        "--what", type=checked.word, default=None, metavar="LIST", help=f"some of {','.join(ANALYSES)} (all that fit the run)"
-    )
+    known = ",".join(analysis.names())
+    parser.add_argument("--what", type=checked.word, default=None, metavar="LIST", help=f"some of {known} (all that fit the run)")
     parser.add_argument(
         "--task", type=checked.word, default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
     )  # fmt: skip
@@ -41,12 +40,30 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     python run.py analyze RUN --what sharpening,caching      some of them
     """
     names = tuple(options.what.split(",")) if options.what else ()
+    from metajax.vision.analyses import check_analyses, image_analysis
+
     check_analyses("--what", names)
     from metajax.runs.directory import find_run, read_config
 
     workdir = find_run(options.run, options.runs_dir)
     if isinstance(read_config(workdir), ImageConfig):
-        return _analyze_images(workdir, names, options)
+        analyses, study = image_analysis, _image_study(workdir, options)
+    else:
+        analyses, study = analysis, _text_study(options)
+    from metajax.experiment import write_report
+    from metajax.reporting.html import write_analysis_page
+
+    for name, numbers in analyses.run(study, names or analyses.fitting(study), workdir):
+        echo("\n  ".join((name.replace("_", " "), *analyses.find(name).lines(numbers))))
+    if (workdir / "report.json").exists():
+        write_report(workdir)
+    say(f"figures: {write_analysis_page(workdir, analyses.sections(workdir))}")
+    publish(workdir)
+    return 0
+
+
+def _text_study(options: argparse.Namespace) -> Any:
+    """The run's model on the prompts that the command asks for."""
     config, changes, choice = common.config_of_run(options), {}, {"task": options.task, "length": options.length}
     task = options.task or ("list_recall" if config.tasks is None and config.meta_tokens is not None else None)
     if task not in (None, "text"):
@@ -58,34 +75,21 @@ def analyze(options: argparse.Namespace, started: float) -> int:
         changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
     config = override(config, changes)
     opened = common.open_run(options, options.run)
-    from metajax.analysis.analyses import fitting, run_analyses
-    from metajax.analysis.study import open_study
-    from metajax.reporting.html import write_analysis_page
-    from metajax.reporting.terminal import print_analysis
+    from metajax.analysis.common.study import open_study
 
     study = open_study(opened.program, opened.open_corpora(config, common.paths_of(options)), opened.model, **choice)
     say(f"{study.count} prompts of {study.task}, at most {study.rows['tokens'].shape[1]} tokens each")
-    for name, numbers in run_analyses(study, names or fitting(study), opened.workdir):
-        print_analysis(name, numbers)
-    say(f"figures: {write_analysis_page(opened.workdir)}")
-    publish(opened.workdir)
-    return 0
+    return study
 
 
-def _analyze_images(workdir: Path, names: Sequence[str], options: argparse.Namespace) -> int:
+def _image_study(workdir: Path, options: argparse.Namespace) -> Any:
+    """The run's CLIP and some test images."""
     require(
         options.task is None and options.length is None and options.examples is None,
         f"{workdir} is a run on images; --task, --length and --examples choose prompts of text",
     )
     common.start_jax(options.cache_dir)
     from metajax.runs.directory import read_config
-    from metajax.vision.analysis_page import headlines
-    from metajax.vision.page import write_image_report
-    from metajax.vision.study import fitting, open_image_study, run_image_analyses
+    from metajax.vision.study import open_image_study
 
-    study = open_image_study(workdir, read_config(workdir), common.paths_of(options))
-    for name, numbers in run_image_analyses(study, names or fitting(study), workdir):
-        echo("\n  ".join((name, *headlines(name, numbers))))
-    say(f"figures: {write_image_report(workdir)}")
-    publish(workdir)
-    return 0
+    return open_image_study(workdir, read_config(workdir), common.paths_of(options))

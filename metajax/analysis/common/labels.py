@@ -1,4 +1,4 @@
-"""Held-out documents with labels from their metadata, one to a row: what probes, guidance and maps of attention to metadata work on."""
+"""Held-out documents with labels from their metadata, one in each row, for probes, guidance and attention to metadata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from metajax.analysis.study import Study
+from metajax.analysis.common.study import Study
 from metajax.core.errors import require
 from metajax.data.annotators import UNKNOWN
 from metajax.data.cache import build_metadata_table
@@ -18,19 +18,26 @@ from metajax.data.pipeline import EVALUATION_SEED, Corpora, row_capacity
 from metajax.data.rows import Row, finish, stack
 
 
-def check_labels(study: Study, what: str) -> tuple[str, ...]:
-    """The templates of `evaluation.labels`; UserError where there is none, or the rows have learned meta-tokens among their text."""
-    config = study.corpora.config
-    require(
-        bool(config.evaluation.labels),
-        f"{what}: evaluation.labels names no template, such as --set evaluation.labels={{section}}",
-    )
-    require(config.meta_tokens is None, f"{what}: made for models without learned meta-tokens in their text (meta_tokens)")
-    return config.evaluation.labels
+def has_labels(study: Study) -> bool:
+    """Whether `evaluation.labels` names templates, and the model is one that these analyses are meant for."""
+    return bool(study.corpora.config.evaluation.labels) and study.model.meta is None
+
+
+def check_labels(study: Study) -> None:
+    """UserError where `evaluation.labels` is empty, or the rows have inserted meta-tokens in their text."""
+    config, remedy = study.corpora.config, "such as --set evaluation.labels={section}"
+    require(bool(config.evaluation.labels), f"evaluation.labels names no template, {remedy}")
+    require(config.meta_tokens is None, "made for models without inserted meta-tokens in their text (meta_tokens)")
+
+
+def has_context(study: Study) -> bool:
+    """Whether the run has metadata before the text."""
+    recipe = study.corpora.config.metadata
+    return recipe is not None and recipe.prepended
 
 
 def some_documents(corpora: Corpora, split: str, least: int, most: int) -> Int[np.ndarray, " N"]:
-    """At most `most` documents of the first source with `least` body tokens or more, in an order that the corpus fixes."""
+    """At most `most` documents of the first source with at least `least` body tokens, in an order fixed by the corpus."""
     data, cache = corpora.config.data, corpora.caches[0]
     found = cache.documents(split, data.held_out, data.min_bytes)
     found = found[cache.lengths[found] >= least]
@@ -57,7 +64,7 @@ def classes_of(texts: Sequence[str | None], least: int) -> tuple[Int[np.ndarray,
 def matched(
     classes: Int[np.ndarray, " N"], lengths: Float[np.ndarray, " N"], bins: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " N"]:
-    """A choice with the same number of documents of every class in each of `bins` ranges of length; one bin: balanced alone."""
+    """A choice with the same number of documents of every class in each of `bins` ranges of length; one bin: only balanced."""
     there = classes >= 0
     edges = np.quantile(lengths[there], np.linspace(0, 1, bins + 1)[1:-1]) if there.any() else np.zeros(0)
     place = np.searchsorted(edges, lengths)
@@ -71,7 +78,7 @@ def matched(
 
 
 def opening(corpora: Corpora, metadata: Sequence[int] | None) -> tuple[list[int], list[int]]:
-    """(ids in front of a body, the kind of each: 0 for BOS, 1 and 3 for the delimiters, 2 for metadata); None: no metadata at all."""
+    """(ids before a body, the kind of each: 0 for BOS, 1 and 3 for the delimiters, 2 for metadata); None: no metadata at all."""
     recipe, bos = corpora.config.metadata, [corpora.tokenizer.vocabulary.bos]
     if metadata is None:
         return bos, [0]
@@ -82,7 +89,7 @@ def opening(corpora: Corpora, metadata: Sequence[int] | None) -> tuple[list[int]
 
 
 def with_rows(study: Study, openings: Sequence[Sequence[int]], documents: Int[np.ndarray, " N"], longest: int) -> Study:
-    """The study on these documents' bodies behind their openings, at most `longest` slots a row; `is_body` are the slots with body tokens."""
+    """The study on these documents: opening, then body, at most `longest` positions a row; `is_body` marks the body's positions."""
     corpora = study.corpora
     cache, pad = corpora.caches[0], corpora.tokenizer.vocabulary.pad
     width = min(longest, row_capacity(corpora.config))

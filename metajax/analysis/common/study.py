@@ -1,4 +1,4 @@
-"""What an analysis works on: a trained model, and test prompts of one task, or pieces of held-out text."""
+"""What an analysis measures: a trained model on test prompts of one task, or on the beginnings of held-out documents."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from metajax.data.pipeline import EVALUATION_SEED, Corpora, task_examples
 from metajax.data.rows import Row, finish, padding_row, stack
 from metajax.data.tasks.examples import PAUSES, assemble
 from metajax.distributed.mesh import row_shards
+from metajax.evaluation.statistics import summarize
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
 from metajax.training.program import Program
@@ -28,13 +29,13 @@ from metajax.training.step import MODEL_INPUTS
 PROMPTS = 500  # the papers' numbers of prompts are not stated
 PIECES = 64  # of text
 TEXT = "text"  # in place of a task's name
-BATCH_FLOATS = 2**25  # of attention probabilities in one batch of prompts
-Batch = dict[str, jax.Array]
+BATCH_FLOATS = 2**25  # attention probabilities in one batch of prompts
+Arrays = dict[str, jax.Array]  # a batch of rows
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model and N prompts of a task, or documents, one to a row of T slots; `rows` holds them stacked, [N, T] each."""
+    """A model, and N prompts of a task or N documents, one in each row of T positions; `rows` holds them stacked, [N, T] each."""
 
     program: Program
     corpora: Corpora
@@ -46,25 +47,30 @@ class Study:
     def count(self) -> int:
         return len(self.rows["tokens"])
 
+    @property
+    def made_on(self) -> dict[str, Any]:
+        """Task, length and number of the prompts, for the record."""
+        return {"task": self.task, "length": self.rows["tokens"].shape[1], "prompts": self.count}
+
     @cached_property
     def asked(self) -> Int[np.ndarray, " N"]:
-        """The slot of each prompt's last token, which asks for the first token of the answer."""
+        """The position of each prompt's last token, whose target is the first token of the answer."""
         return np.argmax(self.rows["loss_weights"] > 0, axis=1)
 
     @cached_property
     def first_meta(self) -> Int[np.ndarray, " N"]:
-        """The slot of each prompt's first meta-token."""
+        """The position of each prompt's first meta-token."""
         return self.rows["meta_slots"].min(axis=1)
 
     @cached_property
     def last_meta(self) -> Int[np.ndarray, " N"]:
-        """The slot of each prompt's last meta-token: "Meta Token #2" in tasks that place two."""
+        """The position of each prompt's last meta-token: "Meta Token #2" in tasks that place two."""
         slots = self.rows["meta_slots"]
         return np.where(slots < self.rows["tokens"].shape[1], slots, -1).max(axis=1)
 
     @cached_property
     def queries(self) -> Bool[np.ndarray, "N T"]:
-        """The tokens of each prompt behind its first meta-token."""
+        """The tokens of each prompt after its first meta-token."""
         index = np.arange(self.rows["tokens"].shape[1])
         return (index > self.first_meta[:, None]) & (index <= self.asked[:, None])
 
@@ -101,11 +107,15 @@ def open_study(
     length: int | None = None,
     prompts: int | None = None,
 ) -> Study:
-    """The first `prompts` test examples of a task in the bin of `length` tokens; of task "text" the beginnings of held-out documents.
+    """The first `prompts` test examples of a task in the bin of `length` tokens; for task "text" the beginnings of held-out documents.
 
-    task: None: text where the config has no tasks, else list recall, as in the paper, or the first task there is.
-    length: None: the longest bin within the training length, or that length; of text the row length, or as long as two documents are. prompts: None: PROMPTS or PIECES.
-    Raises UserError for an unknown task, a length that the model cannot read, and fewer than two prompts.
+    Args:
+      task: None: text where the config has no tasks, else list recall, as in the paper, or the first task.
+      length: None: the longest bin within the training length, or that length; for text the row length, or the length of the second longest document.
+      prompts: None: PROMPTS or PIECES.
+
+    Raises:
+      UserError: an unknown task, a length that the model cannot read, fewer than two prompts.
     """
     tasks = corpora.config.tasks
     require(prompts is None or prompts >= 2, f"{prompts} prompts have no spread; at least 2")
@@ -126,7 +136,7 @@ def open_study(
 
 
 def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
-    """BOS and the first `length` - 1 tokens of `count` held-out documents that are longer, or of all there are."""
+    """BOS and the first `length` - 1 tokens of at most `count` held-out documents that are longer."""
     cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
     documents = cache.documents("held_out", data.held_out, data.min_bytes)
     if length is None:
@@ -146,7 +156,7 @@ def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
     return stack(rows)
 
 
-def capture(model: LM, batch: Batch, *names: str) -> dict[str, jax.Array]:
+def capture(model: LM, batch: Arrays, *names: str) -> dict[str, jax.Array]:
     """Intermediates of `metajax.models.lm.CAPTURABLE` for a batch, stacked over the prompts first: [B, L, ...]; "final" is [B, T, width]."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     _, captured = model(inputs.pop("tokens"), **inputs, capture=names)
@@ -154,7 +164,7 @@ def capture(model: LM, batch: Batch, *names: str) -> dict[str, jax.Array]:
 
 
 def at_slots(x: Float[jax.Array, "B ..."], slots: Int[jax.Array, " B"], axis: int) -> Float[jax.Array, "B ..."]:
-    """x at one index of `axis` for each prompt; the axis is gone."""
+    """x at one index of `axis` for each prompt; the axis is removed."""
     return jax.vmap(partial(jnp.take, axis=axis - 1))(x, slots)
 
 
@@ -183,6 +193,34 @@ def cluster_mean(values: Float[np.ndarray, "N ..."], chosen: Bool[np.ndarray, "N
     residuals = np.where(chosen, values - mean, 0.0).reshape(n, -1).sum(axis=1, dtype=np.float64)
     error = np.sqrt(n / (n - 1) * np.square(residuals).sum()) / total
     return mean, float(stdtrit(n - 1, 0.975) * error)
+
+
+def mean_over_rows(values: Float[np.ndarray, " N"]) -> dict[str, float]:
+    """{mean, half}: the mean over rows, and the half width of its 95 % interval (Student t)."""
+    found = summarize(values.tolist())
+    return {"mean": found.mean, "half": found.half}
+
+
+def meta_tokens_in_prompts(study: Study) -> None:
+    """UserError unless the model has meta-tokens and the study's prompts contain them."""
+    tasks, said = study.corpora.config.tasks, "needs meta-tokens in prompts of the tasks, but "
+    require(study.model.meta is not None, f"{said}this run has none (meta_tokens is null)")
+    on_task = tasks is not None and study.task in tasks.names
+    require(on_task, f"{said}these rows are text; name a task with --task, such as list_recall")
+    require(tasks.placement != "none", f"{said}tasks.placement = 'none'")
+
+
+def has_meta_tokens(study: Study) -> bool:
+    """Whether the model has meta-tokens: by default only the analyses of these are made then."""
+    return study.model.meta is not None
+
+
+def is_parallel(study: Study) -> bool:
+    """Whether the model has attention beside Mamba in one block."""
+    return study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
+
+
+META_TOKENS = {"fits": has_meta_tokens, "needs": meta_tokens_in_prompts}  # of the analyses of meta-tokens
 
 
 def rounded(values: np.ndarray, digits: int = 4) -> list[Any]:

@@ -1,0 +1,14 @@
+"""Analyses of runs on images: each module of this package is one. This file imports neither JAX nor matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from metajax.analysis import Analyses, analysis, check_names
+
+image_analysis = Analyses(__name__, __path__)
+
+
+def check_analyses(what: str, names: Iterable[str]) -> None:
+    """UserError for an analysis that neither text nor images have; `what` says where it was named."""
+    check_names(what, names, sorted({*analysis.names(), *image_analysis.names()}))

@@ -1,0 +1,92 @@
+"""Cost of a train step: AAPL and its relatives beside CoCoOp, in turns in one process.
+
+Train steps of learners of this run's shapes, one image each, in turns in one process. The images are in memory, so reading them
+takes no time. The extension of AAPL (2511.03367) reports 1.25 times CoCoOp's training time, by third parties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.analysis import Figures, Numbers
+from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
+from metajax.core.errors import require
+from metajax.core.fields import override
+from metajax.core.progress import progress
+from metajax.distributed.mesh import make_mesh
+from metajax.reporting.panels import GREY, panels
+from metajax.training.state import initialiser
+from metajax.vision.analyses import image_analysis
+from metajax.vision.clips import whole
+from metajax.vision.loop import compile_step
+from metajax.vision.prompt_learning import Frozen
+from metajax.vision.sketch import Shapes, sketch
+from metajax.vision.study import ImageStudy
+
+ROUNDS = 40  # each has one step of every twin
+TWINS = {  # with one image a step, as CoCoOp and AAPL are published; the others are compared with the first
+    "cocoop": {"prompts.condition": "meta"},
+    "coop": {"prompts.condition": "none"},
+    "cocoop_augmented": {"prompts.condition": "meta", "prompts.augment": 1.0},
+    "aapl": {"prompts.condition": "meta", "prompts.alpha": 0.2},
+}
+WORDS = {"cocoop": "CoCoOp", "coop": "CoOp", "cocoop_augmented": "CoCoOp, augmented", "aapl": "AAPL"}
+REPORTED = 1.25  # AAPL's training time over CoCoOp's, in its extension
+
+
+def compiled_steps(study: ImageStudy) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({twin: its train step, state -> state}, {twin: its first state}) on images in memory."""
+    bare = replace(study.config.prompts, condition="none", alpha=0.0, augment=0.0, batch=1, class_position="end")
+    config = replace(study.config, prompts=bare, images=replace(study.config.images, view="crop"))
+    frozen, mesh = Frozen(study.model, study.texts, jnp.zeros((0, study.model.cfg.embed))), make_mesh(config.runtime.mesh)
+    shapes, key = Shapes(study.model.cfg, *study.texts.embedded.shape[:2]), jax.random.key(0)
+    steps, states = {}, {}
+    with progress("compiling train steps", total=len(TWINS)) as advance:
+        for name, changes in TWINS.items():
+            twin = override(config, changes)
+            task, _ = sketch(twin, shapes)
+            state = jax.jit(initialiser(task.create, task.tx), out_shardings=whole(config))(key)
+            batch = {"index": np.zeros(1, np.int32), "label": np.zeros(1, np.int32)}
+            batch["pixels"] = study.pixels[None, : 1 + twin.prompts.paired]
+            arguments = (frozen, batch, task.choice, key)
+            steps[name], states[name] = partial(_step, compile_step(task, mesh, state, *arguments), arguments), state
+            advance(1)
+    return steps, states
+
+
+def _step(step: Any, arguments: tuple[Any, ...], state: Any) -> Any:
+    return step(state, *arguments)[0]
+
+
+def _needs(study: ImageStudy) -> None:
+    require(study.texts is not None, "compares prompt learners; this run trains none")
+
+
+@image_analysis("overhead", title="Time of a step", fits=lambda study: study.texts is not None, needs=_needs, on_prompts=False)
+def overhead(study: ImageStudy) -> dict[str, Any]:
+    """For each of TWINS: step, as from `against_first`."""
+    classes, tokens, _ = study.texts.embedded.shape
+    steps = against_first(step_seconds(*compiled_steps(study), ROUNDS))
+    found = {"rounds": ROUNDS, "classes": classes, "tokens": tokens, "device": jax.devices()[0].device_kind}
+    return found | {name: {"step": step} for name, step in steps.items()}
+
+
+@overhead.headlines
+def headlines(numbers: Numbers) -> list[str]:
+    made_on = f"{numbers['classes']} classes of {numbers['tokens']} tokens on {numbers['device']}; medians of {numbers['rounds']} rounds"
+    return [made_on, *(f"{words}: {step_words(numbers[name]['step'])}" for name, words in WORDS.items())]
+
+
+@overhead.figures
+def figures(result: Numbers) -> Figures:
+    figure, (axes,) = panels(1, 1, 1.9)
+    ratio_panel(axes, result, WORDS, "time of a train step, x of CoCoOp's")
+    axes.axvline(REPORTED, color=GREY, linewidth=1, linestyle=":")
+    caption = f"Medians of {result['rounds']} rounds with one step of every learner; whiskers are quartiles; dotted: {REPORTED}."
+    return [(figure, caption)]

@@ -1,0 +1,85 @@
+"""An analysis of one's own: one file in a package of experiments, run from the command line."""
+
+import json
+import sys
+
+import pytest
+
+from metajax import registry
+from metajax.analysis import analysis
+from metajax.cli.main import main
+from metajax.core.errors import UserError
+from metajax.experiment import run_experiment
+from metajax.vision.analyses import check_analyses, image_analysis
+
+LETTERS = """'''Letters.
+
+How many distinct tokens the prompts have.
+'''
+from metajax.analysis import analysis
+
+
+@analysis("letters", title="Letters of the prompts", fits=lambda study: True)
+def letters(study):
+    return {"distinct": len(set(study.rows["tokens"].ravel().tolist())), "details": {"lengths": [1.0, 3.0, 2.0]}}
+
+
+@letters.headlines
+def headlines(numbers):
+    return [f"{numbers['distinct']} distinct tokens"]
+
+
+@letters.figures
+def figures(result):
+    from metajax.reporting.panels import panels
+
+    figure, (axes,) = panels(1, 1, 2.0)
+    axes.plot(result["details"]["lengths"])
+    return [(figure, "Lengths.")]
+"""
+
+
+@pytest.fixture
+def package(own_registry, tmp_path, monkeypatch):
+    """A package of experiments with nothing but that file."""
+    folder = tmp_path / "of_mine"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "letters.py").write_text(LETTERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(analysis, "made", dict(analysis.made))
+    yield "of_mine"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "of_mine"]:
+        del sys.modules[name]
+
+
+def test_one_file_is_a_whole_analysis(package, tiny_config, paths, tmp_path, capsys):
+    workdir = tmp_path / "runs" / "run"
+    run_experiment(tiny_config(**{"training.steps": 1, "model.layers": 1, "evaluation.documents": 2}), workdir, paths)
+    where = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(paths.cache)]
+    code = main(["analyze", str(workdir), "--what", "letters", "--examples", "3", "--length", "8", *where], packages=(package,))
+    numbers = json.loads((workdir / "analysis" / "letters.json").read_text())["result"]
+    said = f"{numbers['distinct']} distinct tokens"
+    assert code == 0 and 1 < numbers["distinct"] <= 24 and said in capsys.readouterr().out
+    for page in (workdir / "report.html", workdir / "analysis" / "analysis.html"):
+        text = page.read_text()
+        assert "Letters of the prompts" in text and "How many distinct tokens" in text and said in text and "Lengths." in text
+
+
+def test_names_are_known_where_they_are_given(package):
+    registry.load(package)
+    assert {"letters", "sharpening", "theory"} <= set(analysis.names()) and set(image_analysis.names()) == {
+        "attention",
+        "overhead",
+    }
+    with pytest.raises(UserError, match="unknown 'leters'; did you mean 'letters'"):
+        check_analyses("table mine", ("leters",))
+    with pytest.raises(UserError, match="has one of that name"):
+        analysis("theory", title="another")(check_analyses)
+
+
+@pytest.mark.parametrize("known", [analysis, image_analysis])
+def test_every_module_is_the_analysis_of_its_name(known):
+    for name in known.modules:
+        found = known.find(name)
+        assert found.name == name and found.title and found.about
