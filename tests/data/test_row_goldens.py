@@ -15,7 +15,7 @@ from metajax.data.packing import pack
 from metajax.data.positions import spots
 from metajax.data.rows import RowSource, finish
 from metajax.data.tokenizers import Bytes
-from metajax.reporting.rows import runs
+from metajax.reporting.rows import spans
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "metadata_rows.txt"
 TEXTS = ("The quick brown fox jumps over it.", "Tiny.", "A lazy dog sleeps on.")
@@ -51,7 +51,7 @@ def decoded(packing, recipe):
     rows = RowSource(index, lambda i: np.array(list(TEXTS[i].encode()), np.int32), placement, tokenizer.vocabulary, capacity)
     lines = []
     for n in range(len(rows)):
-        lines += [f"row {n}", *map(str, runs(finish(rows[n], attend_across_documents=False), tokenizer))]
+        lines += [f"row {n}", *map(str, spans(finish(rows[n], attend_across_documents=False), tokenizer))]
     return lines
 
 

@@ -14,7 +14,7 @@ from metajax.core.fields import override
 from metajax.data.pipeline import Paths, open_corpora, training_batches, training_rows
 from metajax.experiment import run_experiment
 from metajax.models.flops import step_flops
-from metajax.reporting.rows import runs
+from metajax.reporting.rows import spans
 from metajax.runs.files import read_lines
 from metajax.training import loop
 from metajax.training.dpo import preference_sums
@@ -164,7 +164,7 @@ def test_rows_hold_whole_pairs_behind_their_prompts(dpo_config, paths):
     train, n = len(cache.documents("train", 0.2)), 0
     while len(seen) < train:
         row = rows[n]
-        shown = [(run.asked, str(run.text)) for run in runs(row, corpora.tokenizer)]
+        shown = [(run.asked, str(run.text)) for run in spans(row, corpora.tokenizer)]
         for segment in range(1, row["segment_ids"].max(), 2):
             chosen, rejected = (
                 corpora.tokenizer.decode(row["tokens"][row["segment_ids"] == s][1:].tolist()).split("? ")
