@@ -75,8 +75,7 @@ def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
 def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
     """What is planned of a config and devices, for its kind of run."""
     if isinstance(config, ImageConfig):
-        from metajax.vision.plan import image_step
-        from metajax.vision.sketch import shapes_of
+        from metajax.vision.program import image_step, shapes_of
 
         return functools.partial(image_step, shapes=shapes_of(config, parents, paths))
     tokenizer = config.data.tokenizer

@@ -36,15 +36,9 @@ AUGMENTATIONS = (
 
 
 OF_TEXT = (
-    "runtime.on_bad_step",
-    "runtime.max_grad_norm",
-    "runtime.max_skipped",
-    "runtime.profile",
-    "runtime.hang_seconds",
-    "runtime.startup_seconds",
     "runtime.implementation",
-    "training.accumulate",
-)  # what no run on images reads; fmt: skip
+    "training.objective",
+)  # CLIP has no Pallas kernels, and its objectives are chosen by `prompts`
 
 
 @dataclass(frozen=True)
@@ -152,6 +146,10 @@ class ImageConfig(Part):
                 bool(self.init.from_) != bool(self.weights),
                 "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
             )
+            require(
+                self.prompts.batch % self.training.accumulate == 0,
+                f"prompts.batch = {self.prompts.batch} does not divide by training.accumulate = {self.training.accumulate}",
+            )
 
     def unread(self) -> dict[str, str]:
         """{field: why nothing reads it} of a run of this kind."""
@@ -159,7 +157,8 @@ class ImageConfig(Part):
         clip, learner, context = cfg is None, cfg is not None, bool(cfg and cfg.context)
         alone, paired = not (cfg and cfg.alpha), bool(cfg and cfg.paired)
         rules = (
-            (True, "runs on images have no such thing, runs on text do", OF_TEXT),
+            (True, "runs on images have no such choice, runs on text do", OF_TEXT),
+            (clip, "each image is compared with all texts of its batch, so that micro-batches would have another loss", ["training.accumulate"]),
             (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
             (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
             (clip, "a CLIP is trained from its start", ["init.from_"]),

@@ -17,9 +17,7 @@ from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import progress
 from metajax.data.pipeline import Paths
-from metajax.distributed.mesh import make_mesh
 from metajax.runs.files import write_json
-from metajax.training.state import initialiser
 from metajax.vision.clip.model import CLIP
 from metajax.vision.clip.prompts import ClassTexts
 from metajax.vision.clips import clip_of_run, open_clip, whole
@@ -27,9 +25,7 @@ from metajax.vision.data.batches import test_pixels
 from metajax.vision.data.preprocessing import normalise
 from metajax.vision.data.sets import part_of_classes
 from metajax.vision.data.sources import open_images
-from metajax.vision.loop import compile_step
-from metajax.vision.prompt_learning import Frozen, texts_for
-from metajax.vision.sketch import Shapes, sketch
+from metajax.vision.prompt_learning import Frozen, prompt_program, texts_for
 
 SHOWN = 6  # test images
 ROUNDS = 40  # of steps, each twin having its turn in each
@@ -110,17 +106,16 @@ def step_seconds(study: ImageStudy) -> dict[str, np.ndarray]:
     """Seconds of a train step, [ROUNDS] for each of TWINS, taken in turns after one step of each that is left out."""
     bare = replace(study.config.prompts, condition="none", alpha=0.0, augment=0.0, batch=1, class_position="end")
     config = replace(study.config, prompts=bare, images=replace(study.config.images, view="crop"))
-    frozen, mesh = Frozen(study.model, study.texts, jnp.zeros((0, study.model.cfg.embed))), make_mesh(config.runtime.mesh)
-    shapes, key, ready = Shapes(study.model.cfg, *study.texts.embedded.shape[:2]), jax.random.key(0), {}
+    frozen = Frozen.of(config, study.model, study.texts, None)
+    classes, ready = len(study.texts.end), {}
     with progress("compiling train steps", total=len(TWINS)) as advance:
         for name, changes in TWINS.items():
             twin = override(config, changes)
-            task, _ = sketch(twin, shapes)
-            state = jax.jit(initialiser(task.create, task.tx), out_shardings=whole(config))(key)
+            program = prompt_program(twin, study.model.cfg, frozen, classes, 1)
+            state, held = program.create_state(), program.put_everywhere(frozen)
             batch = {"index": np.zeros(1, np.int32), "label": np.zeros(1, np.int32)}
-            batch["pixels"] = study.pixels[None, : 1 + twin.prompts.paired]
-            arguments = (frozen, batch, task.choice, key)
-            ready[name] = (compile_step(task, mesh, state, *arguments), state, arguments)
+            batch = program.put(batch | {"pixels": study.pixels[None, : 1 + twin.prompts.paired]})
+            ready[name] = (program.compile_step(state, batch), state, (batch, held))
             advance(1)
     taken: dict[str, list[float]] = {name: [] for name in TWINS}
     for _ in range(ROUNDS + 1):
