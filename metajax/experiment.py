@@ -18,13 +18,12 @@ from metajax.core.progress import progress, say
 from metajax.core.storage import hashes_of, steps_of
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, training_rows
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, check_evaluation, training_rows
 from metajax.distributed.hosts import is_first, of_first, together
-from metajax.evaluation import validation
-from metajax.evaluation.choice import evaluate_choice
+from metajax.evaluation.choice import check_choice, evaluate_choice
 from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.preferences import evaluate_preferences
-from metajax.evaluation.tasks import evaluate_tasks
+from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
@@ -39,7 +38,7 @@ from metajax.runs.pace import Phases
 from metajax.training.opened import OpenedRun, open_run
 from metajax.training.program import Program
 from metajax.training.task import Task
-from metajax.training.text import Evaluator, TextTask
+from metajax.training.text import TextTask
 from metajax.training.trainer import Trained, Trainer
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
@@ -124,10 +123,47 @@ def write_report(workdir: Path) -> None:
     write(workdir)
 
 
+class TextRun(TextTask):
+    """A run on text with its evaluation; UserError for what could not be evaluated as the config asks."""
+
+    def __init__(self, config: Config, *where: Any):
+        super().__init__(config, *where)
+        check_evaluation(self.corpora)
+        check_choice(self.corpora)
+        check_bins(config)
+
+    def score(self, model: Any) -> tuple[float, dict[str, float]]:
+        """Held-out bits per byte, or the error rate of the tasks."""
+        config, opened = self.config, (self.program, self.corpora, model)
+        if config.tasks is not None:
+            results = evaluate_tasks(*opened)
+            exact = {f"exact/{task}/{length}": found["exact"] for task, bins in results.items() for length, found in bins.items()}
+            return 1 - mean_exact(results), exact
+        bpb = evaluate_held_out(*opened, config.evaluation.conditions[0])["bpb"]
+        choice = {"choice": evaluate_choice(*opened)["average"]} if config.evaluation.choice is not None else {}
+        return bpb, {"held_out_bpb": bpb, **choice}
+
+    def report(self, trained: Trained, run: RunDirectory) -> dict[str, Any]:
+        config, program, corpora, model = self.config, self.program, self.corpora, trained.state.model
+        results = evaluate(config, program, corpora, model)
+        wanted = config.evaluation.sample_tokens and config.tasks is None
+        return {
+            "parameters": param_count(model),
+            "flops_per_token": flops_per_token(config, program.vocab_size),
+            "cache_mb": _cache_mb(config),
+            "bytes_per_token": corpora.bytes_per_token,
+            "eval": results,
+            "curves": _curves(config, run, results),
+            "sample": sample(config, corpora, program.whole(model)) if wanted else None,
+            "rows": for_page(training_rows(corpora, note=lambda _: None), corpora.tokenizer, ROWS_SHOWN),
+            "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in corpora.caches],
+        }
+
+
 def open_task(config: AnyConfig, paths: Paths, devices: list[jax.Device] | None = None) -> Task:
     """The task of a config, with its data open: what `Trainer` trains. devices: those of the mesh; None: all."""
     if isinstance(config, Config):
-        return TextTask(config, paths, Evaluator(validation.check, validation.score, _text_report), devices)
+        return TextRun(config, paths, devices)
     from metajax.vision.task import image_task
 
     return image_task(config, paths, devices)
@@ -161,24 +197,6 @@ def _make(config: AnyConfig, run: RunDirectory, paths: Paths, phases: Phases) ->
         "config": to_dict(config),
         **found,
         "time": {**trained.time, **found.get("time", {}), "total_seconds": time.monotonic() - phases.started},
-    }
-
-
-def _text_report(task: TextTask, trained: Trained, run: RunDirectory) -> dict[str, Any]:
-    """The part of a report that runs on text alone have."""
-    config, program, corpora, model = task.config, task.program, task.corpora, trained.state.model
-    results = evaluate(config, program, corpora, model)
-    wanted = config.evaluation.sample_tokens and config.tasks is None
-    return {
-        "parameters": param_count(model),
-        "flops_per_token": flops_per_token(config, program.vocab_size),
-        "cache_mb": _cache_mb(config),
-        "bytes_per_token": corpora.bytes_per_token,
-        "eval": results,
-        "curves": _curves(config, run, results),
-        "sample": sample(config, corpora, program.whole(model)) if wanted else None,
-        "rows": for_page(training_rows(corpora, note=lambda _: None), corpora.tokenizer, ROWS_SHOWN),
-        "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in corpora.caches],
     }
 
 

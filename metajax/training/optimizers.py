@@ -117,4 +117,5 @@ def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.G
         muon_weight_dimension_numbers=each_matrix,
     )  # fmt: skip
     labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
-    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, labels)
+    # A function, because optax calls labels that can be called, and a model can.
+    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 
 from metajax.config import Config
 from metajax.core.errors import UserError
-from metajax.data.pipeline import Corpora, Paths, open_corpora, training_batches
+from metajax.data.pipeline import Paths, open_corpora, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.models.flops import step_flops
 from metajax.runs.directory import check_data, find_run
@@ -20,32 +20,20 @@ from metajax.training.checkpoints import newest_good, read_parameters, saved_ide
 from metajax.training.program import Program
 from metajax.training.task import Task
 
-if TYPE_CHECKING:
-    from metajax.runs.directory import RunDirectory
-    from metajax.training.trainer import Trained
-
 LN2 = math.log(2.0)
 
 
-class Evaluator(NamedTuple):
-    """How a language model is evaluated; passed in, for `evaluation` is above `training`.
-
-    check: raises UserError before the first step for what could not be evaluated. score: while training, (score, lower is better; numbers
-    for the metrics) of a model. report: after it, the part of the report that the family knows (`Task.report`).
-    """
-
-    check: Callable[[Corpora], None]
-    score: Callable[[Program, Corpora, Any], tuple[float, dict[str, float]]]
-    report: Callable[[TextTask, Trained, RunDirectory], dict[str, Any]]
-
-
 class TextTask(Task):
-    """A language model. Raises UserError for data that cannot be read, or that could not be evaluated as the config asks."""
+    """A language model; how it is evaluated and reported is left to a subclass, for evaluation is above training.
+
+    Raises:
+      UserError: data that cannot be read, or a batch that does not spread over the mesh.
+    """
 
     unit, counted = "tokens", "slots"
 
-    def __init__(self, config: Config, paths: Paths, evaluator: Evaluator, devices: list[jax.Device] | None = None):
-        self.config, self.evaluator, self.steps = config, evaluator, config.training.steps
+    def __init__(self, config: Config, paths: Paths, devices: list[jax.Device] | None = None):
+        self.config, self.steps = config, config.training.steps
         self.corpora, self.evaluates_every = open_corpora(config, paths), config.evaluation.every
         self.data, self.tokenizer = self.corpora.key, self.corpora.tokenizer
         self.program = Program.build(config, self.tokenizer.vocabulary.size, devices)
@@ -54,7 +42,6 @@ class TextTask(Task):
         self.batches = training_batches(self.corpora, host=rows.index, hosts=rows.count, note=notes.append)
         self.batches[0]
         self.notes = tuple(notes)
-        evaluator.check(self.corpora)
 
     def start(self, model: Any, meta: Mapping[str, Any] | None) -> tuple[Any, tuple[Any, ...]]:
         """With `init.from` the parent's parameters; with `dpo` they stay as the frozen reference, and must not have changed since."""
@@ -95,9 +82,6 @@ class TextTask(Task):
             )
         return read_parameters(parent, self.program.abstract_state().model, init.parts, fresh, self._parent_step)
 
-    def score(self, model: Any) -> tuple[float, dict[str, float]]:
-        return self.evaluator.score(self.program, self.corpora, model)
-
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         slots = batch["tokens"].size
         return {
@@ -124,6 +108,3 @@ class TextTask(Task):
             f"grad {record['grad_norm']:.3f}",
             *(f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record),
         ]
-
-    def report(self, trained: Trained, run: RunDirectory) -> dict[str, Any]:
-        return self.evaluator.report(self, trained, run)

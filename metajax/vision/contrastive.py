@@ -22,6 +22,7 @@ from metajax.vision.data.sets import ImageSet, check_set, content_of, fingerprin
 from metajax.vision.data.sources import open_images
 from metajax.vision.data.templates import texts_of
 from metajax.vision.data.words import WordTokenizer
+from metajax.vision.flops import image_step_flops
 from metajax.vision.task import ImageTask
 from metajax.vision.zero_shot import accuracy, class_weights, whole_parts
 
@@ -51,7 +52,7 @@ class ContrastiveTask(ImageTask):
         see = viewer(clip.image_size, config.images.view, config.images.crop_area)
         tokenize = lambda text: self.tokenizer.tokenize([text], clip.context)[0]  # noqa: E731
         self.batches = caption_batches(sets, config.seed, size, see, tokenize, self.program.rows)
-        self.step_flops = self.flops(clip, 0, clip.context)
+        self.step_flops = image_step_flops(config, clip, 0, clip.context)
 
     def evaluate(self, model: CLIP) -> dict[str, Any]:
         return {images.spec: zero_shot(model, self.tokenizer, images) for images in self.tested}

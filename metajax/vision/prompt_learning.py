@@ -38,6 +38,7 @@ from metajax.vision.data.preprocessing import centre, normalise
 from metajax.vision.data.sets import ImageSet, check_set, content_of, few_shot, fingerprint_of, part_of_classes
 from metajax.vision.data.sources import open_images
 from metajax.vision.data.templates import SELECTED
+from metajax.vision.flops import image_step_flops
 from metajax.vision.task import ImageTask
 from metajax.vision.zero_shot import accuracy, harmonic
 
@@ -99,7 +100,7 @@ class PromptTask(ImageTask):
         )  # fmt: skip
         see = viewer(size, choice.view, choice.crop_area)
         self.batches = prompt_batches(seen, items, config.seed, cfg.batch, see, self.program.rows, paired=cfg.paired)
-        self.step_flops = self.flops(model.cfg, len(seen.classes), texts.embedded.shape[1]) if texts is not None else 0.0
+        self.step_flops = image_step_flops(config, model.cfg, *texts.embedded.shape[:2]) if texts is not None else 0
 
     def save_inputs(self, folder: Path) -> None:
         """Nothing: the tokenizer is that of the CLIP, which keeps it."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from metajax.config import Clip, ImageConfig
+from metajax.config import ImageConfig
 from metajax.core.progress import say
 from metajax.data.pipeline import Paths
 from metajax.runs.files import read_lines
 from metajax.training.task import Task
 from metajax.vision.data.sets import ImageSet
-from metajax.vision.flops import image_step_flops
 
 if TYPE_CHECKING:
     from metajax.runs.directory import RunDirectory
@@ -50,12 +49,8 @@ class ImageTask(Task):
         """Results for the report, "eval"; arrays of a figure under "details" of "delta"."""
         raise NotImplementedError
 
-    def flops(self, clip: Clip, classes: int, length: int) -> float:
-        """Operations of a step on this host's rows, whose texts have `length` tokens."""
-        return image_step_flops(self.config, clip, classes, length) / self.program.rows.count
-
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {"images": len(batch["pixels"]), "flops": self.step_flops}
+        return {"images": len(batch["pixels"]), "flops": self.step_flops / self.program.rows.count}
 
     def report(self, trained: Trained, run: RunDirectory) -> dict[str, Any]:
         say(f"evaluating {self.config.name}")

@@ -14,6 +14,7 @@ from metajax.core.interrupts import Interrupted
 from metajax.experiment import run_experiment
 from metajax.runs.files import read_lines
 from metajax.training import trainer
+from metajax.training.program import Program
 
 ROOT = Path(__file__).parents[2]
 BEGINS = "import contextlib, ctypes, os, signal, sys, time\nfrom metajax.core.interrupts import interruptible, leave\n"

@@ -49,12 +49,14 @@ def clip_run(paths):
 
 @pytest.fixture(params=["text", "contrastive", "prompts"])
 def family(request, tiny_config, monkeypatch):
-    """Each family of runs in turn."""
+    """Each family of runs in turn, without the page of the report, which takes longer than these runs."""
+    monkeypatch.setattr("metajax.experiment.write_report", lambda workdir: None)
     if request.param == "text":
         return Family("text", tiny_config, {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
     from metajax.vision import prompt_learning
 
     monkeypatch.setattr(prompt_learning, "PROFILED", 6)  # silhouettes and t-SNE of few images are quick
+    monkeypatch.setattr("metajax.vision.task.ImageTask._analyses", lambda task, run: {})
     if request.param == "contrastive":
         made, explodes = CLIP, {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
     else:

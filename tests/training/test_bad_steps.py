@@ -9,10 +9,10 @@ import pytest
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.experiment import run_experiment
 from metajax.runs.files import read_lines
-from metajax.training.trainer import NonFinite
 from metajax.training.optimizers import schedule
 from metajax.training.program import Program
 from metajax.training.state import to_arrays
+from metajax.training.trainer import NonFinite
 
 SKIP = {"runtime.on_bad_step": "skip"}
 

@@ -27,8 +27,8 @@ from metajax.runs.metrics import MetricsFile
 from metajax.runs.pace import Pace
 from metajax.training import trainer
 from metajax.training.checkpoints import Checkpoints
-from metajax.training.trainer import NonFinite
 from metajax.training.optimizers import schedule
+from metajax.training.trainer import NonFinite
 
 ROOT = Path(__file__).parents[2]
 
