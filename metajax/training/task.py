@@ -50,8 +50,12 @@ class Task:
         """JSON-ready values that every checkpoint holds besides the state."""
         return {}
 
-    def after_step(self, step: int, model: Any, frozen: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the next step reads besides state and batch."""
+    def ends_epoch(self, step: int) -> bool:
+        """Whether `next_epoch` is called after this step, once its metrics have been read."""
+        return False
+
+    def next_epoch(self, model: Any, frozen: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the steps of the next epoch read besides state and batch."""
         return frozen
 
     def score(self, model: Any) -> tuple[float, dict[str, float]]:

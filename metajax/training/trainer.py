@@ -173,10 +173,11 @@ class Trainer:
                 advance(1)
                 ends = self.preemption.reached(step)
                 saves = step % config.runtime.save_every == 0 or step == steps or self._evaluates(step) or ends
-                if saves or self._may_be_the_last_left_out():
+                if saves or self.task.ends_epoch(step) or self._may_be_the_last_left_out():
                     self._log(*pending, state)
                     pending = None
-                self.frozen = self.task.after_step(step, state.model, self.frozen)
+                if self.task.ends_epoch(step):
+                    self.frozen = self.task.next_epoch(state.model, self.frozen)
                 if saves:
                     with self._pace.paused():
                         self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)

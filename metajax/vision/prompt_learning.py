@@ -113,13 +113,16 @@ class PromptTask(ImageTask):
     def meta(self) -> dict[str, Any]:
         return {"choice": self._frozen.choice.tolist()}
 
-    def after_step(self, step: int, model: Learner, frozen: tuple[Any, ...]) -> tuple[Any, ...]:
-        """With `prompts.sampling` "weighted" the augmentations of the next epoch are chosen by how well their deltas are separated."""
+    def ends_epoch(self, step: int) -> bool:
         cfg = self.config.prompts
-        if not (cfg.sampling == "weighted" and cfg.paired and step % self.epoch == 0 and step < self.steps):
-            return frozen
-        learner = self.program.whole(model)
+        return cfg.sampling == "weighted" and cfg.paired and step % self.epoch == 0 and step < self.steps
+
+    def next_epoch(self, model: Learner, frozen: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Choose augmentations by how well their deltas are separated; where a delta is not finite the choice stays."""
+        cfg, learner = self.config.prompts, self.program.whole(model)
         groups = delta_tokens.delta_groups(learner, self.model, self._looked_at, cfg, self.config.seed)
+        if not np.all(np.isfinite(groups[1])):
+            return frozen
         self._frozen = self._frozen.replace(choice=delta_tokens.weights(groups))
         return (frozen[0].replace(choice=self.program.put_everywhere(self._frozen.choice)),)
 
@@ -148,7 +151,7 @@ def prompt_program(
     cfg, rate = config.prompts, epoch_schedule(config.prompts, epoch)
 
     def create(key: jax.Array) -> Learner:
-        return Learner(cfg, clip, classes, key, words)
+        return Learner(cfg, clip, classes, key, None if words is None else jnp.asarray(words))
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
     mesh, found = make_mesh(config.runtime.mesh, devices), find_objective("prompt_learning")
