@@ -19,13 +19,12 @@ from metajax.core.progress import progress, say
 from metajax.core.storage import hashes_of, steps_of
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, training_rows
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, check_evaluation, training_rows
 from metajax.distributed.hosts import is_first, of_first, together
-from metajax.evaluation import validation
 from metajax.evaluation.held_out import evaluate_held_out
-from metajax.evaluation.multiple_choice import evaluate_choice
+from metajax.evaluation.multiple_choice import check_choice, evaluate_choice
 from metajax.evaluation.preferences import evaluate_preferences
-from metajax.evaluation.tasks import evaluate_tasks
+from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
@@ -37,9 +36,11 @@ from metajax.runs.files import mark_of, read_lines, recall
 from metajax.runs.loggers import check_loggers
 from metajax.runs.metrics import memory_use
 from metajax.runs.pace import Phases
-from metajax.training.loop import Evaluator, Trained, Trainer
 from metajax.training.opened import OpenedRun, open_run
 from metajax.training.program import Program
+from metajax.training.task import Task
+from metajax.training.text import TextTask
+from metajax.training.trainer import Trained, Trainer
 
 CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
 PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
@@ -87,7 +88,7 @@ def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[
         if is_first() and not (workdir / "report.html").exists():
             write_report(workdir)
     else:
-        done = (_make if isinstance(config, Config) else _make_on_images)(config, run, paths, phases)
+        done = _make(config, run, paths, phases)
         run.write("report.json", done)
         if is_first():
             write_report(workdir)
@@ -126,55 +127,80 @@ def write_report(workdir: Path) -> None:
         write_image_report(workdir)
 
 
-def _make(config: Config, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
+class TextRun(TextTask):
+    """A run on text with its evaluation; UserError for what could not be evaluated as the config asks."""
+
+    def __init__(self, config: Config, *where: Any):
+        super().__init__(config, *where)
+        check_evaluation(self.corpora)
+        check_choice(self.corpora)
+        check_bins(config)
+
+    def score(self, model: Any) -> tuple[float, dict[str, float]]:
+        """Held-out bits per byte, or the error rate of the tasks."""
+        config, opened = self.config, (self.program, self.corpora, model)
+        if config.tasks is not None:
+            results = evaluate_tasks(*opened)
+            exact = {f"exact/{task}/{length}": found["exact"] for task, bins in results.items() for length, found in bins.items()}
+            return 1 - mean_exact(results), exact
+        bpb = evaluate_held_out(*opened, config.evaluation.conditions[0])["bpb"]
+        choice = {"choice": evaluate_choice(*opened)["average"]} if config.evaluation.choice is not None else {}
+        return bpb, {"held_out_bpb": bpb, **choice}
+
+    def report(self, trained: Trained, run: RunDirectory) -> dict[str, Any]:
+        config, program, corpora, model = self.config, self.program, self.corpora, trained.state.model
+        results = evaluate(config, program, corpora, model)
+        wanted = config.evaluation.sample_tokens and config.tasks is None
+        return {
+            "parameters": param_count(model),
+            "flops_per_token": flops_per_token(config, program.vocab_size),
+            "cache_mb": _cache_mb(config),
+            "bytes_per_token": corpora.bytes_per_token,
+            "eval": results,
+            "curves": _curves(config, run, results),
+            "sample": sample(config, corpora, program.whole(model)) if wanted else None,
+            "rows": for_page(training_rows(corpora, note=lambda _: None), corpora.tokenizer, ROWS_SHOWN),
+            "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in corpora.caches],
+        }
+
+
+def open_task(config: AnyConfig, paths: Paths, devices: list[jax.Device] | None = None) -> Task:
+    """The task of a config, with its data open: what `Trainer` trains. devices: those of the mesh; None: all."""
+    if isinstance(config, Config):
+        return TextRun(config, paths, devices)
+    from metajax.vision.task import image_task
+
+    return image_task(config, paths, devices)
+
+
+def _make(config: AnyConfig, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
     """Train what is left to train, evaluate, and return the report."""
-    trained = Trainer(config, run, paths, phases, Evaluator(validation.check, validation.score)).train()
-    return _report(config, run, trained, time.monotonic() - phases.started)
-
-
-def _make_on_images(*work: Any) -> dict[str, Any]:
-    from metajax.vision.run import make
-
-    return make(*work)
-
-
-def _report(config: Config, run: RunDirectory, trained: Trained, seconds: float) -> dict[str, Any]:
-    model, vocab_size = trained.state.model, trained.program.vocab_size
+    with phases.time("data"):
+        task = together(lambda: open_task(config, paths))
+        trainer = Trainer(task, run, phases)
+    trained = trainer.train()
     with trained.goodput.spend("evaluation"):
-        results = evaluate(config, trained.program, trained.corpora, model)
-        text = (
-            sample(config, trained.corpora, trained.program.whole(model))
-            if config.evaluation.sample_tokens and config.tasks is None
-            else None
-        )
+        found = task.report(trained, run)
     trained.goodput.write()
     return {
         "name": config.name,
         "scale": config.scale,
         "seed": config.seed,
         "hash": config_hash(config),
-        "steps": config.training.steps,
-        "parameters": param_count(model),
-        "flops_per_token": flops_per_token(config, vocab_size),
-        "cache_mb": _cache_mb(config),
-        "counts": vars(trained.counts),
+        "steps": task.steps,
+        "counts": trained.counts,
         "left_out": vars(trained.left_out),
-        "bytes_per_token": trained.corpora.bytes_per_token,
-        "eval": results,
-        "curves": _curves(config, run, results),
         "analyses": {},
-        "sample": text,
-        "rows": for_page(training_rows(trained.corpora, note=lambda _: None), trained.corpora.tokenizer, ROWS_SHOWN),
         "startup": trained.startup,
-        "time": trained.time | {"total_seconds": seconds},
         "goodput": trained.goodput.shares(),
         "memory": memory_use(),
         "metrics": mark_of((run.path / "metrics.jsonl").read_bytes()) if is_first() else None,
         "restarted_from": trained.restarted_from,
         "parent": config.init.from_ or None,
         "warnings": run.warnings,
-        "corpora": [cache.manifest | {"folder": cache.folder.name} for cache in trained.corpora.caches],
         "config": to_dict(config),
+        **found,
+        "time": {**trained.time, **found.get("time", {}), "total_seconds": time.monotonic() - phases.started},
     }
 
 

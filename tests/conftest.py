@@ -29,7 +29,7 @@ jaxtyping.install_import_hook(
         "metajax.vision.clip",
         "metajax.vision.delta_tokens",
         "metajax.training.losses",
-        "metajax.training.dpo",
+        "metajax.training.objectives",
         "kernels_pallas",
     ],
     "beartype.beartype",

@@ -96,8 +96,7 @@ def _on_first(config: AnyConfig, slices: Sequence[str], plan_one: Callable[[AnyC
 def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
     """The function that lowers the train step of a config for some devices."""
     if isinstance(config, ImageConfig):
-        from metajax.vision.plan import image_step
-        from metajax.vision.sketch import shapes_of
+        from metajax.vision.program import image_step, shapes_of
 
         return functools.partial(image_step, shapes=shapes_of(config, parents, paths))
     tokenizer = config.data.tokenizer

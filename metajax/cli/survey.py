@@ -16,9 +16,10 @@ _RATES = ("context_init", "beta", "margin", "epochs", "learning_rate", "warmup_r
 def program_of(config: AnyConfig) -> Hashable:
     """What distinguishes train steps: model, sizes of a batch, meta-tokens and runtime; not data, seed and rates."""
     runtime = config.runtime
-    how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation)
+    how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation, config.optimizer.name)
+    how = (*how, config.training.accumulate, config.training.objective)
     if not isinstance(config, ImageConfig):
-        batch = (config.row_slots, config.data.batch_rows, config.training.accumulate, config.row_meta_tokens)
+        batch = (config.row_slots, config.data.batch_rows, config.row_meta_tokens)
         return config.model, config.meta_tokens, batch, config.data.tokenizer, how
     learner = config.prompts
     if learner is not None:

@@ -35,15 +35,9 @@ AUGMENTATIONS = (
 
 
 OF_TEXT = (
-    "runtime.on_bad_step",
-    "runtime.max_grad_norm",
-    "runtime.max_skipped",
-    "runtime.profile",
-    "runtime.hang_seconds",
-    "runtime.startup_seconds",
     "runtime.implementation",
-    "training.accumulate",
-)  # what no run on images reads; fmt: skip
+    "training.objective",
+)  # CLIP has no Pallas kernels, and its objectives are chosen by `prompts`
 Triplets = OnlyWith("alpha", why="without prompts.alpha there are no triplets")
 Paired = OnlyWith("paired", why="it is for pairs of augmentations, as with prompts.alpha")
 Augmented = OnlyWith("augmented", why="nothing is augmented")
@@ -162,12 +156,17 @@ class ImageConfig(Part):
                 bool(self.init.from_) != bool(self.weights),
                 "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
             )
+            require(
+                self.prompts.batch % self.training.accumulate == 0,
+                f"prompts.batch = {self.prompts.batch} does not divide by training.accumulate = {self.training.accumulate}",
+            )
 
     def unread(self) -> dict[str, str]:
         """{field: why nothing reads it} of a run of this kind."""
         clip, learner, context = self.prompts is None, self.prompts is not None, bool(self.prompts and self.prompts.context)
         rules = (
-            (True, "runs on images have no such thing, runs on text do", OF_TEXT),
+            (True, "runs on images have no such choice, runs on text do", OF_TEXT),
+            (clip, "each image is compared with all texts of its batch, so that micro-batches would have another loss", ["training.accumulate"]),
             (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
             (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
             (clip, "a CLIP is trained from its start", ["init.from_"]),

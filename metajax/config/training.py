@@ -13,8 +13,9 @@ Beta = Annotated[float, Range(0, below=1)]
 
 @dataclass(frozen=True)
 class Optimizer(Part, path="optimizer"):
-    """AdamW, its schedule and its clipping."""
+    """The optimizer, its schedule and its clipping."""
 
+    name: str = "adamw"  # registered in metajax/training/optimizers.py
     learning_rate: Positive = 3e-3
     final_fraction: Annotated[Share, Falling] = 0.1  # of the peak, at the end of the schedule
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -23,7 +24,10 @@ class Optimizer(Part, path="optimizer"):
     decay_share: Annotated[float, Range(above=0, most=1), OnlyWith("schedule", "wsd")] = (
         0.2  # wsd: the last share of the horizon decays
     )
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW, which Muon leaves embeddings, heads, norms and biases to
+    momentum: Beta = 0.95  # Muon, as the two fields below
+    ns_steps: Annotated[int, Range(1, 100)] = 5  # Newton-Schulz iterations
+    nesterov: bool = True
     weight_decay: NotNegative = 0.1
     clip_norm: NotNegative = 1.0  # 0: no clipping
     z_loss: NotNegative = 0.0
@@ -33,6 +37,7 @@ class Optimizer(Part, path="optimizer"):
 class Training(Part, path="training"):
     steps: Count = 200
     accumulate: Size = 1  # micro-batches a step; the gradient equals that of the whole batch
+    objective: str = "language_model"  # registered in metajax/training/objectives; with a `dpo` part it is that
 
 
 @dataclass(frozen=True)

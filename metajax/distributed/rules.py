@@ -80,7 +80,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings with the structure of `tree`, whose leaves are nnx.Params carrying `axes` (others are replicated)."""
 
     def one(leaf: Any) -> Any:
-        if isinstance(leaf, nnx.Variable):
+        if isinstance(leaf, nnx.Variable) and jax.tree.leaves(leaf):  # an optimizer's state may leave parameters out
             spec = partition_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)
             require(
                 leaf.size < LARGE or mesh.shape.get("fsdp", 1) == 1 or any("fsdp" in entry for entry in spec if entry),
@@ -88,7 +88,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
                 "device; choose a smaller fsdp in runtime.mesh, such as data=4,fsdp=64",
             )
             return leaf.replace(NamedSharding(mesh, spec))
-        return NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -12,8 +12,8 @@ from metajax.evaluation.held_out import require_finite
 from metajax.evaluation.statistics import share_interval
 from metajax.runs.directory import find_run
 from metajax.training.checkpoints import newest_good, read_parameters
-from metajax.training.dpo import METRICS, preference_sums
 from metajax.training.losses import token_nll
+from metajax.training.objectives.dpo import METRICS, preference_sums
 from metajax.training.program import Program
 from metajax.training.step import Batch, apply_model
 

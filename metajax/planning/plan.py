@@ -14,20 +14,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import AnyConfig, Config, config_hash
 from metajax.core.errors import require
-from metajax.distributed.rules import batch_sharding
 from metajax.models.flops import flops_per_token, step_flops
 from metajax.planning.buffers import largest_buffers, temporaries
 from metajax.planning.schedules import kernel_calls, scheduled
 from metajax.planning.topology import Chip, chip_of, parse_topology, slice_devices
+from metajax.training.objectives import Batch
 from metajax.training.program import Program
-from metajax.training.step import DEVICE_FIELDS, Batch
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -57,12 +54,10 @@ def whole_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 class Planned(NamedTuple):
-    """A run's step on the devices of a slice, as shapes with their shardings, and what it is counted by."""
+    """The step of a run on the devices of a slice, and what it is counted by."""
 
-    mesh: Mesh
-    state: Any  # a `State`
-    frozen: Any  # what the step reads beside it and the batch
-    compile: Callable[[], Any]
+    program: Program
+    batch: Batch  # shapes
     flops: int
     reads: tuple[int, str]  # how many of what
     parts: Mapping[str, float] = MappingProxyType({})  # operations of each that is read, where they are told apart
@@ -70,11 +65,9 @@ class Planned(NamedTuple):
 
 def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> Planned:
     """The step of a language model on full rows."""
-    program = Program.build(config, vocab_size, devices)
-    state, batch = program.abstract_state(), whole_batch(config)
-    count = step_flops(config, vocab_size, batch)
-    frozen, reads, parts = program.frozen(state.model), (batch["tokens"].size, "tokens"), flops_per_token(config, vocab_size)
-    return Planned(program.mesh, state, frozen, lambda: _compile(program, state, batch), count, reads, parts)
+    program, batch = Program.build(config, vocab_size, devices), whole_batch(config)
+    count, parts = step_flops(config, vocab_size, batch), flops_per_token(config, vocab_size)
+    return Planned(program, program.abstract_batch(batch), count, (batch["tokens"].size, "tokens"), parts)
 
 
 def plan(
@@ -88,7 +81,7 @@ def plan(
     """The plan of one config as plain data: see `memory`, `collectives`, `scheduled`, `bound`, `estimate`.
 
     Args:
-      step: what is planned of a config; its kind of run decides (`text_step`, `metajax.vision.plan.image_step`).
+      step: what is planned of a config; its kind of run decides (`text_step`, `metajax.vision.program.image_step`).
       dump: where the compiler was told to write what it does; the largest buffers and the kinds of temporaries are read there.
       schedules: whether the kernels are compiled once more, each alone, for the cycles that they are scheduled for.
 
@@ -97,8 +90,9 @@ def plan(
     """
     chip, devices = chip_of(topology), slice_devices(topology)
     planned = step(config, devices)
-    reads, unit = planned.reads
-    parts = planned.mesh.shape["context"]
+    (reads, unit), program = planned.reads, planned.program
+    state, frozen = program.abstract_state(), program.place(program.frozen)
+    parts = program.mesh.shape["context"]
     require(not schedules or parts == 1, "--schedules reads kernels on whole rows; leave it out, or context out of runtime.mesh")
     found: dict[str, Any] = {
         "name": config.name,
@@ -106,17 +100,17 @@ def plan(
         "hash": config_hash(config),
         "topology": topology,
         "chips": len(devices),
-        "mesh": dict(planned.mesh.shape),
+        "mesh": dict(program.mesh.shape),
         "flops": planned.flops,
         "flops_by_part": dict(planned.parts),
         "reads": {"count": reads, "unit": unit},
-        "state": {"parameters": _bytes_of(planned.state.model), "optimizer": _bytes_of(planned.state.opt_state)},
+        "state": {"parameters": _bytes_of(state.model), "optimizer": _bytes_of(state.opt_state)},
     }
-    if planned.frozen:
-        found["state"]["frozen"] = _bytes_of(planned.frozen)
+    if frozen:
+        found["state"]["frozen"] = _bytes_of(frozen)
     began = time.monotonic()
     try:
-        compiled = planned.compile()
+        compiled = program.compile_step(state, planned.batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -132,16 +126,6 @@ def plan(
     if schedules:
         found["schedules"] = scheduled(calls, config, parse_topology(topology)[1])
     return found | bounds(found, chip)
-
-
-def _compile(program: Program, state: Any, batch: Mapping[str, np.ndarray]) -> Any:
-    sharding = batch_sharding(program.mesh)
-    abstract: Batch = {
-        name: jax.ShapeDtypeStruct(batch[name].shape, jnp.dtype(batch[name].dtype), sharding=sharding)
-        for name in DEVICE_FIELDS
-        if name in batch
-    }
-    return program.compile_step(state, abstract)
 
 
 def _bytes_of(tree: Any) -> int:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from metajax.distributed.hosts import gather
 
@@ -53,45 +51,35 @@ class LeftOut:
         return f"step {self.first} was left out{more}: loss or gradient not finite, or the gradient norm above runtime.max_grad_norm (runtime.on_bad_step=skip)"
 
 
-@dataclass
-class Counts:
-    """What a process has read and computed; the sum over all is saved with every checkpoint, so that it is exact across restarts."""
+class Counts(dict[str, float]):
+    """What a process has read and computed, by name. Every checkpoint holds the sum over all, so that it is exact across restarts."""
 
-    slots: int = 0
-    loss_tokens: int = 0
-    body: int = 0
-    metadata: int = 0
-    meta_tokens: int = 0
-    padding: int = 0
-    flops: float = 0.0
-
-    def add(self, batch: dict[str, np.ndarray], flops: float) -> None:
-        self.slots += batch["tokens"].size
-        self.loss_tokens += int((batch["loss_weights"] > 0).sum())
-        self.body += int(batch["is_body"].sum())
-        self.metadata += int(batch["is_metadata"].sum())
-        self.meta_tokens += int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0
-        self.padding += int((batch["segment_ids"] == 0).sum())
-        self.flops += flops
+    def add(self, read: Mapping[str, float]) -> None:
+        for name, value in read.items():
+            self[name] = self.get(name, 0) + value
 
     def of_all(self) -> Counts:
         """The sum over all processes."""
-        parts = [json.loads(text) for text in gather(json.dumps(vars(self)))]
-        return Counts(**{name: sum(part[name] for part in parts) for name in parts[0]})
+        total = Counts()
+        for text in gather(json.dumps(self)):
+            total.add(json.loads(text))
+        return total
 
 
 @dataclass
 class Pace:
-    """Speed since it was last read; saving and evaluating stand outside."""
+    """Speed since it was last read; saving and evaluating are left out."""
 
+    unit: str  # as in "tokens_per_second"
+    counted: str  # its name in `Counts`
     since: float = field(default_factory=time.monotonic)
     hosts: int = 1  # that read as many rows as this one
     steps: int = 0
-    slots: int = 0
-    flops: float = 0.0
+    read_here: Counts = field(default_factory=Counts)
 
-    def add(self, slots: int, flops: float) -> None:
-        self.steps, self.slots, self.flops = self.steps + 1, self.slots + slots, self.flops + flops
+    def add(self, read: Mapping[str, float]) -> None:
+        self.steps += 1
+        self.read_here.add(read)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,11 +88,12 @@ class Pace:
         self.since += time.monotonic() - began
 
     def read(self, peak: float | None) -> tuple[dict[str, float], float]:
-        """({tokens_per_second, and mfu where the chips' peak is known}, seconds a step), and start anew."""
+        """({UNIT_per_second, and mfu where the chips' peak is known}, seconds a step), and start anew."""
         seconds = time.monotonic() - self.since
-        speed = {"tokens_per_second": self.slots * self.hosts / seconds}
+        rate = {name: count * self.hosts / seconds for name, count in self.read_here.items()}
+        speed = {f"{self.unit}_per_second": rate[self.counted]}
         if peak is not None:
-            speed["mfu"] = self.flops * self.hosts / seconds / peak
+            speed["mfu"] = rate["flops"] / peak
         a_step = seconds / self.steps
-        self.since, self.steps, self.slots, self.flops = time.monotonic(), 0, 0, 0.0
+        self.since, self.steps, self.read_here = time.monotonic(), 0, Counts()
         return speed, a_step

@@ -1,13 +1,38 @@
-"""AdamW with decay masks, clipping and the schedules."""
+"""Optimizers, registered by `@optimizer(NAME)`, their schedule, and which parameters each part of them reaches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 
-from metajax.config import Config, Optimizer
+from metajax.config import AnyConfig, Optimizer
+from metajax.core.errors import nearest, require
+from metajax.models.lm import decay_mask
+
+# Logical axes of matrices that are not between hidden units: embeddings, heads, learned tokens, convolutions, rates.
+NOT_HIDDEN = frozenset({"vocab", "positions", "classes", "features", "meta", "norm", "rate", "taps", "inputs"})
+Make = Callable[[Optimizer, optax.Schedule, Any], optax.GradientTransformation]
+OPTIMIZERS: dict[str, tuple[Make, tuple[str, ...]]] = {}
+
+
+def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], Make]:
+    """Decorator: register (config, schedule, model) -> optax transformation under a name for `optimizer.name`.
+
+    Args:
+      ignores: fields of `optimizer` that it does not read; a run that sets one is refused.
+    """
+
+    def register(make: Make) -> Make:
+        OPTIMIZERS[name] = (make, ignores)
+        return make
+
+    return register
 
 
 def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
@@ -37,25 +62,60 @@ def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
 
 
 def at_step(opt_state: Any, step: Any) -> Any:
-    """The optimiser's state with its schedule at `step`. A step that is left out moves the schedule on, and not Adam's count of updates."""
+    """The optimizer's state with its schedule at `step`. A step that is left out advances the schedule, not the counts of updates."""
     of_schedule = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
     return optax.tree.set(opt_state, of_schedule, count=step)
 
 
-def make_optimizer(config: Config, decay_mask: Any) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW whose weight decay reaches the leaves that `decay_mask` marks.
+def make_optimizer(config: AnyConfig, model: Any) -> optax.GradientTransformation:
+    """The optimizer of a config, after clipping by the global norm.
 
     Args:
       config: the experiment; `optimizer` and `training.steps` are read.
-      decay_mask: pytree of bools with the structure of the parameters.
+      model: the parameters with their logical axes; may be abstract.
+
+    Raises:
+      UserError: an unknown `optimizer.name`, or a field that this optimizer ignores.
     """
-    optimizer = config.optimizer
-    b1, b2 = optimizer.betas
-    adamw = optax.adamw(
-        schedule(optimizer, config.training.steps),
-        b1=b1,
-        b2=b2,
-        weight_decay=optimizer.weight_decay,
-        mask=decay_mask,
-    )
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw) if optimizer.clip_norm > 0 else adamw
+    cfg, default = config.optimizer, Optimizer()
+    known = f"{nearest(cfg.name, OPTIMIZERS)}; known: {', '.join(sorted(OPTIMIZERS))}"
+    require(cfg.name in OPTIMIZERS, f"optimizer.name: unknown {cfg.name!r}{known}")
+    make, ignores = OPTIMIZERS[cfg.name]
+    for field in ignores:
+        same = getattr(cfg, field) == getattr(default, field)
+        require(same, f"{config.name} would ignore optimizer.{field}: {cfg.name} does not read it; leave it out")
+    tx = make(cfg, schedule(cfg, config.training.steps), model)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx) if cfg.clip_norm > 0 else tx
+
+
+@optimizer("adamw", ignores=("momentum", "ns_steps", "nesterov"))
+def adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weight decay leaves out norms, biases and rates (`decay_mask`)."""
+    b1, b2 = cfg.betas
+    return optax.adamw(rate, b1=b1, b2=b2, weight_decay=cfg.weight_decay, mask=decay_mask(model))
+
+
+def hidden_matrices(model: Any) -> Any:
+    """The model's pytree with a bool for each parameter: it is a matrix between hidden units, by its logical axes.
+
+    Layers may be stacked, which adds leading axes that the metadata does not name.
+    """
+
+    def is_hidden(param: nnx.Variable) -> bool:
+        axes = param.get_metadata()["axes"]
+        return len(axes) == 2 and not NOT_HIDDEN & set(axes)
+
+    return jax.tree.map(lambda p: p.replace(is_hidden(p)), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@optimizer("muon")
+def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
+    """Muon (Jordan, 2024) on the matrices between hidden units, each layer of a stack by itself; AdamW on all other parameters."""
+    each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
+    matrices = muon(
+        rate, ns_steps=cfg.ns_steps, beta=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay,
+        muon_weight_dimension_numbers=each_matrix,
+    )  # fmt: skip
+    labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
+    # A function, because optax calls labels that can be called, and a model can.
+    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)

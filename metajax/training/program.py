@@ -1,10 +1,10 @@
-"""Everything a run computes with, built from its config: mesh, model, optimiser, state and the compiled step."""
+"""What a run computes on its devices: mesh, model, optimizer, layout of state and batches, and the compiled train step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -12,14 +12,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax.config import Config
+from metajax.config import AnyConfig, Config
 from metajax.core.errors import require
+from metajax.distributed.hosts import is_first
 from metajax.distributed.mesh import HostRows, make_mesh, row_shards
 from metajax.distributed.rules import batch_sharding, param_shardings
-from metajax.models.lm import LM, decay_mask
-from metajax.training.optimizers import make_optimizer
+from metajax.models.lm import LM
+from metajax.training.objectives import Batch, Objective, find_objective
+from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.state import State, initialiser
-from metajax.training.step import DEVICE_FIELDS, Batch, compile_train_step, eval_step
+from metajax.training.step import DEVICE_FIELDS, Metrics, eval_step, train_step
+
+Layout = Callable[[Any, Mesh], Any]  # (tree, mesh) -> its shardings
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Shardings that keep every array of a tree whole on every device."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
@@ -48,21 +57,27 @@ def check_axes(config: Config, mesh: Mesh) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Program:
-    """What a config compiles to on a mesh."""
+    """A model with its optimizer and its train step on a mesh. Everything here may be described by shapes alone, for a plan."""
 
-    config: Config
-    vocab_size: int
+    config: AnyConfig
     mesh: Mesh
+    create: Callable[[jax.Array], Any]  # key -> fresh trained parameters
     tx: optax.GradientTransformation
+    rate: optax.Schedule  # learning rate by step
+    objective: Objective
+    batch_size: int  # rows of a step, over all hosts
+    frozen: tuple[Any, ...] = ()  # shapes of what the step reads besides state and batch
+    layout: Layout = param_shardings
+    fields: tuple[str, ...] | None = None  # of a batch that go to the devices; None: all
+    vocab_size: int = 0  # of a language model
     beat: Callable[[], None] = lambda: None  # called with every batch that is put on the devices
 
     @classmethod
-    def build(
-        cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None, beat: Callable[[], None] = lambda: None
-    ) -> Program:
-        mesh = make_mesh(config.runtime.mesh, devices)
+    def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
+        """The program of a language model; UserError where its rows or heads do not divide over the mesh."""
+        mesh, abstract = make_mesh(config.runtime.mesh, devices), abstract_model(config, vocab_size)
         rows, shards = config.data.batch_rows // config.training.accumulate, row_shards(mesh)
         require(
             rows % shards == 0,
@@ -70,13 +85,22 @@ class Program:
             f"runtime.mesh; choose a multiple of {shards}",
         )
         check_axes(config, mesh)
-        return cls(config, vocab_size, mesh, make_optimizer(config, decay_mask(abstract_model(config, vocab_size))), beat)
+        objective = find_objective("dpo" if config.dpo is not None else config.training.objective)
+        return cls(
+            config, mesh, partial(build_model, config, vocab_size), make_optimizer(config, abstract),
+            schedule(config.optimizer, config.training.steps), objective, config.data.batch_rows,
+            frozen=(abstract,) if config.dpo is not None else (), fields=DEVICE_FIELDS, vocab_size=vocab_size,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def place(self, tree: Any) -> Any:
+        """The shapes of a tree with their shardings."""
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, self.layout(tree, self.mesh))
 
     def abstract_state(self) -> State:
-        """The state as shapes with their shardings: parameters by the rules, moments as their parameters, scalars whole."""
-        abstract = jax.eval_shape(self._create, jax.random.key(0))
-        shardings = param_shardings(abstract, self.mesh)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        """The state as shapes with their shardings: moments lie as their parameters do, scalars are whole."""
+        return self.place(jax.eval_shape(self._create, jax.random.key(0)))
 
     def create_state(self) -> State:
         """A fresh state, initialised directly in its sharded layout, so that no device ever holds it whole."""
@@ -86,45 +110,85 @@ class Program:
 
     @property
     def _create(self) -> Any:
-        return initialiser(lambda key: build_model(self.config, self.vocab_size, key), self.tx)
-
-    def compile_step(self, state: State, batch: Batch) -> Any:
-        """The train step compiled ahead of time for these shapes: it can never be compiled a second time."""
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        with jax.set_mesh(self.mesh):
-            step = compile_train_step(self.config, self.tx, shardings, self.mesh)
-            return step.lower(state, batch, *self.frozen(state.model)).compile()
-
-    def frozen(self, parent: Any) -> tuple[Any, ...]:
-        """What the step reads beside state and batch: with `dpo` the model that training starts from."""
-        return (parent,) if self.config.dpo is not None else ()
-
-    @cached_property
-    def eval_step(self) -> Any:
-        """The jitted evaluation step."""
-        return jax.jit(eval_step)
-
-    @cached_property
-    def _rows(self) -> HostRows:
-        return HostRows.of(self.mesh, jax.process_index())
-
-    def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """This host's slice of a whole batch."""
-        rows = len(batch["tokens"]) // self._rows.count
-        return {name: values[self._rows.index * rows :][:rows] for name, values in batch.items()}
+        return initialiser(self.create, self.tx)
 
     def whole(self, tree: Any) -> Any:
         """A tree that this process holds whole, gathered from all of them where there are several."""
         if jax.process_count() == 1:
             return tree
-        everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
-        return jax.tree.map(lambda x: x.addressable_data(0), everywhere)
+        gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
+        return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+
+    def put_everywhere(self, tree: Any) -> Any:
+        """A tree that every process has, as global arrays that every device holds whole."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+    # ------------------------------------------------------------------------------------------------- step
+
+    @property
+    def step(self) -> Callable[..., tuple[State, Metrics]]:
+        """The train step, (state, batch, *frozen) -> (state, metrics), not compiled."""
+        return partial(train_step, config=self.config, tx=self.tx, rate=self.rate, objective=self.objective)
+
+    def lower_step(self, state: State, batch: Batch) -> Any:
+        """The train step lowered for these shapes; the state is donated."""
+        frozen = self.place(self.frozen)
+        shardings, held = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, frozen))
+        jitted = jax.jit(
+            self.step, donate_argnums=0, in_shardings=(shardings, self._rows_sharding, *held), out_shardings=(shardings, None),
+            keep_unused=bool(frozen),  # a plan counts all that is frozen
+        )  # fmt: skip
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(state, batch, *frozen)
+
+    def compile_step(self, state: State, batch: Batch) -> Any:
+        """The train step compiled ahead of time for these shapes: it can never be compiled a second time."""
+        return self.lower_step(state, batch).compile()
+
+    @cached_property
+    def eval_step(self) -> Any:
+        """The jitted evaluation step of a language model."""
+        return jax.jit(eval_step)
+
+    # ---------------------------------------------------------------------------------------------- batches
+
+    @property
+    def _spreads(self) -> bool:
+        return self.batch_size % (self.config.training.accumulate * row_shards(self.mesh)) == 0
+
+    @property
+    def _rows_sharding(self) -> NamedSharding:
+        return batch_sharding(self.mesh) if self._spreads else NamedSharding(self.mesh, PartitionSpec())
+
+    @cached_property
+    def rows(self) -> HostRows:
+        """Which rows of a batch this process reads: all of them where they do not spread over the mesh."""
+        return HostRows.of(self.mesh, jax.process_index()) if self._spreads else HostRows(0, 1, is_first())
+
+    def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This host's slice of a whole batch."""
+        rows = len(next(iter(batch.values()))) // self.rows.count
+        return {name: values[self.rows.index * rows :][:rows] for name, values in batch.items()}
+
+    def on_devices(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The part of a batch that the devices read."""
+        return {name: batch[name] for name in self.fields or batch if name in batch}
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """This host's slice of a batch as global arrays, rows spread over the data axes."""
         self.beat()
-        sharding = batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in DEVICE_FIELDS if name in batch}
+        put = partial(jax.make_array_from_process_local_data, self._rows_sharding)
+        return {name: put(values) for name, values in self.on_devices(batch).items()}
+
+    def abstract_batch(self, batch: dict[str, Any]) -> Batch:
+        """The shapes of a whole batch, with their shardings."""
+        return {
+            name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=self._rows_sharding)
+            for name, values in self.on_devices(batch).items()
+        }
 
     def feed(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """(on the devices, on the host) for each batch, the next one always on its way while one is in use."""

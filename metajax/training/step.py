@@ -1,88 +1,72 @@
-"""The one jitted train step, and the evaluation step beside it."""
+"""The one train step of all families, and the evaluation step of language models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from metajax.config import Config
-from metajax.distributed.rules import batch_sharding
-from metajax.training.dpo import METRICS, preference_sums
-from metajax.training.losses import token_nll, weighted_sums
-from metajax.training.optimizers import at_step, schedule
+from metajax.config import AnyConfig
+from metajax.training.losses import token_nll
+from metajax.training.objectives import Batch, Means, Objective
+from metajax.training.optimizers import at_step
 from metajax.training.state import State
 
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
-DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # what of a batch travels to the devices
-Batch = dict[str, jax.Array]
+DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # of a batch of text, what the devices get
 Metrics = dict[str, jax.Array]
 
 
 def apply_model(model: Any, batch: Batch) -> jax.Array:
-    """Logits [B, T, V] of a batch."""
+    """Logits [B, T, V] of a batch of text."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     return model(inputs.pop("tokens"), **inputs)
 
 
-def _loss_and_grad(model: Any, batch: Batch, config: Config, reference: Any) -> tuple[Metrics, Any]:
-    """Sums over the batch, and the gradient of the loss sum, accumulated over micro-batches."""
-    names = ("nll", "body_nll", "loss", *(("pairs", *METRICS) if config.dpo is not None else ()))
+def _means_and_grads(loss: Any, model: Any, batch: Batch, pieces: int) -> tuple[Means, Any]:
+    """The metrics over a batch, and the gradient of the sum of losses, accumulated over `pieces` micro-batches."""
 
-    def loss_sum(model: Any, micro: Batch) -> tuple[jax.Array, Metrics]:
-        logits = apply_model(model, micro)
-        total, parts = weighted_sums(logits, micro["targets"], micro["loss_weights"], micro["is_body"], config.optimizer.z_loss)
-        if config.dpo is not None:
-            nll, reference_nll = (token_nll(scores, micro["targets"])[0] for scores in (logits, apply_model(reference, micro)))
-            total, pairs = preference_sums(nll, reference_nll, micro["loss_weights"], micro["segment_ids"], config.dpo.beta)
-            parts |= pairs
-        return total, parts | {"loss": total}
+    def total(model: Any, micro: Batch) -> tuple[jax.Array, Means]:
+        means = loss(model, micro)
+        return means["loss"][0], means
 
-    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
-    pieces = config.training.accumulate
+    grad = jax.grad(total, has_aux=True)
     if pieces == 1:
-        (_, sums), grads = value_and_grad(model, batch)
-        return sums, grads
+        grads, means = grad(model, batch)
+        return means, grads
     # Rows go to micro-batches in strides, so that each micro-batch keeps the batch's spread over the devices.
     micro_batches = jax.tree.map(lambda x: x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def add(carry: Any, micro: Batch) -> tuple[Any, None]:
-        (_, sums), grads = value_and_grad(model, micro)
-        return jax.tree.map(jnp.add, carry, (sums, grads)), None
-
-    zero = dict.fromkeys(names, jnp.zeros(())), jax.tree.map(jnp.zeros_like, model)
-    (sums, grads), _ = jax.lax.scan(add, zero, micro_batches)
-    return sums, grads
+    one = jax.tree.map(lambda x: x[0], micro_batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, model, one))
+    add = lambda sums, micro: (jax.tree.map(jnp.add, sums, grad(model, micro)), None)  # noqa: E731
+    (grads, means), _ = jax.lax.scan(add, zeros, micro_batches)
+    return means, grads
 
 
 def train_step(
-    state: State, batch: Batch, reference: Any = None, *, config: Config, tx: optax.GradientTransformation
-) -> tuple[State, Metrics]:
-    """One optimiser step: gradient of the token-weighted mean loss over the whole batch, with `config.dpo` of the mean over its pairs.
+    state: State, batch: Batch, *frozen: Any, config: AnyConfig, tx: optax.GradientTransformation, rate: optax.Schedule, objective: Objective
+) -> tuple[State, Metrics]:  # fmt: skip
+    """One optimizer step on the gradient of the objective's mean loss over the whole batch.
 
-    Metrics: loss (what is minimised), nll (nats a weighted token), body_nll (nats a body token), grad_norm before
-    clipping, learning_rate, finite, kept, of pairs METRICS. A bad step (not finite, or its gradient norm above `runtime.max_grad_norm`)
-    leaves parameters and optimiser untouched and sets `halted`, so the state that led to it is still there when the host, one step behind,
-    notices; with `runtime.on_bad_step` "skip" the next step goes on from it, at the learning rate of its own number. `reference` is the
-    frozen model of `config.dpo`.
+    Metrics: those of the objective, grad_norm before clipping, learning_rate, finite, kept. A bad step (not finite, or its gradient norm
+    above `runtime.max_grad_norm`) leaves parameters and optimizer untouched. It sets `halted`, so that the state before it is still there
+    when the host notices, one step later. With `runtime.on_bad_step` "skip" training goes on, at the learning rate of the step's number.
+
+    Args:
+      frozen: what the objective reads besides, such as a reference model.
+      rate: the learning rate by step, which is logged; `tx` applies its own.
     """
-    sums, grads = _loss_and_grad(state.model, batch, config, reference)
-    tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
-    weight = jnp.maximum(sums["pairs"], 1.0) if config.dpo is not None else tokens
-    grads = jax.tree.map(lambda g: g / weight, grads)
+    batch = objective.prepare(config, batch, state.step, *frozen)
+    loss = lambda model, micro: objective.loss(config, model, micro, *frozen)  # noqa: E731
+    means, grads = _means_and_grads(loss, state.model, batch, config.training.accumulate)
+    weights = {name: jnp.maximum(weight, 1) for name, (_, weight) in means.items()}
+    grads = jax.tree.map(lambda g: g / weights["loss"], grads)
     updates, opt_state = tx.update(grads, at_step(state.opt_state, state.step), state.model)
     model = optax.apply_updates(state.model, updates)
-    metrics = {
-        "loss": sums["loss"] / weight,
-        "nll": sums["nll"] / tokens,
-        "body_nll": sums["body_nll"] / jnp.maximum(jnp.sum(batch["is_body"]), 1),
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule(config.optimizer, config.training.steps)(state.step),
-    } | {name: sums[name] / weight for name in METRICS if name in sums}
+    metrics = {name: total / weights[name] for name, (total, _) in means.items()}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     runtime = config.runtime
     good = finite & (metrics["grad_norm"] <= (runtime.max_grad_norm or jnp.inf))
@@ -90,18 +74,6 @@ def train_step(
     model, opt_state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (model, opt_state), (state.model, state.opt_state))
     step, halted = (state.step + 1, state.halted) if skips else (state.step + keep, ~keep)
     return State(model, opt_state, step, halted), metrics | {"finite": finite, "kept": keep}
-
-
-def compile_train_step(
-    config: Config, tx: optax.GradientTransformation, shardings: State, mesh: Mesh
-) -> Callable[..., tuple[State, Metrics]]:
-    """The jitted step with donated state; parameters in and out keep their shardings, metrics are replicated."""
-
-    def step(state: State, batch: Batch, *frozen: Any) -> tuple[State, Metrics]:
-        return train_step(state, batch, *frozen, config=config, tx=tx)
-
-    places = (shardings, batch_sharding(mesh), *((shardings.model,) if config.dpo is not None else ()))
-    return jax.jit(step, donate_argnums=0, in_shardings=places, out_shardings=(shardings, None))
 
 
 def eval_step(model: Any, batch: Batch) -> Metrics:

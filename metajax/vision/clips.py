@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from metajax.config import ImageConfig
 from metajax.core.errors import require
@@ -21,13 +21,15 @@ from metajax.vision.data.words import WordTokenizer
 from metajax.vision.weights import load_clip
 
 
-def whole(config: ImageConfig) -> NamedSharding:
-    """An array that every device of the run has to itself."""
+def whole(config: ImageConfig) -> Sharding:
+    """The sharding of an array that every device of the run holds whole; of several processes each has its own, on one device."""
+    if jax.process_count() > 1:
+        return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(make_mesh(config.runtime.mesh), PartitionSpec())
 
 
 def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
-    """(model, tokenizer) that a prompt learner stands on; UserError where they are not to be had."""
+    """(model, tokenizer) of a prompt learner; UserError where they cannot be found."""
     here = whole(config)
     if config.weights:
         place = Path(str(paths.data)) / config.weights if paths.data is not None else Path(config.weights)
@@ -46,7 +48,7 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
     return clip_of_run(parent, replace(theirs, clip=clip, runtime=config.runtime), here), words
 
 
-def clip_of_run(workdir: Path, config: ImageConfig, sharding: NamedSharding) -> CLIP:
+def clip_of_run(workdir: Path, config: ImageConfig, sharding: Sharding) -> CLIP:
     """The newest checkpoint of a run that has trained a CLIP."""
     model = jax.eval_shape(lambda: CLIP(config.clip, runtime=config.runtime, key=jax.random.key(0)))
     return read_parameters(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model))

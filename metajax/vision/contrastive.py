@@ -11,8 +11,10 @@ import numpy as np
 from metajax.config import ImageConfig
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
-from metajax.models.lm import decay_mask
+from metajax.distributed.mesh import make_mesh
+from metajax.training.objectives import Batch, Means, find_objective, objective
 from metajax.training.optimizers import make_optimizer, schedule
+from metajax.training.program import Program, everywhere
 from metajax.vision.clip.model import CLIP, LOSSES, cut_after_end, unit
 from metajax.vision.data.batches import caption_batches, test_pixels, texts_of_sets, viewer
 from metajax.vision.data.preprocessing import normalise
@@ -20,46 +22,60 @@ from metajax.vision.data.sets import ImageSet, check_set, content_of, fingerprin
 from metajax.vision.data.sources import open_images
 from metajax.vision.data.templates import texts_of
 from metajax.vision.data.words import WordTokenizer
-from metajax.vision.task import Losses, Task
+from metajax.vision.flops import image_step_flops
+from metajax.vision.task import ImageTask
 from metajax.vision.zero_shot import accuracy, class_weights, whole_parts
 
 
-def contrastive_task(config: ImageConfig, paths: Paths) -> Task:
-    """Images and captions of all sources' pretraining images; evaluated on the test images of those with classes, by names alone."""
-    sets = [open_images(spec, paths.cache, paths.data) for spec in config.images.sources]
-    tested = [images for images in sets if images.classes]
-    require(bool(tested), f"images.sources = {config.images.sources}: none has classes to be tested by; add one such as digits")
-    for images in sets:
-        require(bool(images.splits.get("pretrain")), f"{images.spec} has no pretrain images, which a CLIP learns from")
-    for images in tested:
-        check_set(images, "test")
-    tokenizer, clip = WordTokenizer.of(texts_of_sets(sets)), config.clip
-    require(
-        tokenizer.size <= clip.vocab,
-        f"clip.vocab = {clip.vocab}, but these captions have {tokenizer.size} words; raise it to that",
-    )
-    see = viewer(clip.image_size, config.images.view, config.images.crop_area)
-    batch = config.images.batch
-    batches = caption_batches(sets, config.seed, batch, see, lambda text: tokenizer.tokenize([text], clip.context)[0])
+class ContrastiveTask(ImageTask):
+    """A CLIP on all sources' pretraining images and captions; evaluated on test images of those with classes, by names alone."""
+
+    def __init__(self, config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None):
+        self.config, self.paths, self.steps = config, paths, config.training.steps
+        self.sets = sets = [open_images(spec, paths.cache, paths.data) for spec in config.images.sources]
+        tested = [images for images in sets if images.classes]
+        require(
+            bool(tested), f"images.sources = {config.images.sources}: none has classes to be tested by; add one such as digits"
+        )
+        for images in sets:
+            require(bool(images.splits.get("pretrain")), f"{images.spec} has no pretrain images, which a CLIP learns from")
+        for images in tested:
+            check_set(images, "test")
+        self.tokenizer, clip = WordTokenizer.of(texts_of_sets(sets)), config.clip
+        require(
+            self.tokenizer.size <= clip.vocab,
+            f"clip.vocab = {clip.vocab}, but these captions have {self.tokenizer.size} words; raise it to that",
+        )
+        self.data = fingerprint_of(*(content_of(s, "pretrain", "test") for s in sets))
+        size = min(config.images.batch, sum(len(images.splits["pretrain"]) for images in sets))
+        self.program, self.epoch, self.tested = contrastive_program(config, size, devices), self.steps, tested
+        see = viewer(clip.image_size, config.images.view, config.images.crop_area)
+        tokenize = lambda text: self.tokenizer.tokenize([text], clip.context)[0]  # noqa: E731
+        self.batches = caption_batches(sets, config.seed, size, see, tokenize, self.program.rows)
+        self.step_flops = image_step_flops(config, clip, 0, clip.context)
+
+    def evaluate(self, model: CLIP) -> dict[str, Any]:
+        return {images.spec: zero_shot(model, self.tokenizer, images) for images in self.tested}
+
+
+def contrastive_program(config: ImageConfig, batch_size: int, devices: list[jax.Device] | None = None) -> Program:
+    """The program of a CLIP; every device has all parameters."""
 
     def create(key: jax.Array) -> CLIP:
-        return CLIP(clip, runtime=config.runtime, key=key)
+        return CLIP(config.clip, runtime=config.runtime, key=key)
 
-    tx = make_optimizer(config, decay_mask(jax.eval_shape(create, jax.random.key(0))))
-    return Task(
-        steps=config.training.steps, epoch=config.training.steps, batches=batches, create=create, tx=tx,
-        rate=schedule(config.optimizer, config.training.steps), frozen=(), loss=caption_loss,
-        evaluate=lambda model: {s.spec: zero_shot(model, tokenizer, s) for s in tested},
-        images=fingerprint_of(*(content_of(s, "pretrain", "test") for s in sets)), tokenizer=tokenizer, manifest=[describe(s) for s in sets],
-    )  # fmt: skip
+    tx = make_optimizer(config, jax.eval_shape(create, jax.random.key(0)))
+    rate, mesh = schedule(config.optimizer, config.training.steps), make_mesh(config.runtime.mesh, devices)
+    return Program(config, mesh, create, tx, rate, find_objective("contrastive"), batch_size, layout=everywhere)
 
 
-def caption_loss(model: CLIP, frozen: Any, batch: dict[str, jax.Array], choice: jax.Array, key: jax.Array) -> Losses:
+@objective("contrastive")
+def contrastive(config: ImageConfig, model: CLIP, batch: Batch) -> Means:
     """Images and texts of a batch; texts that are the same belong to each other's images too."""
     tokens = batch["tokens"]
     matches = jnp.all(tokens[:, None] == tokens[None], axis=-1)
     loss = LOSSES[model.cfg.loss](model(normalise(batch["pixels"], model.cfg), tokens), matches)
-    return loss, {"logit_scale": jnp.exp(model.logit_scale[...])}
+    return {"loss": (loss, jnp.float32(1)), "logit_scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1))}
 
 
 def zero_shot(model: CLIP, tokenizer: Any, images: ImageSet, templates: tuple[str, ...] = ()) -> dict[str, float]:
@@ -78,9 +94,3 @@ def encode_images(model: CLIP, pixels: Any, at_once: int = 100) -> jax.Array:
 @jax.jit
 def _encode(model: CLIP, pixels: jax.Array) -> jax.Array:
     return unit(model.encode_image(normalise(pixels, model.cfg)))
-
-
-def describe(images: ImageSet) -> dict[str, Any]:
-    """A set as reports name it."""
-    splits = {name: len(items) for name, items in images.splits.items()}
-    return {"spec": images.spec, "classes": len(images.classes), "splits": splits, "attribution": images.attribution}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ from flax import struct
 from metajax.config import Clip, ImageConfig, Prompts
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
+from metajax.distributed.mesh import make_mesh
+from metajax.training.objectives import Batch, Means, find_objective, objective
+from metajax.training.program import Program, everywhere
 from metajax.vision import delta_tokens
 from metajax.vision.clip.model import CLIP, unit
 from metajax.vision.clip.prompts import (
@@ -26,14 +31,15 @@ from metajax.vision.clip.prompts import (
     prompt_logits,
 )
 from metajax.vision.clips import open_clip
-from metajax.vision.contrastive import describe, encode_images, zero_shot
+from metajax.vision.contrastive import encode_images, zero_shot
 from metajax.vision.data.augmentations import augment
 from metajax.vision.data.batches import prompt_batches, test_pixels, viewer
 from metajax.vision.data.preprocessing import centre, normalise
 from metajax.vision.data.sets import ImageSet, check_set, content_of, few_shot, fingerprint_of, part_of_classes
 from metajax.vision.data.sources import open_images
 from metajax.vision.data.templates import SELECTED
-from metajax.vision.task import Losses, Task
+from metajax.vision.flops import image_step_flops
+from metajax.vision.task import ImageTask
 from metajax.vision.zero_shot import accuracy, harmonic
 
 PROFILED = 100  # images whose delta tokens are looked at
@@ -42,52 +48,114 @@ TEST_AT_ONCE = 100
 
 @struct.dataclass
 class Frozen:
-    """Beside the learner. features: of the training images, where they never change; else empty."""
+    """What a step reads besides the learner.
+
+    features: of the training images, where they never change; else None. choice: probabilities of the augmentations. key: of the
+    run, as `jax.random.key_data` gives it.
+    """
 
     model: CLIP
     texts: ClassTexts | None
-    features: jax.Array
+    features: jax.Array | None
+    choice: jax.Array
+    key: jax.Array
+
+    @classmethod
+    def of(cls, config: ImageConfig, model: CLIP, texts: ClassTexts | None, features: jax.Array | None) -> Frozen:
+        """With uniform probabilities and the key of the config's seed."""
+        count = len(config.prompts.augmentations)
+        choice, key = np.full(count, 1 / count, np.float32), jax.random.key(config.seed)
+        return cls(model, texts, features, choice, np.asarray(jax.random.key_data(key)))
 
 
-def prompt_task(config: ImageConfig, paths: Paths) -> Task:
+class PromptTask(ImageTask):
     """A learner of the one source's classes, all or the base half; zero-shot classes where there is no context."""
-    cfg, choice = config.prompts, config.images
-    model, tokenizer = open_clip(config, paths)
-    whole = open_images(choice.sources[0], paths.cache, paths.data)
-    check_set(whole, "train")
-    check_set(whole, "test")
-    shots = few_shot(whole.splits["train"], choice.shots, config.seed)
-    seen = part_of_classes(_with_train(whole, shots), choice.classes)
-    items, size = seen.splits["train"], model.cfg.image_size
-    targets = [open_images(spec, paths.cache, paths.data) for spec in choice.targets]
-    for target in targets:
-        check_set(target, "test")
-    epoch = max(1, len(items) // cfg.batch)
-    content = [content_of(_with_train(whole, shots), "train", "test"), *(content_of(target, "test") for target in targets)]
-    texts = texts_for(model, tokenizer, seen, cfg) if cfg.context else None
-    centres = np.stack([centre(seen.read(item.key), size) for item in items])
-    features = encode_images(model, centres) if config.still else jnp.zeros((0, model.cfg.embed))
-    rate = epoch_schedule(cfg, epoch)
-    looked_at = centres[:PROFILED]
-    words = context_words(model, tokenizer, cfg)
+
+    def __init__(self, config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None):
+        self.config, self.paths, cfg, choice = config, paths, config.prompts, config.images
+        self.model, self.tokenizer = open_clip(config, paths)
+        model, whole = self.model, open_images(choice.sources[0], paths.cache, paths.data)
+        check_set(whole, "train")
+        check_set(whole, "test")
+        shots = few_shot(whole.splits["train"], choice.shots, config.seed)
+        seen = part_of_classes(_with_train(whole, shots), choice.classes)
+        items, size = seen.splits["train"], model.cfg.image_size
+        targets = [open_images(spec, paths.cache, paths.data) for spec in choice.targets]
+        for target in targets:
+            check_set(target, "test")
+        self.sets = [whole, *targets]
+        self.data = fingerprint_of(
+            content_of(_with_train(whole, shots), "train", "test"), *(content_of(target, "test") for target in targets)
+        )
+        texts = texts_for(model, self.tokenizer, seen, cfg) if cfg.context else None
+        centres = np.stack([centre(seen.read(item.key), size) for item in items])
+        self._looked_at = centres[:PROFILED]
+        features = encode_images(model, centres) if config.still else None
+        self.epoch = max(1, len(items) // cfg.batch)
+        self.steps = cfg.epochs * self.epoch if cfg.context else 0
+        self._frozen = Frozen.of(config, model, texts, features)
+        self.program = prompt_program(
+            config, model.cfg, self._frozen, len(seen.classes), min(cfg.batch, len(items)), devices, epoch=self.epoch,
+            words=context_words(model, self.tokenizer, cfg),
+        )  # fmt: skip
+        see = viewer(size, choice.view, choice.crop_area)
+        self.batches = prompt_batches(seen, items, config.seed, cfg.batch, see, self.program.rows, paired=cfg.paired)
+        self.step_flops = image_step_flops(config, model.cfg, *texts.embedded.shape[:2]) if texts is not None else 0
+
+    def save_inputs(self, folder: Path) -> None:
+        """Nothing: the tokenizer is that of the CLIP, which keeps it."""
+
+    def start(self, model: Learner, meta: Mapping[str, Any] | None) -> tuple[Learner, tuple[Any, ...]]:
+        if meta is not None:
+            self._frozen = self._frozen.replace(choice=np.array(meta["choice"], np.float32))
+        return model, (self.program.put_everywhere(self._frozen),)
+
+    def meta(self) -> dict[str, Any]:
+        return {"choice": self._frozen.choice.tolist()}
+
+    def ends_epoch(self, step: int) -> bool:
+        cfg = self.config.prompts
+        return cfg.sampling == "weighted" and cfg.paired and step % self.epoch == 0 and step < self.steps
+
+    def next_epoch(self, model: Learner, frozen: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Choose augmentations by how well their deltas are separated; where a delta is not finite the choice stays."""
+        cfg, learner = self.config.prompts, self.program.whole(model)
+        groups = delta_tokens.delta_groups(learner, self.model, self._looked_at, cfg, self.config.seed)
+        if not np.all(np.isfinite(groups[1])):
+            return frozen
+        self._frozen = self._frozen.replace(choice=delta_tokens.weights(groups))
+        return (frozen[0].replace(choice=self.program.put_everywhere(self._frozen.choice)),)
+
+    def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        require(
+            values.get("delta_norm", 1.0) > 0,
+            f"step {step}: every delta token is 0, so the meta-net is dead; lower prompts.learning_rate or raise prompts.bottleneck",
+        )
+        return values
+
+    def evaluate(self, model: Learner) -> dict[str, Any]:
+        return evaluate(model, self.model, self.tokenizer, self.sets[0], self.sets[1:], self.config)
+
+
+def prompt_program(
+    config: ImageConfig, clip: Clip, frozen: Frozen, classes: int, batch_size: int, devices: list[jax.Device] | None = None, *,
+    epoch: int = 1, words: np.ndarray | None = None,
+) -> Program:  # fmt: skip
+    """The program of a prompt learner; every device has all parameters.
+
+    Args:
+      frozen: arrays or shapes.
+      epoch: steps of one, for the learning rate.
+      words: embeddings that the context begins as; None: drawn.
+    """
+    cfg, rate = config.prompts, epoch_schedule(config.prompts, epoch)
 
     def create(key: jax.Array) -> Learner:
-        return Learner(cfg, model.cfg, len(seen.classes), key, words)
+        return Learner(cfg, clip, classes, key, None if words is None else jnp.asarray(words))
 
-    def choose(learner: Learner) -> np.ndarray:
-        return delta_tokens.weights(delta_tokens.delta_groups(learner, model, looked_at, cfg, config.seed))
-
-    return Task(
-        steps=cfg.epochs * epoch if cfg.context else 0, epoch=epoch,
-        batches=prompt_batches(seen, items, config.seed, cfg.batch, viewer(size, choice.view, choice.crop_area), paired=cfg.paired),
-        create=create, tx=sgd(cfg, rate), rate=rate, frozen=Frozen(model, texts, features),
-        loss=functools.partial(prompt_loss, cfg=cfg),
-        evaluate=lambda learner: evaluate(learner, model, tokenizer, whole, targets, config),
-        images=fingerprint_of(*content), tokenizer=tokenizer,
-        manifest=[describe(s) for s in (whole, *targets)],
-        choose=choose if cfg.sampling == "weighted" and cfg.paired else None,
-        choice=np.full(len(cfg.augmentations), 1 / len(cfg.augmentations), np.float32),
-    )  # fmt: skip
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
+    mesh, found = make_mesh(config.runtime.mesh, devices), find_objective("prompt_learning")
+    return Program(config, mesh, create, sgd(cfg, rate), rate, found, batch_size, (shapes,), everywhere)
 
 
 def _with_train(images: ImageSet, items: Any) -> ImageSet:
@@ -101,7 +169,7 @@ def texts_for(model: CLIP, tokenizer: Any, images: ImageSet, cfg: Prompts) -> Cl
     return class_texts(model, tokens, [len(tokenizer.encode(name)) for name in names], cfg)
 
 
-def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> jax.Array | None:
+def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> np.ndarray | None:
     """Embeddings of the words that the context begins as."""
     if not cfg.context_init:
         return None
@@ -110,7 +178,7 @@ def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> jax.Array | None
         len(ids) == cfg.context,
         f"prompts.context_init = {cfg.context_init!r} has {len(ids)} tokens, prompts.context = {cfg.context}",
     )
-    return model.text.embed(jnp.array([ids]))[0]
+    return np.asarray(model.text.embed(jnp.array([ids]))[0])
 
 
 # --------------------------------------------------------------------------------------------------------- the step
@@ -129,7 +197,7 @@ def epoch_schedule(cfg: Prompts, epoch: int) -> Any:
 
 
 def sgd(cfg: Prompts, rate: Any) -> optax.GradientTransformation:
-    """Momentum 0.9; weight decay on everything, in front of the momentum."""
+    """Momentum 0.9; weight decay on everything, before the momentum."""
     return optax.chain(optax.add_decayed_weights(cfg.weight_decay), optax.trace(0.9), optax.scale_by_learning_rate(rate))
 
 
@@ -141,53 +209,64 @@ def draw_types(key: jax.Array, weights: jax.Array, count: int) -> jax.Array:
     return jnp.stack([drawn // len(weights), drawn % len(weights)], axis=1)
 
 
-def prompt_loss(
-    learner: Learner, frozen: Frozen, batch: dict[str, jax.Array], choice: jax.Array, key: jax.Array, *, cfg: Prompts
-) -> Losses:
-    """Cross-entropy of the first view, and AAPL's triplets of both views under two augmentations, which are the same for both."""
-    model = frozen.model
-    images = normalise(batch["pixels"], model.cfg)  # [B, views, size, size, 3]
-    keys, metrics, triplets = jax.random.split(key, 4), {}, 0.0
+def draw(config: ImageConfig, batch: Batch, step: jax.Array, frozen: Frozen) -> Batch:
+    """The batch with the random draws of a step, "draws": for each image its augmentations and their keys."""
+    cfg, count = config.prompts, len(batch["pixels"])
+    keys, draws = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(frozen.key), step), 4), {}
     if cfg.paired:
-        plain, tokens, deltas = delta_of_views(learner, model, images, draw_types(keys[1], choice, len(images)), keys[2], cfg)
+        draws["types"] = draw_types(keys[1], frozen.choice, count)
+        draws["keys"] = jax.random.split(keys[2], 4 * count).reshape(count, 2, 2)
+    if cfg.augment:
+        first, second, third = jax.random.split(keys[0], 3)
+        draws["type"] = jax.random.categorical(first, jnp.log(frozen.choice), shape=(count,))
+        draws["key"] = jax.random.split(second, count)
+        draws["augmented"] = jax.random.bernoulli(third, cfg.augment, (count, 1, 1, 1))
+    return {**batch, "draws": draws}
+
+
+@objective("prompt_learning", prepare=draw)
+def prompt_learning(config: ImageConfig, learner: Learner, batch: Batch, frozen: Frozen) -> Means:
+    """Cross-entropy of the first view, and AAPL's triplets of both views under two augmentations, which are the same for both."""
+    cfg, model, draws = config.prompts, frozen.model, batch["draws"]
+    images = normalise(batch["pixels"], model.cfg)  # [B, views, size, size, 3]
+    metrics, triplets = {}, 0.0
+    if cfg.paired:
+        plain, tokens, deltas = delta_of_views(learner, model, images, draws["types"], draws["keys"], cfg)
         triplets = ad_triplet(deltas if cfg.triplet_of == "delta" else tokens, cfg.margin, cfg.constraints)
         metrics = {"ad_triplet": triplets, "delta_norm": jnp.mean(jnp.linalg.norm(deltas, axis=-1))}
     if cfg.augment:
-        first = unit(model.encode_image(_sometimes(images[:, 0], keys[0], choice, cfg, model.cfg)))
+        changed = augmented(images[:, 0], draws["type"], draws["key"], cfg, model.cfg)
+        first = unit(model.encode_image(jnp.where(draws["augmented"], changed, images[:, 0])))
     elif cfg.paired:
         first = plain[:, 0]
     else:
-        first = frozen.features[batch["index"]] if len(frozen.features) else unit(model.encode_image(images[:, 0]))
+        first = frozen.features[batch["index"]] if frozen.features is not None else unit(model.encode_image(images[:, 0]))
     moved = {"none": lambda: None, "meta": lambda: learner.meta_net(first), "delta": lambda: deltas[0, 0]}[cfg.condition]()
     logits = prompt_logits(model, frozen.texts, first, learner.contexts(moved))
     ce = cross_entropy(logits, batch["label"])
-    return cfg.beta * ce + cfg.alpha * triplets, {"ce": ce, **metrics}
+    metrics |= {"loss": cfg.beta * ce + cfg.alpha * triplets, "ce": ce}
+    return {name: (value, jnp.float32(1)) for name, value in metrics.items()}
+
+
+def augmented(images: jax.Array, types: jax.Array, keys: jax.Array, cfg: Prompts, clip: Clip) -> jax.Array:
+    """Each image under the augmentation of its type."""
+    one = functools.partial(augment, clip=clip, names=cfg.augmentations, space=cfg.space)
+    return jax.lax.map(lambda x: one(*x), (images, types, keys))
 
 
 def delta_of_views(
-    learner: Learner, model: CLIP, images: jax.Array, types: jax.Array, key: jax.Array, cfg: Prompts
+    learner: Learner, model: CLIP, images: jax.Array, types: jax.Array, keys: jax.Array, cfg: Prompts
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(unit features of the images as they are [B, view, features], meta tokens of the augmented images [view, type, B, width], delta
-    tokens likewise) of images [B, 2, H, W, 3] and types [B, 2]."""
+    tokens likewise) of images [B, 2, H, W, 3], types [B, 2] and keys [B, view, type]."""
     count, size = len(images), images.shape[-3:]
     both = jnp.broadcast_to(images[:, :, None], (count, 2, 2, *size)).reshape(-1, *size)
     kinds = jnp.broadcast_to(types[:, None], (count, 2, 2)).reshape(-1)
-    one = functools.partial(augment, clip=model.cfg, names=cfg.augmentations, space=cfg.space)
-    changed = jax.lax.map(lambda x: one(*x), (both, kinds, jax.random.split(key, len(both))))
+    changed = augmented(both, kinds, keys.reshape(-1), cfg, model.cfg)
     features = unit(model.encode_image(jnp.concatenate([images.reshape(-1, *size), changed])))
     tokens = learner.meta_net(features)
     plain, moved = tokens[: 2 * count].reshape(count, 2, 1, -1), tokens[2 * count :].reshape(count, 2, 2, -1)
     return features[: 2 * count].reshape(count, 2, -1), jnp.moveaxis(moved, 0, 2), jnp.moveaxis(moved - plain, 0, 2)
-
-
-def _sometimes(images: jax.Array, key: jax.Array, weights: jax.Array, cfg: Prompts, clip: Clip) -> jax.Array:
-    """Each image under one augmentation with probability `cfg.augment`."""
-    keys = jax.random.split(key, 3)
-    types = jax.random.categorical(keys[0], jnp.log(weights), shape=(len(images),))
-    one = functools.partial(augment, clip=clip, names=cfg.augmentations, space=cfg.space)
-    changed = jax.lax.map(lambda x: one(*x), (images, types, jax.random.split(keys[1], len(images))))
-    chosen = jax.random.bernoulli(keys[2], cfg.augment, (len(images), 1, 1, 1))
-    return jnp.where(chosen, changed, images)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

@@ -1,34 +1,110 @@
-"""What the loop of image runs needs to know of a run: its batches, what it trains and beside what, its loss and its evaluation."""
+"""Runs on images as tasks: what the two families share, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import optax
+
+from metajax.config import ImageConfig
+from metajax.core.progress import say
+from metajax.data.pipeline import Paths
+from metajax.runs.files import read_lines
+from metajax.training.task import Task
+from metajax.vision.data.sets import ImageSet
+
+if TYPE_CHECKING:
+    from metajax.runs.directory import RunDirectory
+    from metajax.training.trainer import Trained
 
 DETAILS = "analysis/delta_tokens.json"  # in a run's folder: what the figures of its delta tokens are drawn from
-Losses = tuple[jax.Array, dict[str, jax.Array]]  # what is minimised, and what else is logged
 
 
-@dataclass(frozen=True)
-class Task:
-    """A run's recipe. loss(trained, frozen, batch, choice, key) -> (loss, metrics); `choice` is what may change between epochs."""
+def image_task(config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None) -> ImageTask:
+    """The task of a run on images: a CLIP from its start, or a prompt learner beside a frozen CLIP."""
+    if config.prompts is None:
+        from metajax.vision.contrastive import ContrastiveTask
 
-    steps: int
+        return ContrastiveTask(config, paths, devices)
+    from metajax.vision.prompt_learning import PromptTask
+
+    return PromptTask(config, paths, devices)
+
+
+class ImageTask(Task):
+    """A run on images; see its two subclasses."""
+
+    config: ImageConfig
+    paths: Paths
     epoch: int  # steps of one
-    batches: Any  # of host arrays by step
-    create: Callable[[jax.Array], Any]
-    tx: optax.GradientTransformation
-    rate: Callable[[Any], Any]  # step -> learning rate
-    frozen: Any
-    loss: Callable[..., Losses]
-    evaluate: Callable[[Any], dict[str, Any]]  # trained -> results for the report; arrays of a figure under "details"
-    images: str  # fingerprint of what is seen
-    tokenizer: Any
-    manifest: list[Mapping[str, Any]] = field(default_factory=list)
-    choose: Callable[[Any], np.ndarray] | None = None  # trained -> the next epoch's `choice`
-    choice: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # of the first epoch
+    sets: list[ImageSet]  # all that it reads
+    step_flops: float  # of all hosts
+    unit = counted = "images"
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Results for the report, "eval"; arrays of a figure under "details" of "delta"."""
+        raise NotImplementedError
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {"images": len(batch["pixels"]), "flops": self.step_flops / self.program.rows.count}
+
+    def report(self, trained: Trained, run: RunDirectory) -> dict[str, Any]:
+        say(f"evaluating {self.config.name}")
+        began, model = time.monotonic(), self.program.whole(trained.state.model)
+        results = self.evaluate(model)
+        details = results.get("delta", {}).pop("details", None)
+        if details is not None:
+            run.write(DETAILS, details)
+        return {
+            "parameters": count_parameters(model, self.config),
+            "flops_per_token": {},
+            "counts": {"images": 0, **trained.counts},
+            "eval": results,
+            "training": self._course(run),
+            "time": self._speed(trained) | {"evaluate_seconds": time.monotonic() - began},
+            "analyses": self._analyses(run),
+            "sample": None,
+            "corpora": [describe(images) for images in self.sets],
+        }
+
+    def _speed(self, trained: Trained) -> dict[str, float | None]:
+        """Seconds of a step and images a second. The first step is left out, because it waits for what the others find ready."""
+        here, seconds = trained.time["steps_here"], trained.time["train_seconds"]
+        step = (seconds - trained.startup["first_step"]) / (here - 1) if here > 1 else None
+        return {"step_seconds": step, "images_per_second": step and self.program.batch_size / step}
+
+    def _course(self, run: RunDirectory) -> dict[str, dict[str, float]]:
+        """Means of losses over the first and the last epoch; a run of one long epoch has its first and last tenth."""
+        lines = [line for line in read_lines(run.path / "metrics.jsonl") if "loss" in line]
+        span = self.epoch if self.epoch < self.steps else max(1, self.steps // 10)
+        names = [name for name in ("loss", "ce", "ad_triplet") if lines and name in lines[0]]
+        mean = lambda name, part: float(np.mean([line[name] for line in part]))  # noqa: E731
+        return {name: {"first": mean(name, lines[:span]), "last": mean(name, lines[-span:])} for name in names}
+
+    def _analyses(self, run: RunDirectory) -> dict[str, Any]:
+        """Where the class token looks. Several processes leave it to `analyze`, which runs in one."""
+        from metajax.vision.analyses import image_analysis
+        from metajax.vision.study import open_image_study
+
+        if jax.process_count() > 1:
+            return {}
+        study = open_image_study(run.path, self.config, self.paths)
+        return dict(image_analysis.run(study, [name for name in image_analysis.fitting(study) if name == "attention"], run.path))
+
+
+def count_parameters(model: Any, config: ImageConfig) -> dict[str, int]:
+    """Trained parameters by part and "total"; none where nothing is trained."""
+    if config.prompts is not None and not config.prompts.context:
+        return {"total": 0}
+    parts = {name: part for name, part in vars(model).items() if not name.startswith("_") and name != "cfg" and part is not None}
+    parts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in parts.items()}
+    return {**parts, "total": sum(x.size for x in jax.tree.leaves(model))}
+
+
+def describe(images: ImageSet) -> dict[str, Any]:
+    """A set as reports name it."""
+    splits = {name: len(items) for name, items in images.splits.items()}
+    return {"spec": images.spec, "classes": len(images.classes), "splits": splits, "attribution": images.attribution}

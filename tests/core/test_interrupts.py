@@ -13,7 +13,8 @@ from metajax import experiment
 from metajax.core.interrupts import Interrupted
 from metajax.experiment import run_experiment
 from metajax.runs.files import read_lines
-from metajax.training import loop
+from metajax.training import trainer
+from metajax.training.program import Program
 
 ROOT = Path(__file__).parents[2]
 BEGINS = "import contextlib, ctypes, os, signal, sys, time\nfrom metajax.core.interrupts import interruptible, leave\n"
@@ -153,7 +154,7 @@ def test_the_runs_of_a_table_that_is_killed_save_and_end(tmp_path):
 
 @pytest.mark.fault(31)
 def test_a_run_saves_and_goes_on(tiny_config, paths, tmp_path, monkeypatch):
-    whole, original = run_experiment(tiny_config(), tmp_path / "whole", paths), loop.Trainer._log
+    whole, original = run_experiment(tiny_config(), tmp_path / "whole", paths), trainer.Trainer._log
 
     def log(self, step, *rest):
         original(self, step, *rest)
@@ -161,7 +162,7 @@ def test_a_run_saves_and_goes_on(tiny_config, paths, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_log", log)
+        patch.setattr(trainer.Trainer, "_log", log)
         with pytest.raises(Interrupted, match="step 4 of 6"):
             run_experiment(tiny_config(), tmp_path / "cut", paths)
     report = run_experiment(tiny_config(), tmp_path / "cut", paths)
@@ -185,13 +186,13 @@ def test_outside_the_steps_it_says_from_which_step_the_run_goes_on(tiny_config, 
 
 @pytest.mark.fault(31)
 def test_before_the_first_step_nothing_is_saved(tiny_config, paths, tmp_path, monkeypatch):
-    original = loop.Program.compile_step
+    original = Program.compile_step
 
     def compile_step(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(loop.Program, "compile_step", compile_step)
+    monkeypatch.setattr(Program, "compile_step", compile_step)
     with pytest.raises(Interrupted, match="after step 0 of 6"):
         run_experiment(tiny_config(), tmp_path, paths)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

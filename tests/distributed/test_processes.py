@@ -19,7 +19,7 @@ from metajax.distributed.hosts import Place, find_place
 from metajax.experiment import run_experiment
 from metajax.registry import find_experiment, load
 from metajax.runs.files import read_lines
-from metajax.training import loop
+from metajax.training import trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120
@@ -62,7 +62,7 @@ def start(count, changes, workdir, paths):
 
 def cut(config, workdir, paths, after, monkeypatch):
     """One process, broken off once `after` steps are logged."""
-    original = loop.Trainer._log
+    original = trainer.Trainer._log
 
     def log(self, step, *rest):
         original(self, step, *rest)
@@ -70,7 +70,7 @@ def cut(config, workdir, paths, after, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_log", log)
+        patch.setattr(trainer.Trainer, "_log", log)
         with pytest.raises(KeyboardInterrupt):
             run_experiment(config, workdir, paths)
 

@@ -31,8 +31,8 @@ from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
 from metajax.runs.files import read_json, read_lines, write_json
 from metajax.runs.parents import resolve_parents
-from metajax.training.dpo import preference_sums
 from metajax.training.losses import token_nll, weighted_sums
+from metajax.training.objectives.dpo import preference_sums
 from metajax.training.opened import open_run
 
 ROWS, WIDTH, LENGTH, END = 257, 32, 64, "[END]"

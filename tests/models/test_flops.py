@@ -10,8 +10,7 @@ from metajax.models.flops import batch_pairs, flops_per_token, matmul_flops, pai
 from metajax.training.program import build_model
 from metajax.vision.clip.model import CLIP
 from metajax.vision.flops import image_cost, image_step_flops
-from metajax.vision.loop import step_function
-from metajax.vision.sketch import Shapes, sketch
+from metajax.vision.program import Shapes, image_program
 
 VOCAB, SLOTS, ROWS = 64, 32, 2
 
@@ -128,9 +127,9 @@ def test_the_count_of_a_step_on_images_equals_the_programs_own(name):
     prompts, images = RUNS[name]
     start = {"clip": VIT} if prompts is None else {"weights": "x"}
     config = ImageConfig(name=name, images=Images(**images), prompts=prompts, **start)
-    task, arguments = sketch(config, Shapes(VIT, classes=7, length=11))
-    program = jax.make_jaxpr(step_function(task))(*arguments, task.choice, jax.random.key(0))
-    assert image_step_flops(config, VIT, 7, 11, causal=False) == dot_flops(program.jaxpr)
+    program, batch = image_program(config, Shapes(VIT, classes=7, length=11))
+    traced = jax.make_jaxpr(program.step)(program.abstract_state(), batch, *program.frozen)
+    assert image_step_flops(config, VIT, 7, 11, causal=False) == dot_flops(traced.jaxpr)
 
 
 def test_the_count_of_a_resnet_equals_the_programs_own():

@@ -6,13 +6,11 @@ Of 12, because a hybrid of 8 has runs of one group, whose loop is written otherw
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from metajax.config import Hybrid, MetaTokens
 from metajax.planning.plan import whole_batch
 from metajax.training.program import Program
-from metajax.training.step import DEVICE_FIELDS, compile_train_step
 
 VOCAB = 64
 
@@ -20,11 +18,7 @@ VOCAB = 64
 def instructions(config):
     """The operations of the lowered train step, in order, without names and numbers."""
     program = Program.build(config, VOCAB, jax.devices()[:1])
-    state, batch = program.abstract_state(), whole_batch(config)
-    shapes = {k: jax.ShapeDtypeStruct(batch[k].shape, jnp.dtype(batch[k].dtype)) for k in DEVICE_FIELDS if k in batch}
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    with jax.set_mesh(program.mesh):
-        text = compile_train_step(config, program.tx, shardings, program.mesh).lower(state, shapes).as_text()
+    text = program.lower_step(program.abstract_state(), program.abstract_batch(whole_batch(config))).as_text()
     return re.findall(r"(?:= |^ *)\"?((?:stablehlo|func|chlo|sdy)\.\w+|call\b)", text, re.MULTILINE)
 
 

@@ -9,10 +9,10 @@ import pytest
 from metajax.data.pipeline import open_corpora, training_batches
 from metajax.experiment import run_experiment
 from metajax.runs.files import read_lines
-from metajax.training.loop import NonFinite, replay
 from metajax.training.optimizers import schedule
 from metajax.training.program import Program
 from metajax.training.state import to_arrays
+from metajax.training.trainer import NonFinite
 
 SKIP = {"runtime.on_bad_step": "skip"}
 
@@ -52,21 +52,21 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny_config, paths,
 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("most", [1, 3])
-def test_a_run_that_leaves_out_too_many_in_a_row_stops_with_the_bundle(tiny_config, paths, tmp_path, most):
+def test_a_run_that_leaves_out_too_many_in_a_row_stops_with_the_bundle(family, paths, tmp_path, most):
     """No step passes the limit: the run stops at the same step when it is started again, and the bundle holds what led there."""
-    config = tiny_config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.max_skipped": most, "runtime.save_every": 2})
+    config = family.config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.max_skipped": most, "runtime.save_every": 2})
     for _ in range(2):
         with pytest.raises(NonFinite, match=f"step {most}: "):
             run_experiment(config, tmp_path, paths)
     [bundle] = tmp_path.glob("replay-step-*")
-    said, values = json.loads((bundle / "metrics.json").read_text()), replay(bundle, config, 320)
+    said, values = json.loads((bundle / "metrics.json").read_text()), family.replay(bundle, config, paths)
     assert not values["kept"] and values["grad_norm"] == pytest.approx(float(said["grad_norm"]), rel=1e-5)
     assert len(read_lines(tmp_path / "metrics.jsonl")) == most - 1 and not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.fault(12)
-def test_what_was_left_out_is_counted_and_told_once(tiny_config, paths, tmp_path, capfd):
-    config = tiny_config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.log_every": 3})
+def test_what_was_left_out_is_counted_and_told_once(family, paths, tmp_path, capfd):
+    config = family.config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.log_every": 3})
     report = run_experiment(config, tmp_path, paths)
     assert report["left_out"] == {"count": 6, "first": 1, "last": 6, "in_a_row": 6}
     assert len(report["warnings"]) == 1

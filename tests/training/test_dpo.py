@@ -12,15 +12,16 @@ from metajax.config import Dpo, Hybrid, Metadata, MetaTokens, config_hash
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.data.pipeline import Paths, open_corpora, training_batches, training_rows
-from metajax.experiment import run_experiment
+from metajax.experiment import open_task, run_experiment
 from metajax.models.flops import step_flops
 from metajax.reporting.rows import spans
 from metajax.runs.files import read_lines
-from metajax.training import loop
-from metajax.training.dpo import preference_sums
+from metajax.training import trainer
+from metajax.training.objectives.dpo import preference_sums
 from metajax.training.program import Program
+from metajax.training.replay import replay
 from metajax.training.state import to_arrays
-from metajax.training.step import apply_model, train_step
+from metajax.training.step import apply_model
 
 MODELS = {
     "gpt": {"model.position": "learned", "model.bias": True},
@@ -134,8 +135,7 @@ def test_the_gradient_at_the_reference_is_that_of_the_difference(dpo_config, pat
 
     expected = to_arrays(jax.jit(jax.grad(difference))(model))
     state, on_device = program.create_state(), program.put(batch)
-    step = lambda state, reference: train_step(state, on_device, reference, config=config, tx=program.tx)  # noqa: E731
-    after, metrics = jax.jit(step)(state, model)
+    after, metrics = jax.jit(program.step)(state, on_device, model)
     assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6) and abs(float(metrics["margin"])) < 1e-5
     moments = to_arrays(after.opt_state)
     b1 = config.optimizer.betas[0]
@@ -204,7 +204,7 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
     assert whole["eval"]["preferences"]["pairs"] == 5 and whole["eval"]["right"]["bpb"] > 0
     assert "Of 5 held-out pairs" in (here.runs / "whole" / "report.html").read_text()
 
-    original = loop.Trainer._log
+    original = trainer.Trainer._log
 
     def log(self, step, *rest):
         original(self, step, *rest)
@@ -212,7 +212,7 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Trainer, "_log", log)
+        patch.setattr(trainer.Trainer, "_log", log)
         run_experiment(config, here.runs / "cut", here)
     resumed = run_experiment(config, here.runs / "cut", here)
     assert resumed["restarted_from"] == 5 and read_lines(here.runs / "cut" / "metrics.jsonl") == curve
@@ -232,10 +232,10 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
 
 def test_a_replay_bundle_has_the_reference(dpo_config, here):
     config = dpo_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
-    with pytest.raises(loop.NonFinite):
+    with pytest.raises(trainer.NonFinite):
         run_experiment(config, here.runs / "run", here)
     [bundle] = (here.runs / "run").glob("replay-step-*")
-    assert not loop.replay(bundle, config, open_corpora(config, here).tokenizer.vocabulary.size)["finite"]
+    assert not replay(bundle, open_task(config, here).program)["finite"]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 FILLS_UP = """
 import resource, sys
 from metajax.cli import main
-from metajax.training import loop
-original = loop.Trainer._log
+from metajax.training import trainer
+original = trainer.Trainer._log
 def log(*arguments):  # no file grows beyond 16 kB from here on, a limit that the system keeps as it does that of a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
     original(*arguments)
-loop.Trainer._log = log
+trainer.Trainer._log = log
 sys.exit(main(sys.argv[1:]))
 """
 

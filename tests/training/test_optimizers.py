@@ -1,6 +1,7 @@
 """Schedules, and twelve AdamW steps of nanoGPT met number for number."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,13 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from metajax.config import Config, Data, Optimizer, Training
+from metajax.config import Config, Data, Hybrid, MetaTokens, Optimizer, Training
+from metajax.core.errors import UserError
+from metajax.core.fields import override
+from metajax.distributed.rules import param_shardings
+from metajax.experiment import run_experiment
 from metajax.interop.gpt2 import from_gpt2, to_gpt2
 from metajax.models.lm import decay_mask
 from metajax.models.presets import gpt2
-from metajax.training.optimizers import make_optimizer, schedule
-from metajax.training.state import State
+from metajax.runs.files import read_lines
+from metajax.training import objectives, optimizers
+from metajax.training.objectives import find_objective, objective
+from metajax.training.optimizers import make_optimizer, optimizer, schedule
+from metajax.training.program import Program
+from metajax.training.state import State, to_arrays
 from metajax.training.step import train_step
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -68,11 +79,12 @@ def test_twelve_steps_of_nanogpt(name):
         ),
         training=Training(steps=len(golden["train_x"])),
     )
-    tx = make_optimizer(config, decay_mask(model))
-    step = jax.jit(lambda state, batch: train_step(state, batch, config=config, tx=tx))
+    tx, rate = make_optimizer(config, model), schedule(config.optimizer, 12)
+    how = {"config": config, "tx": tx, "rate": rate, "objective": find_objective("language_model")}
+    step = jax.jit(lambda state, batch: train_step(state, batch, **how))
     state = State(model, tx.init(model), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-    rate, losses, norms, rates = schedule(config.optimizer, 12), [], [], []
-    for i, x in enumerate(golden["train_x"]):
+    losses, norms, rates = [], [], []
+    for x in golden["train_x"]:
         tokens = jnp.asarray(x[:, :-1])
         batch = {
             "tokens": tokens,
@@ -85,7 +97,7 @@ def test_twelve_steps_of_nanogpt(name):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-        rates.append(float(rate(i)))
+        rates.append(float(metrics["learning_rate"]))
     np.testing.assert_allclose(losses, golden["train_losses"], atol=2e-5, rtol=0)
     np.testing.assert_allclose(norms, golden["train_grad_norms"], atol=5e-5, rtol=0)
     np.testing.assert_allclose(rates, golden["train_lrs"], rtol=2e-6)
@@ -116,9 +128,111 @@ def test_no_clipping_when_the_norm_is_zero():
     config = Config(
         name="x", optimizer=Optimizer(clip_norm=0.0, learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0)
     )
-    params = {"w": jnp.ones(3)}
-    tx = make_optimizer(config, {"w": True})
-    updates, _ = tx.update({"w": 100.0 * jnp.ones(3)}, tx.init(params), params)
-    np.testing.assert_allclose(
-        optax.apply_updates(params, updates)["w"], np.zeros(3), atol=1e-6
-    )  # Adam's first step is lr * sign
+    params = {"w": nnx.Param(jnp.ones((3, 1)), axes=("embed", "mlp"))}
+    tx = make_optimizer(config, params)
+    updates, _ = tx.update(jax.tree.map(lambda x: 100.0 * x, params), tx.init(params), params)
+    moved = optax.apply_updates(params, updates)["w"][...]
+    np.testing.assert_allclose(moved, np.zeros((3, 1)), atol=1e-6)  # Adam's first step is lr * sign
+
+
+MUON = {"optimizer.name": "muon", "optimizer.weight_decay": 0.1}
+MODELS = {
+    "stacked": ({"model.position": "learned", "model.bias": True, "model.layers": 3, "model.tied": False}, MetaTokens()),
+    "hybrid": (
+        {
+            "model.hybrid": Hybrid(meta_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4), "model.layers": 3, "model.window": 8,
+            "model.norm": "rmsnorm", "runtime.unroll": 1, "runtime.implementation": "reference",
+        },
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_muon_gets_the_matrices_of_blocks_and_adamw_the_rest(tiny_config, kind):
+    changes, meta = MODELS[kind]
+    program = Program.build(tiny_config(**MUON, **changes, meta_tokens=meta), 64, jax.devices()[:1])
+    state = program.abstract_state()
+    names = {path.removeprefix("model/") for path in to_arrays(state) if path.startswith("model/")}
+    moments = [path for path in to_arrays(state.opt_state) if "/mu/" in path]
+    by = {part: {path.partition("/mu/")[2] for path in moments if f"/{part}/" in path} for part in ("muon", "adamw")}
+    assert by["muon"] | by["adamw"] == names and not by["muon"] & by["adamw"], "each parameter has one optimizer"
+    assert by["muon"] and all(name.startswith("blocks") for name in by["muon"])
+    shapes = {name: leaf.ndim for name, leaf in to_arrays(state.model).items()}
+    left = {name.rpartition("/")[2] for name in by["adamw"] if name.startswith("blocks/") and shapes[name] > 2}
+    assert left <= {"conv", "log_rate", "A_log"}, "stacked vectors, convolutions and rates are left to AdamW, no matrix"
+    assert {"embedding", "positions", "unembedding", "blocks/meta_tokens"} & names <= by["adamw"]
+
+
+def test_a_step_of_muon_on_a_stack_is_that_of_each_layer(tiny_config):
+    """The stack has a leading axis; optax's own Muon, with its defaults, sees one matrix of it at a time."""
+    rng, cfg = np.random.default_rng(0), tiny_config(**MUON, **{"optimizer.clip_norm": 0.0, "optimizer.schedule": "constant"})
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    stack, grads = draw(2, 3, 8, 12), draw(2, 3, 8, 12)  # two runs of three layers
+    params = {"w": nnx.Param(stack, axes=("embed", "mlp")), "b": nnx.Param(draw(3, 12), axes=("norm",))}
+    tx, rate = make_optimizer(cfg, params), schedule(cfg.optimizer, cfg.training.steps)
+    all_grads = {"w": params["w"].replace(grads), "b": params["b"].replace(draw(3, 12))}
+    updates, _ = jax.jit(tx.update)(all_grads, tx.init(params), params)
+    own = optax.contrib.muon(rate, weight_decay=0.1)
+    for place in np.ndindex(2, 3):
+        one = {"w": stack[place]}
+        expected, _ = jax.jit(own.update)({"w": grads[place]}, own.init(one), one)
+        np.testing.assert_allclose(updates["w"][...][place], expected["w"], rtol=1e-5, atol=1e-8)
+
+
+def test_muon_learns_resumes_and_lies_as_its_parameters_do(tiny_config, paths, tmp_path):
+    config = tiny_config(**MUON, **{"runtime.save_every": 3, "optimizer.learning_rate": 0.01})
+    whole = run_experiment(config, tmp_path / "whole", paths)
+    losses = [line["loss"] for line in read_lines(tmp_path / "whole" / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.1
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in ("report.json", "checkpoints/6", "hashes/6-p0.json"):
+        target = tmp_path / "cut" / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    again = run_experiment(config, tmp_path / "cut", paths)
+    assert again["restarted_from"] == 3 and again["eval"] == whole["eval"]
+    assert read_lines(tmp_path / "cut" / "metrics.jsonl") == read_lines(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_muons_state_is_spread_as_its_parameters_are(tiny_config):
+    program = Program.build(tiny_config(**MUON), 64, jax.devices()[:1])
+    tree = jax.eval_shape(program._create, jax.random.key(0))
+    shardings = to_arrays(param_shardings(tree, AbstractMesh((1, 4), ("data", "fsdp"))))
+    matrix = next(path for path in shardings if path.endswith("up/w") and path.startswith("model/"))
+    [moment] = [path for path in shardings if path.endswith("/mu/" + matrix.removeprefix("model/"))]
+    assert shardings[moment].spec == shardings[matrix].spec == PartitionSpec(None, ("fsdp",), None)
+
+
+@pytest.mark.parametrize(("field", "value"), [("momentum", 0.9), ("ns_steps", 3), ("nesterov", False)])
+def test_a_field_of_another_optimizer_is_refused(tiny_config, field, value):
+    config = tiny_config(**{f"optimizer.{field}": value})
+    with pytest.raises(UserError, match=rf"optimizer\.{field}"):
+        Program.build(config, 64, jax.devices()[:1])
+    Program.build(override(config, {"optimizer.name": "muon"}), 64, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("field", ["optimizer.name", "training.objective"])
+def test_an_unknown_name_is_refused_with_the_nearest(tiny_config, field):
+    near = {"optimizer.name": "mun", "training.objective": "language_modl"}[field]
+    with pytest.raises(UserError, match=rf"{field}.*did you mean '(muon|language_model)'"):
+        Program.build(tiny_config(**{field: near}), 64, jax.devices()[:1])
+
+
+def test_a_new_optimizer_and_a_new_objective_are_found_by_their_decorators(tiny_config, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+
+    @optimizer("signs")
+    def signs(cfg, rate, model):
+        return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate))
+
+    @objective("doubled")
+    def doubled(config, model, batch):
+        found = find_objective("language_model").loss(config, model, batch)
+        total, weight = found["loss"]
+        return {**found, "loss": (2 * total, weight)}
+
+    config = tiny_config(**{"optimizer.name": "signs", "training.objective": "doubled"})
+    run_experiment(config, tmp_path, paths)
+    for line in read_lines(tmp_path / "metrics.jsonl"):
+        assert line["loss"] == pytest.approx(2 * line["nll"], rel=1e-6)

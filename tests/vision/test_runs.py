@@ -3,30 +3,26 @@
 import json
 import os
 import re
-import signal
+import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from metajax import registry
 from metajax.config import Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training, config_hash
-from metajax.core.errors import Stopped, UserError
+from metajax.core.errors import UserError
 from metajax.core.fields import override
-from metajax.experiment import run_experiment
+from metajax.experiment import open_task, run_experiment
 from metajax.runs.directory import default_workdir, read_config
+from metajax.runs.files import read_lines
 from metajax.runs.parents import resolve_parents
-from metajax.training.checkpoints import Checkpoints
 from metajax.training.opened import open_run
-from metajax.vision import loop, prompt_learning, study
-from metajax.vision import run as vision_run
-from metajax.vision.loop import train
-from metajax.vision.sketch import shapes_of, sketch
+from metajax.vision import prompt_learning, study
+from metajax.vision.program import image_program, shapes_of
 
 SMALL = ImageConfig(
     name="small_clip",
@@ -64,35 +60,6 @@ def few_images(monkeypatch):
     monkeypatch.setattr(prompt_learning, "PROFILED", 6)
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-class EndsAt:
-    """Batches whose reader dies at a step."""
-
-    def __init__(self, batches, last):
-        self.batches, self.last = batches, last
-
-    def __getitem__(self, step):
-        return self if isinstance(step, slice) else self.batches[step]
-
-    def to_iter_dataset(self, options):
-        return iter(self)
-
-    def __iter__(self):
-        yield from (self.batches[step] for step in range(self.last))
-        raise Killed
-
-
-def last_arrays(workdir):
-    checkpoints = Checkpoints(workdir, 2)
-    step = checkpoints.steps()[-1]
-    checkpoints.close()
-    with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-
-
 def test_a_clip_is_a_run_like_any_other(clip):
     workdir, report = clip
     assert report["steps"] == 3 and report["eval"]["digits"]["images"] > 500
@@ -104,30 +71,9 @@ def test_a_clip_is_a_run_like_any_other(clip):
         open_run(workdir)
 
 
-@pytest.mark.fault(31)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_saves_and_the_run_goes_on(clip, paths, tmp_path, monkeypatch, number, code):
-    original = loop._Loop._log
-
-    def log(self, step, *rest):
-        original(self, step, *rest)
-        if step == 1:
-            os.kill(os.getpid(), number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Loop, "_log", log)
-        with pytest.raises(Stopped, match="saved at step 2 of 3") as caught:
-            run_experiment(SMALL, tmp_path, paths)
-    report = run_experiment(SMALL, tmp_path, paths)
-    assert code == caught.value.EXIT_CODE and report["restarted_from"] == 2 and report["eval"] == clip[1]["eval"]
-
-
-OF_ANY = (
-    "runtime.on_bad_step=skip", "runtime.max_grad_norm=1", "runtime.max_skipped=3", "runtime.profile=1,2", "runtime.hang_seconds=60",
-    "runtime.startup_seconds=60", "runtime.implementation=xla", "training.accumulate=2",
-)  # fmt: skip
+OF_ANY = ("runtime.implementation=xla", "training.objective=dpo")
 OF_A_CLIP = (
-    *OF_ANY, "images.targets=emoji", "images.classes=base", "images.shots=3", "images.template=a {}", "images.ensemble=true",
+    *OF_ANY, "training.accumulate=2", "images.targets=emoji", "images.classes=base", "images.shots=3", "images.template=a {}", "images.ensemble=true",
     "init.from=some/run", "optimizer.z_loss=0.1",
 )  # fmt: skip
 OF_A_LEARNER = (
@@ -157,19 +103,50 @@ def test_what_the_clip_alone_reads_passes_the_learner_by(own_registry, tmp_path)
     learner, [parent] = resolve_parents(override(config, changes), changes, tmp_path)
     assert parent.training.steps == 7 and parent.optimizer.learning_rate == 0.5
     assert learner.training == Training() and learner.optimizer == Optimizer()
-    for changes in ({"training.accumulate": 2}, {"runtime.max_grad_norm": 1}, {"prompts.margin": 1}):
+    for changes in ({"runtime.implementation": "xla"}, {"prompts.margin": 1}):
         with pytest.raises(UserError, match="would ignore"):
             resolve_parents(override(config, changes), changes, tmp_path)
 
 
-def test_a_second_process_is_refused(paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(vision_run.jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="one process"):
-        vision_run.make(SMALL, None, paths, None)
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [4, 3])
+def test_two_processes_compute_what_one_does(clip, paths, tmp_path, images):
+    """Four images spread over two devices; three do not, so that each process reads all of them. Both families, in one command."""
+    changes = {
+        "images.sources": "digits", "images.classes": "all", "images.shots": 1, "images.batch": 2 * images, "training.steps": 3,
+        "prompts.batch": images, "prompts.epochs": 1, "prompts.warmup_rate": 0.01, "runtime.log_every": 1,
+    }  # fmt: skip
+    words = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
+    curves = []
+    for count in (1, 2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(count)}
+        command = [
+            sys.executable,
+            "run.py",
+            "prompt_learning/base_to_new/aapl/digits",
+            "--runs-dir",
+            tmp_path / str(count),
+            *words,
+        ]
+        started = [
+            subprocess.Popen(
+                [*command, "--cache-dir", paths.cache], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, env=os.environ | (place | {"JAX_PROCESS_ID": str(i)} if count > 1 else {}),
+            )
+            for i in range(count)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * count, said
+        files = sorted((tmp_path / str(count)).rglob("metrics.jsonl"))
+        curves.append([[line["loss"], line["grad_norm"]] for file in files for line in read_lines(file)])
+    assert len(curves[0]) == 3 + 10 // images
+    np.testing.assert_allclose(*curves, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeypatch):
+def test_a_learner_reports_its_deltas_and_is_analysed(learner, paths, monkeypatch):
     config = learner()
     straight = paths.runs / "straight"
     monkeypatch.setattr("metajax.vision.analyses.overhead.ROUNDS", 3)
@@ -183,24 +160,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(learner, paths, monkeyp
     assert "t-SNE" in page and "silhouette of deltas by augmentation" in page and "Time of a step" in page
     with pytest.raises(UserError, match="unknown 'sharpening'"):
         run_experiment(config, straight, paths, analyses=["sharpening"])
-
-    def killed(task, *others):
-        return train(replace(task, batches=EndsAt(task.batches, 11)), *others)
-
-    monkeypatch.setattr("metajax.vision.run.train", killed)
-    with pytest.raises(Killed):
-        run_experiment(config, paths.runs / "killed", paths)
-    monkeypatch.undo()
-    monkeypatch.setattr(prompt_learning, "PROFILED", 6)
-    again = run_experiment(config, paths.runs / "killed", paths)
-    assert 0 < again["restarted_from"] < 11
-    for (name, a), (_, b) in zip(flat(last_arrays(straight)), flat(last_arrays(paths.runs / "killed")), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=name)
-    lines = [
-        [json.loads(x)["loss"] for x in (paths.runs / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("straight", "killed")
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) == 15
 
 
 @pytest.mark.slow
@@ -232,23 +191,16 @@ def test_four_devices_compute_what_one_does(tmp_path):
 def test_a_frozen_clip_computes_in_bfloat16_on_request(learner, paths):
     def loss(dtype):
         config = learner(**{"prompts.compute_dtype": dtype})
-        task, key = prompt_learning.prompt_task(config, paths), jax.random.key(0)
-        assert task.frozen.model.cfg.compute_dtype == dtype
-        assert (
-            sketch(config, shapes_of(config, [read_config(Path(config.init.from_))], paths))[1][1].model.cfg.compute_dtype
-            == dtype
-        )
-        return float(jax.jit(task.loss)(task.create(key), task.frozen, dict(task.batches[0]), task.choice, key)[0])
+        task = open_task(config, paths)
+        shapes = shapes_of(config, [read_config(Path(config.init.from_))], paths)
+        assert task.model.cfg.compute_dtype == image_program(config, shapes)[0].frozen[0].model.cfg.compute_dtype == dtype
+        state = task.program.create_state()
+        _, frozen = task.start(state.model, None)
+        return float(jax.jit(task.program.step)(state, task.program.put(task.batches[0]), *frozen)[1]["loss"])
 
     exact, rounded = loss("float32"), loss("bfloat16")
     assert exact != rounded and abs(exact - rounded) < 0.05 * exact
     assert config_hash(learner()) != config_hash(learner(**{"prompts.compute_dtype": "bfloat16"}))
-
-
-def flat(tree, path=""):
-    if isinstance(tree, dict):
-        return [found for name in sorted(tree) for found in flat(tree[name], f"{path}/{name}")]
-    return [(path, np.asarray(tree))]
 
 
 def test_zero_shot_and_coop_need_no_meta_net(learner, paths):

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Prompts
+from metajax.config import ImageConfig, Images, Prompts
 from metajax.training.state import State
 from metajax.vision.clip.model import unit
-from metajax.vision.clip.prompts import Learner, class_texts, cross_entropy, prompt_logits
+from metajax.vision.clip.prompts import Learner, class_texts
 from metajax.vision.data.preprocessing import normalise
-from metajax.vision.loop import step_function
-from metajax.vision.prompt_learning import Frozen, draw_types, epoch_schedule, prompt_loss, sgd
-from metajax.vision.task import Task
+from metajax.vision.prompt_learning import Frozen, draw, draw_types, epoch_schedule, prompt_learning, prompt_program
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 BASE, COOP, COCOOP, RATES = (np.load(GOLDENS / f"{name}.npz") for name in ("prompt_clip_a", "coop_a", "cocoop_a", "dassl_lr_a"))
@@ -56,18 +54,14 @@ def test_a_training_run_of_the_published_code_is_met(prompt_clip, kind):
         for ours, theirs in {"w1": "linear1.weight", "b1": "linear1.bias", "w2": "linear2.weight", "b2": "linear2.bias"}.items():
             getattr(learner.meta_net, ours)[...] = jnp.asarray(z[f"param/meta_net.{theirs}"].T)
 
-    def loss(learner, frozen, batch, choice, key):
-        features = frozen.features[batch["index"]]
-        moved = learner.meta_net(features) if learner.meta_net is not None else None
-        return cross_entropy(prompt_logits(frozen.model, frozen.texts, features, learner.contexts(moved)), batch["label"]), {}
-
-    rate = epoch_schedule(cfg, 2 if coop else 4)
-    task = Task(8, 2, None, None, sgd(cfg, rate), rate, Frozen(prompt_clip, texts, seen), loss, None, "", None)
-    state = State(learner, task.tx.init(learner), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-    step, choice = jax.jit(step_function(task)), jnp.zeros(0)
+    config = ImageConfig(name=kind, images=Images(view="centre"), prompts=cfg, weights="x")
+    frozen = Frozen.of(config, prompt_clip, texts, seen)
+    program = prompt_program(config, prompt_clip.cfg, frozen, 5, len(order[0]), epoch=2 if coop else 4)
+    state = State(learner, program.tx.init(learner), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    step = jax.jit(program.step)
     for n, index in enumerate(order):
-        batch = {"index": np.array(index), "label": BASE["labels"][index]}
-        state, metrics = step(state, task.frozen, batch, choice, KEY)
+        pixels = np.zeros((len(index), 1, 32, 32, 3), np.uint8)  # not looked at: the features are known
+        state, metrics = step(state, {"index": np.array(index), "label": BASE["labels"][index], "pixels": pixels}, frozen)
         np.testing.assert_allclose(metrics["loss"], z["train_losses"][n], rtol=0, atol=2e-5)
         np.testing.assert_allclose(metrics["learning_rate"], z["train_lrs"][n], rtol=1e-6)
     last = z["train_ctx_after_epoch"][-1] if coop else z["trained/ctx"]
@@ -90,16 +84,22 @@ def test_triplets_leave_what_cocoop_computes_as_it_is_and_features_may_be_comput
     texts = class_texts(prompt_clip, COCOOP["tokenized_prompts"], COOP["v2/name_lens"].tolist(), cfg)
     learner, rng = Learner(cfg, prompt_clip.cfg, 5, KEY), np.random.default_rng(0)
     pixels = rng.integers(0, 256, (1, 2, 32, 32, 3)).astype(np.uint8)
-    batch, choice = {"index": np.array([0]), "label": np.array([3]), "pixels": pixels}, jnp.full(14, 1 / 14)
+    batch = {"index": np.array([0]), "label": np.array([3]), "pixels": pixels}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def means(config, batch, frozen):
+        found = prompt_learning(config, learner, draw(config, batch, jnp.int32(0), frozen), frozen)
+        return {name: total / weight for name, (total, weight) in found.items()}
 
     def run(cfg, features):
-        frozen = Frozen(prompt_clip, texts, features)
-        return jax.jit(functools.partial(prompt_loss, cfg=cfg))(learner, frozen, batch, choice, KEY)
+        config = ImageConfig(name="x", prompts=cfg, weights="x")
+        found = means(config, batch, Frozen.of(config, prompt_clip, texts, features))
+        return found["loss"], found
 
-    plain, parts = run(cfg, jnp.zeros((0, 48)))
+    plain, parts = run(cfg, None)
     cached = encode(prompt_clip, normalise(jnp.asarray(pixels[:, 0]), prompt_clip.cfg))
     np.testing.assert_allclose(run(cfg, cached)[0], plain, rtol=2e-6)
-    total, with_triplets = run(replace(cfg, alpha=0.2), jnp.zeros((0, 48)))
+    total, with_triplets = run(replace(cfg, alpha=0.2), None)
     np.testing.assert_allclose(with_triplets["ce"], parts["ce"], rtol=2e-6)
     np.testing.assert_allclose(total, with_triplets["ce"] + 0.2 * with_triplets["ad_triplet"], rtol=2e-6)
     assert float(with_triplets["delta_norm"]) > 0

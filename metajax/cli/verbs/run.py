@@ -105,7 +105,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
     from metajax.distributed.hosts import is_first
     from metajax.reporting.terminal import print_evaluation
     from metajax.runs.directory import default_workdir
-    from metajax.training.loop import NonFinite
+    from metajax.training.trainer import NonFinite
 
     try:
         for parent in parents:

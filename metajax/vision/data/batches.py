@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from metajax.distributed.mesh import HostRows
 from metajax.vision.data.preprocessing import as_rgb, centre, resize
 from metajax.vision.data.sets import ImageSet, Item
 from metajax.vision.data.templates import SELECTED
@@ -18,6 +20,7 @@ Record = dict[str, Any]
 CAPTIONS = ("a photo of a {}.", *SELECTED)  # what a CLIP of one's own reads beside an image
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
+ONE_HOST = HostRows(0, 1, True)
 
 
 def random_view(image: Image.Image, size: int, rng: np.random.Generator, least: float) -> np.ndarray:
@@ -49,17 +52,33 @@ def viewer(size: int, view: str, least: float) -> Callable[[Image.Image, np.rand
     return lambda image, rng: random_view(image, size, rng, least)
 
 
-def _batches(items: Sequence[Any], seed: int, batch: int, make: Callable[[Any, np.random.Generator], Record]) -> grain.MapDataset:
-    """Epochs without end, each shuffled anew and cut into whole batches (one smaller batch where there are too few items for one)."""
-    rows = grain.MapDataset.source(items).seed(seed).shuffle().random_map(make)
-    return rows.batch(min(batch, len(items)), drop_remainder=True).repeat()
+def _batches(
+    items: Sequence[Any], seed: int, batch: int, make: Callable[[Any, np.random.Generator], Record], rows: HostRows
+) -> grain.MapDataset:
+    """Epochs without end, each shuffled anew and cut into whole batches; this host's contiguous slice of each batch.
+
+    Where there are too few items for a batch, all of them are one.
+    """
+    records = grain.MapDataset.source(items).seed(seed).shuffle().random_map(make)
+    batch = min(batch, len(items))
+    local, in_epoch = batch // rows.count, len(items) // batch
+
+    def record(n: int) -> Record:
+        step, i = divmod(n, local)
+        epoch, place = divmod(step, in_epoch)
+        return records[epoch * len(items) + place * batch + rows.index * local + i]
+
+    return grain.MapDataset.range(sys.maxsize // 2).map(record).batch(local)
 
 
 def prompt_batches(
-    images: ImageSet, items: Sequence[Item], seed: int, batch: int, see: Callable, *, paired: bool
-) -> grain.MapDataset:
-    """Records of index, label and pixels [views, size, size, 3]; paired: a second view of an image of another class, drawn uniformly
-    among classes and then among its images."""
+    images: ImageSet, items: Sequence[Item], seed: int, batch: int, see: Callable, rows: HostRows = ONE_HOST, *,
+    paired: bool,
+) -> grain.MapDataset:  # fmt: skip
+    """Batches of index, label and pixels [views, size, size, 3]; this host's rows of the batch of step s at index s.
+
+    paired: a second view of an image of another class, drawn uniformly among classes and then among its images.
+    """
     by_class: dict[int, list[Item]] = {}
     for item in items:
         by_class.setdefault(item.label, []).append(item)
@@ -73,14 +92,17 @@ def prompt_batches(
             views.append(see(images.read(others[int(rng.integers(len(others)))].key), rng))
         return {"index": np.int32(place), "label": np.int32(item.label), "pixels": np.stack(views)}
 
-    return _batches(range(len(items)), seed, batch, make)
+    return _batches(range(len(items)), seed, batch, make, rows)
 
 
 def caption_batches(
-    sets: Sequence[ImageSet], seed: int, batch: int, see: Callable, tokenize: Callable[[str], np.ndarray]
-) -> grain.MapDataset:
-    """Records of pixels [size, size, 3] and tokens [T] for contrastive training: an image, and a template filled with what it shows, or,
-    every other time, with its class. Texts of sets without classes stand as they are."""
+    sets: Sequence[ImageSet], seed: int, batch: int, see: Callable, tokenize: Callable[[str], np.ndarray],
+    rows: HostRows = ONE_HOST,
+) -> grain.MapDataset:  # fmt: skip
+    """Batches of pixels [size, size, 3] and tokens [T] for contrastive training; this host's rows of the batch of step s at index s.
+
+    A text is a template filled with what the image shows or, every other time, with its class. Texts of sets without classes are unchanged.
+    """
     items = [(one, item) for one in sets for item in one.splits["pretrain"]]
 
     def make(pair: tuple[ImageSet, Item], rng: np.random.Generator) -> Record:
@@ -91,7 +113,7 @@ def caption_batches(
         text = template.format(name) if images.classes else name
         return {"pixels": see(images.read(item.key), rng), "tokens": tokenize(text)}
 
-    return _batches(items, seed, batch, make)
+    return _batches(items, seed, batch, make, rows)
 
 
 def texts_of_sets(sets: Sequence[ImageSet]) -> list[str]:

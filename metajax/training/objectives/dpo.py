@@ -1,14 +1,34 @@
-"""The loss of direct preference optimisation, by pairs of segments."""
+"""Direct preference optimisation of pairs of answers, which are segments of one row."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metajax.training.losses import weighed
+from metajax.config import Config
+from metajax.training.losses import token_nll, weighed, weighted_sums
+from metajax.training.objectives import Batch, Means, objective
+from metajax.training.step import apply_model
 
-METRICS = ("margin", "accuracy", "chosen_reward")  # sums over pairs, in a batch's metrics means
+METRICS = ("margin", "accuracy", "chosen_reward")  # of `preference_sums`, sums over pairs
+
+
+@objective("dpo")
+def dpo(config: Config, model: Any, batch: Batch, reference: Any) -> Means:
+    """`preference_sums` by pair, against the frozen `reference`; nll and body_nll as of the objective "language_model"."""
+    logits, weights = apply_model(model, batch), batch["loss_weights"]
+    _, parts = weighted_sums(logits, batch["targets"], weights, batch["is_body"], 0.0)
+    nll, reference_nll = (token_nll(scores, batch["targets"])[0] for scores in (logits, apply_model(reference, batch)))
+    total, pairs = preference_sums(nll, reference_nll, weights, batch["segment_ids"], config.dpo.beta)
+    return {
+        "loss": (total, pairs["pairs"]),
+        "nll": (parts["nll"], jnp.sum(weights)),
+        "body_nll": (parts["body_nll"], jnp.sum(batch["is_body"])),
+        **{name: (pairs[name], pairs["pairs"]) for name in METRICS},
+    }
 
 
 def preference_sums(

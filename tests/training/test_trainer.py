@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from metajax.config import Metadata, MetaTokens
@@ -17,16 +18,17 @@ from metajax.core import atomic
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.data import encoding
-from metajax.experiment import run_experiment
+from metajax.experiment import open_task, run_experiment
 from metajax.reporting import html
 from metajax.runs import files
 from metajax.runs.directory import RunDirectory
 from metajax.runs.files import read_lines
 from metajax.runs.metrics import MetricsFile
 from metajax.runs.pace import Pace
-from metajax.training import loop
-from metajax.training.loop import NonFinite, replay
+from metajax.training import trainer
+from metajax.training.checkpoints import Checkpoints
 from metajax.training.optimizers import schedule
+from metajax.training.trainer import NonFinite
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,13 +37,22 @@ def curve(workdir):
     return read_lines(workdir / "metrics.jsonl")
 
 
+def last_arrays(workdir):
+    """{path: array} of the newest checkpoint."""
+    checkpoints = Checkpoints(workdir, 2)
+    step = checkpoints.steps()[-1]
+    checkpoints.close()
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
 class Cut(Exception):
     pass
 
 
 def run_and_cut(config, workdir, paths, after, monkeypatch):
     """Run until `after` steps have been logged, then break off as an exception would."""
-    original = loop.Trainer._log
+    original = trainer.Trainer._log
 
     def log(self, step, *rest):
         original(self, step, *rest)
@@ -49,9 +60,22 @@ def run_and_cut(config, workdir, paths, after, monkeypatch):
             raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_log", log)
+        patch.setattr(trainer.Trainer, "_log", log)
         with pytest.raises(Cut):
             run_experiment(config, workdir, paths)
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_every_family_resumes_as_the_undisturbed_run(family, paths, tmp_path, monkeypatch, after):
+    config = family.config(**{"runtime.save_every": 2})
+    whole = run_experiment(config, tmp_path / "whole", paths)
+    run_and_cut(config, tmp_path / "cut", paths, after, monkeypatch)
+    resumed = run_experiment(config, tmp_path / "cut", paths)
+    assert resumed["restarted_from"] == (4 if after == 5 else 0)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole") and len(curve(tmp_path / "cut")) == 6
+    assert resumed["eval"] == whole["eval"] and resumed["counts"] == whole["counts"]
+    for (name, a), (other, b) in zip(*(sorted(last_arrays(tmp_path / run).items()) for run in ("whole", "cut")), strict=True):
+        assert name == other and np.array_equal(a, b), f"{name}: the last checkpoints hold the same bits"
 
 
 @pytest.mark.parametrize("changes", [{}, {"meta_tokens": MetaTokens(embedding="frozen")}, {"evaluation.every": 2}])
@@ -88,17 +112,31 @@ def test_resume_across_a_switch_of_the_data(tiny_config, tiny_corpus, paths, tmp
     assert [line["learning_rate"] for line in curve(tmp_path / "whole")] == pytest.approx([float(rates(n)) for n in range(6)])
 
 
-def test_nan_stops_with_a_bundle_that_reproduces_the_step(tiny_config, paths, tmp_path):
-    config = tiny_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
+def test_nan_stops_with_a_bundle_that_reproduces_the_step(family, paths, tmp_path):
+    config = family.config(**family.explodes)
     with pytest.raises(NonFinite, match="replay-step-"):
         run_experiment(config, tmp_path, paths)
     [bundle] = tmp_path.glob("replay-step-*")
-    values = replay(bundle, config, 320)
-    assert not values["finite"]
+    assert not family.replay(bundle, config, paths)["finite"]
     steps = [line["step"] for line in curve(tmp_path)]
-    assert bundle.name == f"replay-step-{steps[-1] + 1}", "the step that broke is the first one not logged"
+    assert bundle.name == f"replay-step-{(steps or [0])[-1] + 1}", "the step that broke is the first one not logged"
     assert all(np.isfinite(line["loss"]) for line in curve(tmp_path))
     assert not (tmp_path / "report.json").exists()
+
+
+def test_accumulation_changes_no_number(family, paths, tmp_path):
+    """Random draws are made for the whole batch. Micro-batches of a CLIP would have another loss, and are refused."""
+    pieces = 2 if family.name == "text" else 5
+    config = family.config(**{"training.accumulate": pieces})
+    if family.name == "contrastive":
+        with pytest.raises(UserError, match=r"training\.accumulate"):
+            run_experiment(config, tmp_path, paths)
+        return
+    run_experiment(config, tmp_path / "pieces", paths)
+    run_experiment(family.config(), tmp_path / "whole", paths)
+    for name in ("loss", "grad_norm"):
+        found, expected = ([line[name] for line in curve(tmp_path / run)] for run in ("pieces", "whole"))
+        np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("cut", ["config.json", "environment.json", "data.json", "tokenizer.json", "report.json", "report.html"])
@@ -160,36 +198,28 @@ def test_tensorboard_and_offline_wandb(tiny_config, paths, tmp_path, monkeypatch
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_start_up_and_input_wait_are_reported(tiny_config, paths, tmp_path):
-    report = run_experiment(tiny_config(), tmp_path, paths, started=time.monotonic() - 2.0, imports_seconds=1.5)
+def test_start_up_and_input_wait_are_reported(family, paths, tmp_path):
+    report = run_experiment(family.config(), tmp_path, paths, started=time.monotonic() - 2.0, imports_seconds=1.5)
     startup = report["startup"]
     assert startup["imports"] == 1.5 and all(startup[name] > 0 for name in ("data", "init", "compile", "first_step", "other"))
     assert startup["total"] == pytest.approx(sum(v for k, v in startup.items() if k != "total"))
-    assert 0 <= report["time"]["data_wait_share"] < 1
+    assert 0 <= report["time"]["data_wait_share"] < 1 and report["goodput"]["starts"] == 1
+    assert 0 < report["goodput"]["productive"] < 1 and report["left_out"]["count"] == 0
 
 
-def test_log_line_and_pace():
-    pace = Pace(since=time.monotonic() - 10.0)
-    pace.add(1000, 2e12)
-    pace.add(1000, 2e12)
+def test_pace_and_the_line_of_a_log(tiny_config, paths):
+    pace = Pace("tokens", "slots", since=time.monotonic() - 10.0)
+    pace.add({"slots": 1000, "flops": 2e12})
+    pace.add({"slots": 1000, "flops": 2e12})
     speed, seconds = pace.read(peak=1e12)
     assert speed["tokens_per_second"] == pytest.approx(200, rel=0.01) and seconds == pytest.approx(5, rel=0.01)
     assert speed["mfu"] == pytest.approx(0.4, rel=0.01)
-    assert pace.steps == pace.slots == 0
+    assert pace.steps == 0 and not pace.read_here
+    assert trainer.speed_parts(speed) == ["200 tokens/s", "MFU 40.0%"]
+    assert trainer.speed_parts({"tokens_per_second": 1.0}) == ["1 tokens/s"]
     record = {"loss": 2.5, "bpb": 1.25, "learning_rate": 1e-3, "grad_norm": 0.5}
-    line = loop._log_line(10, 40, record, speed, seconds)
-    for part in (
-        "step 10/40",
-        "loss 2.5000",
-        "bits/byte 1.2500",
-        "lr 1.00e-03",
-        "grad 0.500",
-        "200 tokens/s",
-        "MFU 40.0%",
-        "ETA 2:30",
-    ):
-        assert part in line
-    assert "MFU" not in loop._log_line(10, 40, record, {"tokens_per_second": 1.0}, seconds)
+    line = open_task(tiny_config(), paths).line(record)
+    assert line == ["loss 2.5000", "bits/byte 1.2500", "lr 1.00e-03", "grad 0.500"]
 
 
 QUICKSTART = [

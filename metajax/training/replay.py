@@ -1,0 +1,55 @@
+"""Replay bundles: the state before a step that broke down, its batch and its numbers, and the same step computed anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from metajax.core.atomic import write_text
+from metajax.core.storage import home
+from metajax.distributed.hosts import is_first
+from metajax.distributed.mesh import HostRows
+from metajax.training.checkpoints import load_arrays, save_arrays
+from metajax.training.program import Program
+from metajax.training.state import State
+
+
+def write_bundle(
+    workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State, frozen: tuple[Any, ...],
+    rows: HostRows,
+) -> Any:  # fmt: skip
+    """Write the state before a bad step, which kept it, what the step read besides, and the batch.
+
+    Returns:
+      The folder, WORKDIR/replay-step-N, which may be on a bucket.
+    """
+    folder = home(workdir) / f"replay-step-{step}"
+    save_arrays(folder / "state", state.model)
+    if frozen:
+        save_arrays(folder / "frozen", frozen)
+    if rows.counts:
+        with (folder / f"batch-p{rows.index}.npz").open("wb") as file:
+            np.savez(file, **batch)
+    if is_first():
+        write_text(folder / "metrics.json", json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
+    return folder
+
+
+def replay(folder: Path, program: Program) -> dict[str, float]:
+    """The metrics of the step in a replay bundle, computed anew on the mesh of `program`. A bundle on a bucket is copied here first."""
+    state, frozen = program.create_state(), program.place(program.frozen)
+    model = load_arrays(folder / "state", program.abstract_state().model)
+    taken = json.loads((folder / "metrics.json").read_text())["step"] - 1
+    step = jax.device_put(np.int32(taken), state.step.sharding)  # random draws depend on it
+    if frozen:
+        frozen = load_arrays(folder / "frozen", frozen)
+    files = sorted(Path(folder).glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))
+    parts = [np.load(path) for path in files]
+    batch = program.put(program.local_rows({name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}))
+    state = state.replace(model=model, step=step)
+    _, metrics = program.compile_step(state, batch)(state, batch, *frozen)
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -1,0 +1,110 @@
+"""Runs on text as a task: a language model on rows of documents, tasks or pairs of answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.config import Config
+from metajax.core.errors import UserError
+from metajax.data.pipeline import Paths, open_corpora, training_batches
+from metajax.data.tokenizers import load as load_tokenizer
+from metajax.models.flops import step_flops
+from metajax.runs.directory import check_data, find_run
+from metajax.training.checkpoints import newest_good, read_parameters, saved_identity
+from metajax.training.program import Program
+from metajax.training.task import Task
+
+LN2 = math.log(2.0)
+
+
+class TextTask(Task):
+    """A language model; how it is evaluated and reported is left to a subclass, for evaluation is above training.
+
+    Raises:
+      UserError: data that cannot be read, or a batch that does not spread over the mesh.
+    """
+
+    unit, counted = "tokens", "slots"
+
+    def __init__(self, config: Config, paths: Paths, devices: list[jax.Device] | None = None):
+        self.config, self.steps = config, config.training.steps
+        self.corpora, self.evaluates_every = open_corpora(config, paths), config.evaluation.every
+        self.data, self.tokenizer = self.corpora.key, self.corpora.tokenizer
+        self.program = Program.build(config, self.tokenizer.vocabulary.size, devices)
+        notes: list[str] = []
+        rows = self.program.rows
+        self.batches = training_batches(self.corpora, host=rows.index, hosts=rows.count, note=notes.append)
+        self.batches[0]
+        self.notes = tuple(notes)
+
+    def start(self, model: Any, meta: Mapping[str, Any] | None) -> tuple[Any, tuple[Any, ...]]:
+        """With `init.from` the parent's parameters; with `dpo` they stay as the frozen reference, and must not have changed since."""
+        init, is_frozen = self.config.init, self.config.dpo is not None
+        if not init.from_ or (meta is not None and not is_frozen):
+            return model, ()
+        parent = self._parent_parameters(model)
+        if not is_frozen:
+            return parent, ()
+        if meta is None:  # a copy, because the step writes over its state and the reference stays
+            return jax.tree.map(jnp.copy, parent), (parent,)
+        if meta["parent_step"] != self._parent_step:
+            raise UserError(
+                f"init.from = {init.run} has gone on, and the reference with it: step {self._parent_step} now, {meta['parent_step']} when "
+                "this run began; start a new run with another --workdir"
+            )
+        if meta.get("parent", self._parent) != self._parent:
+            raise UserError(
+                f"init.from = {init.run} is another run ({self._parent}) than when this run began ({meta['parent']}); put that one back, or "
+                "start a new run with another --workdir"
+            )
+        return model, (parent,)
+
+    def meta(self) -> dict[str, Any]:
+        return {"parent_step": self._parent_step, "parent": self._parent} if self.config.dpo is not None else {}
+
+    def _parent_parameters(self, fresh: Any) -> Any:
+        init = self.config.init
+        parent = find_run(init.run, self.corpora.paths.runs)
+        self._parent_step = newest_good(parent)
+        self._parent = dict(saved_identity(parent, self._parent_step))
+        theirs, ours = load_tokenizer(parent).fingerprint(), self.tokenizer.fingerprint()
+        check_data(parent, tokenizer=theirs)
+        if theirs != ours and not init.parts:
+            raise UserError(
+                f"init.from = {init.run}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
+                f"mean other tokens; use data.tokenizer=run:{parent}, or name the parts to take, such as RUN?blocks"
+            )
+        return read_parameters(parent, self.program.abstract_state().model, init.parts, fresh, self._parent_step)
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+        slots = batch["tokens"].size
+        return {
+            "slots": slots,
+            "loss_tokens": int((batch["loss_weights"] > 0).sum()),
+            "body": int(batch["is_body"].sum()),
+            "metadata": int(batch["is_metadata"].sum()),
+            "meta_tokens": int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0,
+            "padding": int((batch["segment_ids"] == 0).sum()),
+            "flops": step_flops(self.config, self.program.vocab_size, batch),
+        }
+
+    def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        if self.config.tasks is not None:  # the body of an answer is not text of a corpus
+            return values
+        return {**values, "bpb": values["body_nll"] / LN2 / self.corpora.bytes_per_token}
+
+    def line(self, record: Mapping[str, float]) -> list[str]:
+        answer = f"nats/answer token {record['body_nll']:.4f}"
+        return [
+            f"loss {record['loss']:.4f}",
+            f"bits/byte {record['bpb']:.4f}" if "bpb" in record else answer,
+            f"lr {record['learning_rate']:.2e}",
+            f"grad {record['grad_norm']:.3f}",
+            *(f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record),
+        ]

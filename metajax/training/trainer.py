@@ -1,0 +1,309 @@
+"""Training starts here: restore, step, log one step later, save, evaluate. The same command resumes from the newest checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from metajax.config import config_hash
+from metajax.core.errors import Stopped, require
+from metajax.core.progress import progress, say, warn
+from metajax.core.quiet import told_once
+from metajax.data.pipeline import read_batches
+from metajax.distributed.hosts import agree, is_first, together
+from metajax.distributed.preemption import Preemption
+from metajax.distributed.watchdog import Watchdog
+from metajax.models.flops import peak_flops
+from metajax.runs.directory import RunDirectory
+from metajax.runs.goodput import Goodput
+from metajax.runs.metrics import Loggers, MetricsFile, Nowhere, memory_use
+from metajax.runs.pace import Counts, LeftOut, Pace, Phases
+from metajax.training.checkpoints import Checkpoints
+from metajax.training.replay import write_bundle
+from metajax.training.state import State
+from metajax.training.task import Task
+
+
+class NonFinite(Exception):
+    """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`, in one step or, with `runtime.on_bad_step` "skip",
+    in too many in a row; the message names the replay bundle."""
+
+
+@dataclass
+class Trained:
+    """What training leaves for evaluation and the report."""
+
+    state: State
+    counts: Counts  # of all processes
+    startup: dict[str, float]
+    time: dict[str, float]
+    goodput: Goodput
+    restarted_from: int
+    left_out: LeftOut
+
+
+class Trainer:
+    """Trains a task in the folder of one run, and keeps what a run promises whatever its family.
+
+    Args:
+      run: its folder, already open.
+      phases: seconds of the start-up so far.
+
+    Raises:
+      UserError: processes that differ in their config or data.
+    """
+
+    def __init__(self, task: Task, run: RunDirectory, phases: Phases):
+        self.task, self.run, self.phases = task, run, phases
+        self.config, self.program = task.config, task.program
+        self.left_out, self.counts = LeftOut(), Counts()
+        self.goodput = Goodput(run.path / "time.json" if is_first() else None, time.monotonic() - phases.started, run)
+        agree("configuration", config_hash(self.config))
+        agree("corpus or tokenizer", f"{task.data} {task.tokenizer.fingerprint()[:12]}")
+        together(lambda: run.begin(task.data, task.tokenizer.fingerprint()))
+        for note in task.notes:
+            run.warn(note)
+        if is_first():
+            task.save_inputs(run.path)
+
+    def train(self) -> Trained:
+        """Run the steps that are left.
+
+        Raises:
+          NonFinite: a loss or gradient was not finite; a replay bundle has been written.
+          Stopped: SIGTERM or Ctrl-C came; the state has been saved.
+        """
+        steps = self.task.steps
+        with contextlib.ExitStack() as closing:
+            self.preemption = Preemption()
+            closing.callback(self.preemption.close)  # last: a save that has begun is finished first
+            closing.enter_context(told_once())
+            with self.phases.time("init"):
+                state, start = self._open(closing)
+            with self.phases.time("compile"), self.goodput.spend("compile"):
+                step_fn = None
+                if start < steps:
+                    step_fn = self.program.compile_step(state, self.program.put(self.task.batches[start]))
+            self._open_metrics(closing, start)
+            self.goodput.begin_steps(start)
+            began = time.monotonic()
+            if self.preemption.reached(start):
+                raise self.preemption.end(f"no step was made after step {start} of {steps}")
+            if step_fn is not None:
+                with _lost_peers_stop():
+                    state = self._steps(state, step_fn, start)
+            else:
+                self.phases.finish(0.0)
+        if jax.process_count() == 1 and self.preemption.reached(steps):  # while the last save was being written
+            raise self.preemption.end(f"saved at step {steps} of {steps}")
+        if self.left_out.count:
+            self.run.warn(str(self.left_out))
+        seconds = time.monotonic() - began
+        clock = {
+            "train_seconds": seconds,
+            "steps_here": steps - start,
+            "data_wait_share": self.goodput.apart["data_wait"] / seconds if seconds else 0.0,
+            "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
+        }
+        counts, startup = self.counts.of_all(), dict(self.phases.seconds)
+        return Trained(state, counts, startup, clock, self.goodput, start, self.left_out)
+
+    def _open(self, closing: contextlib.ExitStack) -> tuple[State, int]:
+        """(state, its step) to go on from: the newest checkpoint, or a fresh start."""
+        runtime = self.config.runtime
+        stacks = self.run.path / f"stacks-p{jax.process_index()}.txt"
+        self.watchdog = Watchdog(runtime.hang_seconds, stacks, runtime.startup_seconds)
+        closing.callback(self.watchdog.close)
+        self.program.beat = self.watchdog.beat
+        self.checkpoints = Checkpoints(self.run.path, runtime.keep, self.run.warn, self.run.identity)
+        closing.callback(self.checkpoints.close)
+        found = self.checkpoints.restore(self.program.abstract_state())
+        state, meta = found if found is not None else (self.program.create_state(), None)
+        if meta is not None:
+            require(
+                meta["config_hash"] == config_hash(self.config),
+                f"{self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir",
+            )
+        model, self.frozen = self.task.start(state.model, meta)
+        if meta is None:
+            return state.replace(model=model), 0
+        self.run.go_on_from(meta)
+        self.watchdog.saved, self.left_out = meta["step"], LeftOut(**meta.get("left_out", {}))
+        self.counts = Counts(meta["counts"] if is_first() else {})
+        say(f"resuming at step {meta['step']} of {self.task.steps}")
+        return state, meta["step"]
+
+    def _open_metrics(self, closing: contextlib.ExitStack, start: int) -> None:
+        logged = self.run.path / "metrics.jsonl"
+        self.metrics = MetricsFile(logged, start, self.run.logged, self.run.warn) if is_first() else Nowhere()
+        closing.callback(self.metrics.close)
+        self.loggers = Loggers(self.config, self.run.path, start) if is_first() else Nowhere()
+        closing.callback(self.loggers.close)
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def _steps(self, state: State, step_fn: Any, start: int) -> State:
+        config, steps = self.config, self.task.steps
+        pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
+        self._pace = Pace(self.task.unit, self.task.counted, hosts=self.program.rows.count)
+        title = f"training {config.name} (seed {config.seed})"
+        reader = read_batches(self.task.batches, start, config.runtime.workers)
+        with contextlib.closing(reader), progress(title, total=steps, plain_lines=False) as advance:
+            stream = self.program.feed(self._timed(reader, steps - start))
+            advance(start)
+            for step, (batch, on_host) in enumerate(stream, start + 1):
+                self._profile(step, start + 1)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch, *self.frozen)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    self.phases.finish(time.monotonic() - self._pace.since)
+                    self.watchdog.begin_steps()
+                if pending is not None:
+                    self._log(*pending, state)
+                pending = (step, metrics, on_host)
+                self.checkpoints.poll()
+                advance(1)
+                ends = self.preemption.reached(step)
+                saves = step % config.runtime.save_every == 0 or step == steps or self._evaluates(step) or ends
+                if saves or self.task.ends_epoch(step) or self._may_be_the_last_left_out():
+                    self._log(*pending, state)
+                    pending = None
+                if self.task.ends_epoch(step):
+                    self.frozen = self.task.next_epoch(state.model, self.frozen)
+                if saves:
+                    with self._pace.paused():
+                        self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
+                if ends:
+                    raise self.preemption.end(f"saved at step {step} of {steps}")
+                self.watchdog.beat()
+            self._profile(steps + 1, start + 1)
+        return state
+
+    def _may_be_the_last_left_out(self) -> bool:
+        """Whether the run stops if this step is a bad one: then it is read before a later step changes the state."""
+        runtime = self.config.runtime
+        return runtime.on_bad_step == "skip" and self.left_out.in_a_row + 1 >= runtime.max_skipped
+
+    def _profile(self, step: int, first: int) -> None:
+        """Start or end the profile of the steps that `runtime.profile` names."""
+        window, folder = self.config.runtime.profile, self.run.path / "profile"
+        if not window:
+            return
+        begins, ends = max(window[0], first), min(window[1], self.task.steps)
+        if step == begins <= ends:
+            jax.profiler.start_trace(folder)
+        elif step == ends + 1 > begins:
+            jax.profiler.stop_trace()
+            say(f"profile of steps {begins} to {ends}: pip install xprof; xprof --logdir {folder}")
+
+    def _timed(self, batches: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The next `count` batches; the time spent waiting for them is the input path's cost."""
+        batches = itertools.islice(batches, count)
+        while True:
+            with self.goodput.spend("data_wait"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    # ------------------------------------------------------------------------------------ saving and logging
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.task.evaluates_every
+        return every > 0 and step % every == 0 and step < self.task.steps
+
+    def _evaluate(self, state: State, step: int) -> float:
+        """The validation score, lower is better; it is written with the metrics."""
+        with self.goodput.spend("evaluation"), self.watchdog.patient():
+            score, record = self.task.score(state.model)
+        self.metrics.write({"step": step, **record})
+        self.loggers.write(step, {name: value for name, value in record.items() if value is not None})
+        return score
+
+    def _save(self, state: State, score: float | None) -> None:
+        self.run.require_there()
+        meta = {
+            "step": int(jax.device_get(state.step)),
+            "config_hash": config_hash(self.config),
+            "counts": self.counts.of_all(),
+            "left_out": vars(self.left_out),
+            "metrics": self.metrics.mark(),
+            "warnings": self.run.warnings,
+            **self.task.meta(),
+        }
+        with self.goodput.spend("checkpoint"):
+            self.checkpoints.save(state, meta, score)
+        self.watchdog.saved = meta["step"]
+        self.goodput.saved(meta["step"])
+        self.goodput.write()
+
+    def _log(self, step: int, metrics: Any, batch: dict[str, np.ndarray], state: State) -> None:
+        """Read a step's metrics, which also paces the host to one step behind the devices."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        finite, kept = values.pop("finite"), values.pop("kept")
+        self.left_out.add(step, kept)
+        runtime = self.config.runtime
+        if not kept and (runtime.on_bad_step == "stop" or self.left_out.in_a_row >= runtime.max_skipped):
+            raise NonFinite(self._replay_bundle(step, values, batch, state))
+        read = self.task.count(batch)
+        if self.program.rows.counts:
+            self.counts.add(read)
+        self._pace.add(read)
+        if step % runtime.log_every == 0 and self.left_out.last > step - runtime.log_every:
+            warn(str(self.left_out))
+        if not kept:
+            self.metrics.write({"step": step, "left_out": "spike" if finite else "not finite"})
+            return
+        record = self.task.record(step, values)
+        self.metrics.write({"step": step, **record})
+        if step % runtime.log_every == 0 or step == 1:
+            speed, seconds = self._pace.read(peak_flops(list(self.program.mesh.devices.flat)))
+            speed |= memory_use() | {"goodput": self.goodput.shares()["productive"]}
+            self.goodput.write()
+            self.loggers.write(step, {"step": step, **record} | speed)
+            left = (self.task.steps - step) * seconds
+            ends = f"ETA {int(left // 60)}:{int(left % 60):02d}"
+            say("  ".join([f"step {step}/{self.task.steps}", *self.task.line(record), *speed_parts(speed), ends]))
+
+    def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
+        folder = write_bundle(self.run.path, step, values, batch, state, self.frozen, self.program.rows)
+        row = f"{self.left_out.in_a_row} steps in a row were left out (runtime.max_skipped), the last one " * (
+            self.left_out.in_a_row > 1
+        )
+        return (
+            f"{row}step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
+            f"{folder} (metajax.training.replay.replay reproduces it). Look for the cause there, then lower the learning rate or lengthen its warm-up"
+        )
+
+
+@contextlib.contextmanager
+def _lost_peers_stop() -> Iterator[None]:
+    """A collective that fails for the want of another process ends this one as a preemption does."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise Stopped(f"another process of this run is gone ({str(error).splitlines()[0]}); the same command goes on") from error
+
+
+def speed_parts(speed: dict[str, float]) -> list[str]:
+    """The parts of a line of the log that tell speed, memory and goodput."""
+    parts = [
+        f"{value:,.0f} {name.removesuffix('_per_second')}/s" for name, value in speed.items() if name.endswith("_per_second")
+    ]
+    if "mfu" in speed:
+        parts.append(f"MFU {speed['mfu']:.1%}")
+    if "hbm_gib" in speed:
+        parts.append(f"HBM {speed['hbm_gib']:.1f} GiB ({speed['hbm_share']:.0%})")
+    if "goodput" in speed:
+        parts.append(f"goodput {speed['goodput']:.0%}")
+    return parts

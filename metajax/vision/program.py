@@ -1,0 +1,92 @@
+"""The program of a run on images without its images and weights: the same step on shapes, to be planned or counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metajax.config import PUBLISHED, AnyConfig, Clip, ImageConfig, preset
+from metajax.core.errors import require
+from metajax.data.pipeline import Paths
+from metajax.planning.plan import Planned
+from metajax.training.objectives import Batch
+from metajax.training.program import Program
+from metajax.vision.clip.model import CLIP
+from metajax.vision.clip.prompts import ClassTexts
+from metajax.vision.contrastive import contrastive_program
+from metajax.vision.data.published import CLASSES
+from metajax.vision.data.sources import open_images
+from metajax.vision.data.words import WordTokenizer
+from metajax.vision.flops import image_step_flops
+from metajax.vision.prompt_learning import Frozen, prompt_program
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a step's cost depends on beside its config: the CLIP, the classes of a learner, the tokens of a text."""
+
+    clip: Clip
+    classes: int
+    length: int
+
+
+def shapes_of(config: ImageConfig, parents: Sequence[AnyConfig], paths: Paths) -> Shapes:
+    """Of a config and the runs that it starts from. Of a published set, which need not be there, the number of classes is known but not
+    their names: texts are then as long as they can be.
+
+    Raises:
+      UserError: weights or images that are neither published nor there.
+    """
+    if config.prompts is None:
+        return Shapes(config.clip, 0, config.clip.context)
+    name, source = config.weights.rpartition("/")[2], config.images.sources[0]
+    require(
+        bool(parents) or name in PUBLISHED,
+        f"weights = {config.weights!r}: sizes are known of {', '.join(PUBLISHED)}, and of experiments in init.from",
+    )
+    clip = parents[-1].clip if parents else preset(PUBLISHED[name])
+    clip = replace(clip, compute_dtype=config.prompts.compute_dtype or clip.compute_dtype)
+    classes, length = CLASSES.get(source), clip.context
+    if classes is None:
+        names = open_images(source, paths.cache, paths.data).classes
+        longest = max(len(WordTokenizer([]).encode(f"{name}.")) for name in names)
+        classes, length = len(names), config.prompts.context + longest + 2  # start and end
+    return Shapes(clip, -(-classes // 2) if config.images.classes == "base" else classes, length)
+
+
+def image_program(config: ImageConfig, shapes: Shapes, devices: list[jax.Device] | None = None) -> tuple[Program, Batch]:
+    """(the program of a run, the shapes of its batch) without its images and weights."""
+    if config.prompts is None:
+        program = contrastive_program(config, config.images.batch, devices)
+        batch = {
+            "pixels": _pixels(shapes.clip, config.images.batch),
+            "tokens": _of(jnp.int32, config.images.batch, shapes.length),
+        }
+        return program, program.abstract_batch(batch)
+    cfg, clip, classes, length = config.prompts, shapes.clip, shapes.classes, shapes.length
+    embedded = _of(jnp.float32, classes, length, clip.text_width)
+    texts = ClassTexts(embedded, _of(jnp.int32, classes, length), _of(jnp.int32, classes))
+    features = _of(jnp.float32, 1, clip.embed) if config.still else None
+    model = jax.eval_shape(lambda: CLIP(clip, runtime=config.runtime, key=jax.random.key(0)))
+    program = prompt_program(config, clip, Frozen.of(config, model, texts, features), classes, cfg.batch, devices)
+    label = _of(jnp.int32, cfg.batch)
+    return program, program.abstract_batch({"index": label, "label": label, "pixels": _pixels(clip, cfg.batch, 1 + cfg.paired)})
+
+
+def image_step(config: ImageConfig, devices: list[jax.Device], *, shapes: Shapes) -> Planned:
+    """The step of a CLIP or of a prompt learner, to be planned; texts are as long as `shapes` says."""
+    program, batch = image_program(config, shapes, devices)
+    flops = image_step_flops(config, shapes.clip, shapes.classes, shapes.length)
+    return Planned(program, batch, flops, (program.batch_size, "images"))
+
+
+def _of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _pixels(clip: Clip, *count: int) -> jax.ShapeDtypeStruct:
+    return _of(jnp.uint8, *count, clip.image_size, clip.image_size, 3)

@@ -1,0 +1,68 @@
+"""Tiny runs of the three families, for what holds in each of them: six steps, the last checkpoint at the sixth."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from metajax.config import Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training
+from metajax.core.fields import override
+from metajax.experiment import open_task, run_experiment
+from metajax.runs.directory import default_workdir
+from metajax.training.replay import replay
+
+
+class Family(NamedTuple):
+    """name; config(**changes) of a run; explodes: changes after which a step is soon not finite."""
+
+    name: str
+    config: Callable[..., Any]
+    explodes: dict[str, Any]
+
+    def replay(self, bundle, config, paths):
+        """The step of a bundle, computed anew."""
+        return replay(bundle, open_task(config, paths).program)
+
+
+CLIP = ImageConfig(
+    name="small_clip", images=Images(sources=("digits",), crop_area=0.5, batch=8),
+    clip=Clip(
+        vision_layers=(1,), vision_width=16, vision_heads=2, text_width=16, text_heads=2, embed=16, patch=8, image_size=16, text_layers=1,
+        context=16, vocab=64,
+    ),
+    optimizer=Optimizer(warmup_steps=1), training=Training(steps=6), runtime=Runtime(log_every=1),
+)  # fmt: skip
+PROMPTS = Prompts(
+    condition="meta", alpha=0.2, augment=0.5, bottleneck=16, epochs=3, batch=5, learning_rate=0.05, warmup_rate=0.01, sampling="weighted",
+    augmentations=("crop", "grayscale", "horizontal_flip"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def clip_run(paths):
+    """The folder of a CLIP that prompt learners start from."""
+    config = override(CLIP, {"training.steps": 1})
+    workdir = default_workdir(config, paths.runs)
+    run_experiment(config, workdir, paths)
+    return workdir
+
+
+@pytest.fixture(params=["text", "contrastive", "prompts"])
+def family(request, tiny_config, monkeypatch):
+    """Each family of runs in turn, without the page of the report, which takes longer than these runs."""
+    monkeypatch.setattr("metajax.experiment.write_report", lambda workdir: None)
+    if request.param == "text":
+        return Family("text", tiny_config, {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
+    from metajax.vision import prompt_learning
+
+    monkeypatch.setattr(prompt_learning, "PROFILED", 6)  # silhouettes and t-SNE of few images are quick
+    monkeypatch.setattr("metajax.vision.task.ImageTask._analyses", lambda task, run: {})
+    if request.param == "contrastive":
+        made, explodes = CLIP, {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
+    else:
+        made = ImageConfig(
+            name="learner", images=Images(sources=("digits",), classes="base", shots=2, crop_area=0.5), prompts=PROMPTS,
+            init=Init(str(request.getfixturevalue("clip_run"))), runtime=Runtime(log_every=1),
+        )  # fmt: skip
+        explodes = {"prompts.learning_rate": 1e30, "prompts.warmup_rate": 1e30}
+    return Family(request.param, lambda **changes: override(made, changes), explodes)
