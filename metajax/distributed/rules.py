@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "inputs": (),  # channels that a convolution reads
     "features": (),  # of the space where images and texts meet
     "rate": (),
-    "meta": (),
+    "prefix": (),
     "norm": (),
     "length": ("context",),
     "layers": (),

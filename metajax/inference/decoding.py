@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metajax.config import Temperature, TopK, TopP
 from metajax.core.fields import Part
-from metajax.inference.caches import Cache
-from metajax.inference.forward import Ready, prefill, step
+from metajax.inference.forward import Cache, Ready, prefill, step
 
 
 @dataclass(frozen=True)

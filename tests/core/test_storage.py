@@ -16,12 +16,12 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from metajax.cli import preflight
 from metajax.cli.main import main
 from metajax.core import storage as buckets
 from metajax.core.errors import Stopped, UserError
 from metajax.data.sources import open_source
 from metajax.data.sources.files import file_stamp
-from metajax.cli import preflight
 from metajax.experiment import run_experiment
 from metajax.runs.directory import RunDirectory, find_run
 from metajax.runs.files import read_lines

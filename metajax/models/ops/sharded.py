@@ -94,7 +94,7 @@ def scan_in_parts(
     ids, begins = _part_of(segment_ids, here, length)
     initial, reset = resolve_states(initial_state, reset_state, len(ids), tokens["A"].astype(jnp.float32))
     _, made = scan(**tokens, segment_ids=ids, initial_state=jnp.zeros_like(initial), reset_state=reset)
-    steps = jnp.sum(jax.nn.softplus(tokens["delta"].astype(jnp.float32) + tokens["delta_bias"]), axis=1)
+    steps = jnp.sum(jax.nn.softplus(tokens["dt"].astype(jnp.float32) + tokens["dt_bias"]), axis=1)
     starts_inside = jnp.any(segment_starts(ids), axis=1)
     decay = jnp.where(starts_inside[:, None, None], 0.0, jnp.exp(steps[:, :, None] * tokens["A"]))
     state, found = initial, []
