@@ -109,7 +109,7 @@ def _require_gpt2(cfg: Model, what: str) -> None:
 
 
 def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The state dict with "transformer." in front of its names (the head apart), and without the prefix of compiled models."""
+    """The state dict with "transformer." before its names (the head apart), and without the prefix of compiled models."""
     named = {}
     for name, value in state.items():
         name = name.removeprefix("_orig_mod.")

@@ -1,6 +1,6 @@
 """Other people's layouts as tables: tensor name <-> our parameters in it, and weights through them, tensor by tensor, both ways.
 
-PyTorch's linear maps lie [out, in], ours [in, out]; several of ours may be one tensor, one behind the other along their outputs; our
+PyTorch's linear maps lie [out, in], ours [in, out]; several of ours may be one tensor, one after the other along their outputs; our
 layers are stacked. A tensor is read in blocks of rows, each device's own part alone, and goes into its place in the sharded layout before
 the next is read.
 """
@@ -48,7 +48,7 @@ class Layout:
 
     family: str
     whole: Mapping[str, str]  # tensor -> our parameter; "embedding" is there
-    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one behind the other along their last axis
+    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one after the other along their last axis
     prefix: str  # of the tensors of layer {}
     turned: tuple[str, ...] = (".w",)  # ends of the paths of our matrices that lie [out, in]
     buffers: tuple[str, ...] = ()  # ends of names that hold no parameter

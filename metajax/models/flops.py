@@ -44,16 +44,19 @@ def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
     return parts | {"head": 2 * cfg.width * vocab_size}
 
 
-def pair_flops(config: Config, batch: Batch) -> dict[str, int]:
-    """Forward operations of the (query, key) pairs of a batch that masks allow, by mixer, all layers together."""
+def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[str, int | float]:
+    """Forward operations of the (query, key) pairs that masks allow in a batch and `prefixes` learned prefixes, by mixer, in all layers."""
     cfg, found, prefix = config.model, {}, config.model.prefix_tokens
     of_prefix = {"positions": np.arange(prefix)[None], "segment_ids": np.ones((1, prefix), np.int32)}
-    for (spec, name), layers in Counter((s, n) for s in layer_specs(cfg, config.meta_tokens) for n in s.all_mixers).items():
-        if name != "meta_attention" or "meta_slots" in batch:
+    for spec, layers in Counter(layer_specs(cfg, config.meta_tokens)).items():
+        for name in spec.all_mixers:
+            if name == "meta_attention" and "meta_slots" not in batch:
+                continue
             mixer = MIXERS[name]
-            pairs = mixer.pairs(spec, batch, prefix) + (mixer.pairs(spec._replace(window=None), of_prefix, 0) if prefix else 0)
+            pairs = mixer.pairs(spec, batch, prefix)
+            pairs += prefixes * mixer.pairs(spec._replace(window=None), of_prefix, 0) if prefix else 0
             found[name] = found.get(name, 0) + layers * mixer.pair_flops(cfg) * pairs
-    return found
+    return {name: cost for name, cost in found.items() if cost}
 
 
 def token_counts(config: Config, batch: Batch) -> dict[str, int]:
@@ -81,13 +84,13 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     rows, length = config.data.batch_rows, config.row_slots
     metas = np.arange(config.row_meta_tokens)[None]
     batch = {"positions": np.arange(length)[None], "segment_ids": np.ones((1, length), np.int32), "meta_slots": metas}
-    pairs = pair_flops(config, batch)
+    pairs = pair_flops(config, batch, prefixes=1 / rows)
     counts = token_counts(config, batch) | {"layers": length + config.model.prefix_tokens / rows}
     share = passes(config) / length
     parts = {k: share * cost * counts.get(k, counts["layers"]) for k, cost in matmul_flops(config, vocab_size).items()}
     if "meta_attention" in parts:
-        parts["meta_attention"] += share * pairs.pop("meta_attention")
-    return parts | ({"attention_pairs": share * sum(pairs.values())} if any(pairs.values()) else {})
+        parts["meta_attention"] += share * pairs.pop("meta_attention", 0)
+    return parts | ({"attention_pairs": share * sum(pairs.values())} if pairs else {})
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

@@ -154,7 +154,7 @@ class LM(nnx.Module):
     ) -> tuple[Streams, dict[str, Any]]:
         prefix_inputs = self._prefix_inputs()
 
-        def body(streams: Streams, group: tuple[nnx.List, Given]) -> tuple[Streams, dict[str, Any]]:
+        def body(streams: Streams, group: tuple[Any, Given]) -> tuple[Streams, dict[str, Any]]:
             layers, given = group
             return apply_group(layers, streams, given, inputs, prefix_inputs, capture)
 

@@ -68,7 +68,13 @@ class Projections(QueryKeyValue):
 class Attention(QueryKeyValue, Mixer):
     """Causal attention inside segments, [B, T, width] -> [B, T, heads * value_dim]; `spec.window` bounds how far back a query sees."""
 
-    captures = ("attention_branch", "attention_lse", "attention_probabilities", "keys", "values")
+    captures = (
+        "attention_branch",  # [L, B, T, heads * value_dim], before its norm and the output map
+        "attention_lse",  # float32[L, B, T, heads]
+        "attention_probabilities",  # float32[L, B, heads, query, M + key], computed densely beside the model's own attention
+        "keys",  # [owners, B, T, kv_heads, head_dim], rotated; of the layers with keys of their own
+        "values",  # [owners, B, T, kv_heads, value_dim]
+    )
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
         super().__init__(cfg, key, owns_kv=spec.owns_kv)

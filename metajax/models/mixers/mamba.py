@@ -31,7 +31,14 @@ def starts(cache: Cache, name: str) -> tuple[dict[str, Array | None], dict[str, 
 class Mamba(Mixer):
     """[B, T, width] -> gated scan output [B, T, C], C = expand * width channels, each with a state of N numbers."""
 
-    captures = ("ssm_branch", "conv_tail", "ssm_state", "ssm_step", "ssm_b", "ssm_c")
+    captures = (
+        "ssm_branch",  # [L, B, T, C], before its norm and the output map
+        "conv_tail",  # [L, B, d_conv - 1, C], last inputs of the convolution
+        "ssm_state",  # float32[L, B, C, N], after the last token
+        "ssm_step",  # float32[L, B, T, C], step sizes
+        "ssm_b",  # [L, B, T, N], what a token writes into the state
+        "ssm_c",  # [L, B, T, N], what it reads from it
+    )
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
         keys, hybrid, std = jax.random.split(key, 6), cfg.hybrid, cfg.init_std

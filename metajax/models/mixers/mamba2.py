@@ -83,7 +83,7 @@ def heads_of(cfg: Model) -> int:
 class Mamba2(Mixer):
     """[B, T, width] -> gated and normalised scan output [B, T, C], C = expand * width channels, each with a state of N numbers."""
 
-    captures = ("ssm_branch", "conv_tail", "ssm_state")
+    captures = ("ssm_branch", "conv_tail", "ssm_state")  # as of Mamba-1
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
         keys, std, channels, state = jax.random.split(key, 5), cfg.init_std, cfg.ssm_width, cfg.hybrid.state

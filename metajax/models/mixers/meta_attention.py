@@ -25,7 +25,12 @@ class MetaAttention(Projections, Mixer):
     (N = T), of which the caller drops the rows of ordinary tokens. The forms in EVERYWHERE write to all tokens.
     """
 
-    captures = ("meta_keys", "meta_values", "meta_probabilities", "meta_out")
+    captures = (
+        "meta_out",  # [L, B, T, width], what meta-attention adds, 0 where it adds nothing; absent when no row has meta-tokens
+        "meta_probabilities",  # float32[L, B, heads, query, key]: M of each where it is gathered, otherwise T
+        "meta_keys",  # [L, B, M, kv_heads, head_dim]; T of them where it writes to all tokens
+        "meta_values",
+    )
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
         super().__init__(cfg, key)
@@ -131,7 +136,3 @@ class MetaAttention(Projections, Mixer):
     @staticmethod
     def kept_positions(spec: LayerSpec, tokens: int, metas: int) -> int:
         return tokens if spec.meta_attention in EVERYWHERE else metas
-
-    @staticmethod
-    def cache_bytes(cfg: Model, spec: LayerSpec, tokens: int) -> dict[str, int]:
-        return {}
