@@ -13,7 +13,7 @@ from . import IN_PRINT
 PAPER = "Hymba (arXiv 2411.13676)"
 vocabularies["sentencepiece:llama2/tokenizer.model"] = 32_000
 
-NO_META = {"model.hybrid.meta_tokens": 0}
+NO_META = {"model.hybrid.prefix_tokens": 0}
 UNSHARED = {"model.hybrid.kv_groups": ()}
 FULL = {"model.window": None, "model.hybrid.full_layers": ()}
 WINDOWS = {"model.hybrid.full_layers": ()}
@@ -47,7 +47,7 @@ def _model(scale: str) -> Model:
         return hymba_300m()
     if scale == "gpu":
         return hymba(9, 8, 512, kv_heads=2, mlp_width=1344, window=128)
-    parts = Hybrid(meta_tokens=8, full_layers=(0, 3), kv_groups=(1, 2, 1), state=8)
+    parts = Hybrid(prefix_tokens=8, full_layers=(0, 3), kv_groups=(1, 2, 1), state=8)
     return Model(
         layers=4, heads=4, kv_heads=2, width=64, mlp_width=128, window=16, hybrid=parts, activation="swiglu", norm="rmsnorm", norm_eps=1e-6,
         init_std=0.1,
@@ -152,7 +152,7 @@ table(
         Row("shared", NO_META, printed(45.16, 48.04, 39.42)),
         Row("attention_compressed", COMPRESSED, printed(43.60, 28.18, 28.98), core=False, note="attention alone, its cache made as small"),
         Row("concat", NO_META | {"model.hybrid.fusion": "concat"}, printed(44.56, 48.94, 39.42), core=False),
-        Row("mamba_meta", MAMBA | {"model.hybrid.meta_tokens": ByScale(8, 64, 128)}, printed(44.01, 19.34, 1.87), core=False),
+        Row("mamba_meta", MAMBA | {"model.hybrid.prefix_tokens": ByScale(8, 64, 128)}, printed(44.01, 19.34, 1.87), core=False),
         Row("whole", {}, printed(45.53, 51.79, 40.01)),
     ],
     columns=COLUMNS,
@@ -225,9 +225,9 @@ table(
     paper=f"{PAPER}, section 2.4 and table 10",
     rows=[
         of_components("none", "shared"),
-        Row("few", {"model.hybrid.meta_tokens": ByScale(2, 16, 32)}, core=False),
+        Row("few", {"model.hybrid.prefix_tokens": ByScale(2, 16, 32)}, core=False),
         of_components("whole", "whole"),
-        Row("many", {"model.hybrid.meta_tokens": ByScale(32, 256, 256)}),
+        Row("many", {"model.hybrid.prefix_tokens": ByScale(32, 256, 256)}),
         of_components("mamba", "mamba"),
         of_components("mamba_meta", "mamba_meta"),
     ],

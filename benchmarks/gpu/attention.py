@@ -58,7 +58,7 @@ def settings(tiny: bool) -> dict[str, Setting]:
 
 
 def inputs(setting: Setting) -> dict[str, Array]:
-    """Normal numbers, bfloat16: q, k, v [B, T, heads, width], meta_k, meta_v [M, ...] where there are meta tokens, cotangent as the output."""
+    """Normal numbers, bfloat16: q, k, v [B, T, heads, width], prefix_k, prefix_v [M, ...] where there are meta tokens, cotangent as the output."""
     s = setting.shape
     sizes = {
         "q": (setting.rows, s.length, s.heads, s.key_width),
@@ -66,22 +66,22 @@ def inputs(setting: Setting) -> dict[str, Array]:
         "v": (setting.rows, s.length, s.kv_heads, s.value_width),
     }
     if s.meta:
-        sizes |= {"meta_k": (s.meta, s.kv_heads, s.key_width), "meta_v": (s.meta, s.kv_heads, s.value_width)}
+        sizes |= {"prefix_k": (s.meta, s.kv_heads, s.key_width), "prefix_v": (s.meta, s.kv_heads, s.value_width)}
     sizes["cotangent"] = (setting.rows, s.length, s.heads, s.value_width)
     keys = jax.random.split(jax.random.key(0), len(sizes))
     return {name: jax.random.normal(key, size, jnp.bfloat16) for (name, size), key in zip(sizes.items(), keys, strict=True)}
 
 
 def programs(setting: Setting, blocks: tuple[int, ...]) -> Iterator[tuple[str, Callable, bool]]:
-    """(name, function of q, k, v and perhaps meta_k, meta_v, whether it is the same mathematics); our own first."""
+    """(name, function of q, k, v and perhaps prefix_k, prefix_v, whether it is the same mathematics); our own first."""
     shape, mask = setting.shape, setting.mask
     segments = jnp.ones((setting.rows, shape.length), jnp.int32)
 
-    def ours(q: Array, k: Array, v: Array, meta_k: Array | None = None, meta_v: Array | None = None) -> Array:
-        return ops.attention(q, k, v, mask=mask, segment_ids=segments, meta_k=meta_k, meta_v=meta_v)[0]
+    def ours(q: Array, k: Array, v: Array, prefix_k: Array | None = None, prefix_v: Array | None = None) -> Array:
+        return ops.attention(q, k, v, mask=mask, segment_ids=segments, prefix_k=prefix_k, prefix_v=prefix_v)[0]
 
     def in_blocks(q: Array, k: Array, v: Array, *metas: Array, block: int) -> Array:
-        names = dict(zip(("meta_k", "meta_v"), metas, strict=False))
+        names = dict(zip(("prefix_k", "prefix_v"), metas, strict=False))
         return attention_xla(q, k, v, mask.expiry(segments), scale=shape.key_width**-0.5, block=block, **names)[0]
 
     yield "ours (auto)", ours, True

@@ -56,9 +56,9 @@ def flex_sides(setting: Setting, padding: int = 0) -> tuple[Callable, np.ndarray
     else:
         block_mask = row_mask(shape.length, shape.window, shape.meta)
 
-    def attend(block_mask: Any, q: Any, k: Any, v: Any, meta_k: Any = None, meta_v: Any = None) -> Any:
-        if meta_k is not None:
-            k, v = (torch.cat([m.expand(len(x), *m.shape), x], dim=1) for m, x in ((meta_k, k), (meta_v, v)))
+    def attend(block_mask: Any, q: Any, k: Any, v: Any, prefix_k: Any = None, prefix_v: Any = None) -> Any:
+        if prefix_k is not None:
+            k, v = (torch.cat([m.expand(len(x), *m.shape), x], dim=1) for m, x in ((prefix_k, k), (prefix_v, v)))
         q, k = (functional.pad(x, (0, padding)) for x in (q, k)) if padding else (q, k)
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out = flex.flex_attention(*heads_first, block_mask=block_mask, scale=shape.key_width**-0.5, enable_gqa=True)

@@ -19,7 +19,7 @@ CHUNKS = (16, 32, 64, 256, 512)  # tokens of a chunk, beside the 128 that dispat
 ARRAYS = {
     "forward": 4,
     "both": 4 + 7,
-}  # of [T, channels] that must be read or written: u, delta, z, y, and with the gradients the same again
+}  # of [T, channels] that must be read or written: u, dt, z, y, and with the gradients the same again
 
 
 def necessary_bytes(shape: Shape, passes: str) -> int:
@@ -30,14 +30,14 @@ def necessary_bytes(shape: Shape, passes: str) -> int:
 
 
 def inputs(shape: Shape) -> list[Array]:
-    """u, delta, A, B, C, D, delta_bias, z: bfloat16 where they have a token axis, decays as Mamba starts with them."""
+    """u, dt, A, B, C, D, dt_bias, z: bfloat16 where they have a token axis, decays as Mamba starts with them."""
     token, state, channels = (1, shape.length, shape.channels), (1, shape.length, shape.states), shape.channels
-    u, delta, B, C, z = (
+    u, dt, B, C, z = (
         jax.random.normal(key, size, jnp.bfloat16)
         for key, size in zip(jax.random.split(jax.random.key(0), 5), (token, token, state, state, token), strict=True)
     )
     A = -jnp.tile(jnp.arange(1, shape.states + 1, dtype=jnp.float32), (channels, 1))
-    return [u, delta, A, B, C, jnp.ones(channels), jnp.full(channels, -4.0), z]
+    return [u, dt, A, B, C, jnp.ones(channels), jnp.full(channels, -4.0), z]
 
 
 def programs(shape: Shape, chunks: tuple[int, ...]) -> dict[str, Callable]:

@@ -99,13 +99,17 @@ class Model(nn.Module):
         state = {"embedding.weight": params["embedding"], "final_norm.weight": params["final_norm.scale"]}
         for i in range(len(self.blocks)):
             for name in ("attention", *(("meta",) if self.blocks[i].meta is not None else ())):
-                ours = f"blocks.{'meta_attention' if name == 'meta' else name}.projections"
+                ours, output = (
+                    ("blocks.0.0.meta_attention",) * 2 if name == "meta" else ("blocks.0.0.mixer.attention", "blocks.0.0.mixer")
+                )
                 parts = [params[f"{ours}.{part}.w"][i] for part in ("query", "key", "value")]
                 state[f"blocks.{i}.{name}.qkv.weight"] = np.concatenate(parts, axis=1).T
-                state[f"blocks.{i}.{name}.output.weight"] = params[f"{ours}.output.w"][i].T
-                state[f"blocks.{i}.{name}_norm.weight"] = params[f"blocks.{name}_norm.scale"][i]
-            state |= {f"blocks.{i}.{name}.weight": params[f"blocks.mlp.{name}.w"][i].T for name in ("up", "down")}
-            state[f"blocks.{i}.mlp_norm.weight"] = params["blocks.mlp_norm.scale"][i]
+                state[f"blocks.{i}.{name}.output.weight"] = params[f"{output}.output.w"][i].T
+                state[f"blocks.{i}.{name}_norm.weight"] = params[
+                    f"blocks.0.0.{'mixer' if name == 'attention' else name}_norm.scale"
+                ][i]
+            state |= {f"blocks.{i}.{name}.weight": params[f"blocks.0.0.mlp.{name}.w"][i].T for name in ("up", "down")}
+            state[f"blocks.{i}.mlp_norm.weight"] = params["blocks.0.0.mlp_norm.scale"][i]
         self.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
 
 

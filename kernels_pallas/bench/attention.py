@@ -77,7 +77,7 @@ def _build(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tup
 
     def run(expiry: Array, *arrays: Array) -> Array:
         def call(q: Array, k: Array, v: Array, *metas: Array) -> Array:
-            names = dict(zip(("meta_k", "meta_v"), metas, strict=False))
+            names = dict(zip(("prefix_k", "prefix_v"), metas, strict=False))
             return function(q, k, v, expiry, scale=shape.key_width**-0.5, **names)[0]
 
         return with_passes(passes, call)(*arrays)

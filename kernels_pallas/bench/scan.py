@@ -72,10 +72,10 @@ def _necessary(shape: Shape, passes: str) -> int:
     return NECESSARY[passes] * shape.length * shape.channels * shape.states
 
 
-def associative(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array, z: Array) -> Array:
+def associative(u: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, dt_bias: Array, z: Array) -> Array:
     """The whole row in one `jax.lax.associative_scan`, as a first JAX version of Mamba is written; without segments."""
     u32, z32 = u.astype(jnp.float32), z.astype(jnp.float32)
-    s = jax.nn.softplus(delta.astype(jnp.float32) + delta_bias)
+    s = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias)
     decay, value = jnp.exp(s[..., None] * A), (s * u32)[..., None] * B.astype(jnp.float32)[:, :, None]
     _, h = jax.lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, value), axis=1)
     y = jnp.einsum("btcn,btn->btc", h, C.astype(jnp.float32)) + D * u32

@@ -1,4 +1,4 @@
-"""The two backward kernels: one block of queries at a time for dq and the gradients of the meta keys, one of keys for dk and dv.
+"""The two backward kernels: one block of queries at a time for dq and the gradients of the prefix keys, one of keys for dk and dv.
 
 Both compute the probabilities again from the saved log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 2):
 dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO, delta = rowsum(dO O) - d lse.
@@ -23,7 +23,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
     Plan,
     dot,
     in_both_cases,
-    meta_bias,
+    prefix_bias,
     scores,
 )
 
@@ -36,14 +36,14 @@ def backward(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) ->
     lse, delta = jnp.where(empty, jnp.inf, lse * LOG2_E), jnp.where(empty, 0.0, delta)
     d_q, *d_metas = _backward_q(plan, x, lse, d_out, delta)
     d_k, d_v = _backward_kv(plan, x, lse, d_out, delta)
-    d_meta_k, d_meta_v = (d.astype(x.k.dtype) for d in d_metas) if d_metas else (None, None)
-    return Operands(q=d_q, k=d_k, v=d_v, meta_k=d_meta_k, meta_v=d_meta_v, lists=None)
+    d_prefix_k, d_prefix_v = (d.astype(x.k.dtype) for d in d_metas) if d_metas else (None, None)
+    return Operands(q=d_q, k=d_k, v=d_v, prefix_k=d_prefix_k, prefix_v=d_prefix_v, lists=None)
 
 
 def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> tuple[Array, ...]:
-    """d_q like q, and float32 gradients of the meta keys and values where there are any."""
+    """d_q like q, and float32 gradients of the prefix keys and values where there are any."""
     width, values = x.q.shape[2], x.v.shape[2]
-    metas = [] if x.meta_k is None else [x.meta_k, x.meta_v]
+    metas = [] if x.prefix_k is None else [x.prefix_k, x.prefix_v]
     resident = [plan.resident(*meta.shape[1:]) for meta in metas]
     return plan.call(
         functools.partial(_kernel_q, plan),
@@ -70,7 +70,7 @@ def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array)
 
 def _kernel_q(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref, *refs) -> None:
     *refs, sum_ref = refs
-    meta_k_ref, meta_v_ref, d_q_ref, d_k_ref, d_v_ref = refs if plan.metas else (None, None, *refs, None, None)
+    prefix_k_ref, prefix_v_ref, d_q_ref, d_k_ref, d_v_ref = refs if plan.metas else (None, None, *refs, None, None)
     step = pl.program_id(1)
     visit = visits_ref[step]
     at_query = functools.partial(_probabilities, plan, q_ref, lse_ref, d_out_ref, delta_ref)
@@ -86,12 +86,12 @@ def _kernel_q(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, l
             d_k_ref[...] = jnp.zeros(d_k_ref.shape, jnp.float32)
             d_v_ref[...] = jnp.zeros(d_v_ref.shape, jnp.float32)
 
-        bias = meta_bias(plan, meta_k_ref.shape[1])
+        bias = prefix_bias(plan, prefix_k_ref.shape[1])
 
         @plan.each_head
         def _(h: Head, g: Head) -> None:
-            p_KxQ, d_s_KxQ = at_query(h, g, meta_k_ref[h], meta_v_ref[h], bias)
-            sum_ref[h, g] = dot(meta_k_ref[h], d_s_KxQ, (0, 0))
+            p_KxQ, d_s_KxQ = at_query(h, g, prefix_k_ref[h], prefix_v_ref[h], bias)
+            sum_ref[h, g] = dot(prefix_k_ref[h], d_s_KxQ, (0, 0))
             d_k_ref[h] += dot(d_s_KxQ, q_ref[h, g], (1, 1)) * plan.scale
             d_v_ref[h] += dot(p_KxQ, d_out_ref[h, g], (1, 1))
 

@@ -1,4 +1,4 @@
-"""The forward kernel: per block of queries an online softmax over its visits, started from the meta keys."""
+"""The forward kernel: per block of queries an online softmax over its visits, started from the prefix keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
     Plan,
     dot,
     in_both_cases,
-    meta_bias,
+    prefix_bias,
     scores,
 )
 
@@ -28,7 +28,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
 def forward(plan: Plan, x: Operands) -> tuple[Array, Array]:
     """(out [KV, G, V, queries] in v's dtype, log-sum-exp float32[KV, G, queries])."""
     queries, width, values = x.q.shape[3], x.q.shape[2], x.v.shape[2]
-    metas = [] if x.meta_k is None else [x.meta_k, x.meta_v]
+    metas = [] if x.prefix_k is None else [x.prefix_k, x.prefix_v]
     state = (plan.kv_step, plan.group, 1, plan.block_q)
     return plan.call(
         functools.partial(_kernel, plan),
@@ -51,25 +51,25 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, Array]:
 
 
 def _kernel(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, *refs) -> None:
-    *meta_refs, out_ref, lse_ref, peak_ref, total_ref, sum_ref = refs
+    *prefix_refs, out_ref, lse_ref, peak_ref, total_ref, sum_ref = refs
     state_refs = (peak_ref, total_ref, sum_ref)
     step = pl.program_id(1)
     visit = visits_ref[step]
 
     @pl.when(is_first(visits_ref, step))
     def _() -> None:
-        if not meta_refs:
+        if not prefix_refs:
             peak_ref[...] = jnp.full(peak_ref.shape, FLOOR, jnp.float32)
             total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
             return
-        meta_k_ref, meta_v_ref = meta_refs
-        bias = meta_bias(plan, meta_k_ref.shape[1])
+        prefix_k_ref, prefix_v_ref = prefix_refs
+        bias = prefix_bias(plan, prefix_k_ref.shape[1])
 
         @plan.each_head
         def _(h: Head, g: Head) -> None:
-            s_KxQ = scores(plan, meta_k_ref[h], q_ref[h, g], bias)
-            for ref, value in zip(state_refs, _softmax(s_KxQ, meta_v_ref[h], None), strict=True):
+            s_KxQ = scores(plan, prefix_k_ref[h], q_ref[h, g], bias)
+            for ref, value in zip(state_refs, _softmax(s_KxQ, prefix_v_ref[h], None), strict=True):
                 ref[h, g] = value
 
     def body(bias: Array | None) -> None:

@@ -14,14 +14,14 @@ def attention_reference(
     expiry: Int[Array, "B S"],
     *,
     scale: float,
-    meta_k: Float[Array, "M KV Dq"] | None = None,
-    meta_v: Float[Array, "M KV Dv"] | None = None,
+    prefix_k: Float[Array, "M KV Dq"] | None = None,
+    prefix_v: Float[Array, "M KV Dv"] | None = None,
     q_offset: int | Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """softmax(scale * q k^T + mask) v and its log-sum-exp, where key k is visible to the queries k <= q < expiry[k].
 
     Query row t stands at key index t + q_offset (any integer, also traced); None is S - T, so that T < S continues a row whose
-    first keys are already there. `meta_k` and `meta_v` are further keys that every query of every row sees. Query head h
+    first keys are already there. `prefix_k` and `prefix_v` are further keys that every query of every row sees. Query head h
     reads KV head h // (H / KV). Scores and softmax are float32 (float64 for float64 inputs); `out` has the dtype of `v`, `lse`
     (natural logarithm, scaled scores) that of the softmax. A row without any visible key gives out 0 and lse -inf, and
     gradients 0.
@@ -29,18 +29,18 @@ def attention_reference(
     q_index = jnp.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1] if q_offset is None else q_offset)
     k_index = jnp.arange(k.shape[1])[None, :]
     allow = (k_index <= q_index) & (q_index < expiry[:, None, :])
-    if meta_k is not None:
+    if prefix_k is not None:
         k, v, allow = (
-            with_meta(meta_k, k),
-            with_meta(meta_v, v),
-            jnp.pad(allow, ((0, 0), (0, 0), (len(meta_k), 0)), constant_values=True),
+            with_prefix(prefix_k, k),
+            with_prefix(prefix_v, v),
+            jnp.pad(allow, ((0, 0), (0, 0), (len(prefix_k), 0)), constant_values=True),
         )
     return masked_attention(q, k, v, allow, scale=scale)
 
 
-def with_meta(meta: Float[Array, "M KV D"], x: Float[Array, "B S KV D"]) -> Float[Array, "B M+S KV D"]:
-    """The meta keys (or values) in front of those of every row."""
-    return jnp.concatenate([jnp.broadcast_to(meta.astype(x.dtype), (x.shape[0], *meta.shape)), x], axis=1)
+def with_prefix(prefix: Float[Array, "M KV D"], x: Float[Array, "B S KV D"]) -> Float[Array, "B M+S KV D"]:
+    """The prefix keys (or values) before those of every row."""
+    return jnp.concatenate([jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape)), x], axis=1)
 
 
 def masked_attention(

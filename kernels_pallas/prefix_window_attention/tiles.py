@@ -94,8 +94,8 @@ class Operands(NamedTuple):
     q: Array  # [KV, G, D, queries]
     k: Array  # [KV, keys, D]
     v: Array  # [KV, keys, V]
-    meta_k: Array | None  # [KV, metas padded to 16, D]
-    meta_v: Array | None
+    prefix_k: Array | None  # [KV, metas padded to 16, D]
+    prefix_v: Array | None
     lists: Lists
 
 
@@ -130,7 +130,7 @@ def _bias(plan: Plan, query: Array, first: Array, end_ref: object) -> Array:
     return jnp.where(allow, 0.0, HIDDEN)
 
 
-def meta_bias(plan: Plan, padded: int) -> Array | None:
+def prefix_bias(plan: Plan, padded: int) -> Array | None:
     """Hides the padding behind the last meta key, [padded, 1]."""
     if padded == plan.metas:
         return None

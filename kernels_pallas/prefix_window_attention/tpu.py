@@ -15,7 +15,7 @@ from kernels_pallas.prefix_window_attention.forward import forward
 from kernels_pallas.prefix_window_attention.tiles import LANES, Operands, Plan
 
 BLOCK = 256
-PACK = 16  # rows of a packed bfloat16 register: widths and meta keys are padded to it
+PACK = 16  # rows of a packed bfloat16 register: widths and prefix keys are padded to it
 HEADS = 4  # query heads of a grid step, at least: one head's waits are filled with another's work
 
 
@@ -26,8 +26,8 @@ def attention_tpu(
     expiry: Int[Array, "B S"],
     *,
     scale: float,
-    meta_k: Float[Array, "M KV Dq"] | None = None,
-    meta_v: Float[Array, "M KV Dv"] | None = None,
+    prefix_k: Float[Array, "M KV Dq"] | None = None,
+    prefix_v: Float[Array, "M KV Dv"] | None = None,
     q_offset: int | Int[Array, ""] | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
@@ -44,7 +44,7 @@ def attention_tpu(
     length, keys = q.shape[1], k.shape[1]
     block_q, block_k = (_block(size, asked, interpret) for size, asked in ((length, block_q), (keys, block_k)))
     offset = keys - length if q_offset is None else q_offset
-    metas = 0 if meta_k is None else meta_k.shape[0]
+    metas = 0 if prefix_k is None else prefix_k.shape[0]
     lists = block_lists(expiry.astype(jnp.int32), offset, length, block_q, block_k)
     kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     plan = Plan(
@@ -62,8 +62,8 @@ def attention_tpu(
         q=_flat(jnp.moveaxis(_pad(grouped, {1: block_q, 4: PACK}), (2, 3, 4), (0, 1, 2)), 3),
         k=_flat(jnp.moveaxis(_pad(k, {1: block_k, 3: PACK}), 2, 0), 1),
         v=_flat(jnp.moveaxis(_pad(v, {1: block_k, 3: PACK}), 2, 0), 1),
-        meta_k=_metas(meta_k, k) if metas else None,
-        meta_v=_metas(meta_v, v) if metas else None,
+        prefix_k=_metas(prefix_k, k) if metas else None,
+        prefix_v=_metas(prefix_v, v) if metas else None,
         lists=lists,
     )
     out, lse = _attention(plan, operands)

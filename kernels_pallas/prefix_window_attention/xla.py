@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.prefix_window_attention.reference import with_meta
+from kernels_pallas.prefix_window_attention.reference import with_prefix
 
 NEVER = 2**31 - 1  # expiry of a key that is always visible
 BANDS = 8  # static key slices: with n of them the work is (n + 1) / 2n of the full square
@@ -29,8 +29,8 @@ def attention_xla(
     expiry: Int[Array, "B S"],
     *,
     scale: float,
-    meta_k: Float[Array, "M KV Dq"] | None = None,
-    meta_v: Float[Array, "M KV Dv"] | None = None,
+    prefix_k: Float[Array, "M KV Dq"] | None = None,
+    prefix_v: Float[Array, "M KV Dv"] | None = None,
     q_offset: int | Int[Array, ""] | None = None,
     block: int = 256,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
@@ -42,10 +42,10 @@ def attention_xla(
     batch, length, heads, _ = q.shape
     kv_heads = k.shape[2]
     offset = k.shape[1] - length if q_offset is None else q_offset
-    metas = 0 if meta_k is None else len(meta_k)
+    metas = 0 if prefix_k is None else len(prefix_k)
     life = jnp.stack([jnp.broadcast_to(jnp.arange(k.shape[1]), expiry.shape), expiry]).astype(jnp.int32)
-    if meta_k is not None:
-        k, v = with_meta(meta_k, k), with_meta(meta_v, v)
+    if prefix_k is not None:
+        k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
         always = jnp.broadcast_to(jnp.array([-NEVER, NEVER], jnp.int32)[:, None, None], (2, batch, metas))
         life = jnp.concatenate([always, life], axis=2)
     plan = _Plan(scale, block, metas + offset if isinstance(offset, int) else None)

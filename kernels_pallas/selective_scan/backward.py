@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
     bits: object
     u: object
-    delta: object
+    dt: object
     z: object
     d_y: object  # like u
     a: object
@@ -61,7 +61,7 @@ class Outputs(NamedTuple):
     """Refs of the outputs. Those from `d_a` on are accumulators over time, one per batch row."""
 
     d_u: object
-    d_delta: object
+    d_dt: object
     d_z: object
     d_b: object
     d_c: object
@@ -97,7 +97,7 @@ def backward(plan: Plan, x: Operands, starts: Array, d_y: Array, d_final: Array)
     outputs = pl.pallas_call(
         functools.partial(_kernel, plan),
         out_shape=[
-            *(jax.ShapeDtypeStruct(like.shape, like.dtype) for like in (x.u, x.delta, *gate)),
+            *(jax.ShapeDtypeStruct(like.shape, like.dtype) for like in (x.u, x.dt, *gate)),
             *(f32(like.shape) for like in (x.b, x.c)),
             *per_row,
         ],
@@ -117,7 +117,7 @@ def backward(plan: Plan, x: Operands, starts: Array, d_y: Array, d_final: Array)
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         name="selective_scan_backward",
         **plan.call(),
-    )(x.bits, x.u, x.delta, *gate, d_y, x.a, x.b, x.c, x.d, x.bias, x.reset_state, starts, d_final)
+    )(x.bits, x.u, x.dt, *gate, d_y, x.a, x.b, x.c, x.d, x.bias, x.reset_state, starts, d_final)
     return (*outputs[:2], *([] if plan.gated else [None]), *outputs[2:])
 
 
@@ -170,7 +170,7 @@ def _recompute(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inp
     """States and decays of one group into scratch, and through the gate: d_z, and the cotangent of the scan's output."""
     rows = _rows(index)
     u = x.u[0, rows].astype(jnp.float32)
-    s = softplus(x.delta[0, rows].astype(jnp.float32) + x.bias[tile])
+    s = softplus(x.dt[0, rows].astype(jnp.float32) + x.bias[tile])
     store_rows(scratch.s.at[index], s)
     store_rows(scratch.su.at[index], s * u)
     a_NxW = x.a[tile] * LOG2_E
@@ -233,14 +233,14 @@ def _walk_back(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inp
 
 
 def _through_inputs(tile: Array, index: Array, x: Inputs, out: Outputs, scratch: Scratch) -> None:
-    """The cotangents of u and delta of one group, and its share of that of the bias."""
+    """The cotangents of u and dt of one group, and its share of that of the bias."""
     rows = _rows(index)
     u = x.u[0, rows].astype(jnp.float32)
     d_su, d_s = sum_parts(scratch.parts), sum_parts(scratch.more_parts)
     s, d_y = (jnp.concatenate([ref[index, i] for i in range(ref.shape[1])], axis=1) for ref in (scratch.s, scratch.d_y))
     out.d_u[0, rows] = (d_su * s + x.d[tile] * d_y).astype(out.d_u.dtype)
-    d_x = (d_su * u + d_s) * sigmoid(x.delta[0, rows].astype(jnp.float32) + x.bias[tile])
-    out.d_delta[0, rows] = d_x.astype(out.d_delta.dtype)
+    d_x = (d_su * u + d_s) * sigmoid(x.dt[0, rows].astype(jnp.float32) + x.bias[tile])
+    out.d_dt[0, rows] = d_x.astype(out.d_dt.dtype)
     out.d_bias[0, tile] += _fold_rows(d_x)
 
 

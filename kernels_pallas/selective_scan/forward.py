@@ -67,11 +67,11 @@ def forward(plan: Plan, x: Operands, save: bool) -> tuple[Array, Array, Array | 
         ],
         name="selective_scan_forward",
         **plan.call(),
-    )(x.bits, x.u, x.delta, *gate, x.a, x.b, x.c, x.d, x.bias, x.initial, x.reset_state)
+    )(x.bits, x.u, x.dt, *gate, x.a, x.b, x.c, x.d, x.bias, x.initial, x.reset_state)
     return y, final, starts[0] if save else None
 
 
-def _kernel(plan: Plan, save: bool, bits_ref, u_ref, delta_ref, *refs) -> None:
+def _kernel(plan: Plan, save: bool, bits_ref, u_ref, dt_ref, *refs) -> None:
     z_ref, refs = (refs[0], refs[1:]) if plan.gated else (None, refs)
     a_ref, b_ref, c_ref, d_ref, bias_ref, initial_ref, reset_ref, y_ref, state_ref, *refs = refs
     starts_ref, refs = (refs[0], refs[1:]) if save else (None, refs)
@@ -96,7 +96,7 @@ def _kernel(plan: Plan, save: bool, bits_ref, u_ref, delta_ref, *refs) -> None:
 
         def body(bits: Array | None) -> None:
             u = u_ref[0, rows].astype(jnp.float32)
-            s = softplus(delta_ref[0, rows].astype(jnp.float32) + bias_ref[tile])
+            s = softplus(dt_ref[0, rows].astype(jnp.float32) + bias_ref[tile])
             store_rows(s_strip, s)
             store_rows(su_strip, s * u)
 

@@ -60,12 +60,12 @@ def scan_dtype(u: Array) -> jnp.dtype:
 
 def selective_scan_reference(
     u: Float[Array, "B T C"],
-    delta: Float[Array, "B T C"],
+    dt: Float[Array, "B T C"],
     A: Float[Array, "C N"],
     B: Float[Array, "B T N"],
     C: Float[Array, "B T N"],
     D: Float[Array, " C"],
-    delta_bias: Float[Array, " C"],
+    dt_bias: Float[Array, " C"],
     z: Float[Array, "B T C"] | None = None,
     *,
     initial_state: Float[Array, "B C N"] | None = None,
@@ -75,14 +75,14 @@ def selective_scan_reference(
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
     """(y, final state) of the Mamba-1 scan with its step size, skip and gate.
 
-    s_t = softplus(delta_t + delta_bias); h_t = exp(s_t A) h_(t-1) + s_t u_t B_t; y_t = (h_t C_t + D u_t) silu(z_t).
+    s_t = softplus(dt_t + dt_bias); h_t = exp(s_t A) h_(t-1) + s_t u_t B_t; y_t = (h_t C_t + D u_t) silu(z_t).
     A is negative. Where `reset` is true (or `segment_ids` change) h_(t-1) is `reset_state` (zeros when None) instead; the
     row itself starts from `initial_state` (`reset_state` when None). `z` None leaves the gate out. State and arithmetic
     are float32 for any input dtype but float64; y has the dtype of u, the state that of the arithmetic.
     Raises ValueError where both `reset` and `segment_ids` are given.
     """
     dtype = scan_dtype(u)
-    A, D, delta_bias = (x.astype(dtype) for x in (A, D, delta_bias))
+    A, D, dt_bias = (x.astype(dtype) for x in (A, D, dt_bias))
     initial_state, reset_state = resolve_states(initial_state, reset_state, u.shape[0], A)
     reset = resolve_resets(reset, segment_ids)
     if reset is None:
@@ -94,7 +94,7 @@ def selective_scan_reference(
         h = jnp.exp(s[:, :, None] * A) * h + (s * u)[:, :, None] * b[:, None, :]
         return h, jnp.sum(h * c[:, None, :], axis=-1)
 
-    s = jax.nn.softplus(delta.astype(dtype) + delta_bias)
+    s = jax.nn.softplus(dt.astype(dtype) + dt_bias)
     tokens = (s, *(x.astype(dtype) for x in (u, B, C)), reset)
     final, y = jax.lax.scan(step, initial_state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     y = jnp.moveaxis(y, 0, 1) + D * u.astype(dtype)

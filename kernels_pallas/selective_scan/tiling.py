@@ -118,10 +118,10 @@ class Plan:
 
 
 class Operands(NamedTuple):
-    """The kernel's inputs, padded and tiled; u, delta and z in their own dtype, all others float32."""
+    """The kernel's inputs, padded and tiled; u, dt and z in their own dtype, all others float32."""
 
     u: Array  # [batch, length, channels]
-    delta: Array
+    dt: Array
     z: Array | None
     a: Array  # [tiles, states, width], negative
     b: Array  # [batch, chunks, states, chunk]

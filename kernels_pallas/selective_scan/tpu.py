@@ -14,17 +14,17 @@ from kernels_pallas.selective_scan.forward import forward
 from kernels_pallas.selective_scan.reference import resolve_resets, resolve_states
 from kernels_pallas.selective_scan.tiling import GROUP, LANES, SUBLANES, Operands, Plan, columns_of, pad, round_up
 
-NO_STEP = -1e30  # a delta whose softplus is 0: decay 1 and input 0, so padding leaves the state alone
+NO_STEP = -1e30  # a dt whose softplus is 0: decay 1 and input 0, so padding leaves the state alone
 
 
 def selective_scan_tpu(
     u: Float[Array, "B T C"],
-    delta: Float[Array, "B T C"],
+    dt: Float[Array, "B T C"],
     A: Float[Array, "C N"],
     B: Float[Array, "B T N"],
     C: Float[Array, "B T N"],
     D: Float[Array, " C"],
-    delta_bias: Float[Array, " C"],
+    dt_bias: Float[Array, " C"],
     z: Float[Array, "B T C"] | None = None,
     *,
     initial_state: Float[Array, "B C N"] | None = None,
@@ -53,13 +53,13 @@ def selective_scan_tpu(
         plan,
         Operands(
             u=pad(u, plan.length, plan.channels),
-            delta=pad(delta, plan.length, plan.channels, fill=NO_STEP),
+            dt=pad(dt, plan.length, plan.channels, fill=NO_STEP),
             z=None if z is None else pad(z, plan.length, plan.channels),
             a=_tile(plan, A, fill=-1.0),
             b=_chunked(plan, B),
             c=_chunked(plan, C),
             d=_tile(plan, D[:, None], rows=1),
-            bias=_tile(plan, delta_bias[:, None], rows=1),
+            bias=_tile(plan, dt_bias[:, None], rows=1),
             initial=_tile(plan, initial_state),
             reset_state=_tile(plan, reset_state),
             bits=_bits(plan, reset),
@@ -107,11 +107,11 @@ def _scan_forward(plan: Plan, operands: Operands) -> tuple[tuple[Array, Array], 
 
 def _scan_backward(plan: Plan, saved: tuple[Operands, Array], cotangents: tuple[Array, Array]) -> tuple[Operands]:
     operands, starts = saved
-    d_u, d_delta, d_z, d_b, d_c, d_a, d_d, d_bias, d_state, d_reset = backward(plan, operands, starts, *cotangents)
+    d_u, d_dt, d_z, d_b, d_c, d_a, d_d, d_bias, d_state, d_reset = backward(plan, operands, starts, *cotangents)
     return (
         Operands(
             u=d_u,
-            delta=d_delta,
+            dt=d_dt,
             z=d_z,
             a=d_a.sum(0),
             b=d_b,

@@ -22,12 +22,12 @@ from kernels_pallas.selective_scan.reference import (
 
 def selective_scan_xla(
     u: Float[Array, "B T C"],
-    delta: Float[Array, "B T C"],
+    dt: Float[Array, "B T C"],
     A: Float[Array, "C N"],
     B: Float[Array, "B T N"],
     C: Float[Array, "B T N"],
     D: Float[Array, " C"],
-    delta_bias: Float[Array, " C"],
+    dt_bias: Float[Array, " C"],
     z: Float[Array, "B T C"] | None = None,
     *,
     initial_state: Float[Array, "B C N"] | None = None,
@@ -42,7 +42,7 @@ def selective_scan_xla(
     `within`: "sequential" or "associative" inside a chunk; "auto" takes the former on a CPU when the program is lowered.
     """
     dtype = scan_dtype(u)
-    A, D, delta_bias = (x.astype(dtype) for x in (A, D, delta_bias))
+    A, D, dt_bias = (x.astype(dtype) for x in (A, D, dt_bias))
     initial_state, reset_state = resolve_states(initial_state, reset_state, u.shape[0], A)
     reset = resolve_resets(reset, segment_ids)
     if reset is None:
@@ -51,16 +51,16 @@ def selective_scan_xla(
 
     @jax.checkpoint
     def step(h: Array, tokens: tuple[Array | None, ...]) -> tuple[Array, Array]:
-        u, delta, b, c, z, reset = tokens  # time leads
+        u, dt, b, c, z, reset = tokens  # time leads
         u, b, c = (x.astype(dtype) for x in (u, b, c))
-        s = jax.nn.softplus(delta.astype(dtype) + delta_bias)
+        s = jax.nn.softplus(dt.astype(dtype) + dt_bias)
         y, h = _run(within, h, s, s * u, b, c, reset, A, reset_state)
         y = y + D * u
         return h, (y if z is None else y * jax.nn.silu(z.astype(dtype))).astype(tokens[0].dtype)
 
     # Whole chunks are scanned; what is left over of the length is one shorter chunk.
     whole = u.shape[1] // chunk * chunk
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, delta, B, C, z, reset))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, dt, B, C, z, reset))
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), tokens)
     h, y = jax.lax.scan(step, initial_state, chunks)
     y = y.reshape(whole, *y.shape[2:])

@@ -20,23 +20,31 @@ from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, is_parallel, mean_over_rows
 from metajax.analysis.mixing_maps import MIXERS
 from metajax.core.errors import require
+from metajax.models.layer import Joined
+from metajax.models.layers import Norm
 from metajax.models.lm import LM
 from metajax.reporting.panels import by_layer, panels
 from metajax.training.losses import token_nll, weighed
 from metajax.training.step import apply_model
 
-BRANCHES = {"attention": "attention_norm", "ssm": "ssm_norm"}
+BRANCHES = ("attention", "ssm")
+
+
+def branch_norm(joined: Joined, branch: str) -> Norm:
+    """The norm of a branch of a layer; "ssm" is the mixer beside attention, whatever its name."""
+    name = next(name for name in joined.names if (name == "attention") == (branch == "attention"))
+    return getattr(joined, f"{name}_norm")
 
 
 def without_branch(model: LM, layer: int, branch: str) -> LM:
     """The model with the scale of one branch of one layer at zero."""
     changed = jax.tree.map(lambda leaf: leaf, model)  # a new object that shares the arrays
     first = 0
-    for run in changed.blocks.runs:
-        group = len(run.layers)
-        count = group * len(run.layers[0].mixer.output.w[...])
+    for run in changed.blocks:
+        group = len(run)
+        count = group * len(run[0].mixer.output.w[...])
         if layer < first + count:
-            scale = getattr(run.layers[(layer - first) % group].mixer, BRANCHES[branch]).scale
+            scale = branch_norm(run[(layer - first) % group].mixer, branch).scale
             scale[...] = scale[...].at[(layer - first) // group].set(0.0)
             return changed
         first += count
@@ -46,8 +54,8 @@ def without_branch(model: LM, layer: int, branch: str) -> LM:
 def scales(model: LM, branch: str) -> list[float]:
     """The mean absolute scale of a branch, by layer."""
     found = []
-    for run in model.blocks.runs:
-        of_run = [np.abs(getattr(layer.mixer, BRANCHES[branch]).scale[...]).mean(axis=-1) for layer in run.layers]
+    for run in model.blocks:
+        of_run = [np.abs(branch_norm(layer.mixer, branch).scale[...]).mean(axis=-1) for layer in run]
         found += np.stack(of_run, axis=1).ravel().tolist()
     return found
 

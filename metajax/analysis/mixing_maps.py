@@ -33,8 +33,8 @@ CHANNELS = 16  # of Mamba, evenly spaced, whose maps are made
 def ssm_rates(model: LM) -> Float[Array, "L C N"]:
     """A of every Mamba, in the order of the layers."""
     found = []
-    for run in model.blocks.runs:
-        of_run = [layer.mixer.mamba.log_rate[...] for layer in run.layers if layer.mixer.mamba is not None]
+    for run in model.blocks:
+        of_run = [layer.mixer.mamba.A_log[...] for layer in run if "mamba" in layer.mixer.names]
         found += [rate[i] for i in range(len(of_run[0]) if of_run else 0) for rate in of_run]
     return -jnp.exp(jnp.stack(found))
 
@@ -57,7 +57,7 @@ def ssm_maps(model: LM, batch: Arrays) -> Float[Array, "L B channels T P"]:
     """The maps of CHANNELS channels of every Mamba, P = M + T."""
     names = [f"{prefix}ssm_{name}" for prefix in ("prefix_", "") for name in ("step", "b", "c")]
     found = {name: jnp.moveaxis(x, 0, 1) for name, x in capture(model, batch, *names).items()}  # layers first again
-    if model.cfg.hybrid.meta_tokens:
+    if model.cfg.prefix_tokens:
         rows = batch["tokens"].shape[0]
         spread = lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))  # noqa: E731
         found = {n: jnp.concatenate([spread(found[f"prefix_{n}"]), found[n]], axis=2) for n in names[3:]}
@@ -70,7 +70,7 @@ def ssm_maps(model: LM, batch: Arrays) -> Float[Array, "L B channels T P"]:
         return jnp.moveaxis(jax.lax.map(one, (jnp.moveaxis(steps[..., chosen], -1, 0), rates[chosen])), 0, 1)
 
     maps = jax.lax.map(of_layer, (found["ssm_step"], found["ssm_b"], found["ssm_c"], ssm_rates(model)))
-    return maps[:, :, :, model.cfg.hybrid.meta_tokens :]
+    return maps[:, :, :, model.cfg.prefix_tokens :]
 
 
 def describe(maps: Float[Array, "L B H T P"]) -> dict[str, Array]:

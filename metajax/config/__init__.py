@@ -8,7 +8,7 @@ from metajax.config.experiment import Config, Scale
 from metajax.config.families import CONFIG_VERSION, AnyConfig, config_from, config_hash, difference, require_text
 from metajax.config.images import AUGMENTATIONS, OF_TEXT, ImageConfig, Images, Prompts
 from metajax.config.metadata import Metadata, MetaTokens
-from metajax.config.model import ROTARY, Hybrid, Imported, Model, hymba_ntk_factor
+from metajax.config.model import Hybrid, Imported, Model, hymba_ntk_factor
 from metajax.config.runtime import AXES, Processes, Runtime, mesh_axes
 from metajax.config.training import Init, Optimizer, Training
 
@@ -20,7 +20,6 @@ __all__ = [
     "PIXEL_MEAN",
     "PIXEL_STD",
     "PUBLISHED",
-    "ROTARY",
     "AnyConfig",
     "Choice",
     "Clip",

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 
-from metajax.core.errors import require
-from metajax.core.fields import Count, CountOrZero, OnlyWith, Part, Positive, Range, Size, SizeOrZero
+from metajax.core.errors import nearest, require
+from metajax.core.fields import Count, CountOrZero, Except, OnlyWith, Part, Positive, Range, Size, SizeOrZero
 
 Layers = Annotated[int, Range(1, 10_000)]
 
-EXTENDED = ("linear", "llama3", "ntk", "yarn")
-ROTARY = ("rope", *EXTENDED)  # schemes of `Model.position` that rotate queries and keys
-Attends = OnlyWith("fusion", "mean", "concat", "sequential", "attention")
-Scans = OnlyWith("fusion", "mean", "concat", "sequential", "mamba")
-OfMamba = OnlyWith("ssm", "mamba")
+# Values of `model.position` and `model.hybrid.ssm`. `@position` and `@mixer` in metajax/models implement them and add new names here.
+POSITIONS = {
+    "learned": False,
+    "rope": True,
+    "linear": True,
+    "llama3": True,
+    "ntk": True,
+    "yarn": True,
+    "none": False,
+}  # rotary or not
+HYBRID_MIXERS = ["mamba", "mamba2"]
+
+
+def rotary_names() -> list[str]:
+    """Position schemes that rotate queries and keys."""
+    return [name for name, rotates in POSITIONS.items() if rotates]
+
+
+Attends, Scans = Except("fusion", "mamba"), Except("fusion", "attention")
+OfMamba = Except("ssm", "mamba2")
+
+
+def _require_name(path: str, value: str, known: Iterable[str]) -> None:
+    require(value in known, f"{path} = {value!r}: expected one of {', '.join(known)}{nearest(value, known)}")
 
 
 @dataclass(frozen=True)
 class Hybrid(Part, path="model.hybrid"):
-    """Hymba's mixers, attention heads beside a Mamba-1 in one layer (arXiv 2411.13676), and what its ablations take away.
+    """Layers with attention, with another mixer such as Mamba, or with both, as in Hymba (arXiv 2411.13676) and its ablations.
 
-    Layers without a place in `full_layers` attend in `model.window`; where that is null every layer attends to all.
+    Layers outside `full_layers` attend in `model.window`; where that is null every layer attends to all.
     """
 
     # mean, concat: both in one layer, joined after their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
     fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
-    meta_tokens: SizeOrZero = 128  # M learned embeddings before every document
+    prefix_tokens: SizeOrZero = 128  # M learned embeddings before every document (Hymba's "meta tokens")
     full_layers: Annotated[tuple[CountOrZero, ...], Attends] = ()
     kv_groups: tuple[Layers, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
     head_dim: Annotated[SizeOrZero, Attends] = 0  # of queries and keys; 0: model.width / model.heads
     value_dim: Annotated[SizeOrZero, Attends] = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
-    ssm: Annotated[Literal["mamba", "mamba2"], Scans] = "mamba"
+    ssm: Annotated[str, Scans] = "mamba"  # the mixer beside or instead of attention: mamba, mamba2, or another one under `@mixer`
     expand: Annotated[int, Range(1, 64), Scans] = 2  # Mamba's inner width / model.width
     state: Annotated[Size, Scans] = 16  # N, numbers a channel remembers
     d_conv: Annotated[int, Range(2, 4), Scans] = 4  # tokens that the convolution before the scan reads, the current one included
@@ -43,6 +63,9 @@ class Hybrid(Part, path="model.hybrid"):
     inner_norms: Annotated[bool, Scans, OfMamba] = True  # of step size, B and C
     # before the fusion; the scales are the paper's learnable betas
     branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = "scaled"
+
+    def __post_init__(self) -> None:
+        _require_name("model.hybrid.ssm", self.ssm, HYBRID_MIXERS)
 
     @property
     def is_parallel(self) -> bool:
@@ -65,10 +88,12 @@ class Model(Part, path="model"):
     norm_position: Literal["pre", "post"] = "pre"
     bias: bool = False
     tied: bool = True
-    position: Literal["learned", "rope", "linear", "llama3", "ntk", "yarn", "none"] = "rope"
-    rope_theta: Annotated[Positive, OnlyWith("position", *ROTARY)] = 10_000.0
-    rope_factor: Annotated[Positive, OnlyWith("position", *EXTENDED)] = 1.0  # context extension
-    rope_original_length: Annotated[CountOrZero, OnlyWith("position", "llama3", "ntk", "yarn")] = 0  # length before extension
+    position: str = "rope"  # learned, rope, linear, llama3, ntk, yarn, none, or another one under `@position`
+    rope_theta: Annotated[Positive, Except("position", "learned", "none")] = 10_000.0
+    rope_factor: Annotated[Positive, Except("position", "learned", "none", "rope")] = 1.0  # context extension
+    rope_original_length: Annotated[CountOrZero, Except("position", "learned", "none", "rope", "linear")] = (
+        0  # length before extension
+    )
     # rows of the learned position table; 0: as many as a row has positions
     max_positions: Annotated[SizeOrZero, OnlyWith("position", "learned")] = 0
     window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
@@ -77,6 +102,7 @@ class Model(Part, path="model"):
     hybrid: Hybrid | None = None
 
     def __post_init__(self) -> None:
+        _require_name("model.position", self.position, POSITIONS)
         require(self.mlp_width > 0 or self.hybrid is not None, "model.mlp_width = 0: only a hybrid model has layers without")
         require(
             self.width % self.heads == 0 or bool(self.hybrid and self.hybrid.head_dim),
@@ -85,9 +111,8 @@ class Model(Part, path="model"):
         require(
             self.heads % self.num_kv_heads == 0, f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}"
         )
-        rotary = self.position in ROTARY
         require(
-            not rotary or self.head_dim % 2 == 0,
+            not POSITIONS[self.position] or self.head_dim % 2 == 0,
             f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
         )
         if self.hybrid is not None:
@@ -104,7 +129,7 @@ class Model(Part, path="model"):
             require(getattr(self, name) == value, f"model.{name} = {getattr(self, name)!r}: a hybrid model has {value!r}")
         require(
             self.position != "learned",
-            f"model.position = 'learned': the meta tokens of a hybrid model have none; choose {', '.join(ROTARY)} or none",
+            f"model.position = 'learned': the prefix of a hybrid model has none; choose {', '.join(rotary_names())} or none",
         )
         outside = [layer for layer in hybrid.full_layers if layer >= self.layers]
         require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")
@@ -127,10 +152,6 @@ class Model(Part, path="model"):
         ]
         require(
             not across, f"model.hybrid.kv_groups: the group from layer {across and across[0]} on mixes full and window layers"
-        )
-        require(
-            hybrid.ssm == "mamba" or self.ssm_width % self.ssm_heads == 0,
-            f"model.hybrid.ssm = 'mamba2': {self.ssm_width} channels (expand * width) are no whole number of heads of 64",
         )
         require(
             hybrid.fusion != "sequential" or self.layers % 2 == 0,
@@ -159,17 +180,6 @@ class Model(Part, path="model"):
         return self.width * self.hybrid.expand if self.hybrid is not None else 0
 
     @property
-    def conv_width(self) -> int:
-        """Channels of its convolution: those of Mamba-2 have B and C beside them."""
-        both = 2 * self.hybrid.state if self.hybrid is not None and self.hybrid.ssm == "mamba2" else 0
-        return self.ssm_width + both
-
-    @property
-    def ssm_heads(self) -> int:
-        """Heads of a Mamba-2, of 64 channels each, or one of all channels where there are fewer."""
-        return max(1, self.ssm_width // 64)
-
-    @property
     def dt_rank(self) -> int:
         """Rank of the projection to Mamba's step size."""
         return (self.hybrid.dt_rank or -(-self.width // 16)) if self.hybrid is not None else 0
@@ -177,6 +187,11 @@ class Model(Part, path="model"):
     @property
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def prefix_tokens(self) -> int:
+        """M, learned embeddings before every document."""
+        return self.hybrid.prefix_tokens if self.hybrid is not None else 0
 
 
 @dataclass(frozen=True)

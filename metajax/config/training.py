@@ -43,7 +43,7 @@ class Training(Part, path="training"):
 @dataclass(frozen=True)
 class Init(Part, path="init"):
     """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read. RUN?PART&PART=NAME reads these parts
-    alone, the second under the NAME that it has there; a part is the beginning of a parameter's path, such as blocks/attention."""
+    alone, the second under the NAME that it has there; a part is the beginning of a parameter's path, such as blocks/0/0/mlp."""
 
     from_: str = ""
 

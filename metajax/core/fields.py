@@ -56,6 +56,15 @@ class OnlyWith:
         return self.why or f"it is read only where {prefix}{self.field} {needed}"
 
 
+class Except(OnlyWith):
+    """The opposite condition: something reads a field unless `field` is one of `values`."""
+
+    def reason(self, part: Any, prefix: str) -> str:
+        """Why nothing reads the field in this part of a config; "" where something does."""
+        value = getattr(part, self.field)
+        return "" if value not in self.values else self.why or f"it is not read where {prefix}{self.field} is {value}"
+
+
 # No count is larger, so that counts and their positions fit 32 bits; no real number is beyond what float32 holds.
 Count = Annotated[int, Range(1, 10**9)]
 CountOrZero = Annotated[int, Range(0, 10**9)]

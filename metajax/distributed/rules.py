@@ -31,7 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "inputs": (),  # channels that a convolution reads
     "features": (),  # of the space shared by images and texts
     "rate": (),
-    "meta": (),
+    "prefix": (),
     "norm": (),
     "length": ("context",),
     "layers": (),

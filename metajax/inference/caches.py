@@ -1,26 +1,27 @@
-"""What decoding keeps of the tokens before: one kind of cache for each kind of mixer.
+"""What decoding keeps of earlier tokens: a ring of the newest keys and values, or a mixer's own state.
 
-A kind is a pytree whose arrays are stacked over alike layers. It is made from what the prompt's forward pass left, `past` is what the
-layers read of it, and `append` takes in what they left of one more token. Rows have lengths of their own; what stands beside their tokens
-is padding and never kept. A model's cache is a dict, mixer -> kind; a hybrid's has one for every layer of its groups, run by run.
+A cache is made from what the prompt leaves in the layers, and takes in what each further token leaves. Its arrays are stacked over equal
+layers. Rows have lengths of their own; padding is never kept.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from metajax.models.attention import Past
+from metajax.models.mixers import KeyValues
 
 
 @struct.dataclass
-class KeyValues:
+class Ring:
     """Rotated keys and values of the newest S tokens of each row in one attention, all of them while there are no more.
 
-    A ring buffer: token t of a row lies at slot t mod S. A query attends to itself besides, so S = W serves a window of W earlier keys.
-    A hybrid's meta tokens are not in it: their keys are the same for all rows and never leave.
+    Token t of a row is at index t mod S. A query attends to itself besides, so S = W serves a window of W earlier keys. A learned prefix
+    is not in it: its keys are the same for all rows and stay.
     """
 
     k: Float[Array, "L B S KV Dq"]
@@ -28,51 +29,44 @@ class KeyValues:
     length: Int[Array, " B"]  # tokens so far
 
     @classmethod
-    def create(
-        cls,
-        k: Float[Array, "L B T KV Dq"],
-        v: Float[Array, "L B T KV Dv"],
-        length: Int[Array, " B"],
-        capacity: int,
-        first: int | Int[Array, " B"] = 0,
-    ) -> KeyValues:
-        """Of `length` tokens of each row, from slot `first` on; S = capacity >= 1."""
+    def create(cls, left: KeyValues, capacity: int) -> Ring:
+        """From the keys and values [L, B, T, ...] of a prompt, whose real tokens follow each other; S = capacity >= 1."""
+        length, first = jnp.sum(left.real[0], axis=1), jnp.argmax(left.real[0], axis=1)
         newest = length[:, None] - 1
-        token = newest - (newest - jnp.arange(capacity)) % capacity  # [B, S]; negative where a slot is empty
-        at = jnp.reshape(first, (-1, 1)) + jnp.maximum(token, 0)
+        token = newest - (newest - jnp.arange(capacity)) % capacity  # [B, S]; negative where nothing is kept
+        at = first[:, None] + jnp.maximum(token, 0)
         pick = jax.vmap(lambda x, t: x[:, t], in_axes=(1, 0), out_axes=1)
-        return cls(pick(k, at), pick(v, at), length)
+        return cls(pick(left.k, at), pick(left.v, at), length)
 
-    def past(self) -> Past:
-        """What a layer's attention reads, visible where a slot is filled."""
+    def past(self) -> KeyValues:
+        """What the layers read."""
         filled = jnp.arange(self.k.shape[2]) < self.length[:, None]
-        return Past(self.k, self.v, jnp.broadcast_to(filled, (self.k.shape[0], *filled.shape)))
+        return KeyValues(self.k, self.v, jnp.broadcast_to(filled, (self.k.shape[0], *filled.shape)))
 
-    def append(self, k: Float[Array, "L B 1 KV Dq"], v: Float[Array, "L B 1 KV Dv"], present: Bool[Array, " B"]) -> KeyValues:
-        """With one token more in the rows where there is one, in place of the oldest when the ring is full."""
-        slots = self.k.shape[2]
-        at = jnp.where(present, self.length % slots, slots)  # a slot out of range is dropped
+    def append(self, left: KeyValues) -> Ring:
+        """With one token more in the rows where there is a real one, in place of the oldest when the ring is full."""
+        present, size = left.real[0, :, 0], self.k.shape[2]
+        at = jnp.where(present, self.length % size, size)  # an index out of range is dropped
         rows = jnp.arange(len(self.length))
-        k, v = (old.at[:, rows, at].set(new[:, :, 0], mode="drop") for old, new in ((self.k, k), (self.v, v)))
-        return KeyValues(k, v, self.length + present)
+        k, v = (old.at[:, rows, at].set(new[:, :, 0], mode="drop") for old, new in ((self.k, left.k), (self.v, left.v)))
+        return Ring(k, v, self.length + present)
 
 
-@struct.dataclass
-class Recurrence:
-    """What a Mamba remembers of each row, whatever its length."""
-
-    tail: Float[Array, "L B tail D"]  # last inputs of the convolution
-    state: Float[Array, "L B C N"]  # float32
-
-    def past(self) -> tuple[Array, Array]:
-        """What a layer's Mamba goes on from."""
-        return self.tail, self.state
-
-    def append(self, tail: Float[Array, "L B tail D"], state: Float[Array, "L B C N"], present: Bool[Array, " B"]) -> Recurrence:
-        """What the rows remember after one token more, where there is one."""
-        there = present[:, None, None]
-        return Recurrence(jnp.where(there, tail, self.tail), jnp.where(there, state, self.state))
+Kept = dict[str, Any]  # of one layer: mixer -> `Ring`, or the mixer's state
 
 
-Kinds = dict[str, KeyValues | Recurrence]
-Cache = Kinds | tuple[tuple[Kinds, ...], ...]
+def past(kept: Kept) -> Kept:
+    """What a layer reads of earlier tokens."""
+    return {name: cache.past() if isinstance(cache, Ring) else cache for name, cache in kept.items()}
+
+
+def append(kept: Kept, left: Kept, present: Bool[Array, " B"]) -> Kept:
+    """The cache of a layer after one token more in the rows that are `present`."""
+
+    def replaced(old: Array, new: Array) -> Array:
+        return jnp.where(present.reshape(1, -1, *(1,) * (old.ndim - 2)), new, old)
+
+    return {
+        name: cache.append(left[name]) if isinstance(cache, Ring) else jax.tree.map(replaced, cache, left[name])
+        for name, cache in kept.items()
+    }

@@ -1,4 +1,4 @@
-"""Rows in the making: how a token is drawn, and drawing token after token on arrays, several rows at a time."""
+"""How a token is drawn, and drawing token after token on arrays, several rows at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from metajax.config import Temperature, TopK, TopP
 from metajax.core.fields import Part
-from metajax.inference.caches import Cache
-from metajax.inference.forward import Ready, prefill, step
+from metajax.inference.forward import Cache, Ready, prefill, step
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Sampling(Part):
 
 @struct.dataclass
 class Decoding:
-    """Rows in the making. N slots each; `at` is the slot to be read next, which is filled while tokens are `left` to be drawn."""
+    """Rows that are being generated, N positions each. `at` is the next position to read; it is filled while tokens are `left` to draw."""
 
     cache: Cache
     tokens: Int[Array, "B N"]  # meta-tokens and prompt from the start, -1 where nothing is drawn yet
@@ -53,7 +52,7 @@ class Decoding:
 
 @struct.dataclass
 class Rules:
-    """What holds for every draw. key: a row's draw depends on it, on the row's number and on the slot alone."""
+    """Rules of every draw. key: a row's draw depends on it, on the row's number and on the position alone."""
 
     banned: Bool[Array, " V"]  # never drawn
     ends: Int[Array, " E"]  # ids that end a row
@@ -61,22 +60,22 @@ class Rules:
     # Rows are then pairs, the first half with a context and the second without: how much of the difference a draw is made with.
     guidance: Float[Array, ""] | None
     sampling: Sampling = struct.field(pytree_node=False)
-    ask_real: bool = struct.field(pytree_node=False)  # the ordinary token before asks, not the meta-token between
+    ask_real: bool = struct.field(pytree_node=False)  # the last ordinary token is asked, not a meta-token after it
 
 
 @partial(jax.jit, static_argnames=("capacity", "meta_capacity"))
 def start(
     ready: Ready, tokens: Int[Array, "B N"], is_meta: Bool[Array, "B N"], prompt: Int[Array, "B T"], length: Int[Array, " B"],
-    meta_slots: Int[Array, "B M"], count: Int[Array, ""], rules: Rules, *, capacity: int, meta_capacity: int,
+    meta_positions: Int[Array, "B M"], count: Int[Array, ""], rules: Rules, *, capacity: int, meta_capacity: int,
 ) -> Decoding:  # fmt: skip
     """Rows after their prompts (see `prefill`), with the first token drawn; `count` are to be drawn in all."""
-    logits, cache = prefill(ready, prompt, length, meta_slots, capacity=capacity, meta_capacity=meta_capacity)
+    logits, cache = prefill(ready, prompt, length, meta_positions, capacity=capacity, meta_capacity=meta_capacity)
     return _draw(Decoding(cache, tokens, is_meta, length, jnp.full_like(length, count), logits), rules)
 
 
 @partial(jax.jit, donate_argnames="state")
-def advance(ready: Ready, state: Decoding, rules: Rules, slots: Int[Array, ""]) -> Decoding:
-    """At most `slots` tokens more in every row, meta-tokens included; fewer when all rows are complete."""
+def advance(ready: Ready, state: Decoding, rules: Rules, positions: Int[Array, ""]) -> Decoding:
+    """At most `positions` tokens more in every row, meta-tokens included; fewer when all rows are complete."""
 
     def body(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
         i, state = carry
@@ -87,7 +86,7 @@ def advance(ready: Ready, state: Decoding, rules: Rules, slots: Int[Array, ""]) 
         logits = jnp.where(asks[:, None], logits, state.logits)
         return i + 1, _draw(state.replace(cache=cache, at=state.at + active, logits=logits), rules)
 
-    going = lambda carry: (carry[0] < slots) & jnp.any(carry[1].left > 0)  # noqa: E731
+    going = lambda carry: (carry[0] < positions) & jnp.any(carry[1].left > 0)  # noqa: E731
     return jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
@@ -97,8 +96,8 @@ def guided(with_context: Float[Array, "B V"], without: Float[Array, "B V"], guid
 
 
 def _draw(state: Decoding, rules: Rules) -> Decoding:
-    """Fill the slot to be read next, unless it holds a meta-token."""
-    rows, slots, logits = jnp.arange(len(state.at)), state.tokens.shape[1], state.logits
+    """Fill the next position, unless it holds a meta-token."""
+    rows, positions, logits = jnp.arange(len(state.at)), state.tokens.shape[1], state.logits
     drawn_by = rows
     if rules.guidance is not None:  # a pair draws one token
         half = len(rows) // 2
@@ -107,6 +106,6 @@ def _draw(state: Decoding, rules: Rules) -> Decoding:
     keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(rules.key, row), at))(drawn_by, state.at[drawn_by])
     drawn = jax.vmap(rules.sampling.draw)(jnp.where(rules.banned, -jnp.inf, logits), keys).astype(state.tokens.dtype)
     draws = (state.left > 0) & ~jnp.take_along_axis(state.is_meta, state.at[:, None], axis=1)[:, 0]
-    tokens = state.tokens.at[rows, jnp.where(draws, state.at, slots)].set(drawn, mode="drop")
+    tokens = state.tokens.at[rows, jnp.where(draws, state.at, positions)].set(drawn, mode="drop")
     left = jnp.where(draws, jnp.where(jnp.isin(drawn, rules.ends), 0, state.left - 1), state.left)
     return state.replace(tokens=tokens, left=left)

@@ -1,4 +1,4 @@
-"""Text from a model: where the meta-tokens of a generated row stand, prompts in, tokens out as they are drawn."""
+"""Text from a model: the positions of meta-tokens in a generated row, prompts in, tokens out as they are drawn."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Context = str | Sequence[Prompt | None] | None  # of all prompts, or of each
 SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
 
 
-def meta_layout(slots: int, rate: float) -> np.ndarray:
-    """Sorted int32 slots of meta-tokens in a generated row: evenly spaced at `rate`, never slot 0."""
-    period = round(1 / rate) if rate else slots + 1
-    return np.arange(period - 1, slots, period, dtype=np.int32) if period > 1 else np.arange(1, slots, dtype=np.int32)
+def meta_layout(size: int, rate: float) -> np.ndarray:
+    """Sorted int32 positions of meta-tokens in a generated row: evenly spaced at `rate`, never position 0."""
+    period = round(1 / rate) if rate else size + 1
+    return np.arange(period - 1, size, period, dtype=np.int32) if period > 1 else np.arange(1, size, dtype=np.int32)
 
 
 def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """(slots of the meta-tokens, all other slots) of a generated row."""
-    slots = config.row_slots
+    """(positions of the meta-tokens, all other positions) of a generated row."""
+    size = config.row_slots
     rate = config.meta_tokens.rate if config.meta_tokens is not None else 0
-    meta_slots = meta_layout(slots, rate) if rate else np.zeros(0, np.int32)
-    return meta_slots, np.setdiff1d(np.arange(slots), meta_slots)
+    meta_positions = meta_layout(size, rate) if rate else np.zeros(0, np.int32)
+    return meta_positions, np.setdiff1d(np.arange(size), meta_positions)
 
 
 def opening(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> list[int]:
-    """BOS, and the metadata between the delimiters it had in training, on the side of BOS where it stood.
+    """BOS, and the metadata between the delimiters that it had in training, on the same side of BOS.
 
     Empty where there is no metadata and the tokenizer of an imported checkpoint puts no BOS before a prompt.
     """
@@ -53,15 +53,15 @@ def opening(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> lis
 
 
 def room_for_prompt(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> int:
-    """Tokens of a row that prompt and continuation can share behind `context`."""
+    """Tokens of a row that prompt and continuation can share after `context`."""
     return len(_layout(config)[1]) - len(opening(config, tokenizer, context))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts laid out among the meta-tokens of their rows, with room for `count` tokens behind each.
+    """Prompts laid out among the meta-tokens of their rows, with room for `count` tokens after each.
 
-    tokens: int32 [B, N], -1 where nothing stands yet; is_meta: bool [B, N]; length: int32 [B], slots up to the last of the prompt.
+    tokens: int32 [B, N], -1 where nothing is drawn yet; is_meta: bool [B, N]; length: int32 [B], positions up to the end of the prompt.
     """
 
     tokens: np.ndarray
@@ -71,38 +71,38 @@ class Rows:
 
     @classmethod
     def of(cls, config: Config, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary, count: int) -> Rows:
-        """Ids in the ordinary slots, in order, of rows of `config`; UserError when they and `count` more do not fit."""
-        meta_slots, real = _layout(config)
+        """Rows of `config` with ids at the ordinary positions, in order; UserError when they and `count` more do not fit."""
+        meta_positions, real = _layout(config)
         longest = max(map(len, prompts))
         require(
             longest + count <= len(real),
             f"the prompt has {longest} tokens and {count} are to follow, but a row of {config.name} holds {len(real)}; shorten either",
         )
         tokens = np.full((len(prompts), config.row_slots), -1, np.int32)
-        tokens[:, meta_slots] = vocabulary.meta
+        tokens[:, meta_positions] = vocabulary.meta
         for row, ids in zip(tokens, prompts, strict=True):
             row[real[: len(ids)]] = ids
-        is_meta = np.isin(np.arange(config.row_slots), meta_slots)
+        is_meta = np.isin(np.arange(config.row_slots), meta_positions)
         length = np.array([real[len(ids) - 1] + 1 for ids in prompts], np.int32)
         return cls(tokens, np.tile(is_meta, (len(prompts), 1)), length, count)
 
     def start(self, ready: Ready, rules: Rules) -> Decoding:
         """Read the prompts and draw the first token of each."""
-        slots = self.tokens.shape[1]
+        size = self.tokens.shape[1]
         ordinary = np.cumsum(~self.is_meta, axis=1)
         last = ordinary[np.arange(len(self.length)), self.length - 1] + self.count  # ordinary tokens of a complete row
         used = int((ordinary < last[:, None]).sum(axis=1).max()) + 1
-        width = _padded(int(self.length.max()), slots)
+        width = _padded(int(self.length.max()), size)
         prompt_metas = self.is_meta[:, :width] & (np.arange(width) < self.length[:, None])
         widest = int(self.is_meta[:, :width].sum(axis=1).max(initial=0))
-        capacity = _padded(used, slots)
+        capacity = _padded(used, size)
         meta_capacity = int(self.is_meta[:, :capacity].sum(axis=1).max(initial=0))
-        meta_slots = np.full((len(self.tokens), max(widest, 1)), width, np.int32)
-        for row, flags in zip(meta_slots, prompt_metas, strict=True):
+        meta_positions = np.full((len(self.tokens), max(widest, 1)), width, np.int32)
+        for row, flags in zip(meta_positions, prompt_metas, strict=True):
             row[: flags.sum()] = np.flatnonzero(flags)
         prompt = np.maximum(self.tokens[:, :width], 0)
         return start(
-            ready, self.tokens, self.is_meta, prompt, self.length, meta_slots, self.count, rules,
+            ready, self.tokens, self.is_meta, prompt, self.length, meta_positions, self.count, rules,
             capacity=capacity, meta_capacity=meta_capacity,
         )  # fmt: skip
 
@@ -134,9 +134,9 @@ def stream(
     Prompt and continuation are decoded together and the prompt's text is taken off, so that a space or a character at the seam is right.
 
     Args:
-      context: metadata text put between the context delimiters in front, of all prompts or of each; None for none.
-      guidance: tokens are drawn from `guided` logits, between or beyond those without metadata (0) and those behind the context (1).
-      stride: slots of a row between two pieces.
+      context: metadata text before the prompt, between the context delimiters, for all prompts or for each; None for none.
+      guidance: tokens are drawn from `guided` logits, between or beyond those without metadata (0) and those after the context (1).
+      stride: positions of a row between two pieces.
 
     Raises:
       UserError: prompt and continuation do not fit in a row; guidance without a context, or of a model with learned meta-tokens.
@@ -175,7 +175,7 @@ def _pieces(
         texts = [tokenizer.decode([*prompt, *ids]) for prompt, ids in zip(prompts, written, strict=True)]
         done = left == 0
         whole = [text if end else _settled(text) for text, end in zip(texts, done, strict=True)]
-        pieces = [_behind(text, before, end) for text, before, end in zip(whole, shown, done, strict=True)]
+        pieces = [_added(text, before, end) for text, before, end in zip(whole, shown, done, strict=True)]
         yield pieces
         if done.all():
             return
@@ -188,8 +188,8 @@ def _settled(text: str) -> str:
     return text.rstrip("\ufffd")
 
 
-def _behind(text: str, shown: str, whole: bool) -> str:
-    """What `text` adds to what is shown; where later bytes have changed what is shown, nothing before it is `whole`."""
+def _added(text: str, shown: str, whole: bool) -> str:
+    """What `text` adds to what is shown. If later bytes have changed what is shown, nothing until it is `whole`."""
     if text.startswith(shown):
         return text[len(shown) :]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, shown, strict=False)))

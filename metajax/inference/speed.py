@@ -28,7 +28,7 @@ def generation_speed(
     they take time, but are not counted (the learned meta-tokens paper reports 130.82 tokens per second without and 117.86 with them).
     Raises UserError when there is no token to be timed, or no room for them in a row.
     """
-    require(prompt >= 1 and count >= 2, f"prompt = {prompt}, count = {count}: at least 1 token in front and 2 to draw")
+    require(prompt >= 1 and count >= 2, f"prompt = {prompt}, count = {count}: at least 1 token in the prompt and 2 to draw")
     ids = np.random.default_rng(seed).integers(vocabulary.base, size=prompt).tolist()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     ready = {name: prepare(model) for name, (model, _) in models.items()}

@@ -20,7 +20,7 @@ from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, require_fi
 from metajax.interop.settings import MOST, MOST_LAYERS, Settings
 from metajax.models.lm import LM, named_params
 
-_ATTENTION = "attention.projections"
+_ATTENTION = "mixer.attention"
 _TABLE: dict[str, Any] = {
     "whole": {
         "transformer.wte.weight": "embedding",
@@ -30,12 +30,12 @@ _TABLE: dict[str, Any] = {
         HEAD: "unembedding",
     },
     "layer": {
-        "ln_1.weight": ("attention_norm.scale",),
-        "ln_1.bias": ("attention_norm.bias",),
+        "ln_1.weight": ("mixer_norm.scale",),
+        "ln_1.bias": ("mixer_norm.bias",),
         "attn.c_attn.weight": tuple(f"{_ATTENTION}.{part}.w" for part in ("query", "key", "value")),
         "attn.c_attn.bias": tuple(f"{_ATTENTION}.{part}.b" for part in ("query", "key", "value")),
-        "attn.c_proj.weight": (f"{_ATTENTION}.output.w",),
-        "attn.c_proj.bias": (f"{_ATTENTION}.output.b",),
+        "attn.c_proj.weight": ("mixer.output.w",),
+        "attn.c_proj.bias": ("mixer.output.b",),
         "ln_2.weight": ("mlp_norm.scale",),
         "ln_2.bias": ("mlp_norm.bias",),
         "mlp.c_fc.weight": ("mlp.up.w",),
@@ -109,7 +109,7 @@ def _require_gpt2(cfg: Model, what: str) -> None:
 
 
 def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The state dict with "transformer." in front of its names (the head apart), and without the prefix of compiled models."""
+    """The state dict with "transformer." before its names (the head apart), and without the prefix of compiled models."""
     named = {}
     for name, value in state.items():
         name = name.removeprefix("_orig_mod.")

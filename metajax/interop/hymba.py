@@ -21,7 +21,7 @@ LAYOUT = Layout(
     family="Hymba",
     whole={
         "model.embed_tokens.weight": "embedding",
-        "model.memory_tokens": "blocks.meta_tokens",
+        "model.memory_tokens": "prefix",
         "model.final_layernorm.weight": "final_norm.scale",
         HEAD: "unembedding",
     },
@@ -30,22 +30,22 @@ LAYOUT = Layout(
             f"{_HEADS}.query.w",
             f"{_HEADS}.key.w",
             f"{_HEADS}.value.w",
-            f"{_MAMBA}.input.w",
-            f"{_MAMBA}.gate.w",
+            f"{_MAMBA}.in_proj.w",
+            f"{_MAMBA}.gate_proj.w",
         ),
         "mamba.out_proj.weight": ("mixer.output.w",),
         "mamba.conv1d.weight": (f"{_MAMBA}.conv",),
         "mamba.conv1d.bias": (f"{_MAMBA}.conv_bias",),
-        "mamba.x_proj.0.weight": (f"{_MAMBA}.select.w",),
-        "mamba.dt_proj.0.weight": (f"{_MAMBA}.step.w",),
-        "mamba.dt_proj.0.bias": (f"{_MAMBA}.step_bias",),
-        "mamba.A_log.0": (f"{_MAMBA}.log_rate",),
-        "mamba.D.0": (f"{_MAMBA}.skip",),
-        "mamba.dt_layernorm.weight": (f"{_MAMBA}.step_norm.scale",),
+        "mamba.x_proj.0.weight": (f"{_MAMBA}.x_proj.w",),
+        "mamba.dt_proj.0.weight": (f"{_MAMBA}.dt_proj.w",),
+        "mamba.dt_proj.0.bias": (f"{_MAMBA}.dt_bias",),
+        "mamba.A_log.0": (f"{_MAMBA}.A_log",),
+        "mamba.D.0": (f"{_MAMBA}.D",),
+        "mamba.dt_layernorm.weight": (f"{_MAMBA}.dt_norm.scale",),
         "mamba.B_layernorm.weight": (f"{_MAMBA}.b_norm.scale",),
         "mamba.C_layernorm.weight": (f"{_MAMBA}.c_norm.scale",),
         "mamba.pre_avg_layernorm1.weight": ("mixer.attention_norm.scale",),
-        "mamba.pre_avg_layernorm2.weight": ("mixer.ssm_norm.scale",),
+        "mamba.pre_avg_layernorm2.weight": ("mixer.mamba_norm.scale",),
         "input_layernorm.weight": ("mixer_norm.scale",),
         "pre_moe_layernorm.weight": ("mlp_norm.scale",),
         "moe.experts.0.gate_proj.weight": ("mlp.gate.w",),
@@ -90,7 +90,7 @@ def model_config(values: Mapping[str, Any]) -> Model:
     full = _layer_list(read, "global_attn_idx", layers)
     rank = read.get("mamba_dt_rank", "auto")
     hybrid = {
-        "meta_tokens": read.size("num_memory_tokens", 0, least=0), "full_layers": full if window is not None else (),
+        "prefix_tokens": read.size("num_memory_tokens", 0, least=0), "full_layers": full if window is not None else (),
         "kv_groups": _group_sizes(read, layers), "expand": read.size("mamba_expand", 2), "state": read.size("mamba_d_state", 16),
         "d_conv": read.size("mamba_d_conv", 4, least=2, most=4),
         "dt_rank": -(-width // 16) if rank == "auto" else read.size("mamba_dt_rank"), "inner_norms": read.flag("mamba_inner_layernorms", True),
@@ -161,7 +161,7 @@ def hub_config(cfg: Model, length: int) -> dict[str, Any]:
         "intermediate_size": cfg.mlp_width, "kv_reuse_group": shared, "layer_type": ["h"] * layers, "mamba_d_state": hybrid.state,
         "mamba_dt_rank": cfg.dt_rank, "mamba_expand": hybrid.expand, "mamba_inner_layernorms": hybrid.inner_norms,
         "num_attention_heads": cfg.heads, "num_hidden_layers": layers, "num_key_value_heads": cfg.num_kv_heads,
-        "num_memory_tokens": hybrid.meta_tokens, "rms_norm_eps": cfg.norm_eps, "seq_length": length, "sliding_window": cfg.window, "v_head_dim": cfg.value_dim,
+        "num_memory_tokens": hybrid.prefix_tokens, "rms_norm_eps": cfg.norm_eps, "seq_length": length, "sliding_window": cfg.window, "v_head_dim": cfg.value_dim,
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Other people's layouts as tables: tensor name <-> our parameters in it, and weights through them, tensor by tensor, both ways.
 
-PyTorch's linear maps lie [out, in], ours [in, out]; several of ours may be one tensor, one behind the other along their outputs; our
+PyTorch's linear maps lie [out, in], ours [in, out]; several of ours may be one tensor, one after the other along their outputs; our
 layers are stacked. A tensor is read in blocks of rows, each device's own part alone, and goes into its place in the sharded layout before
 the next is read.
 """
@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from metajax.config import Imported, Model, Runtime
 from metajax.core.errors import require
 from metajax.interop.settings import shown
-from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, named_params
+from metajax.models.specs import layer_runs
 
 HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
@@ -48,7 +48,7 @@ class Layout:
 
     family: str
     whole: Mapping[str, str]  # tensor -> our parameter; "embedding" is there
-    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one behind the other along their last axis
+    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one after the other along their last axis
     prefix: str  # of the tensors of layer {}
     turned: tuple[str, ...] = (".w",)  # ends of the paths of our matrices that lie [out, in]
     buffers: tuple[str, ...] = ()  # ends of names that hold no parameter
@@ -99,12 +99,8 @@ def stored_of(model: Any, layout: Layout, layers: Iterable[tuple[str, str, int]]
 
 def _layers(cfg: Model) -> list[tuple[str, int]]:
     """(start of our paths, place in the stack) of every layer in order."""
-    if cfg.hybrid is None:
-        return [("blocks.", layer) for layer in range(cfg.layers)]
     runs = enumerate(layer_runs(cfg))
-    return [
-        (f"blocks.runs.{run}.layers.{i}.", n) for run, (group, count) in runs for n in range(count) for i in range(len(group))
-    ]
+    return [(f"blocks.{run}.{i}.", n) for run, (group, count) in runs for n in range(count) for i in range(len(group))]
 
 
 def _stored(present: list[tuple[str, tuple[int, ...]]], layer: int | None, layout: Layout) -> Stored:

@@ -13,12 +13,12 @@ from metajax.interop.settings import MOST_LAYERS, Settings
 from metajax.models.lm import LM, named_params
 from metajax.models.rotary import HIGH_TURNS, LOW_TURNS, yarn_magnitude
 
-_ATTENTION = "attention.projections"
+_ATTENTION = "mixer.attention"
 _MAPS = {
     "self_attn.q_proj": f"{_ATTENTION}.query",
     "self_attn.k_proj": f"{_ATTENTION}.key",
     "self_attn.v_proj": f"{_ATTENTION}.value",
-    "self_attn.o_proj": f"{_ATTENTION}.output",
+    "self_attn.o_proj": "mixer.output",
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
@@ -27,7 +27,7 @@ LAYOUT = Layout(
     family="Llama",
     whole={"model.embed_tokens.weight": "embedding", "model.norm.weight": "final_norm.scale", HEAD: "unembedding"},
     layer={
-        "input_layernorm.weight": ("attention_norm.scale",),
+        "input_layernorm.weight": ("mixer_norm.scale",),
         "post_attention_layernorm.weight": ("mlp_norm.scale",),
         **{f"{name}.weight": (f"{path}.w",) for name, path in _MAPS.items()},
         **{f"{name}.bias": (f"{path}.b",) for name, path in _MAPS.items()},
@@ -118,7 +118,7 @@ def zero_biases(model: LM) -> dict[str, tuple[str, ...]]:
     params = named_params(model)
     found = {}
     for setting, start in (("attention_bias", "self_attn."), ("mlp_bias", "mlp.")):
-        parts = {part: f"blocks.{path}.b" for part, path in _MAPS.items() if part.startswith(start)}
+        parts = {part: f"blocks.0.0.{path}.b" for part, path in _MAPS.items() if part.startswith(start)}
         if not any(np.any(params[path][...]) for path in parts.values() if path in params):
             found[setting] = tuple(f".{part}.bias" for part in parts)
     return found

@@ -5,12 +5,15 @@ A multiply-add is two operations; the backward pass costs twice the forward pass
 
 from __future__ import annotations
 
+from collections import Counter
+
 import jax
 import numpy as np
 
 from metajax.config import Config
-from metajax.models import hybrid_flops
-from metajax.models.masks import Mask
+from metajax.models.mixers import MIXERS
+from metajax.models.mixers.base import Batch
+from metajax.models.specs import layer_specs
 
 # Peak dense bf16 operations per second of one chip, by jax's device kind (vendors' published figures).
 PEAK_FLOPS = {
@@ -26,96 +29,68 @@ PEAK_FLOPS = {
 
 
 def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
-    """Forward operations of the matrix products, by part, for one slot ("meta_attention": see `_meta_rows`).
+    """Forward operations of one token by part: matrix products, convolutions and scans, without (query, key) pairs.
 
-    Those of a hybrid model have its convolution and scan with them.
+    "meta_attention" is that of one token for which it is computed.
     """
-    model = config.model
-    if model.hybrid is not None:
-        return hybrid_flops.token_flops(model) | {"head": 2 * model.width * vocab_size}
-    kv = model.num_kv_heads * model.head_dim
-    attention = 2 * model.width * (2 * model.width + 2 * kv)
-    mlp = 2 * model.width * model.mlp_width * (3 if model.activation == "swiglu" else 2)
-    parts = {"attention": model.layers * attention, "mlp": model.layers * mlp, "head": 2 * model.width * vocab_size}
-    if config.meta_tokens is not None and config.meta_tokens.attention != "none":
-        parts["meta_attention"] = model.layers * attention
-    return parts
+    cfg, parts = config.model, {}
+    for spec in layer_specs(cfg, config.meta_tokens):
+        widths = [MIXERS[name].channels(cfg) for name in spec.mixers]
+        of_layer = [MIXERS[name].token_flops(cfg, spec) for name in spec.all_mixers]
+        of_layer.append({"output": 2 * cfg.width * (sum(widths) if spec.join == "concat" else max(widths))})
+        of_layer.append({"mlp": 2 * cfg.width * cfg.mlp_width * (3 if cfg.activation == "swiglu" else 2)})
+        for name, cost in ((name, cost) for costs in of_layer for name, cost in costs.items() if cost):
+            parts[name] = parts.get(name, 0) + cost
+    return parts | {"head": 2 * cfg.width * vocab_size}
 
 
-def _meta_rows(config: Config, metas: int, slots: int) -> int:
-    """Tokens that meta-attention is for: the meta-tokens, or all where it writes to ordinary tokens too."""
-    return slots if config.meta_tokens is not None and config.meta_tokens.writes_everywhere else metas
+def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[str, int | float]:
+    """Forward operations of the (query, key) pairs that masks allow in a batch and `prefixes` learned prefixes, by mixer, in all layers."""
+    cfg, found, prefix = config.model, {}, config.model.prefix_tokens
+    of_prefix = {"positions": np.arange(prefix)[None], "segment_ids": np.ones((1, prefix), np.int32)}
+    for spec, layers in Counter(layer_specs(cfg, config.meta_tokens)).items():
+        for name in spec.all_mixers:
+            if name == "meta_attention" and "meta_slots" not in batch:
+                continue
+            mixer = MIXERS[name]
+            pairs = mixer.pairs(spec, batch, prefix)
+            pairs += prefixes * mixer.pairs(spec._replace(window=None), of_prefix, 0) if prefix else 0
+            found[name] = found.get(name, 0) + layers * mixer.pair_flops(cfg) * pairs
+    return {name: cost for name, cost in found.items() if cost}
 
 
-def pair_flops(config: Config) -> int:
-    """Forward operations of one allowed (query, key) pair in all heads of one attention: scores and weighted sum."""
-    return 4 * config.model.width
-
-
-def batch_pairs(config: Config, batch: dict[str, np.ndarray]) -> tuple[int, int]:
-    """Allowed (query, key) pairs of a batch in one layer: (causal attention, meta-attention), padding left out."""
-    real = batch["segment_ids"] > 0
-    window = config.model.window
-    reach = batch["positions"] + 1 if window is None else np.minimum(batch["positions"], window) + 1
-    causal = int(reach[real].sum())
-    if "meta_slots" not in batch or config.meta_tokens is None or config.meta_tokens.attention == "none":
-        return causal, 0
-    behind = ((0, 0), (0, 1))  # an unused slot points behind the row: no segment, no past
-    slots = np.minimum(batch["meta_slots"], real.shape[1])
-    segments = np.take_along_axis(np.pad(batch["segment_ids"], behind), slots, axis=1)
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
-    among = int(np.tril(same).sum())
-    if not config.meta_tokens.writes_everywhere:
-        return causal, among
-    past = np.pad(np.where(real, batch["positions"] + 1, 0), behind)
-    if config.meta_tokens.attention == "causal":
-        return causal, int(past.sum())
-    np.put_along_axis(past, slots, 0, axis=1)  # ordinary tokens attend to their past, meta-tokens to meta-tokens
-    return causal, int(past.sum()) + among
+def token_counts(config: Config, batch: Batch) -> dict[str, int]:
+    """Tokens that a batch's layers, its meta-attention and its head compute, padding too; the prefix is computed once in a batch."""
+    tokens = batch["segment_ids"].size
+    everywhere = config.meta_tokens is not None and config.meta_tokens.writes_everywhere
+    metas = tokens if everywhere else batch["meta_slots"].size if "meta_slots" in batch else 0
+    return {"layers": tokens + config.model.prefix_tokens, "meta_attention": metas, "head": tokens}
 
 
 def passes(config: Config) -> int:
-    """What a step costs in forward passes: the backward pass is two, the reference's of `dpo` one."""
+    """Cost of a step in forward passes: the backward pass counts two, that of the reference of `dpo` one."""
     return 3 + (config.dpo is not None)
 
 
-def step_flops(config: Config, vocab_size: int, batch: dict[str, np.ndarray]) -> int:
+def step_flops(config: Config, vocab_size: int, batch: Batch) -> int:
     """Operations of one training step on this batch, all hosts' rows included when `batch` holds them all."""
-    slots = batch["tokens"].size
-    metas = batch["meta_slots"].size if "meta_slots" in batch else 0
-    parts = matmul_flops(config, vocab_size)
-    if config.model.hybrid is not None:
-        pairs = hybrid_flops.pair_operations(config.model) * hybrid_flops.batch_pairs(config.model, batch)
-        in_front = config.model.hybrid.meta_tokens * (sum(parts.values()) - parts["head"])
-        return passes(config) * (slots * sum(parts.values()) + in_front + pairs)
-    dense = sum(cost * (_meta_rows(config, metas, slots) if name == "meta_attention" else slots) for name, cost in parts.items())
-    causal, meta = batch_pairs(config, batch)
-    return passes(config) * (dense + config.model.layers * pair_flops(config) * (causal + meta))
+    counts = token_counts(config, batch)
+    products = sum(cost * counts.get(name, counts["layers"]) for name, cost in matmul_flops(config, vocab_size).items())
+    return passes(config) * (products + sum(pair_flops(config, batch).values()))
 
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
-    """Training operations a slot by part, for a row that is one document (the most attention a row can need)."""
-    slots = config.row_slots
-    if config.model.hybrid is not None:
-        return _hybrid_per_token(config, vocab_size)
-    metas = _meta_rows(config, config.row_meta_tokens, slots)
-    times = float(passes(config))
-    parts = {k: times * v * (metas / slots if k == "meta_attention" else 1) for k, v in matmul_flops(config, vocab_size).items()}
-    scale = times * config.model.layers * pair_flops(config) / slots
-    parts["attention_pairs"] = scale * Mask(window=config.model.window).pairs([slots])
+    """Training operations of a position by part, for a batch of rows that are one document each (the most pairs that rows can have)."""
+    rows, length = config.data.batch_rows, config.row_slots
+    metas = np.arange(config.row_meta_tokens)[None]
+    batch = {"positions": np.arange(length)[None], "segment_ids": np.ones((1, length), np.int32), "meta_slots": metas}
+    pairs = pair_flops(config, batch, prefixes=1 / rows)
+    counts = token_counts(config, batch) | {"layers": length + config.model.prefix_tokens / rows}
+    share = passes(config) / length
+    parts = {k: share * cost * counts.get(k, counts["layers"]) for k, cost in matmul_flops(config, vocab_size).items()}
     if "meta_attention" in parts:
-        parts["meta_attention"] += scale * Mask().pairs([metas])
-    return parts
-
-
-def _hybrid_per_token(config: Config, vocab_size: int) -> dict[str, float]:
-    """`flops_per_token` of a hybrid model; the meta tokens' own part is shared by all slots of a batch."""
-    model, rows, slots = config.model, config.data.batch_rows, config.row_slots
-    batch = {"positions": np.tile(np.arange(slots), (rows, 1)), "segment_ids": np.ones((rows, slots), np.int32)}
-    share, times = 1 + model.hybrid.meta_tokens / (rows * slots), float(passes(config))
-    parts = {name: times * cost * (1 if name == "head" else share) for name, cost in matmul_flops(config, vocab_size).items()}
-    pairs = hybrid_flops.pair_operations(model) * hybrid_flops.batch_pairs(model, batch)
-    return parts | ({"attention_pairs": times * pairs / (rows * slots)} if "attention" in parts else {})
+        parts["meta_attention"] += share * pairs.pop("meta_attention", 0)
+    return parts | ({"attention_pairs": share * sum(pairs.values())} if pairs else {})
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

@@ -1,4 +1,4 @@
-"""Parts without a sequence in them: parameters with logical axes, linear maps, norms and the feed-forward network.
+"""Parts that work on each position alone: parameters with logical axes, linear maps, norms and the feed-forward network.
 
 Every parameter is float32 and carries `axes`, one logical name for each of its dimensions; vectors (norm scales and all
 biases) are ("norm",). Inputs set the compute dtype: weights are cast to it where they are used.
@@ -32,11 +32,8 @@ def normal_param(key: PRNGKeyArray, shape: tuple[int, ...], std: float, axes: tu
 
 
 def residual_std(cfg: Model) -> float:
-    """Initial standard deviation of projections into the residual stream: init_std / sqrt(2 layers) (GPT-2, section 2.3).
-
-    Hymba's released code draws these as it draws all others.
-    """
-    return cfg.init_std if cfg.hybrid is not None else cfg.init_std / (2 * cfg.layers) ** 0.5
+    """Initial standard deviation of projections into the residual stream: init_std / sqrt(2 layers) (GPT-2, section 2.3)."""
+    return cfg.init_std / (2 * cfg.layers) ** 0.5
 
 
 class Linear(nnx.Module):
@@ -76,14 +73,17 @@ class Norm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Feed-forward network: down(act(up(x))), or with "swiglu" down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+    """Feed-forward network: down(act(up(x))), or with "swiglu" down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202).
 
-    def __init__(self, cfg: Model, key: PRNGKeyArray):
+    down_std: initial standard deviation of `down`; None: `residual_std`.
+    """
+
+    def __init__(self, cfg: Model, key: PRNGKeyArray, down_std: float | None = None):
         keys = jax.random.split(key, 3)
         wide = (cfg.width, cfg.mlp_width)
         self.activation = cfg.activation
         self.up = Linear(keys[0], wide, std=cfg.init_std, bias=cfg.bias, axes=("embed", "mlp"))
-        self.down = Linear(keys[1], wide[::-1], std=residual_std(cfg), bias=cfg.bias, axes=("mlp", "embed"))
+        self.down = Linear(keys[1], wide[::-1], std=down_std or residual_std(cfg), bias=cfg.bias, axes=("mlp", "embed"))
         gated = cfg.activation == "swiglu"
         self.gate = Linear(keys[2], wide, std=cfg.init_std, bias=cfg.bias, axes=("embed", "mlp")) if gated else None
 
@@ -111,11 +111,11 @@ def as_rows(x: Float[Array, "*batch width"]) -> Float[Array, "... width"]:
     return x if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else x.reshape(-1, x.shape[-1])
 
 
-def gather_rows(x: Array, slots: Array) -> Array:
-    """Rows of each sequence, [B, T, ...] at int32[B, M] -> [B, M, ...]; a slot >= T reads zeros."""
-    return jax.vmap(lambda row, s: row.at[s].get(mode="fill", fill_value=0))(x, slots)
+def gather_rows(x: Array, positions: Array) -> Array:
+    """Rows of each sequence, [B, T, ...] at int32[B, M] -> [B, M, ...]; a position >= T reads zeros."""
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, positions)
 
 
-def scatter_add_rows(x: Array, slots: Array, rows: Array) -> Array:
-    """x [B, T, ...] with `rows` [B, M, ...] added at int32[B, M]; a slot >= T is dropped."""
-    return jax.vmap(lambda row, s, r: row.at[s].add(r, mode="drop"))(x, slots, rows)
+def scatter_add_rows(x: Array, positions: Array, rows: Array) -> Array:
+    """x [B, T, ...] with `rows` [B, M, ...] added at int32[B, M]; a position >= T is dropped."""
+    return jax.vmap(lambda row, at, r: row.at[at].add(r, mode="drop"))(x, positions, rows)

@@ -22,7 +22,7 @@ class Mask:
 
     window: a query sees itself and this many keys before it; None: all of its segment.
     prefix: the first `prefix` keys of the row stay visible to every later query of the row, whatever its segment
-    (learned meta tokens in front of the text: Hymba, arXiv 2411.13676, section 2), trailing padding apart.
+    (a learned prefix: Hymba, arXiv 2411.13676, section 2), trailing padding apart.
 
     A segment is a run of equal ids; id 0 is padding, and a run of padding sees itself alone. A prefix needs padding
     that is trailing, because one number for each key cannot skip a gap.
@@ -84,22 +84,22 @@ def segment_end(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 # ------------------------------------------------------------------------------------------------- inserted meta-tokens
 
 
-def gathered_expiry(segment_ids: Int[Array, "B T"], slots: Int[Array, "B M"]) -> Int[Array, "B M"]:
+def gathered_expiry(segment_ids: Int[Array, "B T"], positions: Int[Array, "B M"]) -> Int[Array, "B M"]:
     """Expiry among the gathered meta-tokens alone, int32[B, M] in gathered indices: causal, inside one segment.
 
-    slots: sorted row indices of the meta-tokens; a slot >= T is unused, sees nothing and is seen by none.
+    positions: sorted row indices of the meta-tokens; a position >= T is unused, sees nothing and is seen by none.
     (Learned meta-tokens, arXiv 2509.16278: the meta mask P together with the causal mask.)
     """
-    end = jax.vmap(lambda e, s: e.at[s].get(mode="fill", fill_value=0))(segment_end(segment_ids), slots)
-    return jax.vmap(jnp.searchsorted)(slots, end).astype(jnp.int32)
+    end = jax.vmap(lambda e, s: e.at[s].get(mode="fill", fill_value=0))(segment_end(segment_ids), positions)
+    return jax.vmap(jnp.searchsorted)(positions, end).astype(jnp.int32)
 
 
-def meta_flags(slots: Int[Array, "B M"], length: int) -> Bool[Array, "B T"]:
+def meta_flags(positions: Int[Array, "B M"], length: int) -> Bool[Array, "B T"]:
     """bool[B, length]: which positions are meta-tokens."""
-    return jax.vmap(lambda s: jnp.zeros(length, bool).at[s].set(True, mode="drop"))(slots)
+    return jax.vmap(lambda s: jnp.zeros(length, bool).at[s].set(True, mode="drop"))(positions)
 
 
-def meta_dense(segment_ids: Int[Array, "B T"], slots: Int[Array, "B M"]) -> Bool[Array, "B T T"]:
+def meta_dense(segment_ids: Int[Array, "B T"], positions: Int[Array, "B M"]) -> Bool[Array, "B T T"]:
     """The meta mask over the whole row, bool[B, query, key]: query and key are both meta-tokens, causal, one segment."""
-    is_meta = meta_flags(slots, segment_ids.shape[1])
+    is_meta = meta_flags(positions, segment_ids.shape[1])
     return Mask().dense(segment_ids) & is_meta[:, :, None] & is_meta[:, None, :]

@@ -37,7 +37,7 @@ def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int,
     """Hymba (arXiv 2411.13676, section 2 and table 11): full attention first, in the middle and last, pairs of window layers that share keys.
 
     NTK rotary positions for rows of 8,192 tokens after training on 2,048. In the named sizes below `changes` are fields of `Model`, dotted
-    ones too, such as {"hybrid.meta_tokens": 0}.
+    ones too, such as {"hybrid.prefix_tokens": 0}.
     """
     full = tuple(sorted({0, (layers - 1) // 2, layers - 1}))
     ntk = {"position": "ntk", "rope_original_length": 2048, "rope_factor": hymba_ntk_factor(8192, 2048)}
@@ -87,5 +87,5 @@ def hymba_300m(**changes: Any) -> Model:
 
 def hymba_cpu(**changes: Any) -> Model:
     """A model of 0.3M parameters with 512 tokens that has every kind of layer; ours, not the paper's."""
-    small = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0, "hybrid.meta_tokens": 8, "hybrid.state": 8}
+    small = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0, "hybrid.prefix_tokens": 8, "hybrid.state": 8}
     return override(hymba(7, 4, 48, kv_heads=2, mlp_width=96, window=16), small | changes)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: inverse frequencies of each scheme, cosine and sine tables, and the rotation.
+"""Position schemes: inverse frequencies of the rotary ones, cosine and sine tables, and the rotation.
 
 Frequencies follow from the configuration alone, so they are float64 NumPy, rounded once to float32; the tables are
 made in the forward pass from the positions of the batch and are never stored in a model.
@@ -7,16 +7,29 @@ made in the forward pass from the positions of the batch and are never stored in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metajax.config import ROTARY, Model
-from metajax.core.errors import UserError
+from metajax.config import Model
+from metajax.config.model import POSITIONS
 
 LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": turns over the original length between which it blends
-Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # (cosine, sine) of each position
+Rotary = tuple[np.ndarray, float]  # (frequencies float32[head_dim / 2] in radians per position, factor of cosine and sine)
+SCHEMES: dict[str, Callable[[Model], Rotary | None]] = {}
+
+
+def position(name: str, *, rotates: bool = True) -> Callable[[Callable], Callable]:
+    """Register a function of the model's config as the position scheme `name`; one that does not rotate returns None."""
+
+    def register(scheme: Callable[[Model], Rotary | None]) -> Callable[[Model], Rotary | None]:
+        SCHEMES[name], POSITIONS[name] = scheme, rotates
+        return scheme
+
+    return register
 
 
 def default_frequencies(dim: int, base: float) -> np.ndarray:
@@ -68,7 +81,7 @@ def llama3_frequencies(dim: int, base: float, original_length: int, factor: floa
 
 
 def yarn_magnitude(factor: float, attention_factor: float = 1.0) -> float:
-    """What cosine and sine are multiplied by: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
+    """Factor of cosine and sine: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
     return (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) * attention_factor
 
 
@@ -78,28 +91,47 @@ def rotary_angles(frequencies: Float[Array, " half"] | np.ndarray, positions: In
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table:
-    """(cos, sin), float32[B, T, head_dim / 2] each, of the scheme that `cfg.position` names; UserError when it is not rotary.
+def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table | None:
+    """(cos, sin), float32[B, T, head_dim / 2] each, of the scheme `cfg.position`; None when it does not rotate.
 
-    A negative position means none: angle 0, the same as position 0. `cfg.rope_factor` is the growth factor of "ntk"
-    (see `hymba_ntk_factor`) and the context extension of "linear", "llama3" and "yarn".
+    A negative position means none: angle 0, the same as position 0.
     """
-    dim, base = cfg.head_dim, cfg.rope_theta
-    positions = jnp.maximum(positions, 0)
-    match cfg.position:
-        case "rope":
-            return rotary_angles(default_frequencies(dim, base), positions)
-        case "linear":  # positions divided by the factor (Chen et al., arXiv 2306.15595)
-            return rotary_angles((_powers(dim, base) / cfg.rope_factor).astype(np.float32), positions)
-        case "llama3":
-            return rotary_angles(llama3_frequencies(dim, base, cfg.rope_original_length, cfg.rope_factor), positions)
-        case "ntk":
-            return rotary_angles(ntk_frequencies(dim, base, cfg.rope_factor), positions)
-        case "yarn":
-            frequencies = yarn_frequencies(dim, base, cfg.rope_original_length, cfg.rope_factor)
-            return rotary_angles(frequencies, positions, yarn_magnitude(cfg.rope_factor))
-        case _:
-            raise UserError(f"model.position = {cfg.position!r} has no rotary table; rotary schemes: {', '.join(ROTARY)}")
+    rotary = SCHEMES[cfg.position](cfg)
+    return None if rotary is None else rotary_angles(rotary[0], jnp.maximum(positions, 0), rotary[1])
+
+
+@position("none", rotates=False)
+@position("learned", rotates=False)
+def _not_rotary(cfg: Model) -> None:
+    """Positions are learned vectors, added to the embeddings (`LM.embed`), or there are none."""
+
+
+@position("rope")
+def _rope(cfg: Model) -> Rotary:
+    return default_frequencies(cfg.head_dim, cfg.rope_theta), 1.0
+
+
+@position("linear")
+def _linear(cfg: Model) -> Rotary:
+    """Positions divided by `rope_factor` (Chen et al., arXiv 2306.15595)."""
+    return (_powers(cfg.head_dim, cfg.rope_theta) / cfg.rope_factor).astype(np.float32), 1.0
+
+
+@position("llama3")
+def _llama3(cfg: Model) -> Rotary:
+    return llama3_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_original_length, cfg.rope_factor), 1.0
+
+
+@position("ntk")
+def _ntk(cfg: Model) -> Rotary:
+    """`rope_factor` is the growth factor of the base, see `hymba_ntk_factor`."""
+    return ntk_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_factor), 1.0
+
+
+@position("yarn")
+def _yarn(cfg: Model) -> Rotary:
+    frequencies = yarn_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_original_length, cfg.rope_factor)
+    return frequencies, yarn_magnitude(cfg.rope_factor)
 
 
 def apply_rotary(

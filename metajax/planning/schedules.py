@@ -13,7 +13,7 @@ from kernels_pallas.bench import attention, compiled, scan
 from kernels_pallas.bench.programs import Program
 from kernels_pallas.bench.schedule import operations
 from metajax.config import Config
-from metajax.models.hybrid_flops import layers_of
+from metajax.models.specs import layer_specs
 
 KERNELS = re.compile(r"(?:prefix_window_attention|selective_scan|causal_conv)_(?:forward|backward)(?:_q|_kv)?")
 _CALL = re.compile(rf"%({KERNELS.pattern})[.\w]* = .* custom-call\(.*operand_layout_constraints=\{{(.*?)\}}\}}")
@@ -74,7 +74,7 @@ def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
     if call.name.startswith("prefix_window_attention"):
         (kv_heads, group, key_width, queries), value_width = operands[4][1], operands[6][1][2]
         length, rows = _rows(queries, operands[1][1][0] - 1, (config.row_slots, _metas(config)))
-        windows, metas = _windows(config), _metas(config) if model.hybrid is not None else 0
+        windows, metas = _windows(config), model.prefix_tokens
         if length != config.row_slots:  # meta-tokens among themselves
             windows, metas = [None], 0
         rest = (metas, kv_heads * group, kv_heads, key_width, value_width, 1, _DTYPES[operands[4][0]])
@@ -87,14 +87,13 @@ def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
 
 def _windows(config: Config) -> list[int | None]:
     """Windows of all attention to a row's own tokens."""
-    if config.model.hybrid is not None:
-        return [kind.window for kind in layers_of(config.model) if kind.attends]
-    second = config.meta_tokens is not None and config.meta_tokens.attention == "causal"
-    return [config.model.window, *([None] if second else [])]
+    specs = layer_specs(config.model, config.meta_tokens)
+    second = [None for spec in specs[:1] if spec.meta_attention == "causal"]
+    return [spec.window for spec in specs if "attention" in spec.mixers] + second
 
 
 def _metas(config: Config) -> int:
-    return config.model.hybrid.meta_tokens if config.model.hybrid is not None else config.row_meta_tokens
+    return config.model.prefix_tokens or config.row_meta_tokens
 
 
 def _rows(queries: int, visits: int, lengths: Sequence[int]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def read_parts(folder: Path, abstract: Any, parts: Mapping[str, str], fresh: dic
     mine, what = to_arrays(abstract), str(folder)
     theirs = {path: there + path[len(here) :] for path in mine for here, there in parts.items() if _below(path, here)}
     for here in parts:
-        known = sorted({"/".join(path.split("/")[:n]) for path in mine for n in (1, 2, 3)})
+        known = sorted({"/".join(path.split("/")[:n]) for path in mine for n in (1, 2, 3, 4)})
         require(any(_below(path, here) for path in mine), f"init.from: this model has no part {here!r}{nearest(here, known)}")
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree

@@ -18,7 +18,7 @@ from metajax.data.pipeline import open_corpora
 from metajax.training.program import Program, abstract_model
 
 METAS, LENGTH = 3, 24
-HYBRID = Hybrid(meta_tokens=METAS, full_layers=(0,), kv_groups=(1, 2), state=4)
+HYBRID = Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 2), state=4)
 RUN = {
     "model.layers": 3, "model.window": 6, "model.norm": "rmsnorm", "model.hybrid": HYBRID, "runtime.unroll": 1,
     "tasks": Tasks(names=("needle",), train_length=48, eval_lengths=(32,), eval_examples=12), "data.tokenizer": "bpe:512+tasks",
@@ -77,7 +77,7 @@ def test_maps_have_meta_tokens_in_front_and_every_layers_rates(opened, text):
     assert maps.shape[:2] == (3, 4) and maps.shape[3:] == (LENGTH, METAS + LENGTH)
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
     rates = ssm_rates(model)
-    last = model.blocks.runs[1].layers[1].mixer.mamba.log_rate[...]
+    last = model.blocks[1][1].mixer.mamba.A_log[...]
     np.testing.assert_allclose(rates[2], -np.exp(last[0]))
 
 

@@ -48,9 +48,9 @@ def opened(tiny_config, paths):
 
 def first_layer_scores(model, batch):
     """Scores before the softmax of the first block's causal attention, [B, H, T, T], -inf where it does not look."""
-    block = jax.tree.map(lambda x: x[0], model.blocks)
-    x = block.attention_norm(model.embed(batch["tokens"], batch["positions"], batch["meta_slots"]))
-    q, k, _ = block.attention.projections.split(x, rotary_table(model.cfg, batch["positions"]))
+    block = jax.tree.map(lambda x: x[0], model.blocks[0][0])
+    x = block.mixer_norm(model.embed(batch["tokens"], batch["positions"], batch["meta_slots"]))
+    q, k, _ = block.mixer.attention.split(x, rotary_table(model.cfg, batch["positions"]))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
     return np.asarray(jnp.where(Mask().dense(batch["segment_ids"])[:, None], scores, -jnp.inf), np.float64)
 
@@ -126,7 +126,7 @@ def test_meta_maps_are_what_meta_attention_computes(opened, form):
     if form == "dense":
         weights = np.stack([weights[n][:, slots[n]][:, :, slots[n]] for n in range(2)])
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, seen["meta_values"][0])
-    added = jax.tree.map(lambda x: x[0], model.blocks).meta_attention.projections.merge(out)
+    added = jax.tree.map(lambda x: x[0], model.blocks[0][0]).meta_attention.merge(out)
     whole = np.asarray(seen["meta_out"][0])
     expected = np.stack([whole[n, slots[n]] for n in range(2)]) if form in ("gathered", "dense") else whole
     np.testing.assert_allclose(np.asarray(added), expected, atol=2e-5)

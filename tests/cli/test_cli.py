@@ -347,7 +347,7 @@ def test_init_from_another_tokenizer_is_refused(command, tiny_corpus, tmp_path):
     corpus = write(tmp_path / "other.jsonl", *tiny_corpus.read_text().splitlines()[:-40])
     words = ("quickstart/plain", "--set", "data.tokenizer=bpe:320", "--set", "init.from=quickstart/plain")
     assert "its tokenizer" in one_error_line(command(*words, small=True, corpus=corpus))
-    code, _, err = command(*words[:-1], f"{words[-1]}?blocks/attention&blocks/mlp", small=True, corpus=corpus)
+    code, _, err = command(*words[:-1], f"{words[-1]}?blocks/0/0/mixer&blocks/0/0/mlp", small=True, corpus=corpus)
     assert code == 0 and "starting from the parameters of" in err, "parts that know nothing of tokens"
 
 

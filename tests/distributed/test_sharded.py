@@ -29,12 +29,12 @@ LENGTH = 32
 starts = [[0, 5, 8, 21, 30], [0, 13, 14, 16, 31], [0], [0, 24]]
 ids = jnp.stack([sum((jnp.arange(LENGTH) >= s).astype(jnp.int32) for s in row) for row in starts])
 slots = jnp.stack([jnp.array([*range(1, 30, 2), LENGTH])] * 4)
-metas = {"meta_k": (3, 2, 8), "meta_v": (3, 2, 6)}
+metas = {"prefix_k": (3, 2, 8), "prefix_v": (3, 2, 6)}
 heads = {"q": (4, LENGTH, 4, 8), "k": (4, LENGTH, 2, 8), "v": (4, LENGTH, 2, 6)}
 gathered = {name: (4, 16, *shape[2:]) for name, shape in heads.items()}
 channels, states = (4, LENGTH, 6), (6, 4)
 scan = {
-    "u": channels, "delta": channels, "B": (4, LENGTH, 4), "C": (4, LENGTH, 4), "D": (6,), "delta_bias": (6,), "z": channels,
+    "u": channels, "dt": channels, "B": (4, LENGTH, 4), "C": (4, LENGTH, 4), "D": (6,), "dt_bias": (6,), "z": channels,
     "initial_state": (4, *states), "reset_state": states, "A": states,
 }
 conv = {"x": channels, "w": (6, 4), "b": (6,), "initial_tail": (4, 3, 6), "reset_tail": (3, 6)}

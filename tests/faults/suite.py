@@ -25,7 +25,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["metajax.experiment", "metajax.cli.verbs.run", "metajax.cli.main", "metajax.reporting.terminal"]
 
 
-HYBRID = 'model.hybrid={"meta_tokens": 2, "full_layers": [0], "state": 4}'
+HYBRID = 'model.hybrid={"prefix_tokens": 2, "full_layers": [0], "state": 4}'
 
 
 def corpus_rows(documents: int = 40) -> list[dict[str, str]]:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from metajax.config import MetaTokens, Model, Runtime
 from metajax.core.errors import UserError
-from metajax.inference.caches import KeyValues
+from metajax.inference.caches import Ring
 from metajax.inference.decoding import Rules, Sampling, advance, start
 from metajax.inference.forward import prefill, prepare, step
 from metajax.models.lm import LM
+from metajax.models.mixers import KeyValues
 
 B, N, PROMPT, VOCAB = 3, 16, 8, 24
 SCHEMES = {
@@ -154,10 +155,11 @@ def test_the_ring_keeps_the_newest(capacity, lengths, more):
     """Token t is its own key; a row that is not present keeps what it has."""
     length = np.array(lengths)
     tokens = jnp.broadcast_to(jnp.arange(1.0, 20.0)[None, None, :, None, None], (2, 2, 19, 1, 1))
-    kept = KeyValues.create(tokens[:, :, :7], -tokens[:, :, :7], jnp.asarray(length), capacity)
+    real = jnp.broadcast_to(jnp.arange(7) < length[:, None], (2, 2, 7))
+    kept = Ring.create(KeyValues(tokens[:, :, :7], -tokens[:, :, :7], real), capacity)
     for _ in range(more):
         new = jnp.broadcast_to((kept.length + 1.0)[None, :, None, None, None], (2, 2, 1, 1, 1))
-        kept = kept.append(new, -new, jnp.array([True, False]))
+        kept = kept.append(KeyValues(new, -new, jnp.broadcast_to(jnp.array([[True], [False]]), (2, 2, 1))))
     k, v, visible = kept.past()
     assert np.array_equal(v, -k)
     for row, n in enumerate([length[0] + more, length[1]]):
@@ -169,18 +171,15 @@ def test_the_ring_keeps_the_newest(capacity, lengths, more):
 def test_ordinary_tokens_skip_meta_attention():
     """Its weights may be NaN while no meta-token is read."""
     model = jax.tree.map(lambda x: x, build(META))
-    model.blocks.meta_attention.projections.query.w[...] = jnp.full_like(
-        model.blocks.meta_attention.projections.query.w[...], jnp.nan
-    )
-    cache = {
-        name: KeyValues(jnp.ones((2, B, N, 2, 4)), jnp.ones((2, B, N, 2, 4)), jnp.full(B, 3))
-        for name in ("attention", "meta_attention")
-    }
+    query = model.blocks[0][0].meta_attention.query.w
+    query[...] = jnp.full_like(query[...], jnp.nan)
+    ring = Ring(jnp.ones((2, B, N, 2, 4)), jnp.ones((2, B, N, 2, 4)), jnp.full(B, 3))
+    cache = (({"attention": ring, "meta_attention": ring},),)
     run = jax.jit(lambda is_meta: step(prepare(model), cache, jnp.arange(B), jnp.full(B, 3), is_meta, jnp.ones(B, bool)))
     logits, after = run(jnp.zeros((B, N), bool))
     assert np.isfinite(logits).all()
-    assert after["attention"].length.tolist() == [4] * B
-    assert after["meta_attention"].length.tolist() == [3] * B
+    assert after[0][0]["attention"].length.tolist() == [4] * B
+    assert after[0][0]["meta_attention"].length.tolist() == [3] * B
     assert np.isnan(run(jnp.zeros((B, N), bool).at[0, 3].set(True))[0][0]).all()
 
 

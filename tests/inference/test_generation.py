@@ -25,7 +25,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 HYBRID = {
-    "model.hybrid": Hybrid(meta_tokens=3, state=4),
+    "model.hybrid": Hybrid(prefix_tokens=3, state=4),
     "model.layers": 1,
     "model.window": 4,
     "runtime.implementation": "reference",

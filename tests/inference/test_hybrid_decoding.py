@@ -23,7 +23,7 @@ N, PROMPT, VOCAB = 20, 9, 24
 LENGTH = np.array([1, 5, 9], np.int32)
 CFG = Model(
     layers=6, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=3, init_std=0.15,
-    hybrid=Hybrid(meta_tokens=6, full_layers=(3,), kv_groups=(3, 1, 2), state=4),
+    hybrid=Hybrid(prefix_tokens=6, full_layers=(3,), kv_groups=(3, 1, 2), state=4),
 )  # fmt: skip
 FORMS = {
     "triple_and_pair": {},
@@ -31,7 +31,7 @@ FORMS = {
     "attention": {"layers": 3, "hybrid.fusion": "attention", "hybrid.kv_groups": (1, 2), "hybrid.full_layers": (0,), "window": 0},
     "mamba2": {"layers": 2, "hybrid.ssm": "mamba2", "hybrid.expand": 8, "hybrid.kv_groups": (), "hybrid.full_layers": ()},
     "width 3": {"layers": 2, "hybrid.d_conv": 3, "hybrid.kv_groups": (), "hybrid.full_layers": ()},
-    "mamba": {"layers": 2, "hybrid.fusion": "mamba", "hybrid.kv_groups": (), "hybrid.full_layers": (), "hybrid.meta_tokens": 0},
+    "mamba": {"layers": 2, "hybrid.fusion": "mamba", "hybrid.kv_groups": (), "hybrid.full_layers": (), "hybrid.prefix_tokens": 0},
 }
 once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # programs that run once
 
@@ -177,9 +177,9 @@ def test_what_the_caches_hold(name):
         found = of_all(prefix, lambda left: left["mamba"][place])  # noqa: B023
         assert far(found if place else np.moveaxis(found, 2, 3), z[tails][..., 0 if place else 1 :]) < 5e-5
     for when, state, tail in ((cache, "prefill_ssm_states", "prefill_conv_states"), (last, "final_ssm_states", None)):
-        assert far(of_all(when, lambda kinds: kinds["mamba"].state[:, 1:]), z[state]) < 5e-5
+        assert far(of_all(when, lambda kinds: kinds["mamba"][1][:, 1:]), z[state]) < 5e-5
         if tail:  # of four columns the oldest is not used
-            found = of_all(when, lambda kinds: kinds["mamba"].tail[:, 1:])
+            found = of_all(when, lambda kinds: kinds["mamba"][0][:, 1:])
             assert far(np.moveaxis(found, 2, 3), z[tail][..., 1:]) < 5e-5
     metas = z["meta_k"].shape[3]
     for layer in (0, 1):  # layer 0 attends to all, layer 1 in a window
@@ -201,9 +201,9 @@ def test_bytes_of_the_caches():
     held = {
         "full": sum(kept.k.nbytes + kept.v.nbytes for kept in owners if kept.k.shape[2] == capacity),
         "window": sum(kept.k.nbytes + kept.v.nbytes for kept in owners if kept.k.shape[2] < capacity),
-        "meta": sum(array.nbytes for array in jax.tree.leaves(prefix)),
-        "state": sum(kinds["mamba"].state.nbytes for kinds in layers),
-        "conv": sum(kinds["mamba"].tail.nbytes for kinds in layers),
+        "meta": sum(array.nbytes for array in jax.tree.leaves(prefix) if array.dtype != bool),
+        "state": sum(kinds["mamba"][1].nbytes for kinds in layers),
+        "conv": sum(kinds["mamba"][0].nbytes for kinds in layers),
     }
     assert min(held.values()) > 0
     assert held == cache_bytes(model.cfg, capacity, rows=2)

@@ -100,12 +100,12 @@ def test_weights_of_a_file(tmp_path, head):
     model = load_model(found, llama.model_config(values), llama.LAYOUT)
     cfg, ours = model.cfg, named_params(model)
     assert (cfg.layers, cfg.num_kv_heads, cfg.norm_eps, cfg.rope_theta, cfg.tied) == (2, KV, 1e-5, 50_000.0, not head)
-    attention = "blocks.attention.projections"
+    attention = "blocks.0.0.mixer.attention"
     where = {"attn_q": f"{attention}.query.w", "attn_k": f"{attention}.key.w", "attn_v": f"{attention}.value.w"}
-    where |= {"ffn_gate": "blocks.mlp.gate.w", "ffn_up": "blocks.mlp.up.w", "ffn_down": "blocks.mlp.down.w"}
+    where |= {"ffn_gate": "blocks.0.0.mlp.gate.w", "ffn_up": "blocks.0.0.mlp.up.w", "ffn_down": "blocks.0.0.mlp.down.w"}
     for (name, path), layer in itertools.product(where.items(), range(2)):
         assert np.array_equal(ours[path][layer].T, made[f"blk.{layer}.{name}.weight"]), name
-    assert np.array_equal(ours["blocks.mlp_norm.scale"][1], made["blk.1.ffn_norm.weight"])
+    assert np.array_equal(ours["blocks.0.0.mlp_norm.scale"][1], made["blk.1.ffn_norm.weight"])
     assert head == ("unembedding" in ours) and np.array_equal(ours["embedding"][...], made["token_embd.weight"])
 
 

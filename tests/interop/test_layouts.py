@@ -104,7 +104,7 @@ def test_llama_there_and_back(tmp_path, changes):
         tensors |= {"input_layernorm.weight": (16,), "post_attention_layernorm.weight": (16,)}
         expected |= {f"model.layers.{layer}.{name}": shape for name, shape in tensors.items()}
     assert {name: value.shape for name, value in state.items()} == expected
-    ours = named_params(opened.model)["blocks.attention.projections.key.w"]
+    ours = named_params(opened.model)["blocks.0.0.mixer.attention.key.w"]
     assert np.array_equal(state["model.layers.2.self_attn.k_proj.weight"], ours[2].T)
     assert config["tie_word_embeddings"] is tied and config["attention_bias"] is config["mlp_bias"] is biased
     assert (config["rope_theta"], config["num_key_value_heads"], config["vocab_size"]) == (50_000.0, 2, words)
@@ -150,7 +150,7 @@ def test_half_precision(tmp_path):
         ("llama", replace(SMALL["llama"], norm_position="post"), {}, r"model\.norm_position is 'post'"),
         (
             "llama",
-            replace(SMALL["llama"], hybrid=Hybrid(meta_tokens=2, state=2)),
+            replace(SMALL["llama"], hybrid=Hybrid(prefix_tokens=2, state=2)),
             {},
             r"model\.hybrid is set, but Llama has None",
         ),

@@ -40,7 +40,7 @@ SHAPES = (
 
 
 def make_arrays(shape, seed):
-    """q, k, v, meta_k and meta_v by name, float32."""
+    """q, k, v, prefix_k and prefix_v by name, float32."""
     rng = np.random.default_rng(seed)
     width, values = shape.widths
     sizes = {
@@ -49,7 +49,7 @@ def make_arrays(shape, seed):
         "v": (shape.batch, shape.keys, shape.kv_heads, values),
     }
     if shape.metas:
-        sizes |= {"meta_k": (shape.metas, shape.kv_heads, width), "meta_v": (shape.metas, shape.kv_heads, values)}
+        sizes |= {"prefix_k": (shape.metas, shape.kv_heads, width), "prefix_v": (shape.metas, shape.kv_heads, values)}
     return {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in sizes.items()}
 
 
@@ -84,7 +84,7 @@ def oracle(arrays, expiry, offset, weights):
     """
     x = {name: np.asarray(array).astype(np.float64) for name, array in arrays.items()}
     d_out, d_lse = (np.asarray(w).astype(np.float64) for w in weights)
-    metas = len(x["meta_k"]) if "meta_k" in x else 0
+    metas = len(x["prefix_k"]) if "prefix_k" in x else 0
     batch, queries, heads, _ = x["q"].shape
     keys, kv_heads = x["k"].shape[1:3]
     k, v = (x[name] for name in "kv")
@@ -105,7 +105,7 @@ def oracle(arrays, expiry, offset, weights):
     d_k, d_v = (ungroup(np.einsum("bhts,bthd->bshd", a, b)) for a, b in ((d_s, x["q"]), (p, d_out)))
     gradients = {"q": np.einsum("bhts,bshd->bthd", d_s, k), "k": d_k[:, metas:], "v": d_v[:, metas:]}
     if metas:
-        gradients |= {"meta_k": d_k[:, :metas].sum(0), "meta_v": d_v[:, :metas].sum(0)}
+        gradients |= {"prefix_k": d_k[:, :metas].sum(0), "prefix_v": d_v[:, :metas].sum(0)}
     return out, np.moveaxis(lse, 1, 2), gradients
 
 

@@ -61,7 +61,7 @@ def compile_for(chip: str, name: str) -> dict:
     arrays = {"q": array(shape.rows, length, heads, width), "k": array(shape.rows, length, kv_heads, width)}
     arrays |= {"v": array(shape.rows, length, kv_heads, values)}
     if shape.metas:
-        arrays |= {"meta_k": array(shape.metas, kv_heads, width), "meta_v": array(shape.metas, kv_heads, values)}
+        arrays |= {"prefix_k": array(shape.metas, kv_heads, width), "prefix_v": array(shape.metas, kv_heads, values)}
     ids = array(shape.rows, shape.length, dtype="int32")
     slots, offset = array(shape.rows, length, dtype="int32"), array(dtype="int32")
 

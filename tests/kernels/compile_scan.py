@@ -41,8 +41,8 @@ def compile_for(chip: str, shape: str) -> dict:
 
     token = array(rows, length, channels, dtype=dtype)
     per_state = array(rows, length, states, dtype=dtype)
-    arrays = {"u": token, "delta": token, "A": array(channels, states), "B": per_state, "C": per_state}
-    arrays |= {"D": array(channels), "delta_bias": array(channels), "initial_state": array(rows, channels, states)}
+    arrays = {"u": token, "dt": token, "A": array(channels, states), "B": per_state, "C": per_state}
+    arrays |= {"D": array(channels), "dt_bias": array(channels), "initial_state": array(rows, channels, states)}
     arrays |= {"z": token} if gated else {}
     arrays |= {"reset_state": array(channels, states)} if packed else {}
     segments = array(rows, length, dtype="int32") if packed else None

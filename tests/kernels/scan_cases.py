@@ -13,7 +13,7 @@ from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.xla import selective_scan_xla
 
 CHUNK = 64  # small, so that a short sequence has several
-ARRAYS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "z", "initial_state", "reset_state")
+ARRAYS = ("u", "dt", "A", "B", "C", "D", "dt_bias", "z", "initial_state", "reset_state")
 IMPLEMENTATIONS = {
     "reference": selective_scan_reference,
     "sequential": functools.partial(selective_scan_xla, chunk=CHUNK, within="sequential"),
@@ -48,19 +48,19 @@ def make_inputs(shape, seed, step=1.0, state=1.0):
     batch, length, channels, states = shape[:4]
     sizes = {
         "u": (batch, length, channels),
-        "delta": (batch, length, channels),
+        "dt": (batch, length, channels),
         "A": (channels, states),
         "B": (batch, length, states),
         "C": (batch, length, states),
         "D": (channels,),
-        "delta_bias": (channels,),
+        "dt_bias": (channels,),
         "z": (batch, length, channels),
         "initial_state": (batch, channels, states),
         "reset_state": (channels, states),
     }
     arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
     arrays["A"] = -np.exp(arrays["A"])
-    arrays["delta_bias"] += np.float32(np.log(step))
+    arrays["dt_bias"] += np.float32(np.log(step))
     arrays["initial_state"] *= np.float32(state)
     arrays["reset_state"] *= np.float32(state)
     if not shape.gated:

@@ -16,7 +16,7 @@ def test_vmap_with_mapped_lifetimes_and_shared_meta_keys():
     many = [make_arrays(SHAPE, seed) for seed in (0, 1)]
     weights = [cotangents(SHAPE, seed) for seed in (0, 1)]
     expiries = jnp.stack([EXPIRY, jnp.minimum(EXPIRY, 11)])
-    metas = {key: many[0][key] for key in ("meta_k", "meta_v")}
+    metas = {key: many[0][key] for key in ("prefix_k", "prefix_v")}
     stacked = {key: metas[key] if key in metas else jnp.stack([x[key] for x in many]) for key in many[0]}
     axes = {key: None if key in metas else 0 for key in stacked}
 
@@ -38,7 +38,7 @@ def test_vmap_with_mapped_lifetimes_and_shared_meta_keys():
 def test_inside_a_scan_over_layers_with_remat():
     """Queries of one layer are the output of the one before; the backward pass runs the forward kernel again."""
     arrays = make_arrays(SHAPE, 3)
-    layers = {key: jnp.stack([arrays[key], arrays[key] * 0.5]) for key in ("k", "v", "meta_k", "meta_v")}
+    layers = {key: jnp.stack([arrays[key], arrays[key] * 0.5]) for key in ("k", "v", "prefix_k", "prefix_v")}
 
     @functools.partial(jax.jit, static_argnums=0)
     def with_gradients(attend, q, layers):

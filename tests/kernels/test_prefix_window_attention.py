@@ -128,7 +128,7 @@ def test_two_calls_merged_by_log_sum_exp_equal_one(name):
     attend = functools.partial(IMPLEMENTATIONS[name], scale=SCALE)
 
     def merged(x):
-        metas = {key: x[key] for key in ("meta_k", "meta_v")}
+        metas = {key: x[key] for key in ("prefix_k", "prefix_v")}
         one = attend(x["q"], x["k"][:, :half], x["v"][:, :half], expiry[:, :half], q_offset=0, **metas)
         two = attend(x["q"], x["k"][:, half:], x["v"][:, half:], expiry[:, half:] - half, q_offset=-half)
         lse = jnp.logaddexp(one[1], two[1])

@@ -55,8 +55,8 @@ def test_vmap_with_shared_and_mapped_operands():
 def test_inside_a_scan_over_layers_with_remat():
     """y of one layer is u of the next, as in a stack of blocks; the backward pass runs the forward kernel again."""
     arrays, reset = make_inputs(SHAPE, 3)
-    layers = {key: jnp.stack([arrays[key], arrays[key] * 0.5]) for key in ("A", "D", "delta_bias", "reset_state")}
-    tokens = {key: arrays[key] for key in ("delta", "B", "C", "z")}
+    layers = {key: jnp.stack([arrays[key], arrays[key] * 0.5]) for key in ("A", "D", "dt_bias", "reset_state")}
+    tokens = {key: arrays[key] for key in ("dt", "B", "C", "z")}
 
     def stack(scan, u, layers):
         @jax.checkpoint
@@ -87,7 +87,7 @@ shape = Shape(4, 20, 5, 4)
 arrays, reset = make_inputs(shape, 4)
 weights = tuple(map(jnp.asarray, cotangents(shape, 4)))
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-batched = ("u", "delta", "B", "C", "z", "initial_state")
+batched = ("u", "dt", "B", "C", "z", "initial_state")
 specs = {key: P("data") if key in batched else P() for key in arrays}
 scan = functools.partial(selective_scan_tpu, chunk=32, interpret=True)
 sharded = jax.shard_map(

@@ -21,12 +21,13 @@ GOLDENS = {
     name: np.load(Path(__file__).parents[1] / "goldens" / f"{name}.npz")
     for name in ("mamba_scan_a", "mamba_scan_b", "mamba_conv_step_a")
 }
-BY_TOKEN = ("u", "delta", "B", "C", "z")  # [B, D, L] in the files, [B, L, D] here
+BY_TOKEN = ("u", "dt", "B", "C", "z")  # [B, D, L] in the files, [B, L, D] here
+STORED = {"dt": "delta", "dt_bias": "delta_bias"}  # names in the files, where they differ
 
 
 def golden_inputs(file):
-    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "z")
-    arrays = {name: np.moveaxis(file[name], 1, 2) if name in BY_TOKEN else file[name] for name in names}
+    stored = {name: file[STORED.get(name, name)] for name in (*BY_TOKEN, "A", "D", "dt_bias")}
+    arrays = {name: np.moveaxis(array, 1, 2) if name in BY_TOKEN else array for name, array in stored.items()}
     state = np.zeros((file["u"].shape[0], *file["A"].shape), np.float32)
     return jax.tree.map(jnp.asarray, arrays | {"initial_state": state})
 
@@ -43,9 +44,9 @@ def test_golden_scan(name, implementation):
         y, state, gradients = run(implementation, arrays, None, (weights[0], weight * weights[1]))
         assert error(np.moveaxis(y, 1, 2), file["out"]) <= 5e-6
         assert error(state, file["last_state"]) <= 5e-6
-        for key in (*BY_TOKEN, "A", "D", "delta_bias"):
+        for key in (*BY_TOKEN, "A", "D", "dt_bias"):
             ours = np.moveaxis(gradients[key], 1, 2) if key in BY_TOKEN else gradients[key]
-            assert error(ours, file[prefix + key]) <= 2e-5, (prefix, key)
+            assert error(ours, file[prefix + STORED.get(key, key)]) <= 2e-5, (prefix, key)
     plain = {key: x for key, x in arrays.items() if key != "z"} | {"D": np.zeros_like(arrays["D"])}
     y, _, _ = run(implementation, plain, None, weights)
     assert error(np.moveaxis(y, 1, 2), file["out_noD_noz"]) <= 5e-6
@@ -56,7 +57,7 @@ def test_golden_step(implementation):
     """One token from a given state: what decoding does."""
     file = GOLDENS["mamba_conv_step_a"]
     tokens = {key: file[f"ssm_step_{old}"][:, None] for key, old in zip(BY_TOKEN, ("x", "dt", "B", "C", "z"), strict=True)}
-    weights = {key: file[f"ssm_step_{old}"] for key, old in (("A", "A"), ("D", "D"), ("delta_bias", "dt_bias"))}
+    weights = {key: file[f"ssm_step_{old}"] for key, old in (("A", "A"), ("D", "D"), ("dt_bias", "dt_bias"))}
     arrays = jax.tree.map(jnp.asarray, tokens | weights | {"initial_state": file["ssm_step_state_in"]})
     y, state = IMPLEMENTATIONS[implementation](**arrays)
     np.testing.assert_allclose(y[:, 0], file["ssm_step_out"], atol=3e-6, rtol=0)
@@ -135,7 +136,7 @@ def test_reset_at_every_offset(implementation):
         assert error(ours[0][i], exact[0][i]) <= 1e-6, i
         for key in (*BY_TOKEN, "initial_state"):
             assert error(ours[2][key][i], exact[2][key][i]) <= 1e-5, (i, key)
-    for key in ("A", "D", "delta_bias", "reset_state"):
+    for key in ("A", "D", "dt_bias", "reset_state"):
         assert error(ours[2][key], exact[2][key]) <= 1e-5, key
     assert not np.any(ours[2]["initial_state"][0])  # row 0 is reset at its first token
 
@@ -149,7 +150,7 @@ def test_no_gradient_crosses_segments(implementation):
     for own in range(3):
         weights = (np.ones((1, 70, 5), np.float32) * (segments == own)[..., None], np.zeros((1, 5, 4), np.float32))
         _, _, gradients = run(implementation, arrays, reset, weights)
-        for key in ("u", "delta", "B", "C", "z"):
+        for key in ("u", "dt", "B", "C", "z"):
             per_token = np.abs(gradients[key][0]).max(axis=-1)
             assert np.all(per_token[segments[0] != own] == 0.0), (own, key)
             assert np.all(per_token[segments[0] == own] > 0.0), (own, key)
@@ -171,7 +172,7 @@ def test_segment_ids_mark_the_same_resets(implementation):
 def test_packed_documents_after_a_shared_prefix(implementation):
     """Prefix run once, its state given to every document of a row: the same as prefix + document, each alone."""
     arrays, _ = make_inputs(Shape(1, 8 + 20 + 13, 5, 4), 7)
-    weights = {key: arrays[key] for key in ("A", "D", "delta_bias")}
+    weights = {key: arrays[key] for key in ("A", "D", "dt_bias")}
     scan = functools.partial(IMPLEMENTATIONS[implementation], **weights)
     tokens = lambda *spans: {key: jnp.concatenate([arrays[key][:, i:j] for i, j in spans], axis=1) for key in BY_TOKEN}  # noqa: E731
     _, state = scan(**tokens((0, 8)))

@@ -11,11 +11,11 @@ from metajax.models.lm import LM
 from metajax.models.presets import hymba_1_5b, hymba_300m
 
 TOKENS = 8000
-PLAIN = {"hybrid.meta_tokens": 0, "hybrid.kv_groups": (), "hybrid.full_layers": ()}
+PLAIN = {"hybrid.prefix_tokens": 0, "hybrid.kv_groups": (), "hybrid.full_layers": ()}
 NARROW = {**PLAIN, "window": None, "hybrid.head_dim": 64, "hybrid.value_dim": 64}
-NO_META = {"hybrid.meta_tokens": 0}
+NO_META = {"hybrid.prefix_tokens": 0}
 MAMBA = {**PLAIN, "hybrid.fusion": "mamba", "layers": 24, "window": None}
-LLAMA = {"width": 1080, "heads": 12, "hybrid.fusion": "attention", "hybrid.head_dim": 72, "hybrid.meta_tokens": 0}
+LLAMA = {"width": 1080, "heads": 12, "hybrid.fusion": "attention", "hybrid.head_dim": 72, "hybrid.prefix_tokens": 0}
 ROWS = {
     "1.5B": (hymba_1_5b(), 78.60),
     "1": (hymba_300m(**MAMBA), 1.87),
@@ -28,7 +28,7 @@ ROWS = {
     "8": (hymba_300m(**{**NO_META, "hybrid.kv_groups": ()}), 41.19),
     "9": (hymba_300m(**NO_META), 39.42),
     "10": (hymba_300m(**LLAMA), 28.98),
-    "12": (hymba_300m(**{**MAMBA, "hybrid.meta_tokens": 128}), 1.87),
+    "12": (hymba_300m(**{**MAMBA, "hybrid.prefix_tokens": 128}), 1.87),
     "13": (hymba_300m(), 40.01),
 }
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from metajax.config import Clip, Config, Data, ImageConfig, Images, MetaTokens, Model, Prompts, Runtime
-from metajax.models.flops import batch_pairs, flops_per_token, matmul_flops, pair_flops, step_flops
+from metajax.models.flops import flops_per_token, matmul_flops, pair_flops, step_flops
+from metajax.models.mixers import MIXERS
+from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
 from metajax.vision.clip.model import CLIP
 from metajax.vision.flops import image_cost, image_step_flops
@@ -63,7 +65,7 @@ def test_dense_count_equals_the_programs_own(name):
     second = SLOTS if name == "meta_causal" else metas
     dense = sum(v * ROWS * (second if part == "meta_attention" else SLOTS) for part, v in parts.items())
     pairs = ROWS * (SLOTS**2 + second**2)
-    assert dense + model_config.layers * pair_flops(config) * pairs == counted
+    assert dense + model_config.layers * MIXERS["attention"].pair_flops(model_config) * pairs == counted
 
 
 @pytest.mark.parametrize(("window", "form"), [(None, "gathered"), (3, "gathered"), (3, "causal"), (None, "dense_causal")])
@@ -85,9 +87,12 @@ def test_pairs_equal_a_brute_force_count(window, form):
                     causal += window is None or q - k <= window
                     both = q in slots[b] and k in slots[b]
                     meta += {"gathered": both, "causal": True, "dense_causal": both or q not in slots[b]}[form]
-    assert batch_pairs(config, batch) == (causal, meta)
+    spec, names = layer_specs(config.model, config.meta_tokens)[0], ("attention", "meta_attention")
+    assert tuple(MIXERS[name].pairs(spec, batch, 0) for name in names) == (causal, meta)
+    cost = config.model.layers * MIXERS["attention"].pair_flops(config.model)
+    assert pair_flops(config, batch) == dict(zip(names, (cost * causal, cost * meta), strict=True))
     unused = np.concatenate([slots, np.full((2, 3), 32)], axis=1)  # of a row that has fewer meta-tokens than room for them
-    assert batch_pairs(config, batch | {"meta_slots": unused}) == (causal, meta)
+    assert MIXERS["meta_attention"].pairs(spec, batch | {"meta_slots": unused}, 0) == meta
 
 
 def test_a_step_costs_three_forward_passes_and_a_row_of_one_document_costs_flops_per_token():

@@ -11,13 +11,13 @@ from metajax.config import Config, Hybrid, MetaTokens, Model, Runtime
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.models import presets
-from metajax.models.hybrid import layer_runs
 from metajax.models.lm import LM, decay_mask, named_params, param_count
+from metajax.models.specs import layer_runs
 
 T, VOCAB, M = 24, 32, 7
 CFG = Model(
     layers=3, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=4, init_std=0.15,
-    hybrid=Hybrid(meta_tokens=M, full_layers=(0,), kv_groups=(1, 2), state=4),
+    hybrid=Hybrid(prefix_tokens=M, full_layers=(0,), kv_groups=(1, 2), state=4),
 )  # fmt: skip
 LENGTHS = [[9, 11, 4], [2, 14, 5]]  # the second row ends in padding
 SEGMENTS = jnp.array([np.repeat([1, 2, 3, 0], [*n, T - sum(n)]) for n in LENGTHS])
@@ -77,7 +77,7 @@ def test_the_released_grouping():
     assert (cfg.hybrid.full_layers, cfg.rope_factor, cfg.dt_rank, cfg.value_dim) == ((0, 15, 31), 7.0, 100, 128)
     runs = [(len(group), count, group[0].window) for group, count in layer_runs(cfg)]
     assert runs == [(1, 1, None), (2, 7, 1024), (1, 1, None), (3, 1, 1024), (2, 6, 1024), (1, 1, None)]
-    assert sum(kind.owns_kv * count for group, count in layer_runs(cfg) for kind in group) == 17
+    assert sum(layer.owns_kv * count for group, count in layer_runs(cfg) for layer in group) == 17
 
 
 def test_rows_of_the_component_ablation_have_the_printed_attention_share():
@@ -95,7 +95,7 @@ def test_rows_of_the_component_ablation_have_the_printed_attention_share():
             lambda c=cfg: LM(c, vocab_size=8, max_length=1, meta=None, runtime=Runtime(), key=jax.random.key(0))
         )
         parts = param_count(model)
-        mamba = sum(parts[name] for name in ("mamba", "step_norm", "b_norm", "c_norm", "output"))
+        mamba = sum(parts[name] for name in ("mamba", "dt_norm", "b_norm", "c_norm", "output"))
         assert mamba / parts["attention"] == pytest.approx(ratio, abs=0.01)
 
 
@@ -105,17 +105,16 @@ def test_rows_of_the_component_ablation_have_the_printed_attention_share():
 def prepended(model, x):
     """The same parameters with the meta tokens literally in front of each document, one document a row: the tokens' outputs."""
     literal = jax.tree.map(lambda leaf: leaf, model)
-    literal.blocks = jax.tree.map(lambda leaf: leaf, model.blocks)
-    literal.blocks.cfg = override(CFG, {"hybrid.meta_tokens": 0})
-    for run in literal.blocks.runs:
-        for layer in run.layers:
-            heads = layer.mixer.attention
-            heads.mask = type(heads.mask)(heads.mask.window, prefix=M)
+    literal.cfg, literal.prefix = override(CFG, {"hybrid.prefix_tokens": 0}), None
+    for run in literal.blocks:
+        for layer in run:
+            attention = layer.mixer.attention
+            attention.mask = type(attention.mask)(attention.mask.window, prefix=M)
     out = jnp.zeros_like(x)
     longest = M + max(map(max, LENGTHS))
     places = [(row, sum(n[:i]), length) for row, n in enumerate(LENGTHS) for i, length in enumerate(n)]
     texts = [x[row, start : start + length] for row, start, length in places]
-    rows = [jnp.concatenate([model.blocks.meta_tokens[...], text]) for text in texts]
+    rows = [jnp.concatenate([model.prefix[...], text]) for text in texts]
     batch = jnp.stack([jnp.pad(row, ((0, longest - len(row)), (0, 0))) for row in rows])
     segments = jnp.array([[i < M + length for i in range(longest)] for *_, length in places], jnp.int32)
     y, _ = decode(literal, batch, jnp.broadcast_to(jnp.arange(longest), segments.shape), segments)
@@ -142,13 +141,13 @@ def test_the_prefix_equals_meta_tokens_in_front_of_each_document():
         (_, literal), literal_grads = objective(prepended)(model, x)
     assert_close(packed, literal)
     assert_close(packed_grads, literal_grads)
-    assert np.abs(packed_grads[0].blocks.meta_tokens[...]).min() > 0
+    assert np.abs(packed_grads[0].prefix[...]).min() > 0
 
 
 @pytest.mark.parametrize(
     "hybrid",
-    [{"fusion": "attention"}, {"fusion": "mamba", "kv_groups": ()}, {}, {"meta_tokens": 0}],
-    ids=["attention", "mamba", "both", "without_meta"],
+    [{"fusion": "attention"}, {"fusion": "mamba", "kv_groups": ()}, {}, {"prefix_tokens": 0}],
+    ids=["attention", "mamba", "both", "without_prefix"],
 )
 def test_no_document_sees_another(hybrid):
     """Input gradients between documents are exactly zero: attention, shared keys, convolution and scan, alone and together."""
@@ -186,7 +185,7 @@ def test_every_form_builds_and_every_parameter_has_a_gradient(form):
     gradient = jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens, positions=POSITIONS, segment_ids=SEGMENTS)))))(model)
     for name, g in named_params(gradient).items():
         assert np.all(np.isfinite(g[...])) and np.any(g[...]), name
-    assert len(model.blocks.runs) == 1, "layers that are alike are one stack"
+    assert len(model.blocks) == 1, "layers that are alike are one stack"
 
 
 def test_layers_without_a_feed_forward_network():
@@ -198,12 +197,12 @@ def test_layers_without_a_feed_forward_network():
 
 def test_decay_is_for_matrices_embeddings_and_meta_tokens():
     undecayed = {name.split(".")[-1] for name, m in named_params(decay_mask(build())).items() if not m.get_raw_value()}
-    assert undecayed == {"scale", "conv_bias", "step_bias", "log_rate", "skip"}
+    assert undecayed == {"scale", "conv_bias", "dt_bias", "A_log", "D"}
 
 
 def test_step_bias_of_mamba_is_a_step_size_in_its_range():
     fresh = LM(changed(dt_init="mamba"), vocab_size=8, max_length=1, meta=None, runtime=Runtime(), key=jax.random.key(0))
-    bias = fresh.blocks.runs[0].layers[0].mixer.mamba.step_bias[...]
+    bias = fresh.blocks[0][0].mixer.mamba.dt_bias[...]
     steps = jax.nn.softplus(bias)
     assert float(steps.min()) >= 0.99e-3 and float(steps.max()) <= 0.101 and float(steps.max() / steps.min()) > 5
 

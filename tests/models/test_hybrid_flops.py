@@ -10,15 +10,17 @@ from test_flops import dot_flops
 
 from metajax.config import Config, Data, Hybrid, Model, Runtime
 from metajax.core.fields import override
-from metajax.models import hybrid_flops
-from metajax.models.flops import flops_per_token, matmul_flops, step_flops
+from metajax.models.flops import flops_per_token, matmul_flops, pair_flops, step_flops
+from metajax.models.mixers import MIXERS
+from metajax.models.mixers.mamba import scan_operations
 from metajax.models.presets import hymba_1_5b
+from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
 
 VOCAB, SLOTS, ROWS, METAS = 64, 24, 2, 3
 MODEL = Model(
     layers=4, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=5,
-    hybrid=Hybrid(meta_tokens=METAS, full_layers=(0,), kv_groups=(1, 3), state=4),
+    hybrid=Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 3), state=4),
 )  # fmt: skip
 FORMS = {
     "mean": {},
@@ -42,10 +44,10 @@ def test_matrix_products_equal_the_programs_own(form):
     counted = dot_flops(jax.make_jaxpr(lambda m: m(tokens, positions=tokens, segment_ids=tokens + 1))(model).jaxpr)
     parts = matmul_flops(config, VOCAB)
     head, _ = parts.pop("head"), parts.pop("scan", 0)  # the scan has no matrix product in it
-    attending = sum(kind.attends for kind in hybrid_flops.layers_of(config.model))
+    attending = sum("attention" in spec.mixers for spec in layer_specs(config.model))
     dense_pairs = attending * (ROWS * SLOTS * (METAS + SLOTS) + METAS**2)
     slots = ROWS * SLOTS
-    assert (slots + METAS) * sum(parts.values()) + slots * head + hybrid_flops.pair_operations(
+    assert (slots + METAS) * sum(parts.values()) + slots * head + MIXERS["attention"].pair_flops(
         config.model
     ) * dense_pairs == counted
 
@@ -61,7 +63,9 @@ def test_pairs_equal_a_brute_force_count():
             for length in row:
                 for q in range(METAS, METAS + length):  # the document behind its meta tokens
                     count += sum(k <= q and (k < METAS or window is None or q - k <= window) for k in range(METAS + length))
-    assert hybrid_flops.batch_pairs(MODEL, {"segment_ids": segments, "positions": positions}) == count
+    assert pair_flops(config_of(MODEL), {"segment_ids": segments, "positions": positions}) == {
+        "attention": count * MIXERS["attention"].pair_flops(MODEL)
+    }
 
 
 def test_the_scans_count_follows_from_its_recurrence():
@@ -87,7 +91,7 @@ def test_the_scans_count_follows_from_its_recurrence():
         return readout * z.silu()
 
     token(5)
-    assert hybrid_flops.scan_operations(3, 5) == 3 * Counted.total
+    assert scan_operations(3, 5) == 3 * Counted.total
 
 
 def test_a_row_of_one_document_costs_flops_per_token():
@@ -101,5 +105,5 @@ def test_a_row_of_one_document_costs_flops_per_token():
 def test_sharing_saves_the_projections_of_keys_and_values():
     shared = hymba_1_5b()
     alone = dataclasses.replace(shared, hybrid=dataclasses.replace(shared.hybrid, kv_groups=()))
-    saved = hybrid_flops.token_flops(alone)["attention"] - hybrid_flops.token_flops(shared)["attention"]
+    saved = matmul_flops(config_of(alone), VOCAB)["attention"] - matmul_flops(config_of(shared), VOCAB)["attention"]
     assert saved == 2 * 15 * 1600 * (320 + 640), "15 of 32 layers reuse"

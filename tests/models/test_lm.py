@@ -109,7 +109,7 @@ def test_initial_values():
         else:
             residual = ".output." in name or ".down." in name
             assert float(jnp.std(param[...])) == pytest.approx(0.2 / 2 if residual else 0.2, rel=0.1), name
-    first, second = named_params(model)["blocks.mlp.up.w"][...]
+    first, second = named_params(model)["blocks.0.0.mlp.up.w"][...]
     assert not np.allclose(first, second)
 
 
@@ -219,10 +219,10 @@ def test_unroll_and_remat_change_nothing(unroll, remat):
 
 def test_captures_rebuild_the_residual_stream():
     model = build()
-    names = ("residual", "attention_out", "meta_out", "mlp_out", "attention_probabilities", "attention_lse", "final")
+    names = ("residual", "mixer_out", "meta_out", "mlp_out", "attention_probabilities", "attention_lse", "final")
     logits, c = run(model, capture=names)
     np.testing.assert_allclose(logits, run(model), atol=1e-5)
-    after = c["residual"] + c["attention_out"] + c["meta_out"] + c["mlp_out"]
+    after = c["residual"] + c["mixer_out"] + c["meta_out"] + c["mlp_out"]
     np.testing.assert_allclose(after[:-1], c["residual"][1:], atol=1e-5)
     np.testing.assert_allclose(model.final_norm(after[-1]), c["final"], atol=1e-5)
     np.testing.assert_allclose(model.unembed(c["final"]), logits, atol=1e-5)
@@ -269,10 +269,10 @@ def test_swiglu_untied_rmsnorm():
     model = build(cfg, None)
     names = named_params(model)
     assert names["unembedding"].shape == (VOCAB, 16)
-    assert "blocks.mlp.gate.w" in names
+    assert "blocks.0.0.mlp.gate.w" in names
     x = jax.random.normal(jax.random.key(0), (B, T, 16))
-    gate, up, down = (getattr(model.blocks.mlp, part).w[...][0] for part in ("gate", "up", "down"))
-    first = jax.tree.map(lambda w: w[0], model.blocks.mlp)
+    gate, up, down = (getattr(model.blocks[0][0].mlp, part).w[...][0] for part in ("gate", "up", "down"))
+    first = jax.tree.map(lambda w: w[0], model.blocks[0][0].mlp)
     np.testing.assert_allclose(first(x), (x @ gate / (1 + jnp.exp(-(x @ gate))) * (x @ up)) @ down, atol=1e-5)
     norm = Norm(cfg)(x)
     np.testing.assert_allclose(norm, x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-5), atol=1e-5)

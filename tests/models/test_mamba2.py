@@ -7,7 +7,8 @@ import pytest
 
 from metajax.core.errors import UserError
 from metajax.core.fields import override
-from metajax.models.mamba2 import CHUNK, chunked_scan
+from metajax.models.mixers.base import LayerSpec
+from metajax.models.mixers.mamba2 import CHUNK, Mamba2, chunked_scan
 from metajax.models.presets import hymba_300m
 
 B, H, P, N = 2, 3, 4, 5
@@ -17,7 +18,7 @@ def operands(length, starts, seed=0):
     rng = np.random.default_rng(seed)
     shapes = {"x": (B, length, H, P), "b": (B, length, N), "c": (B, length, N), "initial": (B, H, P, N), "reset": (H, P, N)}
     made = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    made["steps"], made["rates"] = np.exp(rng.normal(size=(B, length, H)) - 1), -np.exp(rng.normal(size=H))
+    made["dt"], made["A"] = np.exp(rng.normal(size=(B, length, H)) - 1), -np.exp(rng.normal(size=H))
     made["segments"] = np.zeros((B, length), np.int32)
     for row, at in starts:
         made["segments"][row, at:] += 1
@@ -31,13 +32,13 @@ def recurrence(m):
         for row in range(B):
             if t and m["segments"][row, t] != m["segments"][row, t - 1]:
                 h[row] = m["reset"]
-        decay = np.exp(m["steps"][:, t] * m["rates"])[..., None, None]
-        h = decay * h + np.einsum("bh,bhp,bn->bhpn", m["steps"][:, t], m["x"][:, t], m["b"][:, t])
+        decay = np.exp(m["dt"][:, t] * m["A"])[..., None, None]
+        h = decay * h + np.einsum("bh,bhp,bn->bhpn", m["dt"][:, t], m["x"][:, t], m["b"][:, t])
         out.append(np.einsum("bhpn,bn->bhp", h, m["c"][:, t]))
     return np.stack(out, 1), h
 
 
-scan = jax.jit(lambda m: chunked_scan(m["x"], m["steps"], m["rates"], m["b"], m["c"], m["segments"], m["initial"], m["reset"]))
+scan = jax.jit(lambda m: chunked_scan(m["x"], m["dt"], m["A"], m["b"], m["c"], m["segments"], m["initial"], m["reset"]))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_chunks_do_what_the_recurrence_does(length, starts):
 
 def test_no_document_reaches_another():
     made = jax.tree.map(jnp.asarray, operands(CHUNK + 20, [(0, 30), (1, CHUNK + 2)]))
-    inside = {name: made.pop(name) for name in ("x", "steps", "b", "c")}
+    inside = {name: made.pop(name) for name in ("x", "dt", "b", "c")}
 
     def of_second(inside):
         y, _ = scan(made | inside)
@@ -74,7 +75,7 @@ def test_no_document_reaches_another():
 def test_two_calls_joined_by_the_state_are_one():
     made = jax.tree.map(jnp.asarray, operands(CHUNK + 9, [(0, CHUNK)]))
     whole, last = scan(made)
-    parts = lambda cut: {n: v[:, cut] if n in ("x", "steps", "b", "c", "segments") else v for n, v in made.items()}  # noqa: E731
+    parts = lambda cut: {n: v[:, cut] if n in ("x", "dt", "b", "c", "segments") else v for n, v in made.items()}  # noqa: E731
     first, state = scan(parts(slice(None, 41)))
     second, joined = scan(parts(slice(41, None)) | {"initial": state})
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5 * float(jnp.abs(whole).max()))
@@ -82,5 +83,6 @@ def test_two_calls_joined_by_the_state_are_one():
 
 
 def test_heads_must_fit():
-    with pytest.raises(UserError, match=r"2016 channels .* no whole number of heads of 64"):
-        override(hymba_300m(), {"hybrid.ssm": "mamba2", "width": 1008, "position": "none"})
+    cfg = override(hymba_300m(), {"hybrid.ssm": "mamba2", "width": 1008, "position": "none"})
+    with pytest.raises(UserError, match=r"2016 channels"):
+        Mamba2(cfg, LayerSpec(), "auto", jax.random.key(0))

@@ -24,8 +24,8 @@ NONE = jnp.zeros((B, 0), jnp.int32)
 
 def first_layer(model, x):
     """(q, k, v) of the second attention in the first block, [B, T, H or KV, D], not rotated, in float64 NumPy."""
-    block = jax.tree.map(lambda w: w[0], model.blocks)
-    return [np.asarray(y, np.float64) for y in block.meta_attention.projections.split(block.meta_norm(x), None)], block
+    block = jax.tree.map(lambda w: w[0], model.blocks[0][0])
+    return [np.asarray(y, np.float64) for y in block.meta_attention.split(block.meta_norm(x), None)], block
 
 
 def rotated(x, positions):
@@ -36,7 +36,7 @@ def rotated(x, positions):
 
 def second_attention(model, captured, forbidden, positions=POSITIONS, dtype=np.float64):
     """The second attention as the paper writes it, a mask P of 0 and `forbidden` added to the scores, in arithmetic of `dtype`."""
-    (q, k, v), block = first_layer(model, captured["residual"][0] + captured["attention_out"][0])
+    (q, k, v), block = first_layer(model, captured["residual"][0] + captured["mixer_out"][0])
     q, k = rotated(q, positions), rotated(k, positions)
     k, v = (np.repeat(y, q.shape[2] // k.shape[2], axis=2) for y in (k, v))
     scores = (np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])).astype(dtype)
@@ -47,7 +47,7 @@ def second_attention(model, captured, forbidden, positions=POSITIONS, dtype=np.f
         weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights = np.nan_to_num(weights / weights.sum(-1, keepdims=True))  # a row that forbids everything: 0
     out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    out = np.asarray(block.meta_attention.projections.merge(jnp.asarray(out, jnp.float32)))
+    out = np.asarray(block.meta_attention.merge(jnp.asarray(out, jnp.float32)))
     return np.where(np.isneginf(forbidden) & ~IS_META[..., None], 0, out)
 
 
@@ -64,7 +64,7 @@ def second_attention(model, captured, forbidden, positions=POSITIONS, dtype=np.f
 def test_each_form_is_the_papers_formula_under_its_constant(form, forbidden, dtype):
     """What a finite constant makes of ordinary rows (it cancels, or rounds the scores away) is what the forms say."""
     model = build(meta=MetaTokens(attention=form))
-    _, captured = run(model, capture=("residual", "attention_out", "meta_out"))
+    _, captured = run(model, capture=("residual", "mixer_out", "meta_out"))
     np.testing.assert_allclose(captured["meta_out"][0], second_attention(model, captured, forbidden, dtype=dtype), atol=2e-5)
 
 
@@ -119,12 +119,12 @@ def test_zeroed_positions_are_left_out_of_the_embedding_or_rotate_by_nothing():
 @pytest.mark.parametrize("form", ["gathered", "dense"])
 def test_the_scope_of_zeroed_positions_is_one_attention(form):
     model = build(meta=MetaTokens(attention=form))
-    names = ("residual", "attention_out", "meta_out")
+    names = ("residual", "mixer_out", "meta_out")
     scopes = {
         scope: run(with_intervention(model, zero_position=scope), capture=names)[1]
         for scope in ("none", "causal", "meta", "both")
     }
-    first = {scope: np.asarray(captured["attention_out"][0]) for scope, captured in scopes.items()}
+    first = {scope: np.asarray(captured["mixer_out"][0]) for scope, captured in scopes.items()}
     assert np.array_equal(first["causal"], first["both"])
     assert np.array_equal(first["meta"], first["none"])
     assert np.abs(first["both"] - first["none"]).max() > 1e-4

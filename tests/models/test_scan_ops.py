@@ -70,12 +70,12 @@ from metajax.models import ops
 from metajax.distributed.mesh import make_mesh
 
 B, T, C, N = 8, 12, 5, 3
-shapes = dict(u=(B, T, C), delta=(B, T, C), A=(C, N), B=(B, T, N), C=(B, T, N), D=(C,), delta_bias=(C,), z=(B, T, C))
+shapes = dict(u=(B, T, C), dt=(B, T, C), A=(C, N), B=(B, T, N), C=(B, T, N), D=(C,), dt_bias=(C,), z=(B, T, C))
 shapes |= dict(initial_state=(B, C, N), reset_state=(C, N))
 arrays = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
 arrays["A"] = -jnp.exp(arrays["A"])
 taps = dict(x=arrays["u"], w=jax.random.normal(jax.random.key(11), (C, 4)), b=arrays["D"])
-taps |= dict(initial_tail=arrays["delta"][:, :3], reset_tail=arrays["delta"][0, 3:6])
+taps |= dict(initial_tail=arrays["dt"][:, :3], reset_tail=arrays["dt"][0, 3:6])
 segments = jnp.cumsum(jax.random.bernoulli(jax.random.key(12), 0.2, (B, T)), axis=1)
 
 def loss(function, arrays):

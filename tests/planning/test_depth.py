@@ -30,7 +30,7 @@ def hymba(layers):
     """Full attention in the first, a middle and the last layer; the others share keys and values in pairs."""
     pairs = (layers - 4) // 4
     groups = (1, *[2] * pairs, 1, *[2] * pairs, 1, 1)
-    mixers = Hybrid(meta_tokens=4, full_layers=(0, 1 + 2 * pairs, layers - 1), kv_groups=groups, state=4)
+    mixers = Hybrid(prefix_tokens=4, full_layers=(0, 1 + 2 * pairs, layers - 1), kv_groups=groups, state=4)
     return {"model.layers": layers, "model.window": 8, "model.hybrid": mixers}
 
 

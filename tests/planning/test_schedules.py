@@ -60,7 +60,7 @@ def test_a_schedule_that_cannot_be_read_is_told(monkeypatch, tiny_config):
 
 def test_layers_of_a_hybrid_share_a_kernel_and_differ_in_visits(spawned, tiny_config):
     """One layer in three sees all, two a window, with a prefix; the cost of a call is their mean. A v5p has two cores."""
-    mixers = Hybrid(meta_tokens=128, full_layers=(0,), state=8)
+    mixers = Hybrid(prefix_tokens=128, full_layers=(0,), state=8)
     config = tiny_config(**{"data.row_length": 1024, "model.layers": 3, "model.window": 256, "model.hybrid": mixers})
     scan = Call("selective_scan_forward", (("s32", (4, 8, 1, 4)), ("bf16", (4, 1024, 256))))
     prefix = Call("selective_scan_forward", (("s32", (1, 1, 1, 4)), ("f32", (1, 128, 256))))

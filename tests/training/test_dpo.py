@@ -27,7 +27,7 @@ MODELS = {
     "gpt": {"model.position": "learned", "model.bias": True},
     "llama": {"model.norm": "rmsnorm", "model.activation": "swiglu", "model.kv_heads": 1, "model.tied": False},
     "hymba": {
-        "model.hybrid": Hybrid(meta_tokens=3, state=4), "model.window": 8, "model.norm": "rmsnorm", "runtime.unroll": 1,
+        "model.hybrid": Hybrid(prefix_tokens=3, state=4), "model.window": 8, "model.norm": "rmsnorm", "runtime.unroll": 1,
         "runtime.implementation": "reference",
     },
 }  # fmt: skip

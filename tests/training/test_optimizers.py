@@ -113,7 +113,7 @@ def test_decay_reaches_matrices_and_embeddings_alone():
         for p, leaf in jax.tree_util.tree_leaves_with_path(decay_mask(model))
     }
     decayed = {name.removesuffix(".value") for name, flag in marked.items() if flag}
-    assert {"embedding", "positions", "blocks.mlp.up.w", "blocks.attention.projections.query.w"} <= decayed
+    assert {"embedding", "positions", "blocks.0.0.mlp.up.w", "blocks.0.0.mixer.attention.query.w"} <= decayed
     assert not any("norm" in name or name.endswith(".b") for name in decayed)
 
 

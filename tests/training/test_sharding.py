@@ -85,7 +85,7 @@ def test_eight_devices_equal_one(tiny_config, paths, tmp_path, kind, meshes):
 
     changes = {"data.batch_rows": 8, "model.width": 32, "meta_tokens": MetaTokens() if kind == "meta_tokens" else None}
     if kind == "hybrid":
-        mixers = Hybrid(meta_tokens=4, kv_groups=(2,), state=4)
+        mixers = Hybrid(prefix_tokens=4, kv_groups=(2,), state=4)
         changes |= {"model.hybrid": mixers, "model.layers": 2, "model.window": 8, "runtime.implementation": "reference"}
     config = tiny_config(**changes)
     done = subprocess.run(

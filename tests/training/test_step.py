@@ -37,7 +37,7 @@ def run(config, paths, steps):
 
 
 def test_a_hybrid_model_learns(tiny_config, paths):
-    mixers = Hybrid(meta_tokens=4, full_layers=(0,), kv_groups=(1, 2), state=4)
+    mixers = Hybrid(prefix_tokens=4, full_layers=(0,), kv_groups=(1, 2), state=4)
     fields = {"model.hybrid": mixers, "model.layers": 3, "model.window": 8, "model.norm": "rmsnorm", "model.init_std": 0.1}
     config = tiny_config(
         **fields, **{"runtime.unroll": 1, "runtime.implementation": "reference", "optimizer.learning_rate": 0.02}

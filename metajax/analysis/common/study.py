@@ -157,7 +157,7 @@ def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
 
 
 def capture(model: LM, batch: Arrays, *names: str) -> dict[str, jax.Array]:
-    """Intermediates of `metajax.models.lm.CAPTURABLE` for a batch, stacked over the prompts first: [B, L, ...]; "final" is [B, T, width]."""
+    """Intermediates of `metajax.models.lm.capturable` for a batch, stacked over the prompts first: [B, L, ...]; "final" is [B, T, width]."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     _, captured = model(inputs.pop("tokens"), **inputs, capture=names)
     return {name: value if name == "final" else jnp.moveaxis(value, 1, 0) for name, value in captured.items()}

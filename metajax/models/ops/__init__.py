@@ -1,4 +1,4 @@
-"""The one door to kernels. A model says what it attends to; `implementation` and the platform say how it is computed.
+"""The one entry to the kernels. A model says what it attends to; `implementation` and the platform say how it is computed.
 
 "auto" is settled when the program is lowered, for the platform it is lowered for, so that a program planned for
 another platform holds that platform's kernels.
@@ -38,11 +38,11 @@ _STATE = ("batch", "ssm", None)
 _SEGMENTS = ("batch", None)
 ATTENTION_AXES = {
     "q": ("batch", "length", "heads", None), "k": _KEYS, "v": _KEYS, "expiry": _SEGMENTS,
-    "meta_k": (None, "kv_heads", None), "meta_v": (None, "kv_heads", None), "q_offset": (),
+    "prefix_k": (None, "kv_heads", None), "prefix_v": (None, "kv_heads", None), "q_offset": (),
 }  # fmt: skip
 SCAN_AXES = {
-    "u": _CHANNELS, "delta": _CHANNELS, "A": ("ssm", None), "B": ("batch", "length", None), "C": ("batch", "length", None), "D": ("ssm",),
-    "delta_bias": ("ssm",), "z": _CHANNELS, "segment_ids": _SEGMENTS, "initial_state": _STATE, "reset_state": ("ssm", None),
+    "u": _CHANNELS, "dt": _CHANNELS, "A": ("ssm", None), "B": ("batch", "length", None), "C": ("batch", "length", None), "D": ("ssm",),
+    "dt_bias": ("ssm",), "z": _CHANNELS, "segment_ids": _SEGMENTS, "initial_state": _STATE, "reset_state": ("ssm", None),
 }  # fmt: skip
 CONV_AXES = {
     "x": _CHANNELS, "w": ("ssm", None), "b": ("ssm",), "segment_ids": _SEGMENTS,
@@ -57,19 +57,19 @@ def attention(
     *,
     mask: Mask,
     segment_ids: Int[Array, "B S"],
-    meta_k: Float[Array, "M KV Dq"] | None = None,
-    meta_v: Float[Array, "M KV Dv"] | None = None,
+    prefix_k: Float[Array, "M KV Dq"] | None = None,
+    prefix_v: Float[Array, "M KV Dv"] | None = None,
     q_offset: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Masked softmax attention with scale 1/sqrt(Dq): (out, lse), lse float32, the natural log of the sum of exponentials.
 
-    Grouped heads: query head h reads KV head h // (H / KV). Every query sees the keys `meta_k` too. Query row t stands at
+    Grouped heads: query head h reads KV head h // (H / KV). Every query sees the keys `prefix_k` too. Query row t is at
     key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
     Raises UserError for an unknown implementation, and for one that does not take the dtype or the platform.
     """
     window = None if mask.prefix else mask.window  # how far back keys can be seen
-    return _attention(q, k, v, mask.expiry(segment_ids), implementation, window, meta_k, meta_v, q_offset)
+    return _attention(q, k, v, mask.expiry(segment_ids), implementation, window, prefix_k, prefix_v, q_offset)
 
 
 def meta_attention(
@@ -77,16 +77,16 @@ def meta_attention(
     k: Float[Array, "B M KV Dq"],
     v: Float[Array, "B M KV Dv"],
     *,
-    slots: Int[Array, "B M"],
+    meta_positions: Int[Array, "B M"],
     segment_ids: Int[Array, "B T"],
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B M H Dv"], Float[Array, "B M H"]]:
-    """Attention among the meta-tokens of a row: `q`, `k`, `v` are already gathered at `slots`, sorted row indices.
+    """Attention among the meta-tokens of a row: `q`, `k`, `v` are already gathered at `meta_positions`, sorted.
 
     A meta-token sees itself and the earlier meta-tokens of its own segment (learned meta-tokens, arXiv 2509.16278).
-    A slot >= T is unused: its output is 0. Raises UserError as `attention` does.
+    A position >= T is unused: its output is 0. Raises UserError as `attention` does.
     """
-    return _attention(q, k, v, gathered_expiry(segment_ids, slots), implementation)
+    return _attention(q, k, v, gathered_expiry(segment_ids, meta_positions), implementation)
 
 
 def join_past(
@@ -103,7 +103,7 @@ def join_past(
 
     Two softmaxes over disjoint keys are joined by their log-sum-exp. Raises UserError as `attention` does.
     """
-    last = k.shape[1] + q.shape[1]  # behind the last query, when they stand behind all these keys
+    last = k.shape[1] + q.shape[1]  # after the last query, since the queries follow all these keys
     past_out, past_lse = _attention(q, k, v, jnp.where(visible, last, 0), implementation, q_offset=k.shape[1])
     total = jnp.logaddexp(lse, past_lse)
     finite = jnp.where(total == -jnp.inf, 0.0, total)  # a query without any key: weights exp(-inf - 0) = 0, not NaN
@@ -118,8 +118,8 @@ def _attention(
     expiry: Array,
     implementation: str,
     window: int | None = None,
-    meta_k: Array | None = None,
-    meta_v: Array | None = None,
+    prefix_k: Array | None = None,
+    prefix_v: Array | None = None,
     q_offset: int | Array | None = None,
 ) -> tuple[Array, Array]:
     def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Array | int) -> tuple[Array, Array]:
@@ -129,20 +129,20 @@ def _attention(
     parts = parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
     if parts > 1:
         attend = functools.partial(attention_in_parts, attend, window)
-    elif isinstance(q_offset, int):  # known when the program is made: keys behind the queries are left out then
+    elif isinstance(q_offset, int):  # known when the program is made: keys after the queries are left out then
         attend, q_offset = functools.partial(attend, q_offset=q_offset), None
-    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "meta_k": meta_k, "meta_v": meta_v}
+    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "prefix_k": prefix_k, "prefix_v": prefix_v}
     return on_devices(attend, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
 
 
 def selective_scan(
     u: Float[Array, "B T C"],
-    delta: Float[Array, "B T C"],
+    dt: Float[Array, "B T C"],
     A: Float[Array, "C N"],
     B: Float[Array, "B T N"],
     C: Float[Array, "B T N"],
     D: Float[Array, " C"],
-    delta_bias: Float[Array, " C"],
+    dt_bias: Float[Array, " C"],
     z: Float[Array, "B T C"] | None = None,
     *,
     segment_ids: Int[Array, "B T"],
@@ -156,12 +156,12 @@ def selective_scan(
     Raises UserError as `attention` does.
     """
 
-    def scan(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array, **options: Array) -> tuple:
+    def scan(u: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, dt_bias: Array, **options: Array) -> tuple:
         auto = AUTO if u.shape[1] > 1 else {}
-        return dispatch(SELECTIVE_SCAN, auto, implementation, u, delta, A, B, C, D, delta_bias, **options)
+        return dispatch(SELECTIVE_SCAN, auto, implementation, u, dt, A, B, C, D, dt_bias, **options)
 
-    tokens = {"u": u, "delta": delta, "B": B, "C": C, "z": z, "segment_ids": segment_ids}
-    states = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state, "reset_state": reset_state}
+    tokens = {"u": u, "dt": dt, "B": B, "C": C, "z": z, "segment_ids": segment_ids}
+    states = {"A": A, "D": D, "dt_bias": dt_bias, "initial_state": initial_state, "reset_state": reset_state}
     parts = parts_of(u.shape[1])
     kernel = scan if parts == 1 else functools.partial(scan_in_parts, scan)
     return on_devices(kernel, SCAN_AXES, (_CHANNELS, _STATE), parts, **tokens, **states)
@@ -179,7 +179,7 @@ def causal_conv(
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
     """silu(b + causal depthwise convolution of width K, from 2 to 4) inside segments: (y, tail that a continued row must be given).
 
-    Before a segment stands `reset_tail` (None: zeros), before the row `initial_tail` (None: `reset_tail`), oldest first.
+    A segment follows `reset_tail` (None: zeros), the row `initial_tail` (None: `reset_tail`), oldest first.
     Raises UserError as `attention` does.
     """
 

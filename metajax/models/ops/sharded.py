@@ -71,7 +71,7 @@ def attention_in_parts(
         return attend(q, k, v, expiry, q_offset=here * length, **metas)
     if window:
         k, v = (jnp.concatenate([_from_before(x[:, length - window :]), x], axis=1) for x in (k, v))
-    first = here * length - window  # index of the first of these keys; in front of the row there is none, and expiry 0 hides it
+    first = here * length - window  # index of the first of these keys; before the row there is none, and expiry 0 hides it
     padded = jnp.pad(expiry, ((0, 0), (window, 0)))
     mine = jax.lax.dynamic_slice_in_dim(padded, here * length, window + length, axis=1) - first
     return attend(q, k, v, mine, q_offset=window, **metas)
@@ -85,7 +85,7 @@ def scan_in_parts(
     z: Float[Array, "B T C"] | None = None,
     **tokens: Array,
 ) -> tuple[Array, Array]:
-    """`scan` for one part of each row: (y of the part, state behind the whole row). `segment_ids` are those of the whole row.
+    """`scan` for one part of each row: (y of the part, state after the whole row). `segment_ids` are those of the whole row.
 
     A part is scanned twice: from zeros for the state that it makes, then from the state that the parts before it leave,
     h_i = decay_i h_(i-1) + made_i, where the decay of a part is exp(A sum of its steps), and 0 where a segment starts inside.
@@ -94,7 +94,7 @@ def scan_in_parts(
     ids, begins = _part_of(segment_ids, here, length)
     initial, reset = resolve_states(initial_state, reset_state, len(ids), tokens["A"].astype(jnp.float32))
     _, made = scan(**tokens, segment_ids=ids, initial_state=jnp.zeros_like(initial), reset_state=reset)
-    steps = jnp.sum(jax.nn.softplus(tokens["delta"].astype(jnp.float32) + tokens["delta_bias"]), axis=1)
+    steps = jnp.sum(jax.nn.softplus(tokens["dt"].astype(jnp.float32) + tokens["dt_bias"]), axis=1)
     starts_inside = jnp.any(segment_starts(ids), axis=1)
     decay = jnp.where(starts_inside[:, None, None], 0.0, jnp.exp(steps[:, :, None] * tokens["A"]))
     state, found = initial, []
@@ -113,7 +113,7 @@ def conv_in_parts(
     reset_tail: Float[Array, "tail C"] | None = None,
     **weights: Array,
 ) -> tuple[Array, Array]:
-    """`conv` for one part of each row: (y of the part, tail behind the whole row). `segment_ids` are those of the whole row."""
+    """`conv` for one part of each row: (y of the part, tail after the whole row). `segment_ids` are those of the whole row."""
     here, length = jax.lax.axis_index("context"), x.shape[1]
     ids, begins = _part_of(segment_ids, here, length)
     initial, reset = resolve_tails(x, weights["w"].shape[1], initial_tail, reset_tail)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from metajax.config import Clip, Model, Runtime
 from metajax.core.errors import nearest, require
 from metajax.distributed.rules import RESIDUAL_AXES, constrain
-from metajax.models.attention import Projections, Taps
 from metajax.models.layers import Mlp, Norm, normal_param, scan_layers
+from metajax.models.mixers.attention import Projections
+from metajax.models.mixers.base import Captures
 from metajax.vision.clip.convolution import Conv
 
 # What towers can return beside their features.
@@ -33,11 +34,11 @@ class Block(nnx.Module):
         self.attention, self.attention_norm = Projections(cfg, keys[0]), Norm(cfg)
         self.mlp, self.mlp_norm = Mlp(cfg, keys[1]), Norm(cfg)
 
-    def __call__(self, x: Float[Array, "B T width"], taps: Taps, *, causal: bool) -> Float[Array, "B T width"]:
-        taps.record("residual", x)
+    def __call__(self, x: Float[Array, "B T width"], captures: Captures, *, causal: bool) -> Float[Array, "B T width"]:
+        captures.record("residual", x)
         q, k, v = self.attention.split(self.attention_norm(x), None)
-        if taps.wants("attention_probabilities"):
-            taps.record("attention_probabilities", _probabilities(q, k, causal))
+        if captures.wants("attention_probabilities"):
+            captures.record("attention_probabilities", _probabilities(q, k, causal))
         x = x + self.attention.merge(jax.nn.dot_product_attention(q, k, v, is_causal=causal))
         return constrain(x + self.mlp(self.mlp_norm(x)), RESIDUAL_AXES)
 
@@ -60,9 +61,9 @@ class Transformer(nnx.Module):
             require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
 
         def body(x: Array, block: Block) -> tuple[Array, Captured]:
-            taps = Taps(capture)
-            x = block(x, taps, causal=self.causal)
-            return x, taps.values
+            captures = Captures(capture)
+            x = block(x, captures, causal=self.causal)
+            return x, captures.values
 
         return scan_layers(body, x, self.blocks, layers=self.layers, remat=self.remat, unroll=self.unroll)
 

@@ -1,0 +1,182 @@
+"""One layer of any model, and groups of layers, which are stacked and scanned.
+
+Training, prefill and decoding call the same `Layer`. A learned prefix (Hymba, arXiv 2411.13676: "meta tokens") is causal and comes first,
+so what it leaves in a layer does not depend on the document: it passes through the layers as one short row beside the batch, and every
+packed segment starts from what it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from metajax.config import Model
+from metajax.distributed.rules import RESIDUAL_AXES, constrain
+from metajax.models.layers import Linear, Mlp, Norm, gather_rows, scatter_add_rows
+from metajax.models.masks import meta_flags
+from metajax.models.mixers import MIXERS, Cache, Captures, LayerInputs, LayerSpec
+
+LAYER_CAPTURES = (
+    "residual",  # [L, B, T, width], the input of each layer
+    "mixer_out",  # [L, B, T, width], what the mixers add to the residual stream
+    "mlp_out",  # [L, B, T, width], what the feed-forward network adds
+)
+Left = dict[str, Any]  # what tokens leave in a layer, by mixer; see `Cache`
+
+
+class Joined(nnx.Module):
+    """The mixers of a layer on the same input, joined by an output map, [B, T, width] -> [B, T, width].
+
+    mean: W((norm(a) + norm(b)) / 2) (Hymba, equation 3; the equation leaves the half to the text); a narrower output is filled with
+    zeros, which is not stated in the paper. concat: W [norm(a), norm(b)]. A mixer alone has no norm.
+    """
+
+    def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
+        self.names, self.join = spec.mixers, spec.join
+        widths = [MIXERS[name].channels(cfg) for name in self.names]
+        first, other, last = jax.random.split(key, 3) if spec.split_keys else (key, None, jax.random.split(key, 4)[3])
+        for name, width in zip(self.names, widths, strict=True):
+            setattr(self, name, MIXERS[name](cfg, spec, implementation, first if name == "attention" else other))
+            if spec.branch_norm != "none":
+                setattr(self, f"{name}_norm", Norm(cfg, width=width, scaled=spec.branch_norm == "scaled"))
+        self.inner = sum(widths) if spec.join == "concat" else max(widths)
+        axes = ("heads" if spec.mixers == ("attention",) else "ssm", "embed")
+        self.output = Linear(last, (self.inner, cfg.width), std=spec.residual_std, bias=cfg.bias, axes=axes)
+
+    def __call__(
+        self, h: Float[Array, "B T width"], inputs: LayerInputs, cache: Cache, captures: Captures
+    ) -> tuple[Float[Array, "B T width"], Left]:
+        branches, left = [], {}
+        for name in self.names:
+            out, kept = getattr(self, name)(h, inputs, cache, captures)
+            norm = getattr(self, f"{name}_norm", None)
+            branches.append(out if norm is None else norm(out))
+            left |= {} if kept is None else {name: kept}
+        return self.output(self._join(branches)), left
+
+    def _join(self, branches: list[Array]) -> Float[Array, "B T inner"]:
+        if self.join == "concat":
+            return jnp.concatenate(branches, axis=-1)
+        if self.join == "alone":
+            return branches[0]
+        first, second = (jnp.pad(x, ((0, 0), (0, 0), (0, self.inner - x.shape[-1]))) for x in branches)
+        return (first + second) / 2
+
+
+class Layer(nnx.Module):
+    """x += Mixers(norm x); x += MetaAttention(norm x) at the meta-tokens; x += Mlp(norm x). norm_position "post" norms the sums instead.
+
+    Meta-attention is where "Language Modeling with Learned Meta-Tokens" (arXiv 2509.16278, section 3) has it; the place of its norm is
+    not stated in the paper.
+    """
+
+    def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        self.pre_norm, has_meta = cfg.norm_position == "pre", spec.meta_attention != "none"
+        self.mixer, self.mixer_norm = Joined(cfg, spec, implementation, keys[0]), Norm(cfg)
+        self.mlp, self.mlp_norm = (Mlp(cfg, keys[1], spec.residual_std), Norm(cfg)) if spec.mlp else (None, None)
+        self.meta_attention = MIXERS["meta_attention"](cfg, spec, implementation, keys[2]) if has_meta else None
+        self.meta_norm = Norm(cfg) if has_meta else None
+
+    def __call__(
+        self, x: Float[Array, "B T width"], inputs: LayerInputs, cache: Cache, captures: Captures
+    ) -> tuple[Float[Array, "B T width"], Left]:
+        """(residual stream, what these tokens leave in the mixers)."""
+        captures.record("residual", x)
+        change, left = self._change(x, self.mixer_norm, lambda h: self.mixer(h, inputs, cache, captures))
+        captures.record("mixer_out", change)
+        x = x + change
+        if self.meta_attention is not None:
+            x, kept = self._add_meta(x, inputs, cache, captures)
+            left |= {} if kept is None else {"meta_attention": kept}
+        if self.mlp is not None:
+            change, _ = self._change(x, self.mlp_norm, lambda h: (self.mlp(h), None))
+            captures.record("mlp_out", change)
+            x = x + change
+        return constrain(x, RESIDUAL_AXES), left
+
+    def _change(self, x: Array, norm: Norm, branch: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+        """What a branch adds to the residual stream, and what it leaves: branch(norm x), or norm(x + branch x) - x for post-norm."""
+        if self.pre_norm:
+            return branch(norm(x))
+        out, left = branch(x)
+        return norm(x + out) - x, left
+
+    def _add_meta(self, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures) -> tuple[Array, Any]:
+        """(residual stream with meta-attention, its keys and values). Ordinary tokens skip it, unless its form writes to all."""
+        if self.meta_attention.writes_everywhere:
+            return self._attend_meta(x, inputs, cache, captures)
+        if inputs.row_is_meta is None:  # not decoding
+            return (x, None) if inputs.meta_positions is None else self._attend_meta(x, inputs, cache, captures)
+        if "meta_attention" not in cache.past:  # no row will ever have a meta-token
+            return x, None
+        attend = lambda x: self._attend_meta(x, inputs, cache, Captures())  # noqa: E731
+        nothing = lambda x: (x, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(attend, x)[1]))  # noqa: E731
+        return jax.lax.cond(jnp.any(inputs.meta_positions < x.shape[1]), attend, nothing, x)
+
+    def _attend_meta(self, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures) -> tuple[Array, Any]:
+        positions, gathered = inputs.meta_positions, self.meta_attention.form == "gathered"
+        read = gather_rows(x, positions) if gathered else x
+        change, left = self._change(read, self.meta_norm, lambda h: self.meta_attention(h, inputs, cache, captures))
+        if gathered:
+            if captures.wants("meta_out"):
+                captures.record("meta_out", scatter_add_rows(jnp.zeros_like(x), positions, change))
+            return scatter_add_rows(x, positions, change), left
+        if not self.meta_attention.writes_everywhere:
+            change = jnp.where(meta_flags(positions, x.shape[1])[..., None], change, 0)
+        captures.record("meta_out", change)
+        return x + change, left
+
+
+def make_group(cfg: Model, specs: tuple[LayerSpec, ...], implementation: str, key: PRNGKeyArray) -> Sequence[Layer]:
+    """Layers that follow each other and are stacked as a whole."""
+    keys = jax.random.split(key, len(specs)) if specs[0].split_keys else [key]
+    return nnx.List([Layer(cfg, spec, implementation, k) for spec, k in zip(specs, keys, strict=True)])
+
+
+class Streams(NamedTuple):
+    """The two residual streams of a model with a learned prefix."""
+
+    x: Float[Array, "B T width"]
+    prefix: Float[Array, "1 M width"] | None  # None: no prefix, or what it leaves is known
+
+
+class Given(NamedTuple):
+    """What a group of layers need not compute, by layer."""
+
+    prefix: tuple[Left, ...] | None  # what the prefix leaves
+    past: tuple[Left, ...] | None  # when decoding: what earlier tokens left
+
+
+def apply_group(
+    layers: Sequence[Layer],
+    streams: Streams,
+    given: Given,
+    inputs: LayerInputs,
+    prefix_inputs: LayerInputs,
+    capture: tuple[str, ...],
+) -> tuple[Streams, dict[str, Any]]:
+    """(streams, captured) after the layers; captured values are stacked over the layers that have them."""
+    (x, prefix), of_prefix = streams, tuple(name.removeprefix("prefix_") for name in capture if name.startswith("prefix_"))
+    values: dict[str, list[Array]] = {}
+    cache, lefts = Cache({}, {}, {}), []
+    for i, layer in enumerate(layers):
+        prefix_captures, captures = Captures(of_prefix), Captures(capture)
+        before = given.prefix[i] if given.prefix is not None else {}
+        if prefix is not None:
+            prefix, before = layer(prefix, prefix_inputs, Cache({}, {}, cache.prefix), prefix_captures)
+        past = given.past[i] if given.past is not None else {}
+        cache = cache._replace(prefix=cache.prefix | before, past=cache.past | past)
+        x, left = layer(x, inputs, cache, captures)
+        cache = cache._replace(group=cache.group | left)
+        lefts.append(left)
+        captured = captures.values | {f"prefix_{name}": value for name, value in prefix_captures.values.items()}
+        for name, value in captured.items():
+            values.setdefault(name, []).append(value)
+    stacked = {name: jnp.stack(found) for name, found in values.items()}
+    return Streams(x, prefix), stacked | ({"cache": tuple(lefts)} if "cache" in capture else {})

@@ -1,0 +1,138 @@
+"""Meta-attention, the second attention of learned meta-tokens (arXiv 2509.16278), in its several forms."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from kernels_pallas.prefix_window_attention.reference import masked_attention, masked_softmax
+from metajax.config import Model
+from metajax.models import ops
+from metajax.models.layers import gather_rows
+from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
+from metajax.models.mixers.attention import Attention, Projections
+from metajax.models.mixers.base import Batch, Cache, Captures, KeyValues, LayerInputs, LayerSpec, Mixer, mixer
+
+EVERYWHERE = ("dense_uniform", "dense_causal", "causal")  # forms that change ordinary tokens too
+
+
+@mixer("meta_attention", hybrid=False)
+class MetaAttention(Projections, Mixer):
+    """Attention among the meta-tokens of a segment, with weights of its own, [B, N, width] -> [B, N, width].
+
+    The form is `MetaTokens.attention`. "gathered" reads and writes the M meta-tokens alone (N = M), at M / T of the cost of "dense"
+    (N = T), of which the caller drops the rows of ordinary tokens. The forms in EVERYWHERE write to all tokens.
+    """
+
+    captures = (
+        "meta_out",  # [L, B, T, width], what meta-attention adds, 0 where it adds nothing; absent when no row has meta-tokens
+        "meta_probabilities",  # float32[L, B, heads, query, key]: M of each where it is gathered, otherwise T
+        "meta_keys",  # [L, B, M, kv_heads, head_dim]; T of them where it writes to all tokens
+        "meta_values",
+    )
+
+    def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
+        super().__init__(cfg, key)
+        self.form, self.implementation = spec.meta_attention, implementation
+
+    @property
+    def writes_everywhere(self) -> bool:
+        return self.form in EVERYWHERE
+
+    def __call__(
+        self, h: Float[Array, "B N width"], inputs: LayerInputs, cache: Cache, captures: Captures
+    ) -> tuple[Float[Array, "B N width"], KeyValues]:
+        q, k, v = self.split(h, inputs.meta_rotary)
+        segment_ids, positions = inputs.segment_ids, inputs.meta_positions
+        options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        if self.form == "gathered":
+            out, lse = ops.meta_attention(q, k, v, meta_positions=positions, **options)
+        elif self.form == "causal":
+            out, lse = ops.attention(q, k, v, mask=Mask(), **options)
+        else:
+            q, allow = self._dense_mask(q, inputs)
+            out, lse = masked_attention(q, k, v, allow, scale=q.shape[-1] ** -0.5)
+        if "meta_attention" in cache.past:
+            past = self._visible(cache.past["meta_attention"], inputs)
+            out, lse = ops.join_past(out, lse, q, *past, implementation=self.implementation)
+        if captures.wants("meta_probabilities"):
+            captures.record("meta_probabilities", self._probabilities(q, k, inputs))
+        left = self._left(k, v, inputs)
+        captures.record("meta_keys", left.k)
+        captures.record("meta_values", left.v)
+        return self.merge(out), left
+
+    def _left(self, k: Array, v: Array, inputs: LayerInputs) -> KeyValues:
+        """Keys and values of the M meta-tokens, or of all tokens where the form writes to all."""
+        if self.writes_everywhere:
+            return KeyValues(k, v, inputs.segment_ids > 0)
+        if self.form == "dense":
+            k, v = (gather_rows(x, inputs.meta_positions) for x in (k, v))
+        return KeyValues(k, v, gather_rows(inputs.segment_ids, inputs.meta_positions) > 0)
+
+    def _visible(self, past: KeyValues, inputs: LayerInputs) -> KeyValues:
+        """The cached keys that the token of each row sees: in two of the forms a meta-token sees meta-tokens alone."""
+        if self.form not in ("dense_uniform", "dense_causal"):
+            return past
+        is_meta = inputs.meta_positions[:, :1] == 0  # rows have one token each
+        return past._replace(real=past.real & (inputs.row_is_meta[:, : past.k.shape[1]] | ~is_meta))
+
+    def _probabilities(
+        self, q: Float[Array, "B N H D"], k: Float[Array, "B N KV D"], inputs: LayerInputs
+    ) -> Float[Array, "B H N N"]:
+        """Attention weights, computed densely; q and k as `__call__` has them."""
+        if self.form == "gathered":
+            index = jnp.arange(q.shape[1])
+            expiry = gathered_expiry(inputs.segment_ids, inputs.meta_positions)
+            allow = Mask.allow(index[None, :, None], index[None, None, :], expiry[:, None, :])
+        elif self.form == "causal":
+            allow = Mask().dense(inputs.segment_ids)
+        else:  # the mask has been applied to q already; applying it again changes nothing
+            q, allow = self._dense_mask(q, inputs)
+        return masked_softmax(q, k, allow, scale=q.shape[-1] ** -0.5)[0]
+
+    def _dense_mask(self, q: Float[Array, "B T H D"], inputs: LayerInputs) -> tuple[Array, Array]:
+        """(queries, bool[B, T, T]): meta-tokens see meta-tokens; ordinary ones nothing, or their past, with scores of 0 if "uniform".
+
+        A constant added to the scores where the mask forbids all keys of a row cancels in its softmax ("dense_causal"). A constant so
+        large that float32 loses the scores leaves equal weights ("dense_uniform").
+        """
+        allow = meta_dense(inputs.segment_ids, inputs.meta_positions)
+        if self.writes_everywhere:
+            ordinary = ~meta_flags(inputs.meta_positions, q.shape[1])
+            allow = allow | (Mask().dense(inputs.segment_ids) & ordinary[:, :, None])
+            if self.form == "dense_uniform":
+                q = jnp.where(ordinary[:, :, None, None], 0, q)
+        return q, allow
+
+    @staticmethod
+    def channels(cfg: Model) -> int:
+        return cfg.width
+
+    @staticmethod
+    def token_flops(cfg: Model, spec: LayerSpec) -> dict[str, int]:
+        output = 2 * cfg.width * cfg.heads * cfg.head_dim
+        return {"meta_attention": output + sum(Attention.token_flops(cfg, LayerSpec()).values())}
+
+    pair_flops = Attention.pair_flops
+
+    @staticmethod
+    def pairs(spec: LayerSpec, batch: Batch, prefix: int) -> int:
+        real = batch["segment_ids"] > 0
+        after = ((0, 0), (0, 1))  # an unused position points after the row: no segment, no past
+        positions = np.minimum(batch["meta_slots"], real.shape[1])
+        segments = np.take_along_axis(np.pad(batch["segment_ids"], after), positions, axis=1)
+        same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+        among = int(np.tril(same).sum())
+        if spec.meta_attention not in EVERYWHERE:
+            return among
+        past = np.pad(np.where(real, batch["positions"] + 1, 0), after)
+        if spec.meta_attention == "causal":
+            return int(past.sum())
+        np.put_along_axis(past, positions, 0, axis=1)  # ordinary tokens attend to their past, meta-tokens to meta-tokens
+        return int(past.sum()) + among
+
+    @staticmethod
+    def kept_positions(spec: LayerSpec, tokens: int, metas: int) -> int:
+        return tokens if spec.meta_attention in EVERYWHERE else metas

@@ -1,0 +1,52 @@
+"""From a config to the layers of its model; the only place that knows GPT-2, Llama, Hymba and sequential hybrids apart."""
+
+from __future__ import annotations
+
+import itertools
+
+from metajax.config import MetaTokens, Model
+from metajax.models.layers import residual_std
+from metajax.models.mixers import LayerSpec
+
+Group = tuple[LayerSpec, ...]
+
+
+def layer_groups(cfg: Model, meta: MetaTokens | None) -> list[Group]:
+    """The layers in order, in groups that are stacked as a whole: layers that share keys and values, or a pair of sequential layers."""
+    if cfg.hybrid is None:
+        form = "none" if meta is None else meta.attention
+        layer = LayerSpec(window=cfg.window, meta_attention=form, residual_std=residual_std(cfg), split_keys=False)
+        return [(layer,)] * cfg.layers
+    groups, start = [], 0
+    sequential = cfg.hybrid.fusion == "sequential"
+    for size in (2,) * (cfg.layers // 2) if sequential else cfg.hybrid.kv_groups or (1,) * cfg.layers:
+        groups.append(tuple(_hybrid_layer(cfg, start + i, owns_kv=sequential or i == 0) for i in range(size)))
+        start += size
+    return groups
+
+
+def _hybrid_layer(cfg: Model, index: int, *, owns_kv: bool) -> LayerSpec:
+    hybrid = cfg.hybrid
+    names = {"attention": ("attention",), "mamba": (hybrid.ssm,)}
+    names["sequential"] = names["attention" if index % 2 else "mamba"]
+    mixers = names.get(hybrid.fusion, ("attention", hybrid.ssm))
+    attends = "attention" in mixers
+    return LayerSpec(
+        mixers=mixers,
+        join=hybrid.fusion if len(mixers) > 1 else "alone",
+        branch_norm=hybrid.branch_norm if len(mixers) > 1 else "none",
+        window=cfg.layer_window(index) if attends else None,
+        owns_kv=attends and owns_kv,
+        mlp=cfg.mlp_width > 0,
+        residual_std=cfg.init_std,  # Hymba's released code draws these projections as all others
+    )
+
+
+def layer_specs(cfg: Model, meta: MetaTokens | None = None) -> list[LayerSpec]:
+    """The layers in order."""
+    return [layer for group in layer_groups(cfg, meta) for layer in group]
+
+
+def layer_runs(cfg: Model, meta: MetaTokens | None = None) -> list[tuple[Group, int]]:
+    """(group, how many equal ones follow each other): each run is stacked and scanned."""
+    return [(group, len(list(alike))) for group, alike in itertools.groupby(layer_groups(cfg, meta))]

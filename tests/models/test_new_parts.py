@@ -1,0 +1,141 @@
+"""A mixer and a position scheme in a file of the user's own: named in a config, trained, counted and decoded without another change."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metajax import registry
+from metajax.config import Hybrid, Model
+from metajax.config.model import HYBRID_MIXERS, POSITIONS
+from metajax.core.errors import UserError
+from metajax.core.fields import override
+from metajax.inference.forward import prefill, prepare, step
+from metajax.models.cache_bytes import cache_bytes
+from metajax.models.flops import flops_per_token
+from metajax.models.lm import named_params
+from metajax.models.mixers import MIXERS
+from metajax.models.rotary import SCHEMES
+from metajax.training.program import build_model
+
+FILE = '''
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.config import Hybrid
+from metajax.core.fields import override
+from metajax.models.layers import Linear
+from metajax.models.mixers import Mixer, mixer
+from metajax.models.rotary import position
+from metajax.registry import base, experiment
+
+
+@position("slow")
+def slow(cfg):
+    """Half the speed of RoPE at every frequency."""
+    return (0.5 * cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)).astype(np.float32), 1.0
+
+
+@mixer("shift")
+class Shift(Mixer):
+    """Each token reads the one before it in its document; a document starts after the last prefix token."""
+
+    def __init__(self, cfg, spec, implementation, key):
+        self.w = Linear(key, (cfg.width, cfg.width), std=cfg.init_std, bias=False, axes=("embed", "ssm"))
+
+    def __call__(self, h, inputs, cache, captures):
+        x, ids = self.w(h), inputs.segment_ids
+        (reset,) = cache.prefix.get("shift", (jnp.zeros_like(x[:1, 0]),))
+        (last,) = cache.past.get("shift", (reset,))
+        last = jnp.broadcast_to(last, x[:, 0].shape)[:, None]
+        starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))[..., None]
+        return jnp.where(starts, reset[:, None], jnp.concatenate([last, x[:, :-1]], axis=1)), (x[:, -1],)
+
+    @staticmethod
+    def channels(cfg):
+        return cfg.width
+
+    @staticmethod
+    def token_flops(cfg, spec):
+        return {"shift": 2 * cfg.width**2}
+
+    @staticmethod
+    def cache_bytes(cfg, spec, tokens):
+        return {"state": 4 * cfg.width}
+
+
+@experiment("shifted", summary="own parts", minutes={"cpu": 1})
+def shifted(scale):
+    hybrid = Hybrid(ssm="shift", prefix_tokens=3)
+    small = {"layers": 3, "width": 16, "heads": 2, "mlp_width": 24, "bias": False, "position": "slow", "hybrid": hybrid}
+    return override(base("quickstart")(scale), {"name": "shifted", "meta_tokens": None, **{f"model.{k}": v for k, v in small.items()}})
+'''
+B, T, VOCAB = 2, 12, 32
+
+
+@pytest.fixture
+def config(own_registry, tmp_path, monkeypatch):
+    (tmp_path / "own_parts").mkdir()
+    (tmp_path / "own_parts" / "shifted.py").write_text(FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load("own_parts")
+    yield registry.find_experiment("shifted").build("cpu")
+    for known, name in ((MIXERS, "shift"), (SCHEMES, "slow"), (POSITIONS, "slow")):
+        del known[name]
+    HYBRID_MIXERS.remove("shift")
+    for module in ("own_parts", "own_parts.shifted"):
+        sys.modules.pop(module, None)
+
+
+def test_own_parts_are_trained_counted_and_decoded(config):
+    model = build_model(config, VOCAB, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (B, T), 0, VOCAB)
+    segments = jnp.array([[1] * 5 + [2] * 7, [1] * 12])
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None], jnp.arange(T)[None]
+    inputs = {"positions": jnp.concatenate(positions), "segment_ids": segments}
+    optimizer = optax.sgd(0.1)
+
+    @jax.jit
+    def train(model, state):
+        nll = lambda m: optax.softmax_cross_entropy_with_integer_labels(m(tokens, **inputs), jnp.roll(tokens, -1, 1)).mean()  # noqa: E731
+        loss, gradient = jax.value_and_grad(nll)(model)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(model, updates), state, loss
+
+    first, state, before = train(model, optimizer.init(model))
+    second, _, after = train(first, state)
+    assert after < before
+    moved = [name for name, w in named_params(second).items() if not np.array_equal(w[...], named_params(model)[name][...])]
+    assert "blocks.0.0.mixer.shift.w.w" in moved and "prefix" in moved
+
+    parts = flops_per_token(config, VOCAB)
+    assert parts["shift"] == pytest.approx(3 * 3 * 2 * 16**2 * (1 + 3 / (config.data.batch_rows * config.row_slots)))
+    assert cache_bytes(config.model, 10, rows=B)["state"] == B * 3 * 4 * 16
+
+    alone = {"positions": jnp.broadcast_to(jnp.arange(T), (B, T)), "segment_ids": jnp.ones((B, T), jnp.int32)}
+    whole = jax.jit(lambda m: m(tokens, **alone))(second)
+    ready = prepare(second)
+    logits, cache = prefill(ready, tokens[:, :8], jnp.array([3, 8]), jnp.full((B, 1), 8), capacity=T, meta_capacity=0)
+    np.testing.assert_allclose(logits, whole[jnp.arange(B), jnp.array([2, 7])], atol=1e-5)
+    present = jnp.array([True, True])
+    logits, _ = step(ready, cache, tokens[jnp.arange(B), jnp.array([3, 8])], jnp.array([3, 8]), jnp.zeros((B, T), bool), present)
+    np.testing.assert_allclose(logits, whole[jnp.arange(B), jnp.array([3, 8])], atol=1e-5)
+
+
+def test_names_in_configs_are_those_that_are_implemented():
+    assert set(POSITIONS) == set(SCHEMES)
+    assert set(HYBRID_MIXERS) == set(MIXERS) - {"attention", "meta_attention"}
+    for rotates, scheme in ((POSITIONS[name], SCHEMES[name]) for name in SCHEMES):
+        assert rotates == (scheme(Model(rope_original_length=8)) is not None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "known"),
+    [("position", "ropee", "rope"), ("hybrid.ssm", "mambda2", "mamba2"), ("hybrid.meta_tokens", 2, "prefix_tokens")],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(field, value, known):
+    with pytest.raises(UserError, match=f"did you mean '{known}'"):
+        override(Model(hybrid=Hybrid()), {field: value})
