@@ -21,10 +21,10 @@ PARTS = {
             "metajax/data/",
         ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
-        8_290,
+        8_850,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_800),
-    "vision": (("metajax/vision/",), (), 3_540),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 25_020),
+    "vision": (("metajax/vision/",), (), 3_350),
     "kernels_pallas": (("kernels_pallas/",), (), 3_370),
 }
 
