@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax.core.errors import UserError, nearest, require
+from metajax.core.registries import Registry
 from metajax.runs.files import find_readable, write_json
 
 FOLDER = "analysis"  # of a run's folder
@@ -71,16 +72,11 @@ class Analysis:
         return {"name": self.name, "title": self.title, "text": text, "lines": self.lines(result), "figures": figures}
 
 
-class Analyses:
-    """The analyses of one family of models by name: the modules of a package, imported on demand, and those defined elsewhere.
+class Analyses(Registry[Analysis]):
+    """The analyses of one family of models, each in a module of its own name.
 
     An instance is also the decorator that registers an analysis: `@analysis("sharpening", title="Sharpening")`.
     """
-
-    def __init__(self, package: str, path: Iterable[str]):
-        self.package = package
-        self.modules = {info.name for info in pkgutil.iter_modules(path) if not info.ispkg}
-        self.made: dict[str, Analysis] = {}
 
     def __call__(
         self, name: str, *, title: str, fits: Callable[[Any], bool] = lambda study: False,
@@ -90,35 +86,33 @@ class Analyses:
 
         def register(measure: Measure) -> Analysis:
             own = measure.__module__ == f"{self.package}.{name}"
-            require(own or name not in self.modules, f"analysis {name!r}: {self.package} has one of that name")
+            require(own or name not in self._files(), f"analysis {name!r}: {self.package} has one of that name")
             paragraphs = (sys.modules[measure.__module__].__doc__ or "").split("\n\n")
             about = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
-            self.made[name] = Analysis(name, measure, title, about, fits, needs, on_prompts)
-            return self.made[name]
+            made = Analysis(name, measure, title, about, fits, needs, on_prompts)
+            self.add(name, made, measure.__module__)
+            return made
 
         return register
 
-    def names(self) -> tuple[str, ...]:
-        """All names, in alphabetical order; imports no analysis."""
-        return tuple(sorted({*self.modules, *self.made}))
+    def _files(self) -> set[str]:
+        path = importlib.import_module(self.package).__path__
+        return {info.name for info in pkgutil.iter_modules(path) if not info.ispkg}
 
-    def find(self, name: str) -> Analysis:
-        """The analysis of that name; UserError with the nearest name where there is none."""
-        check_names("analyses", [name], self.names())
-        if name not in self.made:
-            importlib.import_module(f"{self.package}.{name}")
-        return self.made[name]
+    def names(self) -> list[str]:
+        """Every name, sorted; imports no analysis, so that help stays fast."""
+        return sorted({*self._files(), *self._known})
 
     def fitting(self, study: Any) -> tuple[str, ...]:
         """The analyses that are meant for this model and these prompts."""
-        return tuple(name for name in self.names() if self.find(name).fits(study))
+        return tuple(name for name in self.names() if self[name].fits(study))
 
     def run(self, study: Any, names: Sequence[str], workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Make the analyses one by one, write each to WORKDIR/analysis/NAME.json, and yield (name, its numbers without `details`).
 
         Raises UserError before the first one where the study lacks what one of them needs.
         """
-        chosen = [self.find(name) for name in names]
+        chosen = [self[name] for name in names]
         for one in chosen:
             one.check(study)
         for one in chosen:
@@ -129,7 +123,7 @@ class Analyses:
     def sections(self, workdir: Path) -> list[dict[str, Any]]:
         """The saved analyses of a run as sections of a page."""
         saved = {name: find_readable(workdir / FOLDER / f"{name}.json") for name in self.names()}
-        return [self.find(name).section(found) for name, found in saved.items() if found]
+        return [self[name].section(found) for name, found in saved.items() if found]
 
 
 def check_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
@@ -138,4 +132,4 @@ def check_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
         require(name in known, f"{what}: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
-analysis = Analyses(__name__, __path__)
+analysis = Analyses("analysis", __name__)

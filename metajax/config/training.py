@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from metajax.core.fields import Count, CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Share, Size
+from metajax.core.fields import Count, CountOrZero, Except, NotNegative, OnlyWith, Part, Positive, Range, Share, Size
 
 Falling = OnlyWith("schedule", "cosine", "wsd", "linear")
 Beta = Annotated[float, Range(0, below=1)]
@@ -25,9 +25,9 @@ class Optimizer(Part, path="optimizer"):
         0.2  # wsd: the last share of the horizon decays
     )
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW, which Muon leaves embeddings, heads, norms and biases to
-    momentum: Beta = 0.95  # Muon, as the two fields below
-    ns_steps: Annotated[int, Range(1, 100)] = 5  # Newton-Schulz iterations
-    nesterov: bool = True
+    momentum: Annotated[Beta, Except("name", "adamw")] = 0.95
+    ns_steps: Annotated[int, Range(1, 100), Except("name", "adamw")] = 5  # Newton-Schulz iterations of Muon
+    nesterov: Annotated[bool, Except("name", "adamw")] = True
     weight_decay: NotNegative = 0.1
     clip_norm: NotNegative = 1.0  # 0: no clipping
     z_loss: NotNegative = 0.0

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from metajax.core.errors import nearest, require
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Classes or functions of one kind by name. An instance is also the decorator that registers one: `@source("jsonl")`.
+    """Things of one kind by name, mostly classes or functions. An instance is also the decorator that registers one: `@source("jsonl")`.
 
     Modules of `package` are imported when a name is looked up, and not before. Another module registers its own by being imported, as
     the files of `experiments/` are.
@@ -22,17 +22,25 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str):
         self.kind, self.package = kind, package
         self._known: dict[str, T] = {}
+        self._modules_of: dict[str, str] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
         """The decorator for a name; UserError where another module has registered that name."""
 
         def register(made: T) -> T:
-            module = self._known[name].__module__ if name in self._known else made.__module__
-            require(module == made.__module__, f"{self.kind} {name!r} is registered twice, in {module} and in {made.__module__}")
-            self._known[name] = made
+            self.add(name, made, made.__module__)
             return made
 
         return register
+
+    def add(self, name: str, made: T, module: str) -> None:
+        """Register what a module has made; UserError where another module has registered that name."""
+        first = self._modules_of.setdefault(name, module)
+        require(first == module, f"{self.kind} {name!r} is registered twice, in {first} and in {module}")
+        self._known[name] = made
+
+    def __getitem__(self, name: str) -> T:
+        return self.find(name, self.kind)
 
     def names(self) -> list[str]:
         """Every name, sorted; imports the whole package."""

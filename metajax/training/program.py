@@ -18,7 +18,7 @@ from metajax.distributed.hosts import is_first
 from metajax.distributed.mesh import HostRows, make_mesh, row_shards
 from metajax.distributed.rules import batch_sharding, param_shardings
 from metajax.models.lm import LM
-from metajax.training.objectives import Batch, Objective, find_objective
+from metajax.training.objectives import Batch, Objective, objectives
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.state import State, initialiser
 from metajax.training.step import DEVICE_FIELDS, Metrics, eval_step, train_step
@@ -85,7 +85,7 @@ class Program:
             f"runtime.mesh; choose a multiple of {shards}",
         )
         check_axes(config, mesh)
-        objective = find_objective("dpo" if config.dpo is not None else config.training.objective)
+        objective = objectives.find("dpo" if config.dpo is not None else config.training.objective, "training.objective")
         return cls(
             config, mesh, partial(build_model, config, vocab_size), make_optimizer(config, abstract),
             schedule(config.optimizer, config.training.steps), objective, config.data.batch_rows,

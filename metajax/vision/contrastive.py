@@ -12,7 +12,7 @@ from metajax.config import ImageConfig
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
 from metajax.distributed.mesh import make_mesh
-from metajax.training.objectives import Batch, Means, find_objective, objective
+from metajax.training.objectives import Batch, Means, objective, objectives
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.program import Program, everywhere
 from metajax.vision.clip.model import CLIP, LOSSES, cut_after_end, unit
@@ -66,7 +66,7 @@ def contrastive_program(config: ImageConfig, batch_size: int, devices: list[jax.
 
     tx = make_optimizer(config, jax.eval_shape(create, jax.random.key(0)))
     rate, mesh = schedule(config.optimizer, config.training.steps), make_mesh(config.runtime.mesh, devices)
-    return Program(config, mesh, create, tx, rate, find_objective("contrastive"), batch_size, layout=everywhere)
+    return Program(config, mesh, create, tx, rate, objectives["contrastive"], batch_size, layout=everywhere)
 
 
 @objective("contrastive")

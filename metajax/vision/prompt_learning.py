@@ -17,7 +17,7 @@ from metajax.config import Clip, ImageConfig, Prompts
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
 from metajax.distributed.mesh import make_mesh
-from metajax.training.objectives import Batch, Means, find_objective, objective
+from metajax.training.objectives import Batch, Means, objective, objectives
 from metajax.training.program import Program, everywhere
 from metajax.vision import delta_tokens
 from metajax.vision.clip.model import CLIP, unit
@@ -154,7 +154,7 @@ def prompt_program(
         return Learner(cfg, clip, classes, key, None if words is None else jnp.asarray(words))
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
-    mesh, found = make_mesh(config.runtime.mesh, devices), find_objective("prompt_learning")
+    mesh, found = make_mesh(config.runtime.mesh, devices), objectives["prompt_learning"]
     return Program(config, mesh, create, sgd(cfg, rate), rate, found, batch_size, (shapes,), everywhere)
 
 

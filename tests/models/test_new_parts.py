@@ -83,7 +83,7 @@ def config(own_registry, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     registry.load("own_parts")
     yield registry.find_experiment("shifted").build("cpu")
-    for known, name in ((MIXERS, "shift"), (SCHEMES, "slow"), (POSITIONS, "slow")):
+    for known, name in ((MIXERS._known, "shift"), (SCHEMES, "slow"), (POSITIONS, "slow")):
         del known[name]
     HYBRID_MIXERS.remove("shift")
     for module in ("own_parts", "own_parts.shifted"):

@@ -21,9 +21,8 @@ from metajax.interop.gpt2 import from_gpt2, to_gpt2
 from metajax.models.lm import decay_mask
 from metajax.models.presets import gpt2
 from metajax.runs.files import read_lines
-from metajax.training import objectives, optimizers
-from metajax.training.objectives import find_objective, objective
-from metajax.training.optimizers import make_optimizer, optimizer, schedule
+from metajax.training.objectives import objective, objectives
+from metajax.training.optimizers import make_optimizer, optimizer, optimizers, schedule
 from metajax.training.program import Program
 from metajax.training.state import State, to_arrays
 from metajax.training.step import train_step
@@ -80,7 +79,7 @@ def test_twelve_steps_of_nanogpt(name):
         training=Training(steps=len(golden["train_x"])),
     )
     tx, rate = make_optimizer(config, model), schedule(config.optimizer, 12)
-    how = {"config": config, "tx": tx, "rate": rate, "objective": find_objective("language_model")}
+    how = {"config": config, "tx": tx, "rate": rate, "objective": objectives["language_model"]}
     step = jax.jit(lambda state, batch: train_step(state, batch, **how))
     state = State(model, tx.init(model), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     losses, norms, rates = [], [], []
@@ -140,7 +139,7 @@ MODELS = {
     "stacked": ({"model.position": "learned", "model.bias": True, "model.layers": 3, "model.tied": False}, MetaTokens()),
     "hybrid": (
         {
-            "model.hybrid": Hybrid(meta_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4), "model.layers": 3, "model.window": 8,
+            "model.hybrid": Hybrid(prefix_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4), "model.layers": 3, "model.window": 8,
             "model.norm": "rmsnorm", "runtime.unroll": 1, "runtime.implementation": "reference",
         },
         None,
@@ -219,8 +218,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(tiny_config, field):
 
 
 def test_a_new_optimizer_and_a_new_objective_are_found_by_their_decorators(tiny_config, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
-    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    for known in (optimizers, objectives):
+        monkeypatch.setattr(known, "_known", dict(known._known))
 
     @optimizer("signs")
     def signs(cfg, rate, model):
@@ -228,7 +227,7 @@ def test_a_new_optimizer_and_a_new_objective_are_found_by_their_decorators(tiny_
 
     @objective("doubled")
     def doubled(config, model, batch):
-        found = find_objective("language_model").loss(config, model, batch)
+        found = objectives["language_model"].loss(config, model, batch)
         total, weight = found["loss"]
         return {**found, "loss": (2 * total, weight)}
 

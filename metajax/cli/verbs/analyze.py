@@ -54,7 +54,7 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     from metajax.reporting.html import write_analysis_page
 
     for name, numbers in analyses.run(study, names or analyses.fitting(study), workdir):
-        echo("\n  ".join((name.replace("_", " "), *analyses.find(name).lines(numbers))))
+        echo("\n  ".join((name.replace("_", " "), *analyses[name].lines(numbers))))
     if (workdir / "report.json").exists():
         write_report(workdir)
     say(f"figures: {write_analysis_page(workdir, analyses.sections(workdir))}")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from metajax.config import Model
 from metajax.config.model import HYBRID_MIXERS
+from metajax.core.registries import Registry
 from metajax.models.rotary import Table
 
 Batch = Mapping[str, np.ndarray]
@@ -129,14 +130,14 @@ class Mixer(nnx.Module):
         return {}
 
 
-MIXERS: dict[str, type[Mixer]] = {}
+MIXERS: Registry[type[Mixer]] = Registry("mixer", "metajax.models.mixers")
 
 
 def mixer(name: str, *, hybrid: bool = True) -> Callable[[type], type]:
     """Register a class as the mixer `name`. hybrid: `model.hybrid.ssm` takes the name."""
 
     def register(cls: type) -> type:
-        MIXERS[name] = cls
+        MIXERS.add(name, cls, cls.__module__)
         if hybrid and name not in HYBRID_MIXERS:
             HYBRID_MIXERS.append(name)
         return cls

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from metajax.core.errors import nearest, require
+from metajax.core.registries import Registry
 
 Batch = dict[str, jax.Array]
-Means = dict[
-    str, tuple[jax.Array, jax.Array]
-]  # {metric: (sum, weight)}; over micro-batches both are added, the metric is their ratio
+Means = dict[str, tuple[jax.Array, jax.Array]]  # {metric: (sum, weight)}; micro-batches add both, the metric is their ratio
 
 
 def _unchanged(config: Any, batch: Batch, step: jax.Array, *frozen: Any) -> Batch:
@@ -34,23 +30,14 @@ class Objective(NamedTuple):
     prepare: Callable[..., Batch] = _unchanged
 
 
-OBJECTIVES: dict[str, Objective] = {}
+objectives: Registry[Objective] = Registry("objective", __name__)
 
 
 def objective(name: str, *, prepare: Callable[..., Batch] = _unchanged) -> Callable[[Callable[..., Means]], Callable[..., Means]]:
     """Decorator: register a loss under the name that `training.objective` takes."""
 
     def register(loss: Callable[..., Means]) -> Callable[..., Means]:
-        OBJECTIVES[name] = Objective(loss, prepare)
+        objectives.add(name, Objective(loss, prepare), loss.__module__)
         return loss
 
     return register
-
-
-def find_objective(name: str) -> Objective:
-    """The objective of that name; UserError where there is none."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    known = ", ".join(sorted(OBJECTIVES))
-    require(name in OBJECTIVES, f"training.objective: unknown {name!r}{nearest(name, OBJECTIVES)}; known: {known}")
-    return OBJECTIVES[name]

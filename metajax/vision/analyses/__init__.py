@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from metajax.analysis import Analyses, analysis, check_names
 
-image_analysis = Analyses(__name__, __path__)
+image_analysis = Analyses("analysis", __name__)
 
 
 def check_analyses(what: str, names: Iterable[str]) -> None:

@@ -1,24 +1,19 @@
-"""Optimizers, registered by `@optimizer(NAME)`, their schedule, and which parameters each part of them reaches."""
+"""Optimizers, one file each, registered by `@optimizer(NAME)`, and their schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from optax.contrib import MuonDimensionNumbers, muon
 
 from metajax.config import AnyConfig, Optimizer
-from metajax.core.errors import nearest, require
-from metajax.models.lm import decay_mask
+from metajax.core.errors import require
+from metajax.core.registries import Registry
 
-# Logical axes of matrices that are not between hidden units: embeddings, heads, learned tokens, convolutions, rates.
-NOT_HIDDEN = frozenset({"vocab", "positions", "classes", "features", "meta", "norm", "rate", "taps", "inputs"})
 Make = Callable[[Optimizer, optax.Schedule, Any], optax.GradientTransformation]
-OPTIMIZERS: dict[str, tuple[Make, tuple[str, ...]]] = {}
+optimizers: Registry[tuple[Make, tuple[str, ...]]] = Registry("optimizer", __name__)
 
 
 def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], Make]:
@@ -29,7 +24,7 @@ def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], M
     """
 
     def register(make: Make) -> Make:
-        OPTIMIZERS[name] = (make, ignores)
+        optimizers.add(name, (make, ignores), make.__module__)
         return make
 
     return register
@@ -78,44 +73,9 @@ def make_optimizer(config: AnyConfig, model: Any) -> optax.GradientTransformatio
       UserError: an unknown `optimizer.name`, or a field that this optimizer ignores.
     """
     cfg, default = config.optimizer, Optimizer()
-    known = f"{nearest(cfg.name, OPTIMIZERS)}; known: {', '.join(sorted(OPTIMIZERS))}"
-    require(cfg.name in OPTIMIZERS, f"optimizer.name: unknown {cfg.name!r}{known}")
-    make, ignores = OPTIMIZERS[cfg.name]
+    make, ignores = optimizers.find(cfg.name, "optimizer.name")
     for field in ignores:
         same = getattr(cfg, field) == getattr(default, field)
         require(same, f"{config.name} would ignore optimizer.{field}: {cfg.name} does not read it; leave it out")
     tx = make(cfg, schedule(cfg, config.training.steps), model)
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx) if cfg.clip_norm > 0 else tx
-
-
-@optimizer("adamw", ignores=("momentum", "ns_steps", "nesterov"))
-def adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weight decay leaves out norms, biases and rates (`decay_mask`)."""
-    b1, b2 = cfg.betas
-    return optax.adamw(rate, b1=b1, b2=b2, weight_decay=cfg.weight_decay, mask=decay_mask(model))
-
-
-def hidden_matrices(model: Any) -> Any:
-    """The model's pytree with a bool for each parameter: it is a matrix between hidden units, by its logical axes.
-
-    Layers may be stacked, which adds leading axes that the metadata does not name.
-    """
-
-    def is_hidden(param: nnx.Variable) -> bool:
-        axes = param.get_metadata()["axes"]
-        return len(axes) == 2 and not NOT_HIDDEN & set(axes)
-
-    return jax.tree.map(lambda p: p.replace(is_hidden(p)), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-@optimizer("muon")
-def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
-    """Muon (Jordan, 2024) on the matrices between hidden units, each layer of a stack by itself; AdamW on all other parameters."""
-    each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
-    matrices = muon(
-        rate, ns_steps=cfg.ns_steps, beta=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay,
-        muon_weight_dimension_numbers=each_matrix,
-    )  # fmt: skip
-    labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
-    # A function, because optax calls labels that can be called, and a model can.
-    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)

@@ -1,0 +1,18 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from metajax.config import Optimizer
+from metajax.models.lm import decay_mask
+from metajax.training.optimizers import optimizer
+
+
+@optimizer("adamw", ignores=("momentum", "ns_steps", "nesterov"))
+def adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weight decay leaves out norms, biases and rates (`decay_mask`)."""
+    b1, b2 = cfg.betas
+    return optax.adamw(rate, b1=b1, b2=b2, weight_decay=cfg.weight_decay, mask=decay_mask(model))

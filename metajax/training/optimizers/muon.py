@@ -1,0 +1,43 @@
+"""Muon on the matrices between hidden units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
+
+from metajax.config import Optimizer
+from metajax.training.optimizers import optimizer
+from metajax.training.optimizers.adamw import adamw
+
+# Logical axes of matrices that are not between hidden units: embeddings, heads, learned tokens, convolutions, rates.
+NOT_HIDDEN = frozenset({"vocab", "positions", "classes", "features", "meta", "norm", "rate", "taps", "inputs"})
+
+
+def hidden_matrices(model: Any) -> Any:
+    """The model's pytree with a bool for each parameter: it is a matrix between hidden units, by its logical axes.
+
+    Layers may be stacked, which adds leading axes that the metadata does not name.
+    """
+
+    def is_hidden(param: nnx.Variable) -> bool:
+        axes = param.get_metadata()["axes"]
+        return len(axes) == 2 and not NOT_HIDDEN & set(axes)
+
+    return jax.tree.map(lambda p: p.replace(is_hidden(p)), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@optimizer("muon")
+def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
+    """Muon (Jordan, 2024) on the matrices between hidden units, each layer of a stack by itself; AdamW on all other parameters."""
+    each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
+    matrices = muon(
+        rate, ns_steps=cfg.ns_steps, beta=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay,
+        muon_weight_dimension_numbers=each_matrix,
+    )  # fmt: skip
+    labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
+    # A function, because optax calls labels that can be called, and a model can.
+    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)
