@@ -115,10 +115,11 @@ class Analyses(Registry[Analysis]):
         chosen = [self[name] for name in names]
         for one in chosen:
             one.check(study)
+        made_on = {"made_on": study.made_on} if study.made_on else {}
         for one in chosen:
             result = one.measure(study)
-            write_json(workdir / FOLDER / f"{one.name}.json", {"name": one.name, "made_on": study.made_on, "result": result})
-            yield one.name, {key: value for key, value in result.items() if key != "details"} | {"made_on": study.made_on}
+            write_json(workdir / FOLDER / f"{one.name}.json", {"name": one.name, "result": result} | made_on)
+            yield one.name, {key: value for key, value in result.items() if key != "details"} | made_on
 
     def sections(self, workdir: Path) -> list[dict[str, Any]]:
         """The saved analyses of a run as sections of a page."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,10 +31,7 @@ class ImageStudy:
     attribution: str
     texts: ClassTexts | None
 
-    @property
-    def made_on(self) -> dict[str, Any]:
-        """The number of images, for the record."""
-        return {"images": len(self.pixels)}
+    made_on = None  # what the record says of prompts: images have none
 
 
 def open_image_study(workdir: Path, config: ImageConfig, paths: Paths) -> ImageStudy:
