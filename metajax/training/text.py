@@ -100,10 +100,9 @@ class TextTask(Task):
         return {**values, "bpb": values["body_nll"] / LN2 / self.corpora.bytes_per_token}
 
     def line(self, record: Mapping[str, float]) -> list[str]:
-        answer = f"nats/answer token {record['body_nll']:.4f}"
         return [
             f"loss {record['loss']:.4f}",
-            f"bits/byte {record['bpb']:.4f}" if "bpb" in record else answer,
+            f"bits/byte {record['bpb']:.4f}" if "bpb" in record else f"nats/answer token {record['body_nll']:.4f}",
             f"lr {record['learning_rate']:.2e}",
             f"grad {record['grad_norm']:.3f}",
             *(f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record),
