@@ -20,7 +20,7 @@ import jax, jax.numpy as jnp
 from attention_cases import BLOCK, IMPLEMENTATIONS, error
 from kernels_pallas.selective_scan.conv import causal_conv_tpu
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
-from metajax import ops
+from metajax.models import ops
 from metajax.models.masks import Mask
 from metajax.distributed.mesh import make_mesh
 

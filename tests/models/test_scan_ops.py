@@ -66,7 +66,7 @@ import jax, jax.numpy as jnp
 import numpy as np
 from kernels_pallas.selective_scan.conv import causal_conv_tpu
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
-from metajax import ops
+from metajax.models import ops
 from metajax.distributed.mesh import make_mesh
 
 B, T, C, N = 8, 12, 5, 3
