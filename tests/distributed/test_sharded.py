@@ -46,7 +46,7 @@ def three_rows(**arrays):
     return ops.attention(**arrays, mask=Mask(window=3), segment_ids=ids[:3], implementation="xla")
 
 def meta_attention(**arrays):
-    return ops.meta_attention(**arrays, slots=slots, segment_ids=ids, implementation="xla")
+    return ops.meta_attention(**arrays, meta_positions=slots, segment_ids=ids, implementation="xla")
 
 def selective_scan(implementation, A, **arrays):
     return ops.selective_scan(**arrays, A=-jnp.exp(A), segment_ids=ids, implementation=implementation)

@@ -67,7 +67,7 @@ def compile_for(chip: str, name: str) -> dict:
 
     def forward(arrays, ids, slots, offset):
         if shape.slots:
-            return ops.meta_attention(**arrays, slots=slots, segment_ids=ids)
+            return ops.meta_attention(**arrays, meta_positions=slots, segment_ids=ids)
         options = {"q_offset": offset} if shape.traced_offset else {}
         return ops.attention(**arrays, mask=Mask(window=shape.window), segment_ids=ids, **options)
 

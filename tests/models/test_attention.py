@@ -91,7 +91,7 @@ def test_golden_meta_mask(file, form, monkeypatch):
 
     def gathered(q, k, v, _):
         out, lse = ops.meta_attention(
-            *(gather_rows(y, slots) for y in (q, k, v)), slots=slots, segment_ids=ids, implementation=f"plain {form}"
+            *(gather_rows(y, slots) for y in (q, k, v)), meta_positions=slots, segment_ids=ids, implementation=f"plain {form}"
         )
         empty = jnp.zeros((*q.shape[:3], v.shape[3]))
         return scatter_add_rows(empty, slots, out), scatter_add_rows(jnp.zeros(q.shape[:3]), slots, jnp.where(lse > -1e9, lse, 0))

@@ -30,7 +30,9 @@ def test_implementations_agree():
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_meta_attention_stays_in_the_segment_and_skips_unused_slots(implementation):
     take = lambda x: x[jnp.arange(2)[:, None], jnp.minimum(SLOTS, 11)]  # noqa: E731
-    out, lse = ops.meta_attention(take(Q), take(K), take(V), slots=SLOTS, segment_ids=SEGMENTS, implementation=implementation)
+    out, lse = ops.meta_attention(
+        take(Q), take(K), take(V), meta_positions=SLOTS, segment_ids=SEGMENTS, implementation=implementation
+    )
     used = np.asarray(SLOTS) < 12
     assert not np.asarray(out)[~used].any()
     assert np.all(np.asarray(lse)[~used] == -np.inf)

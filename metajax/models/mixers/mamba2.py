@@ -139,7 +139,7 @@ class Mamba2(Mixer):
         channels, state, heads = cfg.ssm_width, cfg.hybrid.state, heads_of(cfg)
         convolved = channels + 2 * state
         return {
-            "mamba": 2 * cfg.width * (channels + convolved + heads),
+            "mamba2": 2 * cfg.width * (channels + convolved + heads),
             "conv": 2 * cfg.hybrid.d_conv * convolved,
             "scan": channels * (5 * state + 7) + 4 * heads,
         }
