@@ -83,16 +83,7 @@ class TextTask(Task):
         return read_parameters(parent, self.program.abstract_state().model, init.parts, fresh, self._parent_step)
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-        slots = batch["tokens"].size
-        return {
-            "slots": slots,
-            "loss_tokens": int((batch["loss_weights"] > 0).sum()),
-            "body": int(batch["is_body"].sum()),
-            "metadata": int(batch["is_metadata"].sum()),
-            "meta_tokens": int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0,
-            "padding": int((batch["segment_ids"] == 0).sum()),
-            "flops": step_flops(self.config, self.program.vocab_size, batch),
-        }
+        return positions_of(batch) | {"flops": step_flops(self.config, self.program.vocab_size, batch)}
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
         if self.config.tasks is not None:  # the body of an answer is not text of a corpus
@@ -107,3 +98,16 @@ class TextTask(Task):
             f"grad {record['grad_norm']:.3f}",
             *(f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record),
         ]
+
+
+def positions_of(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The number of positions of a batch by what is in them; `loss_tokens` are those with a loss."""
+    slots = batch["tokens"].size
+    return {
+        "slots": slots,
+        "loss_tokens": int((batch["loss_weights"] > 0).sum()),
+        "body": int(batch["is_body"].sum()),
+        "metadata": int(batch["is_metadata"].sum()),
+        "meta_tokens": int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0,
+        "padding": int((batch["segment_ids"] == 0).sum()),
+    }

@@ -128,7 +128,7 @@ class Trainer:
         state, meta = found if found is not None else (self.program.create_state(), None)
         if meta is not None:
             require(
-                meta["config_hash"] == config_hash(self.config),
+                meta["config_hash"] == self.run.hash,
                 f"{self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir",
             )
         model, self.frozen = self.task.start(state.model, meta)
@@ -232,7 +232,7 @@ class Trainer:
         self.run.require_there()
         meta = {
             "step": int(jax.device_get(state.step)),
-            "config_hash": config_hash(self.config),
+            "config_hash": self.run.hash,
             "counts": self.counts.of_all(),
             "left_out": vars(self.left_out),
             "metrics": self.metrics.mark(),
