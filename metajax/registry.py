@@ -337,6 +337,7 @@ def load(*packages: str) -> None:
         found = _imported(package)
         for info in pkgutil.iter_modules(found.__path__) if found else ():
             _imported(f"{package}.{info.name}")
+    _drop_baseless()
 
 
 def _imported(module: str) -> Any:
@@ -373,7 +374,35 @@ def base(name: str) -> Base:
         found = find(name)
         return (found.base if isinstance(found, Table) else found.build)(scale)
 
+    build.of = name
     return build
+
+
+def _without_base(table: Table) -> str:
+    """Why the base of a table cannot be made; "" where it can."""
+    chain: list[str] = []
+    while True:
+        chain.append(table.name)
+        of = getattr(table.base, "of", "")
+        found = _tables.get(of) or _experiments.get(of)
+        if not of or (isinstance(found, Experiment) and found.table is None):
+            return ""
+        if found is None:
+            return f"there is no {of!r}{nearest(of, [*_tables, *_experiments])}"
+        table = found if isinstance(found, Table) else found.table
+        if table.name in chain:
+            return f"it comes from itself ({' -> '.join([*chain, table.name])})"
+
+
+def _drop_baseless() -> None:
+    """Leave out tables whose base cannot be made, with a warning."""
+    reasons = {name: _without_base(table) for name, table in _tables.items()}
+    for name, reason in reasons.items():
+        if reason:
+            warn(f"left out table {name}, whose base cannot be made: {reason}; name another base")
+            del _tables[name]
+            for row in [row for row, made in _experiments.items() if made.table is not None and made.table.name == name]:
+                del _experiments[row]
 
 
 def experiments() -> dict[str, Experiment]:

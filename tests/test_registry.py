@@ -114,3 +114,20 @@ def test_mistakes_in_a_table_are_named():
 def test_a_table_needs_its_baseline():
     with pytest.raises(UserError, match="the baseline 'z' is not one of its rows"):
         registry.table("demo2", summary="s", rows=[Row("a", {})], columns=[], baseline="z", minutes={"cpu": 1})(TABLE.base)
+
+
+@pytest.mark.parametrize(("bases", "gone"), [({"a": "a"}, "a"), ({"a": "b/plain", "b": "a"}, "ab"), ({"a": "b", "b": "c"}, "ab")])
+def test_a_table_without_a_base_is_named_and_left_out(own_registry, tmp_path, monkeypatch, capfd, bases, gone):
+    """Its base is itself, comes round to itself, or does not exist; another table of the file stays."""
+    made = 'table("{0}", summary="", rows=[Row("plain")], columns=[Column("b", "eval.none.bpb")], baseline="plain", minutes={{"cpu": 1}})({1})'
+    lines = [made.format(name, f'base("{of}")') for name, of in bases.items()]
+    lines += ["from metajax.config import Config", made.format("good", 'lambda scale: Config(name="")')]
+    package = f"rounds_{'_'.join(bases)}_{gone}_{'_'.join(bases.values()).replace('/', '_')}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "tables.py").write_text("\n".join(["from metajax.registry import Column, Row, base, table", *lines]))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load(package)
+    assert "good" in registry.tables() and not {*gone} & registry.tables().keys()
+    assert "good/plain" in registry.experiments() and not {f"{name}/plain" for name in gone} & registry.experiments().keys()
+    said = capfd.readouterr().err
+    assert all(f"left out table {name}" in said for name in gone)
