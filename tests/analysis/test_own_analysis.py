@@ -47,7 +47,8 @@ def package(own_registry, tmp_path, monkeypatch):
     (folder / "__init__.py").touch()
     (folder / "letters.py").write_text(LETTERS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(analysis, "made", dict(analysis.made))
+    for held in ("_known", "_modules_of"):
+        monkeypatch.setattr(analysis, held, dict(getattr(analysis, held)))
     yield "of_mine"
     for name in [name for name in sys.modules if name.partition(".")[0] == "of_mine"]:
         del sys.modules[name]
@@ -80,6 +81,6 @@ def test_names_are_known_where_they_are_given(package):
 
 @pytest.mark.parametrize("known", [analysis, image_analysis])
 def test_every_module_is_the_analysis_of_its_name(known):
-    for name in known.modules:
-        found = known.find(name)
+    for name in known.names():
+        found = known[name]
         assert found.name == name and found.title and found.about
