@@ -58,8 +58,10 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
 
     console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     grid = grid_of("field", "value")
+    unread = config.unread()
     for name, value in flatten(config).items():
-        grid.add_row(name, "-" if value is None or value == "" else str(value))
+        if name not in unread:
+            grid.add_row(name.rstrip("_"), "-" if value is None or value == "" else str(value))
     console.print(grid)
     if isinstance(config, ImageConfig):
         console.print(_expected(experiment, config.scale))

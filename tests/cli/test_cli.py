@@ -227,7 +227,7 @@ def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(comman
         (["quickstart/plain", "--sweep", "model.layers=1,2", "--set", "model.layers=3"], "leave one of them out"),
         (["quickstart", "--rows", "plane"], "no row 'plane'"),
         (["quickstart/plain", "--seeed", "3"], "unrecognized arguments: --seeed"),
-        (["quickstart/plain", "--set", "data.sources=pydoc"], "unknown kind 'pydoc'; did you mean 'pydocs'?"),
+        (["quickstart/plain", "--set", "data.sources=pydoc"], "'pydoc'; did you mean 'pydocs'?"),
         (["quickstart/plain", "--set", "data.sources=jsonl:/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
         (["quickstart/plain", "--set", "runtime.loggers=wand"], "did you mean 'wandb'?"),
         (["show", "pydoc"], "did you mean 'pydocs'?"),
