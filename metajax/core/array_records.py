@@ -1,4 +1,4 @@
-"""Records of ArrayRecord files, however many: few of the files are open at a time."""
+"""Random access to records of ArrayRecord files. Any number of files; only a few are open at a time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from metajax.core.reading import handle, reading
 
 
 def open_reader(path: str) -> ArrayRecordReader:
-    """A reader of one file. RuntimeError with the reason for a file that cannot be opened, or is none."""
+    """A reader of one file. Raises RuntimeError with the reason if the file cannot be opened or is not an ArrayRecord file."""
     reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
-    if not reader.ok():  # a file that cannot be opened, or is none, has 0 records without a word
-        reader.read([0])  # says why, but of a file that was cut
+    if not reader.ok():  # a file that cannot be opened, or is no ArrayRecord file, silently has 0 records
+        reader.read([0])  # raises with the reason, except for a file that was cut
         raise RuntimeError("cut short")
     return reader
 
 
 class ArrayRecords:
-    """Random access to the records of files in order. It pickles; UserError for a file that cannot be read.
+    """Random access to the records of files in order. It pickles. Raises UserError if a file cannot be read.
 
-    parts: (path, first record, number of records) of each file; None as the number: all that follow.
+    parts: (path, first record, number of records) of each file; None as the number means all that follow.
     """
 
     def __init__(self, parts: Iterable[tuple[str, int, int | None]]):
@@ -43,7 +43,7 @@ class ArrayRecords:
         return self.starts[-1]
 
     def __getitem__(self, i: int) -> bytes:
-        """Record i, 0 <= i < len; IndexError beyond, RuntimeError where it is damaged."""
+        """Record i, 0 <= i < len. Raises IndexError beyond that, and RuntimeError if the record is damaged."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         part = bisect.bisect_right(self.starts, i) - 1

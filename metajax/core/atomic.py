@@ -1,4 +1,4 @@
-"""Writing so that a reader, or the next start after a kill, finds the old content or the new, never half of it."""
+"""Atomic writes: a reader, or the next start after a kill, finds the old content or the new one, never half of it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ REFUSED = (*FULL, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.E
 
 
 def system_error(error: Exception) -> int:
-    """The errno that an error has, or that a library's own error speaks of; 0 where it is none of the operating system's refusals."""
+    """The errno of an error, or the one that a library's error message names; 0 if the operating system refused nothing."""
     return getattr(error, "errno", None) or next((n for n in REFUSED if os.strerror(n) in str(error)), 0)
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Where nothing more can be written, an OSError with the number and `path`: libraries raise errors of their own without them."""
+    """If nothing more can be written, raise an OSError with the errno and `path`: errors of libraries lack them."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -46,7 +46,7 @@ def _to_disk(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a hidden name and rename it into place; an object of a bucket is whole or not there anyway."""
+    """Write a UTF-8 text file under a hidden name and rename it into place. On a bucket a plain write is already atomic."""
     if "://" in os.fspath(path):
         path.write_text(text)
         return
@@ -63,16 +63,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def strict(value: Any) -> Any:
-    """A JSON-ready value as JSON can say it: a number that is not finite is None."""
+    """A JSON-ready value in strict JSON: numbers that are not finite become None."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
-    """A new folder to fill, which is renamed to `folder` at the end, so that it exists whole or not at all.
+    """A new folder to fill. It is renamed to `folder` at the end, so that `folder` is complete or does not exist.
 
-    Where another process was faster its folder stays, for names say what the content is. A bucket has no folders to rename: there
-    the file `last`, copied after all others, says that they are there.
+    If another process was faster, its folder stays: equal names mean equal content. A bucket has no folders to rename.
+    There the file `last` is copied after all others, and its presence shows that they are complete.
     """
     if "://" in os.fspath(folder):
         with tempfile.TemporaryDirectory() as filled:
@@ -81,7 +81,7 @@ def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
         return
     work = (
         Path(folder.parent) / f".making-{secrets.token_hex(4)}"
-    )  # not by tempfile, which keeps everyone else out of it for good
+    )  # not by tempfile, whose folders stay unreadable for every other user
     work.mkdir(parents=True)
     try:
         with storage_errors(folder):
@@ -97,6 +97,6 @@ def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: Path, last: str = "") -> None:
-    """Copy the files of a folder into another one, either may be on a bucket, `last` after all others."""
+    """Copy the files of a folder into another one, with the file `last` after all others. Either folder may be on a bucket."""
     for path in sorted(source.iterdir(), key=lambda path: path.name == last):
         (target / path.name).write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The one file for what differs between versions of JAX, or has no public door in them."""
+"""The only file for what differs between versions of JAX, or has no public API there."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from metajax.core.progress import warn
 
 
 def detect_cluster(timeout: int) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
-    """(coordinator, processes, process, local devices) as JAX reads them off Cloud TPU, GKE, Slurm or Open MPI; None where it cannot.
+    """(coordinator, processes, process, local devices) as JAX detects them on Cloud TPU, GKE, Slurm or Open MPI; None if unknown.
 
-    `jax.distributed.initialize` does the same, but tells no one: a check before the start needs the address.
+    `jax.distributed.initialize` does the same but does not return them, and a check before the start needs the address.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a Kubernetes pod without its client library, which hosts.py speaks of
+        warnings.simplefilter("ignore")  # about a Kubernetes pod without its client library, which hosts.py reports
         return clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
 
 
 def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in a folder between runs; to be called before the first use of a device."""
+    """Keep compiled programs in a folder between runs. Call it before the first use of a device."""
     compilation_cache.LRUCache = _CheckedPrograms
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class _CheckedPrograms(LRUCache):
-    """JAX's own cache runs a program whose bytes have changed. Here each begins with its hash, and one that is damaged is made again."""
+    """A checked compilation cache: each program begins with its hash. JAX would run a damaged one; here it is compiled again."""
 
     _full = False
 

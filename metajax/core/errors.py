@@ -7,16 +7,16 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: one plain line that names the remedy. The command line exits with 2."""
+    """A mistake that the user can correct. Its message is one plain line that names the remedy. The command exits with 2."""
 
 
 class Stopped(BaseException):
-    """A run ended early for a reason outside of it, such as a preemption; the same command continues it.
+    """A run ended early for an external reason, such as a preemption; the same command continues it.
 
     Derives from BaseException so that `except Exception` in a table does not record a preemption as a failed run.
     """
 
-    EXIT_CODE = 75  # of the command, as sysexits.h has it: a temporary failure, try again
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Typed access to frozen dataclasses: conversion from text and JSON, ranges, dotted overrides, errors that name the remedy."""
+"""Typed fields of frozen dataclasses: conversion from text and JSON, ranges, dotted overrides, errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from metajax.core.errors import UserError, nearest, require
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a field or an argument takes, as in `Annotated[int, Range(1, 8)]`: `least` and `most` are among them, `above` and
-    `below` are not. Infinity and NaN are in no range."""
+    """Which numbers a field or an argument accepts, as in `Annotated[int, Range(1, 8)]`. `least` and `most` are inclusive bounds,
+    `above` and `below` exclusive ones. Infinity and NaN are in no range."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -38,17 +38,17 @@ class Range:
 
 
 class OnlyWith:
-    """The condition under which something reads a field, as in `Annotated[Share, OnlyWith("schedule", "wsd")]`.
+    """The condition under which a field is read, as in `Annotated[Share, OnlyWith("schedule", "wsd")]`.
 
-    `field` is a field or property of the same dataclass: one of `values`, or anything but 0, empty and False where none are named.
-    `why` replaces the reason that an error gives.
+    `field` is a field or property of the same dataclass. It must be one of `values`, or, without `values`, be truthy.
+    `why` replaces the default reason in an error.
     """
 
     def __init__(self, field: str, *values: Any, why: str = ""):
         self.field, self.values, self.why = field, values, why
 
     def reason(self, part: Any, prefix: str) -> str:
-        """Why nothing reads the field in this part of a config; "" where something does."""
+        """The reason why nothing reads the field in this part of a config; "" if something reads it."""
         value = getattr(part, self.field)
         if value in self.values if self.values else value:
             return ""
@@ -57,15 +57,15 @@ class OnlyWith:
 
 
 class Except(OnlyWith):
-    """The opposite condition: something reads a field unless `field` is one of `values`."""
+    """The opposite condition: the field is read unless `field` is one of `values`."""
 
     def reason(self, part: Any, prefix: str) -> str:
-        """Why nothing reads the field in this part of a config; "" where something does."""
+        """The reason why nothing reads the field in this part of a config; "" if something reads it."""
         value = getattr(part, self.field)
         return "" if value not in self.values else self.why or f"it is not read where {prefix}{self.field} is {value}"
 
 
-# No count is larger, so that counts and their positions fit 32 bits; no real number is beyond what float32 holds.
+# Counts and positions fit 32 bits, and real numbers fit float32.
 Count = Annotated[int, Range(1, 10**9)]
 CountOrZero = Annotated[int, Range(0, 10**9)]
 Size = Annotated[int, Range(1, 2**20)]  # of a layer, a row or a batch
@@ -78,15 +78,15 @@ NotNegative = Annotated[float, Range(0, 1e30)]
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """{name of a dataclass's field: its type, with the range}."""
+    """{name of a dataclass field: its type, with the range}."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 class Part:
-    """Base of the dataclasses that make a config. `path` is its dotted path in one, for errors.
+    """Base of the dataclasses that make up a config. `path` is the dotted path of the class in a config, for errors.
 
-    However it is built, each field is converted to its type and held against its range, before the class's own `__post_init__`.
+    On every construction, each field is converted to its type and checked against its range, before the class's `__post_init__`.
     """
 
     def __init_subclass__(cls, path: str = "") -> None:
@@ -107,7 +107,7 @@ class Part:
 
 @functools.cache
 def _shape(hint: Any) -> tuple[Any, Range, bool]:
-    """(T, its range, whether None is taken too) of a type such as `Annotated[T, Range(1)] | None`."""
+    """(T, its range, whether None is accepted) of a type such as `Annotated[T, Range(1)] | None`."""
     inner, limits, optional = hint, Range(), False
     while typing.get_origin(inner) in (Annotated, types.UnionType, typing.Union):
         if typing.get_origin(inner) is Annotated:
@@ -121,7 +121,7 @@ def _shape(hint: Any) -> tuple[Any, Range, bool]:
 
 @functools.cache
 def _checks(cls: type) -> list[tuple[str, Any, Callable[[Any], bool]]]:
-    """(name, type, whether a value needs no conversion) of each field: a table makes thousands of configs, most of them of good values."""
+    """(name, type, test whether a value needs no conversion) of each field. Fast, for a table makes thousands of configs."""
 
     def quick(hint: Any) -> Callable[[Any], bool]:
         inner, limits, optional = _shape(hint)
@@ -137,7 +137,7 @@ def _checks(cls: type) -> list[tuple[str, Any, Callable[[Any], bool]]]:
 
 
 def describe(hint: Any) -> str:
-    """What a field or an argument takes, such as `a whole number from 1 to 8`."""
+    """What a field or an argument accepts, such as `a whole number from 1 to 8`."""
     inner, limits, optional = _shape(hint)
     if typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(map(str, typing.get_args(inner)))
@@ -151,7 +151,7 @@ def describe(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """A value from JSON, from the command line or from Python, as the field's type; UserError when it is not one."""
+    """Convert a value from JSON, the command line or Python to the field's type; raises UserError if it does not fit."""
     inner, _, optional = _shape(hint)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
@@ -188,7 +188,7 @@ def _wrong(value: Any, hint: Any, path: str, more: str = "") -> UserError:
 def _loads(text: str, path: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise UserError(f"{path} = {text[:200]!r}: expected JSON such as '{{\"field\": value}}' ({error})") from None
 
 
@@ -215,7 +215,7 @@ def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
 
 
 def is_text(value: str) -> bool:
-    """Whether text can be written to a file in UTF-8 and be part of a path."""
+    """Whether text can be encoded as UTF-8 and be part of a path: no lone surrogates, no NUL."""
     return "\0" not in value and (value.isascii() or value.encode(errors="ignore").decode() == value)
 
 
@@ -242,7 +242,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def override(config: Any, changes: Mapping[str, Any]) -> Any:
     """A copy with dotted fields replaced: {"model.layers": "8", "meta_tokens": MetaTokens()}.
 
-    All changes of one sub-config are applied at once, so that two fields which must agree can change together.
+    All changes of one sub-config are applied at once, so that two fields that must agree can change together.
     """
     return _override(config, changes, "")
 
@@ -253,7 +253,7 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
     nested: dict[str, dict[str, Any]] = {}
     for dotted, value in changes.items():
         head, _, rest = dotted.partition(".")
-        name = head if head in hints else f"{head}_"  # `from` is a keyword in Python, `from_` the field
+        name = head if head in hints else f"{head}_"  # `from` is a keyword in Python, so the field is `from_`
         require(name in hints, f"unknown field {path}{head}{nearest(head, hints)}")
         if rest:
             nested.setdefault(name, {})[rest] = value
@@ -272,7 +272,7 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every reachable field by dotted path; sub-configs that are null count as one, those that nobody sets as none."""
+    """Every reachable field by dotted path. A null sub-config is one entry; a null field marked `filled_in` is left out."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -291,7 +291,7 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 def defaults(cls: type, prefix: str = "") -> dict[str, Any]:
-    """{dotted field: default} of a config and of all its sub-configs, those that are null by default too; required fields are left out."""
+    """{dotted field: default} of a config and all its sub-configs, also of those that are null by default. No required fields."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
         part = _shape(field_types(cls)[f.name])[0]
@@ -303,7 +303,7 @@ def defaults(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def changed(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted field: value} of the fields whose value is not the default, and True for each sub-config that is null by default and given."""
+    """{dotted field: value} of the fields that differ from their defaults; True for a set sub-config that is null by default."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value, path = getattr(config, f.name), prefix + f.name
@@ -317,7 +317,7 @@ def changed(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def unread(config: Any, prefix: str = "") -> dict[str, str]:
-    """{dotted field: why nothing reads it} by the `OnlyWith` of the fields."""
+    """{dotted field: why nothing reads it}, from the `OnlyWith` annotations of the fields."""
     found: dict[str, str] = {}
     for name, hint in field_types(type(config)).items():
         value = getattr(config, name)
@@ -330,12 +330,12 @@ def unread(config: Any, prefix: str = "") -> dict[str, str]:
 
 
 def ignored(config: Any) -> dict[str, str]:
-    """{dotted field: why nothing reads it} of the fields that differ from their defaults; `config.unread()` says which are not read."""
+    """{dotted field: why nothing reads it} of the fields that differ from their defaults and are in `config.unread()`."""
     set_here = changed(config)
     return {name: why for name, why in config.unread().items() if name in set_here}
 
 
 def require_all_read(config: Any) -> None:
-    """UserError for a field that differs from its default and that nothing would read."""
+    """Raise UserError for a field that differs from its default but that nothing would read."""
     for name, why in ignored(config).items():
         raise UserError(f"{config.name} would ignore {name.rstrip('_')}: {why}; leave it at its default")

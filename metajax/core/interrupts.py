@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one ends the command in good order, the second one ends the process at once, whatever it is doing."""
+"""Ctrl-C: the first one ends the command cleanly, the second one ends the process at once, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from typing import NoReturn
 
 from metajax.core.errors import Stopped
 
-HINT_SECONDS = 2.0  # after the first Ctrl-C, before a line says what the second one would do
+HINT_SECONDS = 2.0  # after the first Ctrl-C, until a line explains what a second one does
 
 
 class Interrupted(Stopped, KeyboardInterrupt):
-    """Ctrl-C ended a run in good order; the message says from which step the same command goes on."""
+    """Ctrl-C ended a run cleanly. The message gives the step from which the same command continues."""
 
     EXIT_CODE = 130
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt in here; the second one ends the process with 130, without a word from Python or its libraries.
+    """In this context Ctrl-C raises KeyboardInterrupt; the second one ends the process with 130 and prints no traceback.
 
-    Python runs signal handlers in its main thread alone, which may be inside a compilation or waiting for a collective. So a thread counts
-    the signals. A process that ignores SIGINT, such as one in a script's background, goes on ignoring it.
+    Python runs signal handlers only in its main thread, which may be compiling or waiting for a collective.
+    So a thread counts the signals. A process that ignores SIGINT, such as a background job of a script, still ignores it.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
         return
     heard, told = os.pipe()
-    os.set_blocking(told, False)  # as set_wakeup_fd asks for
+    os.set_blocking(told, False)  # required by set_wakeup_fd
     handler, wakeup = signal.signal(signal.SIGINT, _interrupt), signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_count, args=(heard,), name="interrupts", daemon=True).start()
     try:
@@ -66,7 +66,7 @@ def _count(heard: int) -> None:
         count += numbers.count(signal.SIGINT)
         if count > 1:
             _kill_children()
-            # Straight to the terminal: a buffer may be locked by what is being left. A progress bar has hidden the cursor.
+            # Unbuffered, because interrupted code may hold a buffer's lock. The escape shows a cursor that a progress bar hid.
             os.write(2, b"\x1b[?25h\n" * os.isatty(2) + b"ended at once; what was not yet saved is lost\n")
             os._exit(Interrupted.EXIT_CODE)
 
@@ -79,10 +79,10 @@ def _kill_children() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with the exit code of a command.
 
-    After Ctrl-C nothing is waited for, such as threads that save. Several processes of one run still part from each other.
+    After Ctrl-C it waits for nothing, such as threads that save. The processes of a distributed run still disconnect first.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C from here on prints no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a later Ctrl-C prints no traceback
     jax = sys.modules.get("jax")
     if code == Interrupted.EXIT_CODE and not (jax and jax.distributed.is_initialized()):
         _kill_children()
@@ -94,7 +94,7 @@ def leave(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes started in here do not hear Ctrl-C, which a terminal sends to all of a command's: who started them ends them."""
+    """Processes started in this context ignore Ctrl-C, which a terminal sends to all processes. Their parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -103,12 +103,12 @@ def deaf_children() -> Iterator[None]:
 
 
 def be_deaf(*_: int) -> None:
-    """The same for this process, which another library has started."""
+    """Ignore Ctrl-C in this process, which another library has started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def start_tracker() -> None:
-    """The process that clears up what a killed one leaves does so without a warning."""
+    """Start the resource tracker, which cleans up after killed processes, with its warnings off."""
     given, sys.warnoptions = sys.warnoptions, [*sys.warnoptions, "ignore:resource_tracker:UserWarning"]
     resource_tracker.ensure_running()
     sys.warnoptions = given

@@ -1,7 +1,7 @@
-"""JSON lines: one JSON value a line, UTF-8, in a plain or a compressed file, on a disk or in a bucket.
+"""JSON lines: one JSON value per line, UTF-8, in a plain or compressed file, on a disk or a bucket.
 
-A line ends at \\n alone, or \\r\\n: other separators of Unicode are text. Lines of white space count as lines and hold no value. A byte order mark
-is skipped. Of two equal keys of an object the last one counts.
+A line ends with \\n or \\r\\n; other Unicode line separators are text. Blank lines count as lines and hold no value.
+A byte order mark is skipped. If a key occurs twice in an object, the last one counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REWRITE = "its window is larger than the 128 MiB that are read here; rewrite it:
 
 
 def parse(line: bytes) -> Any:
-    """The value of a line; a ValueError gives the reason in one line. Numbers that no float holds are Decimals."""
+    """The value of a line; raises ValueError with the reason in one line. Numbers too large for a float become Decimals."""
     try:
         text = line.removeprefix(codecs.BOM_UTF8).decode()
         try:
@@ -59,7 +59,7 @@ _LONG_INTEGERS = json.JSONDecoder(parse_float=_float, parse_int=Decimal)
 
 
 def records(path: str) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of every line that is not blank; UserError with file and line where one cannot be read."""
+    """(line number from 1, value) of every line that is not blank; raises UserError with file and line if one cannot be read."""
     for number, line in lines(path):
         try:
             value = parse(line)
@@ -70,13 +70,13 @@ def records(path: str) -> Iterator[tuple[int, Any]]:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed; UserError where it cannot be read to where it is read."""
+    """The decompressed bytes of a file; raises UserError if reading fails."""
     with reading(path, lambda reason: _damaged(path, reason)), epath.Path(path).open("rb") as file, _plain(path, file) as stream:
         yield stream
 
 
 def lines(path: str, offset: int = 0, number: int = 1) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every line that is not blank, from the line `number` on, which starts at `offset`."""
+    """(line number, bytes) of every line that is not blank, starting with line `number` at byte `offset`."""
     with opened(path) as stream:
         if offset:
             stream.seek(offset)
@@ -87,7 +87,7 @@ def lines(path: str, offset: int = 0, number: int = 1) -> Iterator[tuple[int, by
 
 
 def line_marks(path: str, every: int) -> tuple[int, list[tuple[int, int]]]:
-    """(how many lines are not blank, (offset, line number) of each `every`-th of them), for `lines`."""
+    """(number of lines that are not blank, (offset, line number) of each `every`-th of them), for `lines`."""
     marks, count, offset = [], 0, 0
     with opened(path) as stream:
         for number, line in enumerate(stream, 1):
@@ -100,12 +100,12 @@ def line_marks(path: str, every: int) -> tuple[int, list[tuple[int, int]]]:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file's name says that it is compressed in a way that is read here."""
+    """Whether the file name has the suffix of a supported compression."""
     return path.lower().endswith(tuple(MAGIC))
 
 
 def _plain(path: str, file: BinaryIO) -> io.BufferedIOBase:
-    """The decompressed bytes of an open file; UserError where its content is not what its name says."""
+    """The decompressed bytes of an open file; raises UserError if the content does not match the suffix."""
     suffix = next((suffix for suffix in MAGIC if path.lower().endswith(suffix)), None)
     if suffix is None:
         return io.BufferedReader(file, 1 << 20)

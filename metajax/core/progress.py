@@ -1,7 +1,7 @@
-"""All that metajax prints: results on standard output, lines, warnings and progress for people on stderr.
+"""Everything that metajax prints: results on stdout; messages, warnings and progress bars on stderr.
 
-Text of others, such as documents, names, paths and what a model says, may hold characters that move the cursor, retitle the window or
-turn the text around. Nothing of the kind reaches a terminal: it is shown as an escape such as \\x1b.
+Untrusted text, such as documents, names, paths and model outputs, may hold characters that move the cursor, retitle the window
+or reverse the text. None of them reaches a terminal: each is shown as an escape such as \\x1b.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from rich.text import Text
 
 CALLED = Path(sys.argv[0])
 PROGRAM = "metajax" if CALLED.name == "metajax" or CALLED.parts[-2:] == ("metajax", "__main__.py") else "python run.py"
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal
-LONGEST = 4000  # letters of a line that says what is wrong; a longer one lacks its middle
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, lone surrogates, other ends of lines
+PLAIN_SECONDS = 10.0  # between progress lines if stderr is no terminal
+LONGEST = 4000  # characters of an error message; of a longer one the middle is left out
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode control and format characters, lone surrogates, line and paragraph separators
 
 
 def shown(text: str, keep: str = "\n\t") -> str:
-    """The text with every control or invisible character as an escape, but for those of `keep`."""
+    """The text with every control or invisible character, except those in `keep`, as an escape."""
     if text.isprintable():
         return text
     escaped = lambda c: c if c in keep or unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode()  # noqa: E731
@@ -38,12 +38,12 @@ def shown(text: str, keep: str = "\n\t") -> str:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Text of others for tables and consoles: no markup, nothing that a terminal obeys."""
+    """Untrusted text for tables and consoles: no markup, and control characters as escapes."""
     return Text(shown(text), style)
 
 
 class Terminal(Console):
-    """A console that takes no text for markup or emoji, and shows what a terminal would obey."""
+    """A console that interprets no markup or emoji in text, and shows control characters as escapes."""
 
     def __init__(self, **keywords: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **keywords)
@@ -64,7 +64,7 @@ console = Terminal(stderr=True)
 
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
-    """For the life of a command: it can print any text in any encoding, and goes on when a reader such as `head` has left."""
+    """While a command runs, it can print any text in any encoding, and continues after a reader such as `head` has ended."""
     sys.excepthook = lambda *error: echo("".join(traceback.format_exception(*error)), end="", stream=sys.stderr)
     threading.excepthook = lambda found: sys.excepthook(found.exc_type, found.exc_value, found.exc_traceback)
     for name in ("stdout", "stderr"):
@@ -78,19 +78,19 @@ def terminal() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # the command has said so, or nobody reads
+            except OSError:  # already reported by the command, or the reader has ended
                 _leave(stream)
 
 
 def _leave(stream: Any) -> None:
-    """Send what is still to come on a stream nowhere."""
+    """Discard all further output of a stream."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def echo(text: str = "", end: str = "\n", stream: Any = None) -> None:
-    """Text as it is, neither wrapped nor coloured, on standard output or another stream."""
+    """Print text, neither wrapped nor coloured, on stdout or another stream."""
     stream = stream or sys.stdout
     try:
         print(shown(text), end=end, file=stream, flush=True)
@@ -99,24 +99,24 @@ def echo(text: str = "", end: str = "\n", stream: Any = None) -> None:
 
 
 def fail(message: object) -> None:
-    """The line about what ends a command."""
+    """Print the error that ends a command, in one line."""
     text = shown(f"error: {message}", keep="\t")
     echo(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}", stream=sys.stderr)
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal."""
+    """Print a message for the user on stderr."""
     console.print(shown(message, keep="\t"), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """A warning that the run survives."""
+    """Print a warning on stderr."""
     console.print(shown(f"warning: {message}", keep="\t"), style="yellow", soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int, plain_lines: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` units; yields advance(units). `plain_lines` are the lines that stand in for it elsewhere."""
+    """A progress bar over `total` units; yields advance(units). Without a terminal, `plain_lines` prints a line now and then."""
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}", markup=False),

@@ -1,4 +1,4 @@
-"""What libraries print of an error that they raise as well: without this, a full disk fills the screen before the line that says so."""
+"""Silences libraries that both print and raise an error: otherwise a full disk floods the screen before the error line."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-SAVING = ("future", "async_checkpointer", "checkpoint_manager")  # modules of Orbax whose threads log what the next call raises
+SAVING = ("future", "async_checkpointer", "checkpoint_manager")  # Orbax modules that log an error which the next call raises
 
 
 @contextlib.contextmanager
 def told_once() -> Iterator[None]:
-    """A save that fails is told by the error that it raises alone, not by Orbax's log and TensorStore's callbacks too.
+    """Report a failed save only by the error that it raises, not also by Orbax's log and TensorStore's callbacks.
 
-    After an error it stays so, for what else was being written ends later.
+    After an error the silence stays, because other writes of the same save end later.
     """
     absl, unraisable = logging.getLogger("absl"), sys.unraisablehook
     absl.addFilter(_is_news)
@@ -30,5 +30,5 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _of_closed_loop(found: Any) -> bool:
-    """Whether a write ended after the first one failed, with which the event loop that waited for all of them was closed."""
+    """Whether a write ended after another one had failed, which closed the event loop that both shared."""
     return isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"

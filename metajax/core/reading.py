@@ -1,4 +1,4 @@
-"""Reading files of others: few are open at a time, and what goes wrong is said in one line."""
+"""Reading data files: only a few are open at a time, and each error is one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from metajax.core.errors import UserError
 
-# Files that `handle` keeps open in a process, two descriptors each: half of what the system allows, and at most 256.
+# Files that `handle` keeps open in a process, with two descriptors each: half of the system's limit, at most 256 files.
 OPEN = max(2, min(256, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 48) // 4))
 REMEDIES = {
     errno.ENFILE: "this machine has no file handle left; close other programs",
@@ -30,16 +30,16 @@ REMEDIES = {
 
 
 def handle(opener: Callable[[str], Any], path: str, key: str) -> Any:
-    """opener(path), kept while it is among the last used; an older one is closed when nobody holds it any more.
+    """opener(path), cached by least recent use. An evicted one is closed when nothing refers to it any more.
 
-    key: of the source, so that a file that was rewritten under the same path is opened again.
+    key: identifies the source, so that a file that was rewritten under the same path is opened again.
     """
     try:
         return _kept(opener, path, key)
     except (OSError, RuntimeError) as error:
         if _fault(error) not in (errno.EMFILE, errno.ENFILE):
             raise
-        _kept.cache_clear()  # others of this process, or a lower limit, have left less room than there was at the start
+        _kept.cache_clear()  # other files of this process, or a lower limit, leave less room than at the start
         return _kept(opener, path, key)
 
 
@@ -50,11 +50,11 @@ def _kept(opener: Callable[[str], Any], path: str, key: str) -> Any:
 
 @contextlib.contextmanager
 def reading(path: str, damaged: Callable[[str], UserError]) -> Iterator[None]:
-    """Turn the error of a library that reads `path` into damaged(reason), unless the machine is at fault.
+    """Turn the error of a library that reads `path` into damaged(reason), unless the machine caused it.
 
     Raises:
-      UserError: the process or the machine ran out of something, or cannot reach the file. That is never a damaged record.
-      OSError: a bucket cannot be reached, as its library says it.
+      UserError: the process or machine ran out of a resource, or cannot reach the file. This never counts as a damaged record.
+      OSError: a bucket cannot be reached. This is the unchanged error of its library.
     """
     try:
         yield
@@ -69,13 +69,13 @@ def reading(path: str, damaged: Callable[[str], UserError]) -> Iterator[None]:
 
 
 def _is_of_network(error: OSError) -> bool:
-    """Whether a bucket or the way to it is at fault, which `metajax.core.storage.outages` tells."""
+    """Whether a bucket or the network caused the error, which `metajax.core.storage.outages` reports."""
     is_builtin = type(error).__module__ in ("builtins", "gzip")
     return not is_builtin or isinstance(error, (ConnectionError, TimeoutError)) or str(error).startswith("Forbidden")
 
 
 def _fault(error: BaseException) -> int | None:
-    """The error number of what the machine refuses, None where the file itself is at fault."""
+    """The errno if the machine refused something, None if the file itself is damaged."""
     if isinstance(error, MemoryError):
         return errno.ENOMEM
     if isinstance(error, OSError):
@@ -84,5 +84,5 @@ def _fault(error: BaseException) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
+    """The first line of another library's error message."""
     return (str(error).strip().splitlines() or ["damaged or cut short"])[0]

@@ -1,4 +1,4 @@
-"""Registries: things of one kind by name, each registered by a decorator in a file of its own."""
+"""Registries: objects of one kind by name, each registered by a decorator in a separate file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name, mostly classes or functions. An instance is also the decorator that registers one: `@source("jsonl")`.
+    """Objects of one kind by name, mostly classes or functions. An instance is also the decorator: `@source("jsonl")`.
 
-    Modules of `package` are imported when a name is looked up, and not before. Another module registers its own by being imported, as
-    the files of `experiments/` are.
+    Modules of `package` are imported only when a name is looked up. A module elsewhere, such as a file of `experiments/`,
+    registers its objects when it is imported.
     """
 
     def __init__(self, kind: str, package: str):
@@ -25,7 +25,7 @@ class Registry(Generic[T]):
         self._modules_of: dict[str, str] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
-        """The decorator for a name; UserError where another module has registered that name."""
+        """The decorator for a name; raises UserError if another module has registered that name."""
 
         def register(made: T) -> T:
             self.add(name, made, made.__module__)
@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         return register
 
     def add(self, name: str, made: T, module: str) -> None:
-        """Register what a module has made; UserError where another module has registered that name."""
+        """Register an object of a module; raises UserError if another module has registered that name."""
         first = self._modules_of.setdefault(name, module)
         require(first == module, f"{self.kind} {name!r} is registered twice, in {first} and in {module}")
         self._known[name] = made
@@ -43,13 +43,13 @@ class Registry(Generic[T]):
         return self.find(name, self.kind)
 
     def names(self) -> list[str]:
-        """Every name, sorted; imports the whole package."""
+        """All names, sorted; imports the whole package."""
         for module in self._modules():
             importlib.import_module(module)
         return sorted(self._known)
 
     def find(self, name: str, where: str) -> T:
-        """What is registered under a name; UserError that begins with `where` and has the nearest name otherwise."""
+        """The object of a name. For an unknown name, raises UserError that begins with `where` and gives the nearest name."""
         if name not in self._known and f"{self.package}.{name}" in self._modules():
             importlib.import_module(f"{self.package}.{name}")
         if name not in self._known:

@@ -1,7 +1,7 @@
-"""Folders whose files are checked before they are believed.
+"""Folders whose files are checked against hashes before they are used.
 
-A sealed folder holds `hashes.json`: the size of every other file and the sha256 of each of its blocks. Small files are checked as
-they are opened, large arrays block by block as they are read.
+A sealed folder holds `hashes.json`: the size of every other file and the sha256 of each of its blocks. Small files are checked
+when they are opened, large arrays block by block when they are read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 from metajax.core.atomic import whole_folder
 from metajax.core.errors import UserError
 
-FORMAT = 1  # part of the names of sealed folders; raise it when what is in them changes, and all are made again
+FORMAT = 1  # part of the names of sealed folders; raise it when their content changes, and all are made again
 HASHES = "hashes.json"
 BLOCK = 1 << 23  # bytes
 
 
 @contextlib.contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill as with `whole_folder`, sealed at the end."""
+    """A new folder to fill, as `whole_folder`, which is sealed at the end."""
     with whole_folder(folder, HASHES) as work:
         yield work
         files = {path.name: {"bytes": path.stat().st_size, "blocks": _hashes(path)} for path in sorted(work.iterdir())}
@@ -34,7 +34,7 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 
 
 def _seal(folder: Path, files: dict[str, Any]) -> str:
-    """Also of the folder's name, so that another folder in its place is noticed."""
+    """The hash of the file hashes and the folder's name, so that a swapped folder is noticed."""
     return hashlib.sha256(json.dumps([folder.parts[-2:], files], sort_keys=True).encode()).hexdigest()
 
 
@@ -44,16 +44,16 @@ def _hashes(path: Path) -> list[str]:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """`np.save`, whose own errors do not tell why nothing more could be written."""
+    """Like `np.save`, but with the errors of the file, which say why nothing more can be written."""
     with path.open("wb") as file:
         np.save(SimpleNamespace(write=file.write), array)
 
 
 class Sealed:
-    """The files of a sealed folder. Every method raises UserError that names the folder to delete where a file is not as it was written."""
+    """The files of a sealed folder. If a file was changed, every method raises UserError that names the folder to delete."""
 
     def __init__(self, folder: Path):
-        """Checks that every file is there with its size; files that were added since are left alone."""
+        """Check that every file exists with its size; files that were added later are ignored."""
         self.folder = Path(folder)
         try:
             whole = json.loads(self._bytes(HASHES))
@@ -69,20 +69,20 @@ class Sealed:
                 raise self.damaged(name)
 
     def damaged(self, name: str) -> UserError:
-        """The error for a file that is missing, or other than it was written."""
+        """The error for a file that is missing or has changed."""
         path = self.folder / name
         what = "changed or damaged since it was written" if path.is_file() else "missing"
         return UserError(f"{path}: {what}; delete the folder {self.folder}, and the same command makes it again")
 
     def path(self, name: str) -> Path:
-        """Of a file that is read whole here and found as it was written."""
+        """The path of a file, after its whole content has been checked."""
         path = self.folder / name
         if not path.is_file() or _hashes(path) != self.files[name]["blocks"]:
             raise self.damaged(name)
         return path
 
     def check(self) -> Sealed:
-        """Read every file whole, and find them as they were written."""
+        """Read every file and check its whole content."""
         for name in self.files:
             self.path(name)
         return self
@@ -92,7 +92,7 @@ class Sealed:
         return self.path(name).read_bytes()
 
     def array(self, name: str) -> np.ndarray:
-        """What `save_array` wrote, memory-mapped, checked whole."""
+        """An array that `save_array` wrote, memory-mapped, after its whole content has been checked."""
         return np.asarray(np.load(self.path(name), mmap_mode="r"))
 
     def _bytes(self, name: str) -> bytes:
@@ -103,9 +103,9 @@ class Sealed:
 
 
 class Blocks:
-    """An array [N] in a sealed folder, memory-mapped: a slice checks those blocks of the file in which it is, each once.
+    """A memory-mapped array [N] in a sealed folder. A slice checks only the blocks of the file that it covers, each once.
 
-    Everything else that is asked of it is asked of the whole array, checked whole.
+    Any other attribute is read from the whole array, after all of it has been checked.
     """
 
     def __init__(self, sealed: Sealed, name: str):

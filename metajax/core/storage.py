@@ -1,11 +1,11 @@
 """Runs on a bucket, `--workdir gs://BUCKET/PATH`.
 
-Checkpoints, their hashes and replay bundles are written to the bucket directly. Every other file of a run is small: it is written to a local
-folder, the stage, and process 0 copies it to the bucket.
+Checkpoints, their hashes and replay bundles are written to the bucket directly. All other files of a run are small: they are
+written to a local folder, the stage, and process 0 copies them to the bucket.
 
 The bucket is the source of truth. On start, the stage is synced from it. Before a checkpoint is marked complete (its hashes are written),
-the stage is uploaded. So a run can resume on any machine, with the metrics up to the step of its checkpoint. A reader finds an object whole
-or not at all; config.json is uploaded first.
+the stage is uploaded. So a run can resume on any machine, with the metrics up to the step of its checkpoint. Every object on the
+bucket is complete; config.json is uploaded first.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import Any
 from metajax.core.errors import Stopped, UserError, require
 
 SCHEME = "gs://"
-MARK = ".bucket"  # in a stage: where the run is
-THERE_ALONE = ("checkpoints", "hashes", "damaged", "replay-step-")  # what these begin is on the bucket and not in the stage
-PATTERNS = "[]*?#"  # what gcsfs or GCS itself takes for a pattern or a version
+MARK = ".bucket"  # a file in a stage with the URL of the run
+THERE_ALONE = ("checkpoints", "hashes", "damaged", "replay-step-")  # prefixes of names that are only on the bucket
+PATTERNS = "[]*?#"  # characters that gcsfs or GCS takes for a pattern or a version
 SIGN_IN = "gcloud auth application-default login, or give this machine's service account roles/storage.admin on the bucket"
 
 
 def storage(path: Any) -> tuple[Any, str]:
-    """(file system, path in it) of a local path or a bucket's, which other programs and hosts write to as well: no listing is kept."""
-    import fsspec  # slow to import, and few commands need it
+    """(file system, path in it) of a local or bucket path. Listings are not cached: other programs and hosts write there too."""
+    import fsspec  # imported here: it is slow to import, and few commands need it
 
     if os.fspath(path).startswith(SCHEME):
         require(find_spec("gcsfs") is not None, f"{path}: buckets are reached through gcsfs; pip install gcsfs")
@@ -43,14 +43,14 @@ def storage(path: Any) -> tuple[Any, str]:
 
 
 def require_bucket(path: Any) -> None:
-    """UserError where the bucket of a path is not there: gcsfs and Orbax would make one, whatever its name."""
+    """Raise UserError if the bucket of a path does not exist: gcsfs and Orbax would create it, even under a misspelt name."""
     system, inside = storage(path)
     bucket = SCHEME + inside.partition("/")[0]
     require(system.exists(bucket), f"{path}: there is no bucket {bucket}; gcloud storage buckets create {bucket}")
 
 
 def files(folder: Any) -> dict[str, dict[str, Any]]:
-    """The files below a local folder or a bucket's, by path relative to it and in that order; of each `size` and `mtime` among others."""
+    """{relative path: `size`, `mtime` and more} of all files below a folder, local or on a bucket, sorted by path."""
     if _on_bucket(folder):
         system, root = storage(folder)
         return {name.removeprefix(f"{root}/"): info for name, info in sorted(system.find(root, detail=True).items())}
@@ -63,7 +63,7 @@ def files(folder: Any) -> dict[str, dict[str, Any]]:
 
 
 def remove(folder: Any) -> None:
-    """Delete a folder with all that is in it."""
+    """Delete a folder with all its content."""
     if _on_bucket(folder):
         system, root = storage(folder)
         system.rm(root, recursive=True)
@@ -72,7 +72,7 @@ def remove(folder: Any) -> None:
 
 
 def move(source: Any, target: Any) -> None:
-    """Move a file or folder; on a bucket object by object."""
+    """Move a file or folder; on a bucket, object by object."""
     if _on_bucket(source):
         system, _ = storage(source)
         system.copy(os.fspath(source), os.fspath(target), recursive=True)
@@ -86,7 +86,7 @@ def move(source: Any, target: Any) -> None:
 
 
 def stage(url: str, runs: Path) -> Path:
-    """The local folder of a run on a bucket, RUNS/gs/BUCKET/PATH; what it holds is of its last use, see `fill`."""
+    """The local folder of a run on a bucket, RUNS/gs/BUCKET/PATH. It may hold files of an earlier use, see `fill`."""
     where = url.rstrip("/")
     require(len(where.removeprefix(SCHEME).split("/")) > 1, f"{url}: a run needs a path in the bucket, gs://BUCKET/PATH")
     require(
@@ -109,7 +109,7 @@ def _literal() -> type:
     from etils import epath
 
     class Literal(type(epath.Path())):
-        """A local path that is no pattern itself where Orbax looks for `process_*` below it, nor finds copies such as `process_0~`."""
+        """A local path that Orbax's glob for `process_*` takes literally; backup copies such as `process_0~` are skipped."""
 
         def glob(self, pattern: str) -> Iterator[Literal]:
             return (type(self)(path) for path in Path(self).glob(pattern) if re.fullmatch(r"[\w.]*_\w+", path.name))
@@ -136,7 +136,7 @@ def literal(path: Path) -> Any:
 
 
 def home(workdir: Path) -> Any:
-    """Where the checkpoints of a workdir are: on the bucket whose stage it is, else in itself."""
+    """Where the checkpoints of a workdir are: on the bucket if the workdir is a stage, otherwise in the workdir."""
     from etils import epath
 
     mark = Path(workdir, MARK)
@@ -151,24 +151,24 @@ def home(workdir: Path) -> Any:
 
 
 def steps_of(workdir: Path) -> list[int]:
-    """Steps of the checkpoints of a run, oldest first, those that are being written among them."""
+    """Steps of the checkpoints of a run, oldest first, including those that are being written."""
     folder = home(workdir) / "checkpoints"
     there = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(path.name) for path in there if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
 
 
 def hashes_of(workdir: Path, step: int | None = None) -> list[Path]:
-    """The files with the hashes of one of them, or of all; what else is in their folder is left alone."""
+    """The files with the hashes of one checkpoint, or of all. Other files in their folder are ignored."""
     folder = home(workdir) / "hashes"
     of = re.compile(rf"{r'[0-9]+' if step is None else step}-p[0-9]+\.json")
     return sorted(path for path in folder.iterdir() if of.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def fill(workdir: Path) -> None:
-    """Sync a stage from its bucket, or empty it where the bucket has no run; other folders are left alone.
+    """Sync a stage from its bucket, or empty it if the bucket has no run. A workdir that is no stage is left alone.
 
     Raises:
-      UserError: there is no such bucket.
+      UserError: the bucket does not exist.
     """
     if not (workdir / MARK).exists():
         return
@@ -186,7 +186,7 @@ def fill(workdir: Path) -> None:
 
 
 def publish(workdir: Path) -> None:
-    """Copy the new files of a stage to its bucket; does nothing for a workdir that is no stage."""
+    """Copy the new files of a stage to its bucket. Does nothing for a workdir that is no stage."""
     if not (workdir / MARK).exists():
         return
     there = home(workdir)
@@ -205,7 +205,7 @@ def _kept(there: Any) -> dict[str, str]:
 
 
 def _staged(workdir: Path) -> list[str]:
-    """Without what is hidden, and what Weights & Biases keeps itself."""
+    """All files except hidden ones and those of Weights & Biases."""
     return [name for name in files(workdir) if not os.path.basename(name).startswith(".") and not name.startswith("wandb/")]
 
 
@@ -218,11 +218,11 @@ def _digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def outages() -> Iterator[None]:
-    """What a bucket says in place of an answer, as an end from outside: the libraries have tried again for a while by then.
+    """Turn errors of a bucket into errors that end a run. The libraries have already retried for a while.
 
     Raises:
-      Stopped: it does not answer; later it may.
-      UserError: it does not let us.
+      Stopped: the bucket does not answer now; a later try may work.
+      UserError: the bucket denies access.
     """
     try:
         yield

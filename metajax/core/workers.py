@@ -1,7 +1,7 @@
-"""Several processes of this machine, and several runs at a time: each on its share of the cores, and of the memory of the GPU.
+"""Several processes or runs at a time on this machine, each with a share of the cores and of the GPU memory.
 
-A small model does not keep many cores or a large GPU busy: two runs side by side take less time than one after the other.
-Sums are taken in another order than on all cores, so that numbers may differ from those of a run alone in their last digits.
+A small model does not keep many cores or a large GPU busy: two parallel runs take less time than two sequential ones.
+Sums are taken in another order than on all cores, so numbers may differ from those of a single run in their last digits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 from metajax.core.errors import require
 from metajax.core.interrupts import deaf_children, start_tracker
 
-ASK_AGAIN_SECONDS = 1.0  # between two SIGTERMs: a run saves on the first, its process ends with the next
-_GPU_MEMORY = 0.9  # the share of a GPU's memory that is taken; the rest is for its libraries
+ASK_AGAIN_SECONDS = 1.0  # between two SIGTERMs: a run saves on the first, its process ends on the next
+_GPU_MEMORY = 0.9  # the share of a GPU's memory that the runs take; the rest is for its libraries
 
 
 class Inline(Executor):
-    """One at a time, here: what is submitted has been done when `submit` returns."""
+    """Runs calls one at a time in this process: a call is done when `submit` returns."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -35,8 +35,8 @@ class Inline(Executor):
 
 @contextlib.contextmanager
 def process_pool(count: int, begin: Callable[..., None] | None = None, *arguments: Any) -> Iterator[Executor]:
-    """`count` processes, each begun with begin(*arguments). Ctrl-C is this process's alone: then, and when this one is gone, they
-    get SIGTERM, which runs save on; after an error they finish what they have begun."""
+    """A pool of `count` processes, each started with begin(*arguments). Only the parent receives Ctrl-C. Then, or when it has
+    ended, the workers get SIGTERM, on which runs save. After an error they finish the work that they have started."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
     start_tracker()
     executor = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(begin, *arguments))
@@ -69,9 +69,9 @@ def _outlive() -> None:
 
 
 def workers(count: int, start: Callable[[], None]) -> contextlib.AbstractContextManager[Executor]:
-    """`count` processes, each on every `count`-th core and one `count`-th of a GPU; `start` is called in each before its first work.
+    """A pool of `count` processes, each on every `count`-th core and with 1/`count` of a GPU's memory. Each calls `start` first.
 
-    Raises UserError when there are fewer cores.
+    Raises UserError if the machine has fewer cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     require(1 <= count <= len(cores), f"--jobs {count}: between 1 and the {len(cores)} cores of this machine")

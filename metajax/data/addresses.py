@@ -1,4 +1,4 @@
-"""Web addresses: which part is the scheme, the host, the path."""
+"""Web addresses: split into scheme, host and path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """(scheme with its ://, user, host and port as they are written, path with query and fragment); absent parts are ''."""
+    """(scheme with its ://, user, host and port as written, path with query and fragment); absent parts are ''."""
     scheme = _SCHEME.match(url)
     begin = scheme.end() if scheme else 0
     end = re.compile(r"[/\\?#]|$").search(url, begin).start()
@@ -22,9 +22,9 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 @lru_cache(maxsize=1 << 16)
 def parts(url: str) -> tuple[str, str, str] | None:
-    """(scheme in lower case, host, path) of an address with or without a scheme, None for a text that is none.
+    """(scheme in lower case, host, path) of an address with or without a scheme; None if the text is no address.
 
-    The host is that of `host_of`; '' where the address has none, as in /a/path and file:///a/path.
+    The host is that of `host_of`, or '' if the address has none, as in /a/path and file:///a/path.
     """
     scheme, authority, path = split_url(url.strip())
     host = host_of(authority)
@@ -36,7 +36,7 @@ def parts(url: str) -> tuple[str, str, str] | None:
 
 
 def host_of(authority: str) -> str | None:
-    """The host without user, port and last dot, in lower case and as DNS has it (xn--); None where it is none.
+    """The host without user, port and final dot, in lower case and in its DNS form (xn--); None if it is not a host.
 
     IPv6 addresses have no brackets.
     """
@@ -56,5 +56,5 @@ def host_of(authority: str) -> str | None:
 def _ascii(host: str) -> str:
     try:
         return idna.encode(host, uts46=True).decode()
-    except idna.IDNAError:  # what the newer rules forbid is in use none the less: pictures, underscores
+    except idna.IDNAError:  # IDNA 2008 forbids some names that are in use: emoji, underscores
         return host.encode("idna").decode()

@@ -1,21 +1,21 @@
-"""Filters after a metadata field: {url|host}, {score|tenths}, {url|host|top1000}. What a template shows is a column and its filters.
+"""Filters of a metadata field: {url|host}, {score|tenths}, {url|host|top1000}. A template names a column and its filters.
 
-A filter maps the values of a whole column, None where a document has none; one that cannot be applied to a value gives None. The
-papers' names clash, so here each part of an address has one name:
+A filter maps the values of a whole column. A missing value is None, and a filter that does not apply to a value gives None.
+The papers' names clash, so each part of an address has one name here:
 
   scheme    https://                       "prefix" in Beyond URLs
   host      www.example.co.uk              "domain" in Beyond URLs, the default in MeCo; without user and port, in lower case
-  domain    example.co.uk                  the registered domain, by tldextract's bundled list; the host where there is none
+  domain    example.co.uk                  the registered domain, by tldextract's bundled list; the host if there is none
   tld       co.uk                          "URL suffix" in MeCo
   path      /a/b.html?x=1#y                "suffix" in Beyond URLs
-  hash      a UUID made from the value: groups without words (MeCo)
-  topK      the value where it is one of the K most frequent of the corpus, else the word unknown (MeCo)
-  floor, round, tenths, capK               of numbers: 3.27 becomes 3, 3, 32 and K at most; ties round to the even number
+  hash      a UUID made from the value: groups without readable names (MeCo)
+  topK      the value if it is one of the K most frequent in the corpus, otherwise the word unknown (MeCo)
+  floor, round, tenths, capK               of numbers: 3.27 becomes 3, 3, 32, and at most K; ties round to the even number
   year, month                              of a date or of seconds since 1970: 2024, 2024-05 (metajax/data/dates.py)
-  or_unknown                               the word unknown where a document has no value
+  or_unknown                               the word unknown if a document has no value
 
-Numbers are written with their digits, never with an exponent. A column whose name has one of {}|:!" is written in double quotes, "og:title"|top9;
-a double quote within them is written twice.
+Numbers are written with all digits, never with an exponent. A column name that contains one of {}|:!" is written in double
+quotes, "og:title"|top9; a double quote within it is doubled.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from metajax.data.dates import year_and_month
 
 Column = list[str | None]
 UNKNOWN = "unknown"
-VERSION = 2  # raise when a filter below changes what it gives
-_DIGITS = 10_000  # of a number that is written out
+VERSION = 2  # raise it when a filter below changes its results
+_DIGITS = 10_000  # of a number, at most
 _EXACT = Context(prec=3 * _DIGITS, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?\s*")
 _FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"{}|:!]+))((?:\|[^{}|:!]*)*)')  # a column, quoted or not, and its filters
@@ -44,14 +44,14 @@ _FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"{}|:!]+))((?:\|[^{}|:!]*)*)')  # a
 
 @lru_cache
 def _suffixes() -> Any:
-    import tldextract  # slow to import, and only two filters need it
+    import tldextract  # imported here: it is slow to import, and only two filters need it
 
-    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)  # the bundled list alone: no network, no cache
+    return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)  # only the bundled list: no network, no cache
 
 
 @lru_cache(maxsize=1 << 16)
 def _site(host: str) -> tuple[str, str | None]:
-    """(registered domain or else the host, public suffix or None)."""
+    """(registered domain, or the host if there is none; public suffix or None)."""
     found = _suffixes()(host)
     return found.top_domain_under_public_suffix or host, found.suffix or None
 
@@ -67,7 +67,7 @@ def _of_site(number: int, value: str) -> str | None:
 
 
 def plain(number: Decimal) -> str:
-    """The digits of a finite number, without an exponent or a sign of zero; with one where there were more than 10,000 digits."""
+    """The digits of a finite number, without an exponent or a sign of zero; with an exponent above 10,000 digits."""
     return format(number if number else abs(number), "f" if _is_short(number) else "")
 
 
@@ -76,7 +76,7 @@ def _is_short(number: Decimal) -> bool:
 
 
 def as_number(value: str) -> Decimal | None:
-    """The number that a text is, None where it is none or would take more than 10,000 digits."""
+    """Parse a text as a number; None if it is no number or would take more than 10,000 digits."""
     number = Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
     return number if number is not None and _is_short(number) else None
 
@@ -95,7 +95,7 @@ def _date(month: bool, value: str) -> str | None:
     return found and (found if month and len(found) > 4 else None if month else found[:4])
 
 
-_EACH: dict[str, Callable[[str], str | None]] = {  # of one value
+_EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
     "scheme": partial(_part, 0),
     "host": partial(_part, 1),
     "path": partial(_part, 2),
@@ -113,7 +113,7 @@ FILTERS = (*_EACH, *(f"{name}K" for name in _NUMBERED), "or_unknown")
 
 
 def _filter(name: str) -> Callable[[Column], Column]:
-    """The column function of a filter; UserError for an unknown name."""
+    """The column function of a filter; raises UserError for an unknown name."""
     if name in _EACH:
         return partial(_map, _EACH[name])
     if name == "or_unknown":
@@ -131,14 +131,14 @@ def _map(change: Callable[[str], str | None], column: Column) -> Column:
 
 
 def _top(count: int, column: Column) -> Column:
-    """The `count` most frequent values; of equally frequent ones the first in the alphabet."""
+    """The `count` most frequent values, ties in alphabetical order; all others become UNKNOWN."""
     frequent = sorted(Counter(value for value in column if value is not None).items(), key=lambda item: (-item[1], item[0]))
     kept = {value for value, _ in frequent[:count]}
     return [value if value is None or value in kept else UNKNOWN for value in column]
 
 
 def parse_field(name: str) -> tuple[str, list[str]]:
-    """(column, names of its filters) of `column|filter|filter`; UserError where it is none."""
+    """(column, names of its filters) of `column|filter|filter`; raises UserError if it does not parse."""
     found = _FIELD.fullmatch(name)
     require(found is not None, f'metadata field {name!r}: a column whose name has one of {{}}|:!" stands in double quotes')
     quoted, bare, filters = found.groups()
@@ -146,19 +146,19 @@ def parse_field(name: str) -> tuple[str, list[str]]:
 
 
 def field_of(column: str) -> str:
-    """A column's name as a template has it: in double quotes where it needs them."""
+    """A column's name as written in a template: in double quotes if it needs them."""
     found = _FIELD.fullmatch(column)
     return column if found and found[2] == column else '"' + column.replace('"', '""') + '"'
 
 
 def split_field(name: str) -> tuple[str, list[Callable[[Column], Column]]]:
-    """(column, its filters in order) of `column|filter|filter`; UserError for an unknown filter."""
+    """(column, its filters in order) of `column|filter|filter`; raises UserError for an unknown filter."""
     column, filters = parse_field(name)
     return column, [_filter(each) for each in filters]
 
 
 def annotate(name: str, column: Sequence[str | None]) -> Column:
-    """The values of a field with filters, from those of its column."""
+    """The values of a field: those of its column after all filters."""
     values = list(column)
     for each in split_field(name)[1]:
         values = each(values)
@@ -166,6 +166,6 @@ def annotate(name: str, column: Sequence[str | None]) -> Column:
 
 
 def annotators_version(names: Sequence[str]) -> list[Any]:
-    """What the values of these fields depend on beside the corpus, JSON-ready."""
+    """Versions that the values of these fields depend on besides the corpus, JSON-ready."""
     filters = {each for name in names for each in parse_field(name)[1]}
     return [VERSION, version("tldextract")] if filters & {"domain", "tld"} else [VERSION] if filters else []

@@ -1,7 +1,7 @@
-"""The parts of a tokenised corpus by an Apache Beam pipeline, where a corpus outgrows one machine: `cache NAME --beam OPTIONS`.
+"""Tokenises the parts of a corpus with Apache Beam, for a corpus too large for one machine: `cache NAME --beam OPTIONS`.
 
-Workers call what local processes call. They leave the parts where the cache will be, in a folder that they all share, or below Beam's
---temp_location, such as a bucket, from where the parts are fetched at the end.
+Workers run the same code as local processes. They write the parts to the place of the cache, a folder that they all share, or
+below Beam's --temp_location, such as a bucket. From there the parts are fetched at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from metajax.data.tokenising import Job
 
 
 def on_beam(job: Job, parts: Sequence[int], options: Sequence[str]) -> Iterator[int]:
-    """`Make` by the runner that Beam's own options name; UserError where Beam is not installed, and as from processes here."""
+    """`Make` with the runner that Beam's options name. Raises UserError if Beam is not installed, and for `Job.make`'s errors."""
     require(find_spec("apache_beam") is not None, "--beam: Apache Beam is not installed; pip install 'metajax[beam]'")
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -31,7 +31,7 @@ def on_beam(job: Job, parts: Sequence[int], options: Sequence[str]) -> Iterator[
     try:
         with beam.Pipeline(options=settings) as pipeline:
             _ = pipeline | beam.Create(parts) | beam.Reshuffle() | beam.Map(there.make)
-    except Exception as error:  # each runner has its own, with what happened on a worker as text
+    except Exception as error:  # each runner raises another type, with the worker's error as text
         mistake = re.search(
             r"^(?:metajax\S*|OSError): (.*?)( \[while running .*)?$", "".join(format_exception_only(error)), re.MULTILINE
         )

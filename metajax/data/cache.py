@@ -1,16 +1,16 @@
-"""The tokenised corpus: every document's body ids once, keyed by source and tokenizer alone.
+"""The tokenised corpus: the body ids of every document, keyed only by source and tokenizer.
 
 A cache folder holds
-  tokens.array_record   one record a document: its body ids, little-endian uint16 or uint32; of large corpora tokens-00000... in order
+  tokens.array_record   one record per document: its body ids, little-endian uint16 or uint32; large corpora: tokens-00000...
   lengths.npy           int32 [D], body tokens
   bytes.npy             int32 [D], UTF-8 bytes of the text
-  origins.npy           int16 [D], bucket of the origin: which side of the split
+  origins.npy           int16 [D], bucket of the origin, which decides the side of the split
   files.npy             int64 [F], documents in each file of tokens
   crc32.npy             uint32 [D], CRC-32 of the document's record, checked whenever it is read
-  metadata.parquet      one row a document: its metadata as a JSON object
-  manifest.json         source and tokenizer, counts, sha256 of the tokens and the metadata, of several files over those of each
+  metadata.parquet      one row per document: its metadata as a JSON object
+  manifest.json         source, tokenizer, counts, sha256 of tokens and metadata (of several parts: the sha256 of their hashes)
   hashes.json           sizes and hashes of all these files, see `metajax.core.sealed`
-so one corpus serves every ablation; metadata ids are a side table for each template.
+One corpus serves every ablation. Metadata ids are stored in a side table for each template.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from metajax.data.metadata import render, template_columns, template_fields
 
 
 def digest(*parts: Any) -> str:
-    """Twelve hex digits naming a cache entry made from these JSON-ready parts."""
+    """Twelve hex digits that name a cache entry made from these JSON-ready parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_documents(source: Source, on_bad_record: str, records: range | None = None) -> Iterator[tuple[int, Document | None]]:
-    """Every (record number, document) of `records`, or of all; a bad record stops with its error, or counts as None with "skip"."""
+    """(record number, document) of each of `records`, or of all. A bad record raises its error, or is None with "skip"."""
     records = range(len(source)) if records is None else records
     for i, found in zip(records, source.read(records), strict=True):
         if isinstance(found, BadRecord):
@@ -55,7 +55,7 @@ def read_documents(source: Source, on_bad_record: str, records: range | None = N
 
 
 def bad_record(reason: str, on_bad_record: str) -> None:
-    """BadRecord, with the remedy, unless bad records are left out."""
+    """Raise BadRecord with the remedy, unless bad records are skipped."""
     if on_bad_record == "stop":
         raise BadRecord(f"{reason}; --set data.on_bad_record=skip leaves such records out and counts them") from None
 
@@ -66,7 +66,7 @@ ARRAYS = {"lengths": np.int32, "bytes": np.int32, "origins": np.int16, "crc32": 
 class TokenCache:
     """Memory-mapped access to a tokenised corpus. Pickles by path, for reader processes.
 
-    Raises UserError that names the folder to delete where a file is not as it was written: of tokens and metadata when they are read.
+    Raises UserError that names the folder to delete if a file was changed. Tokens and metadata are checked when they are read.
     """
 
     def __init__(self, folder: Path):
@@ -82,7 +82,7 @@ class TokenCache:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
-        """Body ids of a document, in the width they are stored in."""
+        """Body ids of a document, in the stored dtype."""
         file = bisect.bisect_right(self._starts, document) - 1
         path = self._files[file]
         name = os.path.basename(path)
@@ -102,11 +102,11 @@ class TokenCache:
 
     @property
     def markers(self) -> bool:
-        """Whether control tokens that the corpus spells were read as such."""
+        """Whether control tokens spelled in the corpus were read as control tokens."""
         return self.manifest["tokenizer"].get("markers", False)
 
     def documents(self, split: str, held_out: float, min_bytes: int = 0) -> np.ndarray:
-        """Ids of the documents of at least `min_bytes` on one side of the split by origin ("train" or "held_out"), in corpus order."""
+        """Ids of documents of at least `min_bytes` on one side of the split ("train" or "held_out"), in corpus order."""
         is_held_out = np.asarray(self.origins) < round(held_out * BUCKETS)
         wanted = is_held_out if split == "held_out" else ~is_held_out
         return np.flatnonzero(wanted & (np.asarray(self.bytes) >= min_bytes))
@@ -120,18 +120,18 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class MetadataTable:
-    """Every document's metadata string in one template as ids: ids int32 [N], offsets int64 [D + 1], present bool [D]."""
+    """The metadata string of every document in one template, as ids: ids int32 [N], offsets int64 [D + 1], present bool [D]."""
 
     ids: Blocks
     offsets: np.ndarray
     present: np.ndarray
 
     def __getitem__(self, document: int) -> np.ndarray | None:
-        """The ids of a document's string, None where it lacks a field of the template."""
+        """The ids of a document's string; None if it lacks a field of the template."""
         return self.ids[self.offsets[document] : self.offsets[document + 1]] if self.present[document] else None
 
     def strings(self, documents: np.ndarray) -> np.ndarray:
-        """int64 [D]: the same number for the same string, for the given documents; 0 for the others."""
+        """int64 [D]: equal numbers for equal strings, for the given documents; 0 for the others."""
         numbers: dict[bytes, int] = {}
         out = np.zeros(len(self.present), np.int64)
         for document in documents.tolist():
@@ -141,7 +141,7 @@ class MetadataTable:
 
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
-    """The side table of a template beside the token cache, made once and memory-mapped; filters are applied here."""
+    """The side table of a template, built once in the token cache's folder and memory-mapped. Filters are applied here."""
     key = digest(FORMAT, cache.key, template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
     folder = cache.folder / "metadata" / key
     if not folder.exists():

@@ -1,7 +1,7 @@
-"""Control tokens: which tokens of a model's files they are, and its vocabulary without their spellings or with them as markers.
+"""Control tokens: finds them in a tokenizer's files, and makes vocabularies that never read, or always read, their spellings.
 
-Text never becomes a control token. A library that finds one in a text gets that text again with a vocabulary in which no control token can be
-spelled, so that other tokens stand for the same characters.
+Text never becomes a control token. If a library finds one in a text, the text is encoded again with a vocabulary in which no
+control token can be spelled. Other tokens then encode the same characters.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import tokenizers
 from metajax.core import json_lines
 from metajax.core.errors import UserError
 
-# An added token of this form is a control token, whatever its file says of it: <|im_start|>, [INST], <tool_call>, but no element of HTML and
-# no single byte, which some vocabularies have as ordinary tokens.
+# An added token of this form is a control token, whatever its file says: <|im_start|>, [INST], <tool_call>. HTML elements and
+# single bytes are excluded, because some vocabularies have them as ordinary tokens.
 _MARKER = re.compile(r"▁?(<+[^<>\s]+>+|\[/?\w*[A-Z]\w*\])")
 _ORDINARY = re.compile(
     r"</?(table|caption|t(head|body|foot|r|h|d)|h[1-6]|blockquote|strong|em|b|i|u|su[bp]|code|p|br|hr|li|ul|ol|div|span|a|img|pre)>"
     r"|<0x[0-9A-Fa-f]{2}>"
 )
-# A piece of a vocabulary that nothing declares is one only with a name that every library uses.
+# An undeclared piece of a vocabulary is a control token only if its name is one that every library uses.
 _CONVENTIONAL = re.compile(r"</?s>|<(pad|unk|bos|eos|mask|sep|cls)>|\[(PAD|UNK|BOS|EOS|MASK|SEP|CLS)\]|<\|[^|\s]+\|>")
 _NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERS = ("config.json", "generation_config.json")
@@ -40,10 +40,10 @@ def is_marker(name: str) -> bool:
 
 
 class Said:
-    """What the files beside a tokenizer say of its control tokens.
+    """The control tokens that the files beside a tokenizer declare. Raises UserError for a file that is not a JSON object.
 
-    names: spellings that a file gives a role such as eos_token. ids: numbers that a file gives a role such as eos_token_id. template: the
-    text of the chat templates. UserError for a file that is not a JSON object.
+    names: spellings to which a file gives a role such as eos_token. ids: numbers to which a file gives a role such as
+    eos_token_id. template: the text of the chat templates.
     """
 
     def __init__(self, folder: Path):
@@ -62,10 +62,10 @@ class Said:
         self.template = "\n".join([*texts, *(json.dumps(v.get("chat_template", ""), ensure_ascii=False) for v in told)])
 
     def control(self, ids: Mapping[str, int], added: Collection[str]) -> set[str]:
-        """The tokens of a vocabulary that the files make control tokens.
+        """The tokens of a vocabulary that the files declare as control tokens.
 
-        A single character stays ordinary whatever its role, for text needs it. So does a token that has its role by number alone, unless it is
-        an added one or has a marker's form: a line feed may end an answer.
+        A single character stays ordinary whatever its role, because text needs it. A token that has its role only by number also
+        stays ordinary (a line feed may end an answer), unless it is an added token or has the form of a marker.
         """
         shown = {name for name in added if name in self.template and name.strip() and not name.isalnum()}
         by_template = {name for name in shown if not _ORDINARY.fullmatch(name)}
@@ -86,13 +86,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    """The spelling of a token that is a string, or an object with its content."""
+    """The spelling of a token, given as a string or as an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def _token_ids(values: Any) -> Iterator[int]:
-    """Every number below a key such as eos_token_id, however deep, alone or in a list."""
+    """Every number under a key such as eos_token_id, at any depth, single or in a list."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _token_ids(value)
@@ -104,10 +104,10 @@ def _token_ids(values: Any) -> Iterator[int]:
 
 
 def control_of(library: tokenizers.Tokenizer, ids: Mapping[str, int], named: Iterable[str]) -> dict[str, int]:
-    """The control tokens of a `tokenizer.json`: special ones, added ones of a marker's form, conventional names, and those `named`."""
+    """The control tokens of a `tokenizer.json`: special ones, added ones in marker form, conventional names, and `named` ones."""
     added = library.get_added_tokens_decoder().values()
     found = {t.content for t in added if t.special or is_marker(t.content)} | {*named}
-    if not isinstance(library.model, tokenizers.models.BPE):  # its pieces are made by merges, so text has them in it
+    if not isinstance(library.model, tokenizers.models.BPE):  # pieces of BPE are made by merges, so they occur in text
         found |= {name for name in ids if name[:1] in ("<", "[") and _CONVENTIONAL.fullmatch(name)}
     unknown = unknown_name(library)
     found |= {unknown} if unknown else set()
@@ -123,7 +123,7 @@ def unknown_name(library: tokenizers.Tokenizer) -> str | None:
 
 
 def as_markers(library: tokenizers.Tokenizer, declared: Iterable[str]) -> tokenizers.Tokenizer:
-    """A copy that reads the spellings of its added tokens, and of those that files beside it declare, as transformers does."""
+    """A copy that reads spellings of its added tokens and of `declared` ones as control tokens, as transformers does."""
     copy = tokenizers.Tokenizer.from_str(library.to_str())
     copy.encode_special_tokens = False
     added = {token.content for token in copy.get_added_tokens_decoder().values()}
@@ -132,10 +132,10 @@ def as_markers(library: tokenizers.Tokenizer, declared: Iterable[str]) -> tokeni
 
 
 def without_spellings(library: tokenizers.Tokenizer, control: Collection[str]) -> tokenizers.Tokenizer:
-    """A copy with the same ids in which the control tokens have names that no text spells, and no merge leads to them."""
+    """A copy with the same ids in which no text spells a control token's name and no merge produces one."""
     whole = json.loads(library.to_str())
     model, hidden = whole["model"], {name: f"\ufdd0 no text spells this \ufdd1{name}\ufdd0" for name in control}
-    for token in whole["added_tokens"]:  # renamed and not taken out: those that stay would get other ids
+    for token in whole["added_tokens"]:  # renamed, not removed: a removal would change other ids
         token["content"] = hidden.get(token["content"], token["content"])
     whole["post_processor"] = None
     if isinstance(model["vocab"], dict):
@@ -155,7 +155,7 @@ def without_spellings(library: tokenizers.Tokenizer, control: Collection[str]) -
 # --------------------------------------------------------------------------------------------------- SentencePiece
 
 CONTROL, USER_DEFINED = 3, 4  # types of a piece in a SentencePiece model
-_TYPE, _SCORE, _TEXT = 0x18, 0x15, 0x0A  # tags of a piece's fields; a model begins with its pieces, which have the tag of a text
+_TYPE, _SCORE, _TEXT = 0x18, 0x15, 0x0A  # tags of a piece's fields; a model begins with its pieces, whose tag is _TEXT too
 
 
 def piece_types(model: bytes) -> list[int]:
@@ -164,14 +164,14 @@ def piece_types(model: bytes) -> list[int]:
 
 
 def retyped(model: bytes, ids: Collection[int], kind: int) -> bytes:
-    """The model with another type for some pieces: the last type that a piece names counts."""
+    """The model with another type for some pieces. The type is appended, because the last one of a message counts."""
     pieces, rest = _pieces(model)
     pieces = [piece + bytes([_TYPE, kind]) if i in ids else piece for i, piece in enumerate(pieces)]
     return b"".join(bytes([_TEXT]) + _as_varint(len(piece)) + piece for piece in pieces) + rest
 
 
 def _pieces(model: bytes) -> tuple[list[bytes], bytes]:
-    """(the messages of the pieces, what follows them)."""
+    """(the messages of the pieces, the bytes after them)."""
     pieces, at = [], 0
     while at < len(model) and model[at] == _TEXT:
         size, start = _varint(model, at + 1)
@@ -181,7 +181,7 @@ def _pieces(model: bytes) -> tuple[list[bytes], bytes]:
 
 
 def _type(piece: bytes) -> int:
-    """1, an ordinary piece, where the message names no type."""
+    """The type of a piece; 1, an ordinary piece, if the message has none."""
     size, start = _varint(piece, 1)
     at = start + size
     at += 5 if piece[at : at + 1] == bytes([_SCORE]) else 0

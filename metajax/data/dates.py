@@ -1,4 +1,4 @@
-"""Year and month of a date in the forms that corpora have."""
+"""Year and month of a date, in the formats that occur in corpora."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct",
 _NAMES = re.compile(
     r"\b(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b"
 )
-_LONGEST = 48  # characters of a date with the name of its month
+_LONGEST = 48  # characters of a date that names its month, at most
 
 
 def year_and_month(text: str) -> str | None:
-    """`2024-05`, or `2024` where the month is not there or may be the day; None where it is no date.
+    """`2024-05`, or `2024` if the month is missing or may be the day; None if the text is no date.
 
-    Understood: 2024-05-11 with / or . and with a time; 20240511, with a time also; 11/05/2024 (the year, and the month where it cannot be
-    the day); names of months in English; seconds, milli-, micro- and nanoseconds since 1970, from 9 digits on.
+    Accepted: 2024-05-11, also with / or . and with a time; 20240511, also with a time; 11/05/2024 (the year, and the month if it
+    cannot be the day); English month names; seconds, milli-, micro- and nanoseconds since 1970, with 9 digits or more.
     """
-    text = text.strip().removesuffix(".0")  # of a column of floats
+    text = text.strip().removesuffix(".0")  # from a column of floats
     if found := _YEAR_FIRST.fullmatch(text):
         year, _, month, day = found.groups()
         return year if month is None else _checked(year, month, day or "1")
@@ -44,7 +44,7 @@ def year_and_month(text: str) -> str | None:
 
 
 def _checked(year: str, month: str, day: str) -> str | None:
-    """Year and month, None for a date that does not exist."""
+    """Year and month; None if the date does not exist."""
     try:
         return f"{datetime(int(year), int(month), int(day)):%Y-%m}".zfill(7)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Documents, what a source of documents offers, and which documents are held out."""
+"""Documents, the interface of a source of documents, and the train/held-out split."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from metajax.core.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its metadata, and the unit of the train/held-out split that it comes from.
+    """A text with its metadata and its origin, the unit of the train/held-out split.
 
-    `origin` is a module, a source package or a site, never the row: documents of one origin share boilerplate, so a
+    `origin` is a module, a source package or a site, never the row. Documents of one origin share boilerplate, so a
     split by row would put copies of training text into the held-out part.
     """
 
@@ -33,7 +33,7 @@ class BadRecord(UserError):
 class Source(ABC):
     """A corpus of numbered documents. Sources are picklable, so that other processes can read parts of one."""
 
-    spec: str  # as `data.sources` has it
+    spec: str  # as written in `data.sources`
 
     @cached_property
     def tally(self) -> Counter[str]:
@@ -46,23 +46,23 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, records: range) -> Iterator[Document | BadRecord]:
-        """The documents of these records, ascending, in order; for a record that cannot be used, the error that says why."""
+        """The documents of these ascending records, in order. A record that cannot be used gives an error with the reason."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest that changes whenever the content may have changed; cheap, reads no record."""
+        """Hex digest that changes whenever the content may have changed. It is cheap and reads no record."""
 
     def manifest(self) -> dict[str, Any]:
-        """JSON-ready: kind, number of records, files with bytes and sha256. Reads the files whole."""
+        """JSON-ready: kind, number of records, files with bytes and sha256. Reads the files completely."""
         kind = self.spec.partition(":")[0]
         return {"kind": kind, "spec": self.spec, "records": len(self), "fingerprint": self.fingerprint()}
 
     def where(self, record: int) -> str:
-        """File and record, as messages name them."""
+        """File and record, for messages."""
         return f"{self.spec}, record {record}"
 
     def __getitem__(self, record: int) -> Document:
-        """One record, for looking at a few; IndexError beyond the end, BadRecord where it cannot be used."""
+        """One record, for looking at a few. Raises IndexError beyond the end, and BadRecord if it cannot be used."""
         if not 0 <= record < len(self):
             raise IndexError(f"record {record} of {len(self)} in {self.spec}")
         [found] = self.read(range(int(record), int(record) + 1))
@@ -75,14 +75,14 @@ BUCKETS = 10_000
 
 
 def origin_bucket(origin: str) -> int:
-    """The origin's place on the split, int(sha1(origin)) mod BUCKETS: the same on every host and in every run."""
+    """The origin's bucket for the split, int(sha1(origin)) mod BUCKETS: the same on every host and in every run."""
     return int(hashlib.sha1(origin.encode()).hexdigest(), 16) % BUCKETS
 
 
 def is_held_out(origin: str, share: float) -> bool:
     """Whether an origin belongs to the held-out part: the buckets below share * BUCKETS.
 
-    Growing the share only moves origins out of training. The share of documents differs from `share` as origins
+    A larger share only moves origins out of training. The share of documents differs from `share`, because origins
     differ in size.
     """
     return origin_bucket(origin) < round(share * BUCKETS)

@@ -1,8 +1,8 @@
-"""What all tokenizers share: text to ids and back, and which ids text never has.
+"""The base of all tokenizers: text to ids and back, and the ids that text never has.
 
-Each has its own ids first, then sixteen reserved ones, then padding to a multiple of 64. Text never becomes a
-reserved id or a control token of the tokenizer's own, whatever it spells: a document that says "<|meta|>" or "</s>" is
-encoded as those characters. `marked` gives the same tokenizer for text that has control tokens in it, such as a chat.
+A tokenizer's table has its own ids first, then sixteen reserved ones, then padding to a multiple of 64. Text never becomes
+a reserved id or a control token, whatever it spells: a document that says "<|meta|>" or "</s>" is encoded as those
+characters. `marked` gives the same tokenizer for text with control tokens in it, such as a chat.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from metajax.data.documents import BadRecord
 FILE = "tokenizer.json"
 _NAMED = ("eot", "pad", "meta", "context_begin", "context_end", "s1", "s2", "s3", "s4", "s5")
 RESERVED = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare{i}" for i in range(1, 7))))
-BLOCK = 64  # padded sizes divide by this
-Reading = Literal["text", "apart", "markers"]  # as the library does it, with control tokens kept out, with control tokens read
+BLOCK = 64  # padded sizes are multiples of this
+Reading = Literal["text", "apart", "markers"]  # library default, control tokens kept out, control tokens read
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes and reserved ids. `base` ids are the tokenizer's own, `size` is what the model's table holds."""
+    """Sizes and reserved ids. The tokenizer itself has `base` ids; the model's embedding table has `size` rows."""
 
     base: int
     size: int
@@ -46,18 +46,18 @@ class Vocabulary:
 
     @classmethod
     def above(cls, base: int, bos: int | None = None, eos: int | None = None) -> Vocabulary:
-        """The reserved ids above `base`; bos and eos are <|eot|> unless the tokenizer has its own."""
+        """The reserved ids start at `base`; bos and eos are <|eot|> unless the tokenizer has its own."""
         eot, pad, meta, begin, end, *spare = range(base, base + len(RESERVED))
         size = -(-(base + len(RESERVED)) // BLOCK) * BLOCK
         return cls(base, size, eot if bos is None else bos, eot if eos is None else eos, pad, meta, begin, end, tuple(spare))
 
 
 class Tokenizer:
-    """Text to ids and back, the same for all kinds: no control tokens from text, reserved ids in `decode`, the fingerprint, and the saved
-    form, which pickling uses too.
+    """Text to ids and back. This base keeps control tokens out of text, shows reserved ids in `decode`, and defines the
+    fingerprint and the saved form, which pickling uses too.
 
-    control: the spelling and id of each token that text never becomes. unknown: the id for characters that the vocabulary
-    lacks; its spelling does not become it either. markers: spellings of control tokens are read as those.
+    control: spelling and id of each token that text never becomes. unknown: the id for characters that are not in the
+    vocabulary; its spelling does not become it either. markers: whether spellings of control tokens are read as control tokens.
     """
 
     kind: ClassVar[str]
@@ -77,7 +77,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
-        """What the library makes of each text; raises whatever it raises."""
+        """The library's ids of each text; raises the library's errors."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
@@ -85,7 +85,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, in threads where the library has them."""
+        """`encode` of each text, in threads if the library has them."""
         if self.markers:
             return self._read(texts, "markers")
         found = self._read(texts, "text")
@@ -99,11 +99,11 @@ class Tokenizer:
         return found
 
     def encode_each(self, texts: list[str]) -> list[list[int] | BadRecord]:
-        """`encode_batch`, with the reason in place of the ids of a text that cannot be encoded."""
+        """`encode_batch`, but a text that cannot be encoded gives its error instead of ids."""
         return _each(self.encode_batch, texts)
 
     def marked(self) -> Tokenizer:
-        """The same tokenizer for text whose markers are control tokens, as transformers encodes it; UserError where there are none."""
+        """The same tokenizer with markers read as control tokens, as in transformers; raises UserError if it has none."""
         require(bool(self.control), f"tokenizer {self.spec} has no control tokens, so no text is a marker; leave out markers")
         return _restored(type(self), self.spec, self.content(), True)
 
@@ -112,13 +112,13 @@ class Tokenizer:
             return self._encode(texts, reading)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+        except BaseException as error:  # a panic of a Rust library is not an Exception
             longest, reason = max(map(len, texts)), (str(error).splitlines() or [""])[0]
             of = f"a text of {longest:,} characters" if len(texts) == 1 else f"one of {len(texts)} texts"
             raise BadRecord(f"tokenizer {self.spec} cannot encode {of} ({type(error).__name__}: {reason})") from error
 
     def _with_control(self, found: Sequence[Sequence[int]], allowed: int | None = None) -> list[int]:
-        """Which of these lists of ids hold a control token but `allowed`, or a reserved id."""
+        """Indices of the lists that hold a reserved id or a control token other than `allowed`."""
         ends = np.cumsum([len(ids) for ids in found])
         flat = np.fromiter(chain.from_iterable(found), np.int64, ends[-1] if len(ends) else 0)
         hits = np.flatnonzero(self._never[flat] & (flat != (-1 if allowed is None else allowed)))
@@ -126,7 +126,7 @@ class Tokenizer:
 
     @cached_property
     def _never(self) -> np.ndarray:
-        """bool [size]: ids that no text has."""
+        """bool [size]: ids that text never becomes."""
         never = np.arange(self.vocabulary.size) >= self.vocabulary.base
         never[list(self.control.values())] = True
         return never
@@ -135,7 +135,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text; reserved ids are shown by name, bytes that are not UTF-8 as U+FFFD. UserError outside the table."""
+        """The text of ids. Reserved ids appear by name, invalid UTF-8 as U+FFFD. Raises UserError for ids outside the table."""
         base, size = self.vocabulary.base, self.vocabulary.size
         ids = [int(i) for i in ids]
         outside = next((i for i in ids if not 0 <= i < size), None)
@@ -152,7 +152,7 @@ class Tokenizer:
 
     @cached_property
     def text_key(self) -> str:
-        """Names caches of encoded text: the fingerprint, unless control tokens are read, or would be if they were not kept out."""
+        """The name of caches of encoded text: the fingerprint, unless control tokens are read or have to be kept out."""
         names = list(self.control)
         library = _each(lambda texts: self._read(texts, "text"), names)
         other = [name for name, theirs, ours in zip(names, library, self.encode_each(names), strict=True) if theirs != ours]
@@ -161,7 +161,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([self.fingerprint(), other, self.markers]).encode()).hexdigest()
 
     def save(self, folder: Path) -> Path:
-        """Write `tokenizer.json` into a folder, for `load`; returns its path."""
+        """Write `tokenizer.json` into a folder, for `load`, and return its path."""
         path = Path(folder) / FILE
         whole = {"kind": self.kind, "spec": self.spec, "fingerprint": self.fingerprint(), "content": self.content()}
         write_text(path, json.dumps(whole))
@@ -178,7 +178,7 @@ def _restored(kind: type[Tokenizer], spec: str, content: str, markers: bool) -> 
 
 
 def _each(encode: Callable[[list[str]], list[list[int]]], texts: list[str]) -> list[list[int] | BadRecord]:
-    """The ids of each text, or why it has none: halves of a batch that fails are tried again."""
+    """The ids of each text, or its error. A batch that fails is split in halves, which are tried again."""
     try:
         return encode(texts)
     except BadRecord as error:

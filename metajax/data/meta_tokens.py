@@ -1,7 +1,7 @@
 """Injection of learned meta-tokens into a row: a fixed number, at random or periodic positions.
 
-Source: Language Modeling with Learned Meta-Tokens, section on pre-training; M = rate * row length, uniformly random
-positions, targets that are meta-tokens carry no loss. Position 0 is never a meta-token (not stated in the paper).
+Source: Language Modeling with Learned Meta-Tokens, section on pre-training. M = rate * row length, positions are uniformly
+random, and targets that are meta-tokens carry no loss. Position 0 is never a meta-token (not stated in the paper).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from metajax.data.rows import Row
 
 
 def choose_positions(length: int, count: int, inject: str, rng: np.random.Generator) -> np.ndarray:
-    """Sorted int32 [count]: which of `length` positions become meta-tokens; never position 0."""
+    """Sorted int32 [count]: the positions, out of `length`, that become meta-tokens; never position 0."""
     if inject == "random":
         chosen = 1 + rng.choice(length - 1, size=count, replace=False)
         return np.sort(chosen).astype(np.int32)
@@ -21,11 +21,11 @@ def choose_positions(length: int, count: int, inject: str, rng: np.random.Genera
 
 
 def inject(row: Row, rng: np.random.Generator, *, meta: MetaTokens, count: int, meta_id: int) -> Row:
-    """Spread `row` (C positions) over C + count positions with `count` meta-tokens between.
+    """Insert `count` meta-tokens into `row` (C positions), which gives C + count positions.
 
-    A meta-token joins the segment of the token before it. With loss "skip_meta_targets" the last position before a real
-    token predicts it, be it a meta-token or not, and a position whose successor is a meta-token carries no loss. With
-    "real_only" each real token predicts the next real one and meta-tokens predict nothing.
+    A meta-token joins the segment of the token before it. With loss "skip_meta_targets", the position right before a real
+    token predicts it, even if it is a meta-token; a position right before a meta-token carries no loss. With "real_only",
+    each real token predicts the next real one, and meta-tokens predict nothing.
     """
     length = len(row["tokens"]) + count
     meta_slots = choose_positions(length, count, meta.inject, rng)

@@ -1,4 +1,4 @@
-"""Document metadata as token ids: templates, delimiters, which documents keep theirs, and the shuffled control."""
+"""Document metadata as token ids: templates, delimiters, which documents keep their metadata, and the shuffled control."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from metajax.data.annotators import annotate, split_field
 from metajax.data.encoding import Tokenizer, Vocabulary
 from metajax.data.positions import after, spots
 
-# A doubled brace; {column|filter:format}, the column in double quotes or not; other text; a character that is none of these.
+# A doubled brace; {column|filter:format}, the column quoted or not; other text; a character that matches none of these.
 _PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)
 
 
 @lru_cache
 def _parsed(template: str) -> tuple[tuple[str | None, str], ...]:
-    """(None, text) and (field with its filters, format) in order; UserError where it does not parse."""
+    """(None, text) and (field with its filters, format) in order; raises UserError if it does not parse."""
     pieces = []
     for brace, field, form, text, wrong in (found.groups("") for found in _PIECE.finditer(template)):
         if wrong:
@@ -34,7 +34,7 @@ def _parsed(template: str) -> tuple[tuple[str | None, str], ...]:
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """The metadata fields a template names, with their filters; UserError when it names none or does not parse."""
+    """The metadata fields of a template, with their filters; raises UserError if it has none or does not parse."""
     pieces = [piece for piece in _parsed(template) if piece[0] is not None]
     require(bool(pieces), f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
     try:
@@ -46,14 +46,14 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with a value for each of its fields."""
+    """The template with its fields replaced by values."""
     return "".join(form if field is None else format(values[field], form) for field, form in _parsed(template))
 
 
 def render(template: str, columns: Mapping[str, Sequence[str | None]]) -> list[str | None]:
-    """The template filled in for each document from its columns; None for a document that lacks a field.
+    """The template filled in for each document; None for a document that lacks a field.
 
-    columns: those that `template_columns` names, with a value for each document or None.
+    columns: the columns of `template_columns`, each with a value or None for every document.
     """
     names = dict.fromkeys(template_fields(template))
     values = [annotate(name, columns[split_field(name)[0]]) for name in names]
@@ -62,12 +62,12 @@ def render(template: str, columns: Mapping[str, Sequence[str | None]]) -> list[s
 
 
 def template_columns(template: str) -> set[str]:
-    """The columns of a corpus that a template reads; UserError for a filter that does not exist."""
+    """The columns of a corpus that a template reads; raises UserError for an unknown filter."""
     return {split_field(name)[0] for name in template_fields(template)}
 
 
 def check_fields(template: str, available: set[str], corpus: str) -> None:
-    """UserError when no document of the corpus has a field that the template names."""
+    """Raise UserError if no document of the corpus has a field that the template names."""
     for name in sorted(template_columns(template)):
         if name not in available:
             raise UserError(
@@ -76,15 +76,15 @@ def check_fields(template: str, available: set[str], corpus: str) -> None:
             )
 
 
-SHUFFLED = 0x5F0F  # sets the order of the shuffled control apart from the choice of who keeps metadata
+SHUFFLED = 0x5F0F  # makes the shuffle independent of the choice of which documents keep metadata
 
 
 @dataclass(frozen=True)
 class MetadataIds:
-    """The ids beside every piece of a document, by document.
+    """The metadata ids of every piece of a document, by document.
 
-    ids: int32 [N], the strings end to end; offsets: int64 [S + 1]; owner: int32 [D], whose string a document shows: its own,
-    another's (the shuffled control), the one that all share, EMPTY for the empty pair, NOTHING for none.
+    ids: int32 [N], the concatenated strings; offsets: int64 [S + 1]; owner: int32 [D], the index of the string that a document
+    shows: its own, another document's (shuffled control), a shared one, EMPTY (only delimiters), or NOTHING.
     """
 
     ids: np.ndarray
@@ -103,14 +103,14 @@ class MetadataIds:
         return np.concatenate([self.before, own, self.after]).astype(np.int32)
 
     def lengths(self) -> np.ndarray:
-        """Metadata tokens beside each piece of each document, delimiters included; int64 [D]."""
+        """int64 [D]: metadata tokens of each piece of each document, including delimiters."""
         own = np.diff(self.offsets)[np.maximum(self.owner, 0)] * (self.owner >= 0)
         return np.where(self.owner == self.NOTHING, 0, own + len(self.before) + len(self.after))
 
 
 @dataclass(frozen=True)
 class Placed:
-    """The metadata of a spot by document; see `metajax.data.positions.Spot`."""
+    """The metadata ids of one spot, by document; see `metajax.data.positions.Spot`."""
 
     at: Callable[[int], int]
     ids: MetadataIds
@@ -121,14 +121,14 @@ class Placed:
 class Placement:
     """All metadata of every piece, in order.
 
-    outside: BOS and EOS are outside the metadata (BOS metadata body metadata EOS), else next to the body.
+    outside: whether BOS and EOS are outside the metadata (BOS metadata body metadata EOS) or next to the body.
     """
 
     parts: tuple[Placed, ...] = ()
     outside: bool = True
 
     def overhead(self, documents: np.ndarray) -> np.ndarray:
-        """Positions that a piece of each document needs beside its inputs, int64 [K]; an EOS before metadata takes one too."""
+        """int64 [K]: positions that a piece of each document needs besides its inputs. An EOS before metadata takes one too."""
         total, last = np.zeros(len(documents), np.int64), np.zeros(len(documents), np.int64)
         for part in self.parts:
             lengths = part.ids.lengths()[documents]
@@ -138,7 +138,7 @@ class Placement:
 
 
 def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each (seed, document), by SplitMix64: the same whatever the order or the worker."""
+    """A number in [0, 1) for each (seed, document), by SplitMix64. It does not depend on the order or the worker."""
     with np.errstate(over="ignore"):
         z = documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -148,7 +148,7 @@ def uniform_hash(seed: int, documents: np.ndarray) -> np.ndarray:
 
 
 def dropped_owner(recipe: Metadata) -> int:
-    """What a document without its metadata shows: EMPTY or NOTHING; plain text has no empty pair."""
+    """What a document with dropped metadata shows: EMPTY or NOTHING. Plain text has no delimiters, so NOTHING."""
     return MetadataIds.EMPTY if recipe.when_dropped == "empty" and recipe.wrap == "special_tokens" else MetadataIds.NOTHING
 
 
@@ -160,19 +160,19 @@ def owners(
     seed: int,
     strings: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Whose metadata each document shows: int32 [D], see `MetadataIds.owner`.
+    """The document whose metadata each document shows: int32 [D], see `MetadataIds.owner`.
 
     Args:
-      recipe: position, keep probability, what a dropped document shows.
+      recipe: position, keep probability, what a document with dropped metadata shows.
       condition: "training" (keep or drop by a hash of (seed, document)), or what evaluation shows: "none", "right",
-        "empty", "shuffled" (each document shows another's, so the strings as a set are the same).
-      has_metadata: bool [D]; documents whose template could be filled in.
+        "empty", "shuffled" (each document shows another one's string, so the set of strings is the same).
+      has_metadata: bool [D]; whether the template could be filled in for a document.
       documents: int [K]; the documents in use, in order; others show nothing.
-      seed: of this choice; documents of two sources are dropped independently when theirs differ.
+      seed: of this choice; with different seeds, two sources drop their documents independently.
       strings: int [D]; equal for documents with equal metadata, so that shuffling gives each another string. None: all differ.
 
-    In training `assigned` = "shuffled" draws a random document for each, its own string included at the rate of chance: never
-    meeting the own string would say something about it, and exchanging by groups would only rename them.
+    In training, `assigned` = "shuffled" permutes the documents at random, and a document may keep its own string by chance.
+    Never showing the own string would carry information about it, and a swap of whole groups would only rename them.
     """
     owner = np.full(len(has_metadata), MetadataIds.NOTHING, np.int32)
     if condition == "none" or (condition == "training" and recipe.position == "none"):
@@ -191,7 +191,7 @@ def owners(
             len(sharing) != 1,
             "the shuffled control needs two documents with metadata to exchange it and found one; raise evaluation.documents",
         )
-        # Sorted by string and rolled by the largest group, nobody meets the own string unless one string has the majority.
+        # Sorted by string and rolled by the largest group's size, no document gets its own string, unless one has the majority.
         _, group, sizes = np.unique(sharing if strings is None else strings[sharing], return_inverse=True, return_counts=True)
         grouped = sharing[np.argsort(group, kind="stable")]
         owner[grouped] = np.roll(grouped, sizes.max() if len(sizes) else 0)
@@ -199,14 +199,14 @@ def owners(
 
 
 def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids before and after a metadata string."""
+    """Delimiter ids before and after a metadata string."""
     if recipe.wrap == "plain":
         return (), ()
     return (tokenizer.vocabulary.context_begin,), (tokenizer.vocabulary.context_end,)
 
 
 def special_targets(config: Config, vocabulary: Vocabulary) -> set[int]:
-    """The special ids that training asks for: the end of a document, and what metadata with a loss is made of."""
+    """The special ids that are training targets: the end of a document, and those of metadata that carries a loss."""
     recipe, ids = config.metadata, {vocabulary.eos}
     if recipe is None:
         return ids

@@ -1,8 +1,8 @@
 """Weighted mixtures of sources with a switch at a step, as a pure function of the row number.
 
-Exact counts: after n rows every source has given its share of n to within one row for each level of the split
-(source against the rest, then the next), and a switch continues each source where the first phase left it, or turns to
-streams of its own.
+Counts are exact: after n rows, every source has given its share of n to within one row for each level of the split
+(source against the rest, then the next). After a switch, each source continues where the first phase ended, or the second
+phase reads fresh streams.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Mixture:
       weights: one per source.
       switch_row: first row of the second phase; None for one phase.
       switch_weights: weights of the second phase.
-      fresh: the second phase reads other streams from their beginning, numbered after those of the first.
+      fresh: whether the second phase reads other streams from their beginning, numbered after those of the first.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Mixture:
 
 
 def _shares(weights: Sequence[float]) -> list[Fraction]:
-    """For each source, the share of what sources before it left that passes it by."""
+    """For each source: of the rows that earlier sources pass on, the share that this source passes on."""
     exact = [Fraction(str(w)) for w in weights]
     left, shares = sum(exact), []
     for weight in exact:

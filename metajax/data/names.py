@@ -1,4 +1,4 @@
-"""Names in a config that registries of `metajax.data` hold."""
+"""Checks the names in a config that registries of `metajax.data` hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from metajax.data.tasks import task
 
 
 def check_names(config: Config) -> None:
-    """UserError for a synthetic task or a position of metadata that does not exist."""
+    """Raise UserError for an unknown synthetic task or metadata position."""
     for name in config.tasks.names if config.tasks is not None else ():
         task.find(name, "tasks.names")
     if config.metadata is not None:

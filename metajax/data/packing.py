@@ -1,9 +1,9 @@
-"""Packing documents into rows from their lengths alone: an index of pieces, not tokens.
+"""Packing documents into rows using only their lengths. The result is an index of pieces, not tokens.
 
 A document of n body tokens is the sequence BOS, b1 ... bn of n + 1 inputs whose targets are b1 ... bn, EOS. A piece is a
-run of those inputs; the target of a piece's last input is the next token of its document, so every body token is
-predicted exactly once, wherever rows are cut. Metadata is repeated beside every piece of its document and takes room,
-never body tokens. The style "new_document" (MeCo) leaves out what of a row's last document does not fit.
+run of those inputs. The target of a piece's last input is the next token of its document, so every body token is predicted
+exactly once, wherever rows are cut. Metadata is repeated in every piece of its document; it takes room but replaces no body
+tokens. The style "new_document" (MeCo) drops the rest of a row's last document that does not fit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from metajax.core.errors import UserError
 
-MIN_PIECE = 16  # a piece after metadata carries at least this many inputs of its document, or the whole rest of it
+MIN_PIECE = 16  # inputs that a piece with metadata has at least, unless the rest of its document is shorter
 
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Which pieces make which row.
+    """The pieces of every row.
 
-    pieces: int32 [P, 3], columns document, start, length, in inputs of the document (0 is its BOS).
+    pieces: int32 [P, 3], columns document, start, length, in inputs of the document (input 0 is its BOS).
     offsets: int64 [R + 1]; row r holds pieces offsets[r] : offsets[r + 1].
     """
 
@@ -45,13 +45,13 @@ def pack(
 
     Args:
       documents: int [D]; ids written to the index.
-      inputs: int [D]; body length + 1 of each.
-      overhead: int [D]; metadata tokens beside every piece of it, delimiters included.
+      inputs: int [D]; body length + 1 of each document.
+      overhead: int [D]; metadata tokens in every piece of a document, including delimiters.
       capacity: tokens of a row.
       style: "concat" fills each row to its end and cuts documents there; "best_fit" cuts only documents longer than a
-        row and places each piece in the fullest row that takes it (best-fit decreasing); "new_document" begins every row
-        with a document and leaves out the rest of one that the row's end cuts.
-      where: how an error tells which document.
+        row and places each piece in the fullest row that has room (best-fit decreasing); "new_document" begins every row
+        with a new document and drops the rest of a document that the row's end cuts.
+      where: document id -> its name in an error.
 
     Raises:
       UserError: metadata leaves no room for body tokens in a row.
@@ -67,7 +67,7 @@ def pack(
 
 
 def most_overhead(capacity: int) -> int:
-    """Metadata tokens that a row can take beside a piece that is worth it."""
+    """The most metadata tokens that leave room in a row for a piece of MIN_PIECE inputs."""
     return max(0, capacity - MIN_PIECE)
 
 
@@ -118,7 +118,7 @@ def _best_fit(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, c
     rest = inputs - full * room
     size = np.where(rest > 0, rest + overhead, 0)
     order = np.argsort(-size, kind="stable")
-    open_rows: dict[int, list[int]] = {}  # room left -> rows with just that much
+    open_rows: dict[int, list[int]] = {}  # room left -> rows with exactly that much
     levels: list[int] = []  # its keys, sorted
     for i in order[: int((size > 0).sum())].tolist():
         need = int(size[i])

@@ -1,4 +1,4 @@
-"""Rows of pairs of answers: each pair whole in one row, two segments after the same prompt."""
+"""Rows of answer pairs for DPO: both answers of a pair are in one row, as two segments with the same prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metajax.data.rows import Row, RowSource
 
 @dataclass(frozen=True)
 class Answers:
-    """Ids of answer 2d, the chosen one of document d, and 2d + 1, the rejected one."""
+    """Ids of an answer: number 2d is the chosen answer of document d, 2d + 1 the rejected one."""
 
     chosen: TokenCache
     rejected: MetadataTable
@@ -33,7 +33,7 @@ class Answers:
 
 
 class PairRows(RowSource):
-    """Rows whose segments are answers, chosen and rejected in turn; the body that bits per byte counts is the chosen one."""
+    """Rows whose segments alternate between chosen and rejected answers. Bits per byte counts only chosen ones as body."""
 
     def __getitem__(self, n: Any) -> Row:
         row = super().__getitem__(n)
@@ -44,13 +44,13 @@ def pair_rows(
     column: str, tokenizer: Tokenizer, cache: TokenCache, placement: Placement, documents: np.ndarray, capacity: int,
     where: Callable[[int], str],
 ) -> PairRows:  # fmt: skip
-    """The pairs of `documents` (ids, in order), packed best-fit after their prompts, the metadata of `placement`.
+    """The pairs of `documents` (ids, in order), packed best-fit. Their prompts are the metadata of `placement`.
 
     Args:
-      column: of the rejected answer. where: file and record of a document, for errors.
+      column: of the rejected answer. where: document id -> its file and record, for errors.
 
     Raises:
-      UserError: a record without one of the three texts, or longer than a row of `capacity` positions.
+      UserError: a record lacks one of the three texts, or is longer than a row of `capacity` positions.
     """
     known, spec = cache.manifest["metadata_fields"], cache.manifest["source"]["spec"]
     require(

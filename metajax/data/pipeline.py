@@ -1,7 +1,7 @@
 """From a config to batches: batch = f(step, seed), the same for any number of hosts.
 
-Sources are tokenised once, packed as an index, assembled row by row, shuffled and repeated by grain, mixed, injected
-with meta-tokens, and only then is the host's slice of the global batch taken. Resuming is taking the stream from `step`.
+Sources are tokenised once, packed as an index, assembled row by row, shuffled and repeated by grain, mixed, and injected
+with meta-tokens. Only then each host takes its slice of the global batch. To resume, the stream is read from `step`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
 
 Note = Callable[[str], None]
-EVALUATION_SEED = 20_250_601  # the order of held-out documents and their meta-token positions are the same for every run
+EVALUATION_SEED = 20_250_601  # gives every run the same order of held-out documents and the same meta-token positions
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Where this machine keeps things; never part of an experiment."""
+    """Folders of this machine; never part of an experiment."""
 
     cache: Path = Path("cache")
     data: Path | None = None
@@ -66,26 +66,26 @@ class Corpora:
 
     @property
     def key(self) -> str:
-        """Identity of the data itself: changes when a source or the tokenizer does."""
+        """Identity of the data: changes when a source or the tokenizer changes."""
         return digest(self.tokenizer.fingerprint(), *(cache.key for cache in self.caches))
 
     def where(self, cache: TokenCache) -> Callable[[int], str]:
-        """From a document of a cache to its file and record, for errors."""
+        """A function from a document of a cache to its file and record, for errors."""
         return partial(place_of, cache.manifest, self.config.data.on_bad_record, self.paths.cache, self.paths.data)
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes a body token stands for, over all sources."""
+        """Mean UTF-8 bytes per body token, over all sources."""
         return sum(c.manifest["bytes"] for c in self.caches) / max(1, sum(c.manifest["tokens"] for c in self.caches))
 
 
 def derive_seed(*parts: object) -> int:
-    """A 32-bit seed for one use, independent of every other use."""
+    """A 32-bit seed for one purpose, independent of the seeds of all other purposes."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "little")
 
 
 def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Corpora:
-    """Open or build everything the config's data needs; the first call for a corpus tokenises it, with progress, its parts by `make`."""
+    """Open or build the tokenizer and caches of a config. The first call for a corpus tokenises it, its parts by `make`."""
     check_names(config)
     data = config.data
     sources = [open_source(spec, cache_dir=paths.cache, data_dir=paths.data) for spec in data.sources]
@@ -116,7 +116,7 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
 
 
 def notes(cache: TokenCache) -> list[str]:
-    """What a person should know of a tokenised corpus, a line each."""
+    """Notes for the user about a tokenised corpus, one line each."""
     manifest, source = cache.manifest, cache.manifest["source"]
     return source_notes(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
 
@@ -125,7 +125,7 @@ def notes(cache: TokenCache) -> list[str]:
 
 
 def _ids_of(corpora: Corpora, cache: TokenCache, template: str, condition: str, documents: np.ndarray) -> MetadataIds:
-    """A template's strings, or with "" the learnable tokens as the one string that all documents share."""
+    """The strings of a template. With template "", the learnable tokens are the only string, which all documents share."""
     recipe, tokenizer = corpora.config.metadata, corpora.tokenizer
     if template:
         check_fields(template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
@@ -141,7 +141,7 @@ def _ids_of(corpora: Corpora, cache: TokenCache, template: str, condition: str, 
 
 
 def _placement(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Placement:
-    """The metadata of the documents; metadata that no row can hold is dropped and noted where the recipe says so."""
+    """The metadata of the documents. With `metadata.too_long == "drop"`, metadata too long for a row is dropped with a note."""
     recipe = corpora.config.metadata
     if recipe is None or condition == "none" or (condition == "training" and recipe.position == "none"):
         return Placement()
@@ -162,7 +162,7 @@ def _placement(corpora: Corpora, cache: TokenCache, condition: str, documents: n
 
 
 def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents: np.ndarray, style: str) -> RowIndex:
-    """The packed row index, built once for each recipe, then memory-mapped and checked against its hash."""
+    """The packed row index. It is built once for each recipe, then memory-mapped and checked against its hash."""
     config = corpora.config
     capacity = row_capacity(config)
     overhead = placement.overhead(documents)
@@ -178,12 +178,12 @@ def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents:
 
 
 def row_capacity(config: Config) -> int:
-    """Positions of a row that are left for text and metadata once the meta-tokens have theirs."""
+    """Positions of a row for text and metadata, without those of the meta-tokens."""
     return config.row_slots - meta_count(config)
 
 
 def meta_count(config: Config) -> int:
-    """M, the meta-tokens injected into every row."""
+    """M, the number of meta-tokens injected into every row."""
     return config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
 
 
@@ -206,14 +206,14 @@ def _rows(
 
 
 def complete_row(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
-    """What every row gets last: meta-tokens, then positions."""
+    """The last two steps of every row: inject meta-tokens, then add positions."""
     if config.meta_tokens is not None:
         row = inject(row, rng, meta=config.meta_tokens, count=meta_count(config), meta_id=meta_id)
     return finish(row, attend_across_documents=config.data.attend_across_documents)
 
 
 def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> RowSource:
-    """Source i's training rows, each once, for the time before a switch of the data (phase 0) or from it on (1)."""
+    """The training rows of source i, each once, for phase 0 (before the data switch) or phase 1 (after it)."""
     data, seed, cache = corpora.config.data, corpora.config.seed, corpora.caches[i]
     documents = cache.documents("train", data.held_out, data.min_bytes)
     require(
@@ -241,9 +241,9 @@ def _phase_seed(use: str, seed: int, i: int, phase: int) -> int:
 
 
 def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
-    """Row n of the run, for every n: an endless random-access dataset that depends on the config and the seed alone.
+    """Row n of the run, for every n: an endless random-access dataset that depends only on the config and the seed.
 
-    `note` takes a line for each thing of the corpora that the rows leave out.
+    `note` is called with a line for each kind of data that the rows leave out.
     """
     config, data = corpora.config, corpora.config.data
     if config.tasks is not None:
@@ -268,7 +268,7 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
 
 
 def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: Note = warn) -> grain.MapDataset:
-    """Batch of step s at index s: this host's contiguous slice of the global batch, each array [rows, positions]; `note` as above."""
+    """Batch of step s at index s: this host's contiguous slice of the global batch, arrays [rows, positions]; `note` as above."""
     global_rows = corpora.config.data.batch_rows
     require(global_rows % hosts == 0, f"data.batch_rows = {global_rows} does not divide by {hosts} hosts")
     local = global_rows // hosts
@@ -282,10 +282,10 @@ def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: N
 
 
 def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.DatasetIterator:
-    """An iterator over batches from step `start` on, reading ahead in threads, or in processes with workers > 0."""
+    """An iterator over batches from step `start` on. It reads ahead in threads, or in processes if workers > 0."""
     stream = batches[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers > 0:
-        if not flags.FLAGS.is_parsed():  # grain's reader processes read absl flags; ours come from elsewhere
+        if not flags.FLAGS.is_parsed():  # grain's reader processes need parsed absl flags
             flags.FLAGS(sys.argv[:1])
         start_tracker()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=be_deaf)
@@ -297,7 +297,7 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out documents under one condition: batches, and what bits per byte is divided by."""
+    """Held-out documents under one condition: batches, and the counts that bits per byte needs."""
 
     batches: list[Row]
     documents: int
@@ -306,7 +306,7 @@ class HeldOut:
 
 
 def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarray, RowSource]:
-    """(documents of source i that are held out and chosen, their rows under a condition)."""
+    """(held-out documents of source i that were chosen, their rows under a condition)."""
     data, cache = corpora.config.data, corpora.caches[i]
     available = cache.documents("held_out", data.held_out, data.min_bytes)
     require(
@@ -316,12 +316,12 @@ def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarr
     )
     order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
     chosen = order[: -(-corpora.config.evaluation.documents // len(corpora.caches))]
-    return chosen, _rows(corpora, cache, condition, chosen, "best_fit")  # cuts only what no row can hold, in every condition
+    return chosen, _rows(corpora, cache, condition, chosen, "best_fit")  # best_fit cuts only documents longer than a row
 
 
 def check_evaluation(corpora: Corpora) -> None:
-    """UserError now, not after training, where held-out documents cannot be shown as `evaluation.conditions` asks, or a file of
-    questions cannot be read."""
+    """Raise UserError now, not after training, if held-out documents cannot be shown under all `evaluation.conditions`, or a
+    file of questions cannot be read."""
     choice = corpora.config.evaluation.choice
     for task in map(QuestionFile.of, choice.tasks if choice is not None else ()):
         for path in {task.path, task.shots_from}:
@@ -333,7 +333,7 @@ def check_evaluation(corpora: Corpora) -> None:
 
 
 def _body_bytes(corpora: Corpora, chosen: list[np.ndarray]) -> int:
-    """UTF-8 bytes of the chosen documents of every source; UserError where there is no text in them."""
+    """UTF-8 bytes of the chosen documents of all sources; raises UserError if they have no text."""
     found = list(zip(corpora.caches, chosen, strict=True))
     tokens = sum(int(np.asarray(cache.lengths)[documents].sum()) for cache, documents in found)
     size = sum(int(np.asarray(cache.bytes)[documents].sum()) for cache, documents in found)
@@ -345,7 +345,7 @@ def _body_bytes(corpora: Corpora, chosen: list[np.ndarray]) -> int:
 
 
 def held_out(corpora: Corpora, condition: str) -> HeldOut:
-    """The held-out rows with metadata "none", "right", "empty", "shuffled", or as "training" has it; the same documents for all."""
+    """The held-out rows with metadata "none", "right", "empty", "shuffled", or as in "training". All use the same documents."""
     config, data = corpora.config, corpora.config.data
     rows, every = [], []
     for i in range(len(corpora.caches)):
@@ -360,16 +360,16 @@ def held_out(corpora: Corpora, condition: str) -> HeldOut:
 
 
 def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
-    """The examples of the config's tasks; UserError where a wanted length has none."""
+    """The examples of the config's tasks; raises UserError if a requested length has none."""
     examples = Examples(corpora.config.tasks, corpora.tokenizer, seed)
     examples.check()
     return examples
 
 
 def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
-    """The test examples of one bin, one to a row of `length` positions, in batches of equal shape; the same for every run.
+    """The test examples of one bin, one per row of `length` positions, in batches of equal shape; the same for every run.
 
-    A batch has no more positions than a micro-batch of training, and a multiple of `shards` rows; padding rows fill the last.
+    A batch is no larger than a training micro-batch, but a multiple of `shards` rows. Padding rows fill the last one.
     """
     config, examples = corpora.config, task_examples(corpora)
     positions = config.data.batch_rows * config.row_slots // config.training.accumulate

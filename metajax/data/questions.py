@@ -1,7 +1,7 @@
-"""Multiple-choice questions and passages to complete from local JSON lines files, with the fields that the lm-evaluation-harness' tasks have.
+"""Multiple-choice questions and passages to complete, from local JSON lines files with the fields of lm-evaluation-harness tasks.
 
-A kind says how a record becomes a question. Prompts are the harness' own, so that scores can be set beside published ones; `jsonl` is for
-files of one's own, with query, choices and gold.
+A kind defines how a record becomes a question. The prompts are those of the harness, so that scores are comparable with
+published ones. The kind `jsonl` is for custom files, with the fields query, choices and gold.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BETWEEN = "\n\n"  # between solved examples
 
 @dataclass(frozen=True)
 class Question:
-    """What is scored: each context with its answer. `weighed` are the texts whose lengths acc_norm divides by; gold is the right one.
+    """A question: each context is scored with its answer. acc_norm divides by the lengths of `weighed`; `gold` is right.
 
-    greedy: one answer, which counts as right when it is the most likely text, token by token. description: what comes before it and
-    of the solved examples, which are then of those with the same.
+    greedy: there is one answer, which is right if it is the most likely text, token by token. description: text before the
+    question and its solved examples, which then come from questions with the same description.
     """
 
     contexts: tuple[str, ...]
@@ -40,12 +40,12 @@ class Question:
 
     @property
     def solved(self) -> str:
-        """The question with its answer, as it is shown as an example; in LAMBADA's the harness has two spaces before the last word."""
+        """The question with its answer, as a solved example. For LAMBADA the harness has two spaces before the last word."""
         return self.contexts[self.gold] + DELIMITER * self.greedy + self.answers[self.gold]
 
 
 def asked(context: str, choices: Sequence[str], gold: int) -> Question:
-    """One context, several answers."""
+    """A question with one context and several answers."""
     return Question((context,) * len(choices), tuple(DELIMITER + choice for choice in choices), tuple(choices), int(gold))
 
 
@@ -104,7 +104,7 @@ def _social_iqa(record: Record) -> Question:
 
 
 def _winogrande(record: Record) -> Question:
-    """The names differ, and what follows the blank is scored after each."""
+    """Each name is put into the blank, and the text after the blank is scored."""
     before, _, after = record["sentence"].partition("_")
     contexts = (before + record["option1"], before + record["option2"])
     return Question(contexts, (DELIMITER + after.strip(),) * 2, contexts, int(record["answer"]) - 1)
@@ -115,8 +115,8 @@ KINDS: dict[str, Callable[[Record], Question]] = {
     "fda": _passage, "squad_completion": _passage, "swde": _passage, "mmlu_continuation": _mmlu, "openbookqa": _openbookqa, "piqa": _piqa, "social_iqa": _social_iqa, "winogrande": _winogrande,
     "jsonl": lambda record: asked(record["query"], record["choices"], record["gold"]),
 }  # fmt: skip
-COMPLETED = ("fda", "squad_completion", "swde")  # kinds whose value a model is to write, the others' answers are weighed
-# What MeCo puts before a prompt for conditional inference: invented addresses that fit a task.
+COMPLETED = ("fda", "squad_completion", "swde")  # kinds whose value the model generates; other kinds score given answers
+# Invented addresses that fit a task; MeCo puts them before a prompt for conditional inference.
 SITES = {
     "mmlu_continuation": "testprepportal", "arc_easy": "sciencestudyquiz", "arc_challenge": "sciencestudyquiz", "commonsense_qa": "quizsmart",
     "hellaswag": "wikihowquiz", "openbookqa": "factquizmaster", "piqa": "basicknowledgequiz", "social_iqa": "socialskillsassessment",
@@ -128,8 +128,8 @@ SITES = {
 class QuestionFile:
     """A file of questions. spec: KIND:FILE[?shots_from=FILE&name=NAME&source=TEXT].
 
-    shots_from: where solved examples come from, the file itself where it is left out. name: of the results, the kind's where it is left
-    out. source: what metadata says in conditional inference; of known kinds MeCo's address.
+    shots_from: the file of the solved examples, by default the same file. name: of the results, by default the kind. source: the
+    metadata for conditional inference, by default MeCo's address for the kind if it has one.
     """
 
     kind: str
@@ -140,7 +140,7 @@ class QuestionFile:
 
     @classmethod
     def of(cls, spec: str) -> QuestionFile:
-        """UserError for an unknown kind or option."""
+        """Parse a spec; raises UserError for an unknown kind or option."""
         head, _, query = spec.partition("?")
         kind, _, path = head.partition(":")
         said = f"evaluation.choice.tasks {spec!r}: "
@@ -153,7 +153,7 @@ class QuestionFile:
         return cls(kind, path, options.get("name", kind), options.get("source", site), options.get("shots_from", path))
 
     def read(self, path: str, data_dir: Path | None) -> list[Question]:
-        """The questions of a file, in order; UserError for a record that lacks a field or has another form."""
+        """The questions of a file, in order; raises UserError for a record that lacks a field or has another form."""
         root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
         found = []
         for file in find_files(f"{self.kind}:{path}", path, root):
@@ -177,8 +177,8 @@ def _fields(record: Any) -> str:
 
 
 def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
-    """(ids of the context, ids of the answer) as the harness has them: spaces at the context's end belong to the answer, and the answer is
-    what the ids of both together have after the context's own."""
+    """(ids of the context, ids of the answer) as in the harness. Spaces at the context's end belong to the answer. Both are
+    encoded together, and the answer is the ids after those of the context."""
     kept = context.rstrip()
     before = encode(kept)
     return before, encode(context + answer)[len(before) :]

@@ -1,15 +1,15 @@
-"""Assembling one row from its pieces: tokens, targets, loss weights, segments - all decided here.
+"""Assembles one row from its pieces. All tokens, targets, loss weights and segments are decided here.
 
-Row anatomy (every array has one entry a position; `finish` adds `positions`):
+Arrays of a row (each has one entry per position; `finish` adds `positions`):
   tokens        int32    what the model reads
   targets       int32    the token to predict at this position
   loss_weights  float32  weight of that target in the training loss; 0 on padding
-  is_body       bool     the target is a token of a document's body (what bits per byte counts)
+  is_body       bool     the target is a token of a document's body (bits per byte counts these)
   is_metadata   bool     the position holds metadata or one of its delimiters (for counting and for `show --rows`)
-  asks_metadata bool     the target is such a token
+  asks_metadata bool     the target is metadata or one of its delimiters
   segment_ids   int32    documents of the row numbered from 1; 0 is padding
   positions     int32    index inside the segment
-  meta_slots    int32    [M], where the meta-tokens are, sorted; absent without injection
+  meta_slots    int32    [M], sorted positions of the meta-tokens; absent without injection
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from metajax.data.packing import RowIndex
 from metajax.data.positions import after, before
 
 Row = dict[str, np.ndarray]
-BEGIN, BODY, END, NOTHING, METADATA = range(5)  # what a position holds, and its target; METADATA + i is part i of the metadata
+BEGIN, BODY, END, NOTHING, METADATA = range(5)  # kinds of positions and targets; METADATA + i is part i of the metadata
 
 
 class RowSource:
     """Random access to assembled rows, for `grain.MapDataset.source`.
 
     Args:
-      index: which pieces make which row.
+      index: the pieces of every row.
       read: document id -> its body ids.
       metadata: the metadata of every piece.
       vocabulary: special ids.
@@ -45,7 +45,7 @@ class RowSource:
         self.index, self.read, self.metadata, self.vocabulary, self.capacity = index, read, metadata, vocabulary, capacity
         self._weights = np.array(
             [0.0, 1.0, 1.0, 0.0, *(part.loss_weight for part in metadata.parts)], np.float32
-        )  # by what is asked for
+        )  # by the kind of the target
 
     def __len__(self) -> int:
         return len(self.index)
@@ -57,10 +57,10 @@ class RowSource:
     def _piece(self, document: int, start: int, length: int) -> Row:
         """Inputs start .. start + length - 1 of a document with its metadata; input 0 is the BOS.
 
-        The target of every position is the next token, with two exceptions where a document is cut. Before a later piece the last
-        metadata token has no target: the piece before it has predicted the first body token already. The last body token of a piece
-        whose document continues predicts the next body token, so that no body token is lost or depends on metadata after the text. The metadata after it is
-        then predicted from its second token on.
+        The target of every position is the next token, with two exceptions if a document is cut. First, the last metadata token
+        before a later piece has no target: the previous piece has already predicted that piece's first body token. Second, the
+        last body token of a piece whose document continues predicts the next body token. So no body token is lost or predicted
+        from metadata after the text. The loss on the metadata after it is then taken from its second token on.
         """
         body, metadata = self.read(document), self.metadata
         begins, ends = start == 0, start + length > len(body)
@@ -86,7 +86,7 @@ class RowSource:
         lead += sum(len(ids) for ids, _ in first)
         if not begins and lead:
             asked[lead - 1] = NOTHING
-        if kinds[-1] == END:  # a target alone
+        if kinds[-1] == END:  # EOS is only a target
             stream, kinds, targets, asked = stream[:-1], kinds[:-1], targets[:-1], asked[:-1]
         return {
             "tokens": stream,
@@ -105,7 +105,7 @@ KINDS = {
 
 
 def joined(pieces: Sequence[Row], length: int, pad: int) -> Row:
-    """Pieces one after the other as the segments of a row, followed by padding; arrays that a piece lacks are 0."""
+    """A row whose segments are the pieces in order, followed by padding. Arrays that a piece lacks are 0."""
     row = {name: np.full(length, pad if name in ("tokens", "targets") else 0, kind) for name, kind in KINDS.items()}
     at = 0
     for segment, piece in enumerate(pieces, 1):
@@ -118,7 +118,7 @@ def joined(pieces: Sequence[Row], length: int, pad: int) -> Row:
 
 
 def finish(row: Row, *, attend_across_documents: bool) -> Row:
-    """Add positions (index inside the segment); with attention across documents the row is one segment."""
+    """Add positions (index inside the segment). With attention across documents, the row is one segment."""
     segments = row["segment_ids"]
     if attend_across_documents:
         segments = (segments > 0).astype(np.int32)
@@ -129,7 +129,7 @@ def finish(row: Row, *, attend_across_documents: bool) -> Row:
 
 
 def padding_row(like: Row, pad: int) -> Row:
-    """A row of padding with the shapes of `like`: fills up the last evaluation batch."""
+    """A row of padding with the shapes of `like`, to fill up the last evaluation batch."""
     empty = {name: np.zeros_like(values) for name, values in like.items()}
     empty["tokens"][:], empty["targets"][:] = pad, pad
     if "meta_slots" in like:

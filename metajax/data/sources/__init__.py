@@ -1,6 +1,6 @@
 """Sources of documents: from a spec KIND[:PATH][?text=COLUMN&origin=COLUMN&join=FOLDER&on=COLUMN&markers=true] to a Source.
 
-A module with `@source(KIND)` is one kind. A source of your own is the same in a file of `experiments/`.
+A module with `@source(KIND)` defines one kind. To add a source, do the same in a file of `experiments/`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPTIONS = ("text", "origin", "join", "on", "markers")
 
 @dataclass(frozen=True)
 class Request:
-    """What a spec asks for, and where this machine keeps things. PATH is relative to `data_dir`, else to the working directory."""
+    """A parsed spec and the folders of this machine. PATH is relative to `data_dir`, or without it to the working directory."""
 
     spec: str
     kind: str
@@ -36,20 +36,20 @@ class Request:
 
     @property
     def root(self) -> str:
-        """The folder that PATH is relative to, with a slash at its end."""
+        """The folder that PATH is relative to, with a trailing slash."""
         return (os.fspath(self.data_dir) if self.data_dir is not None else os.getcwd()).rstrip("/") + "/"
 
     def files(self) -> list[str]:
-        """The files of a PATH that may be a glob; UserError when there is none."""
+        """The files of PATH, which may be a glob; raises UserError if there are none."""
         self.require_path(f"{self.kind}:PATH")
         return find_files(self.spec, self.path, self.root)
 
     def require_path(self, form: str) -> None:
-        """UserError without a path; `form` shows how to write one."""
+        """Raise UserError if the path is missing; `form` shows how to write one."""
         require(bool(self.path), f"data source {self.spec!r}: a path is missing; write {form}")
 
     def refuse_options(self) -> None:
-        """UserError with options, for a kind whose columns are fixed."""
+        """Raise UserError if there are options, for a kind with fixed columns."""
         require(
             not self.has_options, f"data source {self.spec!r}: {self.kind} has columns of its own; leave out what follows the ?"
         )
@@ -59,18 +59,18 @@ source: Registry[Callable[[Request], Source]] = Registry("kind of source", __nam
 
 
 def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
-    """The documents that a spec names; UserError for an unknown kind or option, a missing file or an empty corpus."""
+    """The source of a spec; raises UserError for an unknown kind or option, a missing file or an empty corpus."""
     request = parse_spec(spec, cache_dir, data_dir)
     corpus = source.find(request.kind, f"data source {spec!r}")(request)
     if not request.columns.join:
         return corpus
-    from metajax.data.sources.joined import Joined  # imports this module
+    from metajax.data.sources.joined import Joined  # imported here, because it imports this module
 
     return Joined(corpus, request.path, request.columns)
 
 
 def parse_spec(spec: str, cache_dir: Path = Path("cache"), data_dir: Path | None = None) -> Request:
-    """A spec in its parts; UserError for an unknown option."""
+    """Parse a spec; raises UserError for an unknown option."""
     head, _, query = spec.partition("?")
     kind, _, path = head.partition(":")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -86,7 +86,7 @@ def parse_spec(spec: str, cache_dir: Path = Path("cache"), data_dir: Path | None
 
 
 def place_of(manifest: Mapping[str, Any], on_bad_record: str, cache_dir: Path, data_dir: Path | None, document: int) -> str:
-    """File and record of a document of a token cache, as messages name them; documents are numbered by the good records alone."""
+    """File and record of a document of a token cache, for messages. The numbers of documents count only good records."""
     corpus = open_source(manifest["source"]["spec"], cache_dir=cache_dir, data_dir=data_dir)
     bad = set(manifest.get("unencodable", ()))
     good = (n for n, found in read_documents(corpus, on_bad_record) if found is not None and n not in bad)
@@ -94,7 +94,7 @@ def place_of(manifest: Mapping[str, Any], on_bad_record: str, cache_dir: Path, d
 
 
 def source_notes(spec: str, documents: int, tally: Mapping[str, int], ids: str | None = None) -> list[str]:
-    """What a person should know of the documents of a source, a line each. ids: those of documents and labels, where labels are joined."""
+    """Notes for the user about the documents of a source, one line each. ids: example ids of documents and labels, if joined."""
     lines, of = [], f"of {documents:,} documents"
     if tally.get(NO_ORIGIN):
         lines.append(

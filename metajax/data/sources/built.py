@@ -23,9 +23,9 @@ _ROWS_IN_GROUP = 2048
 
 
 class BuiltCorpus(Parquet):
-    """A built corpus in its cache folder. Its fingerprint is that of the recipe and versions, not of the file's dates.
+    """A built corpus in its cache folder. Its fingerprint depends on the recipe and versions, not on file dates.
 
-    Raises UserError when the folder was damaged after it was written.
+    Raises UserError if the folder was damaged after it was written.
     """
 
     def __init__(self, spec: str, folder: Path):
@@ -34,23 +34,23 @@ class BuiltCorpus(Parquet):
         super().__init__(spec, [str(sealed.path(_DOCUMENTS))], f"{folder}{os.sep}", Columns("text", "origin"))
 
     def fingerprint(self) -> str:
-        """The recipe's fingerprint, as its manifest holds it."""
+        """The recipe's fingerprint, from the manifest."""
         return self._manifest["fingerprint"]
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest written beside the corpus: versions, counts, sha256."""
+        """The manifest of the corpus: versions, counts, sha256."""
         return {**self._manifest, "spec": self.spec}
 
 
 def folder_of(kind: str, key: str, cache_dir: Path) -> Path:
-    """Where a built corpus is or will be."""
+    """The folder of a built corpus, which may not exist yet."""
     return Path(cache_dir) / "corpora" / f"{kind}-{key[:12]}"
 
 
 def open_or_build(
     spec: str, kind: str, key: str, cache_dir: Path, build: Callable[[], tuple[list[Document], dict[str, Any]]]
 ) -> BuiltCorpus:
-    """The corpus in cache_dir/corpora/KIND-KEY12, built by `build() -> (documents, manifest)` when it is not there."""
+    """The corpus in cache_dir/corpora/KIND-KEY12. If it does not exist, `build() -> (documents, manifest)` makes it."""
     folder = folder_of(kind, key, cache_dir)
     if not folder.exists():
         documents, manifest = build()
@@ -60,7 +60,7 @@ def open_or_build(
 
 
 def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str, Any]) -> None:
-    """Write documents.parquet and manifest.json (with record count, words and sha256), the folder whole or not at all."""
+    """Write documents.parquet and manifest.json (with record count, words and sha256), both or none."""
     names = sorted({name for document in documents for name in document.metadata})
     columns = {
         "text": [d.text for d in documents],
@@ -82,7 +82,7 @@ def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str
 
 
 def content_sha256(documents: Sequence[Document]) -> str:
-    """sha256 of text, origin and metadata in order: the same whatever library version wrote the file."""
+    """sha256 of text, origin and metadata in order. It does not depend on the library version that wrote the file."""
     digest = hashlib.sha256()
     for d in documents:
         digest.update(json.dumps([d.text, d.origin, d.metadata], sort_keys=True).encode())

@@ -1,9 +1,9 @@
 """Debian's package descriptions as a corpus: the package index joined with its English long descriptions.
 
-The system's own index holds one-line synopses where translations are switched off, so both files are fetched by apt into
-a private list directory and joined by Description-md5. Upstream paragraphs repeat through -dev, -doc and lib packages:
-packages are walked in name order and each paragraph is used once. There is no date in the index, and
-`popularity` is log2(1 + packages that depend on this one): use, not quality of prose.
+The system's index has only one-line synopses if translations are switched off. So apt fetches both files into a private
+list directory, and they are joined by Description-md5. Upstream paragraphs repeat in -dev, -doc and lib packages, so each
+paragraph is used once, in the order of package names. The index has no dates. `popularity` is log2(1 + number of packages
+that depend on this one): it measures use, not the quality of the prose.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MIN_WORDS = 20
 _APT_HELPER = "/usr/lib/apt/apt-helper"
 _REMEDY = "use another source, such as pydocs, or build the corpus on Debian 12 for amd64 and copy the cache's corpora folder"
 
-# Debian 12 main for amd64: the index has not moved since its last point release.
+# Debian 12 main for amd64: the index has not changed since its last point release.
 PINNED = {
     "release": "bookworm",
     "architecture": "amd64",
@@ -47,9 +47,9 @@ Stanza = dict[str, str]
 
 @source("debindex")
 def open_debindex(request: Request) -> BuiltCorpus:
-    """The pinned release's corpus where the cache has it, else that of this machine's, fetched (16 MB) and built on first use.
+    """The pinned release's corpus if it is cached, otherwise that of this machine's release. The first use fetches 16 MB.
 
-    Raises UserError where it has to be built, and there is no Debian, no apt, or no mirror that answers.
+    Raises UserError if it has to be built but there is no Debian, no apt, or no mirror that answers.
     """
     request.refuse_options()
     require(not request.path, f"data source {request.spec!r}: debindex takes no path; write just debindex")
@@ -73,9 +73,9 @@ def _key(release: str, architecture: str) -> str:
 
 
 def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[str, Any]:
-    """Manifest entries: release, raw files with sha256, and each difference from the pinned index, warned of as well.
+    """Manifest entries: release, raw files with sha256, and differences from the pinned index. Warns about differences.
 
-    The fingerprint is of the recipe and the raw files, so another point release is another corpus.
+    The fingerprint covers the recipe and the raw files, so another point release is another corpus.
     """
     found = {"release": release, "architecture": architecture}
     found |= {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
@@ -98,7 +98,7 @@ def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[
 
 
 def debian_release() -> tuple[str, str] | None:
-    """(code name, architecture) of this machine; None where that is not Debian or has no apt."""
+    """(code name, architecture) of this machine; None if it does not run Debian or has no apt."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -110,7 +110,7 @@ def debian_release() -> tuple[str, str] | None:
 
 
 def fetch(folder: Path, release: str, architecture: str) -> tuple[bytes, bytes]:
-    """(Packages, Translation-en) of `main`, decompressed, by apt into `folder`; the system's lists stay as they are."""
+    """(Packages, Translation-en) of `main`, decompressed. apt fetches them into `folder`; the system's lists do not change."""
     folder = folder.absolute()
     for part in ("lists/partial", "cache/archives/partial"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def stanzas(text: str) -> Iterator[Stanza]:
 def description(field: str) -> tuple[str, list[str]]:
     """(synopsis, paragraphs) of a Description field.
 
-    ` .` parts paragraphs; lines with two leading spaces or more are verbatim (lists, code), the others are joined.
+    ` .` separates paragraphs. Lines with two or more leading spaces are verbatim (lists, code); the others are joined.
     """
     synopsis, _, rest = field.partition("\n")
     paragraphs, parts, verbatim = [], [], False
@@ -184,12 +184,12 @@ def description(field: str) -> tuple[str, list[str]]:
 
 
 def package_names(field: str) -> set[str]:
-    """Names in a dependency field, without versions, architectures and qualifiers; alternatives all count."""
+    """Names in a dependency field, without versions, architectures and qualifiers. All alternatives count."""
     return {re.split(r"[\s(:\[]", item.strip(), maxsplit=1)[0] for item in re.split(r"[,|]", field) if item.strip()}
 
 
 def reverse_dependencies(packages: Iterable[Stanza]) -> Counter[str]:
-    """How many packages depend on, pre-depend on or recommend each package, by name or by what it provides."""
+    """How many packages depend on, pre-depend on or recommend each package, by its name or by a name that it provides."""
     packages = list(packages)
     providers: dict[str, set[str]] = {}
     for package in packages:
@@ -205,7 +205,7 @@ def reverse_dependencies(packages: Iterable[Stanza]) -> Counter[str]:
 
 
 def build_documents(packages: str, translation: str) -> list[Document]:
-    """Documents in package-name order: synopsis, then the paragraphs no earlier package had, if they make 20 words."""
+    """Documents in the order of package names: synopsis, then paragraphs that no earlier package had, if these have 20 words."""
     texts = {s["Description-md5"]: s["Description-en"] for s in stanzas(translation)}
     index = sorted(stanzas(packages), key=lambda s: s["Package"])
     users = reverse_dependencies(index)

@@ -1,4 +1,4 @@
-"""Docstrings of Python files by parsing alone. Imports nothing heavy, so worker processes start at once."""
+"""Docstrings of Python files, by parsing only. This module imports nothing heavy, so worker processes start fast."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Docstring:
-    """One docstring: `name` is qualified within the module and '' for the module itself."""
+    """One docstring. `name` is qualified within the module, and '' for the module itself."""
 
     module: str
     name: str
     kind: str  # module, class or function
     text: str
-    local: bool = False  # defined inside a function, so that no address leads to it
+    local: bool = False  # defined inside a function, so it has no address
 
 
 @dataclass(frozen=True)
 class Module:
-    """What one file offers: its docstrings, and (source module, name or '*', alias) of each `from ... import`."""
+    """The docstrings of one file, and (source module, name or '*', alias) of each `from ... import`."""
 
     name: str
     docstrings: tuple[Docstring, ...]
@@ -30,7 +30,7 @@ class Module:
 
 
 def read_module(path: str, name: str, is_package: bool) -> Module:
-    """Parse a file; a file that is not valid Python of this version (templates, old code) offers nothing."""
+    """Parse a file. A file that is not valid Python of this version (templates, old code) gives an empty module."""
     with open(path, "rb") as file:
         source = file.read()
     try:
@@ -43,7 +43,7 @@ def read_module(path: str, name: str, is_package: bool) -> Module:
 
 
 def _visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, module, prefix, local, found) -> None:
-    """Definitions directly in a body: those under `if` and `try` are variants of the same thing."""
+    """Collect definitions directly in a body. Those under `if` and `try` are skipped: they are variants of the same name."""
     for child in node.body:
         if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -66,9 +66,9 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterable[tuple[
 
 
 def public_names(modules: Iterable[Module]) -> dict[tuple[str, str], str]:
-    """(module, top-level name) -> its shortest address through public modules alone, by following re-exports.
+    """(module, top-level name) -> its shortest address through public modules only, found by following re-exports.
 
-    `jax._src.numpy.lax_numpy.add` is found as `jax.numpy.add`. Names that no public module offers are absent.
+    `jax._src.numpy.lax_numpy.add` becomes `jax.numpy.add`. Names that no public module exports are absent.
     """
     modules = list(modules)
     onward: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
@@ -96,5 +96,5 @@ def _shortest(module: str, name: str, onward: dict[tuple[str, str], list[tuple[s
 
 
 def is_public(address: str) -> bool:
-    """No part starts with an underscore."""
+    """Whether no part of the address starts with an underscore."""
     return not any(part.startswith("_") for part in address.split("."))

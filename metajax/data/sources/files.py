@@ -1,4 +1,4 @@
-"""Corpora of files, read one after the other: what formats share, and the rules that turn a row into a Document."""
+"""Corpora of files: the base class of all file formats, and the rules that turn a row into a Document."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from metajax.data.documents import BadRecord, Document, Source
 from metajax.data.sources.values import as_string, as_text, flatten, why
 
 _HASHED_OF_FILE, _HASHED_OF_ALL = 64 << 20, 1 << 30  # bytes read to notice that files have changed
-ADDRESSES = ("url", "uri", "warc-target-uri", "source_url")  # columns of a document's address, nested ones too, in any case
+ADDRESSES = ("url", "uri", "warc-target-uri", "source_url")  # columns of a document's address, also nested, in any letter case
 NO_ORIGIN, NO_TEXT, JOINED = "no origin", "no text: ", "joined"  # what a source's tally counts
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the text and the origin; '' as origin means the rule of `to_document`. A dotted name is that of a nested column.
+    """The columns of the text and the origin; '' as origin means the rule of `to_document`. A dotted name is a nested column.
 
-    join: a folder with files of labels, '' for none; on: the column whose value a document and its labels share. markers: control tokens
-    that the columns spell are read as such, as in a chat with its turn markers.
+    join: a folder with label files, '' for none; on: the id column that documents and labels share. markers: whether control
+    tokens spelled in the text are read as control tokens, as for the turn markers of a chat.
     """
 
     text: str = "text"
     origin: str = ""
-    join: str = field(default="", repr=False)  # the fingerprint of the files themselves is that of the fields shown
+    join: str = field(default="", repr=False)  # repr=False: not part of the files' fingerprint
     on: str = field(default="id", repr=False)
-    rules: int = field(default=2, init=False)  # part of every fingerprint: raise it when rows become other documents than before
-    markers: bool = field(default=False, repr=False)  # of the tokens, not of the files
+    rules: int = field(default=2, init=False)  # part of every fingerprint: raise it when rows give other documents
+    markers: bool = field(default=False, repr=False)  # changes the tokens, not the files
 
 
 def to_document(row: Mapping[str, Any], columns: Columns, where: str, tally: Counter[str] | None = None) -> Document:
-    """A row as a Document; raises BadRecord, its message opened by `where` (file and record).
+    """A row as a Document; raises BadRecord with a message that starts with `where` (file and record).
 
-    Metadata is every other column as a string, those of nested objects by dotted names; what is missing, lists, and what cannot be text are
-    left out. The origin is the column asked for, else a column named `origin`, else the host of the first column of an address, else a digest
-    of the text. Of an origin that is an address its host counts.
+    Metadata is every other column as a string, nested ones by dotted names. Missing values, lists and values that cannot be text
+    are left out. The origin is the requested column, else a column named `origin`, else the host of the first address column,
+    else a digest of the text. If the origin is an address, its host is used.
 
-    tally: counts the documents without an origin (NO_ORIGIN), and by column what could not be text (NO_TEXT and its name).
+    tally: counts documents without an origin (NO_ORIGIN) and, by column, values that cannot be text (NO_TEXT and its name).
     """
     row, tally = flatten(row), Counter() if tally is None else tally
     if columns.text not in row:
@@ -82,7 +82,7 @@ def to_document(row: Mapping[str, Any], columns: Columns, where: str, tally: Cou
 
 
 def _origin(strings: Mapping[str, str], column: str, metadata: Mapping[str, str]) -> str:
-    """The value of a column or the host of an address, '' where there is neither."""
+    """The value of a column, or the host of an address; '' if there is neither."""
     if named := strings.get(column, ""):
         return (named.lower().startswith(("http://", "https://")) and host(named)) or named
     addresses = sorted((rank, name) for name in metadata if (rank := _address_rank(name)) is not None)
@@ -91,13 +91,13 @@ def _origin(strings: Mapping[str, str], column: str, metadata: Mapping[str, str]
 
 @lru_cache(maxsize=1 << 12)
 def _address_rank(name: str) -> tuple[int, int] | None:
-    """The rank of a column among those that hold a document's address, by its name; None for others."""
+    """The priority of a column that holds a document's address, by its name; None for other columns."""
     last = name.rpartition(".")[2].casefold()
     return (name.count("."), ADDRESSES.index(last)) if last in ADDRESSES else None
 
 
 def host(url: str) -> str:
-    """The host of an address with or without a scheme, '' when there is none."""
+    """The host of an address with or without a scheme; '' if there is none."""
     found = parts(url)
     return found[1] if found else ""
 
@@ -114,31 +114,31 @@ def file_entry(path: str) -> dict[str, Any]:
 
 
 def file_stamps(paths: Sequence[str]) -> list[str]:
-    """Of each file its size, modification time (ns for local files) and a hash, to tell whether it has changed.
+    """Size, modification time (ns for local files) and a hash of each file, to detect changes.
 
-    The hash is of the whole content of small files and of blocks between the beginning and the end of large ones: at most 64 MiB
-    of a file, 1 GiB of all, where these are not too many to take 64 KiB of each. A bucket keeps a hash of every object.
+    The hash covers the whole content of small files, and blocks from the beginning to the end of large ones. It reads at most
+    64 MiB per file and 1 GiB in total, but at least 64 KiB per file. For a bucket it is the stored hash of the object.
     """
     share = min(_HASHED_OF_FILE, max(_HASHED_OF_ALL // max(1, len(paths)), 1 << 16))
     return [file_stamp(path, share) for path in paths]
 
 
 def file_stamp(path: str, share: int = _HASHED_OF_FILE) -> str:
-    """`file_stamps` of one file, of which at most `share` bytes are read."""
+    """`file_stamps` of one file; reads at most `share` bytes of it."""
     if "://" in path:
         system, name = url_to_fs(path)
         info = system.info(name)
         hashes = (str(info[key]) for key in ("crc32c", "md5Hash", "ETag", "etag") if info.get(key))
         return f"{info['size']} {epath.Path(path).stat().mtime} {next(hashes, '')}"
     stat, now = os.stat(path), time.time_ns()
-    fresh = now if now - stat.st_ctime_ns < 1e9 else 0  # of two writes at once the system may keep one time
-    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, fresh)  # the same: not written since it was read
+    fresh = now if now - stat.st_ctime_ns < 1e9 else 0  # two quick writes may have the same time
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, fresh)  # equal: not written since it was read
     return f"{stat.st_size} {stat.st_mtime_ns} {_sampled(path, share, state)}"
 
 
 @lru_cache(1 << 16)
 def _sampled(path: str, share: int, state: tuple[int, ...]) -> str:
-    """sha256 of a local file, of one above `share` bytes of blocks at equal distances, the first and the last among them."""
+    """sha256 of a local file. Above `share` bytes, it covers evenly spaced blocks, including the first and the last."""
     size = state[0]
     blocks = min(16, max(2, share >> 20))
     length = share // blocks if size > share else size
@@ -151,9 +151,9 @@ def _sampled(path: str, share: int, state: tuple[int, ...]) -> str:
 
 
 class Files(Source):
-    """Records numbered through one or more files, in the order given; raises UserError when there is none.
+    """Records of one or more files, numbered across the files in the given order; raises UserError if there are none.
 
-    tally: what `to_document` counts, of all documents read so far in this process.
+    tally: the counts of `to_document`, over all documents read so far in this process.
     """
 
     kind: ClassVar[str]
@@ -167,7 +167,7 @@ class Files(Source):
 
     @abstractmethod
     def _rows(self, path: str, records: range) -> Iterator[tuple[str, Mapping[str, Any] | BadRecord]]:
-        """(file and record, as messages name them; its row or what is wrong with it) of these records of a file."""
+        """(file and record, for messages; the row or its error) of these records of a file."""
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -179,7 +179,7 @@ class Files(Source):
         return self._starts[-1]
 
     def by_file(self, records: range) -> Iterator[tuple[int, range]]:
-        """(number of a file, which of its records) in order."""
+        """(number of a file, range of its records) in order."""
         at = records.start
         while at < records.stop:
             file = bisect.bisect_right(self._starts, at) - 1
@@ -202,7 +202,7 @@ class Files(Source):
         return where
 
     def fingerprint(self) -> str:
-        """sha256 over columns and each file's path below the data directory, size, modification time and hash of its content."""
+        """sha256 over the columns and each file's path below the data directory, size, modification time and content hash."""
         digest = hashlib.sha256(f"{self.kind} {self.columns}\n".encode())
         for path, stamp in zip(self.paths, file_stamps(self.paths), strict=True):
             digest.update(f"{path.removeprefix(self.root)} {stamp}\n".encode())
@@ -214,7 +214,7 @@ class Files(Source):
 
 
 def parsed(line: bytes, where: str, text: str) -> tuple[str, Mapping[str, Any] | BadRecord]:
-    """`Files._rows` of a record from its JSON; `text` is the name of the text's column."""
+    """The item of `Files._rows` for a JSON record; `text` is the name of the text column."""
     try:
         row = json_lines.parse(line)
     except ValueError as error:
@@ -225,9 +225,9 @@ def parsed(line: bytes, where: str, text: str) -> tuple[str, Mapping[str, Any] |
 
 
 def find_files(spec: str, path: str, root: str) -> list[str]:
-    """The file at `path`, or the sorted files of a glob, below `root` unless absolute; UserError when there is none.
+    """The file at `path`, or the sorted files of a glob, below `root` unless absolute; raises UserError if there are none.
 
-    Only `path` is a pattern, and only where no file has that name.
+    Only `path` is a pattern, and only if no file has that name.
     """
     whole = path if "://" in path else os.path.join(root, path)
     if not glob.has_magic(path) or epath.Path(whole).exists():
@@ -243,5 +243,5 @@ def find_files(spec: str, path: str, root: str) -> list[str]:
 
 
 def unreadable(path: str, kind: str) -> Callable[[str], UserError]:
-    """For `reading`: the error of a file that is no `kind`."""
+    """For `reading`: makes the error for a file that is no `kind`."""
     return lambda reason: UserError(f"{path}: not a readable {kind} ({reason}); write it again")

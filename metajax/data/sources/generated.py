@@ -1,8 +1,8 @@
-"""A generated corpus whose best possible losses are known: documents from sources that differ in which symbol follows which.
+"""A generated corpus with known optimal losses: its documents come from sources with different symbol transitions.
 
-Each source has two favoured successors for every symbol, with probabilities 0.6 and 0.3; the rest is spread evenly over all
-symbols. The first symbol is any. A reader who knows the source, or its group, saves bits early in a document; one who does not
-finds it out, so that the gain of a whole document is the logarithm of the number of sources or groups, when it is long.
+Each source has two favoured successors for every symbol, with probabilities 0.6 and 0.3; the rest is uniform over all symbols.
+The first symbol is uniform. A model that knows the source, or its group, saves bits early in a document; without it, the model
+infers it. So for a long document, the total gain is the logarithm of the number of sources or groups.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def draw(i: int) -> tuple[int, np.ndarray]:
 
 
 def best_nats(sources: np.ndarray, symbols: np.ndarray, known: str) -> np.ndarray:
-    """Nats of each symbol for the reader who knows the table and, of the document, nothing, its "group" or its "source".
+    """Optimal loss of each symbol, in nats, given the table and "nothing", the "group" or the "source" of the document.
 
     sources: int [N]; symbols: int [N, LENGTH]; the result is float64 [N, LENGTH], exact by Bayes' rule.
     """
@@ -71,9 +71,9 @@ def open_generated(request: Request) -> Generated:
 
 
 class Generated(Source):
-    """A number of documents. Text: letters a to p; `source` is a capital letter, `group` a digit: with bytes, one token each.
+    """Generated documents. Text: letters a to p; `source` is a capital letter, `group` a digit. With bytes, each is one token.
 
-    Every document is an origin of its own, so that held-out documents come from the same sources as the others.
+    Every document is a separate origin, so that held-out documents come from the same sources as the others.
     """
 
     def __init__(self, spec: str, count: str):
@@ -97,7 +97,7 @@ class Generated(Source):
         return hashlib.sha256(json.dumps([RECIPE, self.count]).encode() + successors().tobytes()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:
-        """Kind, recipe, records, and the best possible nats a symbol with nothing known, the group, the source."""
+        """Kind, recipe, records, and the optimal nats per symbol given nothing, the group or the source."""
         drawn = [draw(i) for i in range(_MEASURED)]
         sources, symbols = (np.array(part) for part in zip(*drawn, strict=True))
         best = {known: float(best_nats(sources, symbols, known).mean()) for known in ("nothing", "group", "source")}

@@ -1,7 +1,7 @@
-"""Columns of other files joined to documents by their id: labels that a classifier has written for the shards of a corpus.
+"""Joins columns of other files to documents by id, for example labels that a classifier has written for the shards of a corpus.
 
-Every file of the corpus has a Parquet file of labels of its own, at the same place below another folder, so that however large the corpus is, one shard's
-labels are in memory at a time.
+Every corpus file has its own Parquet file of labels, at the same path below another folder. So only one shard's labels are
+in memory at a time, however large the corpus is.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _ENDINGS = r"(\.(jsonl?|parquet|array_?record))?(\.(gz|bz2|zst))?$"
 
 
 class Joined(Source):
-    """A corpus of files whose documents also have the columns of the label file's row with their id, where there is one.
+    """A corpus of files whose documents also have the label columns of the row with their id, if there is one.
 
-    Ids are equal when their text is, or else their value: 3, 3.0 and "3" are one id. The tally counts the documents that have labels.
+    Ids are equal if their texts or their values are equal: 3, 3.0 and "3" are one id. The tally counts documents with labels.
 
-    Raises UserError where a file of labels is missing or cannot be read, lacks the column of ids, or has an id twice. A document without an
-    id, or with a column that the labels have too, is a bad record.
+    Raises UserError if a label file is missing or unreadable, lacks the id column, or has an id twice. A document without an id,
+    or with a column that the labels have too, is a bad record.
     """
 
     def __init__(self, corpus: Files, path: str, columns: Columns):
-        """path: that of the spec. A corpus file and its labels have the same path below its fixed part and below the folder of labels."""
+        """path: of the spec. A corpus file's path after the glob-free start of `path` is that of its labels in `columns.join`."""
         self.corpus, self.spec, self.on, self.tally = corpus, corpus.spec, columns.on, corpus.tally
         is_one = list(corpus.paths) == [os.path.join(corpus.root, path)]
         fixed = "/".join(itertools.takewhile(lambda part: is_one or not glob.has_magic(part), path.split("/")[:-1]))
@@ -77,24 +77,24 @@ class Joined(Source):
         return Document(document.text, document.metadata | (labels or {}), document.origin)
 
     def fingerprint(self) -> str:
-        """sha256 over the corpus' fingerprint and each label file's size, modification time and hash of its content."""
+        """sha256 over the corpus' fingerprint and each label file's size, modification time and content hash."""
         stamps = file_stamps(self.labels)
         return hashlib.sha256(f"{self.corpus.fingerprint()} {self.on} {stamps}".encode()).hexdigest()
 
     def manifest(self) -> dict[str, Any]:
-        """The corpus' manifest with the files of labels; the sha256 of each file is computed now."""
+        """The corpus' manifest plus the label files; the sha256 of each file is computed now."""
         joined = {"on": self.on, "files": [file_entry(path) for path in self.labels], "ids": self.ids()}
         return self.corpus.manifest() | {"fingerprint": self.fingerprint(), "joined": joined}
 
     def ids(self) -> str:
-        """An id of the documents and one of the labels, in words."""
+        """A sentence with an example id of the documents and one of the labels."""
         keys = (found.metadata.get(self.on) for _, found in read_documents(self.corpus, "skip") if found is not None)
         rows = _read(self.labels[0], self.on)
         return f"documents have {self.on} = {next(keys, None)!r}, labels {next(iter(rows), None)!r}"
 
 
 def _labels(path: str, on: str) -> Callable[[str], dict[str, str] | None]:
-    """The row of an id in a file of labels; None where it has none."""
+    """A function from an id to its row in a label file; None if there is no row."""
     rows = _read(path, on)
     values = Counter(map(_value, rows))
     by_value = {value: rows[k] for k in rows if values[value := _value(k)] == 1}
@@ -102,7 +102,7 @@ def _labels(path: str, on: str) -> Callable[[str], dict[str, str] | None]:
 
 
 def _value(key: str) -> str:
-    """The same text for the same number; a whole float is written with all of its digits, not with the shortest that round-trip."""
+    """A text that is the same for equal numbers. A whole float is written with all digits, not the shortest that round-trip."""
     if not _FRACTION.fullmatch(key):
         return key
     return str(int(float(key))) if key.endswith(".0") and len(key) < 300 else key.rstrip("0").rstrip(".")
@@ -126,5 +126,5 @@ def _read(path: str, on: str) -> Labels:
 def _text(value: Any) -> str:
     try:
         return as_string(value)
-    except UnicodeError:  # it cannot be text, as in `to_document`
+    except UnicodeError:  # left out, as in `to_document`
         return ""

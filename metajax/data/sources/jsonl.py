@@ -1,4 +1,4 @@
-"""JSON lines, plain or compressed: one object a line."""
+"""JSON lines, plain or compressed: one object per line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metajax.data.documents import BadRecord
 from metajax.data.sources import Request, source
 from metajax.data.sources.files import Columns, Files, parsed
 
-EVERY = 1024  # records between two marks of a plain file, from which reading can start
+EVERY = 1024  # records between two marks of a plain file; reading can start at a mark
 
 
 @source("jsonl")
@@ -22,7 +22,7 @@ def open_jsonl(request: Request) -> JsonLines:
 
 
 class JsonLines(Files):
-    """Files of JSON lines. They are counted when the number of records is asked for; compressed ones are read from their beginning."""
+    """Files of JSON lines. Records are counted on the first `len`. Compressed files are always read from their beginning."""
 
     kind = "jsonl"
 

@@ -1,8 +1,8 @@
 """The corpus that needs no download: docstrings of the installed standard library, numpy, scipy and jax.
 
-Files are parsed, never imported. Kept are docstrings of at least 20 words, each text once, in the order standard library,
-numpy, scipy, jax, then path, then line. The corpus changes with the installed versions, which its manifest
-names: losses on different versions are not comparable.
+Files are parsed, never imported. Docstrings of at least 20 words are kept, each text once, in the order standard library,
+numpy, scipy, jax, then path, then line. The corpus depends on the installed versions, which its manifest names. Losses on
+different versions are not comparable.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RECIPE = 1  # raise when a change below changes the documents
 MIN_WORDS = 20
 _FILES_FOR_POOL = 400  # below this, starting processes costs more than it saves
 _SITE_FOLDERS = ("site-packages", "dist-packages")
-_LEFT_OUT = ("idle_test", "lib2to3")  # beside test*: the tests of IDLE, and a parser that left Python in 3.13
+_LEFT_OUT = ("idle_test", "lib2to3")  # besides test*: the tests of IDLE, and a parser that Python 3.13 removed
 
 
 @dataclass(frozen=True)
 class File:
-    """A Python file of a part, and the module that it is."""
+    """A Python file of a part, and its module."""
 
     part: str
     path: str
@@ -50,9 +50,9 @@ class File:
 
 @source("pydocs")
 def open_pydocs(request: Request) -> BuiltCorpus:
-    """pydocs[:PART+PART...], all four default parts without one; built on first use and cached.
+    """pydocs[:PART+PART...]; without parts, all four default ones. Built on first use and cached.
 
-    A part is `stdlib` or any top-level module or package; raises UserError for one that is not installed.
+    A part is `stdlib` or any top-level module or package. Raises UserError if one is not installed.
     """
     request.refuse_options()
     parts = tuple(dict.fromkeys(p.strip() for p in request.path.split("+") if p.strip())) or DEFAULT_PARTS
@@ -67,7 +67,7 @@ def open_pydocs(request: Request) -> BuiltCorpus:
 
 
 def python_files(part: str) -> list[File]:
-    """The .py files of a part in path order, without test folders; UserError when the part is not installed."""
+    """The .py files of a part in path order, without test folders; raises UserError if the part is not installed."""
     library = sysconfig.get_path("stdlib")
     if part == STDLIB:
         return sorted(_walk(part, library, library), key=lambda file: file.path)
@@ -98,13 +98,13 @@ def _walk(part: str, root: str, base: str) -> Iterator[File]:
 
 
 def _left_out(folder: str) -> bool:
-    """Tests, mostly; `testing` is a public module of numpy, so it stays."""
+    """Whether a folder is left out: mostly tests. `testing` is a public module of numpy, so it stays."""
     return (folder.startswith("test") and folder != "testing") or folder in _LEFT_OUT
 
 
 def _versions(parts: Sequence[str], files: Sequence[File]) -> dict[str, str]:
-    """The version of each part outside the standard library, of other packages than the default ones with a digest of their
-    files: what is installed for development changes under the same version."""
+    """The version of each part outside the standard library. Packages other than the default ones also have a digest of their
+    files, because a package that is installed for development changes under the same version."""
     distributions = metadata.packages_distributions()
     versions = {}
     for part in parts:
@@ -168,9 +168,9 @@ def _document(docstring: Docstring, addresses: dict[tuple[str, str], str], versi
 
 
 def derived_url(docstring: Docstring, addresses: dict[tuple[str, str], str], versions: dict[str, str]) -> str:
-    """The address of the documentation page, '' where none can be derived.
+    """The address of the documentation page; '' if none can be derived.
 
-    Derived by the sites' naming rules from the shortest public name; nothing checks that the page exists.
+    It follows the naming rules of the sites, from the shortest public name. Nothing checks that the page exists.
     """
     module, name = docstring.module, docstring.name
     top, package = name.split(".")[0], module.split(".")[0]

@@ -1,4 +1,4 @@
-"""Text sets of TensorFlow Datasets, prepared as ArrayRecord files."""
+"""Text datasets of TensorFlow Datasets, prepared as ArrayRecord files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from metajax.data.sources.files import Columns, file_entry, file_stamps, to_docu
 
 
 def leaves_of(features: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the features of a set, dotted where they are nested."""
+    """Names of the features of a dataset, dotted if nested."""
     names: list[str] = []
     for name, feature in features.items():
         names += leaves_of(feature, f"{prefix}{name}.") if hasattr(feature, "items") else [prefix + name]
@@ -36,10 +36,10 @@ def open_tfds(request: Request) -> TfdsText:
 
 
 class TfdsText(Source):
-    """A text set of TensorFlow Datasets, prepared in a random-access format and read without TensorFlow."""
+    """A text dataset of TensorFlow Datasets, prepared in a random-access format and read without TensorFlow."""
 
     def __init__(self, spec: str, path: str, data_dir: Path | None, columns: Columns):
-        import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+        import tensorflow_datasets as tfds  # imported here: it is slow to import, and only this source needs it
         from array_record.python.array_record_data_source import ArrayRecordDataSource
         from tensorflow_datasets.core.data_sources.base import file_instructions
 
@@ -51,7 +51,7 @@ class TfdsText(Source):
             builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir), try_gcs=False)
         except tfds.core.DatasetNotFoundError:
             raise UserError(f"{spec}: no TFDS set {name!r} is prepared{folder} or known; {remedy}") from None
-        except ValueError as error:  # an unknown config or version, or a name that is none
+        except ValueError as error:  # an unknown config or version, or an invalid name
             raise UserError(f"{spec}: {str(error).splitlines()[0]} {remedy}") from None
         self._folder = os.fspath(builder.data_dir)
         require(epath.Path(self._folder, "dataset_info.json").exists(), f"{spec}: {self._folder} holds no prepared set; {remedy}")
@@ -91,14 +91,14 @@ class TfdsText(Source):
                 yield error
 
     def fingerprint(self) -> str:
-        """sha256 over name, version, split, columns and each shard's name, size, modification time and hash of its content."""
+        """sha256 over name, version, split, columns and each shard's name, size, modification time and content hash."""
         digest = hashlib.sha256(f"tfds {self._version} {self.split} {self.columns}\n".encode())
         for path, stamp in zip(self._shards, file_stamps(self._shards), strict=True):
             digest.update(f"{os.path.basename(path)} {stamp}\n".encode())
         return digest.hexdigest()
 
     def manifest(self) -> dict[str, Any]:
-        """Kind, version, split, records and the shards; sha256 of each file is computed now."""
+        """Kind, version, split, records and the shards; the sha256 of each file is computed now."""
         described = [os.path.join(self._folder, name) for name in ("dataset_info.json", "features.json")]
         return super().manifest() | {
             "versions": {"tfds": self._version},

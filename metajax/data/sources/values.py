@@ -1,4 +1,4 @@
-"""Rows of JSON, Parquet and TFDS as columns of text: nested ones by dotted names, what is missing left out."""
+"""Rows of JSON, Parquet and TFDS as columns of text. Nested columns have dotted names; missing values are left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALL_FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
 def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
-    """{"meta": {"url": ...}} as {"meta.url": ...}; a column that has the dotted name itself comes before a nested one."""
+    """{"meta": {"url": ...}} as {"meta.url": ...}. A column that literally has the dotted name wins over a nested one."""
     flat: dict[str, Any] = {}
     queue = deque([("", row)])
     while queue:
@@ -31,9 +31,9 @@ def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_string(value: Any) -> str:
-    """A value as text, '' where it is missing (None, NaN, NaT, infinite) or a list; UnicodeError where it cannot be text.
+    """A value as text; '' if it is missing (None, NaN, NaT, infinite) or a list. Raises UnicodeError if it cannot be text.
 
-    Numbers have the fewest digits that round-trip in their own type, no exponent, and zero has no sign.
+    Numbers have the fewest digits that round-trip in their type and no exponent; zero has no sign.
     """
     if isinstance(value, (str, bytes)):
         return as_text(value)
@@ -51,21 +51,21 @@ def as_string(value: Any) -> str:
 
 
 def as_text(value: str | bytes) -> str:
-    """UnicodeError for bytes that are not UTF-8, and for half of a surrogate pair, which JSON can spell but no tokenizer can encode."""
+    """A str; raises UnicodeError for invalid UTF-8 and for lone surrogates, which JSON can spell but no tokenizer can encode."""
     text = value.decode() if isinstance(value, bytes) else value
     text.encode()
     return text
 
 
 def why(error: UnicodeError) -> str:
-    """What is wrong with a value that cannot be text."""
+    """The reason why a value cannot be text."""
     if isinstance(error, UnicodeEncodeError):
         return f"holds half of a surrogate pair at character {error.start}"
     return f"is not UTF-8 at byte {error.start}"
 
 
 def leaves(schema: pa.Schema) -> dict[str, str]:
-    """The columns of `flat` by name, each with the column of the file that it is read from."""
+    """{name of a column of `flat`: the file's column that it is read from}."""
     found: dict[str, str] = {}
     queue = deque((field.name, field.type, field.name) for field in schema)
     while queue:
@@ -78,7 +78,7 @@ def leaves(schema: pa.Schema) -> dict[str, str]:
 
 
 def flat(table: pa.Table) -> pa.Table:
-    """Every field of a structure as a column with a dotted name, dates as text, without lists."""
+    """A table in which every field of a struct is a column with a dotted name, dates are text, and lists are left out."""
     found: dict[str, pa.ChunkedArray] = {}
     queue = deque(zip(table.column_names, table.columns, strict=True))
     while queue:
@@ -87,13 +87,13 @@ def flat(table: pa.Table) -> pa.Table:
             column = column.cast(column.type.value_type)
         if pa.types.is_struct(column.type):
             queue.extend((f"{name}.{field.name}", part) for field, part in zip(column.type, column.flatten(), strict=True))
-        elif not pa.types.is_nested(column.type):  # dates as text, for Python's hold no nanoseconds
+        elif not pa.types.is_nested(column.type):  # dates as text, because Python's hold no nanoseconds
             found.setdefault(name, column.cast(pa.string()) if pa.types.is_temporal(column.type) else column)
     return pa.table(found)
 
 
 def cells(table: pa.Table, row: int) -> dict[str, Any]:
-    """A row of `flat`: text as bytes, whatever they hold, and floats in their own width."""
+    """A row of `flat`: text as raw bytes, valid UTF-8 or not, and floats in their stored width."""
     return {name: _cell(column[row]) for name, column in zip(table.column_names, table.columns, strict=True)}
 
 

@@ -1,6 +1,6 @@
 """Synthetic tasks as training and evaluation rows (Language Modeling with Learned Meta-Tokens, section 4; needle and mqar for Hymba).
 
-Each module with `@task(NAME)` is one task. A task of your own is the same in a file of `experiments/`.
+A module with `@task(NAME)` defines one task. To add a task, do the same in a file of `experiments/`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from metajax.core.registries import Registry
 from metajax.data.encoding import Tokenizer
 
 task: Registry[type[SyntheticTask]] = Registry("task", __name__)
-TEST_SHARE = 10  # one in ten is a test example, as 90,000 and 10,000 in the paper
+TEST_SHARE = 10  # one in ten is a test example, as in the paper (90,000 and 10,000)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as ids: the tokens that are read, the targets, which targets are asked for, and which of them are the answer.
+    """An example as ids: input tokens, targets, the targets that carry loss, and those that are the answer.
 
-    ids, targets: int32 [n]; asked, answers: bool [n], `answers` without the end of the text; core: what it is about,
-    text or with a `text`, which decides between train and test; text: all of it.
+    ids, targets: int32 [n]; asked (carries loss), answers: bool [n], `answers` without the end of the text; core: the content
+    that decides between train and test, a text or an object with a `text`; text: the whole example.
     """
 
     ids: np.ndarray
@@ -40,7 +40,7 @@ class Encoded:
 class SyntheticTask(ABC):
     """One task with the sizes of a config, for one tokenizer."""
 
-    stream: ClassVar[int | None] = None  # number of its random stream; None: one made from its name
+    stream: ClassVar[int | None] = None  # number of its random stream; None: a hash of its name
 
     def __init__(self, sizes: Tasks, tokenizer: Tokenizer):
         self.sizes, self.tokenizer = sizes, tokenizer
@@ -48,18 +48,18 @@ class SyntheticTask(ABC):
     @staticmethod
     @abstractmethod
     def chance(sizes: Tasks) -> float:
-        """Exact-match accuracy of the best guess that ignores everything but the question."""
+        """Exact-match accuracy of the best guess from the question only."""
 
     @cached_property
     @abstractmethod
     def shortest(self) -> int:
-        """Tokens of the smallest example, BOS included."""
+        """Tokens of the smallest example, including BOS."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
-        """One try at an example of `split`, "train" or "test", and of lengths[0] to lengths[1] tokens; None where it fails."""
+        """Try once to draw an example of `split`, "train" or "test", with lengths[0] to lengths[1] tokens; None if it fails."""
 
 
 def is_test(core: Any) -> bool:
-    """The side of the split, by a hash of the text of `core` alone."""
+    """Whether an example is a test example, by a hash of only the text of `core`."""
     return zlib.crc32((core if isinstance(core, str) else core.text).encode()) % TEST_SHARE == 0

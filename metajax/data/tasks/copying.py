@@ -1,4 +1,4 @@
-"""Copying: the words between two pauses."""
+"""Copying: repeat the words between two pauses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Examples of the tasks as ids, and rows packed from them: both pure functions of their number.
+"""Examples of the tasks as ids, and rows packed from them. Both are pure functions of their number.
 
-Train and test are disjoint by construction. A hash of what an example is about decides which of the two it belongs to, whatever seed or
-phase draws it: its lists, bits or text to copy, with question and answer. Neutral text counts for the needle alone.
+Train and test are disjoint by construction. A hash of an example's core decides its side, whatever seed or phase draws it.
+The core is the lists, bits or text to copy, with question and answer. Only for the needle it includes the neutral text.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from metajax.data.encoding import Tokenizer
 from metajax.data.rows import Row, finish, joined
 from metajax.data.tasks import Encoded, SyntheticTask, task
 
-ATTEMPTS = 2_000  # to draw an example of one split and of a wanted length
+ATTEMPTS = 2_000  # at drawing an example of one split and a requested length
 MISSES = 4  # examples that may fail to fit before a row is closed
-PAUSES = 2  # meta-tokens of an example, at most
+PAUSES = 2  # meta-tokens per example, at most
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class Examples:
         return self._draw(name, "train", phase, n, (self.shortest(name), self.longest(name, phase)))
 
     def test(self, name: str, length: int, n: int) -> Encoded:
-        """Test example n of the bin of that length: length / 2 < tokens <= length."""
+        """Test example n of the bin `length`: length / 2 < tokens <= length."""
         return self._draw(name, "test", length, n, (max(length // 2 + 1, self.shortest(name)), length))
 
     def shortest(self, name: str) -> int:
-        """Tokens of the task's smallest example, BOS included."""
+        """Tokens of the task's smallest example, including BOS."""
         return self._tasks[name].shortest
 
     def longest(self, name: str, phase: int) -> int:
-        """Tokens of the longest training example of a phase: its share of the way from the shortest to tasks.train_length, and not of one
-        length alone, which the pieces of no example might add up to."""
+        """Tokens of the longest training example of a phase: the phase's share of the way from `shortest` to tasks.train_length.
+        It exceeds `shortest` by at least 1 if it can, because the pieces of no example might add up to one exact length."""
         way = self.tasks.train_length - self.shortest(name)
         return self.shortest(name) + min(way, max(1, round(self.tasks.phases[phase] * way)))
 
     def check(self) -> None:
-        """UserError where a task has no example of the lengths that the config asks for."""
+        """Raise UserError if a task has no example of a length in the config."""
         for name in self.tasks.names:
             for field, length in (
                 ("train_length", self.tasks.train_length),
@@ -82,14 +82,14 @@ class Examples:
 
 
 def phase_of(step: int, steps: int, phases: int) -> int:
-    """The curriculum's phase at a step: equal parts of the run; the last one never ends."""
+    """The curriculum's phase at a step. Phases are equal parts of the run; the last one never ends."""
     return min(phases - 1, step * phases // steps)
 
 
 def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_slots: int | None) -> Row:
-    """A finished row (see data/rows.py): one segment an example, loss on what it asks for, body = the answers alone.
+    """A finished row (see data/rows.py): one segment per example, loss on `asked` targets, only the answers are body.
 
-    meta_slots: M, how many meta-tokens the row has room for; unused ones are `length`. None: the row does not list them.
+    meta_slots: M, the number of meta-tokens that the row can list; unused entries are `length`. None: the row lists none.
     """
     names = {"tokens": "ids", "targets": "targets", "loss_weights": "asked", "is_body": "answers"}
     pieces = [{name: getattr(example, ours) for name, ours in names.items()} for example in examples]
@@ -104,8 +104,8 @@ def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_sl
 class TaskRows:
     """Training row n of a run, for every n: examples of the curriculum's phase at its step, drawn until the row is full.
 
-    The strings of a row depend on nothing but tokenizer, tasks, row length, step and seed: models with and without meta-attention
-    read the same. An example that does not fit is left out, and after MISSES of them the row is closed.
+    The text of a row depends only on tokenizer, tasks, row length, step and seed, so models with and without meta-attention
+    read the same text. An example that does not fit is left out; after MISSES of them the row is closed.
     """
 
     config: Config
@@ -130,13 +130,13 @@ class TaskRows:
         return assemble(packed, length, self.examples.tokenizer, meta_slots)
 
     def _example(self, name: str, phase: int, n: int) -> tuple[Encoded, int]:
-        """Training example n of a phase and its pauses: drawn once, since rows read the pool of their phase again and again."""
+        """Training example n of a phase and its pauses. Drawn once and kept, because rows read the pool of their phase often."""
         pool = self._pools.setdefault(phase, {})
         if (name, n) not in pool:
             self._pools.pop(phase - 2, None)  # threads read ahead by less than a phase
             drawn = self.examples.training(name, phase, n)
             pauses = int((drawn.ids == self.examples.tokenizer.vocabulary.meta).sum())
-            pool[name, n] = replace(drawn, core="", text=""), pauses  # a row needs the arrays alone
+            pool[name, n] = replace(drawn, core="", text=""), pauses  # a row needs only the arrays
         return pool[name, n]
 
     @cached_property

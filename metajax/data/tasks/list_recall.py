@@ -11,7 +11,7 @@ from metajax.data.tasks.prompts import ASK, LISTS, NAMES, PAUSE, RECALL, Example
 
 @task("list_recall")
 class ListRecall(PromptTask):
-    """Item j of one of several named lists; the pause follows the list that is asked about."""
+    """Recall item j of one of several named lists; the pause follows the list that the question names."""
 
     stream = 0
 

@@ -1,8 +1,8 @@
-"""Multi-query associative recall: pairs of a key and its value, then every key once more among noise, asking for its value.
+"""Multi-query associative recall: pairs of key and value, then every key once more among noise; its value is the target.
 
-Source: Zoology (Arora et al., arXiv 2312.04927), the task on which attention and recurrences come apart: keys and values from disjoint
-halves of the vocabulary, queries after the pairs at gaps that follow a power law of exponent 0.01, all other positions random. Nothing
-here is text: keys are the lower half of a tokenizer's ordinary ids and values the upper half.
+Source: Zoology (Arora et al., arXiv 2312.04927), a task that separates attention from recurrences. Keys and values are from
+disjoint halves of the vocabulary. Queries follow the pairs at gaps from a power law with exponent 0.01; all other positions are
+random. Nothing here is text: keys are from the lower half of a tokenizer's ordinary ids, values from the upper half.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from metajax.data.tasks import Encoded, SyntheticTask, is_test, task
 
 POWER = 0.01
 SHARE = (
-    4  # positions of a row for each pair: the pair, and a query with one of noise; all the published sizes have at least so many
+    4  # positions of a row per pair: the pair, and a query with one position of noise; all published sizes have at least as many
 )
 
 
 @task("mqar")
 class Mqar(SyntheticTask):
-    """Test rows have the length of their bin and as many pairs as fit; training rows any number of both."""
+    """Test rows have the length of their bin and as many pairs as fit; training rows have a random length and number of pairs."""
 
     stream = 5
 
     @staticmethod
     def chance(sizes: Tasks) -> float:
-        return 0.0  # all values of a row at once
+        return 0.0  # all values of a row have to be right
 
     shortest = SHARE
 
@@ -37,8 +37,8 @@ class Mqar(SyntheticTask):
         pairs = most if split == "test" else int(rng.integers(1, most + 1))
         half = self.tokenizer.vocabulary.base // 2
         keys, values = rng.choice(half, size=pairs, replace=False), half + rng.choice(half, size=pairs, replace=False)
-        places = (length - 2 * pairs) // 2  # of two positions: a query and noise
-        # The first arrivals of as many Poisson processes: a draw by weight without replacement, at a third of rng.choice's time.
+        places = (length - 2 * pairs) // 2  # of two positions each: a query and noise
+        # The first arrivals of as many Poisson processes: a weighted draw without replacement, in a third of rng.choice's time.
         arrivals = rng.exponential(size=places) / np.arange(1, places + 1) ** (POWER - 1.0)
         at = 2 * pairs + 2 * np.argsort(arrivals)[:pairs]
         ids = rng.integers(2 * half, size=length)

@@ -1,4 +1,4 @@
-"""The needle: one item in a long neutral text."""
+"""The needle: recall one item hidden in a long neutral text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Needle(PromptTask):
     """A list of one item, at any depth of the neutral text (Hymba, arXiv 2411.13676, figure 10)."""
 
     stream = 4
-    splits_by_filler = True  # there are 48 examples without it
+    splits_by_filler = True  # without it there are only 48 examples
 
     @staticmethod
     def chance(sizes: Tasks) -> float:

@@ -11,8 +11,8 @@ from metajax.data.tasks.prompts import BITS, BITS_HEAD, PARITY, PAUSE, Example, 
 
 @task("parity")
 class Parity(PromptTask):
-    """The exclusive or of all bits before the pause. Bits after the pause take the rest of the room: with few of them a model could learn the
-    training lines by heart."""
+    """The exclusive or of all bits before the pause. Bits after the pause fill the rest of the line: with few of them, a model
+    could memorise the training lines."""
 
     stream = 2
 

@@ -1,4 +1,4 @@
-"""Tasks in words: the strings that their prompts are made of, and what these tasks share.
+"""Tasks in words: the strings of their prompts, and their base class.
 
 List recall:       Fruits: orange peach plum / Tools: hammer wrench level _PAUSE_ / Q: item 3 of Tools? A: level
 Segment counting:  Tools: saw _PAUSE_ hammer wrench hammer _PAUSE_ hammer / Q: how many hammer between pauses? A: 2
@@ -6,9 +6,9 @@ Parity:            Bits: 1 0 1 1 _PAUSE_ 0 1 0 / Q: xor before pause? A: 1
 Copying:           Text: alpha beta [_PAUSE_ gamma delta _PAUSE_] epsilon / Q: copy the span. A: gamma delta
 Needle:            Text: alpha beta / Fruits: orange / Text: gamma delta / Q: item 1 of Fruits? A: orange
 
-Each / is a new line. The first four are those of Language Modeling with Learned Meta-Tokens (arXiv 2509.16278, section 4); its prompt
-strings are not known; these are ours. The needle is for Hymba (arXiv 2411.13676, figure 10). Lines of neutral text fill what is left of an
-example's length.
+Each / is a new line. The first four tasks are from Language Modeling with Learned Meta-Tokens (arXiv 2509.16278, section 4). Its
+prompt strings are not published; these are ours. The needle is for Hymba (arXiv 2411.13676, figure 10). Lines of neutral text
+fill the rest of an example's length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from metajax.data.tasks import Encoded, SyntheticTask, is_test
 
 PAUSE = "_PAUSE_"  # a piece that becomes the meta-token
-MARK = " |"  # marks the spots that a question refers to, where no pause does
+MARK = " |"  # marks the spots that a question refers to, if pauses do not
 
 LISTS = {
     "Fruits": ("orange", "peach", "banana", "plum", "cherry", "grape", "lemon", "mango"),
@@ -38,7 +38,7 @@ TEXT = (
     "kappa", "lambda", "sigma", "omega", "omicron", "upsilon", "aleph", "gimel",
 )  # fmt: skip
 NAMES = tuple(LISTS)
-TEXT_LINE = 12  # words of a line of neutral text, at most
+TEXT_LINE = 12  # words per line of neutral text, at most
 
 ITEMS = {name: tuple(f" {word}" for word in words) for name, words in LISTS.items()}
 WORDS = tuple(f" {word}" for word in TEXT)
@@ -47,7 +47,7 @@ TEXT_HEAD, BITS_HEAD, OPEN, CLOSE, LINE = "Text:", "Bits:", " [", "]", "\n"
 RECALL, COUNT, BETWEEN, ASK = "\nQ: item", "\nQ: how many", " between pauses? A:", "? A:"
 PARITY, COPY = "\nQ: xor before pause? A:", "\nQ: copy the span. A:"
 
-# Pieces that a tokenizer of the kind bpe:N+tasks holds as one token each.
+# Pieces that are one token each in a bpe:N+tasks tokenizer.
 RESERVED_PIECES = (
     *(f"{name}:" for name in NAMES), *(f" of {name}" for name in NAMES), *(word for name in NAMES for word in ITEMS[name]), *WORDS,
     *(f" {digit}" for digit in range(10)), TEXT_HEAD, BITS_HEAD, OPEN, RECALL, COUNT, BETWEEN, ASK, PARITY, COPY, MARK,
@@ -56,7 +56,7 @@ RESERVED_PIECES = (
 
 @dataclass(frozen=True)
 class Example:
-    """One example as pieces: strings that are tokenised one by one, so that an example costs the sum of its pieces."""
+    """One example as pieces: strings that are tokenised one by one, so that its length is the sum of theirs."""
 
     lines: tuple[tuple[str, ...], ...]
     question: tuple[str, ...]
@@ -64,35 +64,35 @@ class Example:
 
     @property
     def prompt(self) -> tuple[str, ...]:
-        """Lines and question, the line ends included."""
+        """Lines and question, including line ends."""
         first, *rest = self.lines
         return (*first, *(piece for line in rest for piece in (LINE, *line)), *self.question)
 
     @property
     def text(self) -> str:
-        """Prompt and answer as a person reads them."""
+        """Prompt and answer as readable text."""
         return "".join(f" {PAUSE}" if piece == PAUSE else piece for piece in (*self.prompt, *self.answer))
 
 
 def prompted(ids: list[int], answer: int, end: int, core: Example, text: str) -> Encoded:
-    """BOS, prompt and answer, whose last `answer` ids are asked for, followed by `end`."""
+    """An example from the ids of BOS, prompt and answer. The loss is taken on the last `answer` ids and on `end` after them."""
     index = np.arange(len(ids))
-    asked = index >= len(ids) - answer - 1  # the last token of the prompt asks for the answer's first
+    asked = index >= len(ids) - answer - 1  # the last token of the prompt predicts the first of the answer
     targets = np.array([*ids[1:], end], np.int32)
     return Encoded(np.array(ids, np.int32), targets, asked, asked & (index < len(ids) - 1), core, text)
 
 
 class PromptTask(SyntheticTask):
-    """A task in words. A subclass writes what an example is about; neutral text makes it as long as is asked for.
+    """A task in words. A subclass writes the core of an example; neutral text extends it to the requested length.
 
-    What fits is decided from the costliest word of each kind, so that it depends on the room alone and never on what is drawn.
+    What fits is decided by the longest piece of each kind, so it depends only on the room and never on what is drawn.
     """
 
-    splits_by_filler = False  # whether the neutral text counts in the split, for tasks of few examples
+    splits_by_filler = False  # whether neutral text is part of the core, for tasks with few examples
 
     @abstractmethod
     def write(self, rng: np.random.Generator, room: int) -> Example | None:
-        """An example of at most `room` tokens without neutral text, or None where not even the smallest fits."""
+        """An example of at most `room` tokens without neutral text, or None if not even the smallest fits."""
 
     @cached_property
     def shortest(self) -> int:
@@ -118,7 +118,7 @@ class PromptTask(SyntheticTask):
         return prompted(ids, answer, self.tokenizer.vocabulary.eos, core, example.text)
 
     def _placed(self, example: Example, rng: np.random.Generator) -> list[str]:
-        """The prompt with its pauses where `tasks.placement` puts them; random ones are neither first nor last."""
+        """The prompt with pauses placed by `tasks.placement`; random ones are neither first nor last."""
         prompt = list(example.prompt)
         if self.sizes.placement == "deliberate":
             return prompt
@@ -129,7 +129,7 @@ class PromptTask(SyntheticTask):
         return marked
 
     def fill(self, example: Example, rng: np.random.Generator, room: int) -> Example:
-        """The example with lines of neutral text between its own, up to `room` tokens."""
+        """The example with lines of neutral text among its lines, up to `room` tokens."""
         left = room - self.costs(*example.prompt, *example.answer)
         head, lines = self.costs(TEXT_HEAD, LINE), list(example.lines)
         while words := self.words(rng, left - head, TEXT_LINE):
@@ -163,7 +163,7 @@ class PromptTask(SyntheticTask):
 
     @cached_property
     def costliest(self) -> dict[str, int]:
-        """Tokens of the costliest piece of each kind."""
+        """Tokens of the longest piece of each kind."""
         kinds = {
             "head": [f"{name}:" for name in NAMES],
             "of": [f" of {name}" for name in NAMES],
@@ -179,9 +179,9 @@ class PromptTask(SyntheticTask):
         return [pieces[i] for i in rng.integers(len(pieces), size=count).tolist()]
 
     def named_lists(self, rng: np.random.Generator, room: int, least: int) -> list[tuple[str, list[str]]] | None:
-        """Named lists of at least `least` items that cost at most `room` with their line ends; None where not even one fits.
+        """Named lists of at least `least` items, with at most `room` tokens including line ends; None if not even one fits.
 
-        A list repeats an item only when it is longer than its category.
+        A list repeats an item only if it is longer than its category.
         """
         head, item = self.costliest["head"] + self.cost(LINE), self.costliest["item"]
         most = min(self.sizes.lists, len(NAMES), room // (head + least * item))
@@ -198,7 +198,7 @@ class PromptTask(SyntheticTask):
         return [pieces[i] for i in np.concatenate(rounds)[:count].tolist()]
 
     def words(self, rng: np.random.Generator, room: int, most: int) -> list[str]:
-        """Words of neutral text that cost at most `room`, as many as fit up to `most`."""
+        """Words of neutral text with at most `room` tokens: as many as fit, up to `most`."""
         drawn = rng.integers(len(WORDS), size=min(most, max(0, room)))
         fits = int(np.searchsorted(self._word_costs[drawn].cumsum(), room, side="right"))
         return [WORDS[i] for i in drawn[:fits].tolist()]

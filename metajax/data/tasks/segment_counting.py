@@ -1,4 +1,4 @@
-"""Segment counting: how often is an item between two pauses?"""
+"""Segment counting: how often does an item occur between two pauses?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from metajax.config import Tasks
 from metajax.data.tasks import task
 from metajax.data.tasks.prompts import BETWEEN, COUNT, ITEMS, PAUSE, Example, PromptTask
 
-OUTSIDE = 0.25  # chance of the counted item at each position of its list outside the pauses
+OUTSIDE = 0.25  # probability of the counted item at each position of its list outside the pauses
 
 
 @task("segment_counting")
