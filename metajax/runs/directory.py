@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metajax.core.storage import SCHEME, fill, home, outages, publish, stage
-from metajax.config import AnyConfig, config_from, config_hash, difference
+from metajax.config import CONFIG_VERSION, AnyConfig, config_from, config_hash, difference
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import require_all_read, to_dict
 from metajax.core.progress import warn
@@ -192,7 +192,8 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write config.json, without which a folder is not taken for a run."""
-        self.write(CONFIG, {"id": self.id, "hash": self.hash, "config": to_dict(self.config)})
+        made = {"hash": self.hash, "version": _version(self.path)}
+        self.write(CONFIG, {"id": self.id, **made, "config": to_dict(self.config)})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -278,8 +279,14 @@ def _identity(config: AnyConfig, hash_: str) -> dict[str, Any]:
 
 
 def hash_of(workdir: Path, config: AnyConfig) -> str:
-    """The hash that a run was made under, which an earlier config version may have computed in another way; that of `config` for a new run."""
-    return (find_json(workdir / CONFIG) or {}).get("hash") or config_hash(config)
+    """The hash of a run. That of an earlier config version is kept as it was saved, because it cannot be computed any more."""
+    return config_hash(config) if _version(workdir) == CONFIG_VERSION else find_json(workdir / CONFIG)["hash"]
+
+
+def _version(workdir: Path) -> int:
+    """The config version under which the hash of a run was computed; 0: before there were versions."""
+    saved = find_json(workdir / CONFIG) or {}
+    return saved.get("version", 0) if "hash" in saved else CONFIG_VERSION
 
 
 def identity_of(workdir: Path) -> dict[str, Any]:
