@@ -37,5 +37,5 @@ def test_it_measures_real_models_and_refuses_what_does_not_fit(tiny_config):
     assert all(0 < value < float("inf") for numbers in found.values() for value in numbers.values())
     with pytest.raises(UserError, match="shorten either"):
         speed.generation_speed(models, VOCABULARY, prompt=20, count=8)
-    with pytest.raises(UserError, match="at least 1 token in front"):
+    with pytest.raises(UserError, match="at least 1 token in the prompt"):
         speed.generation_speed(models, VOCABULARY, prompt=4, count=1)

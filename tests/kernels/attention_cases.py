@@ -89,7 +89,7 @@ def oracle(arrays, expiry, offset, weights):
     keys, kv_heads = x["k"].shape[1:3]
     k, v = (x[name] for name in "kv")
     if metas:
-        k, v = (np.concatenate([np.stack([x[f"meta_{n}"]] * batch), y], axis=1) for n, y in (("k", k), ("v", v)))
+        k, v = (np.concatenate([np.stack([x[f"prefix_{n}"]] * batch), y], axis=1) for n, y in (("k", k), ("v", v)))
     k, v = (np.repeat(y, heads // kv_heads, axis=2) for y in (k, v))
     q_index = np.arange(queries)[:, None] + int(offset)
     allow = (np.arange(keys) <= q_index) & (q_index < np.asarray(expiry)[:, None, :])
