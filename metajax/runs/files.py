@@ -51,7 +51,7 @@ SPENT = (
     "checkpoint",
     "evaluation",
 )  # seconds of one start, which began at a step
-# What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
+# Shape of a file: a type, one of several shapes, an object's keys (`?`: optional, `*`: all others), or [shape of each item].
 SHAPES: dict[str, Any] = {
     CONFIG: {"?config": dict, "?id": str, "?hash": str},
     "environment.json": {
@@ -177,8 +177,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _digest(path: Path, value: Mapping[str, Any]) -> str | None:
-    """Digest of a file's content and of the id of the run that contains it; None outside of runs. The hashes of a checkpoint leave
-    the id out: they may move with the checkpoint, which stores the identity of its run."""
+    """Digest of a file's content and of the id of the run that contains it; None outside of runs. The hashes of a checkpoint
+    leave the id out: they may move with the checkpoint, which stores the identity of its run."""
     run = ""
     if path.name != CONFIG and path.parent.name != "hashes":
         holder = next((folder for folder in (path.parent, path.parent.parent) if (folder / CONFIG).exists()), None)

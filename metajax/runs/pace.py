@@ -52,7 +52,7 @@ class LeftOut:
 
 
 class Counts(dict[str, float]):
-    """Counts of what a process has read and computed, by name. Checkpoints store the sum over processes, exact across restarts."""
+    """What a process has read and computed, by name. Checkpoints store the sum over processes, exact across restarts."""
 
     def add(self, read: Mapping[str, float]) -> None:
         for name, value in read.items():
