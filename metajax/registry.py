@@ -1,4 +1,4 @@
-"""Named experiments and tables. A table is a base for each scale and a list of rows: name, what changes, published value."""
+"""Named experiments and tables. A table is a base for each scale and a list of rows: name, changed fields, published values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def at_scale(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: the fields that differ from the base, and what the paper reports for it."""
+    """One line of a table: the fields that differ from the base, and the paper's values."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)

@@ -44,7 +44,7 @@ class Runtime(Part, path="runtime"):
     max_grad_norm: NotNegative = 0.0  # before clipping; 0: no limit
     max_skipped: Count = 10  # the run stops after this many skipped steps in a row
     profile: tuple[Count, ...] = ()  # first and last step of a profile for xprof
-    # Seconds without progress, or before the first step is done, until the process prints its stacks and exits; 0: never.
+    # The process exits, with its stacks, after so long without a step, save or evaluation (or a first step); 0: never.
     hang_seconds: Seconds = 1800.0
     startup_seconds: Seconds = 7200.0
     loggers: tuple[str, ...] = ()  # tensorboard, wandb

@@ -53,7 +53,7 @@ def styled() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class SpreadColumn:
-    """One figure of `seed_spread`: a value for each seed of each row. Figures of one quantity share an axis if they fill a third of it."""
+    """A figure of `seed_spread`: a value per seed and row. Figures of one quantity share an axis if they fill a third of it."""
 
     title: str
     quantity: str

@@ -88,7 +88,7 @@ class Pace:
         self.since += time.monotonic() - began
 
     def read(self, peak: float | None) -> tuple[dict[str, float], float]:
-        """({UNIT_per_second, and mfu where the chips' peak is known}, seconds a step), and restart the measurement."""
+        """({UNIT_per_second, and mfu if the chips' peak is known}, seconds a step), and restart the measurement."""
         seconds = time.monotonic() - self.since
         rate = {name: count * self.hosts / seconds for name, count in self.read_here.items()}
         speed = {f"{self.unit}_per_second": rate[self.counted]}

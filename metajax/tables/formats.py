@@ -134,7 +134,7 @@ def remarks(result: Result) -> list[str]:
 
 
 def seed_note(result: Result) -> str:
-    """What can be concluded from this number of seeds."""
+    """The conclusions that this number of seeds allows."""
     n = len(result["seeds"])
     if n == 1:
         return "One seed makes no ranking and has no interval: run the same command with `--seeds 3`; complete runs are not repeated."

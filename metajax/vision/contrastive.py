@@ -28,7 +28,7 @@ from metajax.vision.zero_shot import accuracy, class_weights, whole_parts
 
 
 class ContrastiveTask(ImageTask):
-    """Train a CLIP on all sources' pretraining images and captions; evaluate it zero-shot on test images of sources with classes."""
+    """Train a CLIP on all sources' pretraining images and captions; evaluate it zero-shot on test images of sets with classes."""
 
     def __init__(self, config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None):
         self.config, self.paths, self.steps = config, paths, config.training.steps

@@ -138,7 +138,7 @@ def from_state(state: Mapping[str, Tensor], cfg: Clip, kind: str, runtime: Runti
 
 
 def load_clip(folder: Path, runtime: Runtime | None = None, compute_dtype: str = "float32") -> CLIP:
-    """Load the CLIP of a Hugging Face (config.json) or open_clip (open_clip_config.json) safetensors folder, or of OpenAI's .pt file.
+    """Load the CLIP of a Hugging Face (config.json) or open_clip (open_clip_config.json) safetensors folder, or OpenAI's .pt.
 
     Raises:
       UserError: a file, tensor or setting is missing or not supported.

@@ -88,7 +88,7 @@ def _random_jitter(strengths: tuple[float, float, float, float], image: Image, k
 
 
 def _neighbours(image: Image, rows: Array, columns: Array) -> Image:
-    """A separable filter of three taps each way, mirrored at the border without repeating it."""
+    """A separable filter of three taps each way, mirrored at the border without repeating the border."""
     height, width, _ = image.shape
     wide = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="reflect")
     wide = sum(tap * wide[n : n + height] for n, tap in enumerate(rows))

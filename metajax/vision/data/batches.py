@@ -101,7 +101,7 @@ def caption_batches(
 ) -> grain.MapDataset:  # fmt: skip
     """Batches of pixels [size, size, 3] and tokens [T] for contrastive training; this host's rows of the batch of step s at index s.
 
-    A text is a template filled with the image's description or, half of the time, its class. Sets without classes keep their texts.
+    A text is a template filled with the image's description or, half of the time, its class; sets without classes keep texts.
     """
     items = [(one, item) for one in sets for item in one.splits["pretrain"]]
 

@@ -121,7 +121,7 @@ def split_by_hash(key: str, shares: Mapping[str, float]) -> str:
 
 
 def few_shot(items: Sequence[Item], shots: int, seed: int) -> tuple[Item, ...]:
-    """`shots` items of each class, or all if a class has fewer; 0: all items. They are drawn like Dassl's: by CPython's generator,
+    """`shots` items of each class, or all if a class has fewer; 0: all items. Drawn like Dassl's, with CPython's generator,
     class by class in order of first appearance."""
     if not shots:
         return tuple(items)
