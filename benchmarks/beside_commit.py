@@ -2,8 +2,8 @@
 
     python -m benchmarks.beside_commit COMMIT [--rounds 5] [--only quickstart/plain,...]
 
-Both trees run the same command in turn, as whole processes, and both numbers come from their `report.json`. The ratio of a round is this tree
-over the commit; the median over the rounds is printed with the least and the most. Nothing else should run on the machine.
+Both trees run the same command in turn, as whole processes; the numbers come from their `report.json`. The ratio of a round is
+this tree over the commit; its median, minimum and maximum over the rounds are printed. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# {experiment: what makes it short}; the CLIP that AAPL starts from is made once in each tree.
+# {experiment: changes that make it short}; the CLIP that AAPL starts from is made once in each tree.
 TEXT = {
     "training.steps": 60,
     "evaluation.documents": 4,
@@ -36,7 +36,7 @@ CASES = {
 
 
 def run(tree: Path, home: Path, name: str, changes: dict, number: int) -> dict[str, float]:
-    """Milliseconds of a step and seconds of compiling of one run in a tree."""
+    """Milliseconds per step and seconds of compilation of one run in a tree."""
     workdir = home / "runs" / name.replace("/", "-") / str(number)
     words = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
     places = ["--runs-dir", str(home / "runs"), "--cache-dir", str(home / "cache"), "--workdir", str(workdir)]

@@ -1,7 +1,7 @@
-"""How long it takes to open a checked cache: python -m benchmarks.open_cache [--documents 10000000] [--folder DIR]
+"""Time to open a checked cache: python -m benchmarks.open_cache [--documents 10000000] [--folder DIR]
 
-The cache is made up, of documents of 200 tokens in files of 65,536 with a metadata table of 20 ids a document; the folder is kept
-where one is named. Seconds are the least of three, with the files in the system's memory.
+The cache is synthetic: documents of 200 tokens in files of 65,536, with a metadata table of 20 ids per document. A folder that is
+named is kept. Seconds are the least of three, with the files in the system's file cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKENS, METADATA = 200, 20
 
 
 def make(folder: Path, documents: int) -> None:
-    """A cache in the form of `metajax.data.tokenising`, every file of tokens the same."""
+    """Make a cache in the format of `metajax.data.tokenising`, with all token files equal."""
     rng = np.random.default_rng(0)
     records = [rng.integers(0, 2048, TOKENS, np.uint16).tobytes() for _ in range(PART)]
     checks = np.array([zlib.crc32(record) for record in records], np.uint32)

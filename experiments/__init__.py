@@ -1,3 +1,3 @@
-"""Named experiments: one file per paper, nothing but names, rows and published values."""
+"""Named experiments: one file per paper, with only names, rows and published values."""
 
-IN_PRINT = "in_print."  # the beginning of a path that no report has: a column of a paper which metajax does not measure
+IN_PRINT = "in_print."  # prefix of a path that no report has, for a paper's column that metajax does not measure

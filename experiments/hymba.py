@@ -1,7 +1,7 @@
-"""Hymba: A Hybrid-head Architecture for Small Language Models (arXiv 2411.13676): the model, and what its ablations take away.
+"""Hymba: A Hybrid-head Architecture for Small Language Models (arXiv 2411.13676): the model and its ablations.
 
-The base of every table is the whole model; each row says what it lacks. Widths of the 300M model are inferred from the cache sizes and
-branch ratios that the paper prints; its tokenizer, batch and optimiser are not stated there.
+The base of every table is the full model, and each row removes something. Widths of the 300M model are inferred from the paper's
+cache sizes and branch ratios; the paper does not state its tokenizer, batch and optimiser.
 """
 
 from metajax.config import Choice, Config, Data, Evaluation, Hybrid, Model, Optimizer, Runtime, Tasks, Training
@@ -17,12 +17,12 @@ NO_META = {"model.hybrid.prefix_tokens": 0}
 UNSHARED = {"model.hybrid.kv_groups": ()}
 FULL = {"model.window": None, "model.hybrid.full_layers": ()}
 WINDOWS = {"model.hybrid.full_layers": ()}
-# Cache sizes say 24 layers of Mamba where the others have 12 with a feed-forward network each; below, layers make the size equal.
+# The cache sizes imply 24 Mamba layers; other models have 12 with a feed-forward network each. Below, layers equalise sizes.
 MAMBA = {
     **FULL, **UNSHARED, **NO_META, "model.hybrid.fusion": "mamba", "model.mlp_width": 0,
     "model.layers": ByScale(cpu=8, gpu=22, paper=24),
 }  # fmt: skip
-# Keys of 1,080 numbers in the paper's model of attention alone, and of 288 in the one with compressed caches; mlp_width makes the size equal.
+# The paper's attention-only model has keys of 1,080 numbers, the one with compressed caches 288; mlp_width equalises the sizes.
 ATTENTION = {
     **NO_META, "model.hybrid.fusion": "attention", "model.hybrid.state": Hybrid.state, "model.width": ByScale(cpu=72, gpu=540, paper=1080),
     "model.heads": ByScale(cpu=4, gpu=10, paper=15),
@@ -36,7 +36,7 @@ SAMBA = {
 
 
 def few_heads(cpu: int, gpu: int, paper: int) -> dict:
-    """Full attention with that many heads of 64 + 64 beside Mamba, each with keys and values of its own."""
+    """Full attention with that many heads of 64 + 64 beside Mamba, each with its own keys and values."""
     heads = ByScale(cpu, gpu, paper)
     narrow = {"model.hybrid.head_dim": ByScale(16, 64, 64), "model.hybrid.value_dim": ByScale(16, 64, 64)}
     return {"model.heads": heads, "model.kv_heads": 0} | narrow | FULL | UNSHARED | NO_META
@@ -54,7 +54,7 @@ def _model(scale: str) -> Model:
     )  # fmt: skip
 
 
-# The paper's tasks but for TruthfulQA, which is not among ours.
+# The paper's tasks except TruthfulQA, which metajax does not have.
 COMMONSENSE_TASKS = ("lambada", "piqa", "arc_challenge", "arc_easy", "hellaswag", "winogrande", "social_iqa")
 PASSAGE_TASKS = ("swde", "squad_completion")
 
@@ -67,7 +67,7 @@ def questions(*names: str, **options: tuple) -> Choice:
 def base(scale: str) -> Config:
     """Appendix A.3 at paper scale: 100B tokens of FineWeb in rows of 1,024, peak rate 5e-4 with warm-up and cosine.
 
-    Data folder (--data-dir) there: fineweb/*.parquet, llama2/tokenizer.model, and tasks/NAME as `questions` says.
+    Data folder (--data-dir): fineweb/*.parquet, llama2/tokenizer.model, and tasks/NAME as in `questions`.
     """
     if scale == "paper":
         return Config(
@@ -98,7 +98,7 @@ def base(scale: str) -> Config:
 
 
 LENGTHS = {"trained": ByScale("64", "256", "256"), "beyond": ByScale("128", "512", "1024")}
-# The cpu sizes were chosen by Mamba alone and attention alone, never by a row that has both (docs/hymba.md, "Recall at cpu scale").
+# The cpu sizes were chosen with rows of only Mamba or only attention, never both (docs/hymba.md, "Recall at cpu scale").
 RECALL = {
     "tasks": ByScale(
         cpu=Tasks(names=("mqar",), train_length=64, phases=(1.0,), eval_lengths=(64, 128), pairs=4, eval_examples=500),
@@ -283,7 +283,7 @@ EACH_TASK = [
 
 
 def printed_tasks(*values: float) -> dict[str, float]:
-    """The mean of the commonsense tasks and that of the passages, then each task."""
+    """Columns for the mean of the commonsense tasks, the mean of the passages, and each task."""
     return {column.key: value for column, value in zip([COMMONSENSE, PASSAGES, *EACH_TASK], values, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Hymba (arXiv 2411.13676), figure 10: a needle in a haystack, for attention, Mamba-2 and the hybrid after short rows and longer ones."""
+"""Hymba (arXiv 2411.13676), figure 10: a needle in a haystack, for attention, Mamba-2 and the hybrid, on short and long rows."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, at_s
 from .hymba import LLAMA, MAMBA, MAMBA_2, PAPER, base
 from .hymba_sizes import LLAMA_1B, MAMBA_2_ALONE, base_1b
 
-# Slots of a row in pre-training; in fine-tuning four times as many, at the end sixteen times.
+# Positions of a row in pre-training. Fine-tuning has four times as many, the final test sixteen times.
 SHORT = {"cpu": 32, "gpu": 256, "paper": 1024}
 
 
@@ -17,12 +17,12 @@ def longer(times: int) -> ByScale:
     return ByScale(**{scale: str(times * length) for scale, length in SHORT.items()})
 
 
-# What each model changes at the small scales, and at paper scale.
+# Changes of each model at the small scales, and at paper scale.
 MODELS = {"hymba": ({}, {}), "llama": (LLAMA, LLAMA_1B), "mamba2": (MAMBA | MAMBA_2, MAMBA_2_ALONE)}
 
 
 def models(name: str, base: Base) -> dict[str, ByScale]:
-    """The model of that name, of a base's sizes and positions."""
+    """The model of that name, with a base's sizes and positions."""
     small, large = MODELS[name]
     changes = {scale: at_scale(large if scale == "paper" else small, scale) for scale in SCALES}
     return {"model": ByScale(**{scale: override(base(scale), changed).model for scale, changed in changes.items()})}
@@ -37,7 +37,7 @@ def pretrained(scale: str) -> Config:
 
 
 def fine_tuned(scale: str) -> Config:
-    """Four times as long, with rotary positions that are stretched for it."""
+    """Rows four times as long, with rotary positions stretched to fit."""
     config, short = pretrained(scale), SHORT[scale]
     trained = 4 * short
     return replace(
@@ -64,7 +64,7 @@ table(
 
 
 def found(title: str, length: str, depth: int | None = None) -> Column:
-    """The share of needles that are found: at all depths, or in one tenth of the text."""
+    """Column of the share of needles found: at all depths, or in one tenth of the text."""
     where = f"analyses.needle.{{{length}}}" + ("" if depth is None else f".depths.{depth}")
     return Column(f"{title}, %", f"{where}.exact", 1, "higher", 100)
 

@@ -1,6 +1,6 @@
-"""Hymba (arXiv 2411.13676) beside models as others published them: tables 2 and 4 to 8, at paper scale alone.
+"""Hymba (arXiv 2411.13676) and published models of others: tables 2 and 4 to 8, only at paper scale.
 
-Rows that are not metajax's to train have what the paper prints and no run.
+Rows that metajax cannot train have only the paper's values and no run.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ def of_tasks(**paths: str) -> list[Column]:
 
 
 def stated(columns: list[Column], values: tuple[float | None, ...], note: str = "") -> dict[str, Published]:
-    """A row of the paper; None where it has a dash."""
+    """Values of a row of the paper; None for a dash."""
     return {column.key: Published(value, note) for column, value in zip(columns, values, strict=True)}
 
 

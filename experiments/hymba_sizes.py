@@ -1,4 +1,4 @@
-"""Hymba (arXiv 2411.13676) at its larger sizes, at paper scale alone: the released models, and five architectures of 1B parameters."""
+"""Hymba (arXiv 2411.13676) at larger sizes, only at paper scale: the released models and five architectures of 1B parameters."""
 
 from dataclasses import replace
 
@@ -23,17 +23,17 @@ from .hymba import (
 SIZES = {"125m": hymba_125m, "350m": hymba_350m, "1.5b": hymba_1_5b}
 STEPS, LONG_STEPS = 700_000, 50_000  # of 2M tokens: 1.5T in all, the last 100B in rows of 8,192
 TINY_TASKS = ("piqa", "hellaswag", "openbookqa", "winogrande")
-# Tables 6 and 7 have one number of both of ARC's sets: here all their questions together.
+# Tables 6 and 7 have one number for both ARC sets; here all their questions are one task.
 OF_TINY = replace(questions(*TINY_TASKS), tasks=("arc_easy:tasks/arc_*/test.jsonl?name=arc", *questions(*TINY_TASKS).tasks))
 OF_LARGE = questions(*COMMONSENSE_TASKS, *PASSAGE_TASKS, shots=(0, 1))
 SHORT_POSITIONS = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0}  # before the rows grow
 
 
 def released(size: str) -> Config:
-    """Section 2.5 and appendix E: 2M tokens a step, rows of 2,048, warm-up, stable rate 3e-3, and a decay over the last fifth to 1e-5.
+    """Section 2.5 and appendix E: 2M tokens a step, rows of 2,048, warm-up, stable rate 3e-3, decay over the last fifth to 1e-5.
 
-    Data of the public-only variant (appendix A.2): DCLM-Baseline, from the decay on SmolLM-Corpus. Data folder: dclm/, smollm/, llama2/tokenizer.model,
-    and tasks/NAME as `questions` of experiments/hymba.py says.
+    Data of the public-only variant (appendix A.2): DCLM-Baseline, and SmolLM-Corpus during the decay. Data folder: dclm/,
+    smollm/, llama2/tokenizer.model, and tasks/NAME as in `questions` of experiments/hymba.py.
     """
     return Config(
         name="hymba",
@@ -45,16 +45,16 @@ def released(size: str) -> Config:
         optimizer=Optimizer(
             learning_rate=3e-3, final_fraction=1 / 300, schedule="wsd", decay_share=0.2, warmup_steps=STEPS // 100,
         ),
-        training=Training(steps=STEPS, accumulate=4),  # micro-batches that eight chips of a v5p hold
+        training=Training(steps=STEPS, accumulate=4),  # micro-batches that fit on eight v5p chips
         evaluation=Evaluation(documents=5_000, choice=OF_LARGE if size == "1.5b" else OF_TINY),
         runtime=Runtime(save_every=1000, log_every=20, unroll=1, remat="full"),
     )  # fmt: skip
 
 
 def lengthened(size: str) -> Config:
-    """Section 2.5: the last 100B tokens in rows of 8,192 with another rotary base, the released checkpoint's.
+    """Section 2.5: the last 100B tokens in rows of 8,192, with the rotary base of the released checkpoint.
 
-    The learning rate there is not stated; here it stays where the decay ended. Appendix E has rows of 2,048 throughout.
+    The paper does not state the learning rate; here it stays at the end of the decay. Appendix E has rows of 2,048 throughout.
     """
     short = released(size)
     return replace(
@@ -80,7 +80,7 @@ for _size in SIZES:
 
 
 def base_1b(scale: str) -> Config:
-    """Section 3.3: 100B tokens of SmolLM-Corpus. Width, layers, batch and rates are not stated: a model between the 350M and the 1.5B, recipe of the 300M."""
+    """Section 3.3: 100B tokens of SmolLM-Corpus. Not stated: width, layers (350M to 1.5B here), batch, rates (300M's here)."""
     return Config(
         name="hymba",
         data=Data(

@@ -1,7 +1,7 @@
-"""Language Modeling with Learned Meta-Tokens (arXiv 2509.16278): pre-training, and the four tasks that it is judged by.
+"""Language Modeling with Learned Meta-Tokens (arXiv 2509.16278): pre-training, and the four tasks that evaluate it.
 
-The paper's code and most of its fine-tuning recipe are not public. What it states is in `_paper`; budgets of the smaller scales were
-chosen on the plain model alone.
+The paper's code and most of its fine-tuning recipe are not public. `_paper` has the settings that it states. Budgets of the
+smaller scales were chosen only on the plain model.
 """
 
 from metajax.config import Config, Data, Evaluation, MetaTokens, Model, Optimizer, Runtime, Tasks, Training
@@ -12,15 +12,15 @@ PAPER = "Language Modeling with Learned Meta-Tokens (arXiv 2509.16278)"
 FIGURE_1 = "figure 1 of version 1, evaluated at length 512"
 TASKS = ("list_recall", "segment_counting", "parity", "copying")
 
-# What each arm changes in the paper's main model, which has rotary positions and gathered meta-attention.
+# Changes of each arm to the paper's main model, which has rotary positions and gathered meta-attention.
 PLAIN = {"meta_tokens": None}
 APE = {"model.position": "learned", "model.max_positions": ByScale(cpu=256, gpu=1024)}
 MODELS = {"plain_ape": PLAIN | APE, "plain_rope": PLAIN, "meta_ape": APE, "meta_rope": {}}
 CONTROLS = {
-    "second_causal": {"meta_tokens.attention": "causal"},  # as many parameters: the second attention is plain causal
+    "second_causal": {"meta_tokens.attention": "causal"},  # equal parameters: the second attention is plain causal
     "second_causal_plain": {"meta_tokens.attention": "causal", "meta_tokens.inject": "none", "meta_tokens.rate": 0.0},
     "tokens_alone": {"meta_tokens.attention": "none"},  # meta-tokens as mere pauses (Goyal et al., arXiv 2310.02226)
-    "attention_late": {"meta_tokens.inject": "none", "meta_tokens.rate": 0.0},  # meta-tokens from fine-tuning on
+    "attention_late": {"meta_tokens.inject": "none", "meta_tokens.rate": 0.0},  # meta-tokens only from fine-tuning on
     "frozen_tokens": {"meta_tokens.embedding": "frozen"},
     "periodic": {"meta_tokens.inject": "periodic"},
     "no_positions": {"model.position": "none"},
@@ -29,7 +29,7 @@ RATES = {f"rate_{percent:02d}": {"meta_tokens.rate": percent / 100} for percent 
 
 
 def _paper() -> Config:
-    """Section 3 and appendix A: nanoGPT's GPT-2 recipe on C4, 200,000 steps of a schedule made for 600,000.
+    """Section 3 and appendix A: nanoGPT's GPT-2 recipe on C4, for 200,000 steps of a schedule of 600,000.
 
     Data folder (--data-dir): c4 prepared by TFDS as ArrayRecord, and gpt2/ with vocab.bpe and encoder.json.
     """
@@ -89,8 +89,8 @@ def pretrain(scale: str) -> Config:
 def fine_tuned(scale: str) -> Config:
     """A pre-trained model on a task. Learning rate, batch and steps of fine-tuning are not stated in the paper.
 
-    At cpu scale budget and sizes were chosen on plain_rope with one seed. Pre-training is gentle there: after 1,500 steps at 2e-3 the same
-    fine-tuning left list recall at chance.
+    At cpu scale budget and sizes were chosen on plain_rope with one seed. Pre-training there has a low rate: after 1,500 steps at
+    2e-3, the same fine-tuning left list recall at chance.
     """
     base = pretrain.base(scale)
     longest = {"cpu": 64, "gpu": 256, "paper": 512}[scale]
@@ -113,18 +113,18 @@ def fine_tuned(scale: str) -> Config:
 
 
 def parent(arm: str) -> dict:
-    """The arm's changes, and its own pre-training as the start."""
+    """The arm's changes, starting from its own pre-training."""
     return {**MODELS, **CONTROLS, **RATES}[arm] | {"init.from": f"learned_meta_tokens/pretrain/{arm}"}
 
 
 def accuracies(length: str, said: str = "") -> list[Column]:
-    """Exact match of every task at one evaluation length; `said`: how titles tell it."""
+    """Exact match of every task at one evaluation length; `said`: the length in the titles."""
     title = lambda task: f"{task.replace('_', ' ')}{said}, %"  # noqa: E731
     return [Column(title(t), f"eval.tasks.{t}.{{{length}}}.exact", 1, "higher", 100, part=t) for t in TASKS]
 
 
 TRAINED = accuracies("trained")
-# Upper ends of the bins that are evaluated, as the base of fine-tuning has them. The window is the row length of pre-training.
+# Upper ends of the evaluated bins, as in the base of fine-tuning. The window is the row length of pre-training.
 LENGTHS = {
     "half": ByScale("32", "128", "256"), "trained": ByScale("64", "256", "512"), "window": ByScale("128", "512", "1024"),
     "beyond": ByScale("256", "1024", "2048"),
@@ -135,7 +135,7 @@ SEEN = "Seen at cpu scale with seeds 0 to 2 (docs/learned_meta_tokens.md): "
 
 
 def stated(*percent: float) -> dict[str, Published]:
-    """What figure 1 shows for the tasks in their order."""
+    """Values of figure 1 for the tasks in order."""
     return {column.key: Published(value, FIGURE_1) for column, value in zip(TRAINED, percent, strict=True)}
 
 

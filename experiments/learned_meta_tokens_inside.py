@@ -1,4 +1,4 @@
-"""Language Modeling with Learned Meta-Tokens (arXiv 2509.16278): length, positions, what meta-tokens do inside, cost, long text."""
+"""Language Modeling with Learned Meta-Tokens (arXiv 2509.16278): length, positions, mechanism of meta-tokens, cost, long text."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ FIGURE_1_LENGTHS = {  # list recall, segment counting, parity, copying
 
 
 def trained_shorter(arm: str, share: str) -> Row:
-    """An arm whose longest training example is a share of the evaluated length."""
+    """An arm whose longest training example is a given share of the evaluated length."""
     changes = parent(arm) | {"tasks.train_length": SHARES[share]}
     figure = FIGURE_1_LENGTHS.get((arm, share))
     return Row(f"{arm}_{share}", changes, stated(*figure) if figure else {}, core=arm.endswith("rope"), group=f"a {share} of it")
@@ -181,7 +181,7 @@ table(
 
 
 def zeroed(way: str, title: str) -> list[Column]:
-    """Exact match as trained and under an intervention at the length of the row, and their difference, for every task."""
+    """For every task: exact match as trained and under an intervention, at the row's length, and their difference."""
     columns = []
     for task in TASKS:
         name, path = task.replace("_", " "), f"analyses.interventions.{{}}.{task}.{{length}}.exact"
@@ -198,13 +198,13 @@ ZERO_POSITION = zeroed("zero_position", "no position")
 
 
 def table_2(whole: float, changed: float) -> dict[str, Published]:
-    """The paper's three numbers of a row, for list recall."""
+    """The paper's three numbers in a row, for list recall."""
     said = (whole, changed, round(changed - whole, 1))
     return {c.key: Published(v, "table 2; about 18 examples") for c, v in zip(ZERO_POSITION[:3], said, strict=True)}
 
 
 def without_positions(arm: str, length: str, share: str, *percent: float) -> Row:
-    """A row of table 2, whose splits are taken as bins: medium as half of the length trained, hard as all of it, extra-hard as the window."""
+    """A row of table 2, its splits read as bins: medium is half of the training length, hard all of it, extra-hard the window."""
     of = of_main(arm) if share == "all" else f"learned_meta_tokens/train_length/{arm}_{share}"
     name = f"{arm}, {'trained' if length == 'trained' else length}, {share}"
     return Row(name.replace(", ", "_"), of=of, published=table_2(*percent), fill={"length": LENGTHS[length]}, parts=("list_recall",),

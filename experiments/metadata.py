@@ -1,8 +1,8 @@
-"""Metadata-conditioned pre-training: where metadata stands and what it says (Beyond URLs, arXiv 2511.21613; URLs Help, Topics Guide, arXiv
-2505.16570). MeCo is experiments/metadata_meco.py.
+"""Metadata-conditioned pre-training: position and content of metadata (Beyond URLs, arXiv 2511.21613; URLs Help, Topics Guide,
+arXiv 2505.16570). MeCo is in experiments/metadata_meco.py.
 
-Every row says what differs from a model that sees text alone. Optimiser and batch of the first two papers are not stated there; what stands
-here at paper scale is that of the same authors' public training scripts.
+Every row names its differences from a model of only text. The first two papers do not state optimiser and batch; the values at
+paper scale come from the same authors' public training scripts.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from metajax.registry import SCALES, Base, ByScale, Column, Published, Row, tabl
 
 BEYOND, HELP = "Beyond URLs (arXiv 2511.21613)", "URLs Help, Topics Guide (arXiv 2505.16570)"
 vocabularies |= {"hf:tokenizer.json": 131_072, "hf:llama3/tokenizer.json": 128_256}
-NOT_READ = Published(None, "the paper's number was not read")  # of the first two papers no full text was at hand
+NOT_READ = Published(None, "the paper's number was not read")  # the full text of the first two papers was not available
 TASKS = (
     "arc_challenge",
     "arc_easy",
@@ -43,10 +43,10 @@ def _model(scale: str) -> Model:
 
 
 def base(scale: str) -> Config:
-    """Text alone. Paper scale: 1.5B parameters, 48,441 steps of 504 rows of 4,096 tokens of FineWeb-Edu (100B).
+    """Only text. Paper scale: 1.5B parameters, 48,441 steps of 504 rows of 4,096 tokens of FineWeb-Edu (100B).
 
-    Data folder (--data-dir) there: fineweb-edu/*.parquet with the columns of FineWeb-Edu; labels/*.parquet, by id, with topic and format of
-    WebOrganizer, and for the fine domains topic_fine and format_fine; a tokenizer of 131,072 tokens; tasks/NAME as `questions` says.
+    Data folder (--data-dir): fineweb-edu/*.parquet with the columns of FineWeb-Edu; labels/*.parquet, by id, with WebOrganizer's
+    topic and format, for fine domains topic_fine and format_fine; a tokenizer of 131,072 tokens; tasks/NAME as in `questions`.
     """
     common = {"metadata": Metadata(position="none"), "model": _model(scale)}
     conditions = ("none", "empty", "right", "shuffled")
@@ -63,9 +63,9 @@ def base(scale: str) -> Config:
             ),
             runtime=Runtime(save_every=500, log_every=20, unroll=1, remat="full"), **common,
         )  # fmt: skip
-    # cpu: of rates and batches that read the same 614,400 slots, text alone came out best with these (seed 0, held-out bits/byte of the body):
+    # cpu: of rates and batches over 614,400 positions, these are best for only text (seed 0, held-out bits/byte of the body):
     # 4 rows x 600 steps: 2.141 (3e-3), 2.105 (6e-3), 2.130 (1.2e-2); 2 rows x 1200: 2.084 (4e-3), 2.085 (6e-3);
-    # 1 row x 2400: 2.123 (4e-3). Rows with metadata were not looked at.
+    # 1 row x 2400: 2.123 (4e-3). Rows with metadata were not considered.
     cpu = scale == "cpu"
     return Config(
         name="metadata",
@@ -93,7 +93,7 @@ DOMAIN = {
     "domain_fine": ByScale(TAGS, TAGS, "{topic_fine}, {format_fine}"),
     "domain_coarse": ByScale(SECTION, SECTION, "{topic}, {format}"),
 }
-# FineWeb-Edu has scores of quality and no popularity, Debian's index the other way round.
+# FineWeb-Edu has quality scores but no popularity; Debian's index has popularity but no quality scores.
 WITHOUT_SCORE, WITHOUT_POPULARITY = (
     ByScale(cpu="a score of quality", gpu="a score of quality"),
     ByScale(paper="a column of popularity"),
@@ -104,7 +104,7 @@ KINDS = {
     **{name: (template, WITHOUT_POPULARITY) for name, template in POPULARITY.items()},
     **{name: (template, "") for name, template in DOMAIN.items()},
 }
-# A few packages have more debtags than a row holds: their text goes without.
+# A few packages have more debtags than fit in a row; their text has no metadata.
 LONG = {"domain_fine": {"metadata.too_long": ByScale(cpu="drop", gpu="drop")}}
 AVERAGE = Column("tasks, 5-shot, %", "eval.choice.average", 1, "higher", 100)
 COLUMNS = [
@@ -145,7 +145,7 @@ def arm(position: str, kind: str, **options: Any) -> Row:
 
 
 def side(name: str, note: str = "", core: bool = True, published: bool = False, **changes: Any) -> Row:
-    """A control, or an arm that tells nothing of the document."""
+    """A control, or an arm without information about the document."""
     fields = {f"metadata.{field}": value for field, value in changes.items()}
     return Row(name, fields, SAID if published else {}, core=core, note=note, group="controls")
 
@@ -184,7 +184,7 @@ table(
 
 
 def of_positions(row: str, name: str = "", **options: Any) -> Row:
-    """A row of the first table under this name, its field missing where it is there."""
+    """A row of the first table under this name, with the scales at which that row lacks its field."""
     kind = row.partition("_")[2]
     lacks = KINDS[kind][1] if kind in KINDS else ""
     return Row(name or row, of=f"metadata/positions/{row}", lacks=lacks, **options)
@@ -244,7 +244,7 @@ table(
 
 
 def cooldown(share: int, base: Base) -> ByScale:
-    """The last `share` per cent of a base's steps on documents without metadata that only they read."""
+    """The switch at which a base's last `share` per cent of steps begin to read separate documents, without metadata."""
     steps = {scale: base(scale).training.steps for scale in SCALES}
     return ByScale(**{scale: Switch(n - n * share // 100, metadata="none", unseen=share / 100) for scale, n in steps.items()})
 

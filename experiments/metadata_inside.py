@@ -1,4 +1,4 @@
-"""Metadata-conditioned pre-training, what goes on inside: steps saved, probes, attention, guidance, and a corpus whose answers are known."""
+"""Metadata-conditioned pre-training, mechanisms: steps saved, probes, attention, guidance, a corpus with known optimal losses."""
 
 import math
 
@@ -7,7 +7,7 @@ from metajax.registry import Column, Published, Row, table
 
 from .metadata import BEYOND, HELP, MAPPING, MINUTES, NOT_READ, base, cooldown, of_positions
 
-MARGINS = {"bpb": 0.01, "choice": 0.002}  # noise that a comparison has to be safe from: bits/byte; a share of right answers
+MARGINS = {"bpb": 0.01, "choice": 0.002}  # noise margin of a comparison: bits/byte; share of right answers
 CURVES = {"bpb": "bits/byte", "choice": "tasks"}
 SAVED = [
     Column(f"{words}{'' if not sign else f', {sign * MARGINS[curve]:+g}'}, %", f"curves.{curve}", 0, "lower", 100, match=sign * MARGINS[curve])
@@ -168,7 +168,7 @@ ALWAYS = FINE | {"metadata.keep": 1.0}
 
 
 def known(scale: str) -> Config:
-    """16 generated sources in 4 groups, 30 documents a step; at cpu scale alone."""
+    """16 generated sources in 4 groups, 30 documents a step; only at cpu scale."""
     return Config(
         name="metadata",
         data=Data(sources=("generated",), tokenizer="byte", row_length=112, batch_rows=10, packing="best_fit"),
@@ -183,15 +183,15 @@ def known(scale: str) -> Config:
     )  # fmt: skip
 
 
-ALONE = {"evaluation.conditions": ("none", "empty", "right", "shuffled")}  # its curve is of text alone
-PAIR = {"evaluation.conditions": ("empty", "none", "right", "shuffled")}  # and this one's of text behind an empty pair
+ALONE = {"evaluation.conditions": ("none", "empty", "right", "shuffled")}  # the curve is of only text
+PAIR = {"evaluation.conditions": ("empty", "none", "right", "shuffled")}  # the curve is of text after an empty pair
 EARLY = 3  # evaluations before the early look
-ASKED = {"asked": "metadata_nats_per_token"}  # in front, nobody learns to predict it
-OF_SOURCE, OF_GROUP = {"told": "source"}, {"told": "group"}  # what the row's own metadata says of a document
+ASKED = {"asked": "metadata_nats_per_token"}  # metadata before the text is not trained as a target
+OF_SOURCE, OF_GROUP = {"told": "source"}, {"told": "group"}  # what the row's metadata reveals about a document
 
 
 def best(title: str, value: str, known: str = "{told}") -> Column:
-    """The best that any model can do on the same documents, by Bayes' rule, when it is told this of them."""
+    """Column of the best possible value on the same documents, by Bayes' rule, for a reader who knows this about them."""
     return Column(title, f"analyses.by_position.best.{known}.{value}", better="")
 
 

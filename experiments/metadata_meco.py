@@ -1,4 +1,4 @@
-"""MeCo (arXiv 2501.01956): metadata in front of all documents, then a cooldown without, against text alone."""
+"""MeCo (arXiv 2501.01956): metadata before all documents, then a cooldown without, compared with only text."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ MECO_TASKS = (
 
 
 def meco_base(scale: str) -> Config:
-    """MeCo's text alone: every row begins with a document. Paper scale: 1.6B parameters, 40,000 steps of 512 rows of 8,192 tokens of DCLM."""
+    """MeCo's text-only baseline; rows begin with a document. Paper: 1.6B parameters, 40,000 steps of 512 rows of 8,192, DCLM."""
     config = base(scale)
     data = replace(config.data, packing="new_document")
     if scale != "paper":
@@ -70,7 +70,7 @@ MECO_NOTES = [
 
 
 def meco(name: str, template: str | ByScale, value: float, *, share: int = 10, **options: Any) -> Row:
-    """An arm of MeCo: all documents with metadata, then the last part of the steps without."""
+    """An arm of MeCo: all documents with metadata, except in the last part of the steps."""
     changes = HOST | {"metadata.template": template, "data.switch": cooldown(share, meco_base)}
     return Row(name, changes, {MECO_AVERAGE.key: value}, **options)
 
@@ -180,7 +180,7 @@ FEW, MORE = ByScale(cpu=13, gpu=13, paper=20_000), ByScale(cpu=132, gpu=132, pap
 
 
 def most_frequent(count: ByScale) -> ByScale:
-    """The host where it is one of so many; else the word unknown."""
+    """The host if it is among this many most frequent hosts; else the word unknown."""
     return ByScale(**{scale: f"URL: {{url|host|top{getattr(count, scale)}}}\n\n" for scale in SCALES})
 
 

@@ -1,7 +1,7 @@
 """Meta-token prompt learning for CLIP: CoOp (arXiv 2109.01134), CoCoOp (2203.05557), AAPL (2404.16804; extended in 2511.03367).
 
-At paper scale: ViT-B/16 as published and the data sets below --data-dir in CoOp's folders. At cpu scale: a CLIP of 0.4M parameters that is
-trained from its start on emoji and digits in a run of its own, with images that no learner sees, and few-shot learning on others.
+Paper scale: the published ViT-B/16, and the data sets below --data-dir in CoOp's folders. Cpu scale: a separate run trains a CLIP
+of 0.4M parameters from scratch on emoji and digits, with images that no learner sees; few-shot learning uses other images.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ ZERO_SHOT = {"prompts.context": 0, "prompts.context_init": ""}
 COOP = {"prompts.epochs": ByScale(cpu=30, paper=200), "prompts.batch": ByScale(cpu=8, paper=32)}
 COCOOP = {"prompts.condition": "meta"}
 AAPL = {"prompts.condition": "meta", "prompts.alpha": 0.2}
-# The released configuration begins at random, "for all experiments"; at cpu scale all learners begin at the same words.
+# The released configuration initialises randomly, "for all experiments"; at cpu scale all learners start from the same words.
 AAPL_PUBLISHED = {**AAPL, "prompts.context_init": ByScale(paper="")}
 
 
@@ -49,7 +49,7 @@ def small_clip(scale: str) -> ImageConfig:
 
 
 def base(scale: str) -> ImageConfig:
-    """A learner of four vectors that begin as "a photo of a", without a meta-net; one image a step, ten epochs, as in CoCoOp."""
+    """A learner of four vectors initialised as "a photo of a", without a meta-net; one image a step, ten epochs, as in CoCoOp."""
     if scale == "paper":
         images, prompts = Images(sources=("caltech101",), classes="base"), Prompts(context_init=WORDS)
     else:
@@ -66,13 +66,13 @@ def base(scale: str) -> ImageConfig:
 
 
 def all_classes(scale: str) -> ImageConfig:
-    """The same of all classes."""
+    """The same base for all classes."""
     made = base(scale)
     return replace(made, images=replace(made.images, classes="all"))
 
 
 def _accuracies(part: str, title: str) -> list[Column]:
-    """Base, new and their harmonic mean, in per cent."""
+    """Columns for base and new accuracy and their harmonic mean, in per cent."""
     return [
         Column(f"{title} base, %", BASE, 1, "higher", 100, part=part),
         Column(f"{title} new, %", NEW, 1, "higher", 100, part=part),
@@ -118,7 +118,7 @@ MECHANISM = [
 
 
 def _of(part: str) -> list[Column]:
-    """The columns of the mechanism, of one part's runs."""
+    """The mechanism's columns for the runs of one part."""
     return [replace(column, title=f"{part}: {column.title}", part=part) for column in MECHANISM]
 
 
@@ -189,7 +189,7 @@ def _target_column(name: str, part: str) -> Column:
 
 
 def _transfer_parts(cpu: tuple[str, ...], paper: tuple[str, ...]) -> dict:
-    """A part for each scale: what is learned on, and what it is tested on."""
+    """Parts for each scale: the training set and the test sets."""
     return {
         "emoji": ByScale(cpu={"images.targets": cpu}),
         "imagenet": ByScale(paper={"images.sources": ("imagenet",), "images.targets": paper}),

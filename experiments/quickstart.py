@@ -36,7 +36,7 @@ PAPER = "first look: Learned Meta-Tokens and Beyond URLs against a plain model"
 def quickstart(scale: str) -> Config:
     metadata = Metadata(position="none", template="{topic} {module}")
     evaluation = Evaluation(conditions=("none", "empty", "right", "shuffled"), documents=240)
-    if scale == "cpu":  # 0.4M tokens; batch and learning rate were chosen on the plain row alone
+    if scale == "cpu":  # 0.4M tokens; batch and learning rate were chosen only on the plain row
         return Config(
             name="quickstart",
             data=Data(sources=("pydocs",), tokenizer="bpe:2048", row_length=256, batch_rows=4),

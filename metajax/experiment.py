@@ -42,23 +42,23 @@ from metajax.training.task import Task
 from metajax.training.text import TextTask
 from metajax.training.trainer import Trained, Trainer
 
-CACHE_TOKENS = 8_000  # for which the report tells the size of the caches
-PROMPT_TOKENS = 24  # of a held-out document, for the sample in the report
-ROWS_SHOWN = 2  # of training, in the report
+CACHE_TOKENS = 8_000  # sequence length for which the report states the size of the caches
+PROMPT_TOKENS = 24  # tokens of a held-out document that prompt the report's sample
+ROWS_SHOWN = 2  # training rows in the report
 
 
 def run_experiment(
     config: AnyConfig, workdir: Path, paths: Paths, *, analyses: Sequence[str] = (), started: float | None = None,
     imports_seconds: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run `config` in `workdir`, taking up whatever is there, and return its report.
+    """Run `config` in `workdir`, resuming a run that is there, and return its report.
 
     Args:
-      analyses: names of those to make on the trained model, where they have not been made.
-      started: time.monotonic() of the command, of which `imports_seconds` went into imports; None: now.
+      analyses: names of analyses to make on the trained model, if they have not been made yet.
+      started: time.monotonic() of the command, of which imports took `imports_seconds`; None: now.
 
     Raises:
-      UserError: bad input, or a workdir that holds something else.
+      UserError: bad input, or a workdir that holds another experiment.
       NonFinite: training broke down.
     """
     started = time.monotonic() if started is None else started
@@ -74,7 +74,7 @@ def run_experiment(
         raise Interrupted(f"interrupted; the same command goes on from step {step}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
-            error.filename = str(workdir)  # a write that finds no room does not name its file
+            error.filename = str(workdir)  # the error of a full disk does not name its file
         raise
     finally:
         run.close()
@@ -102,7 +102,7 @@ def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[
 
 
 def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Analyses of a complete run of either family."""
+    """Make analyses of a complete run of either family."""
     if isinstance(config, Config):
         from metajax.analysis.common.study import open_study
 
@@ -116,7 +116,7 @@ def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str
 
 
 def write_report(workdir: Path) -> None:
-    """report.html of a complete run of either family."""
+    """Write report.html of a complete run of either family."""
     if isinstance(read_config(workdir), Config):
         from metajax.reporting.html import write_run_report
 
@@ -128,7 +128,7 @@ def write_report(workdir: Path) -> None:
 
 
 class TextRun(TextTask):
-    """A run on text with its evaluation; UserError for what could not be evaluated as the config asks."""
+    """A run on text with its evaluation. Raises UserError if the config's evaluation is not possible."""
 
     def __init__(self, config: Config, *where: Any):
         super().__init__(config, *where)
@@ -165,7 +165,7 @@ class TextRun(TextTask):
 
 
 def open_task(config: AnyConfig, paths: Paths, devices: list[jax.Device] | None = None) -> Task:
-    """The task of a config, with its data open: what `Trainer` trains. devices: those of the mesh; None: all."""
+    """Open the data of a config and return the task for `Trainer`. devices: devices of the mesh; None: all."""
     if isinstance(config, Config):
         return TextRun(config, paths, devices)
     from metajax.vision.task import image_task
@@ -174,7 +174,7 @@ def open_task(config: AnyConfig, paths: Paths, devices: list[jax.Device] | None 
 
 
 def _make(config: AnyConfig, run: RunDirectory, paths: Paths, phases: Phases) -> dict[str, Any]:
-    """Train what is left to train, evaluate, and return the report."""
+    """Train the remaining steps, evaluate, and return the report."""
     with phases.time("data"):
         task = together(lambda: open_task(config, paths))
         trainer = Trainer(task, run, phases)
@@ -205,7 +205,7 @@ def _make(config: AnyConfig, run: RunDirectory, paths: Paths, phases: Phases) ->
 
 
 def _curves(config: Config, run: RunDirectory, results: dict[str, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of what has been evaluated during training, its last one from the end: what a table compares budgets by."""
+    """Curves of (step, value) from evaluations during training and at the end; tables compare budgets by them."""
     if not config.evaluation.documents:
         return {}
     lines = read_lines(run.path / "metrics.jsonl")
@@ -218,7 +218,7 @@ def _curves(config: Config, run: RunDirectory, results: dict[str, dict[str, Any]
 
 
 def _cache_mb(config: Config) -> dict[str, float]:
-    """10^6 bytes that generation keeps of CACHE_TOKENS tokens: as Hymba's paper counts them, in 16 bits, and as it is here."""
+    """Cache size in 10^6 bytes for CACHE_TOKENS tokens: as the Hymba paper counts it, in 16 bits, and as allocated here."""
     return {
         "published": 1e-6 * sum(published_cache_bytes(config.model, CACHE_TOKENS).values()),
         "here": 1e-6 * sum(cache_bytes(config.model, CACHE_TOKENS).values()),
@@ -226,8 +226,8 @@ def _cache_mb(config: Config) -> dict[str, float]:
 
 
 def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
-    """Held-out results under every condition of `config.evaluation`; as "tasks" those of `config.tasks`, by task and length; as "choice"
-    those of `config.evaluation.choice`; as "preferences" those of held-out pairs, with `config.dpo`."""
+    """Held-out results under every condition of `config.evaluation`. "tasks": the results of `config.tasks` by task and length.
+    "choice": those of `config.evaluation.choice`. "preferences": those of held-out pairs, with `config.dpo`."""
     results: dict[str, dict[str, Any]] = {}
     if config.tasks is not None:
         results["tasks"] = evaluate_tasks(program, corpora, model)
@@ -245,12 +245,12 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
 
 
 def evaluate_run(opened: OpenedRun, config: Config, paths: Paths) -> dict[str, dict[str, Any]]:
-    """Results of an opened run with the evaluation settings of `config`; UserError when corpus or tokenizer is not the run's."""
+    """Results of an opened run with the evaluation settings of `config`; UserError if corpus or tokenizer is not the run's."""
     return evaluate(config, opened.program, opened.open_corpora(config, paths), opened.model)
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:
-    """The model's continuation of a held-out document, behind its metadata where training had it so; cut to fit a row."""
+    """The model's continuation of a held-out document, after its metadata if training had it there; cut to fit a row."""
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
     available = cache.documents("held_out", config.data.held_out, config.data.min_bytes)
     long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
@@ -259,7 +259,7 @@ def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None
     ids = None
     if config.metadata is not None and config.metadata.prepended and not config.metadata.tokens:
         ids = build_metadata_table(cache, tokenizer, config.metadata.template)[document]
-    context = None if ids is None else ids.tolist()  # ids, for text of control tokens would become others
+    context = None if ids is None else ids.tolist()  # ids, because the text of control tokens would give other ids
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
     shown = min(PROMPT_TOKENS, room // 2)
     prompt = body[:shown]

@@ -1,4 +1,4 @@
-"""Named experiments and tables. A table is a base for each scale and a list of rows: name, what changes, published value."""
+"""Named experiments and tables. A table is a base for each scale and a list of rows: name, changed fields, published values."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Base = Callable[[str], AnyConfig]
 
 @dataclass(frozen=True)
 class Published:
-    """A number as a paper states it, in the unit that the column shows; None where the paper does not state it."""
+    """A number as a paper states it, in the column's unit; None if the paper does not state it."""
 
     value: float | None
-    note: str = ""  # where it was read, when that is not a table of the paper: a figure, a review, a secondary source
+    note: str = ""  # its source if that is not a table of the paper: a figure, a review, a secondary source
 
 
 @dataclass(frozen=True)
 class ByScale:
-    """A value that differs between scales, for the changes and the `fill` of rows and tables: ByScale(cpu=32, gpu=128, paper=512)."""
+    """A value for each scale, in the changes and the `fill` of rows and tables: ByScale(cpu=32, gpu=128, paper=512)."""
 
     cpu: Any = ...
     gpu: Any = ...
@@ -44,14 +44,14 @@ class ByScale:
 
 
 def at_scale(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
-    """The mapping with every ByScale replaced by its value at that scale; without those that have none there."""
+    """The mapping with every ByScale replaced by its value at that scale; entries without a value at that scale are left out."""
     found = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in values.items()}
     return {name: value for name, value in found.items() if value is not ...}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: the fields that differ from the base, and what the paper reports for it."""
+    """One line of a table: the fields that differ from the base, and the paper's values."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class Row:
     core: bool = True
     note: str = ""  # one line below the table
     group: str = ""  # consecutive rows with the same group are shown under it as their heading
-    of: str = ""  # the experiment, or NAME/PART, whose config and runs this row takes instead of the base's and its own
-    # For {names} in the columns' paths: rows that read one run in several ways.
+    of: str = ""  # an experiment, or NAME/PART, whose config and runs this row uses instead of its own
+    # Values of {names} in the columns' paths, for rows that read the same run in different ways.
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)
-    parts: tuple[str, ...] = ()  # those of the table's parts that this row has; empty: all of them
-    lacks: str | ByScale = ""  # what a run would need and there is not, such as others' weights: the row is shown, and not run
+    parts: tuple[str, ...] = ()  # the table's parts that this row has; empty: all of them
+    lacks: str | ByScale = ""  # what a run would need but is not available, such as closed weights; the row is shown but not run
 
     def paper(self, key: str) -> Published | None:
-        """What the paper says in that column; None where this row does not speak of it."""
+        """The paper's value in that column; None if this row has no entry for it."""
         if key not in self.published:
             return None
         said = self.published[key]
@@ -75,19 +75,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of `report.json` by dotted path (a.0 is a list's first), or the difference of two; `title` says its unit."""
+    """A number of `report.json` by dotted path (a.0: first item of a list), or the difference of two. `title` names its unit."""
 
     title: str
     path: str
     digits: int = 3
     better: Literal["lower", "higher", ""] = "lower"  # "": neither
-    factor: float = 1.0  # what a run's number is multiplied with before it is shown: 100 for a share in per cent
-    minus: str = ""  # a second path, whose number is taken from the first one's
-    harmonic: str = ""  # a second path: the harmonic mean of both numbers
-    part: str = ""  # of the table, whose run has the number; "*": the mean over the parts, of each path by itself
-    # The share of the steps after which the curve at `path` is for the first time better by `match` than the baseline's is at its end.
+    factor: float = 1.0  # factor on a run's number before it is shown, such as 100 for a share in per cent
+    minus: str = ""  # a second path, whose number is subtracted from the first one's
+    harmonic: str = ""  # a second path; the column shows the harmonic mean of both numbers
+    part: str = ""  # the table's part whose run has the number; "*": the mean over the parts, separately for each path
+    # Shows the share of steps after which the curve at `path` is first better by `match` than the end of the baseline's curve.
     match: float | None = None
-    scales: tuple[str, ...] = SCALES  # at which it is shown
+    scales: tuple[str, ...] = SCALES  # scales at which it is shown
 
     def __post_init__(self) -> None:
         require(
@@ -97,12 +97,12 @@ class Column:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of all the numbers that it is made of."""
+        """Paths of all numbers that the column is computed from."""
         return tuple(path for path in (self.path, self.minus, self.harmonic) if path)
 
     @property
     def key(self) -> str:
-        """The name of this column in `Row.published` and in table.json: PATH, PATH - MINUS, PATH | HARMONIC, PATH to MATCH, PART: PATH."""
+        """Key of the column in `Row.published` and table.json: PATH, PATH - MINUS, PATH | HARMONIC, PATH to MATCH, PART: PATH."""
         path = self.path + (f" - {self.minus}" if self.minus else "") + (f" | {self.harmonic}" if self.harmonic else "")
         path = path if self.match is None else f"{path} to {self.match:+g}"
         return f"{self.part}: {path}" if self.part else path
@@ -110,7 +110,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a paper, or of ours: rows derived from one base by replacement.
+    """A table of a paper, or our own: rows derived from one base by changing fields.
 
     A table with parts has a run for each row and part (a task, a length): base, then the row's changes, then the part's.
     """
@@ -125,10 +125,10 @@ class Table:
     minutes: Mapping[str, float]
     scales: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    parts: Mapping[str, Mapping[str, Any] | ByScale] = field(default_factory=dict)  # name -> its changes, where it is
-    fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # for {names} in the columns' paths, below a row's own
-    analyses: tuple[str, ...] = ()  # of every run, made where a run has not been through them; columns read `analyses.NAME...`
-    # Of the paper's table or figure that this one reproduces; 0: it reproduces none, or its rows are not known.
+    parts: Mapping[str, Mapping[str, Any] | ByScale] = field(default_factory=dict)  # name -> its changes, at scales that have it
+    fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # {names} in the columns' paths; a row's own come first
+    analyses: tuple[str, ...] = ()  # analyses made for every run that does not have them yet; columns read `analyses.NAME...`
+    # Rows of the paper's table or figure that this table reproduces; 0: it reproduces none, or the number is not known.
     paper_rows: int = 0
 
     def __post_init__(self) -> None:
@@ -165,35 +165,35 @@ class Table:
         return at_scale({**self.fill, **row.fill}, scale)
 
     def parts_at(self, scale: str) -> dict[str, Mapping[str, Any]]:
-        """The parts that there are at a scale."""
+        """The parts that exist at a scale."""
         _require_scale(self.name, self.scales, scale)
         return at_scale(self.parts, scale)
 
     def parts_of(self, row: Row, scale: str) -> tuple[str, ...]:
-        """The parts that a row has a run for at a scale; ("",) in a table without parts."""
+        """The parts for which a row has a run at a scale; ("",) in a table without parts."""
         there = self.parts_at(scale)
         return tuple(part for part in row.parts or there if part in there) or ("",)
 
     def columns_at(self, scale: str) -> tuple[Column, ...]:
-        """Those that are shown at a scale, and whose part there is."""
+        """The columns that are shown at a scale and whose part exists there."""
         return tuple(c for c in self.columns if scale in c.scales and c.part in ("", "*", *self.parts_at(scale)))
 
     def lacks(self, row: Row, scale: str) -> str:
-        """What a row would need and there is not at this scale, or ""."""
+        """What a row would need but is not available at this scale, or ""."""
         return at_scale({"what": row.lacks}, scale).get("what", "")
 
     def runs_at(self, scale: str) -> bool:
-        """Whether there is a row to run at a scale."""
+        """Whether any row can be run at a scale."""
         return scale in self.scales and not all(self.lacks(row, scale) for row in self.rows)
 
     @property
     def paper_rows_here(self) -> int:
-        """How many rows have what the paper says of them, be it the mark `not stated`, and can be run at paper scale."""
+        """Number of rows that have the paper's value (or the mark `not stated`) and can be run at paper scale."""
         return sum(bool(row.published) and not self.lacks(row, "paper") for row in self.rows) if "paper" in self.scales else 0
 
     @property
     def coverage(self) -> str:
-        """Such as `12 of 13 rows (1 more in print alone)`; "" where there is no table of a paper to hold it against."""
+        """Such as `12 of 13 rows (1 more in print alone)`; "" if there is no paper's table to compare with."""
         more = self.paper_rows_in_print
         return (
             f"{self.paper_rows_here} of {self.paper_rows} rows" + (f" ({more} more in print alone)" * (more > 0))
@@ -203,17 +203,17 @@ class Table:
 
     @property
     def paper_rows_in_print(self) -> int:
-        """How many rows have what the paper says of them, and cannot be run."""
+        """Number of rows that have the paper's value but cannot be run."""
         return sum(bool(row.published) for row in self.rows) - self.paper_rows_here if "paper" in self.scales else 0
 
     @property
     def example(self) -> str:
-        """The name of an experiment of this table: its baseline's, or its first row's."""
+        """Name of an experiment of this table: the baseline, or else the first row."""
         row = next((row for row in self.rows if row.name == self.baseline), self.rows[0])
         return _joined(*([row.of] if row.of else [self.name, row.name]), self.parts_of(row, self.scales[0])[0])
 
     def config(self, row: Row, scale: str, part: str = "") -> AnyConfig:
-        """The config of one row, of one of its parts, at a scale."""
+        """The config of one row (or one part of it) at a scale."""
         parts = self.parts_at(scale)
         require(not part or part in parts, f"{self.name} has no {part} at scale {scale}; it has {', '.join(parts)}")
         lacks = self.lacks(row, scale)
@@ -227,7 +227,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One named run; a table's row is one too."""
+    """One named run; every row of a table is also an experiment."""
 
     name: str
     summary: str
@@ -247,8 +247,8 @@ _experiments: dict[str, Experiment] = {}
 _loaded: dict[str, None] = {}  # packages of experiments, in order
 _tables: dict[str, Table] = {}
 _files: dict[str, str] = {}  # {name of an experiment or table: the module that registered it}
-_broken: dict[str, tuple[str, str]] = {}  # {module that could not be imported: its file, and what is wrong where}
-vocabularies: dict[str, int] = {}  # ids of tokenizers whose files are the user's: enough to plan without them
+_broken: dict[str, tuple[str, str]] = {}  # {module that could not be imported: its file, and the error with its place}
+vocabularies: dict[str, int] = {}  # number of ids of tokenizers whose files the user supplies; plans need no more
 
 
 def table(
@@ -258,12 +258,12 @@ def table(
 ) -> Callable[[Base], Table]:  # fmt: skip
     """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
 
-    A row that is `of` another experiment does not: its runs go by that one's name.
+    A row that is `of` another experiment registers none; its runs have that experiment's name.
 
     Args:
-      baseline: the row that the others are compared with, None for a table without one.
-      minutes: expected minutes of one run, by scale; the scales it names are the scales there are.
-      paper_rows: the rows of the paper's table or figure, those that are lacking here too.
+      baseline: the row that the others are compared with; None: no baseline.
+      minutes: expected minutes of one run, by scale; its scales are the scales of the table.
+      paper_rows: number of rows of the paper's table or figure, with those that are missing here.
     """
 
     module = _caller()
@@ -323,14 +323,14 @@ def _require_scale(name: str, scales: Sequence[str], scale: str) -> None:
 
 
 def loaded() -> tuple[str, ...]:
-    """The packages of experiments that `load` was given, for processes that start without them."""
+    """The packages of experiments that `load` has imported, for passing to new processes."""
     return tuple(_loaded)
 
 
 def load(*packages: str) -> None:
     """Import every module of packages of experiments (none named: `experiments`), which registers what they define.
 
-    A module that cannot be imported is named in a line, with the reason, and left out with all that it has registered.
+    A module that cannot be imported is left out with everything it registered; one line names it and the reason.
     """
     for package in packages or ("experiments",):
         _loaded[package] = None
@@ -344,7 +344,7 @@ def _imported(module: str) -> Any:
     _broken.pop(module, None)
     try:
         return importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever a file of the user's own does
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         spec = importlib.util.find_spec(module)
         file = (spec and spec.origin) or module
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -360,7 +360,7 @@ def _imported(module: str) -> Any:
 
 
 def left_out(name: str) -> str:
-    """A clause about the files that could not be imported, those that speak of `name` if some do; "" where all could be."""
+    """A clause that names the files that could not be imported, preferably those that mention `name`; "" if there are none."""
     word = name.partition("/")[0]
     found = [said for file, said in _broken.values() if os.path.isfile(file) and word in Path(file).read_text(errors="replace")]
     files = "; ".join(found or [said for _, said in _broken.values()])
@@ -368,7 +368,7 @@ def left_out(name: str) -> str:
 
 
 def base(name: str) -> Base:
-    """The function that gives the base of a table, or the config of an experiment, for a scale; it may be registered later."""
+    """A function from a scale to the base of a table or the config of an experiment, which may be registered later."""
 
     def build(scale: str) -> AnyConfig:
         found = find(name)
@@ -379,7 +379,7 @@ def base(name: str) -> Base:
 
 
 def _without_base(table: Table) -> str:
-    """Why the base of a table cannot be made; "" where it can."""
+    """Why the base of a table cannot be made; "" if it can."""
     chain: list[str] = []
     while True:
         chain.append(table.name)
@@ -426,7 +426,7 @@ def find(name: str) -> Experiment | Table:
 
 
 def find_experiment(name: str) -> Experiment:
-    """The experiment of that name; UserError also when it is a table's."""
+    """The experiment of that name; UserError also if the name is a table's."""
     found = find(name)
     if isinstance(found, Table):
         raise UserError(

@@ -1,7 +1,7 @@
-"""A Cloud Storage of this machine for tests: gcp-storage-emulator, made to keep what runs rely on, and to fail when asked to.
+"""A local Cloud Storage for tests: gcp-storage-emulator, extended by guarantees that runs need and by failures on request.
 
-The emulator takes no notice of the generation of an object; here a read tells it and conditions on it hold, without which
-TensorStore cannot write. What a kill leaves on a bucket is what is there at that moment: it can be kept, and put back.
+The emulator ignores the generation of an object. Here a read returns it and conditions on it hold, without which
+TensorStore cannot write. The contents of a bucket at a moment, as a kill leaves them, can be saved and restored.
 """
 
 from __future__ import annotations

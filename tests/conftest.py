@@ -1,4 +1,4 @@
-"""What the tests share: a tiny corpus, a tiny experiment on it, and shape checks in everything that computes."""
+"""Shared by all tests: a tiny corpus, a tiny experiment on it, and shape checks in all numerical code."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
-if threading.current_thread() is threading.main_thread():  # a shell's background job ignores Ctrl-C, and its children do too
+if threading.current_thread() is threading.main_thread():  # a background job of a shell ignores Ctrl-C, and so do its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many tests compile the same small programs: keep them between tests, workers and sessions.
@@ -20,7 +20,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("untimed", deadline=None)  # the time of an example depends on the load of the machine
 hypothesis.settings.load_profile("untimed")
 jaxtyping.install_import_hook(
     [
@@ -121,7 +121,7 @@ def words(count, rng):
 
 
 def corpus_rows(documents=120, origins=30):
-    """Rows of text, module, topic and origin; texts of one letter up to several rows."""
+    """Records with text, module, topic and origin; texts from one letter to several rows."""
     rng = np.random.default_rng(20250601)
     rows = []
     for i in range(documents):
@@ -143,7 +143,7 @@ def tiny_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory):
-    """Where this session keeps caches and runs."""
+    """Folders of this session's caches and runs."""
     home = tmp_path_factory.mktemp("home")
     return Paths(cache=home / "cache", runs=home / "runs")
 
@@ -182,7 +182,7 @@ def clip_config():
 
 @pytest.fixture(scope="session")
 def prompt_clip(clip_config):
-    """The frozen CLIP under the goldens of zero-shot classes and prompt learners."""
+    """The frozen CLIP of the golden files of zero-shot classification and prompt learners."""
     from metajax.vision.weights import from_state
 
     z = np.load(Path(__file__).parent / "goldens" / "prompt_clip_a.npz")
@@ -195,16 +195,16 @@ def prompt_clip(clip_config):
 
 @pytest.fixture(scope="session")
 def clip_tokenizer(clip_merges):
-    """CLIP's tokenizer, as OpenAI's code has it."""
+    """CLIP's tokenizer as in OpenAI's code."""
     return ClipTokenizer.open(clip_merges)
 
 
 @pytest.fixture(scope="session")
 def clip_merges(tmp_path_factory):
-    """The file of CLIP's tokenizer, exact for the texts of the golden files: METAJAX_CLIP_VOCABULARY names the published file, which knows all texts.
+    """CLIP's tokenizer file, exact for the texts of the golden files. METAJAX_CLIP_VOCABULARY: the published file, for all texts.
 
-    tests/goldens/clip_merges_used.json holds those merges that can apply to these texts, under their places in the published file; the
-    others here are merges of 39 bytes that are never in a text, as ByteLevel writes them: control characters, and what UTF-8 does not have.
+    tests/goldens/clip_merges_used.json holds the merges that can apply to these texts, by their places in the published file. The
+    other merges are of 39 bytes that no text has, as ByteLevel writes them: control characters, and bytes that UTF-8 never uses.
     """
     if "METAJAX_CLIP_VOCABULARY" in os.environ:
         return Path(os.environ["METAJAX_CLIP_VOCABULARY"])
@@ -220,15 +220,15 @@ def clip_merges(tmp_path_factory):
 
 @pytest.fixture
 def own_registry(monkeypatch):
-    """All experiments of the project; what the test registers is gone after it."""
-    registry.load()  # before: a module registers what it defines at its first import alone
+    """All experiments of the project; experiments that the test registers are removed after it."""
+    registry.load()  # before the test, because a module registers its experiments only at its first import
     for where in ("_experiments", "_tables", "_files", "_broken"):
         monkeypatch.setattr(registry, where, dict(getattr(registry, where)))
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A test that skips for want of a part which the environment says is there (METAJAX_REQUIRE=browser,libtpu) fails."""
+    """Fail a test that skips for a missing part that the environment requires (METAJAX_REQUIRE=browser,libtpu)."""
     report = (yield).get_result()
     required = [part for part in os.environ.get("METAJAX_REQUIRE", "").split(",") if part and item.get_closest_marker(part)]
     if report.skipped and required:

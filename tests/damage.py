@@ -1,4 +1,4 @@
-"""Ways in which files on a disk get damaged, for the tests of whatever reads them back.
+"""Ways to damage files on a disk, for tests of the code that reads them.
 
 for path, name in cases(folder): shutil.copytree(folder, copy); DAMAGES[name](copy / path, another)
 """

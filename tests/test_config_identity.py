@@ -1,6 +1,6 @@
 """The identity of a run: the hash covers what differs from the defaults, and a field that nothing reads is refused.
 
-`python -m tests.test_config_identity` writes goldens/config_defaults.json anew.
+`python -m tests.test_config_identity` writes goldens/config_defaults.json again.
 """
 
 import dataclasses

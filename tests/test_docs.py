@@ -1,4 +1,4 @@
-"""The documentation: every command in it is one, experiments and fields that it names exist, the site builds without a dead link."""
+"""The documentation: its commands are valid, its experiments and fields exist, and the site builds without a dead link."""
 
 import ast
 import re

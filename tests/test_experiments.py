@@ -1,4 +1,4 @@
-"""Every registered experiment, as far as it can be seen without running it."""
+"""Every registered experiment, as far as it can be checked without running it."""
 
 import ast
 from pathlib import Path

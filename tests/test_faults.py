@@ -1,4 +1,4 @@
-"""The list of faults and its tests; and the short form of `make test-faults`: a few kills."""
+"""The list of faults and its tests, and a short form of `make test-faults` with a few kills."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The bench on a GPU, as far as a CPU without PyTorch can see it: our side at tiny sizes, failures, files and tables."""
+"""The GPU bench, as far as a CPU without PyTorch can test it: our side at tiny sizes, failures, files and tables."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Imports point in one direction: a unit of metajax imports the units below it alone."""
+"""Imports point in one direction: a unit of metajax imports only the units below it."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The wheel: the command, its experiments beside a user's own, and nothing else of the repository."""
+"""The wheel: the command, its experiments together with a user's, and nothing else of the repository."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Tables as data: rows derive from a base, names are looked up with the nearest match."""
+"""Tables as data: rows derive from a base, and unknown names get the nearest match."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -2,5 +2,5 @@
 
 import os
 
-# Both frameworks share the card in one process: JAX must not take three quarters of it at its start, which is before JAX is imported.
+# Both frameworks share the card in one process: JAX must not reserve three quarters of it; this is set before JAX is imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def cases(only: list[str], tiny: bool, has_torch: bool) -> Iterator[Case]:
-    """All cases of these sections; what breaks between the cases of one ends it, as a failed case of its own, and not the others."""
+    """All cases of these sections. An error between cases ends its section as a failed case; the other sections continue."""
     for section in only:
         broken, measured = Case(section, "between the cases"), measure(section, tiny, has_torch)
         while case := broken.attempt("bench", lambda measured=measured: next(measured, None)):
@@ -87,7 +87,7 @@ def measure(section: str, tiny: bool, has_torch: bool) -> Iterator[Case]:
 
 
 def place(device: jax.Device, has_torch: bool) -> dict[str, str]:
-    """Where the numbers are from: the device and the versions that matter."""
+    """The device and the versions that the numbers depend on."""
     found = {"device": device.device_kind, "Python": platform.python_version()}
     for name in ("jax", "jaxlib", "nvidia-cudnn-cu13", *(("torch", "triton") if has_torch else ())):
         try:

@@ -1,4 +1,4 @@
-"""Attention alone: what `metajax.models.ops` picks, beside jax.nn's on cuDNN and PyTorch's FlexAttention and SDPA."""
+"""Attention only: the implementation that `metajax.models.ops` picks, jax.nn's on cuDNN, and PyTorch's FlexAttention and SDPA."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kernels_pallas.prefix_window_attention.xla import attention_xla
 from metajax.models import ops
 from metajax.models.masks import Mask
 
-BLOCKS = (128, 512, 1024, 2048)  # query rows of a block, beside the 256 that dispatch takes
+BLOCKS = (128, 512, 1024, 2048)  # query rows of a block, in addition to the 256 that dispatch uses
 
 
 class Setting(NamedTuple):
-    """A shape in a batch. `among`: of a row of so many tokens, only `shape.length` meta-tokens take part."""
+    """A shape in a batch. `among`: number of tokens of a row in which only `shape.length` meta-tokens take part."""
 
     shape: Shape
     rows: int
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
         return Mask(window=self.shape.window)
 
     def flops(self, passes: str) -> int:
-        """Of the allowed pairs: two products forward, five backward (the scores are made again)."""
+        """FLOPs of the allowed pairs: two products forward, five backward (scores are recomputed)."""
         keys, values = self.shape.key_width, self.shape.value_width
         pairs = self.mask.pairs([self.shape.length]) + self.shape.length * self.shape.meta
         each = (keys + values) + (3 * keys + 2 * values if passes == "both" else 0)
@@ -58,7 +58,7 @@ def settings(tiny: bool) -> dict[str, Setting]:
 
 
 def inputs(setting: Setting) -> dict[str, Array]:
-    """Normal numbers, bfloat16: q, k, v [B, T, heads, width], prefix_k, prefix_v [M, ...] where there are meta tokens, cotangent as the output."""
+    """Normal bfloat16 q, k, v [B, T, heads, width], with meta tokens prefix_k, prefix_v [M, ...], cotangent like the output."""
     s = setting.shape
     sizes = {
         "q": (setting.rows, s.length, s.heads, s.key_width),
@@ -73,7 +73,7 @@ def inputs(setting: Setting) -> dict[str, Array]:
 
 
 def programs(setting: Setting, blocks: tuple[int, ...]) -> Iterator[tuple[str, Callable, bool]]:
-    """(name, function of q, k, v and perhaps prefix_k, prefix_v, whether it is the same mathematics); our own first."""
+    """(name, function of q, k, v and optionally prefix_k, prefix_v, whether it computes the same function); ours first."""
     shape, mask = setting.shape, setting.mask
     segments = jnp.ones((setting.rows, shape.length), jnp.int32)
 
@@ -100,7 +100,7 @@ def programs(setting: Setting, blocks: tuple[int, ...]) -> Iterator[tuple[str, C
 
 
 def library_attention(q: Array, k: Array, v: Array, *, window: int | None, implementation: str) -> Array:
-    """jax.nn's own, for causal masks and windows; it wants queries as wide as values, and zeros add nothing to a score."""
+    """jax.nn's attention, for causal masks and windows. Queries must be as wide as values; padding zeros do not change scores."""
     scale, gap = q.shape[-1] ** -0.5, v.shape[-1] - q.shape[-1]
     q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, gap))) for x in (q, k))
     reach = None if window is None else (window, 0)
@@ -110,7 +110,7 @@ def library_attention(q: Array, k: Array, v: Array, *, window: int | None, imple
 
 
 def with_cotangent(function: Callable, passes: str) -> Callable:
-    """(cotangent, *arrays) -> [out], and the gradients of all arrays behind it with both passes."""
+    """(cotangent, *arrays) -> [out], followed by the gradients of all arrays if both passes run."""
 
     def run(cotangent: Array, *arrays: Array) -> list[Array]:
         if passes == "forward":
@@ -122,7 +122,7 @@ def with_cotangent(function: Callable, passes: str) -> Callable:
 
 
 def measure(tiny: bool, rivals: Any) -> Iterator[Case]:
-    """Every case as it is done. rivals: the module benchmarks.gpu.rivals, None without PyTorch."""
+    """Yield every case when it is done. rivals: the module benchmarks.gpu.rivals, None without PyTorch."""
     chosen = {(name, passes): setting for name, setting in settings(tiny).items() for passes in PASSES}
     given = {setting: inputs(setting) for setting in chosen.values()}
     blocks, jobs, same = (32,) if tiny else BLOCKS, {}, {}

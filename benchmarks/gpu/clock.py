@@ -1,4 +1,4 @@
-"""Rivals taking turns in one process: median and range of the milliseconds of a call, failures kept beside the others' times."""
+"""Timing rivals in turns in one process: median and range of the milliseconds of a call; failures are kept with the times."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-ROUNDS = 12  # of turns
-MOST_CALLS = 50  # of a turn
-COMPILERS = 8  # programs that XLA compiles side by side
-AGREE = 0.02  # relative distance of two bfloat16 results that is rounding
+ROUNDS = 12  # rounds of turns
+MOST_CALLS = 50  # most calls of a turn
+COMPILERS = 8  # programs that XLA compiles in parallel
+AGREE = 0.02  # relative distance of two bfloat16 results that counts as rounding
 
 
 class Side(NamedTuple):
     """One rival in a case."""
 
     name: str
-    call: Callable[[], Any]  # launches the work, returns what it makes
-    wait: Callable[[Any], Any]  # until that is made
-    # float32, to be held against our own; None: it computes something else.
+    call: Callable[[], Any]  # launches the work and returns its result
+    wait: Callable[[Any], Any]  # waits until the result is computed
+    # float32 result to compare with ours; None: the side computes something else.
     arrays: Callable[[Any], list[np.ndarray]] | None = None
-    facts: dict[str, Any] = {}  # what is known of it besides its times  # noqa: RUF012
+    facts: dict[str, Any] = {}  # facts about the side besides its times  # noqa: RUF012
 
 
 class Case:
-    """Sides that do the same work, and what was found of each."""
+    """Sides that do the same work, and the results of each."""
 
     def __init__(self, section: str, name: str, facts: dict[str, Any] | None = None):
         self.section, self.name = section, name
@@ -39,7 +39,7 @@ class Case:
         self.found: dict[str, dict[str, Any]] = {}
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
-        """make(), or None where it fails: the error's text is then the side's result, and the command's exit code 1."""
+        """make(), or None if it fails; the error's text is then the side's result, and the command's exit code is 1."""
         try:
             return make()
         except Exception as error:
@@ -49,7 +49,7 @@ class Case:
             return None
 
     def race(self, makers: dict[str, Callable[[], Side]], turn_seconds: float = 0.03) -> None:
-        """Make, warm up and time the sides in turns of so many seconds; the first is the one that the others are held against."""
+        """Make, warm up and time the sides in turns of this many seconds; the others are compared with the first side."""
         sides, ours = [], None
         for name, make in makers.items():
             side = self.attempt(name, make)
@@ -85,7 +85,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def warm_up(side: Side, turn_seconds: float) -> tuple[Any, int]:
-    """(what a call makes, calls of a turn), after a call that may compile."""
+    """(result of a call, number of calls in a turn), after a call that may compile."""
     side.wait(side.call())
     began = time.perf_counter()
     result = side.call()
@@ -95,7 +95,7 @@ def warm_up(side: Side, turn_seconds: float) -> tuple[Any, int]:
 
 
 def take_turns(sides: Sequence[tuple[Side, int]]) -> dict[str, list[float]]:
-    """Milliseconds of a call, one number for each of the ROUNDS."""
+    """Milliseconds per call, one number for each of the ROUNDS."""
     taken: dict[str, list[float]] = {side.name: [] for side, _ in sides}
     for _ in range(ROUNDS):
         for side, calls in sides:
@@ -112,7 +112,7 @@ def compiled(function: Callable, *arguments: Any) -> Any:
 
 
 def compile_all(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Callable[[], Any]]:
-    """Each job's result (or error) behind a call; all are done when this returns, so that nothing compiles while others are timed."""
+    """Finish all jobs before timing starts. For each, return a function that gives its result or raises its error."""
     with ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(job) for key, job in jobs.items()}
     return {key: future.result for key, future in futures.items()}

@@ -1,4 +1,4 @@
-"""gpu.json, and the tables of docs/gpu.md made of it; the prose around them is written by hand."""
+"""gpu.json, and the tables of docs/gpu.md made from it; the prose around them is written by hand."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ COLUMNS = {
 
 
 def start(path: Path, where: Mapping[str, str], sections: Iterable[str]) -> None:
-    """Results before a measurement of these sections: the other sections', if they are of the same device and versions."""
+    """Results before these sections are measured: those of the other sections if device and versions are the same."""
     found = json.loads(path.read_text()) if path.exists() else {}
     kept = found["cases"] if found.get("where") == where else []
     _write(path, {"where": dict(where), "cases": [case for case in kept if case["section"] not in sections]})
 
 
 def add(path: Path, case: Case) -> Found:
-    """The results of `path` with one case more, written at once."""
+    """Add a case to the results of `path` and write them at once."""
     found = json.loads(path.read_text())
     found["cases"].append(case.as_json())
     _write(path, found)
@@ -49,7 +49,7 @@ def _write(path: Path, found: Found) -> None:
 
 
 def write_page(page: Path, found: Found) -> None:
-    """Tables into the page, which is the one of the documentation where `page` is not there yet."""
+    """Write the tables into the page; if `page` does not exist, start from the page of the documentation."""
     if not page.exists():
         write_text(page, (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8"))
     replace_section(page, "measured", render(found))

@@ -1,4 +1,4 @@
-"""PyTorch's side of the attention cases: FlexAttention with a block mask, and scaled_dot_product_attention where a mask is plain."""
+"""PyTorch's side of the attention cases: FlexAttention with a block mask, and scaled_dot_product_attention for plain masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     flex._validate_device = lambda *_: (
         None
-    )  # it refuses gradients on a CPU, which its plain form has; tiny sizes are for this alone
+    )  # compiled FlexAttention refuses gradients on a CPU, its plain form does not; only tiny sizes need this
 Arrays = dict[str, np.ndarray]
 
 
@@ -30,12 +30,12 @@ def wait(_: Any) -> None:
 
 
 def compile_here(function: Callable) -> Callable:
-    """torch.compile for one shape (without dynamic=False the second would be compiled for any); on a CPU traced alike, and run as it is."""
+    """torch.compile for one shape (without dynamic=False the second shape is compiled as dynamic); on a CPU only traced."""
     return torch.compile(function, dynamic=False, backend="inductor" if DEVICE == "cuda" else "aot_eager")
 
 
 def attention_sides(setting: Setting, passes: str, arrays: Arrays) -> dict[str, Callable[[], Side]]:
-    """Makers of the sides by name; `arrays` as benchmarks.gpu.attention.inputs names them, float32."""
+    """Functions that make the sides, by name; `arrays`: as in benchmarks.gpu.attention.inputs, float32."""
     make = functools.partial(_side, setting, passes, arrays)
     sides = {"torch, FlexAttention": make("torch, FlexAttention", flex_sides)}
     if setting.shape.key_width < setting.shape.value_width:
@@ -48,7 +48,7 @@ def attention_sides(setting: Setting, passes: str, arrays: Arrays) -> dict[str, 
 
 
 def flex_sides(setting: Setting, padding: int = 0) -> tuple[Callable, np.ndarray | None]:
-    """(function of [B, T, heads, width] arrays, the slots at which its rows are the gathered ones); zeros as padding add nothing to a score."""
+    """(function of [B, T, heads, width] arrays, the positions of its gathered rows); padding zeros do not change scores."""
     shape, slots = setting.shape, None
     if setting.among:
         slots = meta_slots(setting.rows, setting.among, shape.length)
@@ -76,7 +76,7 @@ def sdpa_sides(setting: Setting) -> tuple[Callable, None]:
 
 
 def row_mask(length: int, window: int | None, meta: int) -> Any:
-    """Causal, in a window of so many earlier keys, behind `meta` keys that all queries see."""
+    """Causal mask with a window of so many earlier keys, after `meta` keys that all queries see."""
 
     def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
         own = key - meta
@@ -88,7 +88,7 @@ def row_mask(length: int, window: int | None, meta: int) -> Any:
 
 
 def meta_mask(slots: np.ndarray, length: int) -> Any:
-    """Query and key are both meta-tokens of their row, and the key is not later."""
+    """Mask: query and key are both meta-tokens of their row, and the key is not later."""
     flags = torch.zeros(len(slots), length, dtype=torch.bool, device=DEVICE)
     flags.scatter_(1, torch.from_numpy(slots).to(DEVICE), True)
 
@@ -99,7 +99,7 @@ def meta_mask(slots: np.ndarray, length: int) -> Any:
 
 
 def meta_slots(rows: int, length: int, count: int) -> np.ndarray:
-    """int64[rows, count], sorted: where the meta-tokens of each row stand."""
+    """int64[rows, count], sorted: positions of the meta-tokens of each row."""
     rng = np.random.default_rng(0)
     return np.stack([np.sort(rng.choice(length, count, replace=False)) for _ in range(rows)])
 
@@ -126,7 +126,7 @@ def _side(setting: Setting, passes: str, arrays: Arrays, name: str, build: Calla
 
 
 def _spread(x: np.ndarray, slots: np.ndarray | None, length: int) -> np.ndarray:
-    """Rows of meta-tokens at their slots of whole rows, zeros between."""
+    """Whole rows with the meta-tokens at their positions and zeros between."""
     if slots is None:
         return x
     whole = np.zeros((len(x), length, *x.shape[2:]), x.dtype)

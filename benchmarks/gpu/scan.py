@@ -1,4 +1,4 @@
-"""The selective scan at Hymba's widths, forward and backward: ours alone, in several chunk lengths."""
+"""The selective scan at Hymba's widths, forward and backward: only ours, with several chunk lengths."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from kernels_pallas.bench.scan import SHAPES, Shape
 from kernels_pallas.selective_scan.xla import selective_scan_xla
 from metajax.models import ops
 
-CHUNKS = (16, 32, 64, 256, 512)  # tokens of a chunk, beside the 128 that dispatch takes
+CHUNKS = (16, 32, 64, 256, 512)  # tokens of a chunk, in addition to the 128 that dispatch uses
 ARRAYS = {
     "forward": 4,
     "both": 4 + 7,
-}  # of [T, channels] that must be read or written: u, dt, z, y, and with the gradients the same again
+}  # [T, channels] arrays that must be read or written: u, dt, z, y; with gradients, these again
 
 
 def necessary_bytes(shape: Shape, passes: str) -> int:
-    """Each bfloat16 input read once, each output written once, in each of the passes; B and C, [T, states], go along."""
+    """Bytes if each pass reads each bfloat16 input once and writes each output once, with B and C [T, states]."""
     each = shape.length * shape.channels * ARRAYS[passes]
     along = shape.length * shape.states * {"forward": 2, "both": 2 + 4}[passes]
     return 2 * (each + along)
 
 
 def inputs(shape: Shape) -> list[Array]:
-    """u, dt, A, B, C, D, dt_bias, z: bfloat16 where they have a token axis, decays as Mamba starts with them."""
+    """u, dt, A, B, C, D, dt_bias, z: bfloat16 if they have a token axis; decays as in Mamba's initialisation."""
     token, state, channels = (1, shape.length, shape.channels), (1, shape.length, shape.states), shape.channels
     u, dt, B, C, z = (
         jax.random.normal(key, size, jnp.bfloat16)
@@ -47,7 +47,7 @@ def programs(shape: Shape, chunks: tuple[int, ...]) -> dict[str, Callable]:
 
 
 def measure(tiny: bool) -> Iterator[Case]:
-    """Every case as it is done."""
+    """Yield every case when it is done."""
     name, shape = ("tiny", Shape(64, 16, 4)) if tiny else ("Hymba-1.5B", SHAPES["Hymba-1.5B"])
     arrays = inputs(shape)
     jobs = {

@@ -1,4 +1,4 @@
-"""The whole train step of GPT-2 small size (learned meta-tokens' recipe): the step that the loop runs, beside PyTorch's."""
+"""The whole train step at GPT-2 small size (recipe of learned meta-tokens): the Trainer's step beside PyTorch's."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from metajax.models.lm import named_params
 from metajax.planning.plan import whole_batch
 from metajax.training.program import Program
 
-ARMS = {  # the paper's recipe, and what of it changes
+ARMS = {  # the paper's recipe, and the changes to it
     "plain": ("plain_rope", {}),
     "meta, gathered": ("meta_rope", {}),
     "meta, dense": ("meta_rope", {"meta_tokens.attention": "dense"}),
 }
-# How the same step may be compiled. The recipe's own setting ("full", 1) is made for a pod's smaller chips.
+# Ways to compile the same step. The recipe's setting ("full", 1) is for the smaller chips of a pod.
 RUNTIMES = {
     "ours": {"runtime.remat": "none", "runtime.unroll": 1},
     "ours, layers unrolled": {"runtime.remat": "none", "runtime.unroll": 0},
     "ours, as in the recipe (recomputing)": {},
 }
 ROWS, VOCABULARY = 16, 50_304
-TINY = {  # with weights and steps so large that a wrong mask, gradient or update shows in the losses
+TINY = {  # weights and steps are large enough for a wrong mask, gradient or update to show in the losses
     "model.init_std": 0.3, "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 1,
     "model.layers": 2, "model.width": 32, "model.heads": 2, "model.mlp_width": 64, "model.compute_dtype": "float32",
     "data.row_length": 64, "model.max_positions": 0,
 }  # fmt: skip
 TURN_SECONDS = 0.25  # several steps: as in training, the next is launched while one runs
-CHECKED = 3  # steps whose losses must be the same
-CLOSE = {"bfloat16": 0.02, "float32": 1e-4}  # nats between two losses
+CHECKED = 3  # steps whose losses must agree
+CLOSE = {"bfloat16": 0.02, "float32": 1e-4}  # greatest difference of two losses in nats
 
 
 def config_of(arm: str, tiny: bool) -> Config:
@@ -48,7 +48,7 @@ def config_of(arm: str, tiny: bool) -> Config:
 
 
 def random_batch(config: Config, vocab_size: int) -> dict[str, np.ndarray]:
-    """Full rows of random tokens, with meta-tokens at random places: rows of one token would all add to one embedding."""
+    """Full rows of random tokens, with meta-tokens at random positions. Rows of one token would all update one embedding."""
     rng, batch = np.random.default_rng(0), whole_batch(config)
     changed = {name: rng.integers(vocab_size, size=batch[name].shape, dtype=np.int32) for name in ("tokens", "targets")}
     if "meta_slots" in batch:
@@ -59,7 +59,7 @@ def random_batch(config: Config, vocab_size: int) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """The compiled step with its state, which every call moves on."""
+    """The compiled step with its state, which every call updates."""
 
     def __init__(self, config: Config, vocab_size: int, batch: dict[str, np.ndarray]):
         self.program = Program.build(config, vocab_size)
@@ -67,7 +67,7 @@ class Ours:
         self.run = self.program.compile_step(self.program.abstract_state(), self.batch)
 
     def start(self, leaves: list[np.ndarray]) -> None:
-        """From the leaves of a fresh state, which are the same however the step is compiled."""
+        """Start from the leaves of a fresh state, which are the same however the step is compiled."""
         like, tree = jax.tree.flatten(self.program.abstract_state())
         placed = [jax.device_put(jnp.array(x), shape.sharding) for x, shape in zip(leaves, like, strict=True)]
         self.state = jax.tree.unflatten(tree, placed)
@@ -78,14 +78,14 @@ class Ours:
         return metrics["loss"]
 
     def memory(self) -> int:
-        """Bytes that the compiled step needs, state and batch with it: the compiler's own account."""
+        """Bytes that the compiled step needs, with state and batch, as counted by the compiler."""
         found = self.run.memory_analysis()
         outputs = found.output_size_in_bytes - found.alias_size_in_bytes
         return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
 
 
 def measure(tiny: bool, torch_lm: Any) -> Iterator[Case]:
-    """Every arm as it is done. torch_lm: the module benchmarks.gpu.torch_lm, None without PyTorch."""
+    """Yield every arm when it is done. torch_lm: the module benchmarks.gpu.torch_lm, None without PyTorch."""
     vocab_size, configs = 256 if tiny else VOCABULARY, {arm: config_of(arm, tiny) for arm in ARMS}
     batches = {arm: random_batch(config, vocab_size) for arm, config in configs.items()}
     jobs = {
@@ -112,7 +112,7 @@ def measure(tiny: bool, torch_lm: Any) -> Iterator[Case]:
 
 
 def _fresh(config: Config, vocab_size: int) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """(leaves of a state before its first step, parameters by name), on the host: every side starts from them."""
+    """(leaves of a state before its first step, parameters by name), on the host; every side starts from these."""
     state = Program.build(config, vocab_size).create_state()
     return [np.array(x) for x in jax.tree.leaves(state)], {k: np.array(x[...]) for k, x in named_params(state.model).items()}
 

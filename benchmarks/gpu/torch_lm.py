@@ -1,4 +1,4 @@
-"""GPT-2 small with rotary positions and meta-attention in PyTorch, as metajax/models/lm.py has it, in PyTorch's own best parts.
+"""GPT-2 small with rotary positions and meta-attention, as in metajax/models/lm.py, built from PyTorch's fastest parts.
 
 One product for queries, keys and values, FlashAttention through SDPA, FlexAttention for the dense meta mask, torch.compile over the whole
 model with its loss, autocast to bfloat16 over float32 weights, fused AdamW.
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Mean cross-entropy of a batch. `slots` int64[B, M]: where the meta-tokens stand, None for a model without."""
+    """Mean cross-entropy of a batch. `slots` int64[B, M]: positions of the meta-tokens, None for a model without them."""
 
     def __init__(self, config: Config, vocab_size: int, slots: np.ndarray | None):
         super().__init__()
@@ -95,7 +95,7 @@ class Model(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def load(self, params: Mapping[str, np.ndarray]) -> None:
-        """metajax's parameters by dotted path, blocks stacked over the layers, matrices as inputs x outputs."""
+        """Load metajax's parameters by dotted path: blocks stacked over the layers, matrices as inputs x outputs."""
         state = {"embedding.weight": params["embedding"], "final_norm.weight": params["final_norm.scale"]}
         for i in range(len(self.blocks)):
             for name in ("attention", *(("meta",) if self.blocks[i].meta is not None else ())):
@@ -114,7 +114,7 @@ class Model(nn.Module):
 
 
 class Trainer:
-    """The model with its optimiser; `step` is the recipe's: clipping, AdamW with decay of matrices alone, linear warm-up."""
+    """The model with its optimiser; `step` follows the recipe: clipping, AdamW with decay of matrices only, linear warm-up."""
 
     wait = staticmethod(wait)
 
@@ -150,7 +150,7 @@ class Trainer:
 
 
 def forget_peak() -> int | None:
-    """Bytes that PyTorch's tensors take now, from where the peak counts anew; None on a CPU."""
+    """Reset the peak and return the bytes that PyTorch's tensors take now; None on a CPU."""
     if DEVICE == "cpu":
         return None
     gc.collect()
@@ -159,5 +159,5 @@ def forget_peak() -> int | None:
 
 
 def peak_memory() -> int:
-    """Bytes that they took at most."""
+    """Peak bytes of PyTorch's tensors."""
     return torch.cuda.max_memory_allocated()

@@ -31,7 +31,7 @@ class Analysis:
     name: str
     measure: Measure
     title: str
-    about: str  # what it looks at, and what the paper reports
+    about: str  # what it measures, and what the paper reports
     fits: Callable[[Any], bool]  # whether `analyze` makes it when no analysis is named
     needs: Callable[[Any], None]  # raises UserError for a study that it cannot measure
     on_prompts: bool  # whether its numbers come from the study's own rows
@@ -43,19 +43,19 @@ class Analysis:
         return self.measure(study)
 
     def check(self, study: Any) -> None:
-        """UserError where the study lacks what the analysis needs."""
+        """Raise UserError if the study lacks inputs of the analysis."""
         try:
             self.needs(study)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
     def headlines(self, function: Callable[[Numbers], list[str]]) -> Callable[[Numbers], list[str]]:
-        """Decorator: the function that turns the numbers into sentences."""
+        """Decorator of the function that turns the numbers into sentences."""
         self.lines = function
         return function
 
     def figures(self, function: Callable[[Numbers], Figures]) -> Callable[[Numbers], Figures]:
-        """Decorator: the function that draws the result, with matplotlib's style already set."""
+        """Decorator of the function that draws the result, with matplotlib's style already set."""
         self.draw = function
         return function
 
@@ -100,7 +100,7 @@ class Analyses(Registry[Analysis]):
         return {info.name for info in pkgutil.iter_modules(path) if not info.ispkg}
 
     def names(self) -> list[str]:
-        """Every name, sorted; imports no analysis, so that help stays fast."""
+        """All names, sorted. Imports no analysis, so that help stays fast."""
         return sorted({*self._files(), *self._known})
 
     def fitting(self, study: Any) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class Analyses(Registry[Analysis]):
     def run(self, study: Any, names: Sequence[str], workdir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Make the analyses one by one, write each to WORKDIR/analysis/NAME.json, and yield (name, its numbers without `details`).
 
-        Raises UserError before the first one where the study lacks what one of them needs.
+        Raises UserError before the first analysis if the study lacks inputs of any of them.
         """
         chosen = [self[name] for name in names]
         for one in chosen:

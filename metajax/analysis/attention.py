@@ -19,7 +19,7 @@ from metajax.reporting.panels import panels, token_ticks, weight_heat
 
 
 def maps(model: LM, batch: Arrays) -> dict[str, jax.Array]:
-    """causal, float32[B, L, H, T, T]; meta where the model has meta-attention: [.., M, M], or over all tokens where that is not gathered."""
+    """causal: float32[B, L, H, T, T]. meta, with meta-attention: [.., M, M] if gathered, else over all tokens."""
     names = ["attention_probabilities"]
     if model.meta.attention != "none":
         names.append("meta_probabilities")
@@ -77,7 +77,7 @@ def figures(result: Numbers) -> Figures:
         axes.set_ylabel("layer.head")
         token_ticks(axes, details["labels"][: query + 1])
         drawn.append((figure, f"What {words} attends to, by layer and head."))
-    if "meta" in details and len(metas) > 1:  # a single meta-token attends to itself
+    if "meta" in details and len(metas) > 1:  # a single meta-token attends only to itself
         drawn.append(_meta_maps(np.array(details["meta"])))
     return drawn
 

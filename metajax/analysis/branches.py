@@ -31,7 +31,7 @@ BRANCHES = ("attention", "ssm")
 
 
 def branch_norm(joined: Joined, branch: str) -> Norm:
-    """The norm of a branch of a layer; "ssm" is the mixer beside attention, whatever its name."""
+    """The norm of a branch of a layer; "ssm" is the mixer beside attention, of any kind."""
     name = next(name for name in joined.names if (name == "attention") == (branch == "attention"))
     return getattr(joined, f"{name}_norm")
 
@@ -67,7 +67,7 @@ def magnitudes(model: LM, batch: Arrays) -> dict[str, Float[Array, "B L"]]:
 
 
 def nats(model: LM, batch: Arrays) -> dict[str, Float[Array, " B"]]:
-    """Nats a token of each row."""
+    """Nats per token of each row."""
     weights = batch["loss_weights"]
     total = jnp.sum(weighed(weights, token_nll(apply_model(model, batch), batch["targets"])[0]), axis=1)
     return {"nats": total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)}
@@ -84,8 +84,8 @@ def _needs(study: Study) -> None:
     "branches", title="Attention beside Mamba", fits=lambda study: is_parallel(study) and not has_meta_tokens(study), needs=_needs
 )
 def branches(study: Study) -> dict[str, Any]:
-    """For attention and ssm: rms and scale by layer, and knock_out {mean, half, layers}: the rise of the rows' nats a token without the
-    branch, its mean over layers with a 95 % interval over rows."""
+    """For attention and ssm: rms and scale by layer, and knock_out {mean, half, layers}: the rise of the rows' nats per token
+    without the branch, its mean over layers with a 95 % interval over rows."""
     sizes = study.over_prompts("branches", magnitudes, study.model)
     whole = study.over_prompts("the whole model", nats, study.model)["nats"]
     found: dict[str, Any] = {"nats": float(whole.mean())}

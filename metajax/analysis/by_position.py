@@ -28,7 +28,7 @@ PARTS = {"first": "first 8 tokens", "middle": "middle", "last": "last third"}
 
 
 def places(batch: Row) -> np.ndarray:
-    """int [B, T]: 0, 1, 2 where the target is a body token of the beginning, middle or last third of its document's piece; else -1."""
+    """int [B, T]: 0, 1, 2 if the target is a body token in the first, middle or last third of its document's piece; else -1."""
     out = np.full(batch["tokens"].shape, -1)
     for row, asked, segments in zip(out, batch["is_body"], batch["segment_ids"], strict=True):
         for segment in np.unique(segments[asked]):
@@ -41,8 +41,8 @@ def places(batch: Row) -> np.ndarray:
 def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
     """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who knows nothing, the group or the source.
 
-    mean, first, last: nats a symbol, over all or as in `places`. metadata, where it follows the text: nats of the group or source as a
-    whole, for a reader who knows that `metadata.keep` of the documents have it there.
+    mean, first, last: nats per symbol, over all or as in `places`. metadata, if it follows the text: total nats of the group or
+    source, for a reader who knows that a share `metadata.keep` of the documents have it there.
     """
     recipe = corpora.config.metadata
     documents = some_documents(corpora, "held_out", 1, corpora.config.evaluation.documents)
@@ -69,7 +69,7 @@ def _needs(study: Study) -> None:
     on_prompts=False,
 )
 def by_position(study: Study) -> dict[str, Any]:
-    """Nats a body token of the held-out documents at the beginning, middle and end, with what training showed ("own") and with nothing.
+    """Nats per body token of held-out documents at the beginning, middle and end, with training's metadata ("own") and without.
 
     best: only of a generated corpus.
     """

@@ -26,7 +26,7 @@ NEAR, FAR = 4, 16  # tokens before the meta-token: near is at most NEAR, far is 
 
 
 def cosine(a: Float[Array, "*#batch width"], b: Float[Array, "*#batch width"]) -> Float[Array, "*batch"]:
-    """Cosine of the angle between vectors, 0 where one of them is 0; the axes before broadcast."""
+    """Cosine of the angle between vectors, 0 if one of them is 0; leading axes broadcast."""
     lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.where(lengths > 0, lengths, 1.0)
 
@@ -46,7 +46,7 @@ def resemblance(model: LM, batch: Arrays) -> dict[str, jax.Array]:
 def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean [L, D], half width of its 95 % interval over prompts [L, D], prompts [D]) at 1 .. D tokens before `anchors` [N].
 
-    The half width is NaN where only one prompt is that long.
+    The half width is NaN if only one prompt is that long.
     """
     longest = int(anchors.max())
     source = anchors[:, None] - np.arange(1, longest + 1)

@@ -31,14 +31,14 @@ from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
 
 STRENGTHS = (0.0, 1.0, 1.5, 2.0, 3.0)
-TOKENS, TEXTS = 48, 96  # of a text; texts drawn at each strength, as many of each topic
+TOKENS, TEXTS = 48, 96  # tokens of a text; texts drawn at each strength, equally many of each topic
 LEARNED, TESTED = 6_000, 1_000  # documents that train and test the classifier
-CLASSES = 6  # topics, the most frequent
-BUCKETS, STEPS = 4_096, 200  # of token ids; of the classifier's training
+CLASSES = 6  # number of topics, the most frequent ones
+BUCKETS, STEPS = 4_096, 200  # buckets of token ids; steps of the classifier's training
 
 
 def counts_of(bodies: list[np.ndarray]) -> Float[np.ndarray, "N buckets"]:
-    """log(1 + count) of each token among the first TOKENS, ids modulo BUCKETS, of length 1."""
+    """log(1 + count) of each token among the first TOKENS, ids modulo BUCKETS, L2-normalised."""
     counts = np.zeros((len(bodies), BUCKETS), np.float32)
     for row, ids in zip(counts, bodies, strict=True):
         np.add.at(row, ids[:TOKENS] % BUCKETS, 1)
@@ -65,7 +65,7 @@ def train_classifier(
 
 
 def _topics(study: Study, split: str, count: int, names: list[str] | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(documents of the most frequent topics, as many of each; their topics; the topics' names)."""
+    """(documents of the most frequent topics, equally many of each; their topics; the topics' names)."""
     documents = labels.some_documents(study.corpora, split, TOKENS // 2, count)
     texts = labels.texts_of(study.corpora, study.corpora.config.evaluation.labels[0], documents)
     if names is None:
@@ -91,8 +91,8 @@ def _needs(study: Study) -> None:
     on_prompts=False,
 )
 def guidance(study: Study) -> dict[str, Any]:
-    """For each strength g (as "g_1_5"): share of texts with the topic of their metadata, and nats a token without metadata; also the
-    classifier's accuracy on real held-out texts, and chance."""
+    """For each strength g (as "g_1_5"): share of texts with the topic of their metadata, and nats per token without metadata.
+    Also the classifier's accuracy on real held-out texts, and chance."""
     corpora, recipe = study.corpora, study.corpora.config.metadata
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
     documents, topics, names = _topics(study, "train", LEARNED, None)

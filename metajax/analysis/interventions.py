@@ -36,13 +36,13 @@ WORDS = {
 
 
 def intervene(model: LM) -> dict[str, LM]:
-    """{name: the model under that intervention}, for those that the model's position scheme allows."""
+    """{name: the model under that intervention}, for the interventions that the model's position scheme allows."""
     found = {}
     for name, changes in INTERVENTIONS.items():
         try:
             found[name] = with_intervention(model, **changes)
         except UserError:
-            continue  # for example learned positions, which meta-attention cannot have of its own
+            continue  # for example, meta-attention has no separate learned positions
     return found
 
 
@@ -81,7 +81,7 @@ def figures(result: Numbers) -> Figures:
 
 
 def _bins(numbers: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(task, length, {intervention: accuracy}) of every length that has examples."""
+    """(task, length, {intervention: accuracy}) for every length with examples."""
     names = [name for name in WORDS if name in numbers]
     for task, bins in numbers["none"].items():
         for length, whole in bins.items():

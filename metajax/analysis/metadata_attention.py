@@ -25,7 +25,7 @@ from metajax.models.lm import LM
 from metajax.reporting.panels import by_layer, heat, panels
 
 DOCUMENTS, TOKENS, FIRST = 400, 256, 100
-LEAST = 10  # documents of a class whose distances are taken
+LEAST = 10  # least documents of a class whose distances are computed
 
 
 def parts_of(study: Study, ids: list[int], url: bool) -> list[str]:
@@ -46,7 +46,7 @@ def shares(model: LM, batch: Arrays, *, first: int) -> dict[str, Array]:
     body = batch["is_body"].astype(jnp.float32)
     early = body * (jnp.cumsum(body, axis=1) <= first)
     mean = lambda weights, x: jnp.einsum("blhqk,bq->blhk", x, weights) / jnp.maximum(weights.sum(1), 1)[:, None, None, None]  # noqa: E731
-    uniform = 1 / (1 + jnp.arange(body.shape[1], dtype=jnp.float32))  # what each earlier key would get of a query
+    uniform = 1 / (1 + jnp.arange(body.shape[1], dtype=jnp.float32))  # weight of each earlier key in uniform attention
     flat = (
         jnp.einsum("bq,q,qk->bk", body, uniform, jnp.tril(jnp.ones((body.shape[1],) * 2))) / jnp.maximum(body.sum(1), 1)[:, None]
     )
@@ -66,7 +66,7 @@ def _needs(study: Study) -> None:
     on_prompts=False,
 )
 def metadata_attention(study: Study) -> dict[str, Any]:
-    """Share of body tokens' attention by part of what precedes them, and the share that equal attention to all would give.
+    """Share of body tokens' attention by part of the preceding positions, and the share under uniform attention.
 
     clusters, for learnable tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label.
     """
@@ -104,7 +104,7 @@ def metadata_attention(study: Study) -> dict[str, Any]:
 def _places(
     study: Study, openings: list[tuple[list[int], list[int]]], metadata: list[list[int]], width: int, url: bool
 ) -> tuple[list[str], Int[np.ndarray, "N T"]]:
-    """(names of the parts, the part of each position); what follows the opening is "text"."""
+    """(names of the parts, the part of each position); positions after the opening are "text"."""
     names = ["bos", "begin", "end", "text"]
     place = np.full((len(openings), width), 3)
     for row, (_, kinds), ids in zip(place, openings, metadata, strict=True):

@@ -27,11 +27,11 @@ from metajax.reporting.panels import panels
 
 MIXERS = {"attention": "attention", "ssm": "Mamba"}
 CATEGORIES = {"meta": "meta tokens", "first": "first token", "self": "itself", "cross": "others"}
-CHANNELS = 16  # of Mamba, evenly spaced, whose maps are made
+CHANNELS = 16  # evenly spaced channels of Mamba whose maps are computed
 
 
 def ssm_rates(model: LM) -> Float[Array, "L C N"]:
-    """A of every Mamba, in the order of the layers."""
+    """The parameter A of every Mamba, in the order of the layers."""
     found = []
     for run in model.blocks:
         of_run = [layer.mixer.mamba.A_log[...] for layer in run if "mamba" in layer.mixer.names]
@@ -74,9 +74,9 @@ def ssm_maps(model: LM, batch: Arrays) -> Float[Array, "L B channels T P"]:
 
 
 def describe(maps: Float[Array, "L B H T P"]) -> dict[str, Array]:
-    """Per layer and row, [B, L] each: entropy in nats, shares of CATEGORIES (of all queries but the first), reach of the last query.
+    """Per layer and row, [B, L] each: entropy in nats, shares of CATEGORIES (all queries but the first), reach of the last query.
 
-    reach: sum over tokens of map x distance, meta tokens left out.
+    reach: sum over tokens of map x distance, without meta tokens.
     """
     length, metas = maps.shape[-2], maps.shape[-1] - maps.shape[-2]
     index = jnp.arange(length)
@@ -111,10 +111,10 @@ def mamba_map(model: LM, batch: Arrays) -> dict[str, Array]:
 
 @analysis("mixing_maps", title="Where tokens look", fits=lambda study: not has_meta_tokens(study))
 def mixing_maps(study: Study) -> dict[str, Any]:
-    """For attention and ssm, where the model has them: {entropy, meta, first, self, cross, reach: {mean, half, layers}}.
+    """For attention and ssm, if the model has them: {entropy, meta, first, self, cross, reach: {mean, half, layers}}.
 
     reach is the effective receptive field: the sum over layers n = 1 .. N of 2 (N - n + 1) / (N (N + 1)) x the last query's reach, in
-    tokens; all others are means over layers. half: of the 95 % interval over rows.
+    tokens; all others are means over layers. half: half width of the 95 % interval over rows.
     """
     hybrid, found = study.model.cfg.hybrid, {}
     if hybrid is None or hybrid.fusion != "mamba":

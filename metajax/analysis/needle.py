@@ -21,11 +21,11 @@ from metajax.models.lm import LM
 from metajax.reporting.panels import heat, panels
 from metajax.training.step import apply_model
 
-DEPTHS = 10  # equal parts of the text
+DEPTHS = 10  # number of equal parts of the text
 
 
 def is_right(model: LM, batch: Arrays) -> dict[str, Bool[Array, " B"]]:
-    """Whether every token of the answer is the likeliest."""
+    """Whether every token of the answer is the most likely one."""
     right = jnp.argmax(apply_model(model, batch), axis=-1) == batch["targets"]
     return {"right": jnp.all(right | ~batch["is_body"], axis=1)}
 

@@ -33,7 +33,7 @@ from metajax.reporting.figures import look
 from metajax.reporting.panels import name_rows, panels
 from metajax.training.program import Program, abstract_model
 
-# Twins of equal row length; the others are compared with the first, which has meta-tokens and no attention among them.
+# Twins of equal row length. The others are compared with the first, which has meta-tokens but no meta-attention.
 OF_META_TOKENS: dict[str, dict[str, Any]] = {
     "none": {"meta_tokens.attention": "none"},
     "gathered": {"meta_tokens.attention": "gathered"},
@@ -43,8 +43,8 @@ OF_META_TOKENS: dict[str, dict[str, Any]] = {
 }
 ATTENTION = {"model.hybrid.fusion": "attention"}
 MAMBA = {"model.hybrid.fusion": "mamba", "model.window": None, "model.hybrid.full_layers": (), "model.hybrid.kv_groups": ()}
-BLOCK = {"model.mlp_width": 0}  # the mixers alone
-RATE = 0.1  # of meta-tokens, the paper's
+BLOCK = {"model.mlp_width": 0}  # only the mixers
+RATE = 0.1  # the paper's rate of meta-tokens
 ROUNDS = 40  # each has one step of every twin
 WORDS = {
     "none": "meta-tokens without meta-attention",
@@ -75,7 +75,7 @@ def twins(config: Config, vocab_size: int) -> dict[str, Config]:
 
 
 def as_many_parameters(config: Config, goal: Config, vocab_size: int) -> Config:
-    """The config with its feed-forward networks widened until it has the parameters of `goal`, to the nearest width."""
+    """The config with feed-forward networks widened to the number of parameters of `goal`, to the nearest width."""
     size = lambda c: sum(x.size for x in jax.tree.leaves(abstract_model(c, vocab_size)))  # noqa: E731
     wider = override(config, {"model.mlp_width": config.model.mlp_width + 1})
     return override(

@@ -46,7 +46,7 @@ def states(model: LM, batch: Arrays) -> dict[str, Float[Array, "B S width"]]:
 def accuracies(
     x: Float[np.ndarray, "S N width"], y: Int[np.ndarray, " N"], train: Bool[np.ndarray, " N"], kind: str
 ) -> Float[np.ndarray, "seeds S"]:
-    """Test accuracy of a probe for each of S readings of the same documents, standardised by its training part."""
+    """Test accuracy of a probe for each of S representations of the same documents, standardised by the training part."""
     centre, spread = x[:, train].mean(1, keepdims=True), x[:, train].std(1, keepdims=True)
     x = ((x - centre) / np.maximum(spread, 1e-6)).astype(np.float32)
     train_y, test_y = jnp.asarray(y[train]), y[~train]
@@ -90,7 +90,7 @@ def accuracies(
 def probes(study: Study) -> dict[str, Any]:
     """For each template of `evaluation.labels` and each choice of documents: accuracy of both probes by layer, of length alone, of chance.
 
-    Half of the origins train a probe, the others test it. A label without two classes of enough documents has the reason instead.
+    Half of the origins train a probe, the others test it. A label without two classes of enough documents has a reason instead.
     """
     corpora, templates = study.corpora, study.corpora.config.evaluation.labels
     cache, documents = corpora.caches[0], labels.some_documents(corpora, "held_out", 8, DOCUMENTS)
@@ -115,7 +115,7 @@ def _probed(
 ) -> dict[str, Any]:  # fmt: skip
     rng = np.random.default_rng(bins)
     used = np.zeros(len(classes), bool)
-    for side in (train, ~train):  # balanced on both sides
+    for side in (train, ~train):  # balance training and test documents
         used |= labels.matched(np.where(side, classes, -1), lengths, bins, rng)
     count = classes.max(initial=-1) + 1
     if count < 2 or min((used & train).sum(), (used & ~train).sum()) < 2 * count:

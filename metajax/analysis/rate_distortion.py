@@ -34,11 +34,11 @@ from metajax.reporting.panels import GREY, panels
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 WIDTH = 64  # of z
-PARTS = 5  # of the training of a head, measured after each to see whether it has converged
+PARTS = 5  # parts of a head's training; it is measured after each to check convergence
 SEEDS = 5
-SAMPLES = 16  # of z for each example, when a head is measured
+SAMPLES = 16  # samples of z for each example when a head is measured
 SOURCES = {"meta": "meta-token", "last": "last token", "meta_zero_position": "meta-token, no position"}
-TICKS = (0, 5, 10, 15, 20, 50, 100, 200, 500, 1000, 2000)  # of the rate's axis, which is linear up to 20
+TICKS = (0, 5, 10, 15, 20, 50, 100, 200, 500, 1000, 2000)  # ticks of the rate's axis, which is linear up to 20
 Head = dict[str, Array]
 
 
@@ -53,16 +53,16 @@ class Budget:
 
 
 class Chance(NamedTuple):
-    """All that is random in the training of one head, drawn beforehand: the compiled loop is then small and quick to compile."""
+    """All random numbers of the training of one head, drawn in advance so that the loop is small and compiles fast."""
 
-    head: Head  # as it begins
+    head: Head  # initial head
     chosen: Int[Array, "updates batch"]  # examples of each update
     noise: Float[Array, "updates batch z"]  # of z
     measured: Float[Array, "samples N z"]  # of z, when the head is measured
 
 
 def draw(seed: int, budget: Budget, count: int, width: int, vocab_size: int) -> Chance:
-    """The draws of a seed; weights and biases uniform within 1 / sqrt(inputs), examples in a new order each epoch."""
+    """The random numbers of a seed: weights and biases uniform within 1 / sqrt(inputs), examples in a new order each epoch."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
     linear = lambda inputs, *shape: ((2 * rng.random(shape, np.float32) - 1) / np.sqrt(inputs)).astype(np.float32)  # noqa: E731
@@ -138,7 +138,7 @@ def hidden_states(model: LM, batch: Arrays) -> dict[str, jax.Array]:
 
 
 def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
-    """What is encoded: the last meta-token's state, the prompt's last token's (the control), and the meta-token's with its position zeroed."""
+    """Encoded states: of the last meta-token, of the prompt's last token (control), of the meta-token with position zeroed."""
     rows, models = np.arange(study.count), intervene(study.model)
     whole = study.over_prompts("hidden states", hidden_states, study.model)["final"]
     found = {"meta": whole[rows, study.last_meta], "last": whole[rows, study.asked]}

@@ -24,7 +24,7 @@ from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, by_layer, panels
 
 BINS = 40
-TAIL = 0.005  # share of the values beyond each end of the histogram
+TAIL = 0.005  # share of values beyond each end of the histogram
 QUANTITIES = {"boost": "greatest score before the softmax", "drop": "attention entropy (nats), lower by"}
 
 

@@ -30,7 +30,7 @@ from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
 
 DELTAS = (0.1, 0.5, 1.0, 2.0, 5.0)
-NODES = 64  # of the quadrature
+NODES = 64  # nodes of the quadrature
 SHOWN = 1500  # rows in the figure
 COUNTER_EXAMPLE = ((0.0, 5.0, 0.0, 0.0), 0, 5.0)  # (logits, boosted key, Delta): entropy rises from 0.119 to 0.733 nats
 Values = Float[np.ndarray, "*#rows"] | float
@@ -50,13 +50,13 @@ def boosted_entropy(p: Values, entropy: Values, delta: Values) -> Values:
 
 
 def margin(p: Values, entropy: Values) -> Values:
-    """ln p + H: the theorem promises lower entropy where this is positive."""
+    """ln p + H. The theorem guarantees lower entropy if this is positive."""
     with np.errstate(divide="ignore"):
         return np.log(p) + entropy
 
 
 def kappa(p: Values, entropy: Values, delta: float) -> Values:
-    """The entropy that the boost takes away, as the integral from 0 to delta of p_t (ln p_t + H_t) dt (Gauss-Legendre)."""
+    """The decrease of entropy by the boost, as the integral from 0 to delta of p_t (ln p_t + H_t) dt (Gauss-Legendre)."""
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     times = (0.5 * delta * (nodes + 1)).reshape(-1, *[1] * np.ndim(p))
     at = boosted_probability(p, times)
@@ -73,9 +73,9 @@ def meta_rows(model: LM, batch: Arrays) -> dict[str, jax.Array]:
 
 @analysis("theory", title="The entropy theorem", **META_TOKENS)
 def theory(study: Study) -> dict[str, Any]:
-    """On the rows of queries after the last meta-token: the share where the margin condition holds for its key, and what boosts of its
-    logit do (`delta_*`). `observed` is no test of the theorem, for an embedding changes more than one logit: the entropy drop from the
-    zeroed embedding to the learned one, where the row without it meets the condition and where it does not.
+    """For rows of queries after the last meta-token: share in which the margin condition holds for its key, and effects of
+    boosting its logit (`delta_*`). `observed`: entropy drop from the zeroed to the learned embedding, in rows that without it
+    meet the condition and in the others. It does not test the theorem: an embedding changes more than one logit.
     """
     index = np.arange(study.rows["tokens"].shape[1])
     after = (index > study.last_meta[:, None]) & (index <= study.asked[:, None])
@@ -100,7 +100,7 @@ def theory(study: Study) -> dict[str, Any]:
 
 
 def _by_condition(drop: np.ndarray, holds: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
-    """How many rows meet the condition or not, and in what share of them the entropy fell (None: no such row)."""
+    """Number of rows that meet the condition or not, and the share of them in which the entropy fell (None: no such row)."""
     found = {}
     for name, part in (("met", chosen & holds), ("not_met", chosen & ~holds)):
         share, half = cluster_mean((drop > 0).astype(np.float64), part) if part.any() else (None, None)
@@ -109,7 +109,7 @@ def _by_condition(drop: np.ndarray, holds: np.ndarray, chosen: np.ndarray) -> di
 
 
 def counter_example() -> dict[str, float]:
-    """A row whose entropy rises when a key is boosted that does not meet the condition."""
+    """A row whose entropy rises when a key that does not meet the condition is boosted."""
     logits, key, delta = COUNTER_EXAMPLE
     row = softmax(np.array(logits))
     before = entr(row).sum()

@@ -1,4 +1,4 @@
-"""Arguments of the command line that are checked while they are read: numbers within a range, folders, files, buckets."""
+"""Command-line arguments that are checked when parsed: numbers within a range, folders, files, buckets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Jobs = Annotated[int, Range(1, 1024)]
 def add_number(
     parser: Any, name: str, hint: Any, default: Any, text: str, said: str = "", metavar: str = "N", **more: Any
 ) -> None:
-    """An option with one number, or a list of them, within the range of `hint`; its help tells range and default.
+    """Add an option with one number, or a list of numbers, within the range of `hint`; the help states range and default.
 
     Args:
-      said: what stands for the default where that is no number.
+      said: text for a default that is not a number.
     """
 
     def read(word: str) -> Any:
@@ -39,7 +39,7 @@ def word(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """A local folder, there already or to be made."""
+    """A local folder that exists or can be made."""
     word(text)
     require("://" not in text, f"{text}: runs and caches live in a local folder; only --data-dir and --workdir can be a bucket")
     there = next(path for path in (Path(text).absolute(), *Path(text).absolute().parents) if path.exists())
@@ -61,12 +61,12 @@ def data_folder(text: str) -> Any:
 
 
 def workdir(text: str) -> str | Path:
-    """A local folder, or gs://BUCKET/PATH as it is, of which the stage is below --runs-dir."""
+    """A local folder, or gs://BUCKET/PATH unchanged, whose staging folder is below --runs-dir."""
     return text if text.startswith(SCHEME) else folder(text)
 
 
 def new_file(text: str) -> Path:
-    """A file that can be written where it is named."""
+    """A path at which a file can be written."""
     path = Path(word(text))
     require(path.parent.is_dir() and not path.is_dir(), f"{text}: expected a file in an existing folder")
     return path

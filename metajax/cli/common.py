@@ -1,4 +1,4 @@
-"""What several verbs do: the config that a command asks for, the start of JAX, an opened run."""
+"""Functions that several verbs use: the config that a command asks for, the start of JAX, an opened run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def paths_of(options: argparse.Namespace) -> Any:
 
 
 def config_of(experiment: registry.Experiment, options: argparse.Namespace) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
-    """The experiment as this command asks for it, and the runs that it starts from, the oldest first."""
+    """The experiment as this command asks for it, and the runs that it starts from, oldest first."""
     from metajax.runs.parents import parse_changes, resolve_parents
 
     changes = parse_changes(options.changes, options.runs_dir)
@@ -30,7 +30,7 @@ def config_of(experiment: registry.Experiment, options: argparse.Namespace) -> t
 
 
 def start_jax(cache: Path) -> None:
-    """Keep compiled programs between runs; call it before the first use of a device."""
+    """Keep compiled programs between runs. Call this before the first use of a device."""
     import jax
 
     from metajax.core.compat import keep_programs
@@ -52,7 +52,7 @@ def connect(options: argparse.Namespace) -> None:
 
 
 def config_of_run(options: argparse.Namespace) -> Config:
-    """The config of the run that a command names, on the devices that are here."""
+    """The config of the run that a command names, for the available devices."""
     from metajax.runs.directory import find_run, read_config
 
     config = require_text(read_config(find_run(options.run, options.runs_dir)), options.verb)
@@ -60,7 +60,7 @@ def config_of_run(options: argparse.Namespace) -> Config:
 
 
 def open_run(options: argparse.Namespace, word: str) -> Any:
-    """A run's newest checkpoint."""
+    """Open a run's newest checkpoint."""
     start_jax(options.cache_dir)
     from metajax.runs.directory import find_run
     from metajax.training import opened

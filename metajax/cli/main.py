@@ -1,7 +1,7 @@
 """The command line: names, verbs, errors in one line, exit codes.
 
-Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can mend, 75 ended from outside (preempted, or
-hanging for the want of another host): start the same command again; 130 ended by Ctrl-C: the same command goes on.
+Exit codes: 0 success, 1 a run that broke down (a loss that is not finite), 2 an error the user can fix, 75 ended from outside
+(preempted, or waiting for a missing host; start the same command again), 130 ended by Ctrl-C (the same command continues).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 
 def command() -> NoReturn:
-    """The installed command: the experiments that came with it, and those of a folder `experiments` where it is called."""
+    """The installed command, with its own experiments and those of a folder `experiments` in the current folder."""
     here = Path.cwd()
-    is_checkout = (here / "metajax" / "registry.py").exists()  # whose experiments are the same, or newer
+    is_checkout = (here / "metajax" / "registry.py").exists()  # a checkout has the same experiments, or newer ones
     packages = ["metajax_experiments"] if importlib.util.find_spec("metajax_experiments") and not is_checkout else []
     if (here / "experiments").is_dir():
         sys.path.insert(0, str(here))

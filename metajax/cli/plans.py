@@ -29,10 +29,10 @@ from metajax.runs.parents import resolve_parents
 
 
 def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
-    """Print the plan of a config, which starts from the runs of `parents`; 1 where it does not fit."""
+    """Print the plan of a config that starts from the runs of `parents`; returns 1 if it does not fit."""
     step = _step(config, parents, paths, options.vocabulary)
     found = plan(config, step, options.topology, dump, schedules=options.schedules)
-    shards = found["mesh"]["data"] * found["mesh"]["fsdp"]  # of a batch's rows
+    shards = found["mesh"]["data"] * found["mesh"]["fsdp"]  # shards of a batch's rows
     if not found["fits"]:
         say("it does not fit; looking for a change that does")
         found["advice"] = advise(config, shards, lambda changed: plan(changed, step, options.topology))
@@ -47,14 +47,14 @@ def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[A
     if options.html is not None:
         write_plan_page(options.html, found)
     if options.json:
-        echo(json.dumps(found, indent=1).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
+        echo(json.dumps(found, indent=1).replace("\x7f", "\\u007f"))  # the only control character that JSON does not escape
     else:
         print_plan(found)
     return 0 if found["fits"] else 1
 
 
 def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
-    """Print and write the plans of all experiments of a scale, one for each program; 1 where one failed or does not fit."""
+    """Print and write plans of all experiments of a scale, one per program; returns 1 if any failed or does not fit."""
     named = [one for one in registry.experiments().values() if options.name in one.name]
     chosen = [one.build(options.scale) for one in named if options.scale in one.scales]
     require(bool(chosen), f"nothing of scale {options.scale} is named like {options.name!r}")
@@ -78,7 +78,7 @@ def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
 
 
 def _on_first(config: AnyConfig, slices: Sequence[str], plan_one: Callable[[AnyConfig, str], dict[str, Any]]) -> dict[str, Any]:
-    """The plan on the first slice that holds the step; where none does, the result on the last one."""
+    """The plan on the first slice that holds the step; if none does, the result on the last slice."""
     for topology in slices:
         try:
             found = plan_one(config, topology)

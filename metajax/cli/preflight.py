@@ -1,7 +1,7 @@
-"""Before a run on several hosts: is everyone there, with the same code and data, and does the storage answer?
+"""Checks before a run on several hosts: all hosts are there with the same code and data, and the storage answers.
 
-Every check runs in a process of its own and has a few seconds: reading a bucket without credentials, or a collective with a host
-that is not there, can hang for ever. Run the same command on all hosts at about the same time; alone it checks this machine.
+Every check runs in a separate process with a time limit, because reading a bucket without credentials, or a collective with a
+missing host, can hang forever. Run the same command on all hosts at about the same time; on one host it checks that machine.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SECONDS = 10.0  # for each check
 
 
 class Finding(NamedTuple):
-    """What a check has found."""
+    """The result of a check."""
 
     check: str
     good: bool
-    text: str  # what was found, or what is wrong and how to mend it
+    text: str  # the finding, or the error and how to fix it
 
 
-REMEDIES = {  # of a check that does not come back
+REMEDIES = {  # remedy for a check that does not return
     "place": "ask the launcher: outside Cloud TPU, GKE and Slurm give --coordinator, --processes and --process-id",
     "data": "is its bucket readable from this host (gcloud auth application-default login), its file system mounted?",
     "hosts": "are all hosts running this command, and is the coordinator's port open between them?",
@@ -41,11 +41,11 @@ REMEDIES = {  # of a check that does not come back
 
 
 def preflight(arguments: dict[str, Any], seconds: float = SECONDS) -> list[Finding]:
-    """All checks, in their order; each sees what those before it found.
+    """Run all checks in order; each reads the findings of the earlier ones.
 
     Args:
-      arguments: coordinator, processes, process (None: from the environment), workdir, sources, data_dir, cache_dir, and `facts` that all hosts
-        must share, such as the hash of the configuration.
+      arguments: coordinator, processes, process (None: from the environment), workdir, sources, data_dir, cache_dir, and `facts`
+        that must agree on all hosts, such as the hash of the configuration.
     """
     findings = []
     for check in CHECKS:
@@ -121,7 +121,7 @@ def _hosts(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _collect(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
-    """Process 0: everyone's facts as far as they come in time, told to all who came."""
+    """Process 0: collect the facts of all processes that report in time, and send them to these processes."""
     everyone, guests = [facts, *[None] * (count - 1)], []
     with socket.create_server(("", int(address.rpartition(":")[2])), backlog=count) as server:
         while None in everyone and (left := deadline - time.monotonic()) > 0:
@@ -144,7 +144,7 @@ def _collect(address: str, count: int, me: int, facts: dict[str, Any], deadline:
 
 
 def _report(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
-    """Every other process: tell process 0 and hear what it knows."""
+    """Every other process: send facts to process 0 and receive the collected facts."""
     host, _, port = address.rpartition(":")
     while True:
         try:
@@ -187,7 +187,7 @@ def _storage(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_as_checkpoints(path: Any) -> str:
-    """A file of a bucket through TensorStore, which signs in by itself."""
+    """Read a file of a bucket through TensorStore, which authenticates itself."""
     import tensorstore
 
     return tensorstore.KvStore.open(f"{path.parent}/").result().read(path.name).result().value.decode()
@@ -219,7 +219,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def main(words: Sequence[str]) -> int:
-    """One check in this process: its finding as a line of JSON, or the error as one line and exit code 2."""
+    """Run one check in this process: print its finding as a line of JSON, or the error as one line with exit code 2."""
     try:
         with outages():
             echo(json.dumps(CHECKS[words[0]](json.loads(words[1]))))

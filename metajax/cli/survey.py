@@ -1,4 +1,4 @@
-"""The distinct programs among experiments, for `plan --all`: experiments that share model and batch share a compiled step."""
+"""The distinct programs of all experiments, for `plan --all`. Experiments with the same model and batch share a compiled step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from metajax.config import AnyConfig, ImageConfig, Prompts
 from metajax.vision.data.published import CLASSES
 
 SLICES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")  # tried in this order
-# Fields of a prompt learner that are numbers in its step, not its shape.
+# Fields of a prompt learner that change only numbers in its step, not shapes.
 _RATES = ("context_init", "beta", "margin", "epochs", "learning_rate", "warmup_rate", "weight_decay")
 
 
 def program_of(config: AnyConfig) -> Hashable:
-    """What distinguishes train steps: model, sizes of a batch, meta-tokens and runtime; not data, seed and rates."""
+    """The key of a train step's program: model, batch sizes, meta-tokens and runtime; not data, seed and rates."""
     runtime = config.runtime
     how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation, config.optimizer.name)
     how = (*how, config.training.accumulate, config.training.objective)
@@ -29,7 +29,7 @@ def program_of(config: AnyConfig) -> Hashable:
 
 
 def programs(configs: Iterable[AnyConfig]) -> list[list[AnyConfig]]:
-    """The configs grouped by program, without zero-shot ones; the first of each group has the most classes."""
+    """The configs grouped by program, without zero-shot configs; the first of each group has the most classes."""
     groups: dict[Hashable, list[AnyConfig]] = {}
     for config in configs:
         if not isinstance(config, ImageConfig) or config.prompts is None or config.prompts.context:

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 Add = Callable[[argparse.ArgumentParser], None]
-Act = Callable[[argparse.Namespace, float], int | None]  # of the parsed options and the start of the command; an exit code
+Act = Callable[[argparse.Namespace, float], int | None]  # (parsed options, start time of the command) -> exit code
 
 
 class Verb(NamedTuple):
-    """What a verb does, and what gives its parser the arguments. `--help` shows the docstring: a summary, then examples."""
+    """A verb: its function, and the function that adds its arguments. `--help` shows the docstring: a summary, then examples."""
 
     act: Act
     add: tuple[Add, ...]
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring, as `--help` lists it."""
+        """The first line of the docstring, which `--help` lists."""
         line = inspect.getdoc(self.act).partition("\n")[0].rstrip(".")
         return line[0].lower() + line[1:]
 

@@ -1,4 +1,4 @@
-"""Dataclasses of the configuration, one door to all of them; `metajax/core/fields.py` reads and checks their values."""
+"""All dataclasses of the configuration. `metajax/core/fields.py` reads and checks their values."""
 
 from metajax.config.clip import PIXEL_MEAN, PIXEL_STD, PUBLISHED, Clip, preset
 from metajax.config.data import Data, Switch, Tasks

@@ -1,4 +1,4 @@
-"""What a CLIP is made of, and the published sizes (Radford et al., arXiv 2103.00020, tables 19 and 20)."""
+"""The config of a CLIP model, and the published sizes (Radford et al., arXiv 2103.00020, tables 19 and 20)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from metajax.config.model import Model
 from metajax.core.errors import nearest, require
 from metajax.core.fields import Count, Part, Positive, Range, Size, SizeOrZero
 
-# OpenAI's, for red, green and blue.
+# OpenAI's values for red, green and blue.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 Real = Annotated[float, Range(-1e30, 1e30)]
@@ -17,11 +17,11 @@ Real = Annotated[float, Range(-1e30, 1e30)]
 
 @dataclass(frozen=True)
 class Clip(Part, path="clip"):
-    """An image tower and a text tower that meet in one space of `embed` numbers."""
+    """An image tower and a text tower that map into one embedding space of width `embed`."""
 
-    vision_layers: tuple[Size, ...]  # of a vision transformer: one number; of a ResNet: blocks of each of the four stages
-    vision_width: Size  # of a ResNet: channels of the first stage
-    vision_heads: Size  # of a ResNet: those of its attention pool
+    vision_layers: tuple[Size, ...]  # vision transformer: one number; ResNet: blocks of each of the four stages
+    vision_width: Size  # ResNet: channels of the first stage
+    vision_heads: Size  # ResNet: heads of its attention pool
     text_width: Size
     text_heads: Size
     embed: Size
@@ -33,7 +33,7 @@ class Clip(Part, path="clip"):
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: SigLIP's (arXiv 2303.15343), whose logits have a learned bias
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    # The image tower reads (pixel / 255 - mean) / std of each channel; None: OpenAI's numbers.
+    # The input of the image tower is (pixel / 255 - mean) / std in each channel; None: OpenAI's numbers.
     pixel_mean: tuple[Real, Real, Real] | None = None
     pixel_std: tuple[Positive, Positive, Positive] | None = None
 
@@ -48,7 +48,7 @@ class Clip(Part, path="clip"):
 
     @property
     def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, standard deviation) that pixels from 0 to 1 are normalised with, by channel."""
+        """(mean, standard deviation) of each channel, for normalising pixels in [0, 1]."""
         return self.pixel_mean or PIXEL_MEAN, self.pixel_std or PIXEL_STD
 
     @property

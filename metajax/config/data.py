@@ -1,4 +1,4 @@
-"""What is read, and how it becomes rows."""
+"""Config of the training data: sources, metadata, packing and synthetic tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Length = Annotated[int, Range(2, 2**20)]
 
 @dataclass(frozen=True)
 class Switch(Part, path="data.switch"):
-    """What changes in the data from one step on (annealing, cooldown); parameters, optimiser state and schedule continue."""
+    """A change of the data from a given step on (annealing, cooldown); parameters, optimiser state and schedule continue."""
 
     step: Count
     weights: tuple[NotNegative, ...] = ()  # of the sources; empty: as before
@@ -23,13 +23,13 @@ class Switch(Part, path="data.switch"):
 
     @property
     def fresh(self) -> bool:
-        """Whether rows from the step on differ from those before it: other documents, or the same without their metadata."""
+        """Whether rows change at the step: other documents, or the same documents without metadata."""
         return self.unseen > 0 or self.metadata == "none"
 
 
 @dataclass(frozen=True)
 class Data(Part, path="data"):
-    """What is read and how it becomes rows. A source is `KIND[:PATH][?text=COLUMN&origin=COLUMN]`."""
+    """The sources and how their documents become rows. A source is `KIND[:PATH][?text=COLUMN&origin=COLUMN]`."""
 
     sources: tuple[str, ...] = ("pydocs",)
     weights: tuple[NotNegative, ...] = ()  # one per source; empty: equal
@@ -40,7 +40,7 @@ class Data(Part, path="data"):
     packing: Literal["concat", "best_fit", "new_document"] = "concat"  # metajax/data/packing.py
     attend_across_documents: bool = False
     held_out: Annotated[float, Range(above=0, below=1)] = 0.05  # share of origins kept for evaluation
-    min_bytes: CountOrZero = 0  # shorter documents are left out, of training and of evaluation
+    min_bytes: CountOrZero = 0  # shorter documents are left out of training and evaluation
     on_bad_record: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
@@ -59,27 +59,27 @@ class Tasks(Part, path="tasks"):
     """Synthetic tasks instead of documents as training text (Language Modeling with Learned Meta-Tokens, section 4, appendix D;
     needle and mqar for Hymba).
 
-    A length counts every position of an example: BOS, prompt, answer. Each task is a file in metajax/data/tasks; neutral text fills what is
-    left of a length.
+    A length counts every position of an example: BOS, prompt and answer. Each task is a file in metajax/data/tasks.
+    Neutral text fills the positions that remain.
     """
 
-    names: tuple[str, ...] = ("list_recall", "segment_counting", "parity", "copying")  # any of metajax/data/tasks, or of your own
-    train_length: Size = 128  # longest training example; the paper has 128, 256, 512 and more
-    # Curriculum: equal parts of the training steps, each with the share of train_length that its longest examples have. Five
-    # phases in the paper; their bounds are not stated, halving is inferred from its split names.
+    names: tuple[str, ...] = ("list_recall", "segment_counting", "parity", "copying")  # tasks in metajax/data/tasks, or your own
+    train_length: Size = 128  # longest training example; the paper uses 128, 256, 512 and more
+    # Curriculum: equal parts of the training steps. Each number is the phase's longest example as a share of train_length.
+    # The paper has five phases and does not state their bounds; halving is inferred from the names of its splits.
     phases: tuple[Share, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
-    train_examples: Count = 90_000  # of each task, spread over the phases
+    train_examples: Count = 90_000  # of each task, divided among the phases
     eval_lengths: tuple[Length, ...] = (64, 128, 256)  # upper ends of the bins; a bin reaches down to half of it
-    eval_examples: Count = 1_000  # in every bin; the paper has 10,000 test examples a task over all of them
-    # Where the meta-tokens of an example stand: at the spots that its question speaks of, at as many random spots, or nowhere;
-    # without "deliberate" an ordinary token marks the spots. The paper's is "deliberate".
+    eval_examples: Count = 1_000  # in every bin; the paper has 10,000 test examples per task over all bins
+    # Positions of an example's meta-tokens: the places its question refers to, as many random places, or none.
+    # Without "deliberate" an ordinary token marks the places. The paper uses "deliberate".
     placement: Literal["deliberate", "random", "none"] = "deliberate"
-    lists: Size = 6  # named lists in an example, at most; this and the sizes below are not stated in the paper
-    items: Size = 8  # items of a list, at most
+    lists: Size = 6  # most named lists in an example; this size and those below are not stated in the paper
+    items: Size = 8  # most items of a list
     classes: Annotated[int, Range(2, 2**20)] = 4  # answers of segment counting: 0 .. classes - 1, equally likely
-    bits: Size = 6  # bits before the pause, at most (parity)
-    span: Size = 6  # words to copy, at most
-    pairs: Size = 64  # of a key and its value, at most, and at most a quarter of a row's positions (mqar)
+    bits: Size = 6  # most bits before the pause (parity)
+    span: Size = 6  # most words to copy
+    pairs: Size = 64  # most key-value pairs (mqar), and at most a quarter of a row's positions
 
     def __post_init__(self) -> None:
         require(len(self.names) > 0, "tasks.names is empty; name at least one, such as parity")
@@ -90,5 +90,5 @@ class Tasks(Part, path="tasks"):
         require(self.items >= least, f"tasks.items = {self.items}: at least {least}, so that a list holds what is asked for")
 
     def pauses(self, row_length: int) -> int:
-        """Meta-tokens that a training row has room for, with or without meta-attention."""
+        """The largest number of meta-tokens in a training row, with or without meta-attention."""
         return row_length // 8

@@ -1,4 +1,4 @@
-"""The sub-config of learning from preferences."""
+"""Config of preference learning."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from metajax.core.fields import Part, Positive
 class Dpo(Part, path="dpo"):
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of pairs of answers.
 
-    A document is the answer that was chosen, its metadata the prompt of both answers, another column of its record the rejected
-    one. The reference is the model that training starts from, `init.from`.
+    The document is the chosen answer, and its metadata is the prompt. The column `rejected` holds the rejected answer.
+    The reference is the model that training starts from, `init.from`.
     """
 
     beta: Positive = 0.1  # strength of the KL penalty towards the reference model; not stated for Hymba, 0.1 in Rafailov et al.

@@ -20,9 +20,9 @@ class Choice(Part, path="evaluation.choice"):
     """Multiple-choice questions from local files, scored by log-likelihood as the lm-evaluation-harness does (metajax/evaluation/multiple_choice.py)."""
 
     tasks: tuple[str, ...]  # KIND:FILE[?shots_from=FILE], such as arc_easy:arc_easy/test.jsonl
-    # Solved questions before each question; every number is evaluated, the first is the task's result.
+    # Numbers of solved questions before each question. All are evaluated; the first gives the task's result.
     shots: tuple[Annotated[int, Range(0, 10_000)], ...] = (5,)
-    # The context before everything: nothing, the empty pair of metadata, or the task's source (MeCo's conditional inference).
+    # The context before the prompt: nothing, the empty pair of delimiters, or the task's source (MeCo's conditional inference).
     contexts: tuple[str, ...] = ("none",)
     examples: Count = 1000  # of a task, at most
 
@@ -44,11 +44,11 @@ class Choice(Part, path="evaluation.choice"):
 @dataclass(frozen=True)
 class Evaluation(Part, path="evaluation"):
     every: CountOrZero = 0  # steps between held-out evaluations during training; 0: only at the end
-    documents: CountOrZero = 400  # held-out documents, in an order fixed by the corpus; 0 skips them where there are tasks
+    documents: CountOrZero = 400  # held-out documents, in an order fixed by the corpus; 0 skips them if there are tasks
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: CountOrZero = 48  # length of the text sample in the report
     choice: Choice | None = None
-    # Templates of metadata that probes predict from hidden states; the first is a document's topic.
+    # Metadata templates that probes predict from hidden states; the first is a document's topic.
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

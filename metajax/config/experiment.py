@@ -1,7 +1,7 @@
 """The whole config of one experiment on text.
 
-A field is declared once, with its type, range and default. The command line, the saved `config.json`, the hash and the error messages
-follow from the dataclass (metajax/core/fields.py).
+A field is declared once, with its type, range and default. The command line, the saved `config.json`, the hash and the error
+messages are derived from the dataclass (metajax/core/fields.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Scale = Literal["cpu", "gpu", "paper"]
 
 @dataclass(frozen=True)
 class Config(Part):
-    """One experiment, whole. `name` and `scale` say which; `--seed` sets the seed; the rest is reachable with --set."""
+    """One whole experiment, identified by `name` and `scale`. `--seed` sets the seed; `--set` sets all other fields."""
 
     name: str
     scale: Scale = "cpu"
@@ -35,7 +35,7 @@ class Config(Part):
     metadata: Metadata | None = None
     tasks: Tasks | None = None
     dpo: Dpo | None = None
-    imported: Imported | None = field(default=None, metadata={"filled_in": True})  # by `import` and `init.from`; nobody sets it
+    imported: Imported | None = field(default=None, metadata={"filled_in": True})  # set by `import` and `init.from`, not the user
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     init: Init = field(default_factory=Init)
@@ -75,7 +75,7 @@ class Config(Part):
         )
 
     def _check_pairs(self) -> None:
-        """UserError where the rest of a config does not make pairs of answers, each whole and after its prompt."""
+        """Raise UserError if the rest of the config does not give pairs of whole answers, each after its prompt."""
         recipe, switch = self.metadata, self.data.switch
         wanted = {
             "init.from": (bool(self.init.run) and not self.init.parts, "a whole run, which is the reference, too"),
@@ -119,14 +119,14 @@ class Config(Part):
 
     @property
     def row_slots(self) -> int:
-        """Positions of a row as the model sees it."""
+        """Number of positions in a row as the model reads it."""
         meta = self.meta_tokens
-        added = meta is not None and meta.length == "added" and self.tasks is None  # tasks bring theirs in their prompts
+        added = meta is not None and meta.length == "added" and self.tasks is None  # prompts of tasks contain their own
         return self.data.row_length + (meta.count(self.data.row_length) if added else 0)
 
     @property
     def row_meta_tokens(self) -> int:
-        """M, the meta-tokens that a training row has room for; rows of documents use all of them, rows of tasks some."""
+        """M, the largest number of meta-tokens in a training row; rows of documents use all M, rows of tasks may use fewer."""
         if self.meta_tokens is None:
             return 0
         return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.row_length)

@@ -1,4 +1,4 @@
-"""The two families of runs, language models and images: which config belongs to which, and the identity of a run of either."""
+"""The two families of runs (language models and images): finding the family of a config, and the identity of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NOT_HASHED = ("name", "scale", "seed", "runtime")  # `runtime` changes no number
 
 
 def config_from(values: Mapping[str, Any]) -> AnyConfig:
-    """The config of a saved `to_dict`; UserError for fields that neither family has."""
+    """The config of a saved `to_dict`; UserError if neither family has its fields."""
     return from_dict(ImageConfig if "images" in values else Config, values)
 
 
 def require_text(config: AnyConfig, what: str) -> Config:
-    """The config of a language model; UserError where `what` is asked of a run on images."""
+    """Return the config of a language model; raise UserError for an images config, for which `what` is not available."""
     require(isinstance(config, Config), f"{config.name} is a run on images; `{what}` is for language models")
     return config
 
@@ -31,7 +31,7 @@ def require_text(config: AnyConfig, what: str) -> Config:
 def config_hash(config: AnyConfig) -> str:
     """Eight hex digits over the config version and the fields that differ from their defaults, except those of NOT_HASHED.
 
-    A new field therefore renames no run, and a changed default would give old hashes a new meaning: raise CONFIG_VERSION with it.
+    A new field therefore renames no run. A changed default would give old hashes a new meaning, so raise CONFIG_VERSION with it.
     """
     identity = {name: value for name, value in changed(config).items() if name.partition(".")[0] not in NOT_HASHED}
     return hashlib.sha256(json.dumps([CONFIG_VERSION, identity], sort_keys=True).encode()).hexdigest()[:8]

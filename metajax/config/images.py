@@ -1,7 +1,7 @@
-"""Typed configuration of runs on images: a CLIP that is trained, or a prompt learner beside one that is not.
+"""Typed configuration of runs on images: training a CLIP, or training a prompt learner on a frozen CLIP.
 
-A family of its own beside `metajax.config.Config`: name, scale, seed, init and runtime mean the same there and here, and so do overrides,
-hash and run directories; what is trained and on what differs.
+This family is separate from `metajax.config.Config`. Name, scale, seed, init, runtime, overrides, hash and run directories mean
+the same in both; the model, the data and the objective differ.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ Augmented = OnlyWith("augmented", why="nothing is augmented")
 
 @dataclass(frozen=True)
 class Images(Part, path="images"):
-    """What is seen. A source is KIND[:PATH], see metajax/vision/data/sources.py."""
+    """The images. A source is KIND[:PATH], see metajax/vision/data/sources.py."""
 
-    sources: tuple[str, ...] = ("emoji",)  # a CLIP learns from all of them; a prompt learner has one
-    targets: tuple[str, ...] = ()  # other sources that a prompt learner is tested on as well, with all their classes
-    classes: Literal["all", "base"] = "all"  # base: training sees the first half of the classes, and the others are tested apart
-    shots: CountOrZero = 16  # training images of each class; 0: all there are
-    view: Literal["crop", "centre"] = "crop"  # of a training image: a random part, perhaps mirrored, or the middle
-    crop_area: Annotated[float, Range(above=0, most=1)] = 0.08  # least share of the image that a random part has
-    # Images of a CLIP's step, at least 2, because texts are compared with each other; a prompt learner has `prompts.batch`.
+    sources: tuple[str, ...] = ("emoji",)  # a CLIP is trained on all of them; a prompt learner has one
+    targets: tuple[str, ...] = ()  # other sources on which a prompt learner is also tested, with all their classes
+    classes: Literal["all", "base"] = "all"  # base: train on the first half of the classes and test the others separately
+    shots: CountOrZero = 16  # training images of each class; 0: all
+    view: Literal["crop", "centre"] = "crop"  # of a training image: a random crop, perhaps mirrored, or the centre
+    crop_area: Annotated[float, Range(above=0, most=1)] = 0.08  # least share of the image that a random crop covers
+    # Images of a CLIP's step, at least 2, because the loss compares texts with each other. A prompt learner uses `prompts.batch`.
     batch: Annotated[int, Range(2, 2**20)] = 96
-    template: str = ""  # with {} for the class's name, where no context is learned; "": the source's own
-    ensemble: bool = False  # the mean of seven templates (and the source's own) in its place
+    template: str = ""  # with {} for the class name, used if no context is learned; "": the source's template
+    ensemble: bool = False  # use the mean of seven templates (and the source's own) instead
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "images.sources is empty; name at least one, such as emoji")
@@ -67,20 +67,20 @@ class Images(Part, path="images"):
 
 @dataclass(frozen=True)
 class Prompts(Part, path="prompts"):
-    """A prompt learner: CoOp (arXiv 2109.01134), CoCoOp (2203.05557) or AAPL (2404.16804), by its switches.
+    """A prompt learner. Its switches choose CoOp (arXiv 2109.01134), CoCoOp (2203.05557) or AAPL (2404.16804).
 
-    CoOp is the default; condition = "meta" makes it CoCoOp, and alpha > 0 makes that AAPL. context = 0: zero-shot classes by templates.
+    CoOp is the default; condition = "meta" gives CoCoOp; alpha > 0 as well gives AAPL. context = 0: zero-shot by templates.
     """
 
-    context: Annotated[int, Range(0, 1024)] = 4  # M vectors before a class's name
-    context_init: str = ""  # words whose embeddings they begin as, one for each; "": N(0, 0.02^2)
-    class_specific: bool = False  # vectors of its own for each class
+    context: Annotated[int, Range(0, 1024)] = 4  # M vectors before a class name
+    context_init: str = ""  # words whose embeddings initialise the vectors, one word each; "": N(0, 0.02^2)
+    class_specific: bool = False  # each class has its own vectors
     class_position: Literal["end", "middle", "front"] = "end"
-    # What is added to every context vector. meta: the meta-net's output for the image. delta: how it changes under an augmentation; the
-    # released AAPL never does this. At test, where the paper names no augmentation, it is the mean of the deltas of all of them.
+    # Added to every context vector. meta: the meta-net's output for the image. delta: its change under an augmentation, which the
+    # released AAPL never uses. The paper names no augmentation for tests; there it is the mean delta over all augmentations.
     condition: Literal["none", "meta", "delta"] = "none"
-    bottleneck: SizeOrZero = 0  # of the meta-net; 0: a 16th of the image features
-    augment: Share = 0.0  # probability of one augmentation on the image whose class is asked for (CoCoOp with augmentation)
+    bottleneck: SizeOrZero = 0  # width of the meta-net; 0: a 16th of the width of the image features
+    augment: Share = 0.0  # probability of one augmentation of the classified image (CoCoOp with augmentation)
     alpha: NotNegative = 0.0  # weight of the adversarial triplet loss
     beta: NotNegative = 1.0  # weight of the cross-entropy
     margin: Annotated[NotNegative, Triplets] = 0.2
@@ -92,12 +92,12 @@ class Prompts(Part, path="prompts"):
     sampling: Annotated[Literal["uniform", "weighted"], Paired] = "uniform"
     # where augmentations work; the released code's is the first
     space: Annotated[Literal["normalised", "rgb"], Augmented] = "normalised"
-    # Of the frozen CLIP; None: its own, and float32 of published weights.
+    # dtype of the frozen CLIP; None: the CLIP's own, or float32 for published weights.
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     epochs: Annotated[int, Range(0, 10**6)] = 10
     batch: Size = 1
     learning_rate: Positive = 0.002
-    warmup_rate: NotNegative = 1e-5  # of the first epoch
+    warmup_rate: NotNegative = 1e-5  # learning rate of the first epoch
     weight_decay: NotNegative = 5e-4
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class Prompts(Part, path="prompts"):
 
     @property
     def paired(self) -> bool:
-        """Whether a step sees a second image, and both under two augmentations."""
+        """Whether a step reads a second image, and both images under two augmentations."""
         return self.alpha > 0 or self.condition == "delta"
 
     @property
@@ -133,16 +133,16 @@ class Prompts(Part, path="prompts"):
 
 @dataclass(frozen=True)
 class ImageConfig(Part):
-    """One run on images, whole: with `prompts` a learner beside a frozen CLIP, without them a CLIP from its start."""
+    """One whole run on images: with `prompts` a learner on a frozen CLIP, without it a CLIP trained from scratch."""
 
     name: str
     scale: Scale = "cpu"
     seed: Seed = 0
     images: Images = field(default_factory=Images)
-    clip: Clip | None = None  # None: that of `weights`, or of the run in `init.from`
-    weights: str = ""  # folder or .pt file below the data folder, with a published CLIP and its vocabulary
+    clip: Clip | None = None  # None: the CLIP of `weights`, or of the run in `init.from`
+    weights: str = ""  # folder or .pt file below the data folder that holds a published CLIP and its vocabulary
     prompts: Prompts | None = None
-    optimizer: Optimizer = field(default_factory=Optimizer)  # of a CLIP; a prompt learner has its own
+    optimizer: Optimizer = field(default_factory=Optimizer)  # for a CLIP; a prompt learner has its own optimizer settings
     training: Training = field(default_factory=Training)
     init: Init = field(default_factory=Init)
     runtime: Runtime = field(default_factory=Runtime)
@@ -162,7 +162,7 @@ class ImageConfig(Part):
             )
 
     def unread(self) -> dict[str, str]:
-        """{field: why nothing reads it} of a run of this kind."""
+        """{field: why nothing reads it} for a run of this kind."""
         clip, learner, context = self.prompts is None, self.prompts is not None, bool(self.prompts and self.prompts.context)
         rules = (
             (True, "runs on images have no such choice, runs on text do", OF_TEXT),

@@ -1,4 +1,4 @@
-"""Meta-tokens in the text, and metadata beside it."""
+"""Config of meta-tokens in the text and of document metadata."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class MetaTokens(Part, path="meta_tokens"):
 
     inject: Literal["none", "random", "periodic"] = "random"
     rate: Annotated[float, Range(0, below=1)] = 0.1  # M = floor(rate * row_length) meta-tokens in every row
-    # gathered: meta-tokens attend among themselves. dense: its twin over the whole row, as the paper writes the mask. What a row of
-    # an ordinary token then adds is not stated in the paper: nothing (dense), or what finite masks make of it, the mean of its past
-    # (dense_uniform) or attention to it (dense_causal). causal: every token attends to every one before, the control of equal parameters.
+    # gathered: meta-tokens attend to each other. dense: the same over the whole row, as the paper writes the mask. The paper does
+    # not state what ordinary tokens then add: nothing (dense) or, with finite masks, the mean of their past (dense_uniform) or
+    # attention to it (dense_causal). causal: every token attends to all earlier tokens, a control with equal parameters.
     attention: Literal["none", "gathered", "dense", "dense_uniform", "dense_causal", "causal"] = "gathered"
     embedding: Literal["learned", "frozen", "zero"] = "learned"  # of a meta-token; frozen: one random vector, never trained
-    # Meta-tokens without a position: nothing added to the embedding or rotary angle 0, where in both attentions or in one alone.
+    # Meta-tokens without a position (nothing added to the embedding, or rotary angle 0), in both attentions or in only one.
     zero_position: Literal["none", "both", "causal", "meta"] = "none"
     loss: Annotated[Literal["skip_meta_targets", "real_only"], Injected] = "skip_meta_targets"  # not stated in the paper
     # M inside row_length, or on top of it; not stated in the paper
@@ -48,7 +48,7 @@ class MetaTokens(Part, path="meta_tokens"):
         return self.attention in ("dense_uniform", "dense_causal", "causal")
 
     def check_position(self, scheme: str) -> None:
-        """UserError when `zero_position` means nothing under this position scheme."""
+        """Raise UserError if `zero_position` has no meaning with this position scheme."""
         known = {"none": ("none",), "learned": ("none", "both")}.get(scheme, ("none", "both", "causal", "meta"))
         require(
             self.zero_position in known,
@@ -58,29 +58,29 @@ class MetaTokens(Part, path="meta_tokens"):
 
     def count(self, row_length: int) -> int:
         """M, the fixed number of meta-tokens in a row of `row_length` tokens."""
-        return math.floor(Fraction(str(self.rate)) * row_length)  # in floating point 0.29 of 100 would be 28
+        return math.floor(Fraction(str(self.rate)) * row_length)  # floating point would give 28 for 0.29 * 100
 
 
 @dataclass(frozen=True)
 class Metadata(Part, path="metadata"):
-    """Document metadata as text beside the body (Beyond URLs, URLs Help / Topics Guide, MeCo)."""
+    """Document metadata as text before or after the body (Beyond URLs, URLs Help / Topics Guide, MeCo)."""
 
-    # none, prepend, append, both, or a position of your own (metajax/data/positions); repeated at every piece of a cut document.
+    # none, prepend, append, both, or your own position (metajax/data/positions); repeated at every piece of a cut document.
     position: str = "prepend"
-    # metadata fields in braces, with filters after a bar: {url|host}; metajax/data/annotators.py
+    # metadata fields in braces, with filters after a bar, such as {url|host}; see metajax/data/annotators.py
     template: Annotated[str, OnlyWith("tokens", 0)] = "{url}"
     appended: str = ""  # position "both": the template after the body; "": the same as before it
-    # This many learnable tokens, the same for all documents, in place of the template (5 in Beyond URLs). A vocabulary keeps 11 for them.
+    # Number of learnable tokens in place of the template, the same for all documents (5 in Beyond URLs). A vocabulary has 11.
     tokens: Annotated[int, Range(0, 11)] = 0
     wrap: Literal["special_tokens", "plain"] = "special_tokens"  # <|context_begin|> ... <|context_end|>, or the bare text
-    # shuffled: another document's, at random (the control in training)
+    # shuffled: metadata of a random other document (a control in training)
     assigned: Annotated[Literal["own", "shuffled"], Trained] = "own"
     keep: Annotated[Share, Trained] = 0.9  # share of documents that keep their metadata
     when_dropped: Literal["empty", "nothing"] = "empty"  # the empty pair of delimiters, or nothing at all
-    # Of predicting the metadata itself, before the body and after it.
+    # Loss weights of the metadata tokens before and after the body.
     loss_weights: tuple[NotNegative, NotNegative] = (0.0, 1.0)
     bos_eos: Literal["outside", "inside"] = "outside"  # BOS metadata body metadata EOS, or metadata BOS body EOS metadata
-    too_long: Literal["stop", "drop"] = "stop"  # metadata that no row takes: an error, or dropped and counted; never cut
+    too_long: Literal["stop", "drop"] = "stop"  # metadata too long for a row: an error, or dropped and counted; never cut
 
     def __post_init__(self) -> None:
         require(

@@ -1,4 +1,4 @@
-"""What a model is made of: the sub-config of the decoder, and that of hybrid layers inside it."""
+"""Config of the decoder and of its hybrid layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metajax.core.fields import Count, CountOrZero, Except, OnlyWith, Part, Posi
 
 Layers = Annotated[int, Range(1, 10_000)]
 
-# Values of `model.position` and `model.hybrid.ssm`. `@position` and `@mixer` in metajax/models implement them and add new names here.
+# Values of `model.position` and `model.hybrid.ssm`. `@position` and `@mixer` in metajax/models implement them and add names here.
 POSITIONS = {
     "learned": False,
     "rope": True,
@@ -43,24 +43,24 @@ def _require_name(path: str, value: str, known: Iterable[str]) -> None:
 class Hybrid(Part, path="model.hybrid"):
     """Layers with attention, with another mixer such as Mamba, or with both, as in Hymba (arXiv 2411.13676) and its ablations.
 
-    Layers outside `full_layers` attend in `model.window`; where that is null every layer attends to all.
+    Layers outside `full_layers` attend within `model.window`; if the window is null, every layer attends to all positions.
     """
 
-    # mean, concat: both in one layer, joined after their norms. sequential: a layer of Mamba, then one of attention, in turn (Samba).
+    # mean, concat: both in one layer, joined after their norms. sequential: Mamba and attention layers alternate (Samba).
     fusion: Literal["mean", "concat", "sequential", "attention", "mamba"] = "mean"
     prefix_tokens: SizeOrZero = 128  # M learned embeddings before every document (Hymba's "meta tokens")
     full_layers: Annotated[tuple[CountOrZero, ...], Attends] = ()
-    kv_groups: tuple[Layers, ...] = ()  # sizes of consecutive layers with the keys and values of their first; empty: each its own
+    kv_groups: tuple[Layers, ...] = ()  # sizes of layer groups that share the first layer's keys and values; empty: no sharing
     head_dim: Annotated[SizeOrZero, Attends] = 0  # of queries and keys; 0: model.width / model.heads
-    value_dim: Annotated[SizeOrZero, Attends] = 0  # of a head's values; 0: expand * head_dim beside a Mamba, else head_dim
-    ssm: Annotated[str, Scans] = "mamba"  # the mixer beside or instead of attention: mamba, mamba2, or another one under `@mixer`
+    value_dim: Annotated[SizeOrZero, Attends] = 0  # width of a head's values; 0: expand * head_dim beside Mamba, else head_dim
+    ssm: Annotated[str, Scans] = "mamba"  # mixer beside or instead of attention: mamba, mamba2, or another from `@mixer`
     expand: Annotated[int, Range(1, 64), Scans] = 2  # Mamba's inner width / model.width
-    state: Annotated[Size, Scans] = 16  # N, numbers a channel remembers
-    d_conv: Annotated[int, Range(2, 4), Scans] = 4  # tokens that the convolution before the scan reads, the current one included
+    state: Annotated[Size, Scans] = 16  # N, state size of a channel
+    d_conv: Annotated[int, Range(2, 4), Scans] = 4  # width in tokens of the convolution before the scan, with the current token
     dt_rank: Annotated[SizeOrZero, Scans, OfMamba] = 0  # 0: ceil(model.width / 16)
     # Step-size bias: the released code's, or Mamba's 0.001 - 0.1; not stated in the paper.
     dt_init: Annotated[Literal["zero", "mamba"], Scans, OfMamba] = "zero"
-    inner_norms: Annotated[bool, Scans, OfMamba] = True  # of step size, B and C
+    inner_norms: Annotated[bool, Scans, OfMamba] = True  # norms of step size, B and C
     # before the fusion; the scales are the paper's learnable betas
     branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = "scaled"
 
@@ -69,26 +69,26 @@ class Hybrid(Part, path="model.hybrid"):
 
     @property
     def is_parallel(self) -> bool:
-        """Whether both mixers are in one layer."""
+        """Whether one layer has both mixers."""
         return self.fusion in ("mean", "concat")
 
 
 @dataclass(frozen=True)
 class Model(Part, path="model"):
-    """A decoder language model assembled from parts; the presets in metajax/models/presets.py fill this in."""
+    """A decoder language model assembled from parts. The presets in metajax/models/presets.py fill in these fields."""
 
     layers: Layers = 4
     width: Size = 128
     heads: Size = 4
     kv_heads: SizeOrZero = 0  # 0: as many as heads
-    mlp_width: SizeOrZero = 512  # 0, in a hybrid: layers without a feed-forward network
+    mlp_width: SizeOrZero = 512  # 0 (only in a hybrid): layers without a feed-forward network
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu"] = "gelu"  # gelu is the exact (erf) form
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Positive = 1e-5
     norm_position: Literal["pre", "post"] = "pre"
     bias: bool = False
     tied: bool = True
-    position: str = "rope"  # learned, rope, linear, llama3, ntk, yarn, none, or another one under `@position`
+    position: str = "rope"  # learned, rope, linear, llama3, ntk, yarn, none, or another registered with `@position`
     rope_theta: Annotated[Positive, Except("position", "learned", "none")] = 10_000.0
     rope_factor: Annotated[Positive, Except("position", "learned", "none", "rope")] = 1.0  # context extension
     rope_original_length: Annotated[CountOrZero, Except("position", "learned", "none", "rope", "linear")] = (
@@ -96,7 +96,7 @@ class Model(Part, path="model"):
     )
     # rows of the learned position table; 0: as many as a row has positions
     max_positions: Annotated[SizeOrZero, OnlyWith("position", "learned")] = 0
-    window: CountOrZero | None = None  # a query sees itself and this many keys before it; None: all
+    window: CountOrZero | None = None  # a query attends to itself and this many earlier keys; None: all
     init_std: Positive = 0.02
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     hybrid: Hybrid | None = None
@@ -159,7 +159,7 @@ class Model(Part, path="model"):
         )
 
     def layer_window(self, layer: int) -> int | None:
-        """The attention window of a layer; None: all."""
+        """The attention window of a layer; None: all earlier keys."""
         full = self.hybrid is not None and layer in self.hybrid.full_layers
         return None if full else self.window
 
@@ -176,7 +176,7 @@ class Model(Part, path="model"):
 
     @property
     def ssm_width(self) -> int:
-        """Channels of a hybrid's Mamba."""
+        """Channels of a Mamba in a hybrid layer."""
         return self.width * self.hybrid.expand if self.hybrid is not None else 0
 
     @property
@@ -190,30 +190,30 @@ class Model(Part, path="model"):
 
     @property
     def prefix_tokens(self) -> int:
-        """M, learned embeddings before every document."""
+        """M, the number of learned embeddings before every document."""
         return self.hybrid.prefix_tokens if self.hybrid is not None else 0
 
 
 @dataclass(frozen=True)
 class Imported(Part, path="imported"):
-    """What a run keeps of the published checkpoint that it is, or that its parameters come from; `import` and `init.from` fill it in."""
+    """Facts about the published checkpoint that the parameters come from; `import` and `init.from` fill it in."""
 
-    rows: Count  # of the checkpoint's table; the model's table may have more
-    added: tuple[CountOrZero, ...] = ()  # ids without a row there that this run trains or evaluates
+    rows: Count  # rows of the checkpoint's embedding table; the model's table may have more
+    added: tuple[CountOrZero, ...] = ()  # ids without a row in the checkpoint that this run trains or evaluates
     ends: tuple[CountOrZero, ...] = ()  # ids that end a text
-    opens: bool = True  # whether its tokenizer puts BOS before a prompt
+    opens: bool = True  # whether the tokenizer puts BOS before a prompt
 
     @property
     def last(self) -> int:
-        """Rows up to the last one that is in the softmax."""
+        """Number of rows up to the last one in the softmax."""
         return max((self.rows - 1, *self.added)) + 1
 
     def table(self, size: int) -> int:
-        """Rows of the model's table where the tokenizer's is `size`: at least the checkpoint's, in blocks of 64."""
+        """Rows of the model's embedding table for a tokenizer of `size` ids: at least the checkpoint's, in blocks of 64."""
         return max(size, -(-self.rows // 64) * 64)
 
     def absent(self, size: int) -> np.ndarray:
-        """bool[size]: the ids of a table that have no row in the checkpoint and are not added; no softmax may have them."""
+        """bool[size]: ids that have no row in the checkpoint and are not in `added`; every softmax excludes them."""
         ids = np.arange(size)
         return (ids >= self.rows) & ~np.isin(ids, self.added)
 

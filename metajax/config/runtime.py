@@ -1,4 +1,4 @@
-"""How a run is carried out; nothing here changes a number."""
+"""Config of how a run is executed; nothing here changes a result."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 from metajax.core.errors import nearest, require
 from metajax.core.fields import Count, CountOrZero, NotNegative, Part, Range, Size, convert
 
-# Of the device mesh. Rows of a batch are spread over data and fsdp, parameters and optimiser over fsdp, long rows over context, and heads,
-# channels and the hidden units of feed-forward networks over tensor. Neighbours in the last axes are neighbours in the hardware.
+# Axes of the device mesh. Rows of a batch are sharded over data and fsdp, parameters and optimiser over fsdp, long rows over
+# context, and heads, channels and feed-forward units over tensor. Neighbours in the last axes are neighbours in the hardware.
 AXES = ("data", "fsdp", "context", "tensor")
 Seconds = Annotated[float, Range(0, 10**9)]
 Processes = Annotated[int, Range(1, 10**6)]
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """{axis: size} that `runtime.mesh` names, such as "data=2,fsdp=-1", where -1 takes the devices that are left.
+    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1 takes the remaining devices.
 
     Raises:
       UserError: another form, an unknown axis or one that is named twice, or two sizes of -1.
@@ -33,23 +33,23 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Runtime(Part, path="runtime"):
-    """How a run is carried out. Nothing here changes what is computed, so the identity hash leaves it out."""
+    """How a run is executed. Nothing here changes a result, so the identity hash leaves it out."""
 
     log_every: Count = 10
     save_every: Count = 50
-    keep: Count = 2  # newest checkpoints kept, beside the best
-    # A step that is not finite, or whose gradient norm is above the limit: stop with a replay bundle, or leave it out and say so in the
-    # report. Outside the hash, for a run that meets no such step is the same.
+    keep: Count = 2  # number of newest checkpoints kept, besides the best
+    # On a step that is not finite, or whose gradient norm exceeds the limit: stop with a replay bundle, or skip the step and
+    # report it. Not in the hash, because a run without such a step is the same.
     on_bad_step: Literal["stop", "skip"] = "stop"
     max_grad_norm: NotNegative = 0.0  # before clipping; 0: no limit
-    max_skipped: Count = 10  # steps left out in a row, at which a run stops after all
+    max_skipped: Count = 10  # the run stops after this many skipped steps in a row
     profile: tuple[Count, ...] = ()  # first and last step of a profile for xprof
-    # Without a step, save or evaluation the process ends with its stacks; 0: never. The second is for restoring, compiling and the first step.
+    # The process exits with its stacks after so long without a step, save or evaluation, or, at the start, without a first step; 0: never.
     hang_seconds: Seconds = 1800.0
     startup_seconds: Seconds = 7200.0
     loggers: tuple[str, ...] = ()  # tensorboard, wandb
     workers: Annotated[int, Range(0, 1024)] = 0  # grain reader processes; 0: threads
-    mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the devices that are left
+    mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the remaining devices
     remat: Literal["none", "full", "dots"] = "none"
     unroll: CountOrZero = 0  # layers unrolled in one scan step; 0: all (fastest on CPU), 1: fastest to compile
     implementation: Literal["auto", "reference", "xla", "pallas_tpu"] = "auto"

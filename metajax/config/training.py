@@ -1,4 +1,4 @@
-"""Steps, optimizer and where parameters start."""
+"""Config of training: steps, optimizer and initial parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Optimizer(Part, path="optimizer"):
 
     name: str = "adamw"  # registered in metajax/training/optimizers.py
     learning_rate: Positive = 3e-3
-    final_fraction: Annotated[Share, Falling] = 0.1  # of the peak, at the end of the schedule
+    final_fraction: Annotated[Share, Falling] = 0.1  # learning rate at the end of the schedule as a share of the peak
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: CountOrZero = 20
-    horizon: Annotated[CountOrZero, Falling] = 0  # step where cosine, linear or wsd end; 0: training.steps
+    horizon: Annotated[CountOrZero, Falling] = 0  # step at which cosine, linear or wsd ends; 0: training.steps
     decay_share: Annotated[float, Range(above=0, most=1), OnlyWith("schedule", "wsd")] = (
-        0.2  # wsd: the last share of the horizon decays
+        0.2  # wsd: share of the horizon, at its end, in which the rate decays
     )
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW, which Muon leaves embeddings, heads, norms and biases to
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # of AdamW; Muon uses AdamW for embeddings, heads, norms and biases
     momentum: Annotated[Beta, Except("name", "adamw")] = 0.95
     ns_steps: Annotated[int, Range(1, 100), Except("name", "adamw")] = 5  # Newton-Schulz iterations of Muon
     nesterov: Annotated[bool, Except("name", "adamw")] = True
@@ -37,13 +37,13 @@ class Optimizer(Part, path="optimizer"):
 class Training(Part, path="training"):
     steps: Count = 200
     accumulate: Size = 1  # micro-batches a step; the gradient equals that of the whole batch
-    objective: str = "language_model"  # registered in metajax/training/objectives; with a `dpo` part it is that
+    objective: str = "language_model"  # registered in metajax/training/objectives; a `dpo` sub-config replaces it
 
 
 @dataclass(frozen=True)
 class Init(Part, path="init"):
-    """Where parameters come from: '' for a fresh start, or a run whose newest checkpoint is read. RUN?PART&PART=NAME reads these parts
-    alone, the second under the NAME that it has there; a part is the beginning of a parameter's path, such as blocks/0/0/mlp."""
+    """Source of the initial parameters: '' for a fresh start, or a run whose newest checkpoint is read. RUN?PART&PART=NAME reads
+    only these parts, the second from NAME in the run. A part is the beginning of a parameter's path, such as blocks/0/0/mlp."""
 
     from_: str = ""
 
@@ -54,6 +54,6 @@ class Init(Part, path="init"):
 
     @property
     def parts(self) -> dict[str, str]:
-        """{part of this model: its name in the run}; empty: all of it, under the same names."""
+        """{part of this model: its name in the run}; empty: all parts, under the same names."""
         pairs = (item.partition("=") for item in self.from_.partition("?")[2].split("&") if item)
         return {ours: theirs or ours for ours, _, theirs in pairs}

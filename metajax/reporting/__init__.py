@@ -1,1 +1,1 @@
-"""What people look at: the terminal, pages and figures."""
+"""Output for people: the terminal, pages and figures."""

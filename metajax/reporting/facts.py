@@ -66,7 +66,7 @@ def foundation(workdir: Path, config: AnyConfig, sources: list[Part], *more: Par
 
 
 def metrics(workdir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of a complete run; none, and a warning, where they are not those that its report was made of."""
+    """The metrics of a complete run; none, with a warning, if its report was made from other metrics."""
     try:
         return read_lines(workdir / "metrics.jsonl", report.get("metrics"))
     except Damaged as error:
@@ -75,13 +75,13 @@ def metrics(workdir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve_of(found: list[dict[str, Any]], *names: str) -> Curve:
-    """(steps, values) of the first of these metrics that a line has."""
+    """(steps, values) of the first of these metrics that the lines have."""
     pairs = [(line["step"], line[name]) for line in found for name in [next((n for n in names if n in line), None)] if name]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def curves(workdir: Path, report: Mapping[str, Any]) -> tuple[Curve, Curve]:
-    """(training, held-out) curves: bits per byte, nats of answers where a run trained on tasks, or the loss on images."""
+    """(training, held-out) curves: bits per byte, nats of answers if the run trained on tasks, or the loss on images."""
     found = metrics(workdir, report)
     return curve_of([line for line in found if "loss" in line], "bpb", "body_nll", "loss"), curve_of(found, "held_out_bpb")
 
@@ -97,7 +97,7 @@ def curve_unit(config: AnyConfig) -> str:
 
 
 def against(config: AnyConfig) -> dict[str, Any] | None:
-    """The fields that differ from the baseline of the run's table, or from the experiment of its name; None where there is none."""
+    """Fields that differ from the baseline of the run's table, or from the experiment of its name; None if neither exists."""
     experiment = registry.experiments().get(config.name)
     if experiment is None or config.scale not in experiment.scales:
         return None
@@ -109,13 +109,13 @@ def against(config: AnyConfig) -> dict[str, Any] | None:
 
 
 def changed(config: AnyConfig, other: AnyConfig, *left_out: str) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ and can change a number, with both values."""
+    """The differing fields that can change a result, with both values."""
     found = difference(config, other).items()
     return {name: pair for name, pair in found if name not in ("name", "seed", *left_out) and not name.startswith("runtime.")}
 
 
 def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
-    """The config of the table's baseline in the same part, or the experiment's own."""
+    """The config of the table's baseline in the same part, or the config of the experiment."""
     table, row = experiment.table, experiment.row
     if table is not None and table.baseline is not None:
         part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
@@ -129,7 +129,7 @@ def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
 
 
 def sources(report: Mapping[str, Any]) -> list[Part]:
-    """The corpora or sets of images of a run, with the attribution that pictures require, and the documents of its evaluation."""
+    """The corpora or image sets of a run, with attribution for images, and the documents of its evaluation."""
     shown = []
     for found in report["corpora"]:
         if "splits" in found:
@@ -148,7 +148,7 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
 
 
 def budget(name: str, counts: Mapping[str, float], config: Config) -> dict[str, Any]:
-    """Shares of the training positions, as a row of bars; the rest are ends of documents, and prompts where tasks are trained."""
+    """Shares of the training positions as a row of bars. The rest are ends of documents and, with tasks, prompts."""
     total = counts["slots"] or 1
     other = max(0, total - sum(counts[key] for key, _, _ in PARTS_OF_ROWS))
     body, rest = ("body text", "ends of documents") if config.tasks is None else ("answers", "prompts")
@@ -176,7 +176,7 @@ def parameter_facts(parameters: Mapping[str, int]) -> Pairs:
 
 
 def environment_facts(found: Mapping[str, Any] | None) -> Pairs:
-    """Machine and versions of a run; none where its file is missing or damaged."""
+    """Machine and versions of a run; none if the file is missing or damaged."""
     if found is None:
         return []
     devices, git = found["devices"], found["git"]

@@ -1,7 +1,7 @@
-"""Speed of the input path on one core, compared with only reading token records.
+"""Speed of the input pipeline on one core, compared with only reading token records.
 
-Measured in CPU seconds of this process, over all threads, so that other work on the machine does not count. The transfer of a batch from a
-reader process to the training process is not included.
+Time is CPU seconds of this process over all threads, so that other work on the machine does not count. The transfer of a batch
+from a reader process to the training process is not included.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 
 from metajax.data.pipeline import Corpora, training_batches
 
-SECONDS, CHUNK = 3.0, 512  # of each measurement; documents tokenised at once, as in metajax/data/tokenising.py
+SECONDS, CHUNK = 3.0, 512  # seconds of each measurement; documents tokenised at once, as in metajax/data/tokenising.py
 
 
 def feeding(corpora: Corpora, seconds: float = SECONDS) -> dict[str, float]:
-    """Tokens a second of one core.
+    """Tokens per second of one core.
 
-    reading: bodies of the first source's training documents from its cache, in random order; rows: positions of whole batches as a run reads them;
-    tokenising: from text, as `cache` does it once.
+    reading: bodies of the first source's training documents from its cache, in random order. rows: positions of whole batches,
+    as a run reads them. tokenising: tokens made from text, as `cache` does once.
     """
     cache, data, tokenizer = corpora.caches[0], corpora.config.data, corpora.tokenizer
     documents = np.random.default_rng(0).permutation(cache.documents("train", data.held_out, data.min_bytes))

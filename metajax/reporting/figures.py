@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 Curve = tuple[Sequence[float], Sequence[float]]  # (steps, values)
 
-# Okabe and Ito's colours without black and yellow; rows beyond these use other strokes.
+# Okabe and Ito's colours without black and yellow; more rows than colours use other strokes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STROKES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
@@ -42,7 +42,7 @@ STYLE = {
     "text.color": "#14171c",
     "text.parse_math": False,  # a row may have a dollar sign in its name
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
-    "svg.hashsalt": "metajax",  # the same numbers give the same file
+    "svg.hashsalt": "metajax",  # makes equal numbers give equal files
 }
 
 
@@ -53,27 +53,27 @@ def styled() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class SpreadColumn:
-    """One figure of `seed_spread`: a value for each seed of each row. Figures of one quantity share their axis where they fill a third of it."""
+    """A figure of `seed_spread`: a value per seed and row. Figures of one quantity share an axis if they fill a third of it."""
 
     title: str
     quantity: str
     values: Mapping[str, Sequence[float]]
-    halves: Mapping[str, float | None]  # row -> half width of the interval round its mean
+    halves: Mapping[str, float | None]  # row -> half width of the interval around its mean
 
 
 def loss_curves(
     series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Sequence[Curve]] | None = None, unit: str = "bits per byte"
 ) -> str:
-    """The training loss in `unit` against the step as SVG.
+    """The training loss in `unit` by step, as SVG.
 
-    One seed: the measurements faint, their moving average on top. Several: the average of each seed thin, their mean thick.
+    One seed: faint measurements with their moving average. Several seeds: the average of each thin, their mean thick.
 
     Args:
       series: row -> one curve for each seed.
       held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
     """
     with styled():
-        # Short names of the legend are two in a line; names longer than a line are broken.
+        # The legend has two short names per line; names longer than a line are broken.
         columns, room = (2, 24) if max(map(len, series)) <= 24 else (1, 56)
         figure = Figure(figsize=(WIDTH, 3.2 + 0.22 * ((len(series) - 1) // columns)), layout="constrained")
         axes = figure.add_subplot()
@@ -97,7 +97,7 @@ def loss_curves(
 
 
 def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) -> list[str]:
-    """An SVG for each column: a dot for each seed, a stroke at the mean, a bar for its interval, a dashed line at the baseline's mean."""
+    """An SVG per column: dots for seeds, a stroke at the mean, a bar for its interval, a dashed line at the baseline's mean."""
     drawn = []
     with styled():
         for column in columns:
@@ -126,7 +126,7 @@ def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve; at its ends the window is shorter."""
+    """Mean over a centred window of a twentieth of the curve; the window is shorter at the ends."""
     half, places = len(values) // 40, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
@@ -139,7 +139,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _draw_row(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, stroke: str) -> list[np.ndarray]:
-    """Draw the seeds of one row; returns the smoothed curves."""
+    """Draw the seeds of one row and return the smoothed curves."""
     curves = [curve for curve in curves if len(curve[0])]
     smooth = [_smooth(values) for _, values in curves]
     if len(curves) == 1:
@@ -155,7 +155,7 @@ def _draw_row(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colou
 
 
 def _frame(axes: Axes, lines: Sequence[np.ndarray], points: Sequence[float]) -> str:
-    """Set the y range so that the first, steep steps do not flatten the rest; returns a remark for the axis label."""
+    """Set the y range so that the first steep steps do not flatten the rest, and return a remark for the axis label."""
     if not lines:
         return ""
     later = [line[len(line) // 6 :] for line in lines]
@@ -206,10 +206,10 @@ def _draw_spread(axes: Axes, column: SpreadColumn, baseline: str | None) -> None
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element: no header, no metadata, scaled by the page, ids that no other figure has."""
+    """The figure as an <svg> element without header and metadata, scaled by the page, with ids that no other figure has."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # the reader's browser draws the text, with its own fonts
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # the browser draws the text with its own fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)

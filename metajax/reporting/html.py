@@ -18,21 +18,21 @@ from metajax.reporting.tasks import CHOICE_HEAD, HEAD, accuracy_figure, choice_r
 from metajax.runs.directory import conditions, read_config
 from metajax.runs.files import read_json
 
-CONDITIONS = {  # of the evaluation: title, what the model was shown
+CONDITIONS = {  # condition of the evaluation: title, what the model was shown
     "none": ("No metadata", "The model sees only the body."),
     "right": ("Right metadata", "Each document comes with its own metadata, where training had it."),
     "empty": ("Empty metadata", "Each document comes with an empty pair of delimiters."),
     "shuffled": ("Shuffled metadata", "Each document comes with another document's metadata."),
 }
 PHASES = {"data": "open data", "init": "build model", "first_step": "first step"}
-LOOKS = {"metadata": "context", "meta-token": "meta", "": ""}  # of the pieces of a row
+LOOKS = {"metadata": "context", "meta-token": "meta", "": ""}  # kind of a piece of a row: its look
 
 
 def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write report.html from what a complete run left in `workdir`, and return its path.
+    """Write report.html from the files of a complete run in `workdir`, and return its path.
 
     Args:
-      analyses: of `metajax.analysis.Analyses.sections`.
+      analyses: from `metajax.analysis.Analyses.sections`.
 
     Raises:
       UserError: report.json is missing or damaged.
@@ -62,7 +62,7 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
 
 
 def write_analysis_page(workdir: Path, analyses: Sequence[Mapping[str, Any]]) -> Path:
-    """Write WORKDIR/analysis/analysis.html with every analysis that has been made there, and return its path."""
+    """Write WORKDIR/analysis/analysis.html with every analysis of the run, and return its path."""
     config = read_config(workdir)
     return page.write_page(
         workdir / "analysis" / "analysis.html",
@@ -76,7 +76,7 @@ def write_analysis_page(workdir: Path, analyses: Sequence[Mapping[str, Any]]) ->
 
 
 def _sentence(report: Mapping[str, Any], config: Config) -> str:
-    """What was trained."""
+    """A sentence on what was trained."""
     model, data = config.model, config.data
     extras = []
     if config.meta_tokens is not None and config.tasks is None:
@@ -110,7 +110,7 @@ def _switch_words(switch: Switch | None) -> str:
 
 
 def _results(results: Mapping[str, Any], config: Config) -> list[Part]:
-    """Accuracy on tasks, multiple choice, preferences, and bits per byte, as far as they were evaluated."""
+    """Accuracy on tasks, multiple choice, preferences and bits per byte, if they were evaluated."""
     tasks, choice, pairs = (results.get(name) for name in ("tasks", "choice", "preferences"))
     shown: list[Part] = []
     if tasks:
@@ -168,7 +168,7 @@ def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
 
 
 def _startup(startup: Mapping[str, float]) -> Part:
-    """The phases as a staircase: each begins where the previous one ended."""
+    """The phases of the start-up as a staircase: each begins where the previous one ends."""
     total, rows, before = startup["total"] or 1.0, [], 0.0
     for name, seconds in startup.items():
         if name != "total":
@@ -183,7 +183,7 @@ def _startup(startup: Mapping[str, float]) -> Part:
 
 def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
     clock, restarted, found = report["time"], report["restarted_from"], facts.time_facts(report)
-    if clock["steps_here"] > 1:  # without the first step, which waits for what the others find ready
+    if clock["steps_here"] > 1:  # without the first step, which also waits for the start of the pipeline
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
         found.append(("a step, all included", page.seconds_text(step)))
         found.append(("positions a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
@@ -202,7 +202,7 @@ def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
 
 
 def _goodput_facts(report: Mapping[str, Any]) -> facts.Pairs:
-    """Where the time of all starts went, and the peak memory of the devices; older runs have neither."""
+    """Use of the time of all starts, and peak memory of the devices; older runs have neither."""
     goodput, memory, found = report.get("goodput"), report.get("memory"), []
     if goodput:
         apart = sorted(

@@ -1,9 +1,9 @@
-"""What metadata fields say: entropies, what they say about each other, and what they say about words.
+"""The information in metadata fields: their entropies, their mutual information, and their information about words.
 
-The information about words is measured, not assumed: the words of documents from origins that were not counted are coded with
-the frequencies of words among documents of the same value, shrunk towards those of all documents, and the bits saved are counted.
-This estimates the mutual information of the field and one word from below: a value never counted saves nothing, rare words are one
-class. It does not add up over a text, whose words say much of the same. How far to shrink is chosen on origins of its own.
+The information about words is measured on documents from origins that were not counted. Their words are coded with word
+frequencies of documents with the same value, shrunk towards the frequencies of all documents, and the saved bits are counted.
+This is a lower estimate of the mutual information of the field and one word: an uncounted value saves nothing, and rare words are
+one class. It does not add up over a text, whose words are redundant. The shrinkage is chosen on separate origins.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from metajax.data.sources import source_notes
 from metajax.data.sources.files import NO_TEXT
 from metajax.data.sources.joined import Joined
 
-SAMPLE = 200_000  # of a larger corpus, documents at even distances
-_COLUMNS = 200  # those that most documents have, of a corpus with more
+SAMPLE = 200_000  # documents of a larger corpus that are read, evenly spaced
+_COLUMNS = 200  # most columns looked at: those that most documents have
 URL_PARTS = ("scheme", "host", "domain", "tld", "path")
-_SHRINK = tuple(10.0**n for n in range(1, 8))  # words of all documents mixed into those of a value
+_SHRINK = tuple(10.0**n for n in range(1, 8))  # pseudo-counts: words of all documents mixed into those of a value
 _RARE = 5  # words counted fewer times are one class
 _COUNTED, _CHOOSING, _MEASURED = range(3)  # 70, 10 and 20 % of the origins
-_PAIRS = 10  # fields in the table of pairs, at most
+_PAIRS = 10  # most fields in the table of pairs
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field over the documents: how many have it, distinct values, entropy in bits, the most frequent values.
+    """One field over the documents: number of documents with it, distinct values, entropy in bits, most frequent values.
 
-    bits_a_word: saved in coding the words of documents of other origins; None where no such document has the field.
+    bits_a_word: bits saved per word in coding documents of other origins; None if no such document has the field.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Survey:
-    """A corpus or an even sample of it: sizes in bytes of its texts, origins, fields, and the information of pairs of fields.
+    """A corpus or an evenly spaced sample of it: sizes of texts in bytes, origins, fields, and information of pairs of fields.
 
-    notes: what else a person should know, a line each.
-    pairs: [N][N] in bits over the documents that have both, entropy on the diagonal, of the fields named in `paired`: those
-    whose values have two documents or more on average, without which every field says everything.
+    notes: further remarks, a line each.
+    pairs: [N][N] mutual information in bits over documents that have both fields, with entropy on the diagonal. `paired` names
+    the N fields: those with two or more documents per value on average, since a unique value determines every other field.
     """
 
     every: int
@@ -68,9 +68,9 @@ class Survey:
 
 
 def survey(source: Source, more: Sequence[str] = ()) -> Survey:
-    """Read a corpus; `more` are templates to look at beside its own columns, such as {url|host|top100}.
+    """Survey a corpus. `more`: templates to survey besides its own columns, such as {url|host|top100}.
 
-    Columns that hold addresses are looked at by their parts, too.
+    Columns that hold addresses are also surveyed by their parts.
     """
     every = -(-len(source) // SAMPLE)
     documents, notes = _readable(source, range(0, len(source), every))
@@ -96,7 +96,7 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
 
 
 def _readable(source: Source, records: range) -> tuple[list[Document], list[str]]:
-    """(the documents, what to say of them and of records that cannot be read); BadRecord where none can."""
+    """(the documents, remarks on them and on unreadable records); BadRecord if no record can be read."""
     found = list(source.read(records))
     documents = [document for document in found if isinstance(document, Document)]
     first = next((document for document in found if isinstance(document, BadRecord)), None)
@@ -119,7 +119,7 @@ def _is_url(column: Column) -> bool:
 
 
 def number_values(values: Column) -> np.ndarray:
-    """int64 [D]: the same number for the same value, -1 for none."""
+    """int64 [D]: equal numbers for equal values, -1 for a missing value."""
     numbers: dict[str | None, int] = {None: -1}
     return np.array([numbers.setdefault(value, len(numbers) - 1) for value in values], np.int64)
 
@@ -130,19 +130,19 @@ def _field(name: str, values: Column, numbers: np.ndarray, words: Words) -> Fiel
 
 
 def entropy(numbers: np.ndarray) -> float:
-    """Bits of the values' frequencies among the documents that have one."""
+    """Entropy in bits of the values' frequencies among the documents that have one."""
     counts = np.unique(numbers[numbers >= 0], return_counts=True)[1]
     return float(stats.entropy(counts, base=2)) if len(counts) else 0.0
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Bits that one field says about the other, from the frequencies over the documents that have both."""
+    """Mutual information of two fields in bits, from the frequencies over the documents that have both."""
     both = (a >= 0) & (b >= 0)
     return float(mutual_info_score(a[both], b[both]) / np.log(2)) if both.any() else 0.0
 
 
 class Words:
-    """The words of documents as numbers, and which part of the measurement each document's origin is for."""
+    """The words of documents as numbers, and the part of the measurement that each document's origin belongs to."""
 
     def __init__(self, documents: Sequence[Document]):
         numbers: dict[str, int] = {}
@@ -154,7 +154,7 @@ class Words:
         self.part = np.where(share < 0.2, _MEASURED, np.where(share < 0.3, _CHOOSING, _COUNTED))
 
     def bits_saved(self, values: np.ndarray) -> float | None:
-        """Bits a word that knowing `values` (int64 [D], -1 for none) saves on documents that were not counted."""
+        """Bits per word saved by knowing `values` (int64 [D], -1 for none) on documents that were not counted."""
         value, part = values[self.document], self.part[self.document]
         counted = (value >= 0) & (part == _COUNTED)
         measured = (value >= 0) & (part == _MEASURED)
@@ -168,10 +168,10 @@ class Words:
         pairs, together = np.unique(keys[counted], return_counts=True)
 
         def saved(chosen: np.ndarray, shrink: float) -> float:
-            """Bits saved on the chosen words, all together."""
+            """Total bits saved on the chosen words."""
             at = np.minimum(np.searchsorted(pairs, keys[chosen]), len(pairs) - 1)
             count = np.where(pairs[at] == keys[chosen], together[at], 0)
-            plain = np.maximum(everywhere[words[chosen]], 1 / counted.sum())  # no rare word was counted: as if one had been
+            plain = np.maximum(everywhere[words[chosen]], 1 / counted.sum())  # if no rare word was counted, assume one
             return float(np.log2((count / plain + shrink) / (of_value[value[chosen]] + shrink)).sum())
 
         choosing = (value >= 0) & (part == _CHOOSING)

@@ -1,6 +1,6 @@
-"""Pages as data: a page is a list of sections, a section a title and parts; one template draws them all.
+"""Pages as data: a page is a list of sections, and a section has a title and parts. One template draws all pages.
 
-A page is one file: no script, nothing fetched, figures inside. Text is escaped unless it is `Markup`.
+A page is one file with its figures, without scripts or external files. Text is escaped unless it is `Markup`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from metajax.core.atomic import write_text
 
-Part = dict[str, Any] | None  # None is left out
+Part = dict[str, Any] | None  # None: no part
 Facts = Iterable[tuple[str, str]]
 templates = Environment(
     loader=PackageLoader("metajax.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -25,7 +25,7 @@ def write_page(
     path: Path, *, title: str, eyebrow: str, heading: str, sentence: str, sections: Sequence[Part], notes: Sequence[Part] = (),
     files: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
-    """Write a page and return its path; `files` are those beside it, with a remark for each."""
+    """Write a page and return its path. `files`: files in the same folder, with a remark for each."""
     page = {"title": title, "eyebrow": eyebrow, "heading": heading, "sentence": sentence, "files": files or {}}
     shown = {"sections": filter(None, sections), "notes": filter(None, notes)}
     write_text(path, templates.get_template("page.html").render(**page, **shown))
@@ -36,19 +36,19 @@ def write_page(
 
 
 def section(title: str, *parts: Part) -> Part:
-    """Parts under a heading; None where there is no part."""
+    """Parts under a heading; None if there is no part."""
     kept = [part for part in parts if part]
     return {"title": title, "parts": kept} if kept else None
 
 
 def group(css: str, *parts: Part, title: str = "") -> Part:
-    """Parts in a box of that class: a card, or a grid such as "wide-cards"; None where there is no part."""
+    """Parts in a box of that class: a card, or a grid such as "wide-cards"; None if there is no part."""
     kept = [part for part in parts if part]
     return {"kind": "group", "css": css, "parts": kept, "title": title} if kept else None
 
 
 def details(summary: str, *parts: Part) -> Part:
-    """Parts that are folded away."""
+    """Parts that are shown only when the reader opens them."""
     return {"kind": "details", "summary": summary, "parts": [part for part in parts if part]}
 
 
@@ -94,7 +94,7 @@ def pieces(spans: Iterable[tuple[str, str]], css: str = "") -> Part:
 
 
 def analysis_section(found: Mapping[str, Any]) -> Part:
-    """A section from `metajax.analysis`: what is looked at, headline numbers, figures."""
+    """A section from `metajax.analysis`: its subject, headline numbers and figures."""
     return section(found["title"], text(found["text"], "soft small"), lines(found["lines"]), figures(found["figures"]))
 
 
@@ -107,14 +107,14 @@ def code(words: str) -> Markup:
 
 
 def link(address: str | None, label: str) -> Markup:
-    """A link, or grey text where there is no address."""
+    """A link, or grey text if there is no address."""
     return (
         Markup('<a href="{}">{}</a>').format(address, label) if address else Markup('<span class="soft">{}</span>').format(label)
     )
 
 
 def with_code(words: str) -> Markup:
-    """Escaped text, with what is between backticks as code."""
+    """Escaped text, with text between backticks as code."""
     return Markup("").join(code(piece) if i % 2 else piece for i, piece in enumerate(words.split("`")))
 
 
@@ -133,7 +133,7 @@ def short_count(count: float) -> str:
 
 
 def as_set(value: Any) -> str:
-    """A config value as --set takes it."""
+    """A config value in the form that --set accepts."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "(empty)"
     if isinstance(value, bool):
@@ -142,5 +142,5 @@ def as_set(value: Any) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """1 run, 2 runs."""
+    """A count with its noun: 1 run, 2 runs."""
     return f"{count} {word}" + "s" * (count != 1)

@@ -1,4 +1,4 @@
-"""Parts of the analyses' figures: equal panels, heat-maps, curves by layer, ratios with their quartiles."""
+"""Building blocks of the analyses' figures: equal panels, heat-maps, curves by layer, ratios with their quartiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from metajax.reporting.figures import WIDTH, look
 
 GREY, FAINT = "#9aa0a8", "#e7e9ec"
-LABELS = 64  # tokens that an axis has room for
+LABELS = 64  # most tokens that fit on an axis
 
 
 def panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -23,7 +23,7 @@ def panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def heat(figure: Figure, axes: Axes, values: np.ndarray, **scale: Any) -> None:
-    """A heat-map in blue with its colour bar; `scale` goes to imshow."""
+    """A heat-map in blue with its colour bar; `scale` is passed to imshow."""
     image = axes.imshow(values, aspect="auto", interpolation="none", **{"cmap": "Blues"} | scale)
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
 
@@ -43,7 +43,7 @@ def weight_heat(figure: Figure, axes: Axes, values: np.ndarray) -> None:
 
 
 def token_ticks(axes: Axes, labels: Sequence[str]) -> None:
-    """Label the x axis with tokens, every one where there is room."""
+    """Label the x axis with tokens, with all of them if they fit."""
     shown = range(0, len(labels), -(-len(labels) // LABELS))
     axes.set_xticks(shown, [labels[i].strip(" ") or "␣" for i in shown], rotation=90, fontsize=7)
 
@@ -64,5 +64,5 @@ def name_rows(axes: Axes, names: Sequence[str], what: str) -> None:
 
 
 def point(axes: Axes, y: float, low: float, middle: float, high: float, number: int) -> None:
-    """A value with its interval on row `y`, in the colour of that number."""
+    """A value with its interval on row `y`, in the colour with that number."""
     axes.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=look(number)[0], capsize=2)

@@ -1,4 +1,4 @@
-"""A plan as sections of facts, for its page and the terminal: memory of a chip, bounds of a step, and what would fit."""
+"""A plan as sections of facts for its page and the terminal: memory of a chip, bounds of a step, and advice on what fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
-    """Write the page of a plan as `metajax.planning.plan.plan` makes it."""
+    """Write the page of a plan from `metajax.planning.plan.plan`."""
     mesh = "".join(f", {axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     measured = plan_facts(plan) if plan["fits"] else []
     buffers = page.section("The largest buffers", page.lines([buffer_text(buffer) for buffer in plan["largest_buffers"]]))
@@ -33,20 +33,20 @@ def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
 
 
 def _memory(plan: dict[str, Any], measured: list[tuple[str, str, list[tuple[str, str]]]]) -> list[Part]:
-    """The memory as a bar and as facts; the reason where the step does not fit."""
+    """The memory as a bar and as facts, or the reason if the step does not fit."""
     if not plan["fits"]:
         return [page.text(f"It does not fit: {plan['reason']}")]
     limit = plan["memory"]["limit"]
     parts = [
         {"name": name, "css": f"p{i}", "percent": f"{100 * size / limit:.2f}"}
-        for i, (name, size) in enumerate(memory_kinds(plan).items(), 1)  # nine at most, and as many colours
+        for i, (name, size) in enumerate(memory_kinds(plan).items(), 1)  # at most nine, as many as colours
     ]
     row = {"name": f"{plan['memory']['total'] / GIB:.3f} GiB", "total": f"of {limit / GIB:g} GiB", "parts": parts}
     return [page.bars([row]), page.facts((name, f"{size} GiB") for name, size in measured[0][2][:-1])]
 
 
 def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, unit, names and values) of all that was found of a plan that fits; memory comes first, its last line the total."""
+    """(title, unit, names and values) of all facts of a plan that fits. Memory comes first; its last line is the total."""
     memory = [(name, f"{size / GIB:.3f}") for name, size in memory_kinds(plan).items()]
     total = ("total", f"{plan['memory']['total'] / GIB:.3f} of {plan['memory']['limit'] / GIB:g}")
     return [
@@ -66,10 +66,10 @@ def buffer_text(buffer: dict[str, Any]) -> str:
 
 
 def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a chip by kind, which add up to the total; "temporaries" are those that are neither activations nor gradients."""
+    """Bytes of a chip by kind, which sum to the total; "temporaries" are neither activations nor gradients."""
     memory, state = plan["memory"], plan["state"]
     kinds = {name: size for name, size in plan["temporaries"].items() if name != "other"}
-    if sum(kinds.values()) > memory["temporaries"]:  # the compiler's two accounts differ by a few kilobytes
+    if sum(kinds.values()) > memory["temporaries"]:  # the compiler's two counts differ by a few kilobytes
         kinds = {}
     return {
         **state,
@@ -82,7 +82,7 @@ def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def time_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lower bounds of a step; the longest of them counts."""
+    """Lower bounds of a step's time; the largest one applies."""
     names = {
         "operations": "operations at the chips' peak",
         "kernels": "kernels as scheduled, all else at the peak",
@@ -97,7 +97,7 @@ def time_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def estimate_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The compiler's estimate of a step in which nothing waits; it is not a bound."""
+    """The compiler's estimate of a step without waiting; it is not a bound."""
     estimate, known = plan["estimate"], "schedules" in plan
     facts = [("kernels as scheduled", _ms(estimate["kernels"]) if known else "not asked for (--schedules)")]
     facts += [("all else, by XLA's model", _ms(estimate["xla"]))]
@@ -105,7 +105,7 @@ def estimate_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def operation_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Operations of a step, and by part."""
+    """Operations of a step, in total and by part."""
     count, unit = plan["reads"]["count"], plan["reads"]["unit"]
     facts = [(f"{count:,} {unit} of a step", f"{plan['flops']:.3e}"), (f"each of the {unit}", f"{plan['flops'] / count:.3e}")]
     parts = plan["flops_by_part"]
@@ -113,7 +113,7 @@ def operation_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def kernel_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Calls of each kernel in a step; where its cycles were asked for, those of each form of it."""
+    """Calls of each kernel in a step, and the cycles of each of its forms if they were asked for."""
     calls = [(name, f"{times:,} calls") for name, times in plan["kernels"].items() if "schedules" not in plan]
     for kernel in plan.get("schedules", ()):
         text = f"{kernel['times']:,} calls of {kernel['cycles']:,} cycles, {_ms(kernel['seconds'])}"
@@ -135,7 +135,7 @@ def _ms(seconds: float) -> str:
 
 
 def advice_lines(plan: dict[str, Any]) -> list[str]:
-    """What was tried where the plan does not fit, and the largest batch where it was asked for."""
+    """The changes tried if the plan does not fit, and the largest batch if it was asked for."""
     lines = []
     if not plan["fits"]:
         advice = plan["advice"]

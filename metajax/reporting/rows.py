@@ -1,4 +1,4 @@
-"""A row for people: spans of positions with the same content and the same target, decoded, with a look for the loss."""
+"""A training row for people: decoded spans of positions with the same content and target, marked by their loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from metajax.data.rows import Row, RowSource
 
 LEGEND = "blue: metadata   magenta: meta-token   dim: no loss at this position"
 COLOURS = {"metadata": "blue", "meta-token": "magenta", "": ""}
-PAGE_LETTERS = 1200  # letters of a row on a run's page
+PAGE_LETTERS = 1200  # most letters of a row on a run's page
 
 
 def summary(rows: RowSource) -> str:
-    """A source's training rows in a line: how many, where they begin, and how much metadata the documents have."""
+    """A source's training rows in one line: their number, where they begin, and how much metadata the documents have."""
     pieces, first = rows.index.pieces, rows.index.offsets[:-1]
     words = f"{len(rows):,} rows, {np.mean(pieces[first, 1] > 0):.1%} begin inside a document"
     lengths = rows.metadata.overhead(np.unique(pieces[:, 0]))
@@ -34,8 +34,8 @@ def summary(rows: RowSource) -> str:
 class Span:
     """Neighbouring positions of a row.
 
-    document: the number of the document in the row, from 1. holds: "text" or "metadata". asked: the target, with its weight in the loss where
-    that is not 1: body, metadata, end (of the document), rejected (answer) or nothing; with meta-tokens between, counts of these.
+    document: number of the document in the row, from 1. holds: "text" or "metadata". asked: the targets (body, metadata, end of
+    document, rejected answer or nothing), with the loss weight if it is not 1; if meta-tokens are between, counts of each target.
     pieces: (decoded text, "metadata", "meta-token" or "", whether its positions have no loss).
     """
 
@@ -46,7 +46,7 @@ class Span:
 
     @property
     def text(self) -> Text:
-        """For the terminal."""
+        """The span as text for the terminal."""
         return Text.assemble(
             *((shown(text), f"{COLOURS[kind]} dim" if silent else COLOURS[kind]) for text, kind, silent in self.pieces)
         )
@@ -85,7 +85,7 @@ def _asked(row: Row, eos: int) -> np.ndarray:
 
 
 def _pieces(row: Row, positions: np.ndarray, is_meta: np.ndarray, tokenizer: Tokenizer) -> tuple[tuple[str, str, bool], ...]:
-    """The positions decoded; neighbours of one look together, so that a letter of several tokens stays whole."""
+    """The decoded positions. Neighbours with the same look are decoded together, so that letters of several tokens stay whole."""
     kind = "metadata" if row["is_metadata"][positions[0]] else ""
     return tuple(
         (tokenizer.decode(row["tokens"][list(part)].tolist()), "meta-token" if meta else kind, bool(silent))

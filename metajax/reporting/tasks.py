@@ -1,4 +1,4 @@
-"""Results of tasks and of multiple choice: rows of a table for terminal and page, and the figure of accuracy against length."""
+"""Results of tasks and multiple choice: table rows for terminal and page, and the figure of accuracy by length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metajax.reporting.figures import WIDTH, look, styled, to_svg
 
 HEAD = ("task", "length", "exact match", "95 % interval", "token accuracy", "95 % interval", "chance", "examples")
 CHOICE_HEAD = ("task", "context", "examples", "acc", "acc_norm", "questions")
-CONTEXTS = {"none": "nothing", "empty": "the empty pair", "task": "a fitting source"}  # before the question
+CONTEXTS = {"none": "nothing", "empty": "the empty pair", "task": "a fitting source"}  # context before the question
 TaskResults = dict[str, dict[str, dict[str, Any]]]  # as metajax.evaluation.tasks.evaluate_tasks returns them
 
 
@@ -33,7 +33,7 @@ def _cells(scored: dict[str, Any]) -> list[str]:
 
 
 def choice_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Cells under CHOICE_HEAD for every task and setting, each share with its standard error; the mean acc after each setting."""
+    """Cells under CHOICE_HEAD for every task and setting: shares with standard errors, and the mean acc after each setting."""
     rows = []
     for setting, tasks in results["settings"].items():
         context, _, shots = setting.rpartition("_")
@@ -48,7 +48,7 @@ def choice_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def accuracy_figure(results: TaskResults, tasks: Tasks) -> str:
-    """Exact-match accuracy against the length bin as SVG, a panel for each task: its interval, chance, the longest length in training."""
+    """Exact-match accuracy by length bin as SVG, a panel for each task with interval, chance and longest training length."""
     with styled():
         figure = Figure(figsize=(WIDTH, 1.9 * ((len(results) + 1) // 2) + 0.3), layout="constrained")
         panels = figure.subplots((len(results) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flat

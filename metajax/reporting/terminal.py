@@ -1,4 +1,4 @@
-"""The terminal: lists, an experiment before it runs, decoded rows, corpora, runs side by side."""
+"""Terminal output: lists, an experiment before it runs, decoded rows, corpora, runs side by side."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ console = Terminal()
 
 
 class _Grid(Grid):
-    """A rich table whose cells are a line of text each."""
+    """A rich table whose cells are single lines of text."""
 
     def add_row(self, *cells: str) -> None:
         super().add_row(*(Text(shown(cell, keep="")) for cell in cells))
 
 
 def grid_of(*titles: str) -> _Grid:
-    """A plain table whose names to be copied, its first column's and experiments', never wrap."""
+    """A plain table whose first column and names of experiments never wrap, so that they can be copied."""
     grid = _Grid(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
         grid.add_column(title, overflow="fold", no_wrap=i == 0 or title == "experiment")
@@ -49,7 +49,7 @@ def duration(minutes: float) -> str:
 
 
 def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:
-    """Resolved config, parameters by part, FLOPs a token, time estimate, published values."""
+    """Print resolved config, parameters by part, FLOPs per token, time estimate and published values."""
     from metajax.data.tokenizers import vocabulary_of
     from metajax.models.cache_bytes import cache_bytes
     from metajax.models.flops import flops_per_token
@@ -85,7 +85,7 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
 
 
 def _expected(experiment: registry.Experiment, scale: str) -> str:
-    """Minutes, and what the paper says of the row."""
+    """Print expected minutes and the paper's values of the row."""
     row = experiment.row
     published = {key: row.paper(key) for key in row.published} if row else {}
     said = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
@@ -93,7 +93,7 @@ def _expected(experiment: registry.Experiment, scale: str) -> str:
 
 
 def print_plan(found: dict[str, Any]) -> None:
-    """A plan: memory of the chips, transfers between them, and bounds of a step's time."""
+    """Print a plan: memory of the chips, transfers between them, and bounds of a step's time."""
     from metajax.reporting.plan_page import GIB, advice_lines, buffer_text, plan_facts
 
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
@@ -110,7 +110,7 @@ def print_plan(found: dict[str, Any]) -> None:
 
 
 def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table of text."""
+    """Print a table of text."""
     grid = grid_of(*titles)
     for cells in rows:
         grid.add_row(*cells)
@@ -118,7 +118,7 @@ def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:
-    """The plans of many programs, a line for each."""
+    """Print the plans of many programs, a line for each."""
     rows = []
     for found in made:
         line = [found["name"], str(len(found["stands_for"])), found["topology"]]
@@ -133,7 +133,7 @@ def print_survey(made: Sequence[dict[str, Any]]) -> None:
 
 
 def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    """Held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
+    """Print held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
     from metajax.reporting.tasks import CHOICE_HEAD, HEAD, choice_rows, table_rows
 
     if "tasks" in results:
@@ -151,7 +151,7 @@ def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
 
 
 def print_curriculum(config: Config, paths: Any) -> None:
-    """What the tasks of a config feed it: lengths by phase, and the shortest bin's first test example of each task."""
+    """Print the tasks of a config: lengths by phase, and for each task the first test example of the shortest bin."""
     from metajax.data.pipeline import open_corpora, task_examples
 
     examples, tasks = task_examples(open_corpora(config, paths)), config.tasks
@@ -166,7 +166,7 @@ def print_curriculum(config: Config, paths: Any) -> None:
 
 
 def print_rows(config: Config, paths: Any, count: int) -> None:
-    """The first `count` training rows as spans of positions: content, target and text."""
+    """Print the first `count` training rows as spans of positions: content, target and text."""
     from metajax.data.pipeline import open_corpora, phase_rows, training_rows
     from metajax.reporting.rows import LEGEND, spans, summary
 
@@ -193,7 +193,7 @@ def print_rows(config: Config, paths: Any, count: int) -> None:
 
 
 def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) -> None:
-    """A corpus: documents, sizes, origins; of each field coverage, distinct values, entropy and what it says about words and fields."""
+    """Print a corpus: documents, sizes, origins; for each field coverage, distinct values, entropy and mutual information."""
     from metajax.data.sources import open_source
     from metajax.reporting.information import survey
 
@@ -205,7 +205,7 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
     for note in found.notes:
         console.print(plain(note, "yellow"))
     grid = grid_of("field", "has it", "distinct", "entropy", "bits/word", "most frequent")
-    grid.expand, last = True, grid.columns[-1]  # the last column gets what the others leave
+    grid.expand, last = True, grid.columns[-1]  # the last column gets the remaining width
     last.ratio, last.no_wrap, last.overflow = 1, True, "ellipsis"
     for field in found.fields:
         common = ", ".join(f"{value[:30]} ({n})" for value, n in field.common)
@@ -233,7 +233,7 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
 
 
 def print_cache(cache: Any) -> None:
-    """A tokenised corpus: its size, where it is, and what a person should know of its documents."""
+    """Print a tokenised corpus: its size, its folder, and remarks on its documents."""
     from metajax.data.pipeline import notes
 
     manifest = cache.manifest
@@ -245,7 +245,7 @@ def print_cache(cache: Any) -> None:
 
 
 def print_runs(root: Path) -> None:
-    """Every run under `root`, oldest first."""
+    """Print every run under `root`, oldest first."""
     grid = grid_of("run", "experiment", "scale", "seed", "state", "held-out bits/byte")
     for run, cells in readable(list_runs(root), _run_cells):
         grid.add_row(run.name, *cells)
@@ -260,7 +260,7 @@ def _run_cells(run: Path) -> list[str]:
 
 
 def print_comparison(runs: list[Path]) -> None:
-    """Runs side by side: the fields that differ, then results."""
+    """Print runs side by side: the fields that differ, then results."""
     found = readable(runs, lambda run: (read_config(run), read_report(run)))
     require(len(found) >= 2, "less than two of these runs can be read")
     configs, reports = [config for _, (config, _) in found], [report for _, (_, report) in found]
@@ -297,7 +297,7 @@ def _last_step(run: Path) -> int:
 
 
 def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
-    """What a sample of all tables found, and which of them it did not reach."""
+    """Print the findings of a sample of all tables, and the tables that it did not reach."""
     rows = [
         (line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), ", ".join(line["empty"]) or "-")
         for line in lines

@@ -1,1 +1,1 @@
-"""What a run's folder holds: config.json, metrics, goodput, parents, and the lock on it."""
+"""The contents of a run's folder: config.json, metrics, goodput, parents, and the lock on it."""

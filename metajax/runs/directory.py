@@ -1,7 +1,7 @@
-"""The run directory: what a run writes, who may write there, and how runs are found again.
+"""The run directory: the files of a run, its lock, and finding runs.
 
 config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json, report.html;
-failure.log where a table saw the run fail.
+failure.log if the run failed in a table.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from metajax.runs.files import CONFIG, Mark, find_json, read_json, recall, write
 from metajax.runs.place import Place
 
 T = TypeVar("T")
-LOCK = ".lock"  # one that a process left which is gone locks nothing
-RUN_LOG = "run.log"  # of a run that is made beside others
-FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may be there before the run is
+LOCK = ".lock"  # the file of a process that has ended locks nothing
+RUN_LOG = "run.log"  # output of a run that is made beside others
+FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may exist before the run does
 ORIGIN = (
-    "imported.json"  # of an imported run: the config.json it came with, rows, ids that end a text, and whether it had a tied head
+    "imported.json"  # of an imported run: its original config.json, rows, ids that end a text, and whether its head was tied
 )
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -44,7 +44,7 @@ def default_workdir(config: AnyConfig, root: Path) -> Path:
 
 
 def read_config(workdir: Path) -> AnyConfig:
-    """The config a workdir was made for.
+    """Read the config of a workdir.
 
     Raises:
       UserError: no readable config.json there.
@@ -60,12 +60,12 @@ def read_config(workdir: Path) -> AnyConfig:
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
-    """The report of a run, None where it is not complete."""
+    """The report of a run; None if the run is not complete."""
     return find_json(workdir / "report.json")
 
 
 def readable(runs: Iterable[Path], read: Callable[[Path], T]) -> list[tuple[Path, T]]:
-    """(run, what `read` has of it) for every run whose files can be read; one line for each of the others."""
+    """(run, result of `read`) for every run whose files can be read; prints one line for each other run."""
     found = []
     for run in runs:
         try:
@@ -76,7 +76,7 @@ def readable(runs: Iterable[Path], read: Callable[[Path], T]) -> list[tuple[Path
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and git state: what a number may depend on besides the config."""
+    """Versions, devices and git state, on which a result may depend besides the config."""
     import jax
 
     devices = jax.devices()
@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code, and whether it has been changed since."""
+    """The commit of the code, and whether there are uncommitted changes."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -119,24 +119,24 @@ class RunDirectory:
     path: Path
     config: AnyConfig
     warnings: list[str] = field(default_factory=list)
-    id: str = ""  # made once, kept in config.json: what other files are held against
-    data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known when the run begins
-    logged: Mark | None = None  # of metrics.jsonl, from the checkpoint that the run resumes from
+    id: str = ""  # made once and stored in config.json; the digests of other files include it
+    data: dict[str, str] = field(default_factory=dict)  # {key, tokenizer}, known once the run begins
+    logged: Mark | None = None  # mark of metrics.jsonl in the checkpoint that the run resumes from
     _lock: Any = None
     _place: Place | None = None
 
     @classmethod
     def open(cls, path: Path, config: AnyConfig) -> RunDirectory:
-        """Create the workdir or return to it; of several processes the first alone does so, and writes there.
+        """Create the workdir or open an existing one. With several processes only the first does so and writes there.
 
         Raises:
-          UserError: it holds another experiment, something that is no run, or a process that is still running.
+          UserError: it holds another experiment or other files, or another process is still running in it.
         """
         if not _is_first():
             return cls(path, config)
         try:
             with outages():
-                there = home(path)  # first: a name that cannot be is refused before anything is made
+                there = home(path)  # first, so that an impossible name is refused before anything is created
                 path.mkdir(parents=True, exist_ok=True)
                 _require_run_or_empty(there)
             lock = _lock(path)
@@ -157,10 +157,10 @@ class RunDirectory:
         return run
 
     def begin(self, key: str, tokenizer: str) -> None:
-        """Hold the data against what the run began with, then write what the run is and where it runs.
+        """Check that the data is that of the run's first start, then write config.json and the environment.
 
-        config.json comes first, because a folder without it is not taken for a run; a later start refreshes it and warns
-        of other library versions. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
+        config.json comes first, because a folder without it does not count as a run. A later start updates it and warns
+        if library versions differ. `key` and `tokenizer` identify the corpus and the tokenizer; see `check_data`.
         """
         self.data = {"key": key, "tokenizer": tokenizer}
         if not _is_first():
@@ -183,7 +183,7 @@ class RunDirectory:
         publish(self.path)
 
     def go_on_from(self, meta: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint says of the run's other files: where metrics.jsonl was, and the warnings until then."""
+        """Restore from a checkpoint the mark of metrics.jsonl and the warnings up to that step."""
         self.logged = meta.get("metrics")
         before = [*dict.fromkeys([*meta.get("warnings", ()), *self.warnings])]
         if before != self.warnings:
@@ -197,7 +197,7 @@ class RunDirectory:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What every checkpoint of this run has in common; see `require_same_run`."""
+        """The identity that every checkpoint of this run stores; see `require_same_run`."""
         return _identity(self.config, self.hash) | self.data
 
     @property
@@ -206,14 +206,14 @@ class RunDirectory:
         return hash_of(self.path, self.config)
 
     def close(self) -> None:
-        """Publish what a stage holds, and release the lock."""
+        """Upload the files of a staging folder, and release the lock."""
         if self._lock is not None:
             publish(self.path)
             self._lock.close()
             self._place.close()
 
     def require_there(self) -> None:
-        """UserError where the folder that this run began in is gone, or another one by now: nothing is written then."""
+        """Raise UserError, before anything is written, if the run's folder is gone or has been replaced."""
         if self._place is not None:
             self._place.require_there()
 
@@ -222,21 +222,21 @@ class RunDirectory:
         return contextlib.nullcontext() if self._place is None else self._place.while_there()
 
     def write(self, name: str, value: Any) -> None:
-        """Write a JSON file of the run, the old one or the new one whole."""
+        """Write a JSON file of the run atomically."""
         if _is_first():
             self.require_there()
             write_json(self.path / name, value)
 
     def warn(self, message: str) -> None:
-        """Say a warning and record it, so that it reaches report.json also when this process dies first."""
+        """Print a warning and record it, so that it reaches report.json even if this process dies first."""
         warn(message)
-        if message not in self.warnings:  # a start after the first says it again
+        if message not in self.warnings:  # a later start may repeat a warning
             self.warnings.append(message)
             self.write("warnings.json", {"warnings": self.warnings})
 
 
 def _lock(path: Path) -> Any:
-    """A lock held until it is closed, None where another process has it."""
+    """A lock held until it is closed; None if another process holds it."""
     lock = open(path / LOCK, "w")  # noqa: SIM115 - held for the life of the run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,12 +255,12 @@ def _require_run_or_empty(there: Any) -> None:
 
 
 def check_data(workdir: Path, **now: str) -> None:
-    """UserError where the `tokenizer` or the corpus `key` is another one than the run began with."""
+    """Raise UserError if the `tokenizer` or the corpus `key` differs from that of the run's first start."""
     require_data(find_json(workdir / "data.json") or {}, now, workdir)
 
 
 def require_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """The same for {key, tokenizer} that something of the run has; what either side lacks is not compared."""
+    """Likewise for {key, tokenizer} stored by part of the run; an entry missing on either side is not compared."""
     key, tokenizer = (now.get(name, saved.get(name)) for name in ("key", "tokenizer"))
     require(
         saved.get("tokenizer", tokenizer) == tokenizer,
@@ -290,14 +290,14 @@ def _version(workdir: Path) -> int:
 
 
 def identity_of(workdir: Path) -> dict[str, Any]:
-    """`RunDirectory.identity` of a run that nobody has open."""
+    """`RunDirectory.identity` of a run that is not open."""
     config = read_config(workdir)
     return _identity(config, hash_of(workdir, config)) | (find_json(workdir / "data.json") or {})
 
 
 def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, workdir: Path) -> None:
-    """UserError where a checkpoint, `what`, is another run's: `saved` is the identity that it has. Those of earlier versions have the
-    hash alone, which is compared then, or nothing."""
+    """Raise UserError if the checkpoint `what` belongs to another run; `saved` is the identity stored in it. Checkpoints of
+    earlier versions store only the hash, which is then compared, or nothing."""
     names = [name for name in ("name", "scale", "seed", "hash") if name in saved]
     differing = [name for name in names if saved[name] != mine[name]]
     theirs, ours = (", ".join(f"{name} {found[name]}" for name in names) for found in (saved, mine))
@@ -325,7 +325,7 @@ def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The held-out results of a report's `eval` by condition, without those of tasks and choices; empty for images."""
+    """The held-out results of a report's `eval` by condition, without tasks and choices; empty for images."""
     return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
 
 
@@ -338,21 +338,21 @@ def list_runs(root: Path) -> list[Path]:
     for folder, folders, files in os.walk(root, onerror=_tell):
         is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
         found += [Path(folder)] if is_run else []
-        # Checkpoints of a running process may vanish while this looks; files that it has set aside are no run.
+        # Checkpoints of a running process may vanish during this search. Files that were set aside are not runs.
         folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
     runs = [run for run, _ in readable(found, read_config)]
     return sorted(runs, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
 
 
 def _tell(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # no run yet, or a folder that has gone while one looks
+    if not isinstance(error, FileNotFoundError):  # no run yet, or a folder deleted during the search
         warn(f"left out: {error.filename}: {error.strerror}")
 
 
 def _find_on_bucket(url: str, root: Path) -> Path:
     folder = stage(url, root)
     lock = _lock(folder)
-    if lock is not None:  # else it is running on this machine, and what it has staged is newer
+    if lock is not None:  # otherwise it runs on this machine, and its staging folder is newer
         with lock:
             fill(folder)
     require((folder / CONFIG).exists(), f"{url} is not a run: it has no config.json")
@@ -360,11 +360,11 @@ def _find_on_bucket(url: str, root: Path) -> Path:
 
 
 def find_run(word: str, root: Path) -> Path:
-    """The workdir that `word` means: a path, from `root` or from here, a unique prefix of HASH-sSEED, an experiment's name (its newest run),
-    or gs://BUCKET/PATH, whose stage is brought up to date.
+    """Find the workdir named by `word`: a path (relative to `root` or the current folder), a unique prefix of HASH-sSEED, the
+    name of an experiment (its newest run), or gs://BUCKET/PATH, whose staging folder is then updated.
 
     Raises:
-      UserError: none, or more than one.
+      UserError: no such run, or more than one.
     """
     if word.startswith(SCHEME):
         return _find_on_bucket(word, root)

@@ -1,8 +1,8 @@
-"""The files of a run's folder: how they are written, and the one way in which they are read back.
+"""Writing and reading the files of a run's folder.
 
-A JSON file is an object that ends with `sha256`, a digest of what is before it and of the run's id, which config.json holds. So a file
-that was changed since, or that belongs to another run, is found out. Files of earlier versions have no digest: there only types are
-checked. metrics.jsonl is held against its `Mark`, which checkpoints and the report have.
+A JSON file is an object that ends with `sha256`, a digest of the preceding entries and of the run's id in config.json. The digest
+reveals a file that was changed later or belongs to another run. Files of earlier versions have no digest, so only types are
+checked. metrics.jsonl is compared with its `Mark`, which checkpoints and the report store.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LISTS = {
     "words.json": "words",
     "warnings.json": "warnings",
     "time.json": "starts",
-}  # may be lists: the first is, earlier versions' others
+}  # may be lists: the first is one, the others were in earlier versions
 RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
 BIN = {"exact": (*NUMBER, NULL), "*": object}
 SPENT = (
@@ -50,8 +50,8 @@ SPENT = (
     "data_wait",
     "checkpoint",
     "evaluation",
-)  # seconds of one start, from a step
-# What a file must have: a type, any of several shapes, an object's keys (`?`: may be missing, `*`: all others), or [what each item is].
+)  # seconds of one start, which began at a step
+# Shape of a file: a type, one of several shapes, an object's keys (`?`: optional, `*`: all others), or [shape of each item].
 SHAPES: dict[str, Any] = {
     CONFIG: {"?config": dict, "?id": str, "?hash": str},
     "environment.json": {
@@ -69,7 +69,7 @@ SHAPES: dict[str, Any] = {
     },
     "table.json": {"seeds": [int]},
     "imported.json": {"family": str, "config": dict},
-    "hashes": {"hosts": int, "files": {"*": str}},  # of a folder: every file in it that is not named here
+    "hashes": {"hosts": int, "files": {"*": str}},  # any file of that folder without a shape of its own
     "analysis": {"name": str, "result": dict, "?made_on": {"task": str, "length": int, "prompts": int}},
     "delta_tokens.json": dict,
     "words.json": {"words": [str]},
@@ -79,12 +79,12 @@ METRICS = {
     "step": int,
     **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER),
     "*": (str, bool, NULL, *NUMBER),
-}  # of one line
-Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl as it was once
+}  # shape of one line
+Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl at some step
 
 
 class Damaged(UserError):
-    """A file of a run that is not what the run wrote; `fault` says which and why, the message also names the remedy."""
+    """A file of a run differs from what the run wrote. `fault` names the file and the reason; the message adds the remedy."""
 
     def __init__(self, path: Path, why: str):
         super().__init__(path, why)
@@ -95,8 +95,8 @@ class Damaged(UserError):
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, the old file or the new one whole; an object gets its digest."""
-    value = strict(value)  # as it will be read: keys are text
+    """Write JSON atomically; an object gets its digest."""
+    value = strict(value)  # as it will be read back, with keys as text
     if isinstance(value, dict):
         value.pop(DIGEST, None)
         digest = _digest(path, value)
@@ -108,8 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run, without its digest.
 
     Raises:
-      Damaged: it is not what the run wrote.
-      UserError: it is missing, or may not be read.
+      Damaged: the file is not what the run wrote.
+      UserError: the file is missing, or there is no permission to read it.
     """
     value = find_json(path)
     require(value is not None, f"{path} is missing; {REMEDIES.get(path.name, 'restore it from a copy')}")
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_json(path: Path) -> dict[str, Any] | None:
-    """The same, or None where there is none."""
+    """Like `read_json`, but None for a missing file."""
     data = _read(path)
     if data is None:
         return None
@@ -137,7 +137,7 @@ def find_json(path: Path) -> dict[str, Any] | None:
 
 
 def find_readable(path: Path) -> dict[str, Any] | None:
-    """The same for a page: a damaged file is None too, with a warning."""
+    """Like `find_json`, for a page: also None, with a warning, for a damaged file."""
     try:
         return find_json(path)
     except UserError as error:
@@ -145,11 +145,11 @@ def find_readable(path: Path) -> dict[str, Any] | None:
         return None
 
 
-_warn_once = functools.cache(warn)  # a table reads its runs again after each of them
+_warn_once = functools.cache(warn)  # a table reads its runs again after each run
 
 
 def recall(path: Path, on_warning: Callable[[str], None], lost: str) -> dict[str, Any] | None:
-    """The same for a run that resumes: a damaged file is set aside and is None too; the warning says what is `lost`."""
+    """Like `find_json`, for a run that resumes: a damaged file is set aside and gives None; the warning names what is `lost`."""
     try:
         return find_json(path)
     except Damaged as error:
@@ -159,7 +159,7 @@ def recall(path: Path, on_warning: Callable[[str], None], lost: str) -> dict[str
 
 
 def set_aside(path: Path) -> None:
-    """Move a damaged file, or a folder in its place, into DIR/damaged."""
+    """Move a damaged file (or a folder of that name) into DIR/damaged."""
     target = path.parent / "damaged" / f"{path.name}-{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)
     os.replace(path, target)
@@ -177,8 +177,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _digest(path: Path, value: Mapping[str, Any]) -> str | None:
-    """Of a file's content and of the run in whose folder, or one below, it is; None outside of runs. The hashes of a checkpoint go where
-    it goes, which says itself whose it is."""
+    """Digest of a file's content and of the id of the run that contains it; None outside of runs. The hashes of a checkpoint
+    leave the id out: they may move with the checkpoint, which stores the identity of its run."""
     run = ""
     if path.name != CONFIG and path.parent.name != "hashes":
         holder = next((folder for folder in (path.parent, path.parent.parent) if (folder / CONFIG).exists()), None)
@@ -189,7 +189,7 @@ def _digest(path: Path, value: Mapping[str, Any]) -> str | None:
 
 
 def _misfit(value: Any, shape: Any, at: str = "") -> str:
-    """Where a value is not of a shape of SHAPES; "" where it is."""
+    """Where a value does not match a shape of SHAPES; "" if it matches."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{at or 'it'} is no object"
@@ -221,10 +221,10 @@ def mark_of(data: bytes) -> Mark:
 
 
 def read_lines(path: Path, mark: Mark | None = None) -> list[dict[str, Any]]:
-    """Records of a metrics file, none where it is missing; a last line cut off by a kill is left out.
+    """Records of a metrics file, none if it is missing; a last line cut off by a kill is left out.
 
     Raises:
-      Damaged: a line that is no record, or other content than that of `mark`.
+      Damaged: a line is not a record, or the content differs from `mark`.
     """
     data = _read(path) or b""
     if mark is not None and mark_of(data[: mark["bytes"]]) != mark:
@@ -236,7 +236,7 @@ def read_lines(path: Path, mark: Mark | None = None) -> list[dict[str, Any]]:
 
 
 def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
-    """(records, numbers of the lines that are none) of the content of a metrics file, up to its last line end."""
+    """(records, numbers of the lines that are not records) of the content of a metrics file, up to its last line end."""
     records, unread = [], []
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:

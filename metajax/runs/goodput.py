@@ -1,7 +1,7 @@
-"""Where the wall time of a run went, over all its starts: RUN/time.json.
+"""Goodput: how a run spent its wall time over all its starts, in RUN/time.json.
 
-Steps whose results were saved are productive; the rest is apart: start-up, compiling, waiting for data, saving, evaluating,
-and steps that a kill undid. Time between two starts is no one's and not counted, nor is what a kill leaves unwritten.
+Steps whose results were saved are productive. Start-up, compiling, waiting for data, saving, evaluating and steps that a kill
+undid are counted separately. Time between two starts is not counted, nor is time that a kill left unwritten.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from metajax.runs.directory import RunDirectory
 from metajax.runs.files import recall, write_json
 
 APART = ("compile", "data_wait", "checkpoint", "evaluation")
-SAVES = 16  # remembered of one start
+SAVES = 16  # saves remembered for one start
 
 
 class Goodput:
-    """The ledger of one start, on top of those before it.
+    """The time account of one start, added to those of earlier starts.
 
     Args:
-      path: time.json of the run; None: not this process's to write.
+      path: time.json of the run; None: this process does not write it.
       age: seconds since the command began.
-      run: whose it is; told what was lost of earlier starts, and asked before anything is written.
+      run: the run. It gets a warning about lost records of earlier starts, and is checked before each write.
     """
 
     def __init__(self, path: Path | None, age: float = 0.0, run: RunDirectory | None = None):
@@ -34,12 +34,12 @@ class Goodput:
         self._warn = run.warn if run is not None else warn
         found = recall(path, self._warn, "another is begun") if path is not None else None
         self._earlier: list[dict[str, Any]] = (found or {"starts": []})["starts"]
-        self.apart = dict.fromkeys(APART, 0.0)  # seconds of this start
+        self.apart = dict.fromkeys(APART, 0.0)  # seconds of this start that are not steps
         self._startup = 0.0
         self._from, self._saves = 0, []
 
     def begin_steps(self, step: int) -> None:
-        """Start-up is over and training goes on from `step`: what earlier starts did beyond it is lost."""
+        """End the start-up and continue from `step`; steps of earlier starts after it are lost."""
         self._startup = time.monotonic() - self._began - sum(self.apart.values())
         self._from = step
         if step and not self._earlier and self._path is not None:
@@ -52,7 +52,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
-        """What happens inside is `kind`, one of `APART`, and not a step."""
+        """Count the time inside the block as `kind`, one of `APART`, and not as a step."""
         began = time.monotonic()
         try:
             yield
@@ -60,11 +60,11 @@ class Goodput:
             self.apart[kind] += time.monotonic() - began
 
     def saved(self, step: int) -> None:
-        """Steps up to this one survive from now on."""
+        """Record that steps up to this one are saved."""
         self._saves = [*self._saves, (step, self._entry()["steps"])][-SAVES:]
 
     def write(self) -> None:
-        """Bring the file up to date."""
+        """Update the file."""
         if self._run is not None:
             self._run.require_there()
         if self._path is not None:
@@ -76,7 +76,7 @@ class Goodput:
         return {"from": self._from, "saves": self._saves, "steps": steps, "lost": 0.0, **spent}
 
     def shares(self) -> dict[str, float]:
-        """Of the wall time of all starts: productive, lost, startup and the kinds of `APART`; they sum to 1."""
+        """Shares of the wall time of all starts: productive, lost, startup and the kinds of `APART`; they sum to 1."""
         starts = [*self._earlier, self._entry()]
         seconds = {kind: sum(start[kind] for start in starts) for kind in ("lost", "startup", *APART)}
         seconds["productive"] = sum(start["steps"] - start["lost"] for start in starts)

@@ -1,4 +1,4 @@
-"""Whether the loggers of a run can log, known before anything is computed: without a network, and without a question."""
+"""Check whether the loggers of a run can log, before anything is computed, without a network or a prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metajax.core.errors import UserError, require
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """UserError where Weights & Biases is among them and would ask for a key."""
+    """Raise UserError if Weights & Biases is among the loggers and would ask for a key."""
     if "wandb" not in names:
         return
     require(find_spec("wandb") is not None, "runtime.loggers names wandb, which is not installed; pip install wandb")
@@ -27,7 +27,7 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def _settings(name: str) -> str:
-    """What the environment, or else Weights & Biases' files of settings, say."""
+    """Settings of Weights & Biases, from the environment or else from its settings files."""
     if f"WANDB_{name.upper()}" in os.environ:
         return os.environ[f"WANDB_{name.upper()}"]
     home = Path(os.environ.get("WANDB_CONFIG_DIR", Path.home() / ".config" / "wandb"))

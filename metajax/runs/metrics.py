@@ -23,11 +23,11 @@ __all__ = ["Loggers", "MetricsFile", "Nowhere", "memory_use", "read_lines"]
 
 
 class MetricsFile:
-    """metrics.jsonl, one JSON object a line. Opening it at step s drops the lines after s, which will be made again.
+    """metrics.jsonl, one JSON object per line. Opening it at step s drops the lines after s, which training writes again.
 
     Args:
-      mark: what the checkpoint of step s says of the lines until then; None: one of an earlier version, which says nothing.
-      on_warning: told what is lost of them.
+      mark: the mark in the checkpoint of step s of the lines up to s; None: a checkpoint of an earlier version, without a mark.
+      on_warning: called with a message about lost lines.
     """
 
     def __init__(self, path: Path, start_step: int, mark: Mark | None = None, on_warning: Callable[[str], None] = warn):
@@ -44,7 +44,7 @@ class MetricsFile:
         self._mark = {"lines": self._mark["lines"] + 1, "bytes": self._mark["bytes"] + len(line)}
 
     def mark(self) -> Mark:
-        """What a checkpoint says of the lines until now, which are on the disk then."""
+        """Write all lines to disk and return their mark, for a checkpoint."""
         os.fsync(self._file.fileno())
         return {**self._mark, DIGEST: self._hash.hexdigest()}
 
@@ -53,7 +53,7 @@ class MetricsFile:
 
 
 def _lines_until(path: Path, step: int, mark: Mark | None, on_warning: Callable[[str], None]) -> bytes:
-    """The lines of a metrics file up to a step as they were written; where they were changed since, those that are left of them."""
+    """The lines of a metrics file up to a step; if they were changed later, those that can still be read."""
     data = path.read_bytes() if path.is_file() else b""
     if mark is not None and mark_of(data[: mark["bytes"]]) == mark:
         return data[: mark["bytes"]]
@@ -73,7 +73,7 @@ def _lines_until(path: Path, step: int, mark: Mark | None, on_warning: Callable[
 
 
 class Loggers:
-    """Where scalars go besides the file."""
+    """Loggers that get the scalars in addition to the file."""
 
     def __init__(self, config: Config, workdir: Path, start_step: int):
         self._tensorboard, self._wandb = None, None
@@ -104,7 +104,7 @@ class Loggers:
 
 
 def logger_id(workdir: Path) -> str:
-    """Under which Weights & Biases knows a run: made once, kept in its folder, and another one in a copy of that folder."""
+    """The id of a run in Weights & Biases: made once and stored in its folder; a copy of the folder gets another id."""
     path, here = workdir / "wandb.json", home(workdir)
     saved = recall(path, warn, "Weights & Biases gets a new curve")
     if saved is not None and saved["folder"] != str(here):
@@ -118,7 +118,7 @@ def logger_id(workdir: Path) -> str:
 
 
 class Nowhere:
-    """In place of either in the processes that do not write."""
+    """Replaces `MetricsFile` and `Loggers` in processes that do not write."""
 
     def write(self, *_: Any) -> None: ...
 
@@ -128,7 +128,7 @@ class Nowhere:
 
 
 def memory_use() -> dict[str, float]:
-    """{hbm_gib, hbm_share} of the fullest device of this process at its peak; {} where the backend does not tell."""
+    """{hbm_gib, hbm_share} at the peak of the fullest device of this process; {} if the backend does not report it."""
     found = [stats for device in jax.local_devices() if (stats := device.memory_stats()) and "bytes_limit" in stats]
     if not found:
         return {}

@@ -1,4 +1,4 @@
-"""What a run counts while it trains: seconds of its start, what it read and computed, how fast."""
+"""Counters of a run while it trains: seconds of its start, tokens and other counts, speed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def finish(self, first_step: float) -> None:
-        """The first step is done: its seconds, the total, and as `other` what no phase covers."""
+        """End the first step and record its seconds, the total, and as `other` the time outside all phases."""
         total, self.seconds["first_step"] = time.monotonic() - self.started, first_step
         self.seconds |= {"other": total - sum(self.seconds.values()), "total": total}
 
 
 @dataclass
 class LeftOut:
-    """Steps that `runtime.on_bad_step=skip` has left out; saved with every checkpoint, so that a restart goes on counting."""
+    """Steps skipped by `runtime.on_bad_step=skip`. Every checkpoint stores them, so that a restart continues the count."""
 
     count: int = 0
     first: int = 0
@@ -52,7 +52,7 @@ class LeftOut:
 
 
 class Counts(dict[str, float]):
-    """What a process has read and computed, by name. Every checkpoint holds the sum over all, so that it is exact across restarts."""
+    """What a process has read and computed, by name. Checkpoints store the sum over processes, exact across restarts."""
 
     def add(self, read: Mapping[str, float]) -> None:
         for name, value in read.items():
@@ -68,12 +68,12 @@ class Counts(dict[str, float]):
 
 @dataclass
 class Pace:
-    """Speed since it was last read; saving and evaluating are left out."""
+    """Speed since the last reading, without the time of saving and evaluating."""
 
     unit: str  # as in "tokens_per_second"
-    counted: str  # its name in `Counts`
+    counted: str  # name of the count in `Counts`
     since: float = field(default_factory=time.monotonic)
-    hosts: int = 1  # that read as many rows as this one
+    hosts: int = 1  # number of hosts that read as many rows as this one
     steps: int = 0
     read_here: Counts = field(default_factory=Counts)
 
@@ -88,7 +88,7 @@ class Pace:
         self.since += time.monotonic() - began
 
     def read(self, peak: float | None) -> tuple[dict[str, float], float]:
-        """({UNIT_per_second, and mfu where the chips' peak is known}, seconds a step), and start anew."""
+        """({UNIT_per_second, and mfu if the chips' peak is known}, seconds a step), and restart the measurement."""
         seconds = time.monotonic() - self.since
         rate = {name: count * self.hosts / seconds for name, count in self.read_here.items()}
         speed = {f"{self.unit}_per_second": rate[self.counted]}

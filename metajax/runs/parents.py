@@ -1,7 +1,7 @@
-"""Runs that start from other runs: `init.from` may name an experiment, which means its run at the same scale and seed.
+"""Runs that start from other runs. If `init.from` names an experiment, that means its run at the same scale and seed.
 
-The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's hash depends on its
-parent. The parent need not exist yet.
+The name is replaced by that run's path (NAME/SCALE/HASH8-sSEED below the root of the runs), so that a run's hash depends on
+its parent. The parent need not exist yet.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
 
 
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
-    """The changed fields that have no use in this config: those of sub-configs that it does not have, and those that nothing would read."""
+    """Changed fields without effect in this config: those of sub-configs that it lacks, and those that nothing would read."""
     missing = {f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None}
     unread = override(config, {f: value for f, value in changes.items() if f not in missing}).unread().keys() - OF_TEXT
     return sorted(f for f in changes if f in missing | unread)
 
 
 def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:
-    """Apply changes that are shared by several configs; those of `absent_fields` are left out."""
+    """Apply changes that several configs share, except those in `absent_fields`."""
     absent = absent_fields(config, changes)
     return override(config, {field: value for field, value in changes.items() if field not in absent})
 
 
 def inherited(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes of a command that hold for parents too: all but `evaluation`, which leaves parameters as they are, `init` and `dpo`."""
+    """Changes of a command that also apply to parents: all but `evaluation` (no effect on parameters), `init` and `dpo`."""
     return {field: value for field, value in changes.items() if field.partition(".")[0] not in ("evaluation", "init", "dpo")}
 
 
 def find_parent(text: str, runs: Path) -> str:
-    """The run that `text` means, relative to `runs`, said aloud, with the parts that it names. A name means its newest run that has no
-    parent of its own, so that the same command twice names the same parent."""
+    """Find and print the run that `text` names, relative to `runs`, with its parts. The name of an experiment means its newest
+    run without a parent, so that the same command given twice finds the same parent."""
     word, *parts = text.split("?", 1)
     fresh = [run for run in list_runs(runs) if read_config(run).name == word and not read_config(run).init.from_]
     found = fresh[-1] if fresh else find_run(word, runs)
@@ -65,11 +65,11 @@ def find_parent(text: str, runs: Path) -> str:
 
 
 def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
-    """The config with the run that its `init.from` means, and the configs of the runs it needs, the oldest first.
+    """Return the config with `init.from` replaced by a run, and the configs of the runs it needs, oldest first.
 
     Args:
-      changes: those of the command (`--set`), already in `config`; its parents get them as well (see `inherited`).
-      root: where runs are; `init.from` may also be a run there, or the folder of one.
+      changes: changes of the command (`--set`), already in `config`; parents get them too (see `inherited`).
+      root: folder of the runs; `init.from` may also be a run there, or the folder of a run.
 
     Raises:
       UserError: no such experiment or run, experiments that start from each other, or a field that the run would ignore.
@@ -82,7 +82,7 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
 
 
 def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyConfig:
-    """The config with what its parent keeps of an imported checkpoint, and the ids that it asks for besides; `folder` has its tokenizer."""
+    """The config with its parent's facts about an imported checkpoint, and the ids it adds; `folder` has the tokenizer."""
     found, parts = getattr(parent, "imported", None), config.init.parts
     if found is None or not isinstance(config, Config) or (parts and not parts.keys() & {"embedding", "unembedding"}):
         return config
@@ -91,7 +91,7 @@ def _with_imported(config: AnyConfig, parent: AnyConfig, folder: Path) -> AnyCon
 
     asked = special_targets(config, load_tokenizer(folder).vocabulary)
     added = {*found.added, *(i for i in asked if i >= found.rows)}
-    return replace(config, imported=replace(found, added=tuple(sorted(added)), opens=True))  # its documents begin with BOS
+    return replace(config, imported=replace(found, added=tuple(sorted(added)), opens=True))  # documents begin with BOS
 
 
 def _without_those_of_its_parent(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:

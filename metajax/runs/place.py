@@ -15,7 +15,7 @@ class Gone(UserError):
 
 
 class Place:
-    """A folder, held open so that another folder of the same name is recognised."""
+    """A folder that is held open, so that a replacement of the same name is recognised."""
 
     def __init__(self, path: Path):
         self.path, self._held = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -24,7 +24,7 @@ class Place:
         os.close(self._held)
 
     def require_there(self) -> None:
-        """Gone where the folder was moved or deleted, or another one has its name by now."""
+        """Raise Gone if the folder was moved, deleted or replaced."""
         try:
             there = os.path.samestat(os.stat(self.path), os.fstat(self._held))
         except OSError:

@@ -1,1 +1,1 @@
-"""A paper's table: its runs, its results and its page."""
+"""Tables of papers: their runs, results and pages."""

@@ -1,4 +1,4 @@
-"""A table's result as text: the cells that every form shows, the remarks below them, Markdown, CSV and LaTeX."""
+"""A table's result as text: cells, the remarks below them, and the forms Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ DELTA, PLUS_MINUS, MINUS = "\N{GREEK CAPITAL LETTER DELTA}", "\N{PLUS-MINUS SIGN
 def cell(row: Line, column: Line, result: Result) -> dict[str, str]:
     """The texts of one cell.
 
-    ours: mean and half width of the interval, with the number of seeds where some are missing, or why there is no number (`state`).
-    difference: paired, to the baseline. paper: its value with the number of its remark. paper_difference: to the paper's own baseline, with as
-    many digits as the paper gives. Each is "" where there is nothing to say.
+    ours: mean and half width of the interval, the number of seeds if some are missing, or why there is no number (`state`).
+    difference: paired difference to the baseline. paper: the paper's value with the number of its remark.
+    paper_difference: to the paper's baseline, with as many digits as the paper gives. Each is "" if it has no value.
     """
     found, digits, seeds = row["cells"][column["key"]], column["digits"], len(result["seeds"])
     state, said, paper, against = "" if found["ours"] else state_of(row, column), found["published"], "", ""
@@ -56,7 +56,7 @@ def _interval(summary: Mapping[str, Any] | None, digits: int, seeds: int, sign: 
 
 
 def state_of(row: Line, column: Line) -> str:
-    """Why a cell has no number: the row cannot be run here, the state of the runs that the column reads, or "-"."""
+    """Why a cell has no number: the row cannot be run here, or the state of the runs that the column reads, or "-"."""
     if row["lacks"]:
         return "not here"
     states = {run["state"] for run in row["runs"] if column["part"] in (run["part"], "*")}
@@ -64,30 +64,30 @@ def state_of(row: Line, column: Line) -> str:
 
 
 def label(row: Line, result: Result) -> str:
-    """The row's name, with a star where one of its runs was made by other code than the first run of `_basis`."""
+    """The row's name, with a star if one of its runs was made by other code than the first run of `_basis`."""
     codes = {r["name"]: [(run["git"]["commit"], run["git"]["dirty"]) for run in r["runs"] if run["git"]] for r in result["rows"]}
     basis = codes.get(_basis(result), [])
     return row["name"] + STAR * any(code != basis[0] for code in codes[row["name"]] if basis)
 
 
 def _basis(result: Result) -> str:
-    """The row whose code the others are compared with: the baseline, or the first that has runs; "" where none has."""
+    """The row whose code the others are compared with: the baseline, or else the first row with runs; "" if no row has runs."""
     made = [row["name"] for row in result["rows"] if any(run["git"] for run in row["runs"])]
     return result["baseline"] or next(iter(made), "")
 
 
 def run_name(row: Line, run: Mapping[str, Any]) -> str:
-    """The row, with the part that the run belongs to."""
+    """The row's name, with the part that the run belongs to."""
     return f"{row['name']}/{run['part']}" if run["part"] else row["name"]
 
 
 def cost_of_baseline(result: Result) -> Mapping[str, float] | None:
-    """The cost of the baseline, where it has a complete run."""
+    """The cost of the baseline, if it has a complete run."""
     return next((row["cost"] for row in result["rows"] if row["name"] == result["baseline"]), None)
 
 
 def cost_text(row: Line, key: str, result: Result) -> str:
-    """A cost, and how much more it is than the baseline's."""
+    """A cost as text, with its increase over the baseline's cost."""
     cost, basis = row["cost"], cost_of_baseline(result)
     if cost is None:
         return "-"
@@ -98,14 +98,14 @@ def cost_text(row: Line, key: str, result: Result) -> str:
 
 
 def costs(result: Result) -> tuple[list[str], list[list[str]]]:
-    """(titles, rows) of the costs that any row has; no rows where there are none."""
+    """(titles, rows) of the costs that any row has; no rows if there are none."""
     shown = {key: title for key, title in COSTS.items() if any(row["cost"] and row["cost"].get(key) for row in result["rows"])}
     rows = [[row["name"], *(cost_text(row, key, result) for key in shown)] for row in result["rows"]] if shown else []
     return ["row", *shown.values()], rows
 
 
 def has_paper(result: Result, column: Line) -> bool:
-    """Whether the paper says anything in this column."""
+    """Whether this column has any value from the paper."""
     return any(row["cells"][column["key"]]["published"] for row in result["rows"])
 
 
@@ -134,7 +134,7 @@ def remarks(result: Result) -> list[str]:
 
 
 def seed_note(result: Result) -> str:
-    """What can be concluded from this number of seeds."""
+    """The conclusions that this number of seeds allows."""
     n = len(result["seeds"])
     if n == 1:
         return "One seed makes no ranking and has no interval: run the same command with `--seeds 3`; complete runs are not repeated."
@@ -148,7 +148,7 @@ def seed_note(result: Result) -> str:
 
 
 def paper_notes(result: Result) -> list[str]:
-    """Where published values were read that are not in a table of the paper, each once."""
+    """The sources of published values that are not in a table of the paper, each once."""
     cells = (row["cells"][column["key"]]["published"] for row in result["rows"] for column in result["columns"])
     return list(dict.fromkeys(said["note"] for said in cells if said and said["note"]))
 
@@ -160,7 +160,7 @@ def failures(result: Result) -> list[dict[str, Any]]:
 
 
 def missing(result: Result) -> Iterator[str]:
-    """Runs that failed, each with its reason, and how many are not complete yet."""
+    """Runs that failed, each with its reason, and the number of runs that are not complete yet."""
     for found in failures(result):
         yield f"{found['row']}, seed {found['seed']} failed: {found['reason']} (log: `{found['folder']}/failure.log`)"
     runs = [run for row in result["rows"] for run in row["runs"]]
@@ -206,7 +206,7 @@ def _power_remarks(result: Result) -> Iterator[str]:
 
 
 def head_and_body(result: Result, heading: str = "{}") -> tuple[list[str], list[list[str]]]:
-    """Column titles, and rows of cells; a row of its own names each group, as `heading` formats it."""
+    """Column titles, and rows of cells. A separate row names each group, formatted by `heading`."""
     head, body, group = ["row"], [], ""
     for column in result["columns"]:
         head += [column["title"]]
@@ -233,7 +233,7 @@ def _cells(row: Line, result: Result) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-    """The table as GitHub Markdown, aligned to be read as it is, with costs and remarks."""
+    """The table as GitHub Markdown with costs and remarks, aligned so that the source is readable too."""
     lines = [f"# {result['name']} at scale {result['scale']}", "", result["summary"] + ".", ""]
     if result["changes"]:
         lines += ["With " + ", ".join(f"{k} = {v}" for k, v in result["changes"].items()) + ".", ""]
@@ -278,7 +278,7 @@ def _bounds(summary: Mapping[str, Any] | None) -> list[Any]:
 
 
 def latex(result: Result) -> str:
-    """The table for a paper: a tabular in booktabs' rules."""
+    """The table as LaTeX for a paper: a tabular with booktabs rules."""
     head, rows = head_and_body(result)
     text = tabulate(rows, head, "latex_booktabs", disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)])
     for sign, command in ((PLUS_MINUS, r"$\pm$"), (DELTA, r"$\Delta$"), (MINUS, "$-$")):

@@ -1,4 +1,4 @@
-"""The list of tables and experiments, and a table before it runs, on the terminal."""
+"""Printing the list of tables and experiments, and the plan of a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metajax.tables.run import TablePlan, choose_rows, expected_minutes
 
 
 def print_list(pattern: str) -> None:
-    """Tables with their rows, and single experiments, whose name contains `pattern`."""
+    """Print tables with their rows, and single experiments, whose name contains `pattern`."""
     tables = [t for t in registry.tables().values() if pattern in t.name]
     single = [e for e in registry.experiments().values() if pattern in e.name and (e.table is None or e.table not in tables)]
     for table in tables:
@@ -42,7 +42,7 @@ def print_list(pattern: str) -> None:
 
 
 def _print_coverage(tables: Iterable[registry.Table]) -> None:
-    """For each paper the rows of its tables and figures above, table by table: what two of them share counts twice."""
+    """Print for each paper how many rows of its tables and figures are listed; a row in two tables counts twice."""
     here, in_print, printed = Counter[str](), Counter[str](), Counter[str]()
     for table in (table for table in tables if table.coverage):
         paper = table.paper.partition(")")[0] + ")"
@@ -66,7 +66,7 @@ def _entry_line(title: str, before: str, names: Iterable[str]) -> None:
 
 
 def _table_time(table: registry.Table, scale: str) -> str:
-    """Expected time of a whole table with three seeds, its core rows in brackets where they are fewer."""
+    """Expected time of a whole table with three seeds, and in brackets that of its core rows if they are fewer."""
     whole = duration(3 * expected_minutes(table, scale))
     if not table.runs_at(scale):
         return "nothing to run"
@@ -81,7 +81,7 @@ def _short(value: Any) -> str:
 
 
 def print_table_plan(plan: TablePlan) -> None:
-    """A table before it runs: its rows, what each changes, what it starts from, what the paper says, and the hash of its runs."""
+    """Print a table before it runs: for each row its changes, the run it starts from, the paper's values and the run hash."""
     table, scale, seed = plan.table, plan.scale, plan.seeds[0]
     console.print(line_of(table.name, f" at scale {scale}: {table.summary}"))
     if table.coverage:

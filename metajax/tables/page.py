@@ -1,4 +1,4 @@
-"""report.html of a table: ours beside the paper's, costs, curves, spread, and what each row changes; complete or not."""
+"""report.html of a complete or incomplete table: our and the paper's results, costs, curves, spread, and each row's changes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FILES = {"table.json": "every number of every seed", "table.md": "", "table.csv"
 
 
 def write_table_page(folder: Path, result: Result, root: Path) -> Path:
-    """Write report.html of a table from its result and from its runs' own files, and return its path.
+    """Write report.html of a table from its result and the files of its runs, and return its path.
 
     Args:
-      result: of `metajax.tables.results.gather`; runs that are not complete are shown with their state.
-      root: where the result's run folders start.
+      result: from `metajax.tables.results.gather`; runs that are not complete are shown with their state.
+      root: folder to which the result's run folders are relative.
     """
     first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
     basis = result["baseline"] if result["baseline"] in first else next(iter(first), None)
@@ -77,7 +77,7 @@ def _sentence(result: Result, report: Mapping[str, Any] | None) -> str:
 
 
 def _progress(result: Result) -> Part:
-    """How many runs of an incomplete table are complete."""
+    """The number of complete runs of an incomplete table."""
     states = [run["state"] for row in result["rows"] for run in row["runs"]]
     if all(state in (COMPLETE, FAILED) for state in states):
         return None
@@ -127,7 +127,7 @@ def _cell(row: Line, column: Line, result: Result) -> dict[str, Any]:
 
 
 def _verdict(found: Mapping[str, Any] | None, better: str) -> str:
-    """Better or worse than the baseline where the interval of the difference excludes 0."""
+    """Better or worse than the baseline, if the interval of the difference excludes 0."""
     if found is None or not found["clear_of_zero"] or not better:
         return ""
     return "better" if (found["mean"] < 0) == (better == "lower") else "worse"
@@ -147,7 +147,7 @@ def _costs(result: Result) -> Part:
 
 
 def _two_lines(words: str) -> Markup:
-    """A number, and the share after it in a line of its own."""
+    """A number, and the share after it on a second line."""
     number, _, share = words.partition(" ")
     return Markup("{}").format(number) + (Markup('<span class="range">{}</span>').format(share) if share else "")
 
@@ -186,7 +186,7 @@ def _changes(row: Line, result: Result, first: Reports) -> str:
         baseline, config = (config_from(first[name]["config"]) for name in (result["baseline"], row["name"]))
         fields = facts.changed(baseline, config, "init.from_").items()
         changes = [f"{name}: {page.as_set(then)} \N{RIGHTWARDS ARROW} {page.as_set(now)}" for name, (then, now) in fields]
-    else:  # all that is known is what the row declares
+    else:  # only the row's declared changes are known
         changes = [f"{name} = {value}" for name, value in row["changes"].items()]
     return Markup("<br>").join(map(page.code, changes)) or "nothing"
 
@@ -250,7 +250,7 @@ def _foundation(root: Path, result: Result, basis: str | None, first: Reports) -
 
 
 def _curves_and_spread(result: Result, root: Path) -> Part:
-    """Learning curves, a figure for each column's seeds, and every seed's number."""
+    """Learning curves, a figure of the seeds of each column, and the number of every seed."""
     columns = [column for column in result["columns"] if any(row["cells"][column["key"]]["ours"] for row in result["rows"])]
     spreads = seed_spread([_spread(result, column) for column in columns], result["baseline"])
     drawn = [*_curve_figures(result, root), *((svg, "") for svg in spreads)]
@@ -274,7 +274,7 @@ def _seed_values(result: Result, column: Line) -> Part:
 
 
 def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:
-    """Learning curves of the complete runs: a figure with its caption for each part of the table, because parts have different units."""
+    """Learning curves of the complete runs: one figure with caption for each part, because parts have different units."""
     found: dict[tuple[str, str], dict[str, list]] = {}
     complete = [(row["name"], run) for row in result["rows"] for run in row["runs"] if run["state"] == COMPLETE]
     for name, run in complete:
@@ -297,7 +297,7 @@ def _curve_caption(seeds: int, unit: str) -> str:
 
 
 def _spread(result: Result, column: Line) -> SpreadColumn:
-    """A column's figure; columns whose paths end alike ("bpb") measure the same quantity."""
+    """The figure of a column. Columns whose paths have the same ending ("bpb") measure the same quantity."""
     better = f" ({column['better']} is better)" if column["better"] else ""
     quantity = " - ".join(path.rpartition(".")[2] for path in (column["path"], column["minus"]) if path)
     cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"] if not row["lacks"]}

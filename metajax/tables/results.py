@@ -1,4 +1,4 @@
-"""A table's result: what its runs have left on disk, put together with statistics and the paper's values. Nothing is run here."""
+"""A table's result: the files of its runs combined with statistics and the paper's values. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class PlannedRun:
 
     config: AnyConfig
     workdir: Path
-    parents: tuple[Path, ...]  # workdirs that have to be complete before, the oldest first
-    part: str = ""  # of the table
+    parents: tuple[Path, ...]  # workdirs that must be complete before it, oldest first
+    part: str = ""  # part of the table
 
 
 def gather(
@@ -39,7 +39,7 @@ def gather(
     Args:
       rows: row name -> part -> its run for each of `seeds`.
 
-    Numbers are in the unit that the column shows; lists over seeds have None where a run is not complete or has no such number.
+    Numbers are in the column's unit. Lists over seeds have None if a run is not complete or has no such number.
     """
     reports = {
         name: {p: [find_readable(run.workdir / "report.json") for run in part] for p, part in of_row.items()}
@@ -93,7 +93,7 @@ def gather(
 
 
 def _cell(key: str, row: Row, basis: Row | None, values: Mapping[str, Mapping[str, Values]]) -> dict[str, Any]:
-    """One number of the table: ours, its difference to the baseline's, and the paper's."""
+    """One number of the table: ours, its difference to the baseline, and the paper's value."""
     ours, paper = values[row.name][key], row.paper(key)
     difference = paper_difference = None
     if basis is not None and basis is not row:
@@ -117,7 +117,7 @@ def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
 
 
 def _read_by(column: Column, reports: Mapping[str, Sequence[Any]], seeds: int) -> list[list[Mapping[str, Any] | None]]:
-    """The reports that a column reads, for each seed: its part's, or those of all parts."""
+    """The reports that a column reads for each seed: the report of its part, or of all parts."""
     if column.part == "*" and reports:
         return [list(of_seed) for of_seed in zip(*reports.values(), strict=True)]
     return [[report] for report in reports.get(column.part, [None] * seeds)]
@@ -129,7 +129,7 @@ def _number(
     column: Column,
     baseline: Sequence[Mapping[str, Any] | None],
 ) -> float | None:
-    """What a column shows of a seed: the mean of each path over the reports, then what is made of the two. None: one is missing."""
+    """A column's number for one seed: the mean of each path over the reports, both paths combined; None if one is missing."""
     if column.match is not None:
         curve, target = (None if r is None else _find(r, column.path, fill) for r in (reports[0], baseline[0]))
         share = share_to_match(curve, target[-1][1], column.match) if curve and target else None
@@ -147,10 +147,10 @@ def _number(
 
 
 def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: float) -> float | None:
-    """The share of its steps after which a curve is first better than `target` by `margin`; None where it never is, or is one point.
+    """The share of its steps after which a curve is first better than `target` by `margin`; None if never, or for a single point.
 
-    curve: (step, value), in order, the last at the run's end, straight lines between. A curve that falls has a margin to fall by, one
-    that rises the other way; which it does is seen from its ends.
+    curve: (step, value) in order, the last at the end of the run; linear in between. A falling curve must be below the target by
+    the margin, a rising curve above it. The two ends of the curve decide whether it falls or rises.
     """
     if len(curve) < 2:
         return None
@@ -183,7 +183,7 @@ def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> f
 
 
 def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """What a run is made of and was given, from the first seed that is complete: seeds differ by a few tokens only."""
+    """The size and the budget of a run, from the first complete seed; seeds differ by only a few tokens."""
     if report is None:
         return None
     size = {"parameters": report["parameters"]["total"], "flops_per_slot": sum(report["flops_per_token"].values())}
@@ -194,7 +194,7 @@ def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
 
 
 def _run_state(run: PlannedRun, report: Mapping[str, Any] | None, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
-    """What a table may say of a run: it is complete when it has been through the table's analyses too."""
+    """The state of a run in a table; a complete run has the table's analyses too."""
     reason = last_failure(run.workdir)
     if report is not None and all(name in report["analyses"] for name in analyses):
         state, reason = COMPLETE, None
@@ -216,7 +216,7 @@ def _run_state(run: PlannedRun, report: Mapping[str, Any] | None, root: Path, an
 
 
 def _code(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The states of the code that made the runs, and the runs of each; more than one means that the rows are not of one make."""
+    """The versions of the code that made the runs, with the runs of each; more than one means that rows differ in code."""
     made: dict[tuple[Any, Any], list[str]] = {}
     for folder, git in states.items():
         made.setdefault((git["commit"], git["dirty"]), []).append(folder)
@@ -232,12 +232,12 @@ def record_failure(workdir: Path, time: str, reason: str, details: str) -> None:
 
 
 def record_retry(workdir: Path, time: str) -> None:
-    """Say in the log of a run that had failed that it is tried again."""
+    """Record in the log of a failed run that it is tried again."""
     write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} tried again\n")
 
 
 def last_failure(workdir: Path) -> str | None:
-    """Why the run failed when it was last tried; None when it did not, or is being tried again."""
+    """Why the last attempt of the run failed; None if it did not fail or is being tried again."""
     found = re.findall(r"^=== \S+ (failed: .*|tried again)$", _log(workdir), re.M)
     return found[-1].removeprefix("failed: ") if found and found[-1] != "tried again" else None
 

@@ -1,6 +1,6 @@
-"""Tables: run or resume every row for every seed, its parents first, and write the table after each run.
+"""Run or resume every row of a table for every seed, parents first, and write the table after each run.
 
-A table may be stopped at any moment: its runs are ordinary runs, and the table is made from their files each time.
+A table may be stopped at any time. Its runs are ordinary runs, and the table is made from their files each time.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ RunOne = Callable[[AnyConfig, Path, Sequence[str]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TablePlan:
-    """A table with everything that a command adds to it, resolved: a mistake has shown before the first run."""
+    """A table with all additions of a command, resolved, so that mistakes are reported before the first run."""
 
     table: Table
     scale: str
     rows: tuple[Row, ...]
-    seeds: tuple[int, ...]  # to be run
+    seeds: tuple[int, ...]  # seeds to run
     changes: Mapping[str, Any]
-    root: Path  # of the run directories
+    root: Path  # root of the run directories
 
     @property
     def folder(self) -> Path:
-        """ROOT/NAME/SCALE; with changes or fewer rows a folder beside it: SCALE-core, SCALE-HASH8."""
+        """ROOT/NAME/SCALE; for changes or fewer rows the sibling folder SCALE-core or SCALE-HASH8."""
         home = self.root / self.table.name
         if not self.changes and self.rows == self.table.rows:
             return home / self.scale
@@ -57,7 +57,7 @@ class TablePlan:
         return home / f"{self.scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
 
     def run_of(self, row: Row, seed: int, part: str) -> tuple[PlannedRun, tuple[PlannedRun, ...]]:
-        """The run of a row's part, and the runs that it starts from, the oldest first."""
+        """The run of a row's part, and the runs that it starts from, oldest first."""
         config = replace(apply_changes(self.table.config(row, self.scale, part), self.changes), seed=seed)
         config, older = resolve_parents(config, self.changes, self.root)
         folders = [default_workdir(parent, self.root) for parent in older]
@@ -65,7 +65,7 @@ class TablePlan:
         return PlannedRun(config, default_workdir(config, self.root), tuple(folders), part), parents
 
     def _lines(self) -> list[tuple[Row, str]]:
-        """Every row that this scale's corpus has the fields for, with each of its parts."""
+        """Every row whose fields exist in this scale's corpus, with each of its parts."""
         there = [row for row in self.rows if not self.table.lacks(row, self.scale)]
         return [(row, part) for row in there for part in self.table.parts_of(row, self.scale)]
 
@@ -80,7 +80,7 @@ class TablePlan:
         return list(found.values())
 
     def result(self) -> dict[str, Any]:
-        """The table from what is on disk; seeds of an earlier command are shown where one of their runs is complete."""
+        """The table from the files on disk. Seeds of earlier commands are shown if one of their runs is complete."""
         earlier = (find_readable(self.folder / "table.json") or {"seeds": []})["seeds"]
         found = {
             (row.name, part, seed): self.run_of(row, seed, part)[0]
@@ -121,10 +121,10 @@ def choose_rows(table: Table, words: str | None) -> tuple[Row, ...]:
 def plan_table(
     table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path, rows: Sequence[Row]
 ) -> TablePlan:
-    """The table as a command asks for it.
+    """Resolve the table as a command asks for it.
 
     Args:
-      changes: dotted overrides of every row, and of the runs that rows start from (see `metajax.runs.parents.inherited`).
+      changes: dotted overrides of every row and of the runs that rows start from (see `metajax.runs.parents.inherited`).
 
     Raises:
       UserError: an unknown analysis, a change that fits no row, a parent that does not exist, experiments that start from each other.
@@ -138,11 +138,11 @@ def plan_table(
 
 
 def run_table(plan: TablePlan, run_one: RunOne, executor: Executor | None = None, at_once: int = 1) -> dict[str, Any]:
-    """Run or resume every run of the plan and return the result; a run that fails is recorded, and the others go on.
+    """Run or resume every run of the plan and return the result; a run that fails is recorded, and the others continue.
 
     Args:
-      run_one: (config, workdir, names of analyses) -> the run's report; returns at once where all of it is there.
-      executor: where runs are made, `at_once` of them at a time and each after those that it starts from; None: in this process, one by one.
+      run_one: (config, workdir, names of analyses) -> the run's report; returns at once if everything is there.
+      executor: makes `at_once` runs at a time, each after the runs that it starts from; None: in this process, one by one.
     """
     plan.write()
     with contextlib.closing(Place(plan.root)) as root, root.while_there():
@@ -174,7 +174,7 @@ def _run_all(plan: TablePlan, run_one: RunOne, executor: Executor, at_once: int,
 
 
 def attempt(run: PlannedRun, run_one: RunOne, analyses: Sequence[str], failures: Mapping[Path, str]) -> tuple[str | None, bool]:
-    """Make one run; (why it failed, whether its report is a new one)."""
+    """Make one run and return (why it failed, whether its report is new)."""
     parent = next((p for p in run.parents if p in failures), None)
     if parent is not None:
         reason = f"the run it starts from failed ({failures[parent]})"
@@ -188,7 +188,7 @@ def attempt(run: PlannedRun, run_one: RunOne, analyses: Sequence[str], failures:
         run_one(run.config, run.workdir, analyses)
     except Gone:
         raise
-    except Exception as error:  # whatever it is, the other rows do not depend on it; the log has the traceback
+    except Exception as error:  # any error: the other rows do not depend on it, and the log has the traceback
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         record_failure(run.workdir, _now(), reason, traceback.format_exc())
         return reason, False
@@ -205,7 +205,7 @@ def has_runs(result: Mapping[str, Any]) -> bool:
 
 
 def expected_minutes(table: Table, scale: str, words: str | None = None) -> float:
-    """Minutes of one seed: every run once, those that rows start from too, each as its own experiment declares."""
+    """Minutes of one seed: every run once, with the runs that rows start from, as declared by their experiments."""
     plan = TablePlan(table, scale, choose_rows(table, words), (0,), {}, Path("runs"))
     known = registry.experiments()
     return sum(known.get(run.config.name, table).minutes.get(scale, 0.0) for run in plan.runs())

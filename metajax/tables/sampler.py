@@ -1,4 +1,4 @@
-"""A sample of all tables within a time: one row of each in turn, to check that everything runs and fills its columns."""
+"""A sample of all tables within a time budget: one row of each in turn, to check that rows run and fill their columns."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Sampled:
 
 
 def budget_seconds(text: str) -> float:
-    """Seconds of 90s, 60m or 2h; UserError for anything else."""
+    """Seconds of a text such as 90s, 60m or 2h; UserError for any other form."""
     said = f"--budget {text}: expected a time such as 60m or 2h"
     require(text[-1:] in UNITS, said)
     return UNITS[text[-1]] * convert(text[:-1], Budget, f"{said}; its number")
 
 
 def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root: Path, run_one: RunOne) -> list[Sampled]:
-    """Make lines of the tables that have `scale` while another one is expected to end in time; the seed chooses which.
+    """Run lines of the tables that have `scale`, as long as the next is expected to end in time; the seed chooses the lines.
 
-    The first line of each table comes before the second of any. Complete runs take no time.
+    Every table gets its first line before any gets its second. Complete runs take no time.
     """
     tables = [table for table in tables if scale in table.scales]
     require(bool(tables), f"no table has scale {scale!r}{nearest(scale, registry.SCALES)}")

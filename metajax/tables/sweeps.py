@@ -1,4 +1,4 @@
-"""Sweeps: a row for each combination of some fields' values, in a file of experiments and in a table made on the fly."""
+"""Sweeps: a row for each combination of field values, in a file of experiments or in a table made from the command line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MOST_ROWS = 10_000
 
 
 def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
-    """A row for each combination of the axes' values; the fields of one axis go in step.
+    """A row for each combination of the axes' values; the fields of one axis change together.
 
-    swept({"model.layers": (2, 4), "model.width": (64, 128)}, {"optimizer.learning_rate": (1e-3, 2e-3)}) makes four rows, the first of them
-    layers_2_width_64_learning_rate_0.001.
+    swept({"model.layers": (2, 4), "model.width": (64, 128)}, {"optimizer.learning_rate": (1e-3, 2e-3)}) makes four rows.
+    The first is layers_2_width_64_learning_rate_0.001.
     """
     for axis in axes:
         require(len(set(map(len, axis.values()))) == 1, f"a sweep in step: {' and '.join(axis)} have different numbers of values")
@@ -36,11 +36,11 @@ def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
 
 
 def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, changes: Mapping[str, Any]) -> Table:
-    """The table of an experiment swept over fields; its runs are the experiment's own, as `--set` would make them.
+    """The table of an experiment swept over fields; its runs are the same as the experiment's runs with `--set`.
 
     Args:
-      words: FIELD=VALUE,VALUE,... each; several make a product. Several in one word, with spaces between, go in step.
-      changes: those of the command for every row. The row that they alone would make, where there is one, is the baseline.
+      words: each is FIELD=VALUE,VALUE,...; several words make a product. Fields in one word, with spaces, change together.
+      changes: the command's changes of every row. A row that differs by nothing else is the baseline.
 
     Raises:
       UserError: a word of another form, or a field that is set or swept twice.
@@ -84,7 +84,7 @@ def _axis(word: str) -> tuple[str, list[str]]:
 
 
 def _columns(config: AnyConfig) -> tuple[Column, ...]:
-    """For an experiment without a table: exact match by task and length, bits per byte under each condition; accuracy on images."""
+    """Columns of an experiment without a table: exact match by task and length, bits per byte by condition, image accuracy."""
     if isinstance(config, ImageConfig):
         named = (
             ("base", "new")

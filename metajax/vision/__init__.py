@@ -1,1 +1,1 @@
-"""The image family whole: CLIP, prompt learners, their data, runs, evaluations and pages."""
+"""The image family: CLIP, prompt learners, their data, runs, evaluations and pages."""

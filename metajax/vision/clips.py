@@ -1,4 +1,4 @@
-"""The frozen CLIP under a prompt learner: that of a run, or of a published folder."""
+"""The frozen CLIP of a prompt learner, from a run or from a published folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from metajax.vision.weights import load_clip
 
 
 def whole(config: ImageConfig) -> Sharding:
-    """The sharding of an array that every device of the run holds whole; of several processes each has its own, on one device."""
+    """The replicated sharding over all devices of the run; with several processes, one device of each process."""
     if jax.process_count() > 1:
         return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(make_mesh(config.runtime.mesh), PartitionSpec())
 
 
 def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
-    """(model, tokenizer) of a prompt learner; UserError where they cannot be found."""
+    """(model, tokenizer) of a prompt learner; UserError if they cannot be found."""
     here = whole(config)
     if config.weights:
         place = Path(str(paths.data)) / config.weights if paths.data is not None else Path(config.weights)
@@ -49,6 +49,6 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
 
 
 def clip_of_run(workdir: Path, config: ImageConfig, sharding: Sharding) -> CLIP:
-    """The newest checkpoint of a run that has trained a CLIP."""
+    """The CLIP in the newest checkpoint of a run."""
     model = jax.eval_shape(lambda: CLIP(config.clip, runtime=config.runtime, key=jax.random.key(0)))
     return read_parameters(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model))

@@ -1,4 +1,4 @@
-"""A CLIP trained from its start on captioned images."""
+"""Training a CLIP from scratch on captioned images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from metajax.vision.zero_shot import accuracy, class_weights, whole_parts
 
 
 class ContrastiveTask(ImageTask):
-    """A CLIP on all sources' pretraining images and captions; evaluated on test images of those with classes, by names alone."""
+    """Train a CLIP on all sources' pretraining images and captions; evaluate it zero-shot on test images of sets with classes."""
 
     def __init__(self, config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None):
         self.config, self.paths, self.steps = config, paths, config.training.steps
@@ -59,7 +59,7 @@ class ContrastiveTask(ImageTask):
 
 
 def contrastive_program(config: ImageConfig, batch_size: int, devices: list[jax.Device] | None = None) -> Program:
-    """The program of a CLIP; every device has all parameters."""
+    """The program of a CLIP; parameters are replicated."""
 
     def create(key: jax.Array) -> CLIP:
         return CLIP(config.clip, runtime=config.runtime, key=key)
@@ -71,7 +71,7 @@ def contrastive_program(config: ImageConfig, batch_size: int, devices: list[jax.
 
 @objective("contrastive")
 def contrastive(config: ImageConfig, model: CLIP, batch: Batch) -> Means:
-    """Images and texts of a batch; texts that are the same belong to each other's images too."""
+    """The contrastive loss of a batch; equal texts also match each other's images."""
     tokens = batch["tokens"]
     matches = jnp.all(tokens[:, None] == tokens[None], axis=-1)
     loss = LOSSES[model.cfg.loss](model(normalise(batch["pixels"], model.cfg), tokens), matches)
@@ -79,7 +79,7 @@ def contrastive(config: ImageConfig, model: CLIP, batch: Batch) -> Means:
 
 
 def zero_shot(model: CLIP, tokenizer: Any, images: ImageSet, templates: tuple[str, ...] = ()) -> dict[str, float]:
-    """Accuracy on a set's test images by its classes' names; `templates`: those averaged in place of the set's own."""
+    """Zero-shot accuracy on a set's test images; `templates`: averaged instead of the set's own template."""
     pixels, labels = test_pixels(images, model.cfg.image_size)
     texts = [tokenizer.tokenize(texts_of(images.classes, t), model.cfg.context) for t in templates or (images.template,)]
     weights = class_weights(model, jnp.asarray(cut_after_end(np.stack(texts))))
@@ -87,7 +87,7 @@ def zero_shot(model: CLIP, tokenizer: Any, images: ImageSet, templates: tuple[st
 
 
 def encode_images(model: CLIP, pixels: Any, at_once: int = 100) -> jax.Array:
-    """Unit features [N, features] of uint8 images, each computed once."""
+    """Unit features [N, features] of uint8 images."""
     return jnp.concatenate([_encode(model, part) for part in whole_parts(pixels, at_once)])[: len(pixels)]
 
 

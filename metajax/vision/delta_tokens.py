@@ -1,7 +1,7 @@
-"""Delta tokens, the changes that augmentations make to an image's instance token: their separation by augmentation and by class.
+"""Delta tokens (changes of an image's instance token under augmentations): their separation by augmentation and by class.
 
-Protocol of AAPL's released code: instance tokens (the meta-net's output) of up to 100 images, plain and under each augmentation; silhouettes
-(Euclidean, all dimensions) of the deltas by augmentation; PCA and t-SNE (perplexity 10, random state 123) for figures.
+Protocol of AAPL's released code: instance tokens (meta-net outputs) of up to 100 images, plain and under each augmentation;
+silhouettes (Euclidean, all dimensions) of deltas by augmentation; PCA and t-SNE (perplexity 10, random state 123) for figures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from metajax.vision.clip.prompts import Learner
 from metajax.vision.data.augmentations import augment
 from metajax.vision.data.preprocessing import normalise
 
-TEMPERATURE = 0.1  # of the weights from silhouettes
-EMBEDDED = 40  # images in t-SNE, whose time grows faster than its points
+TEMPERATURE = 0.1  # temperature of the weights from silhouettes
+EMBEDDED = 40  # images in t-SNE, whose time grows faster than the number of points
 
 
 def delta_groups(learner: Learner, model: CLIP, pixels: np.ndarray, cfg: Prompts, seed: int) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +58,7 @@ def _augmented(
 
 
 def by_type(deltas: np.ndarray) -> np.ndarray:
-    """float[types]: the mean silhouette of each augmentation's deltas [types, N, width] among all."""
+    """float[types]: the mean silhouette of each augmentation's deltas, among all deltas [types, N, width]."""
     kinds = np.repeat(np.arange(len(deltas)), deltas.shape[1])
     samples = silhouette_samples(deltas.reshape(len(kinds), -1), kinds)
     return samples.reshape(len(deltas), -1).mean(axis=1)
@@ -74,7 +74,7 @@ def weights(groups: tuple[jax.Array, jax.Array]) -> np.ndarray:
 def analyse(learner: Learner, model: CLIP, pixels: np.ndarray, labels: np.ndarray, cfg: Prompts, seed: int) -> dict[str, Any]:
     """Silhouettes of deltas and of instance tokens, and dead units of the meta-net; `details` is for figures.
 
-    A silhouette is None where a dead meta-net or a single class leaves nothing to separate.
+    A silhouette is None if a dead meta-net or a single class leaves nothing to separate.
     """
     tokens, deltas = (np.asarray(part) for part in delta_groups(learner, model, pixels, cfg, seed))
     hidden = np.asarray(_hidden(learner, model, normalise(jnp.asarray(pixels), model.cfg)))

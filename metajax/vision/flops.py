@@ -1,7 +1,7 @@
-"""Analytic FLOPs of CLIP's towers and of what is trained with them: exact for matrix products, convolutions and the pairs that a mask allows.
+"""Analytic FLOPs of CLIP's towers and of prompt learners: exact for matrix products, convolutions and pairs that a mask allows.
 
-A multiply-add is two operations; recomputation is not counted. A frozen tower is not trained but may be gone back through: prompts are, for
-their context, at the cost of one more forward pass and of two more for its (query, key) pairs; images are not.
+A multiply-add is two operations; recomputation is not counted. Gradients pass through the frozen text tower to the context, which
+costs one more forward pass, and two more for its (query, key) pairs. No gradient passes through the frozen image tower.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from metajax.vision.clip.convolution import EXPANSION
 
 
 class Cost(NamedTuple):
-    """Forward operations: of products with weights, and of products of queries, keys and values."""
+    """Forward operations of products with weights, and of products of queries, keys and values."""
 
     products: int
     pairs: int
@@ -25,24 +25,24 @@ class Cost(NamedTuple):
 
     @property
     def forward_and_back(self) -> int:
-        """With the gradient of the inputs, and none of the weights."""
+        """Cost with the gradient of the inputs but not of the weights."""
         return 2 * self.products + 3 * self.pairs
 
 
 def _blocks(model: Model, tokens: int, pairs: int) -> Cost:
-    """A stack of blocks over one row; `pairs`: (query, key) in one layer."""
+    """A stack of blocks over one row; `pairs`: number of (query, key) pairs in one layer."""
     per_token = 2 * model.width * (4 * model.width + 2 * model.mlp_width)
     return Cost(model.layers * tokens * per_token, model.layers * pairs * 4 * model.width)
 
 
 def text_cost(clip: Clip, length: int, *, causal: bool = True) -> Cost:
-    """One text of `length` tokens; causal: without the pairs that the mask forbids."""
+    """Cost of one text of `length` tokens; causal: without the pairs that the mask forbids."""
     blocks = _blocks(clip.text, length, Mask().pairs([length]) if causal else length**2)
     return blocks._replace(products=blocks.products + 2 * clip.text_width * clip.embed)
 
 
 def image_cost(clip: Clip) -> Cost:
-    """One image."""
+    """Cost of one image."""
     if not clip.patch:
         return _resnet(clip)
     tokens = (clip.image_size // clip.patch) ** 2 + 1
@@ -51,7 +51,7 @@ def image_cost(clip: Clip) -> Cost:
 
 
 def _patches(clip: Clip) -> int:
-    """The embedding of a vision transformer's patches: every pixel once."""
+    """Cost of embedding a vision transformer's patches: every pixel once."""
     return 2 * clip.image_size**2 * 3 * clip.vision_width
 
 
@@ -73,27 +73,27 @@ def _resnet(clip: Clip) -> Cost:
 
 
 def learner_flops(clip: Clip, cfg: Prompts, text: Cost, classes: int, *, still: bool = False) -> int:
-    """One step of a prompt learner: a batch of images, and a prompt for each class, for each image where it moves them.
+    """FLOPs of one step of a prompt learner: a batch of images, and a prompt per class (per class and image if images shift it).
 
-    text: the cost of a prompt. still: images' features are known.
+    text: cost of a prompt. still: image features are precomputed.
     """
     batch, conditioned, bottleneck = cfg.batch, cfg.condition != "none", cfg.bottleneck or clip.embed // 16
     images = 0 if still else batch * (6 + bool(cfg.augment) if cfg.paired else 1)
     prompts = classes * (batch if conditioned else 1)
     logits = 2 * (2 * batch * classes * clip.embed)
-    moved = batch * ((cfg.condition == "meta") + 6 * cfg.paired)  # images through the meta-net, whose inputs need no gradient
+    moved = batch * ((cfg.condition == "meta") + 6 * cfg.paired)  # images in the meta-net, whose inputs need no gradient
     meta = 2 * moved * bottleneck * (2 * clip.embed + 3 * clip.text_width)
     return images * image_cost(clip).forward + prompts * text.forward_and_back + logits + meta
 
 
 def contrastive_flops(clip: Clip, text: Cost, batch: int) -> int:
-    """One step of a CLIP: three passes through both towers and the square of logits, but no gradient of pixels."""
+    """FLOPs of one step of a CLIP: three passes through both towers and the square of logits, without the gradient of pixels."""
     per_image = image_cost(clip).forward + text.forward + 2 * batch * clip.embed
     return batch * (3 * per_image - _patches(clip))
 
 
 def image_step_flops(config: ImageConfig, clip: Clip, classes: int, length: int, *, causal: bool = True) -> int:
-    """One step of a run on images, whose texts have `length` tokens."""
+    """FLOPs of one step of a run on images, whose texts have `length` tokens."""
     text = text_cost(clip, length, causal=causal)
     if config.prompts is None:
         return contrastive_flops(clip, text, config.images.batch)

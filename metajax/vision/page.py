@@ -1,4 +1,4 @@
-"""report.html of a run on images: accuracies, delta tokens, curves of the losses, analyses."""
+"""report.html of a run on images: accuracies, delta tokens, loss curves, analyses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DELTA_FACTS = {
 
 
 def write_image_report(workdir: Path) -> Path:
-    """Write report.html from what a complete run left in `workdir`, and return its path."""
+    """Write report.html from the files of a complete run in `workdir`, and return its path."""
     report = read_json(workdir / "report.json")
     config, results, found = config_from(report["config"]), report["eval"], facts.metrics(workdir, report)
     curves = {name: facts.curve_of(found, name) for name in CURVES}
@@ -68,7 +68,7 @@ def write_image_report(workdir: Path) -> Path:
 
 
 def _sentence(report: Mapping[str, Any], config: ImageConfig) -> str:
-    """What was trained."""
+    """A sentence on what was trained."""
     size, cfg, images = page.short_count(report["parameters"]["total"]), config.prompts, config.images
     if cfg is None:
         sets = ", ".join(images.sources)
@@ -129,7 +129,7 @@ def _time_facts(report: Mapping[str, Any]) -> facts.Pairs:
 
 
 def delta_figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(SVG, caption) of the deltas in two dimensions, by augmentation and by class, and of the silhouette of each augmentation."""
+    """(SVG, caption) of the deltas in two dimensions by augmentation and by class, and of each augmentation's silhouette."""
     names, pca, tsne = found["augmentations"], np.array(found["pca"]), found["tsne"]
     with styled():
         return [

@@ -1,4 +1,4 @@
-"""The program of a run on images without its images and weights: the same step on shapes, to be planned or counted."""
+"""The program of a run on images without its images and weights: the same step on shapes, for plans and counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from metajax.vision.prompt_learning import Frozen, prompt_program
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a step's cost depends on beside its config: the CLIP, the classes of a learner, the tokens of a text."""
+    """Sizes that determine a step's cost besides its config: the CLIP, the classes of a learner, the tokens of a text."""
 
     clip: Clip
     classes: int
@@ -35,11 +35,11 @@ class Shapes:
 
 
 def shapes_of(config: ImageConfig, parents: Sequence[AnyConfig], paths: Paths) -> Shapes:
-    """Of a config and the runs that it starts from. Of a published set, which need not be there, the number of classes is known but not
-    their names: texts are then as long as they can be.
+    """The shapes of a config and the runs that it starts from. A published set need not be there: its number of classes is known,
+    and texts of its unknown class names get the greatest length.
 
     Raises:
-      UserError: weights or images that are neither published nor there.
+      UserError: weights or images are neither published nor there.
     """
     if config.prompts is None:
         return Shapes(config.clip, 0, config.clip.context)
@@ -78,7 +78,7 @@ def image_program(config: ImageConfig, shapes: Shapes, devices: list[jax.Device]
 
 
 def image_step(config: ImageConfig, devices: list[jax.Device], *, shapes: Shapes) -> Planned:
-    """The step of a CLIP or of a prompt learner, to be planned; texts are as long as `shapes` says."""
+    """The step of a CLIP or of a prompt learner, for plans; `shapes` gives the length of texts."""
     program, batch = image_program(config, shapes, devices)
     flops = image_step_flops(config, shapes.clip, shapes.classes, shapes.length)
     return Planned(program, batch, flops, (program.batch_size, "images"))

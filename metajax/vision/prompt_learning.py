@@ -1,4 +1,4 @@
-"""A prompt learner beside a frozen CLIP: the step of CoOp, CoCoOp and AAPL, and its evaluation on base, new and other classes."""
+"""Prompt learning on a frozen CLIP: the step of CoOp, CoCoOp and AAPL, and evaluation on base, new and other classes."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from metajax.vision.flops import image_step_flops
 from metajax.vision.task import ImageTask
 from metajax.vision.zero_shot import accuracy, harmonic
 
-PROFILED = 100  # images whose delta tokens are looked at
+PROFILED = 100  # images whose delta tokens are analysed
 TEST_AT_ONCE = 100
 
 
 @struct.dataclass
 class Frozen:
-    """What a step reads besides the learner.
+    """Inputs of a step besides the learner.
 
-    features: of the training images, where they never change; else None. choice: probabilities of the augmentations. key: of the
-    run, as `jax.random.key_data` gives it.
+    features: features of the training images if these never change, else None. choice: probabilities of the augmentations.
+    key: random key of the run, as from `jax.random.key_data`.
     """
 
     model: CLIP
@@ -62,14 +62,14 @@ class Frozen:
 
     @classmethod
     def of(cls, config: ImageConfig, model: CLIP, texts: ClassTexts | None, features: jax.Array | None) -> Frozen:
-        """With uniform probabilities and the key of the config's seed."""
+        """Build the inputs with uniform probabilities and the key of the config's seed."""
         count = len(config.prompts.augmentations)
         choice, key = np.full(count, 1 / count, np.float32), jax.random.key(config.seed)
         return cls(model, texts, features, choice, np.asarray(jax.random.key_data(key)))
 
 
 class PromptTask(ImageTask):
-    """A learner of the one source's classes, all or the base half; zero-shot classes where there is no context."""
+    """Train a learner on all or the base half of the source's classes; without context, only evaluate zero-shot."""
 
     def __init__(self, config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None):
         self.config, self.paths, cfg, choice = config, paths, config.prompts, config.images
@@ -103,7 +103,7 @@ class PromptTask(ImageTask):
         self.step_flops = image_step_flops(config, model.cfg, *texts.embedded.shape[:2]) if texts is not None else 0
 
     def save_inputs(self, folder: Path) -> None:
-        """Nothing: the tokenizer is that of the CLIP, which keeps it."""
+        """Save nothing, because the CLIP's run or folder keeps the tokenizer."""
 
     def start(self, model: Learner, meta: Mapping[str, Any] | None) -> tuple[Learner, tuple[Any, ...]]:
         if meta is not None:
@@ -118,7 +118,7 @@ class PromptTask(ImageTask):
         return cfg.sampling == "weighted" and cfg.paired and step % self.epoch == 0 and step < self.steps
 
     def next_epoch(self, model: Learner, frozen: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Choose augmentations by how well their deltas are separated; where a delta is not finite the choice stays."""
+        """Choose augmentations by the separation of their deltas; keep the choice if a delta is not finite."""
         cfg, learner = self.config.prompts, self.program.whole(model)
         groups = delta_tokens.delta_groups(learner, self.model, self._looked_at, cfg, self.config.seed)
         if not np.all(np.isfinite(groups[1])):
@@ -141,12 +141,12 @@ def prompt_program(
     config: ImageConfig, clip: Clip, frozen: Frozen, classes: int, batch_size: int, devices: list[jax.Device] | None = None, *,
     epoch: int = 1, words: np.ndarray | None = None,
 ) -> Program:  # fmt: skip
-    """The program of a prompt learner; every device has all parameters.
+    """The program of a prompt learner; parameters are replicated.
 
     Args:
       frozen: arrays or shapes.
-      epoch: steps of one, for the learning rate.
-      words: embeddings that the context begins as; None: drawn.
+      epoch: steps of one epoch, for the learning rate.
+      words: embeddings that initialise the context; None: random.
     """
     cfg, rate = config.prompts, epoch_schedule(config.prompts, epoch)
 
@@ -170,7 +170,7 @@ def texts_for(model: CLIP, tokenizer: Any, images: ImageSet, cfg: Prompts) -> Cl
 
 
 def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> np.ndarray | None:
-    """Embeddings of the words that the context begins as."""
+    """Embeddings of the words that initialise the context."""
     if not cfg.context_init:
         return None
     ids = tokenizer.encode(cfg.context_init)
@@ -185,7 +185,7 @@ def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> np.ndarray | Non
 
 
 def epoch_schedule(cfg: Prompts, epoch: int) -> Any:
-    """step -> learning rate as Dassl sets it, by epoch: a constant first one, then half a cosine that does not reach its end."""
+    """step -> learning rate by epoch, as in Dassl: a constant first epoch, then half a cosine that does not reach its end."""
 
     def rate(step: Any) -> Any:
         number = jnp.asarray(step) // epoch
@@ -197,12 +197,12 @@ def epoch_schedule(cfg: Prompts, epoch: int) -> Any:
 
 
 def sgd(cfg: Prompts, rate: Any) -> optax.GradientTransformation:
-    """Momentum 0.9; weight decay on everything, before the momentum."""
+    """SGD with momentum 0.9, and weight decay of all parameters before the momentum."""
     return optax.chain(optax.add_decayed_weights(cfg.weight_decay), optax.trace(0.9), optax.scale_by_learning_rate(rate))
 
 
 def draw_types(key: jax.Array, weights: jax.Array, count: int) -> jax.Array:
-    """int32[count, 2]: pairs of different types, as two draws by weight that are repeated until they differ."""
+    """int32[count, 2]: pairs of different types, distributed as two weighted draws that are repeated until they differ."""
     both = jnp.log(weights)[:, None] + jnp.log(weights)[None]
     both = jnp.where(jnp.eye(len(weights), dtype=bool), -jnp.inf, both)
     drawn = jax.random.categorical(key, both.reshape(-1), shape=(count,))
@@ -210,7 +210,7 @@ def draw_types(key: jax.Array, weights: jax.Array, count: int) -> jax.Array:
 
 
 def draw(config: ImageConfig, batch: Batch, step: jax.Array, frozen: Frozen) -> Batch:
-    """The batch with the random draws of a step, "draws": for each image its augmentations and their keys."""
+    """The batch with the random draws of a step, "draws": the augmentations of each image and their keys."""
     cfg, count = config.prompts, len(batch["pixels"])
     keys, draws = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(frozen.key), step), 4), {}
     if cfg.paired:
@@ -226,7 +226,7 @@ def draw(config: ImageConfig, batch: Batch, step: jax.Array, frozen: Frozen) -> 
 
 @objective("prompt_learning", prepare=draw)
 def prompt_learning(config: ImageConfig, learner: Learner, batch: Batch, frozen: Frozen) -> Means:
-    """Cross-entropy of the first view, and AAPL's triplets of both views under two augmentations, which are the same for both."""
+    """Cross-entropy of the first view, and AAPL's triplet loss of both views under the same two augmentations."""
     cfg, model, draws = config.prompts, frozen.model, batch["draws"]
     images = normalise(batch["pixels"], model.cfg)  # [B, views, size, size, 3]
     metrics, triplets = {}, 0.0
@@ -249,7 +249,7 @@ def prompt_learning(config: ImageConfig, learner: Learner, batch: Batch, frozen:
 
 
 def augmented(images: jax.Array, types: jax.Array, keys: jax.Array, cfg: Prompts, clip: Clip) -> jax.Array:
-    """Each image under the augmentation of its type."""
+    """Each image after the augmentation of its type."""
     one = functools.partial(augment, clip=clip, names=cfg.augmentations, space=cfg.space)
     return jax.lax.map(lambda x: one(*x), (images, types, keys))
 
@@ -257,8 +257,8 @@ def augmented(images: jax.Array, types: jax.Array, keys: jax.Array, cfg: Prompts
 def delta_of_views(
     learner: Learner, model: CLIP, images: jax.Array, types: jax.Array, keys: jax.Array, cfg: Prompts
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(unit features of the images as they are [B, view, features], meta tokens of the augmented images [view, type, B, width], delta
-    tokens likewise) of images [B, 2, H, W, 3], types [B, 2] and keys [B, view, type]."""
+    """(unit features of the plain images [B, view, features], instance tokens of the augmented images [view, type, B, width],
+    delta tokens likewise) of images [B, 2, H, W, 3], types [B, 2] and keys [B, view, type]."""
     count, size = len(images), images.shape[-3:]
     both = jnp.broadcast_to(images[:, :, None], (count, 2, 2, *size)).reshape(-1, *size)
     kinds = jnp.broadcast_to(types[:, None], (count, 2, 2)).reshape(-1)
@@ -275,7 +275,7 @@ def delta_of_views(
 def evaluate(
     learner: Learner, model: CLIP, tokenizer: Any, whole: ImageSet, targets: list[ImageSet], config: ImageConfig
 ) -> dict[str, Any]:
-    """Accuracy of the classes that were trained on, of new ones apart from them, and of other sets; delta tokens of a meta-net."""
+    """Accuracy on the training classes, separately on new classes, and on other sets; delta tokens of a meta-net."""
     cfg, images, results = config.prompts, config.images, {}
     parts = {name: part_of_classes(whole, name) for name in (("base", "new") if images.classes == "base" else ("all",))}
     for name, one in {**parts, **{target.spec: target for target in targets}}.items():

@@ -1,4 +1,4 @@
-"""What analyses of a run on images measure: its CLIP, some test images, and the texts of a prompt learner's classes."""
+"""Inputs of the analyses of a run on images: its CLIP, some test images, and the texts of a prompt learner's classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metajax.vision.data.sets import part_of_classes
 from metajax.vision.data.sources import open_images
 from metajax.vision.prompt_learning import texts_for
 
-SHOWN = 6  # test images
+SHOWN = 6  # number of test images
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ImageStudy:
     attribution: str
     texts: ClassTexts | None
 
-    made_on = None  # what the record says of prompts: images have none
+    made_on = None  # images have no prompts to record
 
 
 def open_image_study(workdir: Path, config: ImageConfig, paths: Paths) -> ImageStudy:

@@ -1,4 +1,4 @@
-"""Runs on images as tasks: what the two families share, and the report."""
+"""Runs on images as tasks: code that CLIP training and prompt learning share, and the report."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from metajax.runs.directory import RunDirectory
     from metajax.training.trainer import Trained
 
-DETAILS = "analysis/delta_tokens.json"  # in a run's folder: what the figures of its delta tokens are drawn from
+DETAILS = "analysis/delta_tokens.json"  # in a run's folder: data of the figures of its delta tokens
 
 
 def image_task(config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None) -> ImageTask:
-    """The task of a run on images: a CLIP from its start, or a prompt learner beside a frozen CLIP."""
+    """The task of a run on images: a CLIP trained from scratch, or a prompt learner on a frozen CLIP."""
     if config.prompts is None:
         from metajax.vision.contrastive import ContrastiveTask
 
@@ -39,13 +39,13 @@ class ImageTask(Task):
 
     config: ImageConfig
     paths: Paths
-    epoch: int  # steps of one
-    sets: list[ImageSet]  # all that it reads
-    step_flops: float  # of all hosts
+    epoch: int  # steps of one epoch
+    sets: list[ImageSet]  # all image sets of the run
+    step_flops: float  # FLOPs of a step on all hosts
     unit = counted = "images"
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """Results for the report, "eval"; arrays of a figure under "details" of "delta"."""
+        """Results for "eval" in the report; arrays for figures are in "details" of "delta"."""
         raise NotImplementedError
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -71,13 +71,13 @@ class ImageTask(Task):
         }
 
     def _speed(self, trained: Trained) -> dict[str, float | None]:
-        """Seconds of a step and images a second. The first step is left out, because it waits for what the others find ready."""
+        """Seconds of a step and images a second. The first step also waits for the start of the pipeline and is left out."""
         here, seconds = trained.time["steps_here"], trained.time["train_seconds"]
         step = (seconds - trained.startup["first_step"]) / (here - 1) if here > 1 else None
         return {"step_seconds": step, "images_per_second": step and self.program.batch_size / step}
 
     def _course(self, run: RunDirectory) -> dict[str, dict[str, float]]:
-        """Means of losses over the first and the last epoch; a run of one long epoch has its first and last tenth."""
+        """Mean losses over the first and the last epoch; over the first and last tenth of a run of one long epoch."""
         lines = [line for line in read_lines(run.path / "metrics.jsonl") if "loss" in line]
         span = self.epoch if self.epoch < self.steps else max(1, self.steps // 10)
         names = [name for name in ("loss", "ce", "ad_triplet") if lines and name in lines[0]]
@@ -85,7 +85,7 @@ class ImageTask(Task):
         return {name: {"first": mean(name, lines[:span]), "last": mean(name, lines[-span:])} for name in names}
 
     def _analyses(self, run: RunDirectory) -> dict[str, Any]:
-        """Where the class token looks. Several processes leave it to `analyze`, which runs in one."""
+        """The attention of the class token. With several processes this is left to `analyze`, which runs in one process."""
         from metajax.vision.analyses import image_analysis
         from metajax.vision.study import open_image_study
 
@@ -105,6 +105,6 @@ def count_parameters(model: Any, config: ImageConfig) -> dict[str, int]:
 
 
 def describe(images: ImageSet) -> dict[str, Any]:
-    """A set as reports name it."""
+    """The description of a set in reports."""
     splits = {name: len(items) for name, items in images.splits.items()}
     return {"spec": images.spec, "classes": len(images.classes), "splits": splits, "attribution": images.attribution}

@@ -1,6 +1,6 @@
-"""CLIP as OpenAI and Hugging Face name and lay it out: their tensors, and the folders they come in.
+"""CLIP weights in the layouts of OpenAI and Hugging Face: names of tensors, and published folders.
 
-open_clip keeps OpenAI's names. OpenAI's own files are TorchScript archives, which PyTorch alone reads; it is needed for nothing else here.
+open_clip keeps OpenAI's names. OpenAI's own files are TorchScript archives, which only PyTorch reads; nothing else here needs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _conv_norm(conv: str, norm: str, path: str) -> dict[str, str]:
 
 
 def _resnet(blocks: tuple[int, ...]) -> dict[str, str]:
-    """OpenAI's names of the convolutional tower with so many blocks in each stage."""
+    """OpenAI's names of the convolutional tower; `blocks`: number of blocks in each stage."""
     table = {"visual.attnpool.positional_embedding": "visual.pool.positions"}
     for theirs, ours in {"q": "query", "k": "key", "v": "value", "c": "output"}.items():
         table |= _linear(f"visual.attnpool.{theirs}_proj", f"visual.pool.{ours}")
@@ -98,7 +98,7 @@ _HUGGINGFACE = Layout(
         "visual_projection.weight": "visual.projection",
     }
     | _norm("text_model.final_layer_norm", "text.final_norm")
-    | _norm("vision_model.pre_layrnorm", "visual.pre_norm")  # as it is spelled there
+    | _norm("vision_model.pre_layrnorm", "visual.pre_norm")  # spelled so in Hugging Face's files
     | _norm("vision_model.post_layernorm", "visual.final_norm"),
     layer=_of_layer(
         *(_linear(f"self_attn.{part[0]}_proj", f"attention.{part}") for part in ("query", "key", "value")),
@@ -109,7 +109,7 @@ _HUGGINGFACE = Layout(
     turned=(".w", ".projection"),
     buffers=("position_ids",),
 )  # fmt: skip
-# The layout's own words for the towers.
+# The layout's names of the towers.
 _TOWERS = {"openai": {"visual": "visual.", "text": ""}, "huggingface": {"visual": "vision", "text": "text"}}
 
 
@@ -132,23 +132,23 @@ def clip_tensors(model: CLIP, kind: str) -> dict[str, Stored]:
 
 
 def from_state(state: Mapping[str, Tensor], cfg: Clip, kind: str, runtime: Runtime | None = None) -> CLIP:
-    """A CLIP with the weights of a state dict, float32; UserError naming a missing, extra or misshapen tensor."""
+    """A CLIP with the weights of a state dict, float32. UserError names a missing, extra or misshapen tensor."""
     model = jax.eval_shape(lambda: CLIP(cfg, runtime=runtime or Runtime(), key=jax.random.key(0)))
     return fill(model, clip_tensors(model, kind), state, layout_of(cfg, kind))
 
 
 def load_clip(folder: Path, runtime: Runtime | None = None, compute_dtype: str = "float32") -> CLIP:
-    """The CLIP of a folder from Hugging Face (config.json) or open_clip (open_clip_config.json), in safetensors; or of OpenAI's .pt file.
+    """Load the CLIP of a Hugging Face (config.json) or open_clip (open_clip_config.json) safetensors folder, or OpenAI's .pt.
 
     Raises:
-      UserError: a file, tensor or setting that is missing or that this model cannot follow.
+      UserError: a file, tensor or setting is missing or not supported.
     """
     state, cfg, kind = _open_published(folder)
     return from_state(state, replace(cfg, compute_dtype=compute_dtype), kind, runtime)
 
 
 def _open_published(folder: Path) -> tuple[Mapping[str, Tensor], Clip, str]:
-    """(tensors, model, name of the layout) of what `load_clip` takes."""
+    """(tensors, model, name of the layout) of an argument of `load_clip`."""
     if folder.suffix == ".pt":
         state = _read_archive(folder)
         return state, openai_config(state), "openai"
@@ -174,7 +174,7 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
 
 
 def openai_config(state: Mapping[str, Tensor]) -> Clip:
-    """The model that the shapes of OpenAI's tensors tell; heads are 64 wide. UserError when they are not OpenAI's."""
+    """The model, from the shapes of OpenAI's tensors; heads are 64 wide. UserError if the tensors are not OpenAI's."""
     wanted = ("visual.conv1.weight", "token_embedding.weight", "text_projection", "positional_embedding")
     missing = [name for name in wanted if name not in state]
     require(not missing, f"the checkpoint lacks {', '.join(missing)}: not OpenAI's CLIP")
@@ -202,12 +202,12 @@ def openai_config(state: Mapping[str, Tensor]) -> Clip:
 
 
 def _count(names: Collection[str], prefix: str) -> int:
-    """Of layers whose tensors begin so."""
+    """The number of layers whose tensors have that prefix."""
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def open_clip_config(values: Mapping[str, Any]) -> Clip:
-    """The model of an open_clip_config.json's `model_cfg`. UserError for a setting that this model cannot follow."""
+    """The model of an open_clip_config.json's `model_cfg`. UserError for a setting that is not supported."""
     image, text = values["vision_cfg"], values["text_cfg"]
     _only("vision_cfg", image, {"image_size", "layers", "width", "patch_size", "head_width"})
     _only("text_cfg", text, {"context_length", "vocab_size", "width", "heads", "layers"})
@@ -234,7 +234,7 @@ def open_clip_config(values: Mapping[str, Any]) -> Clip:
 
 
 def _sizes(file: str, sizes: Mapping[str, Any]) -> None:
-    """UserError for a size that is no whole number, or too large for any CLIP."""
+    """Raise UserError for a size that is not an integer, or too large for any CLIP."""
     for name, size in sizes.items():
         fits = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= (1_000 if "layers" in name else 10_000_000)
         require(fits, f"{file}: {name} = {size!r} is not a size that a CLIP can have; fetch the file again")
@@ -246,7 +246,7 @@ def _only(what: str, values: Mapping[str, Any], known: set[str]) -> None:
 
 
 def open_clip_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
-    """The model with the normalisation of an open_clip_config.json's `preprocess_cfg`. UserError for another way to see an image."""
+    """The model with the normalisation of an open_clip_config.json's `preprocess_cfg`. UserError for other preprocessing."""
     same = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB", "size": cfg.image_size}
     for name, value in values.items():
         if name in same:
@@ -255,12 +255,12 @@ def open_clip_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
                 all(side == same[name] for side in sides),
                 f"{OPEN_CLIP_CONFIG}: preprocess_cfg.{name} = {value!r}, but only {same[name]!r} is supported here",
             )
-    _only("preprocess_cfg", values, {*same, "mean", "std", "fill_color"})  # nothing is filled where the short side fits
+    _only("preprocess_cfg", values, {*same, "mean", "std", "fill_color"})  # nothing is filled if the short side fits
     return _with_pixels(f"{OPEN_CLIP_CONFIG}: preprocess_cfg", cfg, values.get("mean"), values.get("std"))
 
 
 def _with_pixels(what: str, cfg: Clip, mean: Any, std: Any) -> Clip:
-    """The model with its own mean and deviation of pixels; None: OpenAI's."""
+    """The model with this mean and deviation of pixels; None: OpenAI's."""
     for name, numbers in (("mean", mean), ("std", std)):
         fits = numbers is None or (
             isinstance(numbers, list)
@@ -273,7 +273,7 @@ def _with_pixels(what: str, cfg: Clip, mean: Any, std: Any) -> Clip:
 
 
 def _image_processor(folder: Path) -> Mapping[str, Any]:
-    """What a Hugging Face folder says of its images; warns where it says nothing."""
+    """The image settings of a Hugging Face folder; warns if there are none."""
     single, together = folder / "preprocessor_config.json", folder / "processor_config.json"
     if single.exists():
         return read_json(single)
@@ -284,10 +284,10 @@ def _image_processor(folder: Path) -> Mapping[str, Any]:
 
 
 def huggingface_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
-    """The model with the normalisation of a preprocessor_config.json. UserError for another way to see an image."""
+    """The model with the normalisation of a preprocessor_config.json. UserError for other preprocessing."""
     size, sides = cfg.image_size, {"shortest_edge": cfg.image_size}
     square = {"height": size, "width": size}
-    # Each name with what is done here, as files write it; 3 is bicubic.
+    # The supported value of each setting, as files write it; 3 is bicubic.
     known: dict[str, tuple[Any, ...]] = {
         "do_resize": (True,), "size": (size, sides), "resample": (3,), "do_center_crop": (True,), "crop_size": (size, square),
         "do_rescale": (True,), "do_normalize": (True,), "do_convert_rgb": (True, None), "do_pad": (False, None),
@@ -306,7 +306,7 @@ def huggingface_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
     return _with_pixels("preprocessor_config.json", cfg, values.get("image_mean"), values.get("image_std"))
 
 
-# Of a preprocessor_config.json: what changes no pixel.
+# Entries of a preprocessor_config.json that change no pixel.
 _TOLD = (
     "image_processor_type",
     "feature_extractor_type",
@@ -316,7 +316,7 @@ _TOLD = (
     "device",
     "return_tensors",
 )
-# Hugging Face leaves out what equals these.
+# Hugging Face leaves out settings that equal these defaults.
 _COMMON = {
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12, "attention_dropout": 0.0, "initializer_factor": 1.0,
     "initializer_range": 0.02, "projection_dim": 512,
@@ -331,7 +331,7 @@ _VISION = _COMMON | {
 
 
 def _tower(values: Mapping[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A tower's settings. An older `NAME_dict` goes before NAME, its defaults too, as in the transformers library."""
+    """A tower's settings. An older `NAME_dict` and its defaults override NAME, as in the transformers library."""
     own, older = values.get(name) or {}, values.get(f"{name}_dict")
     for what, found in ((name, own), (f"{name}_dict", older or {})):
         require(isinstance(found, dict), f"config.json: {what} is {type(found).__name__}, not a JSON object")
@@ -339,7 +339,7 @@ def _tower(values: Mapping[str, Any], name: str, defaults: dict[str, Any]) -> di
 
 
 def huggingface_config(values: Mapping[str, Any]) -> Clip:
-    """The model of a config.json. UserError for a setting that this model cannot follow."""
+    """The model of a config.json. UserError for a setting that is not supported."""
     text, image = _tower(values, "text_config", _TEXT), _tower(values, "vision_config", _VISION)
     for what, part in {"text_config": text, "vision_config": image}.items():
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -349,7 +349,7 @@ def huggingface_config(values: Mapping[str, Any]) -> Clip:
         for name, value in wanted.items():
             require(part[name] == value, f"config.json: {what}.{name} = {part[name]!r}, but only {value!r} is supported here")
     require(image["num_channels"] == 3, f"config.json: vision_config.num_channels = {image['num_channels']!r}, but images have 3")
-    # The features of a text are those of its end token: of the largest id where the setting is 2 (an older default), else of that id.
+    # The features of a text are those of its end token: the largest id if the setting is 2 (an older default), else that id.
     last = text["vocab_size"] - 1
     require(
         text["eos_token_id"] in (2, last, 49_407),

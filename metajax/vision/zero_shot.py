@@ -1,4 +1,4 @@
-"""Classes by their names: one weight vector for each class of its texts (metajax/vision/data/templates.py), images by the nearest."""
+"""Zero-shot classification: a weight vector per class from its texts (metajax/vision/data/templates.py); the nearest one wins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metajax.vision.clip.model import CLIP, unit
 
 @jax.jit
 def class_weights(model: CLIP, tokens: Int[Array, "templates classes T"]) -> Float[Array, "classes features"]:
-    """A vector of length 1 for each class: the mean of its texts' features, each of length 1; one template at a time."""
+    """A unit vector for each class: the mean of the unit features of its texts, computed one template at a time."""
     features = jax.lax.map(lambda texts: unit(model.encode_text(texts)), tokens)
     return unit(jnp.mean(features, axis=0))
 
@@ -30,7 +30,7 @@ def zero_shot_logits(
 
 
 def whole_parts(rows: Any, at_once: int) -> list[Any]:
-    """Rows in parts of one size, so that one program does for all; the last one is filled up with copies of the last row."""
+    """Rows in parts of equal size, so that one compiled program serves all; copies of the last row fill the last part."""
     at_once = min(at_once, len(rows))
     places = np.minimum(np.arange(-(-len(rows) // at_once) * at_once), len(rows) - 1)
     return [rows[part] for part in places.reshape(-1, at_once)]
@@ -47,5 +47,5 @@ def accuracy(
 
 
 def harmonic(base: float, new: float) -> float:
-    """Harmonic mean of two accuracies; 0 where one is 0."""
+    """Harmonic mean of two accuracies; 0 if one is 0."""
     return 2 * base * new / (base + new) if base and new else 0.0

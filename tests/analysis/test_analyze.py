@@ -1,4 +1,4 @@
-"""Analyses from the command line and at the end of a run: files, pages, numbers that a table can name, mistakes in one line."""
+"""Analyses from the command line and at the end of a run: files, pages, numbers for tables, one-line errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Probes, attention to metadata, guidance and loss by position: what they measure against the same by hand, and all of them to the page."""
+"""Probes, attention to metadata, guidance and loss by position: numbers compared with those by hand, and pages."""
 
 from collections import Counter
 

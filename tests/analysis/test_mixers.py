@@ -1,4 +1,4 @@
-"""Analyses of hybrid models: maps against the layers' own outputs, branches that are really off, needles where they are."""
+"""Analyses of hybrid models: maps compared with the layers' outputs, branches that are really off, needles at their depths."""
 
 import jax
 import jax.numpy as jnp

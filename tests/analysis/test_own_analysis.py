@@ -1,4 +1,4 @@
-"""An analysis of one's own: one file in a package of experiments, run from the command line."""
+"""A user's analysis: one file in a package of experiments, run from the command line."""
 
 import json
 import sys

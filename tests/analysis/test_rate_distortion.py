@@ -1,4 +1,4 @@
-"""The bottleneck heads: the rate by hand and by sampling, the ends of beta, and many heads at once as one at a time."""
+"""The bottleneck heads: the rate by hand and by sampling, extreme values of beta, and heads trained at once or one at a time."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the analyses measure on a model, against the same numbers made by hand."""
+"""Numbers of the analyses on a model, compared with computations by hand."""
 
 import itertools
 

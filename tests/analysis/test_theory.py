@@ -1,4 +1,4 @@
-"""The entropy theorem: identities for every row, lower entropy where its condition holds and there alone."""
+"""The entropy theorem: identities for every row, lower entropy if and only if its condition holds."""
 
 import numpy as np
 import pytest

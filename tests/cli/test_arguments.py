@@ -1,4 +1,4 @@
-"""What a user may type: a number out of its range, a path that cannot be, another encoding. One line, exit code 2, nothing computed."""
+"""Wrong input of users: a number out of range, an impossible path, another encoding. One line, exit code 2, nothing computed."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""The door as its user meets it: names, verbs, and one clear line with exit code 2 for every mistake."""
+"""The command line as users see it: names, verbs, and one clear line with exit code 2 for every mistake."""
 
 import json
 import re

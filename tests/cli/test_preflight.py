@@ -1,4 +1,4 @@
-"""Preflight: hosts that meet, miss each other or differ; storage; a check that never answers."""
+"""Preflight: hosts that meet, fail to meet or differ; storage; a check that never returns."""
 
 import socket
 import sys

@@ -1,4 +1,4 @@
-"""Plans of all experiments: which programs there are, on which slice each, and that one that breaks down leaves the others."""
+"""Plans of all experiments: the distinct programs, the slice of each, and a failing program that does not stop the others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is written is there whole, or not at all, also when no more can be written."""
+"""Atomic writes: a file is complete or absent, even on a full disk."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Compiled programs that are kept: a damaged one is compiled again, and a full disk is one line."""
+"""The cache of compiled programs: a damaged one is compiled again, and a full disk gives a one-line error."""
 
 import resource
 import warnings

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one ends in good order, the second one at once; the processes of a pool end with the one that started them."""
+"""Ctrl-C: the first ends the run cleanly, the second at once; the processes of a pool end with their parent."""
 
 import os
 import signal

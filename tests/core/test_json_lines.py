@@ -1,4 +1,4 @@
-"""The reader of JSON lines: what ends a line, what is a value, which compressed files are read."""
+"""The reader of JSON lines: line ends, values, and compressed files."""
 
 import bz2
 import gzip

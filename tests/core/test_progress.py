@@ -1,4 +1,4 @@
-"""What is printed: nothing that a terminal obeys comes from data."""
+"""Printed text: no control sequence from data reaches the terminal."""
 
 import ast
 import io

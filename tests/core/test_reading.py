@@ -1,4 +1,4 @@
-"""Files of others: few are open at a time, and what the machine refuses is told from what is damaged."""
+"""Reading the user's files: few are open at a time, and errors of the system are distinguished from damaged files."""
 
 import errno
 import gzip

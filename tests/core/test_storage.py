@@ -1,4 +1,4 @@
-"""Runs on a bucket: taken up on another machine as a kill left them, with the bucket away for a while; stages, preflight, data."""
+"""Runs on a bucket: resumed on another machine after a kill, with an unreachable bucket; staging folders, preflight, data."""
 
 import json
 import signal

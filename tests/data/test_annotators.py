@@ -1,4 +1,4 @@
-"""Filters of metadata fields: parts of addresses under one name each, numbers, dates, frequent values."""
+"""Filters of metadata fields: parts of addresses, numbers, dates, frequent values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Parts of a tokenised corpus by Apache Beam: the cache is the one that local processes make, byte for byte, on two runners."""
+"""Parts of a tokenised corpus by Apache Beam: on two runners, the cache equals that of local processes byte for byte."""
 
 import json
 from functools import partial

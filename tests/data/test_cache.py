@@ -1,4 +1,4 @@
-"""The tokenised corpus: what comes back, what names it, bad records, damage, and several builders at once."""
+"""The tokenised corpus: its contents, its key, bad records, damage, and several builders at once."""
 
 import errno
 import json

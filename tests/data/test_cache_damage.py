@@ -1,4 +1,4 @@
-"""Every file of a cache damaged in every way: one line that names the folder to delete, or the same numbers."""
+"""Every file of a cache damaged in every way: the reader gives one line that names the folder to delete, or the same numbers."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Fine-tuning and preferences on chats: the ids that rows ask for are those of the model's own tokenizer, its control tokens too."""
+"""Fine-tuning and preferences on chats: the target ids in rows are those of the model's tokenizer, with its control tokens."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Text never becomes a control token, and markers become exactly those that the model's own tokenizer makes of them."""
+"""Text never becomes a control token, and markers become exactly the tokens of the model's tokenizer."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Year and month of the forms that dates have in corpora."""
+"""Year and month from the date formats in corpora."""
 
 import pytest
 

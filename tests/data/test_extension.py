@@ -1,4 +1,4 @@
-"""A source, a synthetic task and a position of metadata of one's own, each in one file of `experiments/`, run from the command line."""
+"""A user's source, synthetic task and position of metadata, each in one file of `experiments/`, run from the command line."""
 
 import json
 import os

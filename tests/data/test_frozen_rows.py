@@ -1,6 +1,6 @@
-"""A sample of training rows of each family, as they were when goldens/frozen_rows.npz was made: the same config has the same rows.
+"""A sample of training rows of each family compared with goldens/frozen_rows.npz: an unchanged config gives the same rows.
 
-`python -m tests.data.test_frozen_rows` makes the file anew; rows may only change together with the config version.
+`python -m tests.data.test_frozen_rows` writes the file again; rows may only change together with the config version.
 """
 
 import json

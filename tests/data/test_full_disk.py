@@ -1,4 +1,4 @@
-"""A disk that is full while a corpus is tokenised: one line that names the folder, nothing half made, and the same command goes on."""
+"""A disk that is full while a corpus is tokenised: one line names the folder, no partial files, the same command continues."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Injection: how many, where, and what is asked for around a meta-token, against a reading of the docstring slot by slot."""
+"""Injection of meta-tokens: number, positions and targets around them, compared position by position with the documentation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Metadata: templates, who keeps theirs, and the shuffled control."""
+"""Metadata: templates, which documents keep theirs, and the shuffled control."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What rows show of metadata, from the config on: dropped and counted, learnable tokens, the control, phases of a run."""
+"""Metadata in rows, set by the config: dropped and counted, learnable tokens, the control, phases of a run."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Mixtures: exact counts, every row of a source once and in order, and switches that go on where each source was."""
+"""Mixtures: exact counts, every row of a source once and in order, and switches that continue at the position of each source."""
 
 import itertools
 import math

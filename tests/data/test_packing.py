@@ -1,4 +1,4 @@
-"""The row index: nothing lost, nothing repeated, no row too long, and best-fit against slow twins and grain's packers."""
+"""The row index: nothing lost, nothing repeated, no row too long; best-fit compared with slow implementations and grain's."""
 
 import grain
 import numpy as np

@@ -1,4 +1,4 @@
-"""batch = f(step, seed): direct, iterated, resumed, on one host or four, over the switch and over an epoch's boundary."""
+"""batch = f(step, seed): direct, iterated, resumed, on one host or four, across the switch and across an epoch's boundary."""
 
 import itertools
 import json

@@ -1,7 +1,7 @@
-"""Decoded rows with their masks against fixtures checked by hand: every position and packing style.
+"""Decoded rows with their masks, compared with fixtures checked by hand: every metadata position and packing style.
 
-goldens/metadata_rows.txt has a section for each case and a line for each run of slots: document in the row, what the slots hold,
-what they are asked for (with its weight in the loss where that is not 1), their text. <|eot|> is both BOS and EOS.
+goldens/metadata_rows.txt has a section for each case and a line for each span of positions: document in the row, content,
+targets (with the loss weight if it is not 1), text. <|eot|> is both BOS and EOS.
 """
 
 from pathlib import Path

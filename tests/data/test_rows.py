@@ -1,4 +1,4 @@
-"""Rows by hand, and over whole corpora: every body token is asked for once, and nothing else counts as body."""
+"""Rows by hand, and over whole corpora: every body token is a target once, and nothing else counts as body."""
 
 import dataclasses
 

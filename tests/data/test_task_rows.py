@@ -1,4 +1,4 @@
-"""Rows of task examples: the loss on answers alone, the same strings for every model, and batch = f(step, seed)."""
+"""Rows of task examples: the loss only on answers, the same strings for every model, and batch = f(step, seed)."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Examples of the tasks: a solver that reads the prompt alone finds the answer; lengths, pauses, split and curriculum hold."""
+"""Examples of the tasks: a solver that reads only the prompt finds the answer; correct lengths, pauses, split and curriculum."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind of file, each in a folder as a published model has it."""
+"""Small tokenizers of every kind of file, each in a folder like that of a published model."""
 
 import json
 

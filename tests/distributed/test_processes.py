@@ -1,4 +1,4 @@
-"""Several processes as one run: real ones that meet over a port of this machine."""
+"""Several real processes as one run, connected over a port of this machine."""
 
 import json
 import os

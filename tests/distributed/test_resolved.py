@@ -1,6 +1,6 @@
-"""Where every parameter of the papers' models lies on a mesh, held against tests/goldens/shardings.json.
+"""The sharding of every parameter of the papers' models on a mesh, compared with tests/goldens/shardings.json.
 
-A change of the rules shows here. To take it: METAJAX_WRITE_GOLDENS=1 python -m pytest tests/distributed/test_resolved.py, and read the diff.
+To accept a change of the rules: METAJAX_WRITE_GOLDENS=1 python -m pytest tests/distributed/test_resolved.py; then read the diff.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Rows, heads, channels and long rows spread over eight (virtual) devices: what one device computes, gradients included."""
+"""Rows, heads, channels and long rows sharded over eight (virtual) devices: values and gradients equal those of one device."""
 
 import json
 import os

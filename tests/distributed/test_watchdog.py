@@ -1,4 +1,4 @@
-"""The watchdog: what it waits for how long, and when it says that another start would not help."""
+"""The watchdog: its time limits, and when it reports that another start would not help."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 """Makes tests/goldens/choice_harness.json with the lm-evaluation-harness (pip install lm_eval==0.4.13; no download, no model):
-python tests/evaluation/harness.py. Questions are our own, in the fields of the published data sets; replies of a model are made up.
+python tests/evaluation/harness.py. Questions are ours, with the fields of the published data sets; model replies are synthetic.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Held-out bits per byte: packed rows against one document at a time, and what is counted."""
+"""Held-out bits per byte: packed rows compared with one document at a time, and the counts."""
 
 import math
 

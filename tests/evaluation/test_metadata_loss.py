@@ -1,4 +1,4 @@
-"""Where a model's loss and logits depend on metadata, and where they must not: labels without weight, causality, segments."""
+"""When a model's loss and logits depend on metadata, and when they must not: labels without weight, causality, segments."""
 
 import jax
 import jax.numpy as jnp

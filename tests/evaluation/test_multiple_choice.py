@@ -1,4 +1,4 @@
-"""Multiple choice: prompts and scores against the lm-evaluation-harness' own, and packed scores against one pass for each answer."""
+"""Multiple choice: prompts and scores compared with the lm-evaluation-harness, and packed scores with one pass per answer."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Statistics of a few seeds, against numbers computed by hand and by scipy.stats."""
+"""Statistics of a few seeds, compared with numbers computed by hand and by scipy.stats."""
 
 import math
 

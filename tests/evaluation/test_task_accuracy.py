@@ -1,4 +1,4 @@
-"""Accuracy on the tasks: one forward pass against greedy decoding, what counts as right, and a run from start to finish."""
+"""Accuracy on the tasks: one forward pass compared with greedy decoding, the definition of a right answer, and a whole run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What has no number: a perplexity beyond a float, a loss that is not finite; and evaluations that could have none, refused before training."""
+"""Missing numbers: a perplexity too large for a float, a loss that is not finite; impossible evaluations are refused early."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every file that a run or a cache consists of, damaged in every way: the numbers stay, or one line names the file."""
+"""Every file of a run or a cache, damaged in every way: the numbers stay the same, or one line names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input of every kind on the command line: one line, exit code 2, no traceback, below 2 GiB and 20 seconds."""
+"""Bad input of every kind on the command line: one line, exit code 2, no traceback, less than 2 GiB and 20 seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tiny runs in processes of their own, and what must not change when they are disturbed.
+"""Tiny runs in separate processes, and the results that must not change when they are disturbed.
 
-Each run is the command line in a process that is forked from one that has imported everything, so that a kill costs a second or two.
-A run that was disturbed must end with the parameters, the curve and the evaluation of the one that was not.
+Each run is the command line in a process forked from one that has imported everything, so that a kill costs a second or two.
+A disturbed run must end with the parameters, the curve and the evaluation of the undisturbed run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cached decoding against the full forward pass, the ring buffer, and how a token is drawn."""
+"""Cached decoding compared with the full forward pass, the ring buffer, and sampling of tokens."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Sampling: what it may emit, where meta-tokens go, and greedy text by hand."""
+"""Sampling: allowed tokens, positions of meta-tokens, and greedy text by hand."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Hybrid models with a cache: against the full forward pass, and against the authors' own generation, with their window and with ours."""
+"""Hybrid models with a cache: compared with the full forward pass and the authors' generation, with their window and ours."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The speed of generation: what is counted, and that models take turns."""
+"""The speed of generation: counted tokens, and models timed in turns."""
 
 import jax
 import pytest

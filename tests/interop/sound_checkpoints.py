@@ -1,4 +1,4 @@
-"""Small sound checkpoints of every family, as folders and as GGUF files, with weights drawn from a seed."""
+"""Small valid checkpoints of every family, as folders and as GGUF files, with weights drawn from a seed."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""A prompt begins with BOS where the tokenizer of the checkpoint puts it there, and nowhere else."""
+"""A prompt begins with BOS if and only if the checkpoint's tokenizer adds it."""
 
 import json
 

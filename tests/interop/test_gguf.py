@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file: rotary pairs put back into halves, quantised numbers, refusals by name, and its tokenizer."""
+"""A Llama in a GGUF file: rotary pairs converted back to halves, quantised numbers, named refusals, and its tokenizer."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Hymba directories: shards, the tied head, every refusal by name, slices for each device, and runs there and back."""
+"""Hymba directories: shards, the tied head, named refusals, slices for each device, and round trips of runs."""
 
 import json
 import shutil

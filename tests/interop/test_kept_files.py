@@ -1,4 +1,4 @@
-"""What an imported folder had goes out again: templates, token roles, generation settings, keys of config.json; with the same numbers."""
+"""An export contains the files of the imported folder: templates, token roles, generation settings, keys of config.json."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""GPT-2 and Llama directories: names, shapes and orientation, runs there and back, refusals by name, and what a load holds in memory."""
+"""GPT-2 and Llama directories: names, shapes and orientation, round trips of runs, named refusals, and memory use of a load."""
 
 import json
 import os

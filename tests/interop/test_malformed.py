@@ -1,4 +1,4 @@
-"""Damaged and strange checkpoints: legal forms load, all others are refused in one line with the name of what is wrong, before anything is allocated."""
+"""Damaged and strange checkpoints: valid forms load; others are refused before allocation, with one line that names the error."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Imported models beside transformers: logits, log-likelihoods, bits per byte, choices, greedy text and where it ends."""
+"""Imported models compared with transformers: logits, log-likelihoods, bits per byte, choices, greedy text and its end."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Rows that a checkpoint does not have: in no softmax and never drawn. Ids that end a text: from wherever the checkpoint names them."""
+"""Rows that a checkpoint lacks are in no softmax and never sampled. Ids that end a text come from every file that has them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Settings of checkpoints: what is followed gives transformers' own numbers, what is not is refused by name, the rest is told."""
+"""Settings of checkpoints: supported ones give transformers' numbers, unsupported ones are refused by name, others reported."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tokenizers as other programs read them: the same ids for every text, BOS in front, and the reserved ids in their places."""
+"""Exported tokenizers in other programs: the same ids for every text, BOS at the start, and reserved ids in their places."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the tests of prefix-and-window attention share: shapes, random lifetimes, and outputs with all gradients of one implementation."""
+"""For tests of prefix-and-window attention: shapes, random lifetimes, and outputs with all gradients of one implementation."""
 
 import functools
 from typing import NamedTuple

@@ -1,6 +1,6 @@
-"""Compiles prefix-and-window attention, forward and backward, for a TPU chip that is not there; prints what the program holds.
+"""Compiles prefix-and-window attention, forward and backward, for an absent TPU chip, and prints the contents of the program.
 
-Run as a process of its own, because what it sets counts only before JAX starts: `compile_attention.py CHIP SHAPE ...` prints one
+Run in a separate process, because its settings only work before JAX starts: `compile_attention.py CHIP SHAPE ...` prints one
 line of JSON for each shape: kernels' names in the optimised HLO and bytes of temporary memory.
 """
 

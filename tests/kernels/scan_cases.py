@@ -1,4 +1,4 @@
-"""What the tests of the selective scan share: shapes, random inputs, and outputs with all gradients of one implementation."""
+"""Shared by the tests of the selective scan: shapes, random inputs, and outputs with all gradients of one implementation."""
 
 import functools
 from typing import NamedTuple

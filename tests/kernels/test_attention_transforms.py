@@ -1,4 +1,4 @@
-"""The attention kernel under vmap, lax.scan and jax.checkpoint: what a model does with it."""
+"""The attention kernel under vmap, lax.scan and jax.checkpoint, as in a model."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What the bench reads out of compiled programs, and what it writes."""
+"""Facts that the bench reads from compiled programs, and its output."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The causal convolution: vectors made by the authors' code, tails, and segments that never see each other."""
+"""The causal convolution: vectors made by the authors' code, tails, and isolation of segments."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The kernels of prefix-and-window attention go through the TPU compiler, for chips that are not there, from the door in ops.py."""
+"""The kernels of prefix-and-window attention compile for absent TPU chips, from the entry point in ops.py."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The kernels of scan and convolution go through the TPU compiler, for chips that are not there."""
+"""The kernels of scan and convolution compile for absent TPU chips."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Prefix-and-window attention against a dense float64 oracle: values, every gradient, resets of the mask, and what is never visited."""
+"""Prefix-and-window attention compared with a dense float64 oracle: values, all gradients, mask resets, and skipped blocks."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The kernel under vmap, lax.scan, jax.checkpoint and jax.shard_map: what a model does with it."""
+"""The kernel under vmap, lax.scan, jax.checkpoint and jax.shard_map, as in a model."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The selective scan against a float64 oracle, vectors made by the authors' code, and itself: resets, gradients, state passing."""
+"""The selective scan compared with a float64 oracle, the authors' vectors, and itself: resets, gradients, state passing."""
 
 import functools
 from pathlib import Path

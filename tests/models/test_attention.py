@@ -1,4 +1,4 @@
-"""Attention kernels' contract on golden vectors (dense float64), and meta-attention against its dense twin."""
+"""Attention kernels on golden vectors (dense float64), and meta-attention compared with its dense form."""
 
 import functools
 from pathlib import Path

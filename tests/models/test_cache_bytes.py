@@ -1,4 +1,4 @@
-"""Cache sizes: every one that the Hymba paper prints, and the buffers of the released model."""
+"""Cache sizes: all of the Hymba paper, and the buffers of the released model."""
 
 import jax
 import jax.numpy as jnp

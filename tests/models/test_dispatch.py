@@ -1,4 +1,4 @@
-"""How operations find implementations, and refusals that say why."""
+"""Dispatch of operations to implementations, and refusals with a reason."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Analytic FLOPs against the operations of the program itself, and mask-exact pairs against a brute-force count."""
+"""Analytic FLOPs compared with the operations of the program, and mask-exact pairs with a brute-force count."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The LM against nanoGPT and Hugging Face GPT-2: logits, loss, gradients, greedy text; weights there and back."""
+"""The LM compared with nanoGPT and Hugging Face GPT-2: logits, loss, gradients, greedy text; round trips of weights."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Hybrid layers: counts, the meta prefix against meta tokens in front of each document, isolation of documents, every fusion, refusals."""
+"""Hybrid layers: counts, the meta prefix as meta tokens before each document, isolation of documents, every fusion, refusals."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""FLOPs of hybrid layers: matrix products against the program's own, pairs by brute force, the scan from its recurrence."""
+"""FLOPs of hybrid layers: matrix products compared with the program's, pairs by brute force, the scan from its recurrence."""
 
 import dataclasses
 

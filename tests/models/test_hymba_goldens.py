@@ -1,4 +1,4 @@
-"""The hybrid model against the authors' own code: logits, loss, hidden states, what the meta tokens leave, gradients."""
+"""The hybrid model compared with the authors' code: logits, loss, hidden states, state after the meta tokens, gradients."""
 
 import functools
 import json

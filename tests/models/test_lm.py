@@ -1,4 +1,4 @@
-"""The language model: counts, causality, isolation of documents, meta-attention and its twin, scan variants, captures."""
+"""The language model: counts, causality, isolation of documents, meta-attention and its dense form, scan variants, captures."""
 
 import dataclasses
 import functools

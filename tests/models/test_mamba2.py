@@ -1,4 +1,4 @@
-"""Mamba-2 against its recurrence, token by token, and documents apart."""
+"""Mamba-2 compared with its recurrence, token by token, and isolation of documents."""
 
 import jax
 import jax.numpy as jnp

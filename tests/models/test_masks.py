@@ -1,4 +1,4 @@
-"""Masks: the predicate against a brute-force reading of its definition, and the closed-form pair counts."""
+"""Masks: the predicate compared with a brute-force evaluation of its definition, and closed-form pair counts."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The switches of meta-tokens: forms of the second attention, what stands at a meta-token, and interventions on a trained model."""
+"""The switches of meta-tokens: forms of the second attention, embeddings of meta-tokens, and interventions on a trained model."""
 
 import dataclasses
 

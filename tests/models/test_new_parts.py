@@ -1,4 +1,4 @@
-"""A mixer and a position scheme in a file of the user's own: named in a config, trained, counted and decoded without another change."""
+"""A mixer and a position scheme in a user's file: named in a config, trained, counted and decoded without other changes."""
 
 import sys
 

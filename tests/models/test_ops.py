@@ -1,4 +1,4 @@
-"""The door to kernels: names, dispatch, and what is lowered for which platform."""
+"""The entry point to kernels: names, dispatch, and the code lowered for each platform."""
 
 import jax
 import jax.numpy as jnp

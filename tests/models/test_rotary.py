@@ -1,4 +1,4 @@
-"""Rotary tables against the numbers of the YaRN and Hymba authors' own code, and the constants that their papers imply."""
+"""Rotary tables compared with numbers from the YaRN and Hymba authors' code, and the constants that their papers imply."""
 
 from pathlib import Path
 

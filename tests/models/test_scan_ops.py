@@ -1,4 +1,4 @@
-"""The door to the scan and the convolution: names, platforms, and rows over a mesh of eight (virtual) devices."""
+"""The entry point to scan and convolution: names, platforms, and rows sharded over eight (virtual) devices."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What is advised where a plan does not fit, without a compiler; the page of a plan."""
+"""Advice if a plan does not fit, without a compiler; the page of a plan."""
 
 import re
 

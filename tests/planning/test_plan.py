@@ -1,4 +1,4 @@
-"""Plans for TPU slices that are not there."""
+"""Plans for absent TPU slices."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Which kernels of a compiled step are scheduled, on which rows, without a compiler."""
+"""The scheduled kernels of a compiled step and their rows, without a compiler."""
 
 from collections import Counter
 

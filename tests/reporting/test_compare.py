@@ -1,4 +1,4 @@
-"""Runs side by side, whatever they are of."""
+"""Runs side by side, of any kind."""
 
 from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The speed of the input path: what is counted, and that all of it is measured."""
+"""The speed of the input pipeline: all of its parts are counted and measured."""
 
 import itertools
 

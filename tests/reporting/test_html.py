@@ -1,4 +1,4 @@
-"""The pages of a run and of a table: escaping, self-containment, figures, and how a browser shows them."""
+"""The pages of a run and of a table: escaping, no external files, figures, and rendering in a browser."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Entropies and information of fields on corpora whose values are known."""
+"""Entropies and mutual information of fields on corpora with known values."""
 
 import json
 

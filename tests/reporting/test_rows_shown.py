@@ -1,4 +1,4 @@
-"""Rows for a person: what is said about spans of slots, and how they look."""
+"""Rows for people: the description of spans of positions, and their looks."""
 
 import numpy as np
 import pytest

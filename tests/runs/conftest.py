@@ -1,4 +1,4 @@
-"""A tiny run, one of another seed, and both as a kill leaves them; tests work on copies."""
+"""A tiny run, one with another seed, and both in the state after a kill; tests use copies."""
 
 import shutil
 from types import SimpleNamespace

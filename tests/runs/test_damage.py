@@ -1,4 +1,4 @@
-"""Every file of a run, damaged in every way: each command ends with the same numbers, tells what it does without, or refuses in one line."""
+"""Every file of a run, damaged in every way: commands give the same numbers, report what is missing, or refuse in one line."""
 
 import json
 

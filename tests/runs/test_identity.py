@@ -1,4 +1,4 @@
-"""A checkpoint says whose it is: another run's in its place is refused by name, by everything that reads checkpoints."""
+"""A checkpoint stores its run; every reader of checkpoints refuses one of another run, by name."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run's id is made once and kept in its folder, and two folders never share one."""
+"""Weights & Biases: a run's id is made once and stored in its folder, and two folders never share an id."""
 
 import shutil
 import sys

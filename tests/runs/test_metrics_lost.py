@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl that are lost before the step that a run goes on from: told and recorded, never passed over."""
+"""Lost lines of metrics.jsonl before the step from which a run resumes: always reported and recorded."""
 
 import json
 

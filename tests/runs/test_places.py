@@ -1,4 +1,4 @@
-"""Where runs are: names that look like patterns, files that are not the run's, and folders that go while a run goes on."""
+"""Folders of runs: names that look like patterns, foreign files, and folders that disappear during a run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The one reader of a run's files: what is damage, what is told, and what goes on without the file."""
+"""The reader of a run's files: detected damage, warnings, and commands that continue without the file."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""A table's result from reports that are made up: rows whose field a corpus lacks, and steps to match the baseline."""
+"""A table's result from synthetic reports: rows whose field a corpus lacks, and steps to match the baseline."""
 
 import pytest
 

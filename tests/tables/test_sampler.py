@@ -1,4 +1,4 @@
-"""A sample of all tables: every table in turn, within the time, with failures and columns that stay empty."""
+"""A sample of all tables: every table in turn, within the time, with failures and empty columns."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The table engine on runs that are made up: parents first, failures, interruption, published values, rendering alone."""
+"""Tables with synthetic runs: parents first, failures, interruption, published values, rendering only."""
 
 import csv
 import json

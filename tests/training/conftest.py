@@ -1,4 +1,4 @@
-"""Tiny runs of the three families, for what holds in each of them: six steps, the last checkpoint at the sixth."""
+"""Tiny runs of three kinds, for tests that hold for each: six steps, with the last checkpoint at the sixth."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Steps that are left out: what they leave as it was, what they move on, and when a run stops after all."""
+"""Skipped steps: the state that they keep, the counts that they advance, and when a run stops."""
 
 import json
 

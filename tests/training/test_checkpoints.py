@@ -1,4 +1,4 @@
-"""Checkpoints: round trip, what is kept, and damage of every kind."""
+"""Checkpoints: round trip, which are kept, and damage of every kind."""
 
 import json
 import shutil

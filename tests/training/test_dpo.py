@@ -1,4 +1,4 @@
-"""Learning from preferences: the loss and its gradient by hand, rows of pairs, whole runs, and records that make no pair."""
+"""Learning from preferences: the loss and its gradient by hand, rows of pairs, whole runs, and records without a pair."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A disk that is full while a run goes on: one line and exit code 2."""
+"""A disk that becomes full during a run: one line and exit code 2."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The `checkpoints` verb: what is listed, what counts as damaged, what may go."""
+"""The `checkpoints` verb: listed checkpoints, damaged ones, and those that may be deleted."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""Schedules, and twelve AdamW steps of nanoGPT met number for number."""
+"""Schedules, and twelve AdamW steps that equal nanoGPT's in every number."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The same loss on 1 device and on 8 virtual ones, for every mesh shape; the rules table and its refusals."""
+"""The same loss on 1 device and on 8 virtual ones, for every mesh shape; the table of rules and its refusals."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The train step: a golden, accumulation, what stops it, and what its loss counts."""
+"""The train step: a golden, accumulation, errors that stop it, and the tokens in its loss."""
 
 from dataclasses import replace
 

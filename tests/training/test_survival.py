@@ -1,4 +1,4 @@
-"""What a run survives besides kills: preemption, a hang, a step that breaks down; and where its time went."""
+"""Events besides kills that a run survives: preemption, a hang, a bad step; and the account of its time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run from start to finish: resume, kill -9, what stops it, what it logs."""
+"""A run from start to finish: resume, kill -9, errors that stop it, and its logs."""
 
 import json
 import os

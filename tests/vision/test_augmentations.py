@@ -1,4 +1,4 @@
-"""The 14 augmentations against torchvision's and OpenCV's, as AAPL's code calls them; and what their draws must be like."""
+"""The 14 augmentations compared with torchvision's and OpenCV's, as AAPL's code calls them; and the distribution of draws."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""CLIP against OpenAI's code: features, intermediates, logits, loss, gradients; published sizes; losses by hand; texts cut short."""
+"""CLIP compared with OpenAI's code: features, intermediates, logits, loss, gradients; published sizes; losses; cut texts."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""CLIP's published folders: names and shapes of the real sizes, weights there and back, the three layouts, every refusal by name."""
+"""CLIP's published folders: names and shapes of the real sizes, round trips of weights, the three layouts, named refusals."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer against OpenAI's."""
+"""CLIP's tokenizer compared with OpenAI's."""
 
 import gzip
 import html

@@ -1,4 +1,4 @@
-"""CLIP's evaluation transform against OpenAI's, on sizes that round both ways."""
+"""CLIP's evaluation transform compared with OpenAI's, on sizes that round up and down."""
 
 from pathlib import Path
 

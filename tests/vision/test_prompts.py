@@ -1,4 +1,4 @@
-"""Prompt learners against CoOp's, CoCoOp's and AAPL's own code: logits, losses, gradients; and what must hold beside the vectors."""
+"""Prompt learners compared with the code of CoOp, CoCoOp and AAPL: logits, losses, gradients; and further properties."""
 
 import json
 from pathlib import Path

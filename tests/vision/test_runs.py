@@ -1,4 +1,4 @@
-"""Image runs whole: a small CLIP, learners on it, what they report, and a run that was killed against one that was not."""
+"""Whole image runs: a small CLIP, learners on it, their reports, and a killed run compared with an undisturbed one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The step of prompt learners: learning rates and whole training runs of the papers' own code, drawn pairs, cached features."""
+"""The step of prompt learners: learning rates and training runs of the papers' code, drawn pairs, cached features."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Zero-shot classification against CoOp's code: texts, class vectors and logits, of one template and of an ensemble."""
+"""Zero-shot classification compared with CoOp's code: texts, class vectors and logits, for one template and an ensemble."""
 
 import json
 from pathlib import Path

@@ -19,19 +19,19 @@ from metajax.data.rows import Row, finish, stack
 
 
 def has_labels(study: Study) -> bool:
-    """Whether `evaluation.labels` names templates, and the model is one that these analyses are meant for."""
+    """Whether `evaluation.labels` names templates, and these analyses are meant for the model."""
     return bool(study.corpora.config.evaluation.labels) and study.model.meta is None
 
 
 def check_labels(study: Study) -> None:
-    """UserError where `evaluation.labels` is empty, or the rows have inserted meta-tokens in their text."""
+    """Raise UserError if `evaluation.labels` is empty, or if meta-tokens are inserted in the text of the rows."""
     config, remedy = study.corpora.config, "such as --set evaluation.labels={section}"
     require(bool(config.evaluation.labels), f"evaluation.labels names no template, {remedy}")
     require(config.meta_tokens is None, "made for models without inserted meta-tokens in their text (meta_tokens)")
 
 
 def has_context(study: Study) -> bool:
-    """Whether the run has metadata before the text."""
+    """Whether the run shows metadata before the text."""
     recipe = study.corpora.config.metadata
     return recipe is not None and recipe.prepended
 
@@ -45,7 +45,7 @@ def some_documents(corpora: Corpora, split: str, least: int, most: int) -> Int[n
 
 
 def texts_of(corpora: Corpora, template: str, documents: Int[np.ndarray, " N"]) -> list[str | None]:
-    """A template's text for each document; None where a field is missing, or unknown."""
+    """A template's text for each document; None if a field is missing or unknown."""
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
     check_fields(template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
     table = build_metadata_table(cache, tokenizer, template)
@@ -64,7 +64,7 @@ def classes_of(texts: Sequence[str | None], least: int) -> tuple[Int[np.ndarray,
 def matched(
     classes: Int[np.ndarray, " N"], lengths: Float[np.ndarray, " N"], bins: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " N"]:
-    """A choice with the same number of documents of every class in each of `bins` ranges of length; one bin: only balanced."""
+    """Choose equally many documents of every class in each of `bins` ranges of length; one bin: only balanced classes."""
     there = classes >= 0
     edges = np.quantile(lengths[there], np.linspace(0, 1, bins + 1)[1:-1]) if there.any() else np.zeros(0)
     place = np.searchsorted(edges, lengths)

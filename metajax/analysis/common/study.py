@@ -26,8 +26,8 @@ from metajax.models.lm import LM
 from metajax.training.program import Program
 from metajax.training.step import MODEL_INPUTS
 
-PROMPTS = 500  # the papers' numbers of prompts are not stated
-PIECES = 64  # of text
+PROMPTS = 500  # the papers do not state their numbers of prompts
+PIECES = 64  # pieces of text
 TEXT = "text"  # in place of a task's name
 BATCH_FLOATS = 2**25  # attention probabilities in one batch of prompts
 Arrays = dict[str, jax.Array]  # a batch of rows
@@ -202,7 +202,7 @@ def mean_over_rows(values: Float[np.ndarray, " N"]) -> dict[str, float]:
 
 
 def meta_tokens_in_prompts(study: Study) -> None:
-    """UserError unless the model has meta-tokens and the study's prompts contain them."""
+    """Raise UserError unless the model has meta-tokens and the study's prompts contain them."""
     tasks, said = study.corpora.config.tasks, "needs meta-tokens in prompts of the tasks, but "
     require(study.model.meta is not None, f"{said}this run has none (meta_tokens is null)")
     on_task = tasks is not None and study.task in tasks.names
@@ -211,7 +211,7 @@ def meta_tokens_in_prompts(study: Study) -> None:
 
 
 def has_meta_tokens(study: Study) -> bool:
-    """Whether the model has meta-tokens: by default only the analyses of these are made then."""
+    """Whether the model has meta-tokens; if so, only analyses of meta-tokens are made by default."""
     return study.model.meta is not None
 
 
@@ -220,7 +220,7 @@ def is_parallel(study: Study) -> bool:
     return study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
 
 
-META_TOKENS = {"fits": has_meta_tokens, "needs": meta_tokens_in_prompts}  # of the analyses of meta-tokens
+META_TOKENS = {"fits": has_meta_tokens, "needs": meta_tokens_in_prompts}  # arguments of the analyses of meta-tokens
 
 
 def rounded(values: np.ndarray, digits: int = 4) -> list[Any]:

@@ -15,7 +15,7 @@ from metajax.reporting.panels import GREY, name_rows, point
 
 
 def step_seconds(steps: Mapping[str, Callable[[Any], Any]], states: Mapping[str, Any], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each step, `state -> state`, in each of `rounds`; a first round is left out."""
+    """Seconds of each step, `state -> state`, in each of `rounds`; an extra first round is not counted."""
     states, taken = dict(states), {name: [] for name in steps}
     with progress("timing train steps", total=rounds + 1) as advance:
         for _ in range(rounds + 1):
@@ -37,7 +37,7 @@ def against_first(seconds: Mapping[str, np.ndarray]) -> dict[str, dict[str, floa
 
 
 def step_words(step: Mapping[str, float]) -> str:
-    """A train step's time as text."""
+    """The time of a train step as text."""
     return f"step {step['ms']:.2f} ms, {step['ratio']:.3f}x ({step['ratio_low']:.3f} to {step['ratio_high']:.3f})"
 
 

@@ -24,7 +24,7 @@ from metajax.vision.prompt_learning import Frozen, prompt_program
 from metajax.vision.study import ImageStudy
 
 ROUNDS = 40  # each has one step of every twin
-TWINS = {  # with one image a step, as CoCoOp and AAPL are published; the others are compared with the first
+TWINS = {  # one image per step, as published for CoCoOp and AAPL; the others are compared with the first
     "cocoop": {"prompts.condition": "meta"},
     "coop": {"prompts.condition": "none"},
     "cocoop_augmented": {"prompts.condition": "meta", "prompts.augment": 1.0},

@@ -1,1 +1,1 @@
-"""CLIP's two towers and the prompt learners beside them."""
+"""CLIP's two towers, and prompt learners on top of them."""

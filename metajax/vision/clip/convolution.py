@@ -1,7 +1,7 @@
-"""CLIP's convolutional image tower: a ResNet with three convolutions in its stem, average pools for strides and attention as its pool.
+"""CLIP's convolutional image tower: a ResNet with a stem of three convolutions, average pools for strides and an attention pool.
 
-Batch norms use their running statistics always, as in everything that is done with a published CLIP; they are `nnx.BatchStat`s beside the
-parameters, so a tower of this kind can be tuned here but not trained from its start.
+Batch norms always use their running statistics, as is usual with a published CLIP. These are `nnx.BatchStat`s, not parameters, so
+a tower of this kind can be fine-tuned here but not trained from scratch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from metajax.config import Clip
 from metajax.core.errors import nearest, require
 from metajax.models.layers import Linear, normal_param
 
-CAPTURABLE = (  # what the tower can return beside its features
+CAPTURABLE = (  # intermediates that the tower can return besides its features
     "stem",  # [B, H/4, W/4, channels]
-    "final",  # [B, H/32, W/32, channels], what the attention pool reads
+    "final",  # [B, H/32, W/32, channels], the input of the attention pool
 )
 _EPS = 1e-5
 EXPANSION = 4  # a bottleneck's output channels / its inner ones
@@ -51,7 +51,7 @@ class BatchNorm(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """A convolution that keeps the size (by its stride), then a batch norm."""
+    """A convolution that keeps the size (up to its stride), then a batch norm."""
 
     def __init__(self, key: PRNGKeyArray, size: tuple[int, int, int]):
         self.side = size[0]
@@ -68,7 +68,7 @@ def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1 beside a shortcut; where it halves the image, means of 2 x 2 stand in for strides, in the shortcut too."""
+    """Convolutions 1x1, 3x3, 1x1 with a shortcut. If the block halves the image, both use means of 2 x 2 instead of strides."""
 
     def __init__(self, key: PRNGKeyArray, inputs: int, channels: int, *, halves: bool):
         keys, outputs = jax.random.split(key, 4), channels * EXPANSION
@@ -86,7 +86,7 @@ class Bottleneck(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Pixels and their mean as tokens; the mean is the one query, and what it reads is the image's features."""
+    """Attention over pixels and their mean as tokens. The mean is the only query; its output is the image's features."""
 
     def __init__(self, cfg: Clip, key: PRNGKeyArray):
         keys = jax.random.split(key, 5)
@@ -106,7 +106,7 @@ class AttentionPool(nnx.Module):
 
 
 class ModifiedResNet(nnx.Module):
-    """CLIP's ResNet: a stem to a quarter of the side, four stages to an eighth of that, attention pool."""
+    """CLIP's ResNet: a stem (a quarter of the side), four stages (an eighth of that), attention pool."""
 
     def __init__(self, cfg: Clip, key: PRNGKeyArray):
         stem_key, pool_key, *stage_keys = jax.random.split(key, 6)

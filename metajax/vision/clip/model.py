@@ -1,4 +1,4 @@
-"""CLIP: images and texts in one space (Radford et al., arXiv 2103.00020), and the two losses that bring them together."""
+"""CLIP: images and texts in one embedding space (Radford et al., arXiv 2103.00020), and its two losses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from metajax.vision.clip.transformer import TextTower, VisionTransformer
 
 
 class CLIP(nnx.Module):
-    """Two towers and the learned scale (of a sigmoid CLIP also the bias) of the logits between them.
+    """Two towers, and the learned scale of the logits between them. A sigmoid CLIP also has a learned bias.
 
-    Initialised as OpenAI's text tower is, but for the feed-forward network's first map (1 / sqrt(width), theirs 1 / sqrt(2 width)).
+    Initialised like OpenAI's text tower, except feed-forward networks' first map (1 / sqrt(width), theirs 1 / sqrt(2 width)).
     """
 
     def __init__(self, cfg: Clip, *, runtime: Runtime, key: PRNGKeyArray):
@@ -31,11 +31,11 @@ class CLIP(nnx.Module):
         self.logit_bias = nnx.Param(jnp.float32(-10.0), axes=()) if sigmoid else None
 
     def encode_image(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B features"]:
-        """float32 features of normalised images; their length says nothing and is left as it is."""
+        """Features of normalised images, float32, not L2-normalised."""
         return self.visual(images)[0].astype(jnp.float32)
 
     def encode_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B features"]:
-        """float32 features of tokenised texts, likewise."""
+        """Features of tokenised texts, float32, not L2-normalised."""
         return self.text(self.text.embed(tokens), end_of(tokens))[0].astype(jnp.float32)
 
     def logits(self, images: Float[Array, "B features"], texts: Float[Array, "N features"]) -> Float[Array, "B N"]:
@@ -50,24 +50,24 @@ class CLIP(nnx.Module):
 
 
 def unit(features: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-    """Features of length 1."""
+    """Features, L2-normalised."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
 def end_of(tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """The place of each text's end token, which has the largest id of its vocabulary (OpenAI's code reads it so)."""
+    """The position of each text's end token: the largest id in the text, as in OpenAI's code."""
     return jnp.argmax(tokens, axis=-1)
 
 
 def cut_after_end(tokens: np.ndarray) -> np.ndarray:
-    """Token ids [..., T] without the columns behind the last end token: the features stay the same, the work shrinks."""
+    """Token ids [..., T] without the columns after the last end token: the same features for less work."""
     return tokens[..., : int(np.max(np.argmax(tokens, axis=-1))) + 1]
 
 
 def contrastive_loss(logits: Float[Array, "B B"], matches: Bool[Array, "B B"] | None = None) -> Float[Array, ""]:
     """Symmetric cross-entropy of images over texts and texts over images.
 
-    matches: which pairs belong together (None: image i and text i); a row with several shares its target among them.
+    matches: which pairs belong together (None: image i and text i). A row with several matches splits its target evenly.
     """
     matches = jnp.eye(len(logits), dtype=bool) if matches is None else matches
 
@@ -79,7 +79,7 @@ def contrastive_loss(logits: Float[Array, "B B"], matches: Bool[Array, "B B"] | 
 
 
 def sigmoid_loss(logits: Float[Array, "B B"], matches: Bool[Array, "B B"] | None = None) -> Float[Array, ""]:
-    """Every pair by itself, together or not, summed over texts and averaged over images (SigLIP, arXiv 2303.15343, section 3.2)."""
+    """Binary loss of every pair, summed over texts and averaged over images (SigLIP, arXiv 2303.15343, section 3.2)."""
     matches = jnp.eye(len(logits), dtype=bool) if matches is None else matches
     return -jnp.sum(jax.nn.log_sigmoid(jnp.where(matches, logits, -logits))) / len(logits)
 

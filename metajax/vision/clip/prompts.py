@@ -1,7 +1,7 @@
-"""Prompt learners: context vectors among the embeddings of a class's name, and the meta-net that moves them by image.
+"""Prompt learners: context vectors around the embeddings of a class name, and the meta-net that shifts them for each image.
 
-CoOp (Zhou et al., arXiv 2109.01134), CoCoOp (arXiv 2203.05557), AAPL (Kim et al., arXiv 2404.16804), as in their released code. The CLIP is
-an argument everywhere and never trained; `Learner` holds all that is.
+CoOp (Zhou et al., arXiv 2109.01134), CoCoOp (arXiv 2203.05557), AAPL (Kim et al., arXiv 2404.16804), as in their released code.
+The CLIP is always an argument and never trained; `Learner` holds all trained parameters.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from metajax.config import Clip, Prompts
 from metajax.models.layers import normal_param
 from metajax.vision.clip.model import CLIP, cut_after_end, unit
 
-# Prompts in the text tower together; more of them go through it in turns, each computed anew in the backward pass.
+# Most prompts in the text tower at a time. More are processed in chunks, which the backward pass recomputes.
 TEXTS_AT_ONCE = 256
 _CONTEXT_STD = 0.02
 
 
 class MetaNet(nnx.Module):
-    """Unit image features -> a vector for the context: linear, ReLU, linear, drawn from U(+-1 / sqrt(inputs)), biases too."""
+    """Unit image features -> a vector for the context: linear, ReLU, linear; weights and biases from U(+-1 / sqrt(inputs))."""
 
     def __init__(self, key: PRNGKeyArray, features: int, bottleneck: int, width: int):
         keys = jax.random.split(key, 4)
@@ -39,7 +39,7 @@ class MetaNet(nnx.Module):
         self.b2 = drawn(keys[3], (width,), bottleneck, ("norm",))
 
     def hidden(self, features: Float[Array, "*batch features"]) -> Float[Array, "*batch bottleneck"]:
-        """After the ReLU: a unit that is 0 for every image is dead."""
+        """Activations after the ReLU; a unit that is 0 for every image is dead."""
         return jax.nn.relu(features @ self.w1[...] + self.b1[...])
 
     def __call__(self, features: Float[Array, "*batch features"]) -> Float[Array, "*batch width"]:
@@ -47,9 +47,9 @@ class MetaNet(nnx.Module):
 
 
 class Learner(nnx.Module):
-    """All that a prompt learner trains: `context` [M, width] or [classes, M, width], and a meta-net where images move it.
+    """The parameters of a prompt learner: `context` [M, width] or [classes, M, width], and a meta-net if images shift it.
 
-    words: embeddings [M, width] that the context begins as (`context_init`); None: drawn.
+    words: embeddings [M, width] that initialise the context (`context_init`); None: random.
     """
 
     def __init__(self, cfg: Prompts, clip: Clip, classes: int, key: PRNGKeyArray, words: Float[Array, "M width"] | None = None):
@@ -62,7 +62,7 @@ class Learner(nnx.Module):
         self.meta_net = MetaNet(keys[1], features, bottleneck, width) if cfg.condition != "none" else None
 
     def contexts(self, moved: Float[Array, "N width"] | None) -> Float[Array, "N ..."]:
-        """The context of every image, [N, M, width] or [N, classes, M, width]; without vectors that move it one for all."""
+        """The context of every image, [N, M, width] or [N, classes, M, width]; N = 1 if no vectors shift the context."""
         if moved is None:
             return self.context[...][None]
         return self.context[...] + moved.reshape(len(moved), *(1,) * (self.context[...].ndim - 1), -1)
@@ -72,7 +72,7 @@ class Learner(nnx.Module):
 
 
 class ClassTexts(NamedTuple):
-    """The frozen part of every class's prompt. slots: where each position's vector is, context first and then `embedded`."""
+    """The frozen part of every class's prompt. slots: index of each position's vector in the context followed by `embedded`."""
 
     embedded: Float[Array, "C T width"]
     slots: Int[Array, "C T"]
@@ -80,9 +80,9 @@ class ClassTexts(NamedTuple):
 
 
 def arrange(tokens: np.ndarray, name_lengths: Sequence[int], context: int, position: str) -> np.ndarray:
-    """`ClassTexts.slots`, int32[C, T], of texts that hold placeholders where the context is to be: start, M placeholders, name, rest.
+    """`ClassTexts.slots`, int32[C, T], of texts with placeholders for the context: start, M placeholders, name, rest.
 
-    position: of the name, at the "end", in the "middle" (M // 2 vectors before it) or at the "front".
+    position: place of the name: "end", "middle" (after M // 2 vectors) or "front".
     """
     before = {"end": context, "middle": context // 2, "front": 0}[position]
     vectors, rows = list(range(context)), []
@@ -94,20 +94,20 @@ def arrange(tokens: np.ndarray, name_lengths: Sequence[int], context: int, posit
 
 
 def class_texts(model: CLIP, tokens: np.ndarray, name_lengths: Sequence[int], cfg: Prompts) -> ClassTexts:
-    """Of the classes' tokens [C, T], cut behind the longest text."""
+    """`ClassTexts` of the classes' tokens [C, T], cut after the longest text."""
     tokens = cut_after_end(tokens)
     slots = arrange(tokens, name_lengths, cfg.context, cfg.class_position)
     return ClassTexts(model.text.embed(jnp.asarray(tokens)), jnp.asarray(slots), jnp.asarray(np.argmax(tokens, axis=1)))
 
 
 def prompts(texts: ClassTexts, context: Float[Array, "C M width"]) -> Float[Array, "C T width"]:
-    """Embedded prompts with the context in its places."""
+    """Embedded prompts with the context inserted."""
     source = jnp.concatenate([context, texts.embedded], axis=1)
     return jnp.take_along_axis(source, texts.slots[..., None], axis=1)
 
 
 def prompt_features(model: CLIP, texts: ClassTexts, contexts: Float[Array, "N ..."]) -> Float[Array, "N C features"]:
-    """Unit features of every class's prompt under every context, at most TEXTS_AT_ONCE of them at a time."""
+    """Unit features of every class's prompt under every context, computed for at most TEXTS_AT_ONCE prompts at a time."""
     classes, count = len(texts.end), len(contexts) * len(texts.end)
 
     def encode(pairs: Int[Array, " P"]) -> Float[Array, "P features"]:
@@ -128,7 +128,7 @@ def prompt_features(model: CLIP, texts: ClassTexts, contexts: Float[Array, "N ..
 def prompt_logits(
     model: CLIP, texts: ClassTexts, images: Float[Array, "B features"], contexts: Float[Array, "N ..."]
 ) -> Float[Array, "B C"]:
-    """Logits of unit image features for the classes; of contexts there is one for each image, or one for all."""
+    """Logits of unit image features for the classes, with one context for each image or one for all."""
     weights = jnp.broadcast_to(prompt_features(model, texts, contexts), (len(images), len(texts.end), images.shape[-1]))
     logits = jnp.exp(model.logit_scale[...]) * jnp.einsum("be,bce->bc", images, weights, preferred_element_type=jnp.float32)
     return logits if model.logit_bias is None else logits + model.logit_bias[...]
@@ -138,7 +138,7 @@ def prompt_logits(
 
 
 def cross_entropy(logits: Float[Array, "B C"], labels: Int[Array, " B"]) -> Float[Array, ""]:
-    """Mean over images."""
+    """Cross-entropy, mean over images."""
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
 
 
@@ -154,8 +154,8 @@ def triplet(
 def ad_triplet(tokens: Float[Array, "2 2 B width"], margin: float, constraints: str) -> Float[Array, ""]:
     """AAPL's adversarial triplet loss of delta tokens [image, augmentation, B, width]: mean over B of a sum over anchors.
 
-    The same augmentation of another class is to be nearer than another augmentation of the same image. "four": each of the four tokens is
-    an anchor once; "two": the first image's with the first augmentation, and the second's with the second.
+    The same augmentation of another class should be nearer than another augmentation of the same image. "four": each of the four
+    tokens is an anchor once. "two": anchors are image 1 with augmentation 1 and image 2 with augmentation 2.
     """
     (a1, b1), (a2, b2) = tokens
     anchors = [(a1, a2, b1), (b2, b1, a2)]

@@ -1,4 +1,4 @@
-"""The stack of pre-norm blocks that both of CLIP's towers have, and the two towers that are made of it."""
+"""The stack of pre-norm blocks of both CLIP towers, and the two towers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from metajax.models.mixers.attention import Projections
 from metajax.models.mixers.base import Captures
 from metajax.vision.clip.convolution import Conv
 
-# What towers can return beside their features.
+# Intermediates that towers can return besides their features.
 CAPTURABLE = (
     "residual",  # [L, B, T, width], the input of each block
-    "attention_probabilities",  # float32[L, B, heads, query, key], computed beside the tower's own attention
-    "final",  # [B, T, width], after the final norm; of images, after the last block instead
+    "attention_probabilities",  # float32[L, B, heads, query, key], computed in addition to the tower's attention
+    "final",  # [B, T, width], after the final norm; for images, after the last block
 )
 Captured = dict[str, Array]
 
 
 class Block(nnx.Module):
-    """x += Attention(norm x); x += Mlp(norm x), over all positions or over those up to each one's own."""
+    """x += Attention(norm x); x += Mlp(norm x), with full or causal attention."""
 
     def __init__(self, cfg: Model, key: PRNGKeyArray):
         keys = jax.random.split(key)
@@ -69,9 +69,9 @@ class Transformer(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """Patches behind a class token; its features are what the class token holds in the end (Dosovitskiy et al., arXiv 2010.11929).
+    """A class token and patches; the features are the class token's final state (Dosovitskiy et al., arXiv 2010.11929).
 
-    CLIP's has a norm in front of its blocks too, and no bias in its patch embedding.
+    CLIP's version also has a norm before its blocks, and no bias in its patch embedding.
     """
 
     def __init__(self, cfg: Clip, runtime: Runtime, key: PRNGKeyArray):
@@ -99,9 +99,9 @@ class VisionTransformer(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Causal blocks over a text; its features are what the end token holds in the end.
+    """Causal blocks over a text; the features are the end token's final state.
 
-    Positions behind the end token change nothing: a batch may be cut behind its longest text (`cut_after_end`).
+    Positions after the end token change nothing, so a batch may be cut after its longest text (`cut_after_end`).
     """
 
     def __init__(self, cfg: Clip, runtime: Runtime, key: PRNGKeyArray):
@@ -114,13 +114,13 @@ class TextTower(nnx.Module):
         self.projection = normal_param(keys[3], (width, cfg.embed), width**-0.5, ("embed", "features"))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T width"]:
-        """Token embeddings, without positions: where prompt learners put their own vectors."""
+        """Token embeddings without positions; prompt learners insert their vectors here."""
         return self.embedding[...][tokens]
 
     def __call__(
         self, embedded: Float[Array, "B T width"], end: Int[Array, " B"], capture: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "B features"], Captured]:
-        """(features, captured intermediates) of embedded tokens; `end`: the place of each text's end token."""
+        """(features, captured intermediates) of embedded tokens; `end`: the position of each text's end token."""
         length, table = embedded.shape[1], self.positions[...]
         require(
             length <= table.shape[0], f"texts of {length} tokens, but the text tower has {table.shape[0]} positions; cut them"

@@ -1,1 +1,1 @@
-"""Image sets, their captions and the views that training makes of them."""
+"""Image sets, their captions, and the views of images in training."""

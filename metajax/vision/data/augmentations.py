@@ -1,7 +1,7 @@
 """AAPL's 14 image operations as pure functions of (image, key), as torchvision and OpenCV define them.
 
-They work on the numbers that the image tower reads, as in the released code: a colour jitter clamps to [0, 1] there too and so loses all
-that is darker than the mean, and a zero is the mean colour. `augment(..., space="rgb")` has them on colours from 0 to 1 instead.
+As in the released code, they work on normalised pixels: a colour jitter clamps these to [0, 1], which loses all values darker
+than the mean, and zero is the mean colour. With `augment(..., space="rgb")` they work on colours in [0, 1] instead.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from metajax.config import AUGMENTATIONS, Clip
 
 Image = Float[Array, "H W 3"]
 _GREY = (0.2989, 0.587, 0.114)
-_CROP_SHIFT = 30 / 224  # of a side: 30 pixels of the published 224
+_CROP_SHIFT = 30 / 224  # share of a side: 30 pixels of the published 224
 _CUTOUT_AREA, _CUTOUT_ASPECT, _CUTOUT_TRIES = 0.5, (0.3, 3.3), 10
 
 
 def augment(
     image: Image, types: Int[Array, ""], key: PRNGKeyArray, *, clip: Clip, names: Sequence[str] = AUGMENTATIONS, space: str
 ) -> Image:
-    """The image, normalised for `clip`, under the operation names[types]."""
+    """The image, normalised for `clip`, after the operation names[types]."""
     mean, std = (jnp.array(numbers, image.dtype) for numbers in clip.pixel_statistics)
     if space == "rgb":
         image = image * std + mean
@@ -36,7 +36,7 @@ def augment(
 
 
 def grey(image: Image) -> Image:
-    """Luma in all three channels."""
+    """The luma in all three channels."""
     return jnp.broadcast_to(jnp.sum(image * jnp.array(_GREY), axis=-1, keepdims=True), image.shape)
 
 
@@ -45,7 +45,7 @@ def _blend(image: Image, other: Array | float, factor: Float[Array, ""]) -> Imag
 
 
 def turn_hue(image: Image, shift: Float[Array, ""]) -> Image:
-    """Hue by a share of the circle, saturation and value kept; values outside [0, 1] go through the same formulas."""
+    """Shift the hue by a share of the circle and keep saturation and value. Values outside [0, 1] use the same formulas."""
     red, green, _ = jnp.moveaxis(image, -1, 0)
     high, low = jnp.max(image, axis=-1), jnp.min(image, axis=-1)
     spread = jnp.where(high == low, 1.0, high - low)
@@ -69,7 +69,7 @@ _ADJUSTMENTS: tuple[Callable[[Image, Array], Image], ...] = (
 
 
 def jitter(image: Image, order: Int[Array, " 4"], factors: Float[Array, " 4"], *, hue: bool) -> Image:
-    """Brightness, contrast, saturation and hue by their factors, in the order given; without `hue` that one is left out."""
+    """Change brightness, contrast, saturation and hue by their factors in the given order; without `hue`, keep the hue."""
     adjustments = _ADJUSTMENTS if hue else (*_ADJUSTMENTS[:3], lambda image, factor: image)
     for n in range(4):
         image = jax.lax.switch(order[n], adjustments, image, factors[order[n]])
@@ -88,7 +88,7 @@ def _random_jitter(strengths: tuple[float, float, float, float], image: Image, k
 
 
 def _neighbours(image: Image, rows: Array, columns: Array) -> Image:
-    """A separable filter of three taps each way, mirrored at the border without repeating it."""
+    """A separable filter of three taps each way, mirrored at the border without repeating the border."""
     height, width, _ = image.shape
     wide = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="reflect")
     wide = sum(tap * wide[n : n + height] for n, tap in enumerate(rows))
@@ -96,14 +96,14 @@ def _neighbours(image: Image, rows: Array, columns: Array) -> Image:
 
 
 def blur(image: Image, sigma: Float[Array, ""]) -> Image:
-    """A Gaussian of that deviation on 3 x 3 pixels."""
+    """A Gaussian blur with that deviation on 3 x 3 pixels."""
     taps = jnp.exp(-0.5 * jnp.square(jnp.arange(-1, 2) / sigma))
     taps = taps / jnp.sum(taps)
     return _neighbours(image, taps, taps)
 
 
 def sobel(image: Image) -> Image:
-    """Length of Sobel's gradient, each channel by itself."""
+    """Length of the Sobel gradient of each channel."""
     smooth, slope = jnp.array([1.0, 2.0, 1.0]), jnp.array([-1.0, 0.0, 1.0])
     return jnp.sqrt(jnp.square(_neighbours(image, smooth, slope)) + jnp.square(_neighbours(image, slope, smooth)))
 
@@ -112,12 +112,12 @@ def sobel(image: Image) -> Image:
 
 
 def shift(image: Image, top: int, left: int) -> Image:
-    """The image from (top, left) on, zeros behind it."""
+    """The image from row `top` and column `left` on, with zeros after it."""
     return jnp.pad(image[top:, left:], ((0, top), (0, left), (0, 0)))
 
 
 def erase(image: Image, box: Int[Array, " 4"]) -> Image:
-    """Zeros in a box of (top, left, height, width)."""
+    """Set a box (top, left, height, width) to zero."""
     top, left, height, width = box
     rows, columns = jnp.arange(image.shape[0])[:, None], jnp.arange(image.shape[1])[None]
     inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
@@ -125,7 +125,7 @@ def erase(image: Image, box: Int[Array, " 4"]) -> Image:
 
 
 def cutout_box(shape: tuple[int, int], key: PRNGKeyArray) -> Int[Array, " 4"]:
-    """(top, left, height, width) of half the area, the first of ten shapes that fits; an empty box where none does."""
+    """(top, left, height, width) of half the area: the first of ten shapes that fits, or an empty box if none fits."""
     keys, (height, width) = jax.random.split(key, 3), shape
     low, high = (jnp.log(aspect) for aspect in _CUTOUT_ASPECT)
     aspect = jnp.exp(jax.random.uniform(keys[0], (_CUTOUT_TRIES,), minval=low, maxval=high))

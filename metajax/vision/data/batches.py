@@ -1,4 +1,4 @@
-"""Batches of images as a pure function of (step, seed): shuffled, seen through a random view, and for AAPL paired with another class."""
+"""Batches of images as a pure function of (step, seed): shuffled, in random views, and for AAPL paired with another class."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from metajax.vision.data.sets import ImageSet, Item
 from metajax.vision.data.templates import SELECTED
 
 Record = dict[str, Any]
-CAPTIONS = ("a photo of a {}.", *SELECTED)  # what a CLIP of one's own reads beside an image
+CAPTIONS = ("a photo of a {}.", *SELECTED)  # captions with which a CLIP is trained here
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 ONE_HOST = HostRows(0, 1, True)
 
 
 def random_view(image: Image.Image, size: int, rng: np.random.Generator, least: float) -> np.ndarray:
-    """uint8[size, size, 3]: a random part of at least that share of the area, 3:4 to 4:3, bicubic; mirrored every other time.
+    """uint8[size, size, 3]: a random crop of at least that share of the area, 3:4 to 4:3, bicubic; mirrored with probability 1/2.
 
-    As torchvision's RandomResizedCrop: ten tries for a shape that fits, else the middle.
+    As in torchvision's RandomResizedCrop: ten tries for a shape that fits, otherwise the centre.
     """
     image = as_rgb(image)
     width, height = image.size
@@ -46,7 +46,7 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator, least: 
 
 
 def viewer(size: int, view: str, least: float) -> Callable[[Image.Image, np.random.Generator], np.ndarray]:
-    """How a training image is seen: `Images.view`."""
+    """The view of a training image (`Images.view`)."""
     if view == "centre":
         return lambda image, rng: centre(image, size)
     return lambda image, rng: random_view(image, size, rng, least)
@@ -55,9 +55,9 @@ def viewer(size: int, view: str, least: float) -> Callable[[Image.Image, np.rand
 def _batches(
     items: Sequence[Any], seed: int, batch: int, make: Callable[[Any, np.random.Generator], Record], rows: HostRows
 ) -> grain.MapDataset:
-    """Epochs without end, each shuffled anew and cut into whole batches; this host's contiguous slice of each batch.
+    """Endless epochs, each shuffled again and cut into whole batches; this host's contiguous slice of each batch.
 
-    Where there are too few items for a batch, all of them are one.
+    If there are too few items for a batch, all items form the batch.
     """
     records = grain.MapDataset.source(items).seed(seed).shuffle().random_map(make)
     batch = min(batch, len(items))
@@ -101,7 +101,7 @@ def caption_batches(
 ) -> grain.MapDataset:  # fmt: skip
     """Batches of pixels [size, size, 3] and tokens [T] for contrastive training; this host's rows of the batch of step s at index s.
 
-    A text is a template filled with what the image shows or, every other time, with its class. Texts of sets without classes are unchanged.
+    A text is a template filled with the image's description or, half of the time, its class; sets without classes keep texts.
     """
     items = [(one, item) for one in sets for item in one.splits["pretrain"]]
 
@@ -117,12 +117,12 @@ def caption_batches(
 
 
 def texts_of_sets(sets: Sequence[ImageSet]) -> list[str]:
-    """All names and templates that training captions are made of, and those of the sets' classes."""
+    """All texts that training captions consist of: templates, descriptions and class names."""
     names = [one.name_of(item) for one in sets for item in one.splits["pretrain"]]
     return [*names, *(name for one in sets for name in one.classes), *CAPTIONS, *(one.template for one in sets)]
 
 
 def test_pixels(images: ImageSet, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8[N, size, size, 3], labels int32[N]) of a set's test images, their middle."""
+    """(uint8[N, size, size, 3], labels int32[N]): the centres of a set's test images."""
     items = images.splits["test"]
     return np.stack([centre(images.read(item.key), size) for item in items]), np.array([item.label for item in items], np.int32)

@@ -1,8 +1,8 @@
-"""CLIP's tokenizer: lower-cased, cleaned text as byte-pair encoding of words, with a start and an end token around each text.
+"""CLIP's tokenizer: byte-pair encoding of the words of cleaned, lower-case text, with a start and an end token around each text.
 
-The vocabulary file is the user's: OpenAI's, or the merges.txt of a Hugging Face folder. With
-`markers`, text that spells <|startoftext|> or <|endoftext|> becomes those tokens, as in OpenAI's code. Captions and names of classes are
-read without: a caption with <|endoftext|> in it would end there.
+The user supplies the vocabulary file: OpenAI's, or the merges.txt of a Hugging Face folder. With `markers`, the texts
+<|startoftext|> and <|endoftext|> become those tokens, as in OpenAI's code. Captions and class names are read without `markers`,
+because a caption with <|endoftext|> in it would end there.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 _SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _REMEDY = f"{FILES[0]} is in the wheel of open-clip-torch==3.3.0: pip download --no-deps it, unzip it, and name the file"
 _WORD_END = "</w>"
-# English contractions, runs of letters, single digits, runs of anything else; spaces only part them. Not the tokenizers library's own
-# patterns: their tables of Unicode are older, and they would find the two tokens inside of runs too.
+# English contractions, runs of letters, single digits, runs of anything else; spaces only separate them. The patterns of the
+# tokenizers library do not fit: their Unicode tables are older, and they would find the two tokens inside runs too.
 _PARTS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _WORDS = regex.compile(_PARTS, regex.IGNORECASE)
 _WORDS_AND_MARKERS = regex.compile(rf"<\|startoftext\|>|<\|endoftext\|>|{_PARTS}", regex.IGNORECASE)
 
 
 class ClipTokenizer:
-    """49,408 ids: bytes, bytes that end a word, merges in their order, start and end."""
+    """A tokenizer of 49,408 ids: bytes, bytes that end a word, merges in order, start and end."""
 
     def __init__(self, merges: Sequence[tuple[str, str]], markers: bool = True):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -50,9 +50,9 @@ class ClipTokenizer:
 
     @classmethod
     def open(cls, path: Path, *, markers: bool = True) -> ClipTokenizer:
-        """Of one of `FILES`, or of the folder that holds one; UserError for a missing or damaged file.
+        """Open one of `FILES`, or the folder that holds one; UserError for a missing or damaged file.
 
-        markers: whether text may spell the start and the end token.
+        markers: whether text can spell the start and the end token.
         """
         if path.is_dir():
             path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
@@ -68,7 +68,7 @@ class ClipTokenizer:
         return cls(merges, markers)
 
     def fingerprint(self) -> str:
-        """CLIP's vocabulary is one file, whatever it was read from."""
+        """Constant, because CLIP has one vocabulary, whichever file it was read from."""
         return _SHA256
 
     def encode(self, text: str) -> list[int]:
@@ -76,11 +76,11 @@ class ClipTokenizer:
         return self._library.encode(self._words.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text with a space behind every word, as OpenAI's code shows it; bytes that are not UTF-8 as U+FFFD."""
+        """Text with a space after every word, as in OpenAI's code; bytes that are not UTF-8 become U+FFFD."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def tokenize(self, texts: Sequence[str], length: int = 77, *, cut: bool = False) -> np.ndarray:
-        """int32[texts, length]: start, ids, end, zeros. A text that is too long is cut in front of its end, or refused (UserError)."""
+        """int32[texts, length]: start, ids, end, zeros. A text that is too long is cut before its end, or refused (UserError)."""
         rows = np.zeros((len(texts), length), np.int32)
         for row, text in zip(rows, texts, strict=True):
             ids = [self.start, *self.encode(text), self.end]
@@ -92,5 +92,5 @@ class ClipTokenizer:
 
 
 def clean(text: str) -> str:
-    """Repaired encoding, HTML's entities as characters (twice, for those of entities), single spaces, lower case."""
+    """Repair the encoding, decode HTML entities (twice, for nested entities), join spaces, and convert to lower case."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()

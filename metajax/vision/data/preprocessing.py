@@ -1,4 +1,4 @@
-"""Images as CLIP reads them: RGB in 8 bits, the short side resized to the model's, the centre, normalised by channel."""
+"""CLIP's preprocessing: RGB in 8 bits, short side resized to the model's size, centre crop, normalised by channel."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from metajax.config import Clip
 from metajax.core.errors import UserError, require
 
 if TYPE_CHECKING:
-    import jax  # which listing experiments does without
+    import jax  # imported late, because listing experiments does not need it
 
 AnyArray = TypeVar("AnyArray", np.ndarray, "jax.Array")
-# What Pillow's decoders raise for a file that is no image, or not a whole one.
+# Errors of Pillow's decoders for a file that is not an image, or is cut off.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image of a file, decoded, in RGB with 8 bits a channel. UserError, naming the file, for what cannot be decoded."""
+    """The decoded image of a file, in RGB with 8 bits a channel. UserError, naming the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             image.load()
     except _DECODING as error:
-        system = getattr(error, "strerror", None)  # such as a missing file or too many open ones: the file itself may be good
+        system = getattr(error, "strerror", None)  # such as a missing file or too many open files: the image itself may be fine
         require(not system, f"{path}: {system}")
         reason = "it is empty" if path.stat().st_size == 0 else (str(error).strip().splitlines() or ["damaged"])[0]
         raise UserError(f"{path}: not a whole image ({reason}); fetch it again, or remove it") from None
@@ -45,9 +45,9 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic with antialiasing, in 8 bits: along rows first, then along columns, each rounded.
+    """Bicubic resize with antialiasing, in 8 bits: along rows first, then along columns, each rounded.
 
-    As Pillow up to 12 does by itself, and as CLIP was trained and tested with; later versions choose the order by the sizes.
+    Pillow up to 12 does this by default, and CLIP was trained and tested with it; later versions choose the order by the sizes.
     """
     rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return rows.resize((width, height), Image.Resampling.BICUBIC)
@@ -65,6 +65,6 @@ def centre(image: Image.Image, size: int) -> np.ndarray:
 
 
 def normalise(pixels: AnyArray, clip: Clip) -> AnyArray:
-    """float32 [..., 3] as the image tower of `clip` reads it, of uint8 pixels; on the host or on a device."""
+    """Normalise uint8 pixels for the image tower of `clip`: float32 [..., 3], on the host or on a device."""
     mean, std = (np.array(numbers, np.float32) for numbers in clip.pixel_statistics)
     return (pixels.astype(np.float32) / 255 - mean) / std

@@ -1,7 +1,7 @@
-"""The eleven data sets of the prompt-learning papers and ImageNet's four variants, in the folders that CoOp's instructions make.
+"""The eleven data sets of the prompt-learning papers and ImageNet's four variants, in the folders of CoOp's instructions.
 
-Splits, class names and their order are those of the published split_zhou_*.json; Aircraft and ImageNet have none and are read from their own
-lists. Nothing is downloaded, and no split is made up where a file is missing: numbers on another split cannot be compared.
+Splits, class names and their order come from the published split_zhou_*.json; Aircraft and ImageNet have none and are read from
+their own lists. Nothing is downloaded. A missing split is not replaced, because results on another split cannot be compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ZHOU = {
     "eurosat": ("eurosat", "2750", "split_zhou_EuroSAT.json"),
     "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json"),
 }
-# name: folder of test images below the data folder, one folder for each synset (of V2: for each class's number)
+# name: folder of test images below the data folder, with a folder for each synset (V2: for each class number)
 VARIANTS = {
     "imagenet_v2": "imagenetv2/imagenetv2-matched-frequency-format-val",
     "imagenet_sketch": "imagenet-sketch/images",
@@ -34,7 +34,7 @@ VARIANTS = {
     "imagenet_r": "imagenet-rendition/imagenet-r",
 }
 NAMES = (*ZHOU, "fgvc_aircraft", "imagenet", *VARIANTS)
-CLASSES = {  # how many there are, for what needs no more than that
+CLASSES = {  # number of classes, for plans without the files
     "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
     "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
 }  # fmt: skip
@@ -42,7 +42,7 @@ Splits = dict[str, list[tuple[str, int]]]  # split -> (path, label)
 
 
 def open_published(name: str, root: Path) -> ImageSet:
-    """A data set by its name; UserError where its folder or one of its lists is not there."""
+    """Open a data set by its name; UserError if its folder or one of its lists is missing."""
     try:
         if name in ZHOU:
             base, classes, splits = _zhou(name, root)
@@ -50,7 +50,7 @@ def open_published(name: str, root: Path) -> ImageSet:
             base, classes, splits = _aircraft(root / name)
         else:
             base, classes, splits = _imagenet(name, root)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what a list of another form runs into
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # errors for a list of another form
         raise UserError(f"{name}: its lists below {root} are not the published ones ({error!r}); fetch them again") from None
     items = {split: [Item(path, label) for path, label in found] for split, found in splits.items()}
     return of_files(name, base, classes, items, TEMPLATES[name])
@@ -81,7 +81,7 @@ def _aircraft(folder: Path) -> tuple[Path, list[str], Splits]:
 
 
 def _imagenet(name: str, root: Path) -> tuple[Path, list[str], Splits]:
-    """ImageNet, whose validation images are the test; of a variant with fewer classes only these."""
+    """ImageNet, with the validation images as test set; a variant with fewer classes has only these."""
     lines = _read(root / "imagenet" / "classnames.txt", "put CoOp's published classnames.txt there").splitlines()
     names = dict(line.strip().split(" ", 1) for line in lines if line.strip())
     synsets = sorted(names)

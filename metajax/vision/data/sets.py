@@ -1,4 +1,4 @@
-"""Sets of images with classes: what every source gives, few-shot choices, and the split of classes into base and new."""
+"""Image sets with classes, which every source returns; few-shot samples; the split of classes into base and new."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Item:
-    """One image: what its set reads it by, its class, and what it shows in words (its class's name where nothing closer is known)."""
+    """One image: its key in the set, its class, and a description (the class name if nothing more specific is known)."""
 
     key: Any
     label: int
@@ -33,7 +33,7 @@ class Item:
 class ImageSet:
     """Items by split, the classes' names by label, and how an item is read.
 
-    splits: train and test; pretrain where some images are kept for a CLIP of one's own, so that it has seen no other.
+    splits: train and test; also pretrain if some images are reserved for training a CLIP, which then sees no others.
     """
 
     spec: str
@@ -43,15 +43,15 @@ class ImageSet:
     fingerprint: str
     template: str = "a photo of a {}."
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    attribution: str = ""  # to stand beside any picture of it
-    folder: Path | None = None  # whose files the items' keys are; None: the images are not files of the user's
+    attribution: str = ""  # shown next to any image of the set
+    folder: Path | None = None  # folder of the files that the items' keys name; None: the images are not files of the user
 
     def name_of(self, item: Item) -> str:
         return item.caption or self.classes[item.label]
 
 
 def fingerprint_of(*parts: object) -> str:
-    """sha256 of parts whose text says what they are."""
+    """sha256 of these parts; the repr of a part must identify it."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -68,7 +68,7 @@ def of_files(
 
 
 def image_files(place: Path) -> list[Path]:
-    """The images of a folder by name, hidden files left out; a warning counts the files that are no images.
+    """The images of a folder by name, without hidden files; a warning counts the files that are not images.
 
     Raises:
       UserError: the folder has no image.
@@ -86,10 +86,10 @@ def image_files(place: Path) -> list[Path]:
 
 
 def content_of(images: ImageSet, *splits: str) -> str:
-    """sha256 of what the images of these splits show; every file among them is decoded once.
+    """sha256 of the pixels of these splits; every file is decoded once.
 
     Raises:
-      UserError: a file that is no whole image.
+      UserError: a file is not a complete image.
     """
     if images.folder is None:
         return images.fingerprint
@@ -111,7 +111,7 @@ def content_of(images: ImageSet, *splits: str) -> str:
 
 
 def split_by_hash(key: str, shares: Mapping[str, float]) -> str:
-    """The split of an image by its name alone: adding images moves none of the others."""
+    """The split of an image, computed from its name only, so that adding images moves no other image."""
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 * sum(shares.values())
     for name, share in shares.items():
         place -= share
@@ -121,8 +121,8 @@ def split_by_hash(key: str, shares: Mapping[str, float]) -> str:
 
 
 def few_shot(items: Sequence[Item], shots: int, seed: int) -> tuple[Item, ...]:
-    """`shots` items of each class, all where a class has fewer, drawn as Dassl draws them: class by class in order of first appearance,
-    by CPython's generator; 0: all items."""
+    """`shots` items of each class, or all if a class has fewer; 0: all items. Drawn like Dassl's, with CPython's generator,
+    class by class in order of first appearance."""
     if not shots:
         return tuple(items)
     by_class: dict[int, list[Item]] = {}
@@ -133,7 +133,7 @@ def few_shot(items: Sequence[Item], shots: int, seed: int) -> tuple[Item, ...]:
 
 
 def part_of_classes(images: ImageSet, part: str) -> ImageSet:
-    """The set with the first half of its classes alone ("base", rounded up) or the second ("new"), numbered from 0; "all": itself."""
+    """The set with only the first half of its classes ("base", rounded up) or the second ("new"), numbered from 0; "all": all."""
     if part == "all":
         return images
     half = -(-len(images.classes) // 2)
@@ -148,7 +148,7 @@ def part_of_classes(images: ImageSet, part: str) -> ImageSet:
 
 
 def check_set(images: ImageSet, split: str) -> None:
-    """UserError for a set that cannot be trained or tested on."""
+    """Raise UserError for a set that cannot be used for training or testing."""
     known = ", ".join(name for name, items in images.splits.items() if items)
     require(bool(images.splits.get(split)), f"{images.spec} has no {split} images; it has {known or 'none at all'}")
     require(len(images.classes) >= 2, f"{images.spec} has {len(images.classes)} class; at least 2")

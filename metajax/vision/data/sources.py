@@ -18,10 +18,10 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def open_images(spec: str, cache_dir: Path, data_dir: Path | None) -> ImageSet:
-    """A source of images: emoji[:noto|:grey], digits, folder:PATH (PATH/CLASS/*.png, or PATH/{train,test}/CLASS/*.png), captions:PATH (images,
-    each with a text beside it: x.png and x.txt), or a published set.
+    """Open a source of images: emoji[:noto|:grey], digits, folder:PATH (PATH/CLASS/*.png, or PATH/{train,test}/CLASS/*.png),
+    captions:PATH (images with their texts: x.png and x.txt), or a published set.
 
-    Raises UserError for an unknown kind, and for files that are not there.
+    Raises UserError for an unknown kind and for missing files.
     """
     kind, _, path = spec.partition(":")
     require(kind in KINDS, f"unknown source of images {spec!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
@@ -51,7 +51,7 @@ def open_digits() -> ImageSet:
 
 
 def open_folder(spec: str, folder: Path) -> ImageSet:
-    """Images in folders of their classes; without folders train and test in front of these, a half of each class by its files' names."""
+    """Images in one folder per class. Without parent folders train and test, half of each class is for testing, by file name."""
     require(folder.is_dir(), f"{folder} is not a folder; name one that holds a folder of images for each class")
     parts = ("train", "test") if all((folder / part).is_dir() for part in ("train", "test")) else ()
     found: dict[str, list[Path]] = {}
@@ -73,7 +73,7 @@ def open_folder(spec: str, folder: Path) -> ImageSet:
 
 
 def open_captions(spec: str, folder: Path) -> ImageSet:
-    """Images anywhere below a folder with what they show in a text file of the same name: for a CLIP to learn from, without classes."""
+    """Images anywhere below a folder, with captions in text files of the same names: for training a CLIP, without classes."""
     require(folder.is_dir(), f"{folder} is not a folder; name one of images with their texts, x.png and x.txt")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     require(len(files) >= 2, f"{folder} has {len(files)} images; at least 2")

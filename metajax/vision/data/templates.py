@@ -1,6 +1,6 @@
-"""Texts of classes: a template for each data set, and the ensemble of several, as in CoOp's code (Zhou et al., arXiv 2109.01134).
+"""Texts of classes: a template for each data set and an ensemble of templates, as in CoOp's code (Zhou et al., arXiv 2109.01134).
 
-Underscores of names become spaces.
+Underscores in names become spaces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEMPLATES = {
     "food101": "a photo of {}, a type of food.",
     "ucf101": "a photo of a person doing {}.",
 }
-# Those that did best on ImageNet, in OpenAI's choice.
+# OpenAI's choice of the best templates on ImageNet.
 SELECTED = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.", "art of the {}.",
     "a photo of the small {}.",
@@ -36,7 +36,7 @@ SELECTED = (
 
 
 def ensemble(dataset: str) -> tuple[str, ...]:
-    """The templates whose mean stands for a class: the selected ones, and outside ImageNet the data set's own."""
+    """The templates whose mean represents a class: the selected ones and, except for ImageNet, the data set's own."""
     require(dataset in TEMPLATES, f"no template for data set {dataset!r}; known: {', '.join(TEMPLATES)}")
     return SELECTED if dataset.startswith("imagenet") else (*SELECTED, TEMPLATES[dataset])
 

@@ -1,4 +1,4 @@
-"""A tokenizer for a small CLIP of one's own: the words of its captions, with the interface of CLIP's."""
+"""A tokenizer for a small CLIP trained here: the words of its captions, with the interface of CLIP's tokenizer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class WordTokenizer:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> WordTokenizer:
-        """Of all words in these texts, the placeholder of prompts, and what ends them."""
+        """Build the tokenizer from all words in these texts, the placeholder of prompts, and the full stop."""
         return cls(sorted({"x", ".", *(word for text in texts for word in _WORDS.findall(text.lower()))}))
 
     @classmethod
     def load(cls, folder: Path) -> WordTokenizer:
-        """UserError where the folder has none."""
+        """Load the tokenizer of a folder; UserError if there is none."""
         saved = find_json(folder / FILE)
         require(saved is not None, f"{folder} has no {FILE}: it is not the run of a CLIP")
         return cls(saved["words"])
@@ -50,7 +50,7 @@ class WordTokenizer:
         return [self._ids.get(word, 1) for word in _WORDS.findall(text.lower())]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words, and the names of ids that are none."""
+        """The words of ids; for special ids their names."""
         return " ".join((*_SPECIAL[:2], *self.words, *_SPECIAL[2:])[i] for i in ids)
 
     def tokenize(self, texts: Sequence[str], length: int = 77) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The generated corpus: what is drawn, and that the best possible losses are what information theory says."""
+"""The generated corpus: its samples, and best possible losses that agree with information theory."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Other content under the same name, of the same size and time, is another corpus."""
+"""Different content with the same name, size and time is a different corpus."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Rows as columns of text: nested ones by dotted names, numbers with their own digits, what is missing left out."""
+"""Rows as columns of text: nested fields by dotted names, numbers with unchanged digits, missing values left out."""
 
 import datetime
 import decimal
