@@ -1,1 +1,1 @@
-"""What the kernels cost: `python -m kernels_pallas.bench`. On a chip the clock, without one the compiled schedule."""
+"""The cost of the kernels: `python -m kernels_pallas.bench`. Wall clock on a chip, or the compiled schedule without one."""

@@ -1,6 +1,6 @@
-"""`python -m kernels_pallas.bench`: cost of every kernel beside its rivals, as docs/kernels.md and docs/kernels.png.
+"""`python -m kernels_pallas.bench`: writes the cost of every kernel and its alternatives to docs/kernels.md and docs/kernels.png.
 
-Where JAX finds a TPU or GPU, wall clock; elsewhere the schedules that the TPU compiler (libtpu) makes for a chip that is not there.
+With a TPU or GPU it measures wall-clock time. Otherwise it uses the TPU compiler's schedules (libtpu), which need no chip.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _programs() -> dict[str, Program]:
 
 
 def _named(name: str) -> Program:
-    """A program of the table, or our kernels at a shape that is written out, as its fields in JSON."""
+    """A program of the table by name, or our kernels at a shape given by its fields in JSON."""
     op, shape, _, passes = name.split("/")
     if not shape.startswith("["):
         return _programs()[name]
@@ -82,7 +82,7 @@ def _named(name: str) -> Program:
 
 
 def _each(programs: Sequence[Program], measure: Callable[[Program], dict], workers: int) -> dict[str, dict]:
-    """Results by name, with a line for each as it comes and the seconds so far."""
+    """Results by name; prints a line with the elapsed seconds for each."""
     results: dict[str, dict] = {}
     began = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:

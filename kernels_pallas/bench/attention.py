@@ -1,4 +1,4 @@
-"""Programs of prefix-and-window attention and of meta-attention, beside splash attention and XLA."""
+"""Programs of prefix-window attention and of meta-attention, compared with splash attention and XLA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kernels_pallas.prefix_window_attention.xla import attention_xla
 
 
 class Shape(NamedTuple):
-    """One row: `length` tokens behind `meta` tokens that all of them see, in `documents` of equal length."""
+    """One row: `length` tokens in `documents` of equal length, after `meta` tokens that all of them see."""
 
     length: int
     window: int | None
@@ -40,18 +40,18 @@ SHAPES = {
     "GPT-2, T 8192": Shape(8192, None, 0, 12, 12, 64, 64),
     "GPT-2, 8 documents": Shape(8192, None, 0, 12, 12, 64, 64, documents=8),
 }
-FORWARD_ALONE = ("Hymba-1.5B", "one head", "GPT-2, T 8192")  # beside both passes; at the other shapes it says the same
-WITH_XLA = ("Hymba-1.5B", "GPT-2, T 1024")  # both passes; slow to compile, and no shape changes the verdict
-# Splash's best of the pairs of 128, 256, 512, 1024 and 2048, found for each of its kernels on the schedule for v5e.
+FORWARD_ALONE = ("Hymba-1.5B", "one head", "GPT-2, T 8192")  # forward also measured separately; other shapes behave alike
+WITH_XLA = ("Hymba-1.5B", "GPT-2, T 1024")  # both passes; slow to compile, and the result is the same at all shapes
+# Splash's best pairs of 128, 256, 512, 1024 and 2048 for each of its kernels, by the schedule for v5e.
 SMALL = splash.Blocks(forward=(512, 512), dq=(512, 512), dkv=(512, 512))
 LARGE = splash.Blocks(forward=(512, 512), dq=(1024, 1024), dkv=(1024, 1024))
 BEST = {"GPT-2, T 8192": LARGE, "GPT-2, 8 documents": LARGE}  # SMALL for all others
-META_SHARE = 0.1  # meta-tokens of a row, for meta-attention
+META_SHARE = 0.1  # share of meta-tokens in a row, for meta-attention
 META_LENGTHS = (2048, 4096, 8192)
 
 
 def programs() -> Iterator[Program]:
-    """Every attention that is measured."""
+    """Every measured attention program."""
     for name, shape in SHAPES.items():
         for passes in PASSES if name in FORWARD_ALONE else ("both",):
             yield ours("attention", name, shape, passes)
@@ -86,7 +86,7 @@ def _build(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tup
 
 
 def _expiry(shape: Shape) -> Array:
-    """int32[1, T]: the end of a key's document, or of its window where that comes first."""
+    """int32[1, T]: the end of a key's document, or of its window if that is earlier."""
     index = jnp.arange(shape.length, dtype=jnp.int32)
     each = shape.length // shape.documents
     end = (index // each + 1) * each
@@ -94,14 +94,14 @@ def _expiry(shape: Shape) -> Array:
 
 
 def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
-    """Our kernels, with the visits that their own lists have for this mask."""
+    """Our kernels, with the visits from their lists for this mask."""
     block = min(BLOCK, -(-shape.length // LANES) * LANES)
     with jax.default_device(jax.devices("cpu")[0]):
         lists = block_lists(_expiry(shape), 0, shape.length, block, block)
         visits = lists.by_query[: int(lists.query_count)]
         full, blocks = int(jnp.sum(is_full(visits))), -(-shape.length // block)
     per_step = heads_of_a_step(shape.kv_heads, shape.heads // shape.kv_heads)
-    lines = shape.kv_heads // per_step  # the grid's outer axis: so many times the whole list
+    lines = shape.kv_heads // per_step  # the grid's outer axis repeats the whole list this often
     steps, start, end = lines * len(visits), when(lines * blocks), when(lines * blocks)
     tiles = (when(lines * full), when(lines * (len(visits) - full)))
     row_q, row_k = (

@@ -1,4 +1,4 @@
-"""Wall clock on the accelerator that is here."""
+"""Wall-clock times on the local accelerator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPEATS, CALLS = 7, 10
 
 
 def measure(program: Program) -> dict[str, Any]:
-    """Median and range of milliseconds a call, over REPEATS batches of CALLS calls each, after one that compiles."""
+    """Median and range of milliseconds per call, over REPEATS batches of CALLS calls each, after one call that compiles."""
     function, shapes = program.build()
     rng = np.random.default_rng(0)
     arguments = [_fill(shape, rng) for shape in shapes]
@@ -38,12 +38,12 @@ def measure(program: Program) -> dict[str, Any]:
 
 
 def runs_here(program: Program) -> bool:
-    """Whether this machine's accelerator can run the program: Pallas TPU kernels need a TPU."""
+    """Whether the local accelerator can run the program: Pallas TPU kernels need a TPU."""
     return jax.default_backend() == "tpu" or not program.kernels
 
 
 def _fill(shape: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:
-    """Small normal numbers; integers are segment ids or expiries of a row that is one document."""
+    """Small normal numbers; integer arrays are the segment ids or expiries of a row that is one document."""
     if jnp.issubdtype(shape.dtype, jnp.integer):
         return jnp.full(shape.shape, shape.shape[-1], shape.dtype)
     return jnp.asarray(rng.normal(size=shape.shape) * 0.1, shape.dtype)

@@ -1,4 +1,4 @@
-"""The cost of one program as the TPU compiler scheduled it. A process of its own: what it sets counts before JAX starts."""
+"""The cost of one program from the TPU compiler's schedule. Runs in a separate process, to set options before JAX starts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOPOLOGY = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tp
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Clock in GHz and HBM bandwidth in GB/s of what JAX takes for one device.
+    """Clock in GHz and HBM bandwidth in GB/s of one JAX device.
 
-    cores: that share a kernel's parallel axes there. delay: bundles behind a branch that run whether or not it is taken.
+    cores: number that share a kernel's parallel axes. delay: bundles after a branch that run whether or not it is taken.
     """
 
     clock: float
@@ -31,9 +31,9 @@ class Chip:
     delay: int = 4
 
 
-# The clocks of v5e and v5p are those of the book "How to Scale Your Model", and what the peak bf16 rates make of 4 and 8 units of
-# 128 x 128. Those of v6e and tpu7x are not public: what the peak makes of 16 such units, of which XLA's estimates of a large product
-# keep 11.3 and 12.9 busy (of v5e's 3.5, of v5p's 7.2).
+# The clocks of v5e and v5p are from the book "How to Scale Your Model" and match the peak bf16 rates with 4 and 8 units of
+# 128 x 128. Those of v6e and tpu7x are not public; they are derived from the peak with 16 such units. XLA's estimates of a large
+# product keep 11.3 (v6e) and 12.9 (tpu7x) of these units busy, compared to 3.5 on v5e and 7.2 on v5p.
 CHIPS = {
     "v5e": Chip(1.5, 819.0),
     "v5p": Chip(1.75, 2765.0, cores=2),
@@ -43,7 +43,7 @@ CHIPS = {
 
 
 def spawn(program: Program, chip: str) -> dict[str, Any]:
-    """The result of `measure`, from a process that dumps the schedules of the program's kernels. Raises RuntimeError."""
+    """The result of `measure`, run in a process that dumps the kernels' schedules. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true" if program.kernels else ""
         environment = os.environ | {
@@ -57,7 +57,7 @@ def spawn(program: Program, chip: str) -> dict[str, Any]:
 
 
 def measure(program: Program, chip: str, dump: Path) -> dict[str, Any]:
-    """Cycles and bytes of `program` compiled for one `chip`, its kernels' slots, and temporary memory."""
+    """Cycles and bytes of `program` compiled for one `chip`, the slots that its kernels use, and temporary memory."""
     import jax
     from jax.experimental import topologies
 

@@ -1,4 +1,4 @@
-"""The programs that are measured: what they compute, how to build them, and how often each region of a kernel is visited."""
+"""The measured programs: what they compute, how to build them, and how often each region of a kernel is visited."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from kernels_pallas.bench.schedule import Visits
 
-PASSES = ("forward", "both")  # both: the outputs, and the gradient of every input
+PASSES = ("forward", "both")  # both: the outputs and the gradient of every input
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A Pallas kernel of a program.
 
-    name: part of its name in the compiled program. steps: of its grid. inside: visits of a step's regions, in program order.
-    bytes: moved between HBM and the chip in a call.
+    name: part of its name in the compiled program. steps: grid steps. inside: visits of a step's regions, in program order.
+    bytes: moved between HBM and the chip per call.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """One implementation of one operation at one shape. `build` gives the function and the shapes of its arguments."""
+    """One implementation of one operation at one shape. `build` returns the function and the shapes of its arguments."""
 
     op: str
     shape: str
     implementation: str
     passes: str
     build: Callable[[], tuple[Callable, tuple[Any, ...]]]
-    kernels: tuple[Kernel, ...] = ()  # of a Pallas program; XLA's own estimate is taken where there are none
+    kernels: tuple[Kernel, ...] = ()  # of a Pallas program; without kernels, XLA's estimate is used
     useful: float = 0.0  # attention: allowed pairs / computed pairs
-    necessary: int = 0  # scan: operations of a call that the recurrence itself demands, on the vector unit
+    necessary: int = 0  # scan: vector-unit operations of a call that the recurrence needs
     note: str = ""
 
     @property
@@ -62,7 +62,7 @@ def array(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
 
 
 def both_passes(function: Callable) -> Callable:
-    """Outputs and the gradients of all arguments, for cotangents of one."""
+    """The outputs and the gradients of all arguments, for cotangents of 1."""
 
     def run(*arguments: Any) -> Any:
         outputs, pull = jax.vjp(function, *arguments)

@@ -1,4 +1,4 @@
-"""docs/kernels.md and docs/kernels.png from results. The prose around the tables is written by hand and stays as it is."""
+"""Writes docs/kernels.md and docs/kernels.png from results. The prose around the tables is written by hand and is kept."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Bound(NamedTuple):
     """Lower bound of a program's time, in millions of cycles; each kernel takes max(schedule, memory)."""
 
     kernels: float
-    memory: float  # what the kernels' bytes need at the chip's bandwidth
+    memory: float  # time of the kernels' bytes at the chip's bandwidth
     around: float  # XLA's estimate of everything outside the kernels
     total: float
-    useful: float | None  # share of scores, or of vector slots, that the operation itself demands
+    useful: float | None  # share of the scores, or of the vector slots, that the operation needs
 
 
 def bound(program: Program, result: Mapping[str, Any], chip: str) -> Bound:
@@ -39,7 +39,7 @@ def bound(program: Program, result: Mapping[str, Any], chip: str) -> Bound:
 
 
 def schedule_section(programs: Sequence[Program], results: Mapping[str, Mapping], chip: str) -> str:
-    """The table of compiled costs, and every kernel's regions behind it."""
+    """The table of compiled costs, followed by the regions of every kernel."""
     head = [
         "shape",
         "implementation",
@@ -134,7 +134,7 @@ def replace_section(page: Path, name: str, text: str) -> None:
 
 
 def plot(programs: Sequence[Program], results: Mapping[str, Mapping], chip: str, path: Path) -> None:
-    """Bars of the bounds in milliseconds, a panel for each operation; logarithmic, because the rivals lie far apart."""
+    """Bars of the bounds in milliseconds, one panel per operation; logarithmic, because the times differ widely."""
     import matplotlib
 
     matplotlib.use("Agg")

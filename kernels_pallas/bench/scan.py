@@ -1,4 +1,4 @@
-"""Programs of the selective scan and the causal convolution, beside what XLA makes of the plain recurrences."""
+"""Programs of the selective scan and the causal convolution, compared with XLA on the plain recurrences."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kernels_pallas.selective_scan.tiling import GROUP, LANES, SPREAD, columns_o
 from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
 
-CHUNK, CONV_CHUNK = 128, 256  # of rows that are as long
+CHUNK, CONV_CHUNK = 128, 256  # for rows of at least this length
 SEGMENTS = 8  # documents of a row
-# Operations per (token, channel, state) that the recurrence itself demands, counted in README.md.
+# Operations per (token, channel, state) that the recurrence needs, counted in README.md.
 NECESSARY = {"forward": 7, "both": 7 + 19}
 
 
@@ -43,11 +43,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"Hymba-1.5B": Shape(8192, 3200, 16), "Hymba-300M": Shape(8192, 2048, 16)}
-WITH_RIVALS = ("Hymba-1.5B",)  # of the scan: XLA's take long to compile, and their distance does not hang on the width
+WITH_RIVALS = ("Hymba-1.5B",)  # scan shapes compared with XLA, which compiles slowly; the ratio does not depend on the width
 
 
 def programs() -> Iterator[Program]:
-    """Every scan and convolution that is measured."""
+    """Every measured scan and convolution program."""
     for name, shape in SHAPES.items():
         for passes in PASSES:
             with_rivals = name in WITH_RIVALS
@@ -60,7 +60,7 @@ def programs() -> Iterator[Program]:
 
 
 def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
-    """Our kernels of one of the two operations."""
+    """Our kernels for one of the two operations."""
     if op == "causal_conv":
         build = functools.partial(_build_conv, shape, passes, causal_conv_tpu)
         return Program(op, name, "pallas_tpu", passes, build, _conv_kernels(shape, passes))
@@ -73,7 +73,7 @@ def _necessary(shape: Shape, passes: str) -> int:
 
 
 def associative(u: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, dt_bias: Array, z: Array) -> Array:
-    """The whole row in one `jax.lax.associative_scan`, as a first JAX version of Mamba is written; without segments."""
+    """The whole row in one `jax.lax.associative_scan`, like a simple JAX version of Mamba; without segments."""
     u32, z32 = u.astype(jnp.float32), z.astype(jnp.float32)
     s = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias)
     decay, value = jnp.exp(s[..., None] * A), (s * u32)[..., None] * B.astype(jnp.float32)[:, :, None]
@@ -118,7 +118,7 @@ def _build_conv(shape: Shape, passes: str, function: Callable) -> tuple[Callable
 
 
 def _scan_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
-    """Regions as forward.py and backward.py write them, each `pl.when` and loop in order."""
+    """The kernels with the visits of each `pl.when` and loop, in the order of forward.py and backward.py."""
     chunk = min(CHUNK, shape.length)
     chunks, spread = shape.length // chunk, loop(shape.length // SPREAD)
     steps = chunks * shape.tiles
@@ -152,5 +152,5 @@ def _conv_kernels(shape: Shape, passes: str) -> tuple[Kernel, ...]:
 
 
 def _when_of_several(shape: Shape, chunks: int) -> tuple[Visits, ...]:
-    """What the first or last chunk alone does; of an only chunk nobody asks which it is."""
+    """Visits of a region that only the first or last chunk runs; with a single chunk there is no such branch."""
     return (when(shape.tiles),) if chunks > 1 else ()

@@ -1,8 +1,8 @@
-"""Reading what the TPU compiler scheduled: a kernel's bundles by region of its program, and XLA's own estimates.
+"""Reads the TPU compiler's schedule: a kernel's bundles by region of its program, and XLA's estimates.
 
 With LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true" the compiler writes, for each kernel, its final VLIW
-program (*final_bundles.txt, a bundle is one cycle when nothing stalls) and the slots that each bundle uses. A grid is a
-loop and `pl.when` a predicated region, so bundles of a region x its visits, summed, are what a call costs at least.
+program (*final_bundles.txt; a bundle is one cycle without stalls) and the slots that each bundle uses. A grid is a loop and
+`pl.when` a predicated region. So the sum over regions of bundles x visits is a lower bound on the cycles of a call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _START = re.compile(r"(?:Start|Start/End empty) region (\d+)")
 
 @dataclass
 class Region:
-    """A loop's body or a predicated region, in bundles [start, end); `own` and `slots` leave out the regions inside."""
+    """A loop's body or a predicated region, in bundles [start, end); `own` and `slots` exclude the regions inside."""
 
     kind: str  # "program", "loop" or "if"
     start: int
@@ -30,7 +30,7 @@ class Region:
     slots: tuple[int, ...] = ()
 
     def walk(self) -> Iterator[Region]:
-        """This region and all inside it, in program order."""
+        """Yield this region and all regions inside it, in program order."""
         yield self
         for region in self.inner:
             yield from region.walk()
@@ -38,7 +38,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cycles of one call and the slots they used, by kind of slot, as a share of what those cycles offer."""
+    """Cycles of one call, and the share of slots used in those cycles, by kind of slot."""
 
     cycles: int
     use: dict[str, float]
@@ -48,7 +48,7 @@ class Cost:
 class Visits:
     """How often a call enters one region of the kernel's body: a `pl.when` ("if") or an iteration of a "loop".
 
-    A `slight` region may be too small to be told apart, and then counts as part of what surrounds it.
+    A `slight` region may be too small to be recognised; it then counts as part of the surrounding region.
     """
 
     kind: str
@@ -58,17 +58,17 @@ class Visits:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A kernel's program: the grid is its outermost loop, a step the largest region in it; the others there start copies."""
+    """A kernel's program. The grid is its outermost loop; a step is the largest region in it; the other regions start copies."""
 
     name: str
     program: Region
     capacity: dict[str, int]
 
     def visited(self, steps: int, inside: Sequence[Visits], copies: int | None = None) -> list[tuple[Region, int]]:
-        """Every region with its visits in a call of `steps` grid steps; `inside` are the step's own regions in program order.
+        """Every region with its visits in a call of `steps` grid steps; `inside` are the regions of a step in program order.
 
-        Copies are counted once a step, an upper bound, or `copies` times. They stand beside the step, or behind its declared regions.
-        Raises ValueError when the program has not these regions: then the visits belong to another one.
+        Copies count once per step, an upper bound, or `copies` times. They are outside the step, or after its declared regions.
+        Raises ValueError if the program does not have these regions, so that the visits belong to another program.
         """
         grid = next(region for region in self.program.walk() if region.kind == "loop")
         step = max(grid.inner, key=lambda region: region.end - region.start)
@@ -84,7 +84,7 @@ class Schedule:
         return [(region, times.get(id(region), steps if copies is None else copies)) for region in self.program.walk()]
 
     def cost(self, steps: int, inside: Sequence[Visits], copies: int | None = None) -> Cost:
-        """What a call costs; the arguments are those of `visited`."""
+        """The cost of a call; the arguments are those of `visited`."""
         visited = self.visited(steps, inside, copies)
         cycles = sum(region.own * times for region, times in visited)
         used = (sum(region.slots[i] * times for region, times in visited) for i in range(len(self.capacity)))
@@ -94,9 +94,9 @@ class Schedule:
 def read_schedule(folder: Path, kernel: str, smallest: int = 16, delay: int = 4) -> Schedule:
     """The schedule of the only kernel in dump `folder` whose name contains `kernel`.
 
-    `delay` bundles behind a branch run whether or not it is taken.
-    Predicated regions of fewer than `smallest` bundles (one copy started or awaited) count as part of what surrounds them,
-    as if always taken. Raises ValueError where the dump holds none or several, or is not what this reads.
+    `delay` bundles after a branch run whether or not it is taken.
+    Predicated regions of fewer than `smallest` bundles (one copy started or awaited) count as part of the surrounding region,
+    as if always taken. Raises ValueError if the dump holds no such kernel or several, or has another format.
     """
     paths = [p for p in folder.glob(f"*{kernel}*final_bundles.txt") if "schedule-analysis" not in p.name]
     if len(paths) != 1:
@@ -118,7 +118,7 @@ def read_schedule(folder: Path, kernel: str, smallest: int = 16, delay: int = 4)
 
 
 def _regions(bundles: Sequence[str], smallest: int, delay: int) -> list[Region]:
-    """Loops and predicated regions from the branches: forward ones skip a region, backward ones close a loop."""
+    """Loops and predicated regions from the branches: a forward branch skips a region, a backward branch closes a loop."""
     starts = {name: i for i, line in enumerate(bundles) for name in _START.findall(line)}
     loops, regions = [], []
     for i, line in enumerate(bundles):
@@ -127,7 +127,7 @@ def _regions(bundles: Sequence[str], smallest: int, delay: int) -> list[Region]:
         branch = _BRANCH.search(line)
         if branch is None:
             continue
-        target = starts.get(branch.group(2), len(bundles))  # a label that is never printed: the end
+        target = starts.get(branch.group(2), len(bundles))  # a label that is never printed means the end
         after = i + 1 + delay
         if target <= i:
             regions.append(Region("loop", loops.pop(), after))
@@ -160,7 +160,7 @@ _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Operation(NamedTuple):
-    """A line of an optimised program, how often it runs, the computation that it stands in, and whether that is a fusion's or a call's."""
+    """A line of an optimised program, how often it runs, its computation, and whether that belongs to a fusion or a call."""
 
     line: str
     times: int
@@ -169,14 +169,14 @@ class Operation(NamedTuple):
 
 
 def xla_cycles(hlo: str) -> int:
-    """XLA's estimate for an optimised TPU program: cycles of its operations. Pallas kernels carry no estimate and count 0."""
+    """XLA's estimate of the cycles of an optimised TPU program. Pallas kernels have no estimate and count 0."""
     return sum(op.times * int(cycles) for op in operations(hlo) for cycles in _CYCLES.findall(op.line))
 
 
 def operations(hlo: str, called: bool = False) -> Iterator[Operation]:
-    """The operations of an optimised program, where `called` those inside fusions and calls too; those of loops run once for each trip.
+    """The operations of an optimised program, with those of loops once per iteration. `called`: include fusions and calls.
 
-    The trips of a `while` are those that XLA states beside it, else the one integer constant of its condition.
+    The iterations of a `while` are those that XLA states with it, else the only integer constant of its condition.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []

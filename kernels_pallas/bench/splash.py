@@ -1,4 +1,4 @@
-"""JAX's splash attention with our masks in its strongest form: the mask computed in the kernel, unfused backward."""
+"""JAX's splash attention with our masks in its fastest form: the mask is computed in the kernel, the backward is unfused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernels_pallas.bench.programs import Kernel, Program, array, when, with_pas
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Query and key rows of a tile in each of the three kernels."""
+    """(query, key) rows of a tile in each of the three kernels."""
 
     forward: tuple[int, int]
     dq: tuple[int, int]
@@ -32,7 +32,7 @@ class Blocks:
 
 
 class PrefixWindowMask(splash_attention_mask._ComputableMask):
-    """k <= q, and q - k <= window or k < prefix; evaluated in the kernel, nothing stored."""
+    """The mask k <= q and (q - k <= window or k < prefix), evaluated in the kernel without a stored array."""
 
     def __init__(self, length: int, window: int | None, prefix: int):
         self.window, self.prefix = window, prefix
@@ -70,9 +70,9 @@ def program(
     blocks: Blocks,
     documents: int = 1,
 ) -> Program:
-    """Splash for `heads` (query, KV) heads; the prefix are the first `prefix` of the `length` keys. Rows as our own op has them.
+    """Splash attention for `heads` (query, KV) heads. The prefix is the first `prefix` of the `length` keys, as in our own op.
 
-    Of several `documents` of equal length it knows by segment ids, which it compares in every tile that its mask visits.
+    Several `documents` of equal length are given by segment ids, which it compares in every tile that its mask visits.
     """
     made = _kernel(length, window, prefix, heads[0], blocks)
 
@@ -110,7 +110,7 @@ def _visits(
     name: str, info: splash_attention_mask_info.MaskInfo, blocks: tuple[int, int], length: int, widths: tuple[int, int], heads: int,
     by_key: bool,
 ) -> Kernel:  # fmt: skip
-    """Regions: the start of an outer block, a tile, the end of the block. The grid is as wide as its fullest line of tiles."""
+    """A kernel with three regions: start of an outer block, tile, end of the block. The grid is as wide as its fullest line."""
     steps, active = info.block_mask[0].size, int(np.count_nonzero(info.block_mask[0]))
     outer, inner = length // blocks[by_key], blocks[not by_key]
     row = sum(widths) * 2

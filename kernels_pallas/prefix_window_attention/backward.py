@@ -1,6 +1,6 @@
-"""The two backward kernels: one block of queries at a time for dq and the gradients of the prefix keys, one of keys for dk and dv.
+"""The two backward kernels: by blocks of queries for dq and the gradients of the prefix keys, by blocks of keys for dk and dv.
 
-Both compute the probabilities again from the saved log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 2):
+Both recompute the probabilities from the saved log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691, algorithm 2):
 dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO, delta = rowsum(dO O) - d lse.
 """
 
@@ -31,7 +31,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
 @functools.partial(jax.jit, static_argnums=0)
 def backward(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> Operands:
     """Cotangents of the operands; those of the visits are None."""
-    # A query without keys: at lse +inf its probabilities are 0, and its cotangent of -inf may be anything.
+    # For a query without keys, lse is set to +inf, which makes its probabilities 0. The cotangent of its -inf may be anything.
     empty = lse == -jnp.inf
     lse, delta = jnp.where(empty, jnp.inf, lse * LOG2_E), jnp.where(empty, 0.0, delta)
     d_q, *d_metas = _backward_q(plan, x, lse, d_out, delta)
@@ -41,7 +41,7 @@ def backward(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) ->
 
 
 def _backward_q(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) -> tuple[Array, ...]:
-    """d_q like q, and float32 gradients of the prefix keys and values where there are any."""
+    """d_q like q, and the float32 gradients of the prefix keys and values if there is a prefix."""
     width, values = x.q.shape[2], x.v.shape[2]
     metas = [] if x.prefix_k is None else [x.prefix_k, x.prefix_v]
     resident = [plan.resident(*meta.shape[1:]) for meta in metas]

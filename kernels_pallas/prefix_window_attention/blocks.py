@@ -1,7 +1,7 @@
-"""Which blocks a kernel visits: lists made on the device from the keys' lifetimes, one int32 a visit, read from SMEM.
+"""The lists of blocks that a kernel visits, made on the device from the keys' expiries and read from SMEM, one int32 per visit.
 
-A visit pairs one block of queries with one block of keys of the same row that holds at least one allowed pair. Blocks are
-numbered over all rows, so that a kernel's grid is one flat list however different the rows are.
+A visit is a block of queries and a block of keys of the same row with at least one allowed pair. Blocks are numbered over all
+rows, so that a kernel's grid is one flat list, even if the rows differ.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 BITS = 15  # of a block's number in a visit: outer << (BITS + 1) | inner << 1 | full
-SMEM_WORDS = 200_000  # of the 262,144 that a core has; the compiler needs some itself
+SMEM_WORDS = 200_000  # of the 262,144 that a core has; the compiler needs some for itself
 PAST_END = 2**31 - 1
 
 
 class Lists(NamedTuple):
-    """Visits in two orders, and what the mask arithmetic of a block needs.
+    """Visits in two orders, and the inputs of the mask arithmetic of a block.
 
-    by_query, by_key: int32[visits + 1]; sorted, then `PAST_END`. count: int32[], how many are valid, in either order.
-    first: int32[key blocks], the (flat) query index that sees the block's first key first; its other keys follow one by one.
-    end: int32[1, keys], the (flat) query index that no longer sees a key.
+    by_query, by_key: int32[visits + 1]; sorted, then `PAST_END`. count: int32[], number of valid visits, the same in both.
+    first: int32[key blocks], the first (flat) query index that sees the block's first key; it grows by one per key.
+    end: int32[1, keys], the first (flat) query index that no longer sees the key.
     """
 
     by_query: Array
@@ -65,7 +65,7 @@ def block_lists(expiry: Int[Array, "B S"], offset: int | Int[Array, ""], queries
 
 
 def _most(query_blocks: int, key_blocks: int, offset: int | Array, queries: int, block_q: int, block_k: int) -> int:
-    """Blocks of one row at or below the diagonal, where that is known; one for each block of queries and keys at least."""
+    """Most visits of one row: the blocks at or below the diagonal if `offset` is static, and at least one per block."""
     if not isinstance(offset, int):
         return query_blocks * key_blocks + query_blocks + key_blocks
     lasts = (min((i + 1) * block_q, queries) - 1 + offset for i in range(query_blocks))
@@ -75,7 +75,7 @@ def _most(query_blocks: int, key_blocks: int, offset: int | Array, queries: int,
 def _active(
     begin: Array, end: Array, queries: int, query_blocks: int, block_q: int, block_k: int
 ) -> tuple[Bool[Array, "B QB KB"], Bool[Array, "B QB KB"]]:
-    """Which blocks hold an allowed pair, and which hold nothing else (padded queries apart)."""
+    """(blocks with at least one allowed pair, blocks whose pairs are all allowed, ignoring padded queries)."""
     begin, end = begin.reshape(-1, block_k), end.reshape(end.shape[0], 1, -1, block_k)
     first = jnp.arange(query_blocks, dtype=jnp.int32)[:, None, None] * block_q
     last = jnp.minimum(first + block_q, queries) - 1
@@ -84,7 +84,7 @@ def _active(
 
 
 def _with_empty(active: Array, axis: int) -> Array:
-    """Also the first block of a line without any: its mask lets nothing through, and the kernel writes zeros."""
+    """Add the first block of each line without a visit. Its mask hides everything, so the kernel writes zeros."""
     first = jnp.arange(active.shape[axis]) == 0
     first = first.reshape([-1 if i == axis else 1 for i in range(3)])
     return active | (first & ~jnp.any(active, axis=axis, keepdims=True))
@@ -101,7 +101,7 @@ def _sorted(active: Array, outer: Array, inner: Array, full: Array, size: int) -
 
 
 def outer(visit: Array) -> Array:
-    """The block that stays while the kernel accumulates."""
+    """The block that stays fixed while the kernel accumulates."""
     return visit >> (BITS + 1)
 
 
@@ -114,7 +114,7 @@ def is_full(visit: Array) -> Array:
 
 
 def is_first(visits_ref: object, step: Array) -> Array:
-    """Whether the kernel has just come to another outer block."""
+    """Whether this step is the first of its outer block."""
     return (step == 0) | (outer(visits_ref[jax.lax.max(step - 1, 0)]) != outer(visits_ref[step]))
 
 

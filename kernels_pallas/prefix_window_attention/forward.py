@@ -1,4 +1,4 @@
-"""The forward kernel: per block of queries an online softmax over its visits, started from the prefix keys."""
+"""The forward kernel: for each block of queries, an online softmax over its visits that starts from the prefix keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kernels_pallas.prefix_window_attention.tiles import (
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)  # layers that are alike share one trace
+@functools.partial(jax.jit, static_argnums=0)  # equal layers share one trace
 def forward(plan: Plan, x: Operands) -> tuple[Array, Array]:
     """(out [KV, G, V, queries] in v's dtype, log-sum-exp float32[KV, G, queries])."""
     queries, width, values = x.q.shape[3], x.q.shape[2], x.v.shape[2]

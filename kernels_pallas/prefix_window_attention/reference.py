@@ -1,4 +1,4 @@
-"""Attention written as the formula reads: dense, one T x S array of scores. The oracle of every fast path."""
+"""Attention written as the formula: dense, with one T x S array of scores. All fast paths are tested against it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def attention_reference(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """softmax(scale * q k^T + mask) v and its log-sum-exp, where key k is visible to the queries k <= q < expiry[k].
 
-    Query row t stands at key index t + q_offset (any integer, also traced); None is S - T, so that T < S continues a row whose
-    first keys are already there. `prefix_k` and `prefix_v` are further keys that every query of every row sees. Query head h
-    reads KV head h // (H / KV). Scores and softmax are float32 (float64 for float64 inputs); `out` has the dtype of `v`, `lse`
-    (natural logarithm, scaled scores) that of the softmax. A row without any visible key gives out 0 and lse -inf, and
-    gradients 0.
+    Query row t is at key index t + q_offset (any integer, also traced). None means S - T, so that with T < S the queries
+    continue a row of earlier keys. `prefix_k` and `prefix_v` are additional keys and values that every query of every row sees.
+    Query head h reads KV head h // (H / KV). Scores and softmax are float32 (float64 for float64 inputs). `out` has the dtype
+    of `v`; `lse` (natural logarithm, scaled scores) has the dtype of the softmax. A row without any visible key gives out 0,
+    lse -inf and gradients 0.
     """
     q_index = jnp.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1] if q_offset is None else q_offset)
     k_index = jnp.arange(k.shape[1])[None, :]
@@ -39,7 +39,7 @@ def attention_reference(
 
 
 def with_prefix(prefix: Float[Array, "M KV D"], x: Float[Array, "B S KV D"]) -> Float[Array, "B M+S KV D"]:
-    """The prefix keys (or values) before those of every row."""
+    """Concatenate the prefix keys (or values) before those of every row."""
     return jnp.concatenate([jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape)), x], axis=1)
 
 
@@ -68,7 +68,7 @@ def masked_softmax(
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(dtype)) * scale
     scores = scores.reshape(batch, heads, length, k.shape[1])
     allow = allow[:, None]
-    # Both branches of each `where` stay finite: a NaN in the branch not taken would still reach the gradient.
+    # Both branches of each `where` are finite, because a NaN in the unused branch would still reach the gradient.
     peak = jnp.max(scores, axis=-1, keepdims=True, where=allow, initial=-jnp.inf)
     any_key = jnp.isfinite(peak)
     peak = jax.lax.stop_gradient(jnp.where(any_key, peak, 0.0))

@@ -1,7 +1,7 @@
-"""What the three kernels share: the plan of a call, its operands, and the arithmetic of one tile.
+"""Shared code of the three kernels: the plan of a call, its operands, and the arithmetic of one tile.
 
-Tiles are transposed, keys on sublanes and queries on lanes: maxima and sums over keys then add whole registers, and what
-belongs to a query (maximum, sum, log-sum-exp) is one row. Names end in their shape: K keys, Q queries of a block, D width of
+Tiles are transposed, with keys on sublanes and queries on lanes. Maxima and sums over keys then combine whole registers, and each
+per-query value (maximum, sum, log-sum-exp) is one row. Names end in their shape: K keys, Q queries of a block, D width of
 queries and keys, V width of values. Exponentials have base 2.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from kernels_pallas.prefix_window_attention.blocks import Lists, inner, is_full, outer
 
-Head = int | Array  # its number within a grid step: static where the loop over heads is unrolled
+Head = int | Array  # index within a grid step: static if the loop over heads is unrolled
 
 LANES = 128
 LOG2_E = 1.4426950408889634
@@ -30,7 +30,7 @@ VMEM_BYTES = 48 * 2**20  # of 64 MiB (tpu7x) to 128 MiB (v5e, v6e)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static facts of a call. `scale` is that of the scores, natural; widths are padded, `metas` is not."""
+    """Static facts of a call. `scale` multiplies the scores, before base 2. Widths are padded, `metas` is not."""
 
     scale: float
     kv_heads: int
@@ -42,8 +42,8 @@ class Plan:
     interpret: bool | pltpu.InterpretParams
 
     def each_head(self, body: Callable[[Head, Head], None]) -> None:
-        """body(KV head, query head of its group) for the heads of a grid step: unrolled, so that one head's waits are filled with
-        another's work; rolled in interpret mode, where that only slows the compiler."""
+        """body(KV head, query head of its group) for the heads of a grid step. The loop is unrolled, so that one head's waits
+        overlap with another's work. Interpret mode does not unroll, because that would only slow compilation."""
         heads = self.kv_step * self.group
         if self.interpret:
             jax.lax.fori_loop(0, heads, lambda i, _: body(i // self.group, i % self.group), None)
@@ -66,11 +66,11 @@ class Plan:
         return pl.BlockSpec((1, self.block_k), lambda h, s, visits, first: (0, block(visits[s])))
 
     def resident(self, *shape: int) -> pl.BlockSpec:
-        """All of [KV, *shape] of the heads at hand: it stays in VMEM over all visits."""
+        """All of [KV, *shape] for the heads of the grid step; it stays in VMEM over all visits."""
         return pl.BlockSpec((self.kv_step, *shape), lambda h, s, visits, first: (h, *(0,) * len(shape)))
 
     def call(self, kernel: Callable, count: Array, name: str, **specs: object) -> Callable:
-        """`pallas_call` over the KV heads, and in each over the `count` visits that there are."""
+        """`pallas_call` over the KV heads, and for each over the `count` visits."""
         scratch = specs.pop("scratch")
         out_shape = specs.pop("out_shape")
         return pl.pallas_call(
@@ -100,7 +100,7 @@ class Operands(NamedTuple):
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Matrix product over axis contract[0] of a and contract[1] of b, float32 all through for float32 inputs."""
+    """Matrix product over axis contract[0] of a and contract[1] of b, in full float32 for float32 inputs."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -115,14 +115,14 @@ def scores(plan: Plan, k_KxD: Array, q_DxQ: Array, bias: Array | None) -> Array:
 def in_both_cases(
     plan: Plan, visit: Array, blocks: tuple[Callable, Callable], end_ref: object, first_ref: object, body: Callable
 ) -> None:
-    """`body(None)` in a block that the mask lets through whole, else `body(bias)`; `blocks` find (query, key) in a visit."""
+    """`body(None)` in a block without masked pairs, else `body(bias)`; `blocks` extract the (query, key) block of a visit."""
     query, key = (block(visit) for block in blocks)
     pl.when(is_full(visit))(lambda: body(None))
     pl.when(~is_full(visit))(lambda: body(_bias(plan, query * plan.block_q, first_ref[key], end_ref)))
 
 
 def _bias(plan: Plan, query: Array, first: Array, end_ref: object) -> Array:
-    """float32[K, Q]: 0 where the mask allows the pair and HIDDEN where not; `query` is the block's first."""
+    """float32[K, Q]: 0 where the mask allows the pair, else HIDDEN; `query` is the block's first query."""
     shape = (plan.block_k, plan.block_q)
     lane, sublane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
     end_KxQ = jnp.broadcast_to(end_ref[...], shape[::-1]).T
@@ -131,7 +131,7 @@ def _bias(plan: Plan, query: Array, first: Array, end_ref: object) -> Array:
 
 
 def prefix_bias(plan: Plan, padded: int) -> Array | None:
-    """Hides the padding behind the last meta key, [padded, 1]."""
+    """Bias that hides the padding after the last meta key, [padded, 1]."""
     if padded == plan.metas:
         return None
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (padded, 1), 0) < plan.metas, 0.0, HIDDEN)

@@ -1,4 +1,4 @@
-"""The Pallas TPU kernels behind the contract of `reference.py`: padding, layout, visits, and the gradient."""
+"""Wrapper of the Pallas TPU kernels with the contract of `reference.py`: padding, layout, visits and the gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernels_pallas.prefix_window_attention.tiles import LANES, Operands, Plan
 
 BLOCK = 256
 PACK = 16  # rows of a packed bfloat16 register: widths and prefix keys are padded to it
-HEADS = 4  # query heads of a grid step, at least: one head's waits are filled with another's work
+HEADS = 4  # least number of query heads of a grid step, so that one head's waits overlap with another's work
 
 
 def attention_tpu(
@@ -33,11 +33,11 @@ def attention_tpu(
     block_k: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """The contract of `attention_reference` for float32 and bfloat16 inputs, as three TPU kernels.
+    """Same contract as `attention_reference` for float32 and bfloat16 inputs, as three TPU kernels.
 
-    `block_q` queries and `block_k` keys make a tile (multiples of 128; None: 256, or less for short rows). `interpret` runs
-    the kernels on a CPU, with any blocks. Raises ValueError for dtypes and blocks that the kernels do not take, and for more
-    visits than scalar memory holds.
+    A tile has `block_q` queries and `block_k` keys (multiples of 128; None: 256, or less for short rows). `interpret` runs
+    the kernels on a CPU, with any block size. Raises ValueError for unsupported dtypes and blocks, and for more visits than
+    scalar memory (SMEM) holds.
     """
     dtype, out_dtype = _common_dtype(q, k, v), v.dtype
     q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -73,7 +73,7 @@ def attention_tpu(
 
 
 def heads_of_a_step(kv_heads: int, group: int) -> int:
-    """KV heads that one grid step takes: the fewest that give it `HEADS` query heads and divide them all."""
+    """KV heads per grid step: the smallest divisor of `kv_heads` that gives at least `HEADS` query heads, else all."""
     return next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * group >= HEADS or n == kv_heads))
 
 
@@ -90,7 +90,7 @@ def _forward(plan: Plan, x: Operands) -> tuple[tuple[Array, Array], tuple[Operan
 def _backward(plan: Plan, saved: tuple[Operands, Array, Array], cotangents: tuple[Array, Array]) -> tuple[Operands]:
     x, out, lse = saved
     d_out, d_lse = cotangents
-    # d lse / d score is the probability, as is that of the row term: both are one number for each query.
+    # The cotangents of lse and of the row sum both multiply the probability, so they combine to one number per query.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2) - d_lse
     return (backward(plan, x, lse, d_out, delta),)
 
@@ -99,7 +99,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _common_dtype(q: Array, k: Array, v: Array) -> jnp.dtype:
-    """What the products are taken in. Raises ValueError for what the kernels cannot take."""
+    """The dtype of the matrix products. Raises ValueError for dtypes that the kernels do not support."""
     if not {x.dtype for x in (q, k, v)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         names = ", ".join(str(x.dtype) for x in (q, k, v))
         raise ValueError(f"attention_tpu takes float32 or bfloat16, not q, k, v of {names}: use the xla implementation")
@@ -109,19 +109,19 @@ def _common_dtype(q: Array, k: Array, v: Array) -> jnp.dtype:
 
 
 def _block(size: int, asked: int | None, interpret: bool | pltpu.InterpretParams) -> int:
-    """The block that was asked for, or one of 256 that does not exceed the padded size."""
+    """The requested block size, or 256 but at most the padded size."""
     if asked is not None and asked % LANES and not interpret:
         raise ValueError(f"a block of {asked}: queries and keys lie on {LANES} lanes, so a block must be a multiple of that")
     return asked or min(BLOCK, -(-size // LANES) * LANES)
 
 
 def _pad(x: Array, multiples: dict[int, int]) -> Array:
-    """Zeros at the end of each axis up to a multiple."""
+    """Pad each axis with zeros at the end to a multiple."""
     return jnp.pad(x, [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)])
 
 
 def _flat(x: Array, axis: int) -> Array:
-    """The axes `axis` and `axis` + 1 as one: positions of all rows."""
+    """Merge the axes `axis` and `axis` + 1 into one: the positions of all rows."""
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 

@@ -1,8 +1,8 @@
-"""The same attention for any platform: query blocks, static slices of the keys, and a recomputing backward.
+"""Prefix-window attention for any platform: query blocks, static slices of the keys, and a recomputing backward pass.
 
-The backward keeps `out` and `lse` alone and rebuilds each block's probabilities from them (FlashAttention-2, Dao 2023,
-arXiv 2307.08691, algorithm 2), so memory grows with block x S, not with T x S. Blocks are scanned in a few bands, and a band
-reads the keys up to its own end alone: most of the half square above the diagonal is never computed.
+The backward pass saves only `out` and `lse` and recomputes each block's probabilities from them (FlashAttention-2, Dao 2023,
+arXiv 2307.08691, algorithm 2), so memory grows with block x S, not with T x S. Blocks are scanned in a few bands. A band
+reads only the keys up to its own end, so most of the triangle above the diagonal is never computed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def attention_xla(
     q_offset: int | Int[Array, ""] | None = None,
     block: int = 256,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """The contract of `attention_reference`, in query blocks of `block` rows; both outputs can be differentiated.
+    """Same contract as `attention_reference`, in query blocks of `block` rows; both outputs are differentiable.
 
-    Scores, softmax and log-sum-exp are float32 for any input dtype; the products take the inputs as they are. Under a traced
-    `q_offset` every block reads all keys: where the queries stand is not known when the slices are made.
+    Scores, softmax and log-sum-exp are float32 for any input dtype; matrix products use the input dtype. With a traced
+    `q_offset` every block reads all keys, because static slices need static query positions.
     """
     batch, length, heads, _ = q.shape
     kv_heads = k.shape[2]
@@ -49,7 +49,7 @@ def attention_xla(
         always = jnp.broadcast_to(jnp.array([-NEVER, NEVER], jnp.int32)[:, None, None], (2, batch, metas))
         life = jnp.concatenate([always, life], axis=2)
     plan = _Plan(scale, block, metas + offset if isinstance(offset, int) else None)
-    # Heads lead inside, so that every product is a plain batched matrix product.
+    # Heads are leading axes inside, so that every product is a plain batched matrix product.
     grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, -1), 1, 3)
     keys, values = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     out, lse = _attention(plan, grouped, keys, values, life, jnp.asarray(offset, jnp.int32))
@@ -60,17 +60,17 @@ def attention_xla(
 class _Plan(NamedTuple):
     scale: float
     block: int
-    past: int | None  # keys in front of the one where query row 0 stands; None where that is traced
+    past: int | None  # keys before the position of query row 0; None if it is traced
 
 
 class _Band(NamedTuple):
     rows: slice  # query rows
     seen: slice  # keys that any of them may see
-    blocks: int  # equal query blocks, done one after the other
+    blocks: int  # number of equal query blocks, processed in sequence
 
 
 def _bands(plan: _Plan, length: int, keys: int) -> list[_Band]:
-    """At most `BANDS` runs of whole blocks with static key slices, then what is left over of the length."""
+    """At most `BANDS` runs of whole blocks with static key slices, then the remaining rows."""
     block, bands = plan.block, 1 if plan.past is None else BANDS
     whole = length // block
     step = -(-whole // bands) * block or block
@@ -106,7 +106,7 @@ def _scores(q: Array, k: Array, life: Array, first: Array, scale: float) -> Arra
 
 
 def _merge(x: Array) -> Array:
-    """[B, KV, G, rows, ...] -> [B, KV, G * rows, ...]: the heads of a group share their keys, so they are more rows."""
+    """[B, KV, G, rows, ...] -> [B, KV, G * rows, ...]: the heads of a group share their keys, so they act as more rows."""
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
@@ -116,7 +116,7 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: _Plan, q: Array, k: Array, v: Array, life: Array, offset: Array) -> tuple[Array, Array]:
-    """q [B,KV,G,T,Dq], k [B,KV,S,Dq], v [B,KV,S,Dv], life [2,B,S]: first query that sees a key, and first that no longer does.
+    """q [B,KV,G,T,Dq], k [B,KV,S,Dq], v [B,KV,S,Dv], life [2,B,S]: for each key, its first query and its expiry.
 
     Returns out [B,KV,G,T,Dv], lse [B,KV,G,T].
     """
@@ -153,7 +153,7 @@ def _backward(plan: _Plan, saved: tuple[Array | np.ndarray, ...], cotangents: tu
     """dS = P * (dO V^T - rowsum(dO * O) + dLSE); dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO."""
     q, k, v, life, offset, out, lse = saved
     d_out, d_lse = cotangents
-    # d_lse joins the row term: d lse / d score = P. Rows without keys have P = 0 throughout, once lse is finite.
+    # d_lse is added to the row term, because d lse / d score = P. With lse set to a finite value, rows without keys have P = 0.
     row = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     row, lse = jnp.where(lse == -jnp.inf, 0.0, row), jnp.where(lse == -jnp.inf, 0.0, lse)
     d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -170,13 +170,13 @@ def _backward(plan: _Plan, saved: tuple[Array | np.ndarray, ...], cotangents: tu
 def _backward_block(
     k: Array, v: Array, life: Array, scale: float, sums: tuple[Array, Array], block: tuple[Array, ...]
 ) -> tuple[tuple[Array, Array], Array]:
-    """One block of queries: its share added to (dK, dV), and its dQ."""
+    """One block of queries: ((dK, dV) with its share added, its dQ)."""
     first, q, d_out, row, lse = block
     d_out = _merge(d_out)
     weights = jnp.exp(_scores(q, k, life, first, scale) - _merge(lse)[..., None])
     d_weights = _product("bkrd,bksd->bkrs", d_out, v)
     d_scores = (weights * (d_weights + _merge(row)[..., None]) * scale).astype(q.dtype)
-    # Three products read these two: without the barrier each would redo the exponentials on its own.
+    # Three products read these two. Without the barrier each product would compute the exponentials again.
     d_scores, weights = jax.lax.optimization_barrier((d_scores, weights.astype(v.dtype)))
     d_q = _product("bkrs,bksd->bkrd", d_scores, k).reshape(q.shape).astype(q.dtype)
     d_k = _product("bkrs,bkrd->bksd", d_scores, _merge(q))

@@ -1,1 +1,1 @@
-"""Mamba-1 selective scan and the causal depthwise convolution beside it: reference, XLA chunks, Pallas TPU kernel."""
+"""Mamba-1 selective scan and its causal depthwise convolution: reference, chunked XLA, Pallas TPU kernels."""

@@ -1,7 +1,7 @@
-"""The backward kernel: per chunk, last to first, the states are computed again from the saved one and then walked back.
+"""The backward kernel. For each chunk, last to first, it recomputes the states from the saved one and then walks back.
 
-The order of the grid is that of the forward kernel with time reversed, so the cotangent of the state of all channels stays in
-VMEM, and the gradients of B and C are summed over channel tiles before they leave it.
+The grid has the order of the forward kernel with time reversed. So the cotangent of the state of all channels stays in VMEM,
+and the gradients of B and C are summed over channel tiles before they leave VMEM.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kernels_pallas.selective_scan.tiling import (
     sum_parts,
 )
 
-WALK = 4  # tokens of the walk back unrolled at once: more of them spill registers
+WALK = 4  # tokens unrolled at once in the walk back; more would spill registers
 
 
 class Inputs(NamedTuple):
@@ -66,27 +66,27 @@ class Outputs(NamedTuple):
     d_b: object
     d_c: object
     d_a: object  # [batch, tiles, states, width]
-    d_d: object  # [batch, tiles, SUBLANES, width]: summed over sublanes by the caller, as `d_bias`
+    d_d: object  # [batch, tiles, SUBLANES, width]: the caller sums over sublanes, as for `d_bias`
     d_bias: object
-    d_state: object  # the carry; at the end the cotangent of the initial state
+    d_state: object  # the carry; at the end, the cotangent of the initial state
     d_reset: object
 
 
 class Scratch(NamedTuple):
-    b: object  # [T, N, L], spread over lanes
+    b: object  # [T, N, L], broadcast over lanes
     c: object
     d_b: object  # [T, N, L], summed over tiles and columns but not over lanes
     d_c: object
-    h: object  # [T + 1, N, W]: the state before each token, and after the last
+    h: object  # [T + 1, N, W]: the state before each token and after the last
     s: object  # strips of one group each, [T / G, columns, G, L]: the step size
     su: object  # step size times u
-    d_y: object  # cotangent of the scan's own output
+    d_y: object  # cotangent of the scan's output before skip and gate
     parts: object
     more_parts: object
 
 
 def backward(plan: Plan, x: Operands, starts: Array, d_y: Array, d_final: Array) -> tuple[Array | None, ...]:
-    """The cotangents in the order of `Outputs`, with the batch (and sublanes) not yet summed; d_z is None without a gate."""
+    """The cotangents in the order of `Outputs`, not yet summed over batch and sublanes; d_z is None without a gate."""
     states, width = plan.states, plan.width
     row, chunked = plan.rows(reverse=True), plan.per_chunk(states, plan.chunk, reverse=True)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -167,7 +167,7 @@ def _rows(index: Array) -> pl.Slice:
 
 
 def _recompute(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inputs, out: Outputs, scratch: Scratch) -> None:
-    """States and decays of one group into scratch, and through the gate: d_z, and the cotangent of the scan's output."""
+    """Write states and step sizes of one group to scratch, and go back through the gate: d_z, the scan output's cotangent."""
     rows = _rows(index)
     u = x.u[0, rows].astype(jnp.float32)
     s = softplus(x.dt[0, rows].astype(jnp.float32) + x.bias[tile])
@@ -201,7 +201,7 @@ def _recompute(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inp
 
 
 def _walk_back(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inputs, out: Outputs, scratch: Scratch) -> None:
-    """One group, last token first: g is the cotangent of h after the token, back_NxW that of the state before it."""
+    """Walk back one group, last token first: g_NxW is the cotangent of h after the token, back_NxW that of h before it."""
     a_NxW = x.a[tile]
     a2_NxW = a_NxW * LOG2_E
 
@@ -215,7 +215,7 @@ def _walk_back(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inp
         scratch.d_b[token] += fold_columns(g_NxW * row_on_sublanes(scratch.su.at[index], i, plan.states))
         store_part(scratch.parts, i, fold_states(g_NxW * across(scratch.b[token], plan.width)))
         s_NxW = row_on_sublanes(scratch.s.at[index], i, plan.states)
-        # The decay is cheaper to compute again than to keep: the recomputation above waits for the one store slot.
+        # Computing the decay again is cheaper than keeping it, because the recomputation is limited by the one store slot.
         back_NxW = g_NxW * jnp.exp2(s_NxW * a2_NxW)
         before_NxW = scratch.h[token]
         if bits is not None:
@@ -233,7 +233,7 @@ def _walk_back(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inp
 
 
 def _through_inputs(tile: Array, index: Array, x: Inputs, out: Outputs, scratch: Scratch) -> None:
-    """The cotangents of u and dt of one group, and its share of that of the bias."""
+    """The cotangents of u and dt of one group, and its share of the bias's cotangent."""
     rows = _rows(index)
     u = x.u[0, rows].astype(jnp.float32)
     d_su, d_s = sum_parts(scratch.parts), sum_parts(scratch.more_parts)
@@ -250,7 +250,7 @@ def _fold_rows(x_GxW: Array) -> Array:
 
 
 def _sum_lanes(source_ref: object, out_ref: object, unroll: int) -> None:
-    """[T, N, L] -> [1, 1, N, T], the inverse of `spread_lanes` for cotangents: sums over lanes, tokens back on lanes."""
+    """[T, N, L] -> [1, 1, N, T], the transpose of `spread_lanes`: sums over lanes, with tokens back on lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape[2:], 1)
 
     def body(t: Array, sums_NxT: Array) -> Array:

@@ -1,7 +1,7 @@
-"""The causal convolution as a Pallas TPU kernel: x is read once, where XLA reads it once per tap and keeps masked copies.
+"""The causal convolution as a Pallas TPU kernel. It reads x once; XLA reads x once per tap and keeps masked copies.
 
-It stands beside the scan and not in it: step size, B and C are matrix products over all channels of its output.
-Rows of a chunk lie in scratch with 8 rows of their neighbour, so that a shift in time is a load at another row.
+It is not fused with the scan, because step size, B and C are matrix products over all channels of its output.
+The rows of a chunk are in scratch with 8 rows of the neighbouring chunk, so that a shift in time is a load at another row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kernels_pallas.selective_scan.tiling import (
 )
 from kernels_pallas.selective_scan.xla import borrowed_taps, convolve, final_tail, segment_offsets
 
-GROUP = 16  # tokens of an inner step: one packed bf16 tile of rows, and their bits and its neighbours' fit in one word
-PAST = TAPS - 2  # bits before a group's own in its word of starts: no token after a segment's third needs to know
+GROUP = 16  # tokens of an inner step: one packed bf16 tile of rows; its start bits and its neighbours' fit in one word
+PAST = TAPS - 2  # bits before the group's own in its word of starts: starts further back affect no token
 WORD = PAST + GROUP + TAPS - 1
 
 
@@ -57,7 +57,7 @@ class ConvPlan:
         return pl.BlockSpec((SUBLANES, self.width), lambda b, c, t: (0, c))
 
     def strip(self, extra: int) -> object:
-        """Scratch of a chunk and `extra` rows, lane columns apart: there any row can be the first of a load."""
+        """Scratch of a chunk and `extra` rows with separate lane columns, so that a load can start at any row."""
         return pltpu.VMEM((self.width // LANES, self.chunk + extra, LANES), jnp.float32)
 
     def call(self) -> dict[str, object]:
@@ -80,13 +80,13 @@ def causal_conv_tpu(
     chunk: int = 256,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
-    """The contract of `causal_conv_reference` for float32 and bfloat16 inputs. Raises ValueError for another dtype or chunk."""
+    """Same contract as `causal_conv_reference`, for float32 and bfloat16. Raises ValueError for another dtype or chunk."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"causal_conv_tpu takes float32 or bfloat16 inputs, not {x.dtype}: use the xla implementation")
     if chunk % GROUP:
         raise ValueError(f"chunk = {chunk}: the kernel works on groups of {GROUP} tokens, so it must be a multiple of {GROUP}")
     initial_tail, reset_tail = resolve_tails(x, w.shape[1], initial_tail, reset_tail)
-    missing = TAPS - w.shape[1]  # a narrower one is one of width 4 whose first taps are zero
+    missing = TAPS - w.shape[1]  # a narrower convolution is one of width 4 whose first taps are zero
     w, initial_tail, reset_tail = (
         jnp.pad(part, [(0, 0)] * axis + [(missing, 0)] + [(0, 0)] * (part.ndim - axis - 1))
         for part, axis in ((w, 1), (initial_tail, 1), (reset_tail, 0))
@@ -145,7 +145,7 @@ def _convolve_backward(plan: ConvPlan, saved: tuple[Array, ...], d_y: Array) -> 
     d_weights = d_weights.sum((0, 2))[:, :channels]
     _, through_taps = jax.vjp(lambda w, tail: borrowed_taps(w, tail.astype(jnp.float32)), w, reset_tail)
     d_w, d_reset_tail = through_taps(d_weights[TAPS + 1 :])
-    # Three tokens see the initial tail.
+    # Only the first three tokens see the initial tail.
     head = slice(0, TAPS - 1)
     _, to_tail = jax.vjp(lambda tail: convolve(x[:, head], w, b, tail, reset_tail, offset[:, head]), initial_tail)
     d_x = d_x[:, :length, :channels]
@@ -180,13 +180,13 @@ def _load(strip: object, row: Array | int, size: int = GROUP) -> Array:
 
 
 def _bit(word: Array, back: int, width: int) -> Array:
-    """int32[G, W]: 1 where the token `back` before this one starts a segment (negative: the one after)."""
+    """int32[G, W]: 1 where the token `back` positions before this one starts a segment (negative: after it)."""
     token = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 0)
     return (word >> (token + (PAST - back))) & 1
 
 
 def _each_group(plan: ConvPlan, words_ref: object, step, reverse: bool) -> None:
-    """step(first row of the group, its word of starts or None where no token of it is near one)."""
+    """Call step(first row of the group, its word of starts) for each group; the word is None if no start is near."""
     groups = plan.chunk // GROUP
 
     def group(i: Array, carry: None) -> None:
@@ -198,7 +198,7 @@ def _each_group(plan: ConvPlan, words_ref: object, step, reverse: bool) -> None:
 
 
 def _taps(strip: object, row: Array, word: Array | None) -> tuple[list[Array], list[Array]]:
-    """What each tap reads, oldest first, [G, W] each; and where the token stands at offset 0, 1, 2 of a segment, int32."""
+    """(input of each tap, oldest first, [G, W] each; int32 masks of the tokens at offsets 0, 1, 2 of a segment)."""
     shifted = [_load(strip, row + SUBLANES - lag) for lag in reversed(range(TAPS))]
     if word is None:
         return shifted, []
@@ -208,7 +208,7 @@ def _taps(strip: object, row: Array, word: Array | None) -> tuple[list[Array], l
         start = _bit(word, back, width)
         offsets.append(start & (1 - near))
         near = near | start
-        # A token at offset `back` or less has no token of its own segment further back than that.
+        # A token at offset `back` or less has no earlier token of its segment further back than that.
         tap = TAPS - 2 - back
         shifted[tap] = jnp.where(near == 0, shifted[tap], 0.0)
     return shifted, offsets
@@ -244,7 +244,7 @@ def _backward_kernel(
         _store(d_strip, plan.chunk, jnp.zeros((SUBLANES, plan.width), jnp.float32))
 
     @pl.when(t > 0)
-    def _() -> None:  # the next chunk's first rows, which this one's last tokens reach
+    def _() -> None:  # the next chunk's first rows, which this chunk's last tokens affect
         _store(d_strip, plan.chunk, _load(d_strip, 0, SUBLANES))
 
     _store(x_strip, 0, halo_ref[0].astype(jnp.float32))
@@ -266,7 +266,7 @@ def _backward_kernel(
         between = jnp.zeros(d_x.shape, jnp.int32)
         for lag in range(1, TAPS):
             later = _load(d_strip, row + lag)
-            if word is not None:  # a start between the two tokens: they belong to different segments
+            if word is not None:  # if a segment starts between the two tokens, they are independent
                 between = between | _bit(word, -lag, plan.width)
                 later = jnp.where(between == 0, later, 0.0)
             d_x = d_x + weights_ref[TAPS - 1 - lag : TAPS - lag] * later

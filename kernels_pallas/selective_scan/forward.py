@@ -1,4 +1,4 @@
-"""The forward kernel: one pass over time, the state of all channels in VMEM."""
+"""The forward kernel: one pass over time, with the state of all channels in VMEM."""
 
 from __future__ import annotations
 

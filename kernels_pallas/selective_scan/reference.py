@@ -1,8 +1,8 @@
-"""The selective scan and its convolution as the formulas read, one token at a time. The oracle of every fast path.
+"""The selective scan and its convolution written as the formulas, one token at a time. All fast paths are tested against it.
 
 Mamba: Linear-Time Sequence Modeling with Selective State Spaces (Gu and Dao 2023, arXiv 2312.00752), algorithm 2, with the
-simplified Euler rule for B that the authors' code uses. Segments (packed documents) are an addition: each starts from one
-given state, the state that a shared prefix of meta tokens leaves.
+simplified Euler rule for B that the authors' code uses. Segments (packed documents) are an addition: each starts from a
+given state, the state after a shared prefix of meta tokens.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ TAPS = max(WIDTHS)
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """True where a token's segment differs from the one before it. The first token continues what came before the row."""
+    """True where a token's segment id differs from the previous token's. The first token of a row is not a start."""
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def resolve_resets(reset: Bool[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B T"] | None:
-    """`reset`, or the starts of `segment_ids`, or None where neither is given. Raises ValueError for both."""
+    """`reset`, or the starts of `segment_ids`, or None if neither is given. Raises ValueError if both are given."""
     if reset is not None and segment_ids is not None:
         raise ValueError("give reset or segment_ids, not both: segment_ids already say where a segment starts")
     return reset if segment_ids is None else segment_starts(segment_ids)
@@ -40,7 +40,7 @@ def resolve_states(
 def resolve_tails(x: Array, width: int, initial_tail: Array | None, reset_tail: Array | None) -> tuple[Array, Array]:
     """Both tails in x's dtype: `reset_tail` [K-1,C] defaults to zeros, `initial_tail` [B,K-1,C] to `reset_tail`.
 
-    Raises ValueError for a convolution of another width K than `WIDTHS`, and for tails that do not belong to it.
+    Raises ValueError for a width K that is not in `WIDTHS`, and for tails whose shape does not match.
     """
     if width not in WIDTHS:
         raise ValueError(f"a convolution of width {width}: widths from {WIDTHS[0]} to {WIDTHS[-1]} are supported")
@@ -54,7 +54,7 @@ def resolve_tails(x: Array, width: int, initial_tail: Array | None, reset_tail: 
 
 
 def scan_dtype(u: Array) -> jnp.dtype:
-    """What the scan computes in: float64 for float64 inputs, float32 for all others."""
+    """The compute dtype of the scan: float64 for float64 inputs, float32 for all others."""
     return jnp.promote_types(u.dtype, jnp.float32)
 
 
@@ -76,10 +76,10 @@ def selective_scan_reference(
     """(y, final state) of the Mamba-1 scan with its step size, skip and gate.
 
     s_t = softplus(dt_t + dt_bias); h_t = exp(s_t A) h_(t-1) + s_t u_t B_t; y_t = (h_t C_t + D u_t) silu(z_t).
-    A is negative. Where `reset` is true (or `segment_ids` change) h_(t-1) is `reset_state` (zeros when None) instead; the
-    row itself starts from `initial_state` (`reset_state` when None). `z` None leaves the gate out. State and arithmetic
-    are float32 for any input dtype but float64; y has the dtype of u, the state that of the arithmetic.
-    Raises ValueError where both `reset` and `segment_ids` are given.
+    A is negative. Where `reset` is true (or `segment_ids` change), h_(t-1) is replaced by `reset_state` (None: zeros). The
+    row starts from `initial_state` (None: `reset_state`). `z` None omits the gate. State and arithmetic are float32,
+    or float64 for float64 inputs; y has the dtype of u, the state that of the arithmetic.
+    Raises ValueError if both `reset` and `segment_ids` are given.
     """
     dtype = scan_dtype(u)
     A, D, dt_bias = (x.astype(dtype) for x in (A, D, dt_bias))
@@ -114,8 +114,8 @@ def causal_conv_reference(
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
     """(silu(b + sum_k w[:, k] x_(t-K+1+k)), the last K-1 inputs): depthwise, causal, the last tap on the current token, K one of `WIDTHS`.
 
-    Before the row stands `initial_tail`; before each later segment stands `reset_tail` (zeros when None; `initial_tail`
-    defaults to it). Tails are oldest first. The final tail is what a row that continues the last segment must be given.
+    `initial_tail` precedes the row (None: `reset_tail`); `reset_tail` precedes each later segment (None: zeros). Tails are
+    oldest first. The final tail is the `initial_tail` of a call that continues the last segment.
     """
     dtype = scan_dtype(x)
     initial_tail, reset_tail = resolve_tails(x, w.shape[1], initial_tail, reset_tail)

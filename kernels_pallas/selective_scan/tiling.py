@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel share: the plan of a call, its operands, and the pieces of their inner loops.
+"""Shared code of the forward and backward kernels: the plan of a call, its operands, and parts of the inner loops.
 
 Names inside kernels end in their shape: T tokens of a chunk, G tokens of a group, N states (sublanes), W channels of a tile
 (lanes), L = 128 lanes, S = 8 sublanes.
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 LANES = 128
 SUBLANES = 8
-GROUP = 32  # tokens unrolled in the scan's inner loops: whole packed bf16 tiles of rows, one bit each in a word
+GROUP = 32  # tokens unrolled in the scan's inner loops: whole packed bf16 tiles of rows, and one bit per token in a word
 SPREAD = 16  # tokens unrolled in the loops that run once per chunk for all channel tiles
-WIDEST = 5  # lane columns of a tile: more of them spill registers
+WIDEST = 5  # lane columns of a tile; more would spill registers
 VMEM_BYTES = 48 * 2**20  # of 64 MiB (tpu7x) to 128 MiB (v5e, v6e)
 LOG2_E = 1.4426950408889634
 # log1p(e) / e on [0, 1], Chebyshev fit of degree 8, relative error 3e-8. Softplus of a small step size (1e-3) must keep its
-# relative precision, which log(1 + e) does not have.
+# relative precision, which log(1 + e) loses.
 LOG1P = (
     0.999999970540657,
     -0.49999501516786815,
@@ -67,7 +67,7 @@ class Plan:
         return pl.BlockSpec((1, self.chunk, self.width), lambda b, t, c: (b, self.time(t, reverse), c))
 
     def per_chunk(self, *shape: int, reverse: bool = False, **kwargs: object) -> pl.BlockSpec:
-        """A block of [batch, chunks, *shape]: everything of one chunk."""
+        """A block of [batch, chunks, *shape]: all of one chunk."""
         rest = (0,) * len(shape)
         return pl.BlockSpec((1, 1, *shape), lambda b, t, c: (b, self.time(t, reverse), *rest), **kwargs)
 
@@ -81,7 +81,7 @@ class Plan:
         return pl.BlockSpec((self.tiles, rows, self.width), lambda b, t, c: (0, 0, 0))
 
     def per_row(self, rows: int) -> pl.BlockSpec:
-        """One batch row of [batch, tiles, rows, width], resident: as an output it is an accumulator over time."""
+        """One batch row of [batch, tiles, rows, width], resident; as an output it accumulates over time."""
         return pl.BlockSpec((1, self.tiles, rows, self.width), lambda b, t, c: (b, 0, 0, 0))
 
     def time(self, t: Array, reverse: bool) -> Array:
@@ -89,26 +89,26 @@ class Plan:
 
     @property
     def unroll(self) -> int:
-        """Of the loops that run once per chunk for all channel tiles."""
+        """Unrolling of the loops that run once per chunk for all channel tiles."""
         return 1 if self.interpret else SPREAD
 
     def tokens(self, step: Callable[[Array, T], T], carry: T, unroll: int) -> T:
-        """carry = step(token, carry) for the tokens of a group, `unroll` at once: the scheduler fills one token's waits with the
-        next one's work. Rolled in interpret mode, where unrolling would only slow the compiler."""
+        """carry = step(token, carry) for the tokens of a group, `unroll` at once, so that one token's waits overlap with the
+        next token's work. Interpret mode does not unroll, because that would only slow compilation."""
         return jax.lax.fori_loop(0, GROUP, step, carry, unroll=1 if self.interpret else unroll)
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Shape of the scratch of `store_part`: sums over states still spread over 8 sublanes, by lane column and token."""
+        """Shape of the scratch of `store_part`: partial sums over states on 8 sublanes, by lane column and token."""
         return (self.width // LANES, GROUP * SUBLANES, LANES)
 
     @property
     def strip(self) -> tuple[int, ...]:
-        """Shape of the scratch of `store_rows`: one group of rows, lane columns apart."""
+        """Shape of the scratch of `store_rows`: one group of rows, with separate lane columns."""
         return (self.width // LANES, GROUP, LANES)
 
     def call(self) -> dict[str, object]:
-        """Arguments that both kernels give to `pallas_call`: time is sequential, and channels share one chunk's B and C."""
+        """Arguments of both `pallas_call`s. Time is sequential, and so are channels, because they share one chunk's B and C."""
         semantics = ("parallel", "arbitrary", "arbitrary")
         return {
             "grid": (self.batch, self.chunks, self.tiles),
@@ -134,16 +134,16 @@ class Operands(NamedTuple):
 
 
 def spread_lanes(pairs: Sequence[tuple[object, object]], unroll: int) -> None:
-    """[1, 1, N, T] -> [T, N, L] for each (source, target): a token's column of states on all lanes.
+    """[1, 1, N, T] -> [T, N, L] for each (source, target): broadcasts each token's column of states to all lanes.
 
-    Done once per chunk for all channel tiles, and for B and C together so that one's waits hide the other's.
+    Runs once per chunk for all channel tiles, and for B and C together so that their waits overlap.
     """
     states, tokens = pairs[0][0].shape[2:]
     lane = jax.lax.broadcasted_iota(jnp.int32, (states, tokens), 1)
 
     def body(t: Array, carry: None) -> None:
         for source_ref, target_ref in pairs:
-            # The sum has one term that is not zero: exact, and it lands on every lane.
+            # The sum has only one nonzero term, so it is exact, and its result is on every lane.
             column_N = jnp.sum(jnp.where(lane == t, source_ref[0, 0], 0.0), axis=1, keepdims=True)
             target_ref[t] = jnp.broadcast_to(column_N, (states, LANES))
 
@@ -151,18 +151,18 @@ def spread_lanes(pairs: Sequence[tuple[object, object]], unroll: int) -> None:
 
 
 def across(x_NxL: Array, width: int) -> Array:
-    """The same 128 lanes for every column of a tile: no operation, the registers are named again."""
+    """Repeat 128 lanes for every column of a tile. This costs no operation; the registers are reused."""
     return jnp.concatenate([x_NxL] * (width // LANES), axis=1)
 
 
 def store_rows(strip_ref: object, x_GxW: Array) -> None:
-    """Keeps a group of rows for `row_on_sublanes`."""
+    """Store a group of rows for `row_on_sublanes`."""
     for column in range(strip_ref.shape[0]):
         strip_ref[column] = x_GxW[:, column * LANES : (column + 1) * LANES]
 
 
 def row_on_sublanes(strip_ref: object, token: Array, states: int) -> Array:
-    """One row of a strip on every sublane, [N, W]: a load with stride 0, where a broadcast in registers costs two operations."""
+    """One row of a strip on every sublane, [N, W], by a load with stride 0; a broadcast in registers costs two operations."""
     columns = [strip_ref[column, pl.ds(token, 1)] for column in range(strip_ref.shape[0])]
     return jnp.concatenate([jnp.broadcast_to(x, (states, LANES)) for x in columns], axis=1)
 
@@ -178,14 +178,14 @@ def fold_columns(x_NxW: Array) -> Array:
 
 
 def store_part(parts_ref: object, token: Array, x_SxW: Array) -> None:
-    """Keeps one token's partial sums for `sum_parts`."""
+    """Store one token's partial sums for `sum_parts`."""
     rows = pl.ds(pl.multiple_of(token * SUBLANES, SUBLANES), SUBLANES)
     for column in range(parts_ref.shape[0]):
         parts_ref[column, rows] = x_SxW[:, column * LANES : (column + 1) * LANES]
 
 
 def sum_parts(parts_ref: object) -> Array:
-    """Sum over sublanes, [G, W]: strided loads turn sublanes into rows, so that 8 tokens are added at once."""
+    """Sum over sublanes, [G, W]. Strided loads turn sublanes into rows, so that 8 tokens are added at once."""
     columns = []
     for column in range(parts_ref.shape[0]):
         halves = []
@@ -216,7 +216,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def in_both_cases(bits: Array | None, body: Callable[[Array | None], None]) -> None:
-    """`body(None)` where no token of the group starts a segment: almost always, and it then costs nothing."""
+    """Run `body(bits)`, or `body(None)` if no token of the group starts a segment, which is the common and cheaper case."""
     if bits is None:
         body(None)
         return
@@ -225,7 +225,7 @@ def in_both_cases(bits: Array | None, body: Callable[[Array | None], None]) -> N
 
 
 def starts_here(bits: Array, token: Array) -> Array:
-    """Whether this token of the group starts a segment, a scalar."""
+    """Scalar: whether this token of the group starts a segment."""
     return (bits >> token) & 1 == 1
 
 
@@ -234,7 +234,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def columns_of(needed: int) -> int:
-    """Lane columns of a tile: those that pad `needed` least, and of these the most."""
+    """Lane columns of a tile: the number that pads `needed` least; on a tie, the largest."""
     return min(range(1, WIDEST + 1), key=lambda k: (round_up(needed, k), -k))
 
 

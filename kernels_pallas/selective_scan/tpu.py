@@ -1,4 +1,4 @@
-"""The Pallas TPU kernel behind the contract of `reference.py`: padding, tiling, and the gradient."""
+"""Wrapper of the Pallas TPU kernels with the contract of `reference.py`: padding, tiling and the gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernels_pallas.selective_scan.forward import forward
 from kernels_pallas.selective_scan.reference import resolve_resets, resolve_states
 from kernels_pallas.selective_scan.tiling import GROUP, LANES, SUBLANES, Operands, Plan, columns_of, pad, round_up
 
-NO_STEP = -1e30  # a dt whose softplus is 0: decay 1 and input 0, so padding leaves the state alone
+NO_STEP = -1e30  # a dt whose softplus is 0: decay 1 and input 0, so padding does not change the state
 
 
 def selective_scan_tpu(
@@ -35,11 +35,11 @@ def selective_scan_tpu(
     columns: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
-    """The contract of `selective_scan_reference` for float32 and bfloat16 inputs, as two TPU kernels.
+    """Same contract as `selective_scan_reference` for float32 and bfloat16 inputs, as two TPU kernels.
 
-    `chunk` tokens (a multiple of 16) lie between the states that are saved for the backward pass; a tile is `columns` x 128
-    channels (None: the most, up to 5, that pad least). `interpret` runs the kernels on a CPU. Raises ValueError for a
-    dtype or chunk that the kernels do not take.
+    A state is saved for the backward pass every `chunk` tokens (a multiple of 16). A tile has `columns` x 128 channels
+    (None: the number up to 5 that pads least, the largest on a tie). `interpret` runs the kernels on a CPU. Raises
+    ValueError for a dtype or chunk that the kernels do not support.
     """
     if u.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"selective_scan_tpu takes float32 or bfloat16 inputs, not {u.dtype}: use the xla implementation")
@@ -129,7 +129,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _tile(plan: Plan, x: Array, rows: int | None = None, fill: float = 0.0) -> Array:
-    """[..., C, N] -> [..., tiles, rows, width], float32, padded; `rows` None means the plan's states."""
+    """[..., C, N] -> [..., tiles, rows, width], float32, padded; `rows` None: the plan's states."""
     x = pad(x.astype(jnp.float32), plan.channels, rows or plan.states, fill=fill)
     return jnp.moveaxis(x.reshape(*x.shape[:-2], plan.tiles, plan.width, x.shape[-1]), -1, -2)
 
@@ -141,7 +141,7 @@ def _chunked(plan: Plan, x: Array) -> Array:
 
 
 def _bits(plan: Plan, reset: Array | None) -> Array:
-    """bool[B, T] -> int32[B, chunks, 1, chunk / GROUP], one bit a token."""
+    """bool[B, T] -> int32[B, chunks, 1, chunk / GROUP], one bit per token."""
     if reset is None:
         return jnp.zeros((plan.batch, plan.chunks, 1, plan.chunk // GROUP), jnp.int32)
     reset = pad(reset.astype(jnp.int32), plan.length)

@@ -1,7 +1,7 @@
-"""The same scan in chunks, for any platform: backward keeps the state at each chunk's start and recomputes the rest.
+"""The selective scan in chunks, for any platform. The backward pass keeps the state before each chunk and recomputes the rest.
 
-Memory of the backward pass is T / chunk states plus one chunk's worth of [chunk, C, N] arrays, never [T, C, N]. Inside a chunk
-tokens follow one another on a CPU (least work) and combine as a tree elsewhere (log2(chunk) launches instead of chunk).
+The backward pass holds T / chunk states plus the [chunk, C, N] arrays of one chunk, never [T, C, N]. Inside a chunk, tokens are
+processed in sequence on a CPU (least work), and as a tree elsewhere (log2(chunk) launches instead of chunk).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def selective_scan_xla(
     chunk: int = 128,
     within: str = "auto",
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
-    """The contract of `selective_scan_reference`, `chunk` tokens at a time.
+    """Same contract as `selective_scan_reference`, computed `chunk` tokens at a time.
 
-    `within`: "sequential" or "associative" inside a chunk; "auto" takes the former on a CPU when the program is lowered.
+    `within`: "sequential" or "associative" inside a chunk; "auto" is sequential if the program is lowered for a CPU.
     """
     dtype = scan_dtype(u)
     A, D, dt_bias = (x.astype(dtype) for x in (A, D, dt_bias))
@@ -51,14 +51,14 @@ def selective_scan_xla(
 
     @jax.checkpoint
     def step(h: Array, tokens: tuple[Array | None, ...]) -> tuple[Array, Array]:
-        u, dt, b, c, z, reset = tokens  # time leads
+        u, dt, b, c, z, reset = tokens  # time is the first axis
         u, b, c = (x.astype(dtype) for x in (u, b, c))
         s = jax.nn.softplus(dt.astype(dtype) + dt_bias)
         y, h = _run(within, h, s, s * u, b, c, reset, A, reset_state)
         y = y + D * u
         return h, (y if z is None else y * jax.nn.silu(z.astype(dtype))).astype(tokens[0].dtype)
 
-    # Whole chunks are scanned; what is left over of the length is one shorter chunk.
+    # Whole chunks are scanned; the remaining tokens form one shorter chunk.
     whole = u.shape[1] // chunk * chunk
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, dt, B, C, z, reset))
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), tokens)
@@ -71,7 +71,7 @@ def selective_scan_xla(
 
 
 def _run(within: str, *operands: Array) -> tuple[Array, Array]:
-    """One chunk: (y [t, B, C] before skip and gate, state after it), tokens one by one or as a tree."""
+    """One chunk, sequential or as a tree: (y [t, B, C] before skip and gate, state after the chunk)."""
     if within == "auto":
         return jax.lax.platform_dependent(*operands, cpu=_sequential, default=_associative)
     return {"sequential": _sequential, "associative": _associative}[within](*operands)
@@ -82,7 +82,7 @@ def _sequential(
 ) -> tuple[Array, Array]:
     """h [B,C,N]; s = step size and su = s u, [t,B,C]; b, c [t,B,N]; reset [t,B].
 
-    Inside, channels come last, where they fill vector registers; N is small. Unrolling gains nothing and is dear to compile.
+    Inside, channels are the last axis, where they fill vector registers, because N is small. Unrolling only slows compilation.
     """
     rates, reset_state = A.T, reset_state.T
 
@@ -99,7 +99,7 @@ def _sequential(
 def _associative(
     h: Array, s: Array, su: Array, b: Array, c: Array, reset: Array, A: Array, reset_state: Array
 ) -> tuple[Array, Array]:
-    """The same: a reset token forgets (decay 0) and takes its decayed `reset_state` as input."""
+    """`_sequential` as a tree: a reset token has decay 0 and adds its decayed `reset_state` to its input."""
     start = reset[:, :, None, None]
     decay = jnp.exp(s[..., None] * A)
     x = su[..., None] * b[:, :, None, :]
@@ -123,7 +123,7 @@ def causal_conv_xla(
     reset_tail: Float[Array, "K-1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
-    """The contract of `causal_conv_reference` as shifts, multiplies and adds; the backward pass keeps the inputs alone."""
+    """Same contract as `causal_conv_reference`, by shifts, multiplies and adds. The backward pass saves only the inputs."""
     initial_tail, reset_tail = resolve_tails(x, w.shape[1], initial_tail, reset_tail)
     offset = segment_offsets(x, segment_ids)
     y = convolve(x, w, b, initial_tail, reset_tail, offset)
@@ -131,7 +131,7 @@ def causal_conv_xla(
 
 
 def segment_offsets(x: Array, segment_ids: Array | None) -> Array:
-    """int32[B,T], tokens since the segment's start; before the first start, where nothing reads `reset_tail`, at least 3."""
+    """int32[B,T], tokens since the segment's start. Before the first start it is at least 3, so `reset_tail` is not read."""
     index = jnp.arange(x.shape[1])
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
     return index - jax.lax.cummax(jnp.where(starts, index, -TAPS), axis=1)
@@ -160,7 +160,7 @@ def convolve(x: Array, w: Array, b: Array, initial_tail: Array, reset_tail: Arra
 
 
 def final_tail(x: Array, initial_tail: Array, reset_tail: Array, offset: Array) -> Array:
-    """[B,K-1,C]: the last K-1 inputs of the last segment, borrowed from `reset_tail` where it is shorter."""
+    """[B,K-1,C]: the last K-1 inputs of the last segment, filled from `reset_tail` if it is shorter."""
     seen, before = offset[:, -1:] + 1, len(reset_tail)
     slot = jnp.arange(before)
     borrowed = jnp.take(reset_tail, jnp.minimum(slot + seen, before - 1), axis=0)

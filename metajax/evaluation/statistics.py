@@ -1,4 +1,4 @@
-"""Statistics of a few seeds: means with Student-t intervals, paired differences, the number of seeds that an effect needs."""
+"""Statistics over a few seeds: means with Student-t intervals, paired differences, and the seeds that an effect needs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 CONFIDENCE = 0.95
 POWER = 0.8
 MOST_SEEDS = 1000  # an effect that needs more is out of reach
-Values = Sequence[float | None]  # one for each seed, None where there is no number
+Values = Sequence[float | None]  # one per seed, None if missing
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean over n seeds; its standard deviation and the half width of its interval are None for a single seed."""
+    """Mean over n seeds, with standard deviation and half width of the interval. The last two are None for a single seed."""
 
     n: int
     mean: float
@@ -31,7 +31,7 @@ class Summary:
 
 
 def summarize(values: Values) -> Summary | None:
-    """Mean and 95 % Student-t interval of the values that are not None; None when there are none."""
+    """Mean and 95 % Student-t interval of the values that are not None; None if there are none."""
     numbers = np.asarray([v for v in values if v is not None], np.float64)
     n = len(numbers)
     if n < 2:
@@ -41,38 +41,38 @@ def summarize(values: Values) -> Summary | None:
 
 
 def share_interval(right: int, n: int) -> tuple[float, float]:
-    """The Wilson 95 % interval of a share of n."""
-    from scipy.stats import binomtest  # takes seconds, so it is imported when a run is evaluated, not when it starts
+    """Wilson 95 % interval of the share `right` / `n`."""
+    from scipy.stats import binomtest  # the import takes seconds, so it waits until a run is evaluated
 
     interval = binomtest(right, n).proportion_ci(CONFIDENCE, "wilson")
     return interval.low, interval.high
 
 
 def paired_difference(ours: Values, baseline: Values) -> Summary | None:
-    """Ours minus the baseline's, seed by seed, over the seeds that both have."""
+    """Ours minus baseline, paired by seed, over the seeds that both have."""
     return summarize([a - b for a, b in zip(ours, baseline, strict=True) if a is not None and b is not None])
 
 
 def seeds_needed(effect: float, deviation: float) -> int | None:
-    """The fewest paired seeds with which a mean difference of `effect` is detected at 95 % confidence with 80 % power.
+    """The smallest number of paired seeds that detects a mean difference of `effect` at 95 % confidence with 80 % power.
 
     Args:
       deviation: standard deviation of the paired differences.
 
     Returns:
-      None when it takes more than MOST_SEEDS.
+      None if it takes more than MOST_SEEDS.
     """
     from scipy.special import nctdtr
 
     if deviation == 0:
         return 2 if effect else None
     n = np.arange(2, MOST_SEEDS + 1)
-    noncentrality = np.minimum(abs(effect) / deviation * np.sqrt(n), 100.0)  # from there on the power is 1, and nctdtr fails
+    noncentrality = np.minimum(abs(effect) / deviation * np.sqrt(n), 100.0)  # above 100 the power is 1 and nctdtr fails
     enough = 1 - nctdtr(n - 1, noncentrality, _quantile(n - 1)) >= POWER
     return int(n[enough.argmax()]) if enough.any() else None
 
 
 def _quantile(freedom: Any) -> Any:
-    from scipy.special import stdtrit  # half a second, which listing the tables does without
+    from scipy.special import stdtrit  # the import takes half a second, which listing the tables does not need
 
     return stdtrit(freedom, 0.5 + CONFIDENCE / 2)

@@ -1,1 +1,1 @@
-"""Generation over the model's own caches."""
+"""Text generation with caches."""

@@ -1,4 +1,4 @@
-"""How a token is drawn, and drawing token after token on arrays, several rows at a time."""
+"""Sampling of one token, and batched token-by-token decoding on arrays."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from metajax.inference.forward import Cache, Ready, prefill, step
 
 @dataclass(frozen=True)
 class Sampling(Part):
-    """How a token is drawn: temperature 0 takes the most likely one; of the top_k most likely (0: all), the fewest that have top_p."""
+    """Sampling parameters. Temperature 0 is greedy. Candidates are the top_k tokens (0: all), then the fewest with mass top_p."""
 
     temperature: Temperature = 0.8
     top_k: TopK = 0
     top_p: TopP = 1.0
 
     def draw(self, logits: Float[Array, " V"], key: Array) -> Int[Array, ""]:
-        """One token."""
+        """Draw one token."""
         if self.temperature == 0:
             return jnp.argmax(logits)
-        # The best one is at 0, so that a temperature close to 0 gives -inf to others, and no NaN; float32 flushes less than 1e-30 to 0.
+        # With the maximum at 0, a temperature close to 0 gives the others -inf and no NaN. Below 1e-30 float32 flushes to 0.
         logits = (logits - jnp.max(logits)) / max(self.temperature, 1e-30)
         if self.top_k == 0 and self.top_p == 1:
             return jax.random.categorical(key, logits)
@@ -40,27 +40,27 @@ class Sampling(Part):
 
 @struct.dataclass
 class Decoding:
-    """Rows that are being generated, N positions each. `at` is the next position to read; it is filled while tokens are `left` to draw."""
+    """State of rows being generated, N positions each. `at` is the next position to read; it is filled while `left` > 0."""
 
     cache: Cache
-    tokens: Int[Array, "B N"]  # meta-tokens and prompt from the start, -1 where nothing is drawn yet
+    tokens: Int[Array, "B N"]  # meta-tokens and prompt are filled at the start; -1: not drawn yet
     is_meta: Bool[Array, "B N"]
     at: Int[Array, " B"]
-    left: Int[Array, " B"]  # ordinary tokens still to be drawn; 0 after a token that ends the text
-    logits: Float[Array, "B V"]  # what the next ordinary token is drawn from
+    left: Int[Array, " B"]  # ordinary tokens still to draw; 0 after a token that ends the text
+    logits: Float[Array, "B V"]  # of the next ordinary token
 
 
 @struct.dataclass
 class Rules:
-    """Rules of every draw. key: a row's draw depends on it, on the row's number and on the position alone."""
+    """Rules of every draw. The randomness of a draw depends only on `key`, the row's number and the position."""
 
     banned: Bool[Array, " V"]  # never drawn
     ends: Int[Array, " E"]  # ids that end a row
     key: Array
-    # Rows are then pairs, the first half with a context and the second without: how much of the difference a draw is made with.
+    # Guidance strength g of `guided`. The first half of the rows then has a context, and the second half repeats them without it.
     guidance: Float[Array, ""] | None
     sampling: Sampling = struct.field(pytree_node=False)
-    ask_real: bool = struct.field(pytree_node=False)  # the last ordinary token is asked, not a meta-token after it
+    ask_real: bool = struct.field(pytree_node=False)  # use the logits of the last ordinary token, not of a meta-token after it
 
 
 @partial(jax.jit, static_argnames=("capacity", "meta_capacity"))
@@ -68,14 +68,14 @@ def start(
     ready: Ready, tokens: Int[Array, "B N"], is_meta: Bool[Array, "B N"], prompt: Int[Array, "B T"], length: Int[Array, " B"],
     meta_positions: Int[Array, "B M"], count: Int[Array, ""], rules: Rules, *, capacity: int, meta_capacity: int,
 ) -> Decoding:  # fmt: skip
-    """Rows after their prompts (see `prefill`), with the first token drawn; `count` are to be drawn in all."""
+    """Read the prompts (see `prefill`) and draw the first of `count` tokens."""
     logits, cache = prefill(ready, prompt, length, meta_positions, capacity=capacity, meta_capacity=meta_capacity)
     return _draw(Decoding(cache, tokens, is_meta, length, jnp.full_like(length, count), logits), rules)
 
 
 @partial(jax.jit, donate_argnames="state")
 def advance(ready: Ready, state: Decoding, rules: Rules, positions: Int[Array, ""]) -> Decoding:
-    """At most `positions` tokens more in every row, meta-tokens included; fewer when all rows are complete."""
+    """Decode at most `positions` more tokens in every row, meta-tokens included; stops when all rows are complete."""
 
     def body(carry: tuple[Array, Decoding]) -> tuple[Array, Decoding]:
         i, state = carry
@@ -91,7 +91,7 @@ def advance(ready: Ready, state: Decoding, rules: Rules, positions: Int[Array, "
 
 
 def guided(with_context: Float[Array, "B V"], without: Float[Array, "B V"], guidance: Float[Array, ""]) -> Float[Array, "B V"]:
-    """z_empty + g (z_context - z_empty) (arXiv 2505.16570), written so that g = 0 and g = 1 give one of the two exactly."""
+    """z_empty + g (z_context - z_empty) (arXiv 2505.16570), written so that g = 0 and g = 1 are exact."""
     return (1 - guidance) * without + guidance * with_context
 
 

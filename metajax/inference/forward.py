@@ -1,7 +1,7 @@
 """Forward passes with a cache: prompts in one pass, then one token of each row at a time.
 
-What a learned prefix (Hymba, arXiv 2411.13676) leaves is computed once for all prompts. Meta-attention (arXiv 2509.16278) has a cache of
-its own; in the forms that leave ordinary tokens alone it holds the meta-tokens, and ordinary tokens skip it. That layout is ours.
+The cache of a learned prefix (Hymba, arXiv 2411.13676) is computed once for all prompts. Meta-attention (arXiv 2509.16278) has
+its own cache, in our layout: if its form keeps ordinary tokens unchanged, it stores only meta-tokens and ordinary tokens skip it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from metajax.models.lm import LM, Caches
 from metajax.models.mixers import MIXERS, KeyValues, LayerSpec
 from metajax.models.specs import layer_runs
 
-# Keys of a window of W that a drawn token sees, its own among them: as in training, and as Hymba's released code has it with its cache.
+# Keys that a drawn token sees in a window of W, itself included: W+1 as in training, W as in Hymba's released code with a cache.
 DECODE_WINDOWS = {"W+1": 1, "W": 0}
-Cache = tuple[tuple[Kept, ...], ...]  # by run of equal groups, and by layer of a group
+Cache = tuple[tuple[Kept, ...], ...]  # by run of equal groups, then by layer of the group
 
 
 @struct.dataclass
@@ -30,18 +30,18 @@ class Ready:
     """A model ready to generate."""
 
     model: LM
-    prefix: Caches | None  # what the learned prefix leaves in the layers
+    prefix: Caches | None  # cache entries of the learned prefix
     decode_window: str = struct.field(pytree_node=False)
 
     def decoding(self, spec: LayerSpec) -> LayerSpec:
-        """The layer with the window of drawn tokens."""
+        """The layer spec with the window that applies when decoding."""
         if spec.window is None:
             return spec
         return spec._replace(window=max(spec.window + DECODE_WINDOWS[self.decode_window] - 1, 0))
 
 
 def prepare(model: LM, decode_window: str = "W+1") -> Ready:
-    """Computes what the learned prefix leaves. decode_window: a key of `DECODE_WINDOWS`, for layers with a window."""
+    """Compute the cache of the learned prefix. decode_window: a key of `DECODE_WINDOWS`, for layers with a window."""
     known = " or ".join(DECODE_WINDOWS)
     require(
         decode_window in DECODE_WINDOWS, f"decode_window = {decode_window!r}: {known}, the newest keys that a drawn token sees"
@@ -58,14 +58,14 @@ def prefill(
     capacity: int,
     meta_capacity: int,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """(logits after the last token of each row, cache) of prompts that are padded on the right; jit it.
+    """(logits after the last token of each row, cache) of prompts that are padded on the right. Call it under jit.
 
-    The padding is moved to the left, so that a recurrent state at the end of a row is that of its last token.
+    The padding is moved to the left, so that the recurrent state at the end of a row is that of its last token.
 
     Args:
       length: tokens of each row, at least 1.
-      meta_positions: of the meta-tokens, sorted, >= T where unused; M >= 1 where `meta_capacity` is.
-      capacity: tokens that a row will ever have; a window keeps fewer. meta_capacity: meta-tokens among them.
+      meta_positions: of the meta-tokens, sorted, >= T if unused; M >= 1 if `meta_capacity` >= 1.
+      capacity: the most tokens that a row will have; a window keeps fewer. meta_capacity: meta-tokens among them.
     """
     model, width = ready.model, tokens.shape[1]
     first = width - length
@@ -96,8 +96,8 @@ def step(
     is_meta: Bool[Array, "B N"],
     present: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """(logits, cache) after one more token of each row, at position `at` of its N; a row that is not `present` keeps its cache."""
-    metas = jnp.where(jnp.take_along_axis(is_meta, at[:, None], axis=1), 0, 1)  # in a row of one token position 1 is unused
+    """(logits, cache) after one more token of each row, at position `at` of N. A row that is not `present` keeps its cache."""
+    metas = jnp.where(jnp.take_along_axis(is_meta, at[:, None], axis=1), 0, 1)  # in a row of one token, position 1 means unused
     of_past = {"past": _by_layer(past, cache), "row_is_meta": is_meta}
     x, left = _forward(ready, tokens[:, None], at[:, None], present[:, None], metas, **of_past)
     return ready.model.unembed(x)[:, 0], _by_layer(lambda kept, new: append(kept, new, present), cache, left)
@@ -106,7 +106,7 @@ def step(
 def _forward(
     ready: Ready, tokens: Array, positions: Array, real: Array, metas: Array, **of_past: Any
 ) -> tuple[Float[Array, "B T width"], Caches]:
-    """(residual stream, what the tokens leave in the layers)."""
+    """(residual stream, cache entries of the tokens)."""
     model = ready.model
     inputs = {"positions": positions, "segment_ids": real.astype(jnp.int32), "meta_slots": metas, "prefix": ready.prefix}
     x, captured = model.decode(model.embed(tokens, positions, metas), **inputs, **of_past, capture=("cache",))
@@ -114,5 +114,5 @@ def _forward(
 
 
 def _by_layer(function: Callable[..., Any], *runs: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
-    """`function` of each layer's part of `runs`, run by run and layer by layer of its groups."""
+    """Apply `function` to each layer's part of `runs`, for every run and every layer of its groups."""
     return tuple(tuple(function(*layer) for layer in zip(*groups, strict=True)) for groups in zip(*runs, strict=True))

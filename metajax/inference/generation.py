@@ -1,4 +1,4 @@
-"""Text from a model: the positions of meta-tokens in a generated row, prompts in, tokens out as they are drawn."""
+"""Text generation: lays out prompts and meta-tokens in rows, and streams the text as tokens are drawn."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from metajax.inference.forward import Ready
 
 DEFAULT = Sampling()
 Prompt = str | Sequence[int]  # ids without BOS
-Context = str | Sequence[Prompt | None] | None  # of all prompts, or of each
-SMALLEST = 16  # prompts and caches are padded to powers of two from here on, so that few programs are compiled
+Context = str | Sequence[Prompt | None] | None  # one for all prompts, or one for each
+SMALLEST = 16  # prompts and caches are padded to powers of two, at least this, so that few programs are compiled
 
 
 def meta_layout(size: int, rate: float) -> np.ndarray:
@@ -39,9 +39,9 @@ def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def opening(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> list[int]:
-    """BOS, and the metadata between the delimiters that it had in training, on the same side of BOS.
+    """BOS and the metadata, with the delimiters and the order of training.
 
-    Empty where there is no metadata and the tokenizer of an imported checkpoint puts no BOS before a prompt.
+    Empty if there is no metadata and the tokenizer of an imported checkpoint puts no BOS before a prompt.
     """
     if context is None:
         return [tokenizer.vocabulary.bos] if config.imported is None or config.imported.opens else []
@@ -53,15 +53,15 @@ def opening(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> lis
 
 
 def room_for_prompt(config: Config, tokenizer: Tokenizer, context: Prompt | None) -> int:
-    """Tokens of a row that prompt and continuation can share after `context`."""
+    """Tokens of a row that are left for prompt and continuation after `context`."""
     return len(_layout(config)[1]) - len(opening(config, tokenizer, context))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts laid out among the meta-tokens of their rows, with room for `count` tokens after each.
+    """Prompts in rows with meta-tokens, with room for `count` tokens after each prompt.
 
-    tokens: int32 [B, N], -1 where nothing is drawn yet; is_meta: bool [B, N]; length: int32 [B], positions up to the end of the prompt.
+    tokens: int32 [B, N], -1 if not drawn yet; is_meta: bool [B, N]; length: int32 [B], positions up to the end of the prompt.
     """
 
     tokens: np.ndarray
@@ -71,7 +71,7 @@ class Rows:
 
     @classmethod
     def of(cls, config: Config, prompts: Sequence[Sequence[int]], vocabulary: Vocabulary, count: int) -> Rows:
-        """Rows of `config` with ids at the ordinary positions, in order; UserError when they and `count` more do not fit."""
+        """Rows of `config` with the prompt ids at the ordinary positions. UserError if they and `count` more do not fit."""
         meta_positions, real = _layout(config)
         longest = max(map(len, prompts))
         require(
@@ -112,7 +112,7 @@ def _padded(length: int, limit: int) -> int:
 
 
 def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed: int, guidance: float | None = None) -> Rules:
-    """The rules of every draw: the ids that end a row, and of reserved ids and rows that are not there none but these."""
+    """The rules of every draw. Reserved ids and ids without a trained row are banned, except those that end a row."""
     imported, size = config.imported, vocabulary.size
     ends, absent = np.array([vocabulary.eos]), np.zeros(size, bool)
     if imported is not None:
@@ -129,17 +129,17 @@ def stream(
     ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
     guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """The text that follows each prompt, piece by piece: at most `count` tokens, cut at a token that ends a text.
+    """Yield the continuation of each prompt in pieces: at most `count` tokens, ended early by a token that ends a text.
 
-    Prompt and continuation are decoded together and the prompt's text is taken off, so that a space or a character at the seam is right.
+    Prompt and continuation are detokenised together, then the prompt's text is removed, so that the text at the seam is right.
 
     Args:
-      context: metadata text before the prompt, between the context delimiters, for all prompts or for each; None for none.
-      guidance: tokens are drawn from `guided` logits, between or beyond those without metadata (0) and those after the context (1).
+      context: metadata text before the prompt, between the context delimiters; one for all prompts, one for each, or None.
+      guidance: draw from `guided` logits: 0 ignores the context, 1 uses it, other values interpolate or extrapolate.
       stride: positions of a row between two pieces.
 
     Raises:
-      UserError: prompt and continuation do not fit in a row; guidance without a context, or of a model with learned meta-tokens.
+      UserError: prompt and continuation do not fit in a row; guidance without a context or with learned meta-tokens.
     """
     vocabulary = tokenizer.vocabulary
     contexts = [context] * len(prompts) if isinstance(context, str | None) else list(context)
@@ -184,12 +184,12 @@ def _pieces(
 
 
 def _settled(text: str) -> str:
-    """`text` without the end of it that further bytes may still change: an incomplete UTF-8 sequence decodes as U+FFFD."""
+    """`text` without the end that later bytes may still change: an incomplete UTF-8 sequence decodes as U+FFFD."""
     return text.rstrip("\ufffd")
 
 
 def _added(text: str, shown: str, whole: bool) -> str:
-    """What `text` adds to what is shown. If later bytes have changed what is shown, nothing until it is `whole`."""
+    """The part of `text` after `shown`. If later bytes changed what is shown, this is empty until the text is `whole`."""
     if text.startswith(shown):
         return text[len(shown) :]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, shown, strict=False)))
@@ -200,7 +200,7 @@ def generate(
     ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
     guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0,
 ) -> list[str]:  # fmt: skip
-    """The text that follows each prompt, whole; see `stream`."""
+    """The complete continuation of each prompt; see `stream`."""
     pieces = stream(
         ready, config, tokenizer, prompts, count=count, context=context, guidance=guidance, sampling=sampling, seed=seed,
         stride=config.row_slots,

@@ -1,4 +1,4 @@
-"""How fast models generate: time to first token and tokens per second, several models interleaved in one process."""
+"""Generation speed: time to first token and tokens per second, for several models interleaved in one process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from metajax.models.lm import LM
 def generation_speed(
     models: Mapping[str, tuple[LM, Config]], vocabulary: Vocabulary, *, prompt: int, count: int, repeats: int = 5, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """{name: {"ttft_ms", "tokens_per_second"}}, medians of `repeats` rounds in which each model has its turn, after one to compile.
+    """{name: {"ttft_ms", "tokens_per_second"}}, medians over `repeats` rounds of all models, after one round that compiles.
 
-    Every model reads the same `prompt` random tokens and draws `count` more, greedily and without an end. Its meta-tokens come on top:
-    they take time, but are not counted (the learned meta-tokens paper reports 130.82 tokens per second without and 117.86 with them).
-    Raises UserError when there is no token to be timed, or no room for them in a row.
+    Every model reads the same `prompt` random tokens and draws `count` more, greedily and without an end. Its meta-tokens
+    take time but are not counted (the learned meta-tokens paper reports 130.82 tokens per second without and 117.86 with them).
+    Raises UserError if there is no token to time, or if the tokens do not fit in a row.
     """
     require(prompt >= 1 and count >= 2, f"prompt = {prompt}, count = {count}: at least 1 token in the prompt and 2 to draw")
     ids = np.random.default_rng(seed).integers(vocabulary.base, size=prompt).tolist()
@@ -45,7 +45,7 @@ def generation_speed(
 
 
 def _time(ready: Ready, config: Config, vocabulary: Vocabulary, ids: list[int], count: int) -> tuple[float, float]:
-    """Seconds up to the first token, and of the rest."""
+    """(seconds to the first token, seconds of the rest)."""
     rules = make_rules(config, vocabulary, Sampling(temperature=0.0), seed=0).replace(ends=jnp.asarray([-1]))
     rows = Rows.of(config, [ids], vocabulary, count)
     begin = time.perf_counter()

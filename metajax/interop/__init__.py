@@ -1,1 +1,1 @@
-"""Checkpoints of other programs, read and written: Hugging Face directories and GGUF."""
+"""Import and export of checkpoints of other programs: Hugging Face directories and GGUF."""

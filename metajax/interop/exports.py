@@ -1,4 +1,4 @@
-"""Runs as model directories of Hugging Face: config.json, safetensors and the tokenizer, for the programs that read those."""
+"""Exports runs as Hugging Face model directories: config.json, safetensors and the tokenizer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float32", shard_bytes: int = 5 * 10**9) -> None:
-    """Write a run as a model directory, tensor by tensor; the folder is there whole or not at all.
+    """Write a run as a model directory, tensor by tensor. The folder appears only when it is complete.
 
-    An imported run has the rows, the token ids and the tied head (or none) that it came with.
+    An imported run keeps its original rows, token ids and tied or untied head.
 
     Raises:
-      UserError: something of the run that the family's layout has no place for, by name; a folder that holds something.
+      UserError: the family's layout cannot represent a part of the run, which is named; or the folder is not empty.
     """
     require(dtype in DTYPES, f"--dtype {dtype}: unknown; known: {', '.join(DTYPES)}")
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; name a new folder")
@@ -60,7 +60,7 @@ def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float
 
 
 def _require_plain(config: Config, kind: Family) -> None:
-    """UserError for what a run has beside its model's fields and the layout has not."""
+    """UserError if the run has something besides its model's fields that the layout cannot represent."""
     meta = config.meta_tokens
     for name, plain in (("attention", "none"), ("embedding", "learned"), ("zero_position", "none")):
         found = plain if meta is None else getattr(meta, name)
@@ -74,7 +74,7 @@ def _require_plain(config: Config, kind: Family) -> None:
 
 
 def _origin(opened: OpenedRun, family: str) -> tuple[dict[str, Any], Path]:
-    """(what the imported run came with that this run is or goes back to, its folder); {} for others, and for another tokenizer or family."""
+    """(origin of the imported run that this run is or descends from, its folder); {} if none or if tokenizer or family differ."""
     folder, config = opened.workdir.absolute(), opened.config
     while not (folder / ORIGIN).exists() and config.init.run:
         parents = [above / config.init.run for above in folder.parents]
@@ -91,7 +91,7 @@ def _origin(opened: OpenedRun, family: str) -> tuple[dict[str, Any], Path]:
 
 
 def _config_values(ours: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
-    """config.json: what it came with, and what the model says of itself, whatever the name was there."""
+    """config.json: the original values updated with the model's own; the rotary settings keep their original form."""
     came: dict[str, Any] = origin.get("config", {})
     kept = ("architectures", "auto_map", "transformers_version", "use_cache")
     constant = {name: came[name] for name in kept if came.get(name) is not None}

@@ -1,4 +1,4 @@
-"""The families of models whose published checkpoints can be read and written."""
+"""The model families whose published checkpoints can be imported and exported."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def _same(value: Any, values: Mapping[str, Any] | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one family from the others."""
+    """What is specific to one model family."""
 
     layout: Layout
-    model_config: Callable[[Mapping[str, Any]], Model]  # of a config.json
-    hub_config: Callable[[Model, int], dict[str, Any]]  # what config.json says of a model for rows of so many tokens
-    length: str  # config.json's name for them
-    # A checkpoint's tensors as the layout has them; of the tensors and config.json.
+    model_config: Callable[[Mapping[str, Any]], Model]  # from the values of a config.json
+    hub_config: Callable[[Model, int], dict[str, Any]]  # (model, sequence length) -> values of config.json
+    length: str  # config.json's name for the sequence length
+    # (tensors of a checkpoint, config.json) -> tensors under the names of the layout.
     names: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = _same
-    fit: Callable[[LM], LM] = _same  # the same function, with all that the layout must have
-    # {setting: ends of names} of a model's tensors that are zeros and stay out of a file when the setting is false.
+    fit: Callable[[LM], LM] = _same  # the same function, with every parameter that the layout requires
+    # {setting: name suffixes} of a model's all-zero tensors, which a file omits if the setting is false.
     zeros: Callable[[LM], dict[str, tuple[str, ...]]] = lambda model: {}
 
 

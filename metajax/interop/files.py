@@ -1,4 +1,4 @@
-"""Model directories of Hugging Face: config.json beside one safetensors file, or shards and their index."""
+"""Hugging Face model directories: config.json with one safetensors file, or with shards and their index."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from metajax.interop.settings import shown
 from metajax.runs.files import find_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-KEPT = "imported_files.json"  # of an imported run: {name: text}, the other files of the folder it came from
-# Which files those are: settings, templates, vocabularies, the authors' own code, model card and licence.
+KEPT = "imported_files.json"  # in an imported run: {name: text} of the other files in the source folder
+# The files that are kept: settings, templates, vocabularies, the authors' code, model card and licence.
 _KEPT_ENDS = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
 _KEPT_NAMES = re.compile("(LICEN[CS]E|NOTICE|USE_POLICY)", re.IGNORECASE)
 _KEPT_BYTES = 1 << 26
@@ -31,20 +31,20 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _BASE64 = "\x00base64:"
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),  # which also makes it a NumPy type, as reading needs
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),  # importing ml_dtypes also registers it with NumPy, which reading needs
     "float16": ("F16", np.dtype(np.float16)),
 }
 
 
 class Values(dict[str, Any]):
-    """A JSON object; what it lacks is an error of the file's."""
+    """A JSON object; a missing key raises UserError for the file."""
 
     def __missing__(self, name: str) -> Any:
         raise UserError(f"the checkpoint's JSON lacks {name}: not a whole model directory, or one of another kind")
 
 
 class _FileTensor:
-    """A tensor of a safetensors file; its numbers stay in the file until they are indexed."""
+    """A tensor of a safetensors file, read only when it is indexed."""
 
     def __init__(self, file: Any, name: str):
         self._slice = file.get_slice(name)
@@ -55,9 +55,9 @@ class _FileTensor:
 
 
 def open_directory(folder: Path, model_type: str, spare: tuple[str, ...] = ()) -> tuple[Values, dict[str, Tensor]]:
-    """(config.json, {name: tensor still in its file}); UserError for what is missing, damaged or of another family.
+    """(config.json, {name: tensor, not yet read}); UserError if something is missing, damaged or of another family.
 
-    spare: ends of names of tensors that an index may name though no file has them. One whole file counts more than an index beside it.
+    spare: name suffixes of tensors that an index may list although no file has them. A single file has precedence over an index.
     """
     config = read_json(folder / "config.json")
     found = config.get("model_type")
@@ -93,7 +93,7 @@ def open_directory(folder: Path, model_type: str, spare: tuple[str, ...] = ()) -
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, still in it."""
+    """The tensors of a safetensors file, not yet read."""
     try:
         file = safe_open(path, "np")
     except (SafetensorError, OSError, ValueError) as error:
@@ -102,19 +102,19 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> Values:
-    """The object of a JSON file; UserError for what is none."""
+    """The object in a JSON file; UserError if it is not a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a model directory") from None
-    except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested without end, no file
+    except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested too deeply, not a file
         raise UserError(f"{path}: not JSON ({_line(error)}); fetch it again") from None
     require(isinstance(found, dict), f"{path}: not a JSON object; fetch it again")
     return Values(found)
 
 
 def read_kept(folder: Path | None) -> dict[str, str]:
-    """{name: text} of the files of a model directory beside its weights and config.json, base64 of those that are not UTF-8."""
+    """{name: text} of a model directory's files other than weights and config.json; base64 if a file is not UTF-8."""
     kept = {}
     for path in sorted(folder.iterdir()) if folder else []:
         wanted = path.name.endswith(_KEPT_ENDS) or _KEPT_NAMES.match(path.name)
@@ -128,7 +128,7 @@ def read_kept(folder: Path | None) -> dict[str, str]:
 
 
 def write_kept(workdir: Path, folder: Path) -> None:
-    """Put the files that a run has kept into a folder, byte for byte."""
+    """Write the files that a run has kept into a folder, byte for byte."""
     kept = find_json(workdir / KEPT) or {}
     for name, text in kept.items():
         require(
@@ -157,9 +157,9 @@ def _line(error: Exception) -> str:
 def write_tensors(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str, shard_bytes: int
 ) -> None:
-    """One safetensors file, or shards of at most `shard_bytes` (a larger tensor has one of its own) and their index.
+    """Write one safetensors file, or an index and shards of at most `shard_bytes` (a larger tensor gets its own shard).
 
-    tensors: in the order of `shapes`; one is held at a time, which the library's own writer cannot do.
+    tensors: in the order of `shapes`. Only one is in memory at a time, which the library's writer cannot do.
     """
     size = {name: math.prod(shape) * DTYPES[dtype][1].itemsize for name, shape in shapes.items()}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -177,7 +177,7 @@ def write_tensors(
 
 
 def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str) -> None:
-    """The length of the header in 8 bytes, the header as JSON, then the tensors in its order (the published form of safetensors)."""
+    """Write the length of the header in 8 bytes, the header as JSON, then the tensors in its order (the safetensors format)."""
     code, kind = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,6 +1,6 @@
-"""A Llama in a GGUF file, as Hugging Face's config.json and tensors would have it; the gguf library reads and dequantises.
+"""Reads a Llama from a GGUF file as Hugging Face config.json values and tensors; the gguf library dequantises.
 
-The file keeps the rows of a query or key head as rotary pairs beside each other (0, D/2, 1, D/2 + 1, ...), as llama.cpp rotates them.
+The file interleaves the rows of a query or key head by rotary pairs (0, D/2, 1, D/2 + 1, ...), as llama.cpp rotates them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of tokens
-# How each named rule cuts a text before merging, where the tokenizers library has it as it is.
+# How each named rule splits a text before merging, for rules that the tokenizers library supports directly.
 _BYTE_LEVEL = {"add_prefix_space": False, "use_regex": True}
 _CUTS = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(**_BYTE_LEVEL),
@@ -44,7 +44,7 @@ _CUTS = {
 }
 
 
-# Of the fields of a Llama, those that no number here depends on.
+# Fields of a Llama that do not affect any result.
 _HARMLESS = (
     "llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length", "llama.tensor_data_layout",
     "llama.attention.layer_norm_epsilon",
@@ -53,7 +53,7 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class _Quantised:
-    """A tensor of the file, dequantised where it is indexed; `rows` are those of the file in Hugging Face's order (None: as they are)."""
+    """A tensor of the file, dequantised when indexed. `rows`: the file's rows in Hugging Face's order (None: the same order)."""
 
     def __init__(self, lying: Lying, rows: np.ndarray | None):
         self._lying, self._rows, self.shape = lying, rows, lying.shape
@@ -74,9 +74,9 @@ class _Quantised:
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """(config.json's values, {name: tensor still in its file}, the file's own fields) of a Llama, of all parts of a file that was split.
+    """(values of config.json, {name: tensor, not yet read}, fields of the file) of a Llama, including all parts of a split file.
 
-    UserError for any other file.
+    Raises UserError for any other file.
     """
     require(find_spec("gguf") is not None, "GGUF files need the gguf library: pip install gguf==0.19.0")
     require(path.exists(), f"{path}: no such file; name a .gguf file")
@@ -104,7 +104,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, 
 
 
 def _other_parts(path: Path, fields: dict[str, Any]) -> list[Path]:
-    """The files that belong to the first one of a file that was split."""
+    """The other files of a split file, given its first part."""
     count, number = fields.get("split.count", 1), fields.get("split.no", 0)
     if count in (0, 1):
         return []
@@ -123,7 +123,7 @@ def _other_parts(path: Path, fields: dict[str, Any]) -> list[Path]:
 
 
 def _values(fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What config.json would say. UserError with every field that this model cannot follow."""
+    """The equivalent values of config.json. UserError lists every field that this model does not support."""
     own = {
         name: value
         for name, value in fields.items()
@@ -153,12 +153,12 @@ def _values(fields: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _same_in_all(value: Any) -> Any:
-    """What a list says of all layers; the list where they differ."""
+    """The common value of a per-layer list, or the list if the layers differ."""
     return value[0] if isinstance(value, list) and value and all(one == value[0] for one in value) else value
 
 
 def _scaling(own: Settings) -> dict[str, Any] | None:
-    """Rotary scaling as llama.cpp reads it: linear where there is a factor and no word of a kind."""
+    """Rotary scaling as llama.cpp reads it: linear if there is a factor but no type."""
     older = own.number("llama.rope.scale_linear", 1.0) if own.get("llama.rope.scale_linear") != 0 else 1.0
     factor = own.number("llama.rope.scaling.factor", older) if own.get("llama.rope.scaling.factor") != 0 else 1.0
     kind = own.choice("llama.rope.scaling.type", "linear", ("none", "linear"))
@@ -166,7 +166,7 @@ def _scaling(own: Settings) -> dict[str, Any] | None:
 
 
 def _ids(read: Settings) -> dict[str, Any]:
-    """Ids of tokens; a text ends at `eos`, and at the ends of a turn or of a message."""
+    """Special token ids; a text ends at `eos` and at the end of a turn or message."""
     found = {end: read.size(f"tokenizer.ggml.{end}_token_id", -1, least=-1) for end in ("bos", "eos", "eot", "eom", "padding")}
     ends = list(dict.fromkeys(found[end] for end in ("eos", "eot", "eom") if found[end] >= 0))
     ids = {
@@ -178,12 +178,12 @@ def _ids(read: Settings) -> dict[str, Any]:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to the same float32, which the file keeps: 1e-05 rather than 9.99999974e-06."""
+    """The shortest decimal that rounds to the file's float32: 1e-05 rather than 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
 def _name(name: str) -> str:
-    """Hugging Face's name of a tensor; one that it does not know stays, and is then named as one too many."""
+    """Hugging Face's name of a tensor. An unknown name is kept and is later reported as an extra tensor."""
     if name in _WHOLE or not re.fullmatch(r"blk\.\d+\.\w+\.\w+", name):
         return _WHOLE.get(name, name)
     _, layer, part, *end = name.split(".")
@@ -191,7 +191,7 @@ def _name(name: str) -> str:
 
 
 def _unpaired(rows: int, heads: int) -> np.ndarray:
-    """For each row of a query or key map in Hugging Face's order (halves of a head behind each other), its row in the file."""
+    """For each row of a query or key map in Hugging Face's order (the two halves of a head in sequence), its row in the file."""
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -199,7 +199,7 @@ def _unpaired(rows: int, heads: int) -> np.ndarray:
 
 
 def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """The file's byte-level tokenizer as tokenizer.json and tokenizer_config.json in a folder; UserError for a kind that is not known."""
+    """Write the file's byte-level tokenizer as tokenizer.json and tokenizer_config.json; UserError for an unknown kind."""
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     require(
         kind == "gpt2" and cut in [*_CUTS],
@@ -232,7 +232,7 @@ def write_gguf_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 def _tokenizer_config(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """What tokenizer_config.json says of the same: the special tokens, and the chat template."""
+    """The values of tokenizer_config.json: the special tokens and the chat template."""
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {end: fields.get(f"tokenizer.ggml.{name}_token_id") for end, name in names.items()}
     found = {f"{end}_token": tokens[i] for end, i in ids.items() if type(i) is int and i < len(tokens)}

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: its fields and where its tensors lie, every length held against the file's before it is used.
+"""The header of a GGUF file: its fields and the places of its tensors. Every length is checked against the file's size.
 
-The gguf library's own reader believes the lengths that a file states, and does not end for some of them.
+The gguf library's reader trusts the lengths that a file states, and for some of them it does not terminate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VERSIONS = (2, 3)
 
 
 class Lying(NamedTuple):
-    """A tensor as it lies in its file."""
+    """A tensor as it is stored in its file."""
 
     shape: tuple[int, ...]
     kind: Any  # gguf.GGMLQuantizationType
@@ -29,7 +29,7 @@ class Lying(NamedTuple):
 
 
 class _Cursor:
-    """A place in the bytes of a file. UserError for what goes beyond its end."""
+    """A read position in the bytes of a file. Reading past the end raises UserError."""
 
     def __init__(self, path: Path):
         try:
@@ -76,7 +76,7 @@ class _Cursor:
         raise self.fail(f"a value of the unknown kind {kind} at byte {self.at}")
 
     def pairs(self, count: int, least: int, item: Callable[[], Any]) -> dict[str, Any]:
-        """Named items; a name is there once."""
+        """Named items; each name must be unique."""
         found: dict[str, Any] = {}
         for name, value in self._list(count, least, lambda: (self.text(), item())):
             if name in found:
@@ -86,7 +86,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Lying]]:
-    """(fields by name, tensors by name). UserError for a file that is cut off, damaged or of another version."""
+    """(fields by name, tensors by name). UserError for a file that is truncated, damaged or of another version."""
     cursor = _Cursor(path)
     magic, version = cursor.take(4).tobytes(), cursor.number("<u4")
     require(magic == b"GGUF", f"{path} is not a whole GGUF file (it begins with {magic!r}); name a .gguf file")

@@ -1,7 +1,7 @@
-"""GPT-2 as nanoGPT and Hugging Face name and lay it out: its tensors, and Hugging Face's config.json both ways.
+"""GPT-2 in the names and layouts of nanoGPT and Hugging Face, and conversion of Hugging Face's config.json in both directions.
 
-nanoGPT keeps its linear maps [out, in] and uses the exact (erf) GELU; Hugging Face keeps them [in, out] and has both forms. Both fuse
-query, key and value, in this order.
+nanoGPT stores linear maps as [out, in] and uses the exact (erf) GELU. Hugging Face stores them as [in, out] and has both forms.
+Both fuse query, key and value, in this order.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu",
 }  # fmt: skip
 _FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-# The last one is about the dtype of products, which are float32 here.
+# The last one sets the dtype of products, which are float32 here.
 _HARMLESS = (
     "attn_pdrop", "embd_pdrop", "n_ctx", "n_special", "predict_special_tokens", "resid_pdrop", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn",
 )  # fmt: skip
-# Names that Hugging Face takes for the same.
+# Names that Hugging Face accepts as synonyms.
 _OTHER_NAMES = {
     "n_embd": "hidden_size",
     "n_head": "num_attention_heads",
@@ -68,7 +68,7 @@ _OTHER_NAMES = {
 _REST = {
     "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "model_type": "gpt2", "resid_pdrop": 0.0, "use_cache": True,
 }  # fmt: skip
-# What this model can be told and GPT-2 cannot.
+# Values of our model's fields that GPT-2 supports.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "hybrid": (None,), "window": (None,), "activation": ("gelu_tanh", "gelu", "relu"), "norm": ("layernorm",), "norm_position": ("pre",),
     "position": ("learned",),
@@ -76,7 +76,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError with every setting that this model cannot follow."""
+    """The model of a config.json. UserError lists every setting that this model does not support."""
     read = Settings(values)
     sizes = {
         name: read.size(name, read.get(other), most=MOST_LAYERS if name == "n_layer" else MOST)
@@ -94,7 +94,7 @@ def model_config(values: Mapping[str, Any]) -> Model:
 
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
-    """What config.json says of a model with `length` positions. UserError for what GPT-2 does not have."""
+    """The values of config.json for a model with `length` positions. UserError for fields that GPT-2 lacks."""
     _require_gpt2(cfg, "GPT-2")
     name = next(name for name, ours in _ACTIVATIONS.items() if ours == cfg.activation)
     return _FIXED | _REST | {
@@ -109,7 +109,7 @@ def _require_gpt2(cfg: Model, what: str) -> None:
 
 
 def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The state dict with "transformer." before its names (the head apart), and without the prefix of compiled models."""
+    """The state dict with "transformer." before every name except the head's, and without the prefix of compiled models."""
     named = {}
     for name, value in state.items():
         name = name.removeprefix("_orig_mod.")
@@ -118,7 +118,7 @@ def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) 
 
 
 def with_biases(model: LM) -> LM:
-    """The model with biases of zero where it has none: the same function, and what Hugging Face's GPT-2 must have."""
+    """The model with zero biases added, which Hugging Face's GPT-2 requires; the same function."""
     if model.cfg.bias:
         return model
     cfg, params = replace(model.cfg, bias=True), named_params(model)
@@ -131,11 +131,11 @@ def with_biases(model: LM) -> LM:
 
 
 def from_gpt2(state: Mapping[str, Tensor], cfg: Model, layout: str, *, runtime: Runtime | None = None) -> LM:
-    """An LM with the weights of a GPT-2 state dict in one of `LAYOUTS`; rows and positions follow the dict.
+    """An LM with the weights of a GPT-2 state dict in one of `LAYOUTS`. The dict decides the number of rows and positions.
 
-    Accepts names with or without "transformer.", the prefix of compiled nanoGPT models, the causal-mask buffers of
-    Hugging Face and a tied "lm_head.weight". Raises UserError naming a missing, extra or misshapen tensor, or the field of
-    `cfg` that is not GPT-2's.
+    Accepts names with or without "transformer.", the prefix of compiled nanoGPT models, Hugging Face's causal-mask buffers
+    and a tied "lm_head.weight". Raises UserError naming a missing, extra or misshapen tensor, or a field of `cfg` that
+    GPT-2 does not support.
     """
     _check_layout(cfg, layout)
     state = names(state)
@@ -145,7 +145,7 @@ def from_gpt2(state: Mapping[str, Tensor], cfg: Model, layout: str, *, runtime: 
 
 
 def to_gpt2(model: LM, layout: str) -> dict[str, np.ndarray]:
-    """The state dict of an LM in a layout's names and shapes, without the tied head; UserError when it is not a GPT-2."""
+    """The state dict of an LM in a layout's names and shapes, without the tied head; UserError if it is not a GPT-2."""
     _check_layout(model.cfg, layout)
     return dict(tensors_of(model, LAYOUTS[layout]))
 

@@ -1,6 +1,6 @@
-"""Hymba as it was released: its tensors, and its config.json both ways.
+"""Hymba as released: its tensors, and conversion of config.json in both directions.
 
-One in-projection holds the rows of query, key, value (both only where a layer owns its keys), scan input and gate, in this order.
+One in-projection holds the rows of query, key, value, scan input and gate, in this order (key and value only if `owns_kv`).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ LAYOUT = Layout(
     prefix="model.layers.{}.",
     buffers=("rotary_emb.inv_freq",),
 )
-# What the released code can be told and this model cannot.
+# Settings of the released code that this model does not support, with their only accepted values.
 _FIXED = {
     "hidden_act": "silu", "mlp_hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False, "num_mamba": 1, "num_experts": 1,
     "attn_hidden_size": -1, "kq_head_dim": -1, "kq_norm": "none", "kv_weight_reuse": False, "kv_reuse_every_i_layer": -1,
     "memory_tokens_interspersed_every": 0,
 }  # fmt: skip
-# What the released file says besides and no number depends on; auto_map names the authors' own code, to be copied beside it.
+# Other entries of the released file, which affect no result. auto_map names the authors' code, to be copied next to the file.
 _REST = {
     "architectures": ["HymbaForCausalLM"], "attention_dropout": 0.0, "attn_implementation": "flex", "attn_implementation_new": "flex",
     "auto_map": {"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"},
@@ -69,7 +69,7 @@ _REST = {
     "router_aux_loss_coef": 0.001, "transformers_version": "4.44.0", "use_cache": False, "use_mamba_kernels": True,
 }  # fmt: skip
 _HARMLESS = (*_REST, "conv_dim", "seq_length", "v_head_dim")  # the code overwrites v_head_dim and conv_dim
-# What this model can be told and the released code cannot.
+# Values of our model's fields that the released code supports.
 _KNOWN = {
     "hybrid.fusion": ("mean",), "hybrid.ssm": ("mamba",), "hybrid.branch_norm": ("scaled",), "norm": ("rmsnorm",), "norm_position": ("pre",), "activation": ("swiglu",),
     "bias": (False,), "position": ("rope", "ntk", "none"),
@@ -77,7 +77,7 @@ _KNOWN = {
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json; what it leaves out is as in the released code. UserError with every setting that this model cannot follow."""
+    """The model of a config.json, with the released code's defaults. UserError lists every setting that is not supported here."""
     read = Settings(values)
     for name, value in _FIXED.items():
         read.fixed(name, value)
@@ -124,7 +124,7 @@ def _layer_list(read: Settings, name: str, layers: int) -> tuple[int, ...]:
 
 
 def _group_sizes(read: Settings, layers: int) -> tuple[int, ...]:
-    """Sizes in layer order, layers in no group as groups of one; () when nothing is shared."""
+    """Group sizes in layer order; a layer in no group is a group of one. () if no keys are shared."""
     groups = read.get("kv_reuse_group", [])
     groups = groups if isinstance(groups, list) else [groups]
     by_first: dict[int, list[int]] = {}
@@ -144,7 +144,7 @@ def _group_sizes(read: Settings, layers: int) -> tuple[int, ...]:
 
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
-    """What config.json says of a model for rows of `length` tokens, in the released file's keys. UserError for what the released code cannot be told."""
+    """The released keys of config.json for a model and sequence length. UserError for fields that the released code lacks."""
     require(cfg.hybrid is not None, "model.hybrid is null: only a hybrid model has a place in Hymba's layout")
     require_fields(cfg, _KNOWN, "Hymba's layout")
     hybrid, groups, layers = cfg.hybrid, cfg.hybrid.kv_groups, cfg.layers

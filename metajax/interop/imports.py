@@ -1,4 +1,4 @@
-"""Published checkpoints as run directories: what `generate` and `eval` open, without a training behind it."""
+"""Imports published checkpoints as run directories, which `generate` and `eval` open like trained runs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ TOKENIZER_FILES = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece"}
 
 
 def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, workdir: Path | None = None) -> Path:
-    """Write a model directory as a run at step 0 and return its workdir; weights go straight into the sharded layout.
+    """Write a model directory as a run at step 0 and return its workdir. Weights are loaded directly into the sharded layout.
 
-    tokenizer: a tokenizer's spec, or "" for the file in the folder. The embedding is filled up to the tokenizer's table with the mean of
-      its rows, which no softmax has: training may start from it with ids that the checkpoint does not know.
+    tokenizer: a tokenizer's spec, or "" for the file in the folder. The embedding is padded to the tokenizer's table with the
+      mean of its rows. No softmax includes these rows, but training may start from them with ids unknown to the checkpoint.
 
     Raises:
-      UserError: a file, tensor or setting that is missing or that this model cannot follow; a workdir that holds something else.
+      UserError: a file, tensor or setting is missing or not supported by this model; the workdir holds something else.
     """
     values, tensors = open_directory(folder, family, (HEAD, *FAMILIES[family].layout.buffers))
     generation, kept = folder / "generation_config.json", read_kept(folder)
@@ -52,7 +52,7 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
-    """The same of a Llama in a GGUF file, dequantised; the file's own tokenizer is written below `cache`."""
+    """Import a Llama from a GGUF file, dequantised; see `import_directory`. The file's tokenizer is written below `cache`."""
     values, tensors, fields = open_gguf(path)
     folder = None
     if not tokenizer:
@@ -67,7 +67,7 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
 
 
 def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
-    """What `eos_token_id` says of a config.json or generation_config.json: a number, a list of them, or nothing."""
+    """The ids in `eos_token_id` of a config.json or generation_config.json, which is a number, a list or absent."""
     said = values.get("eos_token_id")
     ids = tuple(said) if isinstance(said, list) else () if said is None else (said,)
     require(all(type(i) is int for i in ids), f"eos_token_id = {said!r}: it has to be a number, a list of numbers or null")
@@ -89,7 +89,7 @@ def import_weights(
     ends: Sequence[int] = (),
     workdir: Path | None = None,
 ) -> Path:
-    """The same of a config.json and tensors by their names; `ends` are the ids that end a text besides the tokenizer's own."""
+    """`import_directory` from config.json values and named tensors. `ends`: ids that end a text besides the tokenizer's EOS."""
     words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
     kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors, values)
     model, rows = kind.model_config(values), table_rows(tensors, kind.layout)
@@ -132,21 +132,21 @@ def import_weights(
 
 
 def _with_ends(words: Tokenizer, bos: int | None, eos: int | None) -> Tokenizer:
-    """A tokenizer.json with the ids that a checkpoint's configuration begins and ends texts with, where the files beside it name none."""
+    """The tokenizer with the BOS and EOS of the checkpoint's config, if the tokenizer's own files do not name them."""
     if not isinstance(words, HuggingFace):
         return words
     known, (text, *named) = as_library(words).id_to_token, json.loads(words.content())
     for n, token in enumerate((bos, eos)):
         named[n] = named[n] or (known(token) if token in range(words.vocabulary.base) else None)
     found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
-    if found.vocabulary.bos >= words.vocabulary.base > found.vocabulary.eos:  # a text then begins with what ends the one before
+    if found.vocabulary.bos >= words.vocabulary.base > found.vocabulary.eos:  # without a BOS, a text begins with the EOS
         named[0] = known(found.vocabulary.eos)
         found = HuggingFace.from_content(words.spec, json.dumps([text, *named]))
     return found
 
 
 def _puts_bos(words: Tokenizer) -> bool:
-    """Whether other programs put BOS before a prompt: what tokenizer_config.json says, else what the tokenizer itself does."""
+    """Whether other programs put BOS before a prompt, from tokenizer_config.json or else from the tokenizer."""
     kind, _, name = words.spec.partition(":")
     beside = (Path(name) if Path(name).is_dir() else Path(name).parent) / TOKENIZER_CONFIG
     told = read_json(beside).get("add_bos_token") if kind in ("hf", "sentencepiece", "gpt2") and beside.is_file() else None
@@ -158,7 +158,7 @@ def _puts_bos(words: Tokenizer) -> bool:
 
 
 def _fill_up(table: jax.Array, rows: int) -> jax.Array:
-    """The table with the mean of its first `rows` rows in all others, in its place and layout."""
+    """The table with the mean of its first `rows` rows in all other rows, updated in place with the same sharding."""
 
     def fill(table: jax.Array) -> jax.Array:
         return jnp.where(jnp.arange(len(table))[:, None] < rows, table, jnp.mean(table[:rows], axis=0))

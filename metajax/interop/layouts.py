@@ -1,8 +1,8 @@
-"""Other people's layouts as tables: tensor name <-> our parameters in it, and weights through them, tensor by tensor, both ways.
+"""Tensor layouts of other programs as tables (tensor name <-> our parameters), and conversion of weights in both directions.
 
-PyTorch's linear maps lie [out, in], ours [in, out]; several of ours may be one tensor, one after the other along their outputs; our
-layers are stacked. A tensor is read in blocks of rows, each device's own part alone, and goes into its place in the sharded layout before
-the next is read.
+PyTorch stores linear maps as [out, in], we as [in, out]. One tensor may concatenate several of our parameters along their
+outputs. Our layers are stacked. A tensor is read in blocks of rows, only the shard of each device, and is written to the sharded
+layout before the next tensor is read.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from metajax.models.specs import layer_runs
 
 HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
-NUMBERS_AT_ONCE = 1 << 18  # of a tensor, when it is read: whole rows, at least one
+NUMBERS_AT_ONCE = 1 << 18  # numbers of a tensor that are read at once: whole rows, at least one
 Filled = TypeVar("Filled")  # a module
 _ROWS_OF_WORDS = ("embedding", "unembedding")
 
 
 class Tensor(Protocol):
-    """A tensor that is read where it is indexed: a NumPy array, or one in a file."""
+    """A tensor that is read when it is indexed: a NumPy array, or a tensor in a file."""
 
     shape: tuple[int, ...]
-    dtype: Any  # of NumPy, or the file's own name of one
+    dtype: Any  # a NumPy dtype, or the file's name of one
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a family of models. A tensor whose parameters a model lacks is not there, such as a bias."""
+    """The tensors of a model family. A tensor is absent if the model lacks its parameters, such as a bias."""
 
     family: str
-    whole: Mapping[str, str]  # tensor -> our parameter; "embedding" is there
-    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, one after the other along their last axis
-    prefix: str  # of the tensors of layer {}
-    turned: tuple[str, ...] = (".w",)  # ends of the paths of our matrices that lie [out, in]
-    buffers: tuple[str, ...] = ()  # ends of names that hold no parameter
+    whole: Mapping[str, str]  # tensor -> our parameter; contains "embedding"
+    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, concatenated along their last axis
+    prefix: str  # of the tensor names of layer {}
+    turned: tuple[str, ...] = (".w",)  # path suffixes of our matrices that the file stores as [out, in]
+    buffers: tuple[str, ...] = ()  # name suffixes of tensors that are not parameters
 
     @property
     def embedding(self) -> str:
@@ -59,22 +59,22 @@ class Layout:
 
 
 class Part(NamedTuple):
-    """One of our parameters in a tensor."""
+    """The place of one of our parameters in a tensor."""
 
     path: str
-    layer: int | None  # of its stack
-    start: int  # along our last axis
+    layer: int | None  # index in its stack
+    start: int  # offset along our last axis
 
 
 class Stored(NamedTuple):
-    """A tensor as it lies in a file."""
+    """A tensor as it is stored in a file."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
 def stored(model: LM, layout: Layout, rows: int | None = None) -> dict[str, Stored]:
-    """Every tensor of a (possibly abstract) model; `rows` of the vocabulary (None: the model's). UserError when a parameter has no place."""
+    """Every tensor of a (possibly abstract) model with `rows` of the vocabulary (None: all). UserError if one has no place."""
     layers = [(layout.prefix.format(number), *place) for number, place in enumerate(_layers(model.cfg))]
     found = stored_of(model, layout, layers)
     if rows is not None:
@@ -84,7 +84,7 @@ def stored(model: LM, layout: Layout, rows: int | None = None) -> dict[str, Stor
 
 
 def stored_of(model: Any, layout: Layout, layers: Iterable[tuple[str, str, int]]) -> dict[str, Stored]:
-    """The same of any module; layers: (start of the tensors' names, start of our paths, place in the stack) of each."""
+    """`stored` for any module. layers: (prefix of tensor names, prefix of our paths, index in the stack) of each layer."""
     ours = {path: param.shape for path, param in named_params(model).items()}
     found = {name: _stored([(path, ours[path])], None, layout) for name, path in layout.whole.items() if path in ours}
     for start, prefix, place in layers:
@@ -98,7 +98,7 @@ def stored_of(model: Any, layout: Layout, layers: Iterable[tuple[str, str, int]]
 
 
 def _layers(cfg: Model) -> list[tuple[str, int]]:
-    """(start of our paths, place in the stack) of every layer in order."""
+    """(prefix of our paths, index in the stack) of every layer in order."""
     runs = enumerate(layer_runs(cfg))
     return [(f"blocks.{run}.{i}.", n) for run, (group, count) in runs for n in range(count) for i in range(len(group))]
 
@@ -114,9 +114,9 @@ def _stored(present: list[tuple[str, tuple[int, ...]]], layer: int | None, layou
 
 
 def _as_stored(layout: Layout, path: str, value: np.ndarray) -> np.ndarray:
-    """A view of a layer's parameter as it lies in a file.
+    """A view of a layer's parameter in the layout of the file.
 
-    Linear maps are turned, convolutions over sequences have an axis of one in the middle, those over images lie [out, in, height, width].
+    Linear maps are transposed. Sequence convolutions get a middle axis of size 1. Image ones become [out, in, height, width].
     """
     if path.endswith(layout.turned):
         return value.T
@@ -126,7 +126,7 @@ def _as_stored(layout: Layout, path: str, value: np.ndarray) -> np.ndarray:
 
 
 def _index_stored(layout: Layout, path: str, index: tuple[slice, ...]) -> tuple[slice, ...]:
-    """The same of an index."""
+    """The index into the file's tensor that corresponds to an index into the parameter."""
     if path.endswith(layout.turned):
         return index[::-1]
     if path.endswith(".kernel"):
@@ -147,11 +147,11 @@ def load_model(
     runtime: Runtime | None = None,
     shardings: Callable[[LM], LM] | None = None,
 ) -> LM:
-    """An LM with the weights of a state dict, float32.
+    """An LM with the float32 weights of a state dict, which may contain a tied "lm_head.weight".
 
-    vocab_size: rows of the embedding, those after the file's filled with zeros and left out of the logits; None: as many as the file has.
-    max_length: rows of a learned position table. shardings: abstract model -> its shardings; None: the default device. A tied "lm_head.weight" may be there.
-    Raises UserError naming every missing, extra or misshapen tensor, and those that are no finite floating-point numbers.
+    vocab_size: rows of the embedding; rows after the file's are zeros and have no logits. None: as many as the file has.
+    max_length: rows of a learned position table. shardings: abstract model -> its shardings; None: the default device.
+    Raises UserError naming every missing, extra or misshapen tensor, and tensors that are not finite floating-point numbers.
     """
     rows = table_rows(state, layout)
     require(vocab_size is None or vocab_size >= rows, f"{layout.embedding} has {rows} rows, more than a table of {vocab_size}")
@@ -162,7 +162,7 @@ def load_model(
     }
     lacking = next(
         (layer for layer in range(cfg.layers) if layer not in layers), None
-    )  # before a tensor of every layer is listed
+    )  # one message, instead of a list of tensors of every layer
     require(
         lacking is None,
         f"the checkpoint lacks {layout.prefix.format(lacking)}*: its configuration has {cfg.layers} layers, its tensors {len(layers)}",
@@ -174,7 +174,7 @@ def load_model(
 
 
 def table_rows(state: Mapping[str, Tensor], layout: Layout) -> int:
-    """Rows of the embedding of a state dict."""
+    """Number of rows of a state dict's embedding."""
     name = layout.embedding
     require(name in state, f"the checkpoint lacks {name}: not {layout.family} in this layout")
     shape = tuple(state[name].shape)
@@ -189,7 +189,7 @@ def fill(
     layout: Layout,
     shardings: Callable[[Filled], Filled] | None = None,
 ) -> Filled:
-    """An abstract module with the weights of a state dict that holds `tensors`, float32; shardings and errors as `load_model` has them."""
+    """An abstract module filled with the float32 weights of a state dict that holds `tensors`; see `load_model`."""
     _check(state, tensors, layout)
     places: dict[str, list[tuple[str, Part]]] = {}
     for tensor, (_, parts) in tensors.items():
@@ -213,17 +213,17 @@ def _single(read: Read, shape: tuple[int, ...], sharding: Sharding) -> jax.Array
 
 
 def _stack(reads: list[Read], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
-    """Layers one after the other into a stack that is never anywhere but in its place."""
+    """Copy layers one by one into the stacked parameter, already sharded, so that no device ever holds it whole."""
     if len(reads) == 1:
         return jax.make_array_from_callback(shape, sharding, lambda index: reads[0](_filled(index, shape)[1:])[None])
     spread = isinstance(sharding, NamedSharding)
-    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if spread else sharding  # layers are not spread
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if spread else sharding  # layers are not sharded
     stack = jnp.zeros(shape, jnp.float32, device=sharding)
     for n, read in enumerate(reads):
-        place = jax.device_put(np.int32(n))  # a transfer, at which jax lets go of the last layer's copy on the host
+        place = jax.device_put(np.int32(n))  # after a transfer JAX frees the last layer's copy on the host
         stack = jax.block_until_ready(
             _put(sharding)(stack, _single(read, shape[1:], of_layer), place)
-        )  # else reading would run ahead
+        )  # otherwise reading would run ahead
     return stack
 
 
@@ -239,7 +239,7 @@ def _filled(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ..
 
 
 def read_part(state: Mapping[str, Tensor], layout: Layout, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
-    """What one device holds of a (layer's) parameter, float32, from the tensor `name`; words that the file lacks are zeros."""
+    """One device's shard of a layer's parameter, float32, read from the tensor `name`; tokens that the file lacks are zeros."""
     tensor = state[name]
     if not index:
         return _finite(name, tensor[()])
@@ -252,7 +252,7 @@ def read_part(state: Mapping[str, Tensor], layout: Layout, name: str, part: Part
 
 
 def _finite(name: str, values: np.ndarray) -> np.ndarray:
-    """Values of a tensor as float32; UserError when one is none."""
+    """Values of a tensor as float32; UserError if one is not finite."""
     with np.errstate(over="ignore"):
         values = np.asarray(values, np.float32)
     require(
@@ -262,13 +262,13 @@ def _finite(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _blocks(start: int, stop: int, width: int) -> Iterator[slice]:
-    """Rows from `start` to `stop`, some at a time; a row has `width` numbers."""
+    """Slices of rows from `start` to `stop`, a block at a time; a row has `width` numbers."""
     count = max(1, NUMBERS_AT_ONCE // width)
     return (slice(first, min(first + count, stop)) for first in range(start, stop, count))
 
 
 def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: Layout) -> None:
-    """UserError with everything about the tensors that does not fit."""
+    """UserError that lists every tensor that does not fit."""
     tied = HEAD not in tensors and HEAD in state and "embedding" in layout.whole.values()
     expected = {name: tensor.shape for name, tensor in tensors.items()}
     if tied:
@@ -307,12 +307,12 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: L
 
 
 def tensors_of(model: LM, layout: Layout, rows: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 array) of one tensor after the other, the first `rows` of the vocabulary, without a tied head."""
+    """Yield (name, float32 array) of each tensor, with the first `rows` of the vocabulary and without a tied head."""
     return values_of(model, stored(model, layout, rows), layout)
 
 
 def values_of(model: Any, tensors: Mapping[str, Stored], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    """The same of any module that fills `tensors`."""
+    """`tensors_of` for any module that fills `tensors`."""
     params = named_params(model)
     for name, tensor in tensors.items():
         values = [params[part.path][...] if part.layer is None else params[part.path][...][part.layer] for part in tensor.parts]
@@ -322,7 +322,7 @@ def values_of(model: Any, tensors: Mapping[str, Stored], layout: Layout) -> Iter
 
 
 def require_fields(cfg: Model, wanted: Mapping[str, Collection[Any]], what: str) -> None:
-    """UserError for the first field of a model that has none of the values that `what` has."""
+    """UserError for the first field of a model whose value is not among the `wanted` values, those that `what` supports."""
     for name, known in wanted.items():
         found = functools.reduce(getattr, name.split("."), cfg)
         shown = "set" if dataclasses.is_dataclass(found) else repr(found)

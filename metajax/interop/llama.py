@@ -1,4 +1,4 @@
-"""Llama as Hugging Face names and lays it out: its tensors, and config.json both ways."""
+"""Llama in Hugging Face's names and layout: its tensors, and conversion of config.json in both directions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HARMLESS = ("pretraining_tp", "use_sliding_window", "is_llama_config")
 _REST = {
     "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "model_type": "llama", "use_cache": True,
 }  # fmt: skip
-# What this model can be told and Llama cannot.
+# Values of our model's fields that Llama supports.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "hybrid": (None,), "window": (None,), "activation": ("swiglu",), "norm": ("rmsnorm",), "norm_position": ("pre",),
     "position": ("rope", "linear", "llama3", "yarn"),
@@ -47,7 +47,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
-    """The model of a config.json. UserError with every setting that this model cannot follow."""
+    """The model of a config.json. UserError lists every setting that this model does not support."""
     read = Settings(values)
     width, heads, length = read.size("hidden_size"), read.size("num_attention_heads"), read.size("max_position_embeddings", 2048)
     read.choice("hidden_act", "silu", ("silu", "swish"))
@@ -71,7 +71,7 @@ def model_config(values: Mapping[str, Any]) -> Model:
 
 
 def _positions(read: Settings, length: int) -> dict[str, Any]:
-    """The rotary scheme. Newer files have it in `rope_parameters`, older ones in `rope_scaling`, which counts where both are."""
+    """The rotary scheme: `rope_parameters` in newer files, `rope_scaling` in older ones. The latter wins if both are present."""
     theta = read.number("rope_theta", 10_000.0)
     rotary = read.inside("rope_scaling" if read.get("rope_scaling") else "rope_parameters")
     read.get("rope_parameters")
@@ -93,7 +93,7 @@ def _positions(read: Settings, length: int) -> dict[str, Any]:
 
 
 def _fixed_parts(kind: str, factor: float) -> dict[str, Any]:
-    """What else a rotary scheme is told, as this model has it."""
+    """The further settings of a rotary scheme, with the values that this model uses."""
     if kind == "llama3":
         return {"low_freq_factor": LOW_TURNS, "high_freq_factor": HIGH_TURNS}
     if kind == "yarn":
@@ -102,7 +102,7 @@ def _fixed_parts(kind: str, factor: float) -> dict[str, Any]:
 
 
 def names(state: Mapping[str, Tensor], values: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The state dict with biases of zero where only one of attention and feed-forward network has biases, the same function."""
+    """The state dict with zero biases added if only attention or only the feed-forward network has biases; the same function."""
     has = {kind: bool(values.get(f"{kind}_bias")) for kind in ("attention", "mlp")}
     if all(has.values()) or not any(has.values()):
         return state
@@ -114,7 +114,7 @@ def names(state: Mapping[str, Tensor], values: Mapping[str, Any]) -> Mapping[str
 
 
 def zero_biases(model: LM) -> dict[str, tuple[str, ...]]:
-    """{setting: ends of tensors' names} of biases that are all zero."""
+    """{setting: suffixes of tensor names} of biases that are all zero."""
     params = named_params(model)
     found = {}
     for setting, start in (("attention_bias", "self_attn."), ("mlp_bias", "mlp.")):
@@ -125,7 +125,7 @@ def zero_biases(model: LM) -> dict[str, tuple[str, ...]]:
 
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
-    """What config.json says of a model for rows of `length` tokens. UserError for what Llama does not have."""
+    """The values of config.json for a model with sequences of `length` tokens. UserError for fields that Llama lacks."""
     require_fields(cfg, _KNOWN, "Llama")
     scaling = None
     if cfg.position != "rope":

@@ -1,4 +1,4 @@
-"""The settings of a checkpoint, read with their types: everything that cannot be followed is told in one message."""
+"""Typed reading of a checkpoint's settings. One error message lists every setting that is not supported."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from metajax.config import Model
 from metajax.core.errors import UserError, require
 from metajax.core.progress import warn
 
-MOST = 10**8  # of any size: beyond it the sizes of arrays could not be counted
+MOST = 10**8  # of any size; beyond it array sizes would overflow
 MOST_LAYERS = 10_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
-# Keys of Hugging Face's config.json that no logit depends on, whatever the family. Those with a leading underscore are none either.
+# Keys of Hugging Face's config.json that do not affect the logits in any family. Neither do keys with a leading underscore.
 HARMLESS = {
     "architectures", "attention_dropout", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens",
     "chunk_size_feed_forward", "custom_pipelines", "diversity_penalty", "do_sample", "dtype", "early_stopping",
@@ -26,28 +26,28 @@ HARMLESS = {
     "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16",
     "use_cache", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "vocab_size",
 }  # fmt: skip
-# What a family could be told that no model here can follow; the values mean that there is none of it.
+# Settings that no model here supports, with the values that turn them off.
 _NOTHING = {"is_encoder_decoder": False, "add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
-# Names of settings that a number may well depend on.
+# Names of settings that may affect the logits.
 _NUMERIC = re.compile(
     "scal|multipl|factor|cap|logit|norm|bias|window|rope|rotary|theta|head|expert|moe|layer|attention|attn|mlp|ffn|router|dim|"
     "hidden|quant|spars|lora|adapter|alibi|clip|clamp|resid|embed|activation|act_|conv|ssm|mamba|position|size|group|context|kv"
 )
-# Of scales a 1 changes nothing, but of those of attention, which are in place of 1 / sqrt(head width).
+# A scale of 1 changes nothing, except for attention scales, which replace 1 / sqrt(head width).
 _SCALES, _ATTENTION = re.compile("scal|multipl|factor|pct|percent"), re.compile("attn|attention|query")
 
 
 def shown(value: Any) -> str:
-    """A name or value of a file for a message: one line, without control characters, not endless."""
+    """A name or value of a file for a message: one line, of limited length, without control characters."""
     text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 class Settings:
-    """One object of settings. What is wrong is noted in `problems` while reading goes on; `model` raises it all at once.
+    """One JSON object of settings. Reading collects errors in `problems`; `model` raises them all at once.
 
-    A setting that is null counts as one that is absent.
+    A null setting counts as absent.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Settings:
         self.problems: list[str] = [] if problems is None else problems
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it is."""
+        """The unchecked value."""
         self._known.add(name)
         value = self.values.get(name)
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
-        """A whole number from `least` to `most`; without a default it has to be there."""
+        """A whole number from `least` to `most`; required if there is no default."""
         return self._checked(
             name, default, lambda x: type(x) is int and least <= x <= most, f"a whole number from {least} to {most}", 1
         )
@@ -78,37 +78,37 @@ class Settings:
         return self._checked(name, default, lambda x: isinstance(x, bool), "true or false", default)
 
     def choice(self, name: str, default: str, known: Collection[str]) -> str:
-        """One of several names."""
+        """One of the `known` names."""
         value = self.get(name, default)
         fits = isinstance(value, str) and value in known
         return value if fits else self._refuse(name, value, f"only {', '.join(known)} are supported", default)
 
     def fixed(self, name: str, *allowed: Any) -> None:
-        """Note a value that is neither absent nor one of the allowed."""
+        """Note a problem if the value is neither absent nor allowed."""
         value = self.get(name)
         if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             self._refuse(name, value, f"only {' or '.join(map(repr, allowed)) or 'null'} is supported", None)
 
     def inside(self, name: str) -> Settings:
-        """The settings of a nested object, empty when there is none; its problems are this one's."""
+        """The settings of a nested object, empty if it is absent; it shares this object's `problems`."""
         value = self.get(name, {})
         value = value if isinstance(value, Mapping) else self._refuse(name, value, "an object is needed", {})
         return Settings(value, self.where, f"{self._prefix}{name}.", self.problems)
 
     def note(self, problem: str) -> None:
-        """Note something else that is wrong."""
+        """Note another problem."""
         self.problems.append(problem)
 
     def refuse_rest(self, harmless: Collection[str] = ()) -> None:
-        """Note every setting that has not been read and is not known to be harmless."""
+        """Note every setting that was not read and is not known to be harmless."""
         for name, value in self.values.items():
             if name not in self._known and name not in harmless and not _is_neutral(name, value):
                 self._refuse(name, value, "it is unknown here", None)
 
     def model(self, harmless: Collection[str], **fields: Any) -> Model:
-        """The model with these fields. UserError with all that was noted; settings that are unknown here are told.
+        """The model with these fields. Raises UserError with every noted problem; warns about unknown settings.
 
-        harmless: names of settings that no number depends on, besides those of every family.
+        harmless: names of settings that do not affect the logits, in addition to those of every family.
         """
         for name, nothing in _NOTHING.items():
             self.fixed(name, nothing)
@@ -149,7 +149,7 @@ class Settings:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a setting says that there is nothing of what it names."""
+    """Whether the value turns off the setting."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if _SCALES.search(name.lower()):
             return value == 1 and not _ATTENTION.search(name.lower())

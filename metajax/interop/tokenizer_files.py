@@ -1,4 +1,4 @@
-"""Our tokenizers as the files that other programs read: `tokenizer.json` or `tokenizer.model`, and `tokenizer_config.json`."""
+"""Writes our tokenizers as `tokenizer.json` or `tokenizer.model`, and `tokenizer_config.json`, for other programs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from metajax.data.tokenizers import Bytes, Gpt2, HuggingFace, SentencePiece
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, rows: int, length: int) -> None:
-    """Write the tokenizer of a model with `rows` words that reads `length` tokens.
+    """Write the tokenizer of a model with `rows` vocabulary rows and sequences of `length` tokens.
 
-    Where the model has the reserved ids they are special tokens of the file; it was trained here then, with BOS in front of every document,
-    and the file puts BOS there too. A SentencePiece model has no place for them.
+    If the model has the reserved ids, they become special tokens of the file. Such a model was trained here with BOS before every
+    document, so the file adds BOS too. A SentencePiece model cannot hold special tokens.
     """
     words = tokenizer.vocabulary
     config = {"clean_up_tokenization_spaces": False, "model_max_length": length}
@@ -41,7 +41,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, rows: int, length: int) 
 
 
 def as_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A tokenizer of the tokenizers library with the same ids for every text; UserError for a kind that it cannot be."""
+    """A tokenizer of the tokenizers library with the same ids for every text; UserError for a kind that it does not support."""
     match tokenizer:
         case HuggingFace():
             text, *_ = json.loads(tokenizer.content())
@@ -58,14 +58,14 @@ def as_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in GPT-2's vocabulary: its own, or the next from U+0100 on."""
+    """The printable character of each byte in GPT-2's vocabulary: the byte's own, or the next from U+0100."""
     own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in own]
     return [chr(byte) if byte in own else chr(0x100 + others.index(byte)) for byte in range(256)]
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge that makes each token of several bytes: the two pieces that merging by lower ranks leaves of it."""
+    """The merge of each token of several bytes: the two pieces that remain after merging with lower ranks."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         pieces = [token[i : i + 1] for i in range(len(token))]
@@ -80,7 +80,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _byte_level(ids: dict[bytes, int], merges: list[tuple[bytes, bytes]], *, words: bool) -> tokenizers.Tokenizer:
-    """Byte-pair encoding of UTF-8; `words`: inside GPT-2's words alone."""
+    """Byte-pair encoding of UTF-8; `words`: merge only inside GPT-2's words."""
     characters = byte_characters()
     text = lambda token: "".join(characters[byte] for byte in token)  # noqa: E731
     vocab = {text(token): i for token, i in ids.items()}
@@ -91,7 +91,7 @@ def _byte_level(ids: dict[bytes, int], merges: list[tuple[bytes, bytes]], *, wor
 
 
 def _reserve(library: tokenizers.Tokenizer, base: int) -> None:
-    """Special tokens up to the last reserved id; ids below `base` that the library does not have are unused ones."""
+    """Add special tokens up to the last reserved id. Ids below `base` that the library lacks become unused tokens."""
     size = library.get_vocab_size(with_added_tokens=True)
     names = [*(f"<|unused{i}|>" for i in range(size, base)), *RESERVED]
     library.add_special_tokens([AddedToken(name, normalized=False) for name in names])

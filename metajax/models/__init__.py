@@ -1,1 +1,1 @@
-"""Language models: layers, mixers, masks, positions, FLOPs, and `ops`, the one door to kernels."""
+"""Language models: layers, mixers, masks, positions, FLOPs, and `ops`, through which models call the kernels."""

@@ -1,4 +1,4 @@
-"""Bytes that generation keeps of earlier tokens: as Hymba's paper counts them, and as the caches here hold them."""
+"""Cache bytes of generation: as Hymba's paper counts them, and as our caches store them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from metajax.models.specs import layer_specs
 
 
 def published_cache_bytes(model: Model, tokens: int) -> dict[str, int | float]:
-    """Bytes of one row in 16 bits, by part: the sizes of Hymba (arXiv 2411.13676, tables 1, 2 and 10) to two decimals, with 8,000 tokens in 10^6 bytes.
+    """Cache bytes of one row in 16 bits, by part; reproduces Hymba (arXiv 2411.13676, tables 1, 2 and 10) to two decimals.
 
-    2 KV (dk + dv) (G tokens + (L - G) / share W + G M) + 2 L C N, G of L layers being without a window. The paper does not print it; it is
-    inferred from its numbers, which count window layers that share keys as pairs, the prefix's keys in the G layers alone, and the
-    convolution's inputs in a model of Mamba alone.
+    The tables use 8,000 tokens and 10^6 bytes. 2 KV (dk + dv) (G tokens + (L - G) / share W + G M) + 2 L C N; G of L layers have
+    no window. The paper does not print this formula; it is inferred from its numbers. They count window layers that share keys
+    as pairs, the prefix's keys only in the G layers, and the convolution's inputs only in a pure Mamba model.
     """
     specs, hybrid = layer_specs(model), model.hybrid
     width = 2 * model.num_kv_heads * (model.head_dim + model.value_dim)
@@ -32,9 +32,9 @@ def published_cache_bytes(model: Model, tokens: int) -> dict[str, int | float]:
 
 
 def cache_bytes(model: Model, tokens: int, rows: int = 1) -> dict[str, int]:
-    """Bytes that `inference` keeps for rows of up to `tokens` earlier tokens, by part; "meta", of a learned prefix, once for all rows.
+    """Cache bytes of `inference` for rows of up to `tokens` earlier tokens, by part; "meta" is the learned prefix, stored once.
 
-    Keys of a window are its W earlier tokens'. States are float32, all else in the compute dtype. Meta-attention is left out.
+    A window stores keys of W earlier tokens. States are float32, all else has the compute dtype. Meta-attention is not counted.
     """
     parts = dict.fromkeys(("full", "window", "meta", "state", "conv"), 0)
     prefix = model.prefix_tokens
@@ -42,6 +42,6 @@ def cache_bytes(model: Model, tokens: int, rows: int = 1) -> dict[str, int]:
         for mixer in (MIXERS[name] for name in spec.mixers):
             for part, size in mixer.cache_bytes(model, spec, tokens).items():
                 parts[part] = parts.get(part, 0) + rows * size
-            if prefix:  # all of its keys are kept, whatever the window
+            if prefix:  # all of its keys are kept in every layer, windowed or not
                 parts["meta"] += sum(mixer.cache_bytes(model, spec._replace(window=None), prefix).values())
     return parts

@@ -1,6 +1,6 @@
-"""Analytic training FLOPs: exact for the matrix products, and for the (query, key) pairs a mask allows.
+"""Analytic training FLOPs, exact for the matrix products and for the (query, key) pairs that a mask allows.
 
-A multiply-add is two operations; the backward pass costs twice the forward pass; recomputation is not counted.
+A multiply-add is two operations. The backward pass costs twice the forward pass. Recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from metajax.models.mixers import MIXERS
 from metajax.models.mixers.base import Batch
 from metajax.models.specs import layer_specs
 
-# Peak dense bf16 operations per second of one chip, by jax's device kind (vendors' published figures).
+# Peak dense bf16 operations per second of one chip, by JAX's device kind (figures published by the vendors).
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -29,9 +29,9 @@ PEAK_FLOPS = {
 
 
 def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
-    """Forward operations of one token by part: matrix products, convolutions and scans, without (query, key) pairs.
+    """Forward operations per token by part: matrix products, convolutions and scans, without (query, key) pairs.
 
-    "meta_attention" is that of one token for which it is computed.
+    "meta_attention" is per token for which meta-attention is computed.
     """
     cfg, parts = config.model, {}
     for spec in layer_specs(cfg, config.meta_tokens):
@@ -45,7 +45,7 @@ def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
 
 
 def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[str, int | float]:
-    """Forward operations of the (query, key) pairs that masks allow in a batch and `prefixes` learned prefixes, by mixer, in all layers."""
+    """Forward operations of allowed (query, key) pairs in a batch and `prefixes` learned prefixes, by mixer, in all layers."""
     cfg, found, prefix = config.model, {}, config.model.prefix_tokens
     of_prefix = {"positions": np.arange(prefix)[None], "segment_ids": np.ones((1, prefix), np.int32)}
     for spec, layers in Counter(layer_specs(cfg, config.meta_tokens)).items():
@@ -60,7 +60,7 @@ def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[
 
 
 def token_counts(config: Config, batch: Batch) -> dict[str, int]:
-    """Tokens that a batch's layers, its meta-attention and its head compute, padding too; the prefix is computed once in a batch."""
+    """Tokens computed by the layers, by meta-attention and by the head, with padding. A batch computes the prefix once."""
     tokens = batch["segment_ids"].size
     everywhere = config.meta_tokens is not None and config.meta_tokens.writes_everywhere
     metas = tokens if everywhere else batch["meta_slots"].size if "meta_slots" in batch else 0
@@ -68,19 +68,19 @@ def token_counts(config: Config, batch: Batch) -> dict[str, int]:
 
 
 def passes(config: Config) -> int:
-    """Cost of a step in forward passes: the backward pass counts two, that of the reference of `dpo` one."""
+    """Cost of a step in forward passes: the backward pass counts two, the reference model of `dpo` one."""
     return 3 + (config.dpo is not None)
 
 
 def step_flops(config: Config, vocab_size: int, batch: Batch) -> int:
-    """Operations of one training step on this batch, all hosts' rows included when `batch` holds them all."""
+    """Operations of one training step on the rows of `batch`; for all hosts if `batch` holds the rows of all hosts."""
     counts = token_counts(config, batch)
     products = sum(cost * counts.get(name, counts["layers"]) for name, cost in matmul_flops(config, vocab_size).items())
     return passes(config) * (products + sum(pair_flops(config, batch).values()))
 
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
-    """Training operations of a position by part, for a batch of rows that are one document each (the most pairs that rows can have)."""
+    """Training operations per position by part, if each row is one document (the most pairs that a row can have)."""
     rows, length = config.data.batch_rows, config.row_slots
     metas = np.arange(config.row_meta_tokens)[None]
     batch = {"positions": np.arange(length)[None], "segment_ids": np.ones((1, length), np.int32), "meta_slots": metas}
@@ -94,6 +94,6 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-    """Peak bf16 operations per second of these devices together, or None when the chip is not known."""
+    """Total peak bf16 operations per second of these devices, or None if the chip is unknown."""
     per_chip = PEAK_FLOPS.get(devices[0].device_kind)
     return None if per_chip is None else per_chip * len(devices)

@@ -1,8 +1,8 @@
 """One layer of any model, and groups of layers, which are stacked and scanned.
 
-Training, prefill and decoding call the same `Layer`. A learned prefix (Hymba, arXiv 2411.13676: "meta tokens") is causal and comes first,
-so what it leaves in a layer does not depend on the document: it passes through the layers as one short row beside the batch, and every
-packed segment starts from what it left.
+Training, prefill and decoding call the same `Layer`. A learned prefix (Hymba, arXiv 2411.13676: "meta tokens") is causal and
+comes first, so its cache entries do not depend on the document. It passes through the layers once as a separate short row, and
+every packed segment starts from its cache entries.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LAYER_CAPTURES = (
     "mixer_out",  # [L, B, T, width], what the mixers add to the residual stream
     "mlp_out",  # [L, B, T, width], what the feed-forward network adds
 )
-Left = dict[str, Any]  # what tokens leave in a layer, by mixer; see `Cache`
+Left = dict[str, Any]  # cache entries that tokens leave in a layer, by mixer; see `Cache`
 
 
 class Joined(nnx.Module):
     """The mixers of a layer on the same input, joined by an output map, [B, T, width] -> [B, T, width].
 
-    mean: W((norm(a) + norm(b)) / 2) (Hymba, equation 3; the equation leaves the half to the text); a narrower output is filled with
-    zeros, which is not stated in the paper. concat: W [norm(a), norm(b)]. A mixer alone has no norm.
+    mean: W((norm(a) + norm(b)) / 2) (Hymba, equation 3; only the text states the half). A narrower output is padded with zeros,
+    which is not stated in the paper. concat: W [norm(a), norm(b)]. A single mixer has no norm.
     """
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
@@ -71,8 +71,8 @@ class Joined(nnx.Module):
 class Layer(nnx.Module):
     """x += Mixers(norm x); x += MetaAttention(norm x) at the meta-tokens; x += Mlp(norm x). norm_position "post" norms the sums instead.
 
-    Meta-attention is where "Language Modeling with Learned Meta-Tokens" (arXiv 2509.16278, section 3) has it; the place of its norm is
-    not stated in the paper.
+    Meta-attention is placed as in "Language Modeling with Learned Meta-Tokens" (arXiv 2509.16278, section 3). The paper does not
+    state where its norm is.
     """
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
@@ -86,7 +86,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T width"], inputs: LayerInputs, cache: Cache, captures: Captures
     ) -> tuple[Float[Array, "B T width"], Left]:
-        """(residual stream, what these tokens leave in the mixers)."""
+        """(residual stream, cache entries of these tokens by mixer)."""
         captures.record("residual", x)
         change, left = self._change(x, self.mixer_norm, lambda h: self.mixer(h, inputs, cache, captures))
         captures.record("mixer_out", change)
@@ -101,14 +101,14 @@ class Layer(nnx.Module):
         return constrain(x, RESIDUAL_AXES), left
 
     def _change(self, x: Array, norm: Norm, branch: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, Any]:
-        """What a branch adds to the residual stream, and what it leaves: branch(norm x), or norm(x + branch x) - x for post-norm."""
+        """(change of the residual stream, cache entry) of a branch: branch(norm x), or norm(x + branch x) - x for post-norm."""
         if self.pre_norm:
             return branch(norm(x))
         out, left = branch(x)
         return norm(x + out) - x, left
 
     def _add_meta(self, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures) -> tuple[Array, Any]:
-        """(residual stream with meta-attention, its keys and values). Ordinary tokens skip it, unless its form writes to all."""
+        """(residual stream after meta-attention, its keys and values). Ordinary tokens skip it unless its form writes to all."""
         if self.meta_attention.writes_everywhere:
             return self._attend_meta(x, inputs, cache, captures)
         if inputs.row_is_meta is None:  # not decoding
@@ -134,7 +134,7 @@ class Layer(nnx.Module):
 
 
 def make_group(cfg: Model, specs: tuple[LayerSpec, ...], implementation: str, key: PRNGKeyArray) -> Sequence[Layer]:
-    """Layers that follow each other and are stacked as a whole."""
+    """Consecutive layers that are stacked as one unit."""
     keys = jax.random.split(key, len(specs)) if specs[0].split_keys else [key]
     return nnx.List([Layer(cfg, spec, implementation, k) for spec, k in zip(specs, keys, strict=True)])
 
@@ -143,14 +143,14 @@ class Streams(NamedTuple):
     """The two residual streams of a model with a learned prefix."""
 
     x: Float[Array, "B T width"]
-    prefix: Float[Array, "1 M width"] | None  # None: no prefix, or what it leaves is known
+    prefix: Float[Array, "1 M width"] | None  # None: no prefix, or its cache entries are given
 
 
 class Given(NamedTuple):
-    """What a group of layers need not compute, by layer."""
+    """Cache entries that are given to a group of layers, by layer."""
 
-    prefix: tuple[Left, ...] | None  # what the prefix leaves
-    past: tuple[Left, ...] | None  # when decoding: what earlier tokens left
+    prefix: tuple[Left, ...] | None  # of the learned prefix
+    past: tuple[Left, ...] | None  # when decoding: of earlier tokens
 
 
 def apply_group(
@@ -161,7 +161,7 @@ def apply_group(
     prefix_inputs: LayerInputs,
     capture: tuple[str, ...],
 ) -> tuple[Streams, dict[str, Any]]:
-    """(streams, captured) after the layers; captured values are stacked over the layers that have them."""
+    """(streams, captures) after the layers; each capture is stacked over the layers that record it."""
     (x, prefix), of_prefix = streams, tuple(name.removeprefix("prefix_") for name in capture if name.startswith("prefix_"))
     values: dict[str, list[Array]] = {}
     cache, lefts = Cache({}, {}, {}), []

@@ -1,7 +1,7 @@
-"""Parts that work on each position alone: parameters with logical axes, linear maps, norms and the feed-forward network.
+"""Position-wise modules: parameters with logical axes, linear maps, norms and the feed-forward network.
 
-Every parameter is float32 and carries `axes`, one logical name for each of its dimensions; vectors (norm scales and all
-biases) are ("norm",). Inputs set the compute dtype: weights are cast to it where they are used.
+Every parameter is float32 and carries `axes`, one logical name for each of its dimensions. Vectors (norm scales and all
+biases) have the axes ("norm",). The input's dtype is the compute dtype; weights are cast to it at use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def residual_std(cfg: Model) -> float:
 
 
 class Linear(nnx.Module):
-    """y = x w + b over the last axis, [..., inputs] -> [..., outputs]; without a bias `b` is None."""
+    """y = x w + b over the last axis, [..., inputs] -> [..., outputs]; `b` is None without a bias."""
 
     def __init__(self, key: PRNGKeyArray, shape: tuple[int, int], *, std: float, bias: bool, axes: tuple[str, str]):
         self.w = normal_param(key, shape, std, axes)
@@ -50,9 +50,9 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last axis, statistics in float32; a LayerNorm has a bias when `cfg.bias`.
+    """LayerNorm or RMSNorm over the last axis, with statistics in float32. A LayerNorm has a bias if `cfg.bias`.
 
-    width: of the last axis (0: the model's). Without `scaled` there is no learned scale.
+    width: size of the last axis (0: the model's width). scaled: whether there is a learned scale.
     """
 
     def __init__(self, cfg: Model, *, width: int = 0, scaled: bool = True):
@@ -67,7 +67,7 @@ class Norm(nnx.Module):
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.kind == "rmsnorm":
-            wide = wide.astype(x.dtype)  # as Llama and Hymba: rounded before the scale is applied
+            wide = wide.astype(x.dtype)  # Llama and Hymba round before they apply the scale
         y = wide if self.scale is None else wide * self.scale[...].astype(wide.dtype)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
@@ -94,28 +94,28 @@ class Mlp(nnx.Module):
 
 
 def scan_layers(body: Callable[..., Any], carry: Any, stacked: Any, *, layers: int, remat: str, unroll: int) -> tuple[Any, Any]:
-    """`body` over stacked layers, unrolled and rematerialised: none, full, or keep the results of weight products ("dots")."""
+    """Scan `body` over stacked layers. remat: "none", "full", or "dots", which keeps the results of weight products."""
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        # Inside a loop the compiler cannot merge forward and recomputation; unrolled whole it could, and undo the saving.
+        # If the loop is fully unrolled, the compiler could merge the forward pass with its recomputation and undo the saving.
         body = jax.checkpoint(body, policy=policy, prevent_cse=unroll >= layers)
     return jax.lax.scan(body, carry, stacked, unroll=unroll)
 
 
 def as_rows(x: Float[Array, "*batch width"]) -> Float[Array, "... width"]:
-    """`x` with one row dimension, [rows, width]; as it is where the mesh in use spreads its length, which a merged dimension could not be.
+    """`x` with merged leading dimensions, [rows, width]; unchanged if the current mesh shards its length.
 
-    The weight gradient then contracts one dimension, which XLA's CPU backend does several times faster than two (it would
-    materialise transposed copies, with the elementwise work before them done again).
+    The weight gradient then contracts one dimension. XLA's CPU backend does this several times faster than two, for which
+    it materialises transposed copies and repeats the elementwise work before them.
     """
     return x if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else x.reshape(-1, x.shape[-1])
 
 
 def gather_rows(x: Array, positions: Array) -> Array:
-    """Rows of each sequence, [B, T, ...] at int32[B, M] -> [B, M, ...]; a position >= T reads zeros."""
+    """Gather rows of each sequence: [B, T, ...] at int32[B, M] -> [B, M, ...]. A position >= T reads zeros."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, positions)
 
 
 def scatter_add_rows(x: Array, positions: Array, rows: Array) -> Array:
-    """x [B, T, ...] with `rows` [B, M, ...] added at int32[B, M]; a position >= T is dropped."""
+    """Add `rows` [B, M, ...] to x [B, T, ...] at the positions int32[B, M]. A position >= T is dropped."""
     return jax.vmap(lambda row, at, r: row.at[at].add(r, mode="drop"))(x, positions, rows)

@@ -1,7 +1,7 @@
 """The decoder language model: embeddings, a stack of layers, a final norm and the head.
 
-A model is a pytree of float32 parameters. Positions, segments and meta-token positions are inputs, decided in the data; the forward pass
-is a pure function of the model and of them.
+A model is a pytree of float32 parameters. Positions, segments and meta-token positions are inputs from the data pipeline. The
+forward pass is a pure function of the model and these inputs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from metajax.models.mixers import MIXERS, LayerInputs
 from metajax.models.rotary import rotary_table
 from metajax.models.specs import layer_runs, layer_specs
 
-# Norm scales, every bias and Mamba's A (as in its authors' code); matrices and embeddings decay, as in nanoGPT.
+# Norm scales, biases and Mamba's A do not decay (the last as in its authors' code). Matrices and embeddings decay, as in nanoGPT.
 UNDECAYED_AXES = frozenset({"norm", "rate"})
-FROZEN_SEED = 20_250_916  # of the embedding that is never trained: one for all runs
+FROZEN_SEED = 20_250_916  # of the embedding that is never trained; the same for all runs
 PREFIX_STD = 1.0  # of the initial prefix (Hymba's released code)
-Caches = tuple[tuple[Left, ...], ...]  # what tokens leave, by run and by layer of its group, stacked over the groups of the run
+Caches = tuple[tuple[Left, ...], ...]  # cache entries, by run and by layer of its group, stacked over the groups of the run
 
 
 class LM(nnx.Module):
     """A decoder LM assembled from `cfg`; `meta` adds meta-attention to every layer.
 
-    vocab_size: rows of the embedding, padded as the caller wants. max_length: rows of a learned position table.
-    imported: which of the rows a checkpoint has; the logits of the others are -inf, None: all have one.
-    Initialisation: N(0, init_std), projections into the residual stream as `LayerSpec.residual_std`, scales 1, biases 0.
+    vocab_size: rows of the embedding, including the caller's padding. max_length: rows of a learned position table.
+    imported: which rows an imported checkpoint has; the logits of the others are -inf. None: every row has a logit.
+    Initialisation: N(0, init_std); projections into the residual stream use `LayerSpec.residual_std`; scales are 1, biases 0.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class LM(nnx.Module):
     ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], dict[str, Any]]:
         """Logits, float32[B, T, vocab]; with `capture`, (logits, {name: intermediate}) for names in `capturable`.
 
-        positions: index of each token in its document, negative for none (no learned vector, rotary angle 0).
-        segment_ids: equal inside a document, 0 for padding; attention never leaves a run of equal ids.
-        meta_slots: sorted positions of the meta-tokens in the row, >= T where unused; models that do not tell them apart ignore it.
+        positions: index of each token in its document; negative for none (no learned vector, rotary angle 0).
+        segment_ids: equal inside a document, 0 for padding. Attention stays inside a run of equal ids.
+        meta_slots: sorted positions of the meta-tokens in the row, >= T if unused; ignored by models that treat all tokens alike.
         Raises UserError for an unknown capture, for missing meta_slots and for rows longer than the position table.
         """
         x = self.embed(tokens, positions, meta_slots)
@@ -98,7 +98,7 @@ class LM(nnx.Module):
     ) -> Float[Array, "B T width"]:
         """Token embeddings plus learned positions, if the model has them, in the compute dtype."""
         dtype = jnp.dtype(self.cfg.compute_dtype)
-        # Each device looks its own tokens up: spread over the width, the table would give every device a slice of all tokens.
+        # Each device looks up its own tokens. A table sharded over the width would give every device a slice of all tokens.
         x = constrain(self.embedding[...], ("vocab", None))[tokens]
         if self.meta is not None and self.meta.embedding != "learned":
             std = self.cfg.init_std if self.meta.embedding == "frozen" else 0.0
@@ -111,7 +111,7 @@ class LM(nnx.Module):
                 tokens.shape[1] <= table.shape[0],
                 f"rows of {tokens.shape[1]} tokens but learned positions for {table.shape[0]}; shorten the rows or use rotary positions",
             )
-            # A position beyond the table reads NaN, so that a wrong input is seen at once.
+            # A position beyond the table reads NaN, so that a wrong input shows at once.
             vectors = table.at[jnp.maximum(positions, 0)].get(mode="fill", fill_value=jnp.nan)
             x = x + jnp.where(positions[..., None] >= 0, vectors, 0.0)
         return constrain(x.astype(dtype), RESIDUAL_AXES)
@@ -130,8 +130,8 @@ class LM(nnx.Module):
     ) -> tuple[Float[Array, "B T width"], dict[str, Any]]:
         """All layers and the final norm on embeddings `x`: (normalised residual stream, captured intermediates).
 
-        prefix: what `prefix_cache` returned, so that the learned prefix is not computed again. past: when decoding one token of each row,
-        what its earlier tokens left. row_is_meta: when decoding, which of a row's positions are meta-tokens, bool[B, N].
+        prefix: the result of `prefix_cache`, so that the learned prefix is not computed again. past: when decoding one token per
+        row, the cache entries of earlier tokens. row_is_meta: when decoding, bool[B, N], which positions are meta-tokens.
         """
         known = capturable(self.cfg, self.meta)
         for name in capture:
@@ -143,7 +143,7 @@ class LM(nnx.Module):
         return x, {**captured, "final": x} if "final" in capture else captured
 
     def prefix_cache(self) -> Caches | None:
-        """What the learned prefix leaves in the layers, the same for all texts; None for a model without one."""
+        """Cache entries of the learned prefix, the same for all texts; None for a model without a prefix."""
         if self.prefix is None:
             return None
         x = self.prefix[...].astype(self.cfg.compute_dtype)[None]
@@ -170,7 +170,7 @@ class LM(nnx.Module):
         return streams, stacked | ({"cache": tuple(caches)} if "cache" in capture else {})
 
     def unembed(self, x: Float[Array, "B T width"]) -> Float[Array, "B T vocab"]:
-        """float32 logits of every row of the (tied or own) output matrix; -inf for rows that an imported checkpoint does not have."""
+        """float32 logits of every row of the output matrix, tied or untied; -inf for rows that an imported checkpoint lacks."""
         matrix = self.embedding if self.unembedding is None else self.unembedding
         logits = jnp.einsum("...d,vd->...v", as_rows(x), matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
         if self.imported is not None:
@@ -201,17 +201,17 @@ class LM(nnx.Module):
         return jnp.where(positions < 0, positions, positions + count) if count else positions
 
     def _positions(self, positions: Array, meta_positions: Array | None, scope: str) -> Array:
-        """`positions`, negative (none) at the meta-tokens where `zero_position` is "both" or `scope`."""
+        """`positions`, negative (none) at the meta-tokens if `zero_position` is "both" or `scope`."""
         if self.meta is None or self.meta.zero_position not in ("both", scope):
             return positions
         return jnp.where(meta_flags(_given(meta_positions), positions.shape[1]), -1, positions)
 
 
 def capturable(cfg: Model, meta: MetaTokens | None) -> tuple[str, ...]:
-    """What a model can return besides the logits, stacked over the layers that have it; each mixer's file says what its names are.
+    """Names of the intermediates that a model can return, stacked over the layers that have them; see each mixer's `captures`.
 
-    "final" is the residual stream after the final norm, [B, T, width]; "cache" what the tokens leave in the layers (`Caches`). With a
-    learned prefix, "prefix_" before a name means the same of the M prefix tokens, B = 1 and T = M.
+    "final" is the residual stream after the final norm, [B, T, width]. "cache" is the cache entries of the tokens (`Caches`).
+    With a learned prefix, "prefix_NAME" is NAME for the M prefix tokens, with B = 1 and T = M.
     """
     of_mixers = [name for spec in layer_specs(cfg, meta) for mixer in spec.all_mixers for name in MIXERS[mixer].captures]
     of_layers = tuple(dict.fromkeys((*LAYER_CAPTURES, *of_mixers)))
@@ -224,10 +224,10 @@ def _given(meta_positions: Array | None) -> Array:
 
 
 def with_intervention(model: LM, **changes: Any) -> LM:
-    """The same parameters under other static fields of `MetaTokens`: interventions at the meta-tokens of a trained model.
+    """A copy of a trained model with other static fields of `MetaTokens`, for interventions at its meta-tokens.
 
-    Made for `zero_position` and `embedding`. Raises UserError for a model without meta-tokens, for a value that means nothing under its
-    position scheme, and for `attention`, which the parameters are made for.
+    The copy shares the parameters. Intended for `zero_position` and `embedding`. Raises UserError for a model without
+    meta-tokens, for a value without meaning under its position scheme, and for `attention`, on which the parameters depend.
     """
     require(model.meta is not None, "an intervention at meta-tokens needs a model with meta-tokens; its meta_tokens is null")
     meta = override(model.meta, changes)
@@ -246,13 +246,13 @@ def _is_param(leaf: Any) -> bool:
 
 
 def named_params(model: Any) -> dict[str, nnx.Param]:
-    """Parameters by dotted path ("blocks.0.0.mlp.up.w": run, layer in its group), in the order of the pytree; stacked over equal layers."""
+    """Parameters by dotted path ("blocks.0.0.mlp.up.w": run, layer in its group), in pytree order; stacked over equal layers."""
     flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
 
 def decay_mask(model: Any) -> Any:
-    """The model's pytree with a bool for each parameter: weight decay applies to it. Decided by logical axes alone; a scalar has none."""
+    """The model's pytree with a bool per parameter: whether weight decay applies, by its logical axes. Scalars do not decay."""
 
     def decays(param: nnx.Variable) -> bool:
         axes = set(param.get_metadata()["axes"])
@@ -262,7 +262,7 @@ def decay_mask(model: Any) -> Any:
 
 
 def param_count(model: Any) -> dict[str, int]:
-    """Parameters by part and "total"; `model` may be abstract (jax.eval_shape). A tied head is counted once."""
+    """Number of parameters by part and "total"; `model` may be abstract (jax.eval_shape). A tied head is counted once."""
     parts: dict[str, int] = {}
     for path, param in named_params(model).items():
         *names, array = [name for name in path.split(".") if name != "mixer" and not name.isdigit()]

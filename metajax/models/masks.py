@@ -1,7 +1,7 @@
-"""Attention masks as one small predicate: the reference, the kernels, the FLOP counter and the caches all read it.
+"""Attention masks as one predicate, shared by the reference, the kernels, the FLOP counter and the caches.
 
-Every mask here is one number for each key, its expiry: key k is visible to the queries k <= q < expiry[k]. The end of
-a document, a sliding window and an always-visible prefix differ in that number alone, so no kernel needs a T x T array.
+Every mask is one number per key, its expiry: key k is visible to the queries k <= q < expiry[k]. The end of a document,
+a sliding window and an always-visible prefix differ only in that number, so no kernel needs a T x T array.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from metajax.core.errors import require
 class Mask:
     """Causal attention inside segments, optionally in a sliding window and with an always-visible prefix.
 
-    window: a query sees itself and this many keys before it; None: all of its segment.
-    prefix: the first `prefix` keys of the row stay visible to every later query of the row, whatever its segment
-    (a learned prefix: Hymba, arXiv 2411.13676, section 2), trailing padding apart.
+    window: a query sees itself and this many earlier keys; None: all of its segment.
+    prefix: the first `prefix` keys of the row stay visible to every later query of any segment, but not to trailing padding
+    (a learned prefix: Hymba, arXiv 2411.13676, section 2).
 
-    A segment is a run of equal ids; id 0 is padding, and a run of padding sees itself alone. A prefix needs padding
-    that is trailing, because one number for each key cannot skip a gap.
+    A segment is a run of equal ids. Id 0 is padding, and a run of padding sees only itself. With a prefix all padding must
+    be trailing, because one number per key cannot skip a gap.
     """
 
     window: int | None = None
@@ -48,16 +48,16 @@ class Mask:
 
     @staticmethod
     def allow(q_index: Array, k_index: Array, expiry: Array) -> Array:
-        """The predicate itself, bool, broadcast over its three integer arguments (`expiry` belongs to `k_index`)."""
+        """The predicate, bool, broadcast over its three integer arguments; `expiry` is that of the key `k_index`."""
         return (k_index <= q_index) & (q_index < expiry)
 
     def dense(self, segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-        """The whole mask, bool[B, query, key]. For the reference and for analyses: nothing fast builds this."""
+        """The whole mask, bool[B, query, key]. Only the reference and the analyses build it."""
         index = jnp.arange(segment_ids.shape[1])
         return self.allow(index[None, :, None], index[None, None, :], self.expiry(segment_ids)[:, None, :])
 
     def pairs(self, segment_lengths: Sequence[int], padding: int = 0) -> int:
-        """Exact number of allowed (query, key) pairs in one row: its segments in order, then `padding` trailing pads."""
+        """Exact number of allowed (query, key) pairs in a row of these segments in order and `padding` trailing pads."""
         total = sum(segment_lengths)
         prefix = min(self.prefix, total)
         count = prefix * total - prefix * (prefix - 1) // 2
@@ -68,13 +68,13 @@ class Mask:
         return count + self._windowed_pairs(padding)
 
     def _windowed_pairs(self, length: int) -> int:
-        """Pairs among the last `length` tokens of a segment: its keys' lifetimes are min(tokens left, window + 1)."""
+        """Pairs among the last `length` tokens of a segment; a key is visible to min(tokens left, window + 1) queries."""
         reach = length if self.window is None else min(length, self.window + 1)
         return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
 def segment_end(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """int32[B, T]: one past the last index of the run of equal ids that each position belongs to."""
+    """int32[B, T]: for each position, one past the last index of its run of equal ids."""
     length = segment_ids.shape[1]
     index = jnp.arange(1, length + 1, dtype=jnp.int32)
     last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
@@ -85,17 +85,17 @@ def segment_end(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def gathered_expiry(segment_ids: Int[Array, "B T"], positions: Int[Array, "B M"]) -> Int[Array, "B M"]:
-    """Expiry among the gathered meta-tokens alone, int32[B, M] in gathered indices: causal, inside one segment.
+    """Expiry among the gathered meta-tokens, int32[B, M] in gathered indices: causal, inside one segment.
 
-    positions: sorted row indices of the meta-tokens; a position >= T is unused, sees nothing and is seen by none.
-    (Learned meta-tokens, arXiv 2509.16278: the meta mask P together with the causal mask.)
+    positions: sorted row indices of the meta-tokens. A position >= T is unused: it sees no key and no query sees it.
+    (Learned meta-tokens, arXiv 2509.16278: the meta mask P combined with the causal mask.)
     """
     end = jax.vmap(lambda e, s: e.at[s].get(mode="fill", fill_value=0))(segment_end(segment_ids), positions)
     return jax.vmap(jnp.searchsorted)(positions, end).astype(jnp.int32)
 
 
 def meta_flags(positions: Int[Array, "B M"], length: int) -> Bool[Array, "B T"]:
-    """bool[B, length]: which positions are meta-tokens."""
+    """bool[B, length]: True at the positions of meta-tokens."""
     return jax.vmap(lambda s: jnp.zeros(length, bool).at[s].set(True, mode="drop"))(positions)
 
 

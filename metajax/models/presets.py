@@ -1,4 +1,4 @@
-"""Named shapes of the one decoder: GPT-2, Llama and Hymba are configurations, not classes."""
+"""Named model configs. GPT-2, Llama and Hymba are configs of one decoder class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metajax.core.fields import override
 def gpt2(layers: int = 12, heads: int = 12, width: int = 768, **changes: Any) -> Model:
     """GPT-2 as nanoGPT trains it: pre-LayerNorm, learned positions, exact GELU, tied head, no biases.
 
-    Published checkpoints have biases (`bias=True`); Hugging Face's use the tanh form of GELU (`activation="gelu_tanh"`).
+    Published checkpoints have biases (`bias=True`); those of Hugging Face use the tanh form of GELU (`activation="gelu_tanh"`).
     """
     fields = dict(
         mlp_width=4 * width, activation="gelu", norm="layernorm", norm_eps=1e-5, position="learned", bias=False, tied=True
@@ -27,17 +27,17 @@ def gpt2_small(**changes: Any) -> Model:
 
 
 def llama(layers: int, heads: int, width: int, *, kv_heads: int = 0, mlp_width: int = 0, **changes: Any) -> Model:
-    """Llama: RMSNorm, rotary positions, SwiGLU, no biases, a head of its own. mlp_width 0: 8/3 width, up to a multiple of 256."""
+    """Llama: RMSNorm, rotary positions, SwiGLU, no biases, untied head. mlp_width 0: 8/3 width, up to a multiple of 256."""
     mlp_width = mlp_width or -(-8 * width // 3 // 256) * 256
     fields = dict(activation="swiglu", norm="rmsnorm", norm_eps=1e-5, position="rope", bias=False, tied=False)
     return Model(layers=layers, heads=heads, width=width, kv_heads=kv_heads, mlp_width=mlp_width, **{**fields, **changes})
 
 
 def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int, window: int = 1024) -> Model:
-    """Hymba (arXiv 2411.13676, section 2 and table 11): full attention first, in the middle and last, pairs of window layers that share keys.
+    """Hymba (arXiv 2411.13676, section 2 and table 11): full attention first, middle and last; window layers share keys in pairs.
 
-    NTK rotary positions for rows of 8,192 tokens after training on 2,048. In the named sizes below `changes` are fields of `Model`, dotted
-    ones too, such as {"hybrid.prefix_tokens": 0}.
+    NTK rotary positions for rows of 8,192 tokens after training on 2,048. In the named sizes below, `changes` are fields of
+    `Model`, dotted names included, such as {"hybrid.prefix_tokens": 0}.
     """
     full = tuple(sorted({0, (layers - 1) // 2, layers - 1}))
     ntk = {"position": "ntk", "rope_original_length": 2048, "rope_factor": hymba_ntk_factor(8192, 2048)}
@@ -49,7 +49,7 @@ def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int,
 
 
 def shared_pairs(layers: int, apart: Sequence[int]) -> tuple[int, ...]:
-    """Group sizes that pair the layers between those `apart`; the first pair of an odd run takes a third (released checkpoint)."""
+    """Group sizes that pair the layers between those `apart`. The first group of an odd run has three (released checkpoint)."""
     sizes: list[int] = []
     bounds = [*apart, layers]
     runs = [bounds[0], *(b - a - 1 for a, b in itertools.pairwise(bounds))]
@@ -86,6 +86,6 @@ def hymba_300m(**changes: Any) -> Model:
 
 
 def hymba_cpu(**changes: Any) -> Model:
-    """A model of 0.3M parameters with 512 tokens that has every kind of layer; ours, not the paper's."""
+    """A model of 0.3M parameters with a vocabulary of 512 and every kind of layer; ours, not the paper's."""
     small = {"position": "rope", "rope_factor": 1.0, "rope_original_length": 0, "hybrid.prefix_tokens": 8, "hybrid.state": 8}
     return override(hymba(7, 4, 48, kv_heads=2, mlp_width=96, window=16), small | changes)

@@ -1,7 +1,7 @@
-"""Position schemes: inverse frequencies of the rotary ones, cosine and sine tables, and the rotation.
+"""Position schemes: inverse frequencies of the rotary schemes, cosine and sine tables, and the rotation.
 
-Frequencies follow from the configuration alone, so they are float64 NumPy, rounded once to float32; the tables are
-made in the forward pass from the positions of the batch and are never stored in a model.
+Frequencies depend only on the config. They are computed in float64 NumPy and rounded once to float32. The forward pass
+makes the tables from the positions of the batch; a model never stores them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 from metajax.config import Model
 from metajax.config.model import POSITIONS
 
-LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": turns over the original length between which it blends
+LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": it blends between these numbers of turns over the original length
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # (cosine, sine) of each position
 Rotary = tuple[np.ndarray, float]  # (frequencies float32[head_dim / 2] in radians per position, factor of cosine and sine)
 SCHEMES: dict[str, Callable[[Model], Rotary | None]] = {}
 
 
 def position(name: str, *, rotates: bool = True) -> Callable[[Callable], Callable]:
-    """Register a function of the model's config as the position scheme `name`; one that does not rotate returns None."""
+    """Register a function of the model's config as the position scheme `name`; it returns None if the scheme does not rotate."""
 
     def register(scheme: Callable[[Model], Rotary | None]) -> Callable[[Model], Rotary | None]:
         SCHEMES[name], POSITIONS[name] = scheme, rotates
@@ -38,14 +38,14 @@ def default_frequencies(dim: int, base: float) -> np.ndarray:
 
 
 def ntk_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
-    """float32[dim / 2]: the base grown by factor^(dim / (dim - 2)) (NTK-aware scaling; YaRN, arXiv 2309.00071, section 3.1)."""
+    """float32[dim / 2]: the base times factor^(dim / (dim - 2)) (NTK-aware scaling; YaRN, arXiv 2309.00071, section 3.1)."""
     return default_frequencies(dim, base * factor ** (dim / (dim - 2)))
 
 
 def yarn_range(dim: int, base: float, original_length: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> tuple[int, int]:
     """(low, high), the frequency indices between which YaRN blends (arXiv 2309.00071, section 3.2, NTK-by-parts).
 
-    Faster than `beta_fast` turns over the original length: kept; slower than `beta_slow`: interpolated.
+    Frequencies above `beta_fast` turns over the original length are kept; those below `beta_slow` are interpolated.
     """
 
     def index(turns: float) -> float:
@@ -66,22 +66,22 @@ def yarn_frequencies(
 ) -> np.ndarray:
     """float32[dim / 2]: fast frequencies kept, slow ones divided by `factor`, a ramp between (YaRN, arXiv 2309.00071, section 3.2)."""
     low, high = yarn_range(dim, base, original_length, beta_fast, beta_slow)
-    width = high - low if high != low else 0.001  # the ramp of a range of one index is a step
+    width = high - low if high != low else 0.001  # for a range of one index the ramp is a step
     keep = (1 - np.clip((np.arange(dim // 2) - low) / width, 0, 1)) * extrapolation
     powers = _powers(dim, base)
     return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
 
 
 def llama3_frequencies(dim: int, base: float, original_length: int, factor: float) -> np.ndarray:
-    """float32[dim / 2]: Llama 3.1's scaling. Frequencies of more than HIGH_TURNS turns over the original length are kept, those of fewer
-    than LOW_TURNS divided by `factor`; between them the share that is kept grows with the turns (The Llama 3 Herd, arXiv 2407.21783)."""
+    """float32[dim / 2]: Llama 3.1's scaling (The Llama 3 Herd, arXiv 2407.21783). Frequencies above HIGH_TURNS turns over the
+    original length are kept. Those below LOW_TURNS are divided by `factor`. Between them the two are blended by the turns."""
     powers = _powers(dim, base)
     keep = np.clip((original_length * powers / (2 * math.pi) - LOW_TURNS) / (HIGH_TURNS - LOW_TURNS), 0, 1)
     return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
 
 
 def yarn_magnitude(factor: float, attention_factor: float = 1.0) -> float:
-    """Factor of cosine and sine: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
+    """Factor for cosine and sine: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
     return (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) * attention_factor
 
 
@@ -92,9 +92,9 @@ def rotary_angles(frequencies: Float[Array, " half"] | np.ndarray, positions: In
 
 
 def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table | None:
-    """(cos, sin), float32[B, T, head_dim / 2] each, of the scheme `cfg.position`; None when it does not rotate.
+    """(cos, sin) of the scheme `cfg.position`, float32[B, T, head_dim / 2] each; None if it does not rotate.
 
-    A negative position means none: angle 0, the same as position 0.
+    A negative position means no position: angle 0, as for position 0.
     """
     rotary = SCHEMES[cfg.position](cfg)
     return None if rotary is None else rotary_angles(rotary[0], jnp.maximum(positions, 0), rotary[1])
@@ -103,7 +103,7 @@ def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table | None:
 @position("none", rotates=False)
 @position("learned", rotates=False)
 def _not_rotary(cfg: Model) -> None:
-    """Positions are learned vectors, added to the embeddings (`LM.embed`), or there are none."""
+    """Learned position vectors, added to the embeddings in `LM.embed`, or no positions."""
 
 
 @position("rope")
@@ -124,7 +124,7 @@ def _llama3(cfg: Model) -> Rotary:
 
 @position("ntk")
 def _ntk(cfg: Model) -> Rotary:
-    """`rope_factor` is the growth factor of the base, see `hymba_ntk_factor`."""
+    """`rope_factor` is the factor of NTK-aware scaling; see `hymba_ntk_factor`."""
     return ntk_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_factor), 1.0
 
 

@@ -1,4 +1,4 @@
-"""From a config to the layers of its model; the only place that knows GPT-2, Llama, Hymba and sequential hybrids apart."""
+"""Maps a config to the layer specs of its model. Only this file distinguishes GPT-2, Llama, Hymba and sequential hybrids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Group = tuple[LayerSpec, ...]
 
 
 def layer_groups(cfg: Model, meta: MetaTokens | None) -> list[Group]:
-    """The layers in order, in groups that are stacked as a whole: layers that share keys and values, or a pair of sequential layers."""
+    """The layers in order, in groups that are stacked as one unit: layers that share keys and values, or a sequential pair."""
     if cfg.hybrid is None:
         form = "none" if meta is None else meta.attention
         layer = LayerSpec(window=cfg.window, meta_attention=form, residual_std=residual_std(cfg), split_keys=False)
@@ -38,15 +38,15 @@ def _hybrid_layer(cfg: Model, index: int, *, owns_kv: bool) -> LayerSpec:
         window=cfg.layer_window(index) if attends else None,
         owns_kv=attends and owns_kv,
         mlp=cfg.mlp_width > 0,
-        residual_std=cfg.init_std,  # Hymba's released code draws these projections as all others
+        residual_std=cfg.init_std,  # Hymba's released code initialises these projections like all others
     )
 
 
 def layer_specs(cfg: Model, meta: MetaTokens | None = None) -> list[LayerSpec]:
-    """The layers in order."""
+    """The layer specs in order."""
     return [layer for group in layer_groups(cfg, meta) for layer in group]
 
 
 def layer_runs(cfg: Model, meta: MetaTokens | None = None) -> list[tuple[Group, int]]:
-    """(group, how many equal ones follow each other): each run is stacked and scanned."""
+    """(group, number of consecutive equal groups): each run is stacked and scanned."""
     return [(group, len(list(alike))) for group, alike in itertools.groupby(layer_groups(cfg, meta))]

@@ -1,1 +1,1 @@
-"""Train steps compiled for TPU slices that are absent: memory, collectives, schedules, advice."""
+"""Train steps compiled for TPU slices that are not available: memory, collectives, schedules, advice."""

@@ -1,4 +1,4 @@
-"""What to do where a plan does not fit, and how large a batch would: tried with the compiler, never guessed."""
+"""Config changes that make a plan fit, and the largest batch that fits. Every answer is checked with the compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST = 2**20  # rows; no batch is larger
 
 
 def candidates(config: AnyConfig, shards: int) -> Iterator[dict[str, Any]]:
-    """Changes that need less memory and leave the gradient as it is, those that cost least time first."""
+    """Config changes that need less memory and do not change the gradient, the cheapest in time first."""
     kept = {"none": ["dots", "full"], "dots": ["full"], "full": []}[config.runtime.remat]
     for remat in kept:
         yield {"runtime.remat": remat}
@@ -25,7 +25,7 @@ def candidates(config: AnyConfig, shards: int) -> Iterator[dict[str, Any]]:
 
 
 def advise(config: AnyConfig, shards: int, plan: Callable[[AnyConfig], Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first of `candidates` whose plan fits, as {changes, total}; None where none does."""
+    """The first of `candidates` whose plan fits, as {changes, total}; None if none fits."""
     for changes in candidates(config, shards):
         found = plan(override(config, changes))
         if found["fits"]:
@@ -34,14 +34,14 @@ def advise(config: AnyConfig, shards: int, plan: Callable[[AnyConfig], Mapping[s
 
 
 def batch_of(config: AnyConfig) -> tuple[str, int, int]:
-    """(the field of its batch's size, that size, into how many pieces it is cut)."""
+    """(config field of the batch size, batch size, number of micro-batches)."""
     if not isinstance(config, ImageConfig):
         return "data.batch_rows", config.data.batch_rows, config.training.accumulate
     return ("images.batch", config.images.batch, 1) if config.prompts is None else ("prompts.batch", config.prompts.batch, 1)
 
 
 def largest_batch(unit: int, start: int, fits: Callable[[int], bool]) -> int:
-    """The most rows of a batch that fit, a multiple of `unit`, by doubling from about `start` and then bisection; 0: not even `unit`."""
+    """The largest multiple of `unit` rows that fits, by doubling from about `start` and bisection; 0: `unit` does not fit."""
     good, bad, trial = 0, None, max(1, start // unit)
     while bad is None or bad - good > 1:
         if fits(trial * unit):

@@ -1,4 +1,4 @@
-"""The largest buffers of a compiled program, read off the compiler's dump, which is written for a program that does not fit too."""
+"""The largest buffers of a compiled program, read from the compiler's dump. The dump exists even if the program does not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FLAGS = "--xla_dump_hlo_module_re=jit_step"  # the train step alone
+FLAGS = "--xla_dump_hlo_module_re=jit_step"  # only the train step
 _ALLOCATION = re.compile(r"^allocation (\d+): size \d+(.*)")
 _VALUE = re.compile(r"^ value: <\d+ ([^\s{]+)(\{[\d,]*\})? @0> \(size=(\d+),offset=(\d+)\): (\S+)")  # @0: HBM
 _RANGE = re.compile(r"^    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$", re.MULTILINE)
@@ -17,19 +17,19 @@ _ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 
 
 class Value(NamedTuple):
-    """A buffer that is neither an argument nor a result; those of one place share its memory."""
+    """A buffer that is neither an argument nor a result. Buffers with the same place share memory."""
 
     size: int
     name: str
-    index: str  # which part of the instruction's result
+    index: str  # of the part of the instruction's result
     shape: str
     place: tuple[str, str]
 
 
 def largest_buffers(dump: Path, count: int = 3) -> list[dict[str, Any]]:
-    """[{bytes, shape, name, operation, source}] of the last program in a dump, the largest first; arguments and results are not among them.
+    """[{bytes, shape, name, operation, source}] of the last program in a dump, largest first, without arguments and results.
 
-    Values that share their place count once, as the largest of them.
+    Values that share a place count once, as the largest of them.
     """
     places: dict[tuple[str, str], Value] = {}
     for value in _values(dump):
@@ -40,8 +40,8 @@ def largest_buffers(dump: Path, count: int = 3) -> list[dict[str, Any]]:
 
 
 def temporaries(dump: Path) -> dict[str, int]:
-    """Bytes by kind at the moment when the last program of a dump holds most: activations (what the forward pass made, or made again),
-    gradients (of activations and of parameters), other; {} where the dump does not tell."""
+    """Bytes by kind at the peak memory of the last program in a dump: activations (of the forward pass or its recomputation),
+    gradients (of activations and parameters), other. {} if the dump does not say."""
     ranges = {(name, index): (int(start), int(end)) for name, index, start, end in _RANGE.findall(_last(dump, "-live-range"))}
     live = [(*ranges[value.name, value.index], value) for value in _values(dump) if (value.name, value.index) in ranges]
     steps: Counter[int] = Counter()
@@ -61,14 +61,14 @@ def temporaries(dump: Path) -> dict[str, int]:
 
 
 def kind_of(operation: str) -> str:
-    """Of what a JAX operation makes: JAX names the transforms that it went through."""
+    """The kind of a JAX operation's result, from the transforms in its name."""
     if "transpose(" in operation and "rematted_computation" not in operation:
         return "gradients"
     return "activations" if "jvp(" in operation else "other"
 
 
 def _last(dump: Path, kind: str) -> str:
-    """What the dump says of its last program: itself, or the report `kind`; nothing where there is none."""
+    """The text of the last program in the dump, or of its report `kind`; empty if there is none."""
     files = sorted(dump.glob(f"*after_optimizations{kind}.txt"), key=lambda path: path.stat().st_mtime)
     return files[-1].read_text() if files else ""
 
@@ -84,7 +84,7 @@ def _values(dump: Path) -> Iterator[Value]:
 
 
 def _origin(program: str, name: str) -> dict[str, str | None]:
-    """The JAX operation and the source line that an instruction of an optimised program comes from, as far as it tells."""
+    """The JAX operation and the source line of an instruction in an optimised program, as far as they are known."""
     line = re.search(rf"^\s*(?:ROOT )?%{re.escape(name)} = .*$", program, re.MULTILINE)
     operation = line and re.search(r'op_name="([^"]*)"', line.group())
     frame = line and re.search(r"stack_frame_id=(\d+)", line.group())

@@ -1,6 +1,6 @@
-"""What a train step needs and costs on a TPU slice that is not there: the step that the loop runs, compiled ahead of time.
+"""Memory and cost of a train step on a TPU slice that is not available: the trainer's own step, compiled ahead of time.
 
-Nothing is measured: memory is the compiler's own account, times are lower bounds from the makers' peak figures and XLA's estimates.
+Nothing is measured. Memory is what the compiler reports. Times are lower bounds from published peak figures, and XLA's estimates.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MESH_AXES, _MESH_GROUP = re.compile(r"'(\w+)'=(\d+)"), re.compile(r"replica_gro
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 _BETWEEN = re.compile(r"= \((.*?), u32\[\], .* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 _ARRAY = re.compile(r"\b([a-z]+)(\d+)?\[([\d,]*)\]")
-_IN_KERNELS = ("attention_pairs", "meta_attention", "conv", "scan")  # parts of `flops_per_token` that kernels may do
+_IN_KERNELS = ("attention_pairs", "meta_attention", "conv", "scan")  # parts of `flops_per_token` that kernels may compute
 
 
 def whole_batch(config: Config) -> dict[str, np.ndarray]:
-    """A batch of full rows, one document to each, as the step reads it; values are of no consequence."""
+    """A batch of full rows, one document each, as the step reads it. The values do not matter."""
     rows, slots = config.data.batch_rows, config.row_slots
     batch = {
         "tokens": np.zeros((rows, slots), np.int32),
@@ -54,17 +54,17 @@ def whole_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 class Planned(NamedTuple):
-    """The step of a run on the devices of a slice, and what it is counted by."""
+    """The train step of a run on the devices of a slice, with its FLOPs and its unit of speed."""
 
     program: Program
     batch: Batch  # shapes
     flops: int
-    reads: tuple[int, str]  # how many of what
-    parts: Mapping[str, float] = MappingProxyType({})  # operations of each that is read, where they are told apart
+    reads: tuple[int, str]  # (number, unit) that a step reads
+    parts: Mapping[str, float] = MappingProxyType({})  # operations per unit by part, if the parts are known
 
 
 def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> Planned:
-    """The step of a language model on full rows."""
+    """The train step of a language model on full rows."""
     program, batch = Program.build(config, vocab_size, devices), whole_batch(config)
     count, parts = step_flops(config, vocab_size, batch), flops_per_token(config, vocab_size)
     return Planned(program, program.abstract_batch(batch), count, (batch["tokens"].size, "tokens"), parts)
@@ -81,12 +81,12 @@ def plan(
     """The plan of one config as plain data: see `memory`, `collectives`, `scheduled`, `bound`, `estimate`.
 
     Args:
-      step: what is planned of a config; its kind of run decides (`text_step`, `metajax.vision.program.image_step`).
-      dump: where the compiler was told to write what it does; the largest buffers and the kinds of temporaries are read there.
-      schedules: whether the kernels are compiled once more, each alone, for the cycles that they are scheduled for.
+      step: makes the step of a config, by its kind of run (`text_step`, `metajax.vision.program.image_step`).
+      dump: folder of the compiler's dump, from which the largest buffers and the kinds of temporaries are read.
+      schedules: whether to compile each kernel again separately, to read its scheduled cycles.
 
     Raises:
-      UserError: no such slice, or a batch that does not spread over it.
+      UserError: the slice does not exist, or the batch cannot be sharded over it.
     """
     chip, devices = chip_of(topology), slice_devices(topology)
     planned = step(config, devices)
@@ -136,7 +136,7 @@ def _bytes_of(tree: Any) -> int:
 
 
 def memory(compiled: Any, chip: Chip) -> dict[str, float]:
-    """Bytes on one chip: arguments (state and batch, given back in place), temporaries, program, their total, and what the chip has."""
+    """Bytes on one chip: arguments (state and batch, updated in place), temporaries, program, total, and the chip's memory."""
     analysis = compiled.memory_analysis()
     parts = {
         "arguments": analysis.argument_size_in_bytes,
@@ -148,9 +148,9 @@ def memory(compiled: Any, chip: Chip) -> dict[str, float]:
 
 
 def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
-    """{kind: {count, bytes, seconds}} of a step on one chip: whole arrays, and seconds at the peak of its links, or of the network.
+    """{kind: {count, bytes, seconds}} of a step on one chip. Bytes count whole arrays; seconds assume peak link or network speed.
 
-    One that XLA spreads over several fusions, to be done beside other work, stands in each of them and counts once.
+    XLA may split a collective over several fusions to overlap it with other work. It then appears in each and counts once.
     """
     found: dict[str, dict[str, float]] = {}
     seen: set[str] = set()
@@ -162,13 +162,13 @@ def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
                 seen.add(channel.group(1))
             kind, members, speed = match.group(2), _group_size(line), chip.links
             sizes = [_array_bytes(*array) for array in _ARRAY.findall(match.group(1))]
-            # What is started names its input and contexts too, but for a sum, whose results are all it names.
+            # The type of a started collective includes its input and contexts; an all-reduce lists only its results.
             size = max(sizes) if match.group(3) and kind != "all-reduce" else sum(sizes)
             if kind == "reduce-scatter":
                 size *= members
             elif computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            # A chip holds its own share of a group's array already; a sum is scattered, then gathered.
+            # A chip already holds its own share of the group's array. An all-reduce is a reduce-scatter, then an all-gather.
             wire = (2 if kind == "all-reduce" else 1) * (1.0 if kind == "collective-permute" else 1 - 1 / members)
         elif match := _BETWEEN.search(line):
             kind, speed, wire = f"{match.group(2).lower().replace('_', '-')} between slices", chip.network, 1.0
@@ -183,7 +183,7 @@ def collectives(hlo: str, chip: Chip) -> dict[str, dict[str, float]]:
 
 
 def _group_size(line: str) -> int:
-    """Chips that a collective joins; 1 where it names none."""
+    """Number of chips in a collective's group; 1 if it names none."""
     if mesh := _MESH_GROUP.search(line):
         sizes = {name: int(size) for name, size in _MESH_AXES.findall(mesh.group(1))}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh.group(2)))
@@ -197,10 +197,10 @@ def _array_bytes(kind: str, bits: str, sizes: str) -> int:
 
 
 def bounds(found: Mapping[str, Any], chip: Chip) -> dict[str, dict[str, float]]:
-    """ "bound": seconds of a step, at least, and the MFU that the longest of them allows; "estimate": what the compiler expects.
+    """ "bound": lower bounds on the seconds of a step, and the MFU that the largest allows; "estimate": the compiler's estimate.
 
-    At least: all operations at the chips' peak; the kernels as they are scheduled and all else at the peak; reading and writing the
-    state; links; the network between slices. The estimate adds XLA's of all but the kernels, which is a model and no bound.
+    Bounds: all operations at peak; kernels as scheduled with all else at peak; reading and writing the state; links; the network
+    between slices. The estimate adds XLA's estimate of everything but the kernels, which is a model and not a bound.
     """
     kernels = sum(kernel["seconds"] for kernel in found.get("schedules", ()))
     state, peak = found["state"], found["chips"] * chip.flops

@@ -1,4 +1,4 @@
-"""The Pallas kernels of a compiled step: how often each is called, and the cycles that the TPU compiler schedules for it alone."""
+"""The Pallas kernels of a compiled step: the number of calls, and the cycles that the TPU compiler schedules for each."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
 
 class Call(NamedTuple):
-    """A kernel with the types of its operands, as (dtype, sizes)."""
+    """A kernel and the types of its operands, as (dtype, sizes)."""
 
     name: str
     operands: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def kernel_calls(hlo: str) -> Counter[Call]:
-    """How often an optimised program runs each kernel on each form of operands, the trips of loops counted."""
+    """How often an optimised program calls each kernel with each operand types; calls in loops count once per iteration."""
     found: Counter[Call] = Counter()
     for op in operations(hlo):
         if match := _CALL.search(op.line):
@@ -39,10 +39,10 @@ def kernel_calls(hlo: str) -> Counter[Call]:
 
 
 def scheduled(calls: Counter[Call], config: Config, kind: str) -> list[dict[str, Any]]:
-    """[{name, operands, times, cycles, seconds}] of the calls of a step on rows that are one document each, on a chip of `kind`.
+    """[{name, operands, times, cycles, seconds}] of the kernel calls of a step, if each row is one document, on a chip of `kind`.
 
-    Each kernel is compiled alone, in a process of its own. cycles: bundles x visits of one call, of the layers' mean where masks differ.
-    Nothing stalls in them and no copy is counted, so no chip is faster. A schedule that cannot be read counts 0 and has the reason, `unread`.
+    Each kernel is compiled in a separate process. cycles: bundles x visits of one call, averaged over layers if masks differ.
+    They include no stalls and no copies, so no chip is faster. An unreadable schedule counts 0, with the reason in `unread`.
     """
     programs = {call: _programs(call, config) for call in calls}
     distinct = {program.name: program for made, _ in programs.values() for program in made}
@@ -64,18 +64,18 @@ def scheduled(calls: Counter[Call], config: Config, kind: str) -> list[dict[str,
 def _result(program: Program, kind: str) -> dict[str, Any]:
     try:
         return compiled.spawn(program, kind)
-    except RuntimeError as error:  # told in the plan, whose bound holds without it
+    except RuntimeError as error:  # the plan reports it; its bound holds without this schedule
         return {"kernels": [], "unread": str(error).splitlines()[-1]}
 
 
 def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
-    """(the call on one row, once for each layer that makes it, rows of a call)."""
+    """(programs of the call on one row, one for each layer that makes it; rows of a call)."""
     model, operands = config.model, call.operands
     if call.name.startswith("prefix_window_attention"):
         (kv_heads, group, key_width, queries), value_width = operands[4][1], operands[6][1][2]
         length, rows = _rows(queries, operands[1][1][0] - 1, (config.row_slots, _metas(config)))
         windows, metas = _windows(config), model.prefix_tokens
-        if length != config.row_slots:  # meta-tokens among themselves
+        if length != config.row_slots:  # meta-attention
             windows, metas = [None], 0
         rest = (metas, kv_heads * group, kv_heads, key_width, value_width, 1, _DTYPES[operands[4][0]])
         shapes = [(length, window, *rest) for window in windows]
@@ -86,7 +86,7 @@ def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
 
 
 def _windows(config: Config) -> list[int | None]:
-    """Windows of all attention to a row's own tokens."""
+    """The window of each attention layer to the row's own tokens."""
     specs = layer_specs(config.model, config.meta_tokens)
     second = [None for spec in specs[:1] if spec.meta_attention == "causal"]
     return [spec.window for spec in specs if "attention" in spec.mixers] + second
@@ -97,7 +97,7 @@ def _metas(config: Config) -> int:
 
 
 def _rows(queries: int, visits: int, lengths: Sequence[int]) -> tuple[int, int]:
-    """(length, count) of a call's rows: those whose lists of visits are as long as the call's. Raises ValueError where none are."""
+    """(length, count) of a call's rows, found by the length of its list of visits. Raises ValueError if no length matches."""
     for length in filter(None, lengths):
         block = min(attention.BLOCK, -(-length // attention.LANES) * attention.LANES)
         blocks = -(-length // block)

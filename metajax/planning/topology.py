@@ -1,4 +1,4 @@
-"""TPU slices that are not there, through the compiler in the libtpu wheel, and what their chips can do."""
+"""TPU slices that are not available, described by the compiler in the libtpu wheel, and peak figures of their chips."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from metajax.planning.buffers import FLAGS
 
 
 class Chip(NamedTuple):
-    """Peak figures of one device as its maker publishes them: a chip, of tpu7x one of its two cores, which JAX counts one by one.
+    """Published peak figures of one JAX device: a chip, or for tpu7x one of the chip's two cores.
 
-    The cores of a tpu7x hand each other what one of them received, so the links of the chip count for both.
+    The cores of a tpu7x exchange the data that one of them receives, so each core counts all links of the chip.
     """
 
     flops: float  # bf16 operations per second
@@ -24,10 +24,10 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes per second of HBM
     links: float  # bytes per second between chips, all links together
     network: float  # bytes per second to other slices
-    clock: float  # cycles per second, of XLA's estimates
+    clock: float  # cycles per second, for XLA's estimates
 
 
-# bf16 operations a second, GiB of HBM, bytes a second of all links together and of the network; the rest is `compiled.CHIPS`.
+# bf16 operations per second, GiB of HBM, bytes per second of all links together and of the network; the rest: `compiled.CHIPS`.
 PEAKS = {
     "v5e": (197e12, 16, 200e9, 3.125e9),
     "v5p": (459e12, 95, 600e9, 6.25e9),
@@ -51,7 +51,7 @@ def parse_topology(topology: str) -> tuple[int, str, str]:
 
 def chip_of(topology: str) -> Chip:
     """The chip of a topology."""
-    from kernels_pallas.bench.compiled import CHIPS  # which imports JAX, after `allow_compiler`
+    from kernels_pallas.bench.compiled import CHIPS  # imports JAX, so only after `allow_compiler`
 
     kind = parse_topology(topology)[1]
     flops, gib, links, network = PEAKS[kind]
@@ -59,10 +59,10 @@ def chip_of(topology: str) -> Chip:
 
 
 def allow_compiler(dump: Path) -> None:
-    """Settings of the TPU compiler on a machine without a TPU, which writes what it does to `dump`; before JAX is imported.
+    """Configure the TPU compiler for a machine without a TPU, with its dump in `dump`. Call it before JAX is imported.
 
-    libtpu asks who and where the TPU of this machine is, and complains at length when there is no answer: it gets one that no
-    described slice depends on.
+    libtpu asks for the TPU of this machine and prints many warnings without an answer. The settings give an answer that
+    does not affect the described slices.
     """
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} {FLAGS}"
@@ -70,7 +70,7 @@ def allow_compiler(dump: Path) -> None:
 
 
 def slice_devices(topology: str) -> list[Any]:
-    """The devices of a topology; UserError where libtpu is not installed or has no such slice."""
+    """The devices of a topology; UserError if libtpu is not installed or does not know the slice."""
     from jax.experimental import topologies
 
     slices, kind, size = parse_topology(topology)

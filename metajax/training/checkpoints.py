@@ -1,8 +1,8 @@
 """Orbax checkpoints that hold {path: array}, with hashes written after the commit and verified before a restore.
 
-Orbax commits atomically but does not notice a file that changed afterwards. So each host writes the SHA-256 of its share
-of the files once a save is committed, in the background; a save counts as complete when its hashes are there. A complete
-checkpoint that fails verification is moved aside, never deleted, and the one before it is used.
+Orbax commits atomically but does not notice a file that changes afterwards. So after a save is committed, each host writes the
+SHA-256 of its share of the files, in the background. A save is complete when its hashes exist. A complete checkpoint that
+fails verification is moved aside, never deleted, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-RUN = "run"  # in the meta of a checkpoint: whose it is
-COMMIT_SECONDS = 600.0  # for process 0 to name a save, once all processes have written theirs
+RUN = "run"  # key in a checkpoint's meta for the identity of its run
+COMMIT_SECONDS = 600.0  # limit for process 0 to commit a save after all processes have written their parts
 
 
 @contextlib.contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
-    """What the operating system said to the library that writes, as the OSError that it was."""
+    """Re-raise the operating system's error from inside the writing library as the original OSError."""
     try:
         yield
     except ValueError as error:
@@ -57,13 +57,13 @@ def _storage_errors(folder: Path) -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: DIR/checkpoints/STEP, DIR/hashes/STEP-pHOST.json, DIR/damaged/ for what failed.
+    """The checkpoints of one run: DIR/checkpoints/STEP, DIR/hashes/STEP-pHOST.json, and DIR/damaged/ for those that failed.
 
     Args:
       workdir: of the run; DIR is its home, which may be a bucket.
-      keep: newest checkpoints kept, two at least; the best by held-out bits per byte is kept besides.
-      on_warning: told what was wrong with a checkpoint that had to be set aside.
-      identity: of the run, written into every checkpoint; one of another run is refused.
+      keep: number of newest checkpoints to keep, at least two; the one with the best validation score is also kept.
+      on_warning: called with the reason when a checkpoint is set aside.
+      identity: of the run, written into every checkpoint; a checkpoint of another run is refused.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["score"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        newest = policies.LatestN(max(keep, 2))  # a save counts once it is hashed: until then the one before must be there
+        newest = policies.LatestN(max(keep, 2))  # a save is complete when it is hashed; until then the previous one must exist
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]), cleanup_tmp_directories=True
         )
@@ -90,10 +90,10 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ saving
 
     def save(self, state: State, meta: dict[str, Any], score: float | None = None) -> None:
-        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready;
-        the checkpoint with the least `score` is kept too.
+        """Start saving at state.step; returns when the arrays are copied off the devices. `meta` is JSON-ready.
 
-        `meta` is copied too: it is written in the background, while the caller goes on changing its own.
+        The checkpoint with the lowest `score` is also kept. `meta` is copied, because it is written in the background
+        while the caller may change it.
         """
         started = time.monotonic()
         self.finish()
@@ -106,7 +106,7 @@ class Checkpoints:
         self.blocked_seconds += time.monotonic() - started
 
     def poll(self) -> None:
-        """Hash a save that has been committed since; cheap, called between steps."""
+        """Hash a save that has been committed in the meantime; cheap, called between steps."""
         if self._unhashed is not None and not self._manager.is_saving_in_progress():
             self._hash()
 
@@ -118,14 +118,14 @@ class Checkpoints:
             self._jobs.pop().result()
 
     def _hash(self) -> None:
-        """Hash the newest save in the background once it is committed; one that failed is an error here, once."""
+        """Hash the newest save in the background after it is committed. A failed save raises here once."""
         step, self._unhashed = self._unhashed, None
         with _storage_errors(self.folder):
             self._manager.wait_until_finished()
         self._jobs.append(self._hasher.submit(self._write_hashes, step))
 
     def close(self) -> None:
-        """Finish, and let go of the threads."""
+        """Finish and release the threads."""
         self.finish()
         self._hasher.shutdown()
         self._manager.close()
@@ -139,7 +139,7 @@ class Checkpoints:
         mine = list(files(folder))[self._host :: self._hosts]
         hashes = {"hosts": self._hosts, "files": {name: _sha256(folder / name) for name in mine}}
         if is_first():
-            publish(self._workdir)  # before the save counts as complete, for its steps will not be made again
+            publish(self._workdir)  # before the save is complete, because a resumed run does not repeat its steps
         write_json(self.hashes / f"{step}-p{self._host}.json", hashes)
         for old in hashes_of(self._workdir) if is_first() else ():
             if not (self.folder / old.name.partition("-")[0]).exists():
@@ -152,17 +152,17 @@ class Checkpoints:
         return of_first(sorted(self._manager.all_steps()))
 
     def verify(self, step: int) -> str | None:
-        """None when every file is as it was committed, else what is wrong; each process reads its share of them."""
+        """None if every file is as committed, else a description of the damage; each process reads its share of the files."""
         found = gather(verify(self.folder / str(step), hashes_of(self._workdir, step), self._host, self._hosts) or "")
         return next(filter(None, found), None)
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest checkpoint that verifies as (state, meta), with the shardings of `abstract`; None if there are none.
 
-        The newest may lack its hashes because the process was killed while it wrote them: such a save never counted.
+        A save without all its hashes, because the process was killed before it wrote them, is incomplete and is ignored.
 
         Raises:
-          UserError: there are checkpoints and none of them is good, or the newest is another run's.
+          UserError: there are checkpoints but none of them is good, or the newest belongs to another run.
         """
         steps = self.steps()
         if steps and of_first(_cut_off(hashes_of(self._workdir, steps[-1]))):
@@ -201,12 +201,12 @@ class Checkpoints:
                 move(self.folder / str(step), target)
             for file in hashes_of(self._workdir, step):
                 move(file, self.damaged / f"{target.name}-{file.name}")
-        gather("")  # no one looks before it is done
+        gather("")  # wait, so that no process looks before the move is done
         self._manager.reload()
 
 
 def _cut_off(hash_files: list[Path]) -> bool:
-    """Whether the hashes of a save are not all there, though none of them is damaged: the run was killed while it wrote them."""
+    """Whether some hashes of a save are missing but none is damaged: the run was killed while it wrote them."""
     try:
         counts = [read_json(file)["hosts"] for file in hash_files]
     except Damaged:
@@ -215,12 +215,12 @@ def _cut_off(hash_files: list[Path]) -> bool:
 
 
 def _whose(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The identity of the run that saved a checkpoint; of earlier versions the hash alone."""
+    """The identity of the run that saved a checkpoint; only the hash if an earlier version saved it."""
     return meta.get(RUN) or ({"hash": meta["config_hash"]} if "config_hash" in meta else {})
 
 
 def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None for nothing; of the hashes those of every `hosts`-th file are looked at."""
+    """A description of what is wrong with a checkpoint, or None. Host `host` checks every `hosts`-th file."""
     expected: dict[str, str] = {}
     if not hash_files:
         return "its hashes are missing"
@@ -249,22 +249,22 @@ _say_once = functools.cache(say)
 
 
 def save_arrays(folder: Path, tree: Any) -> None:
-    """Write a pytree as {path: array} into a folder of its own, an absolute path, at once (replay bundles)."""
+    """Write a pytree as {path: array} into a new folder, an absolute path, synchronously (for replay bundles)."""
     with _storage_errors(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, to_arrays(tree), force=True)
 
 
 def load_arrays(folder: Path, abstract: Any) -> Any:
-    """Read a pytree written by `save_arrays` in the layout of `abstract`."""
+    """Read a pytree written by `save_arrays`, with the shardings of `abstract`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return from_arrays(abstract, checkpointer.restore(literal(folder), to_arrays(abstract)), str(folder))
 
 
 def newest_good(workdir: Path) -> int:
-    """The step of the newest checkpoint of a finished or running experiment that verifies, with a line for each newer one.
+    """The step of the newest checkpoint of a finished or running experiment that verifies; warns about each newer one.
 
     Raises:
-      UserError: there is none, or it is another run's.
+      UserError: there is none, or it belongs to another run.
     """
     folder, skipped = home(workdir) / "checkpoints", []
     hashed = {int(path.name.partition("-")[0]) for path in hashes_of(workdir)}
@@ -282,13 +282,13 @@ def newest_good(workdir: Path) -> int:
 
 
 def saved_identity(workdir: Path, step: int) -> Mapping[str, Any]:
-    """Whose a checkpoint is: `RunDirectory.identity` of the run that saved it."""
+    """The `RunDirectory.identity` of the run that saved a checkpoint."""
     folder = home(workdir) / "checkpoints" / str(step) / "meta"
     return _whose(ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore()))
 
 
 def another_runs(workdir: Path, step: int) -> str | None:
-    """None where a checkpoint that verifies is one of the run in whose folder it is, else a line that says whose it is."""
+    """None if a checkpoint that verifies belongs to the run in whose folder it is, else a line that names its run."""
     saved = saved_identity(workdir, step)
     try:
         if saved:
@@ -304,11 +304,11 @@ def read_parameters(
     """Parameters of a checkpoint, read without changing the run's folder.
 
     Args:
-      parts: {part of this model: its name there} to read these alone (`Init.parts`); the others are those of `fresh`, another such model.
-      step: of the checkpoint, which `newest_good` has given; None asks it.
+      parts: {part of this model: its name in the checkpoint} to read only these (`Init.parts`); the others come from `fresh`.
+      step: of the checkpoint, from `newest_good`; None: call `newest_good`.
 
     Raises:
-      UserError: no checkpoint there, or none that verifies or fits `abstract_model`.
+      UserError: there is no checkpoint, or none that verifies or fits `abstract_model`.
     """
     folder = home(workdir) / "checkpoints" / str(newest_good(workdir) if step is None else step)
     return read_parts(folder, abstract_model, parts or {"": ""}, {} if fresh is None else to_arrays(fresh))

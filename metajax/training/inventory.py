@@ -1,4 +1,4 @@
-"""The checkpoints of a run as files: what there is, whether it is whole, and what may go."""
+"""The checkpoints of a run as files: listing, verification and pruning."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Kept(NamedTuple):
     step: int
     bytes: int
     written: str  # local time
-    state: str  # what is known of it
+    state: str  # "verified", "complete", or what is wrong
     damaged: bool
 
 
 def inventory(workdir: Path, read_all: bool) -> list[Kept]:
-    """A run's checkpoints, oldest first; `read_all` holds every file against its hash."""
+    """A run's checkpoints, oldest first; `read_all` checks every file against its hash."""
     found = []
     for step in steps_of(workdir):
         folder, hashes = home(workdir) / "checkpoints" / str(step), hashes_of(workdir, step)
@@ -34,15 +34,15 @@ def inventory(workdir: Path, read_all: bool) -> list[Kept]:
 
 
 def _written(info: dict[str, Any]) -> str:
-    time = info["mtime"]  # seconds of a local file, a time of UTC on a bucket
+    time = info["mtime"]  # seconds for a local file, a UTC datetime on a bucket
     seconds = time.timestamp() if isinstance(time, datetime.datetime) else time
     return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
 
 
 def prune(workdir: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints that verify, and what was set aside as damaged; what was deleted.
+    """Delete all but the newest `keep` checkpoints that verify, and the damaged ones set aside. Return the deleted paths.
 
-    Nothing goes before as many have been found whole, so that damage never leaves the run without a checkpoint.
+    Nothing is deleted before `keep` checkpoints have verified, so damage never leaves the run without a checkpoint.
     """
     there = home(workdir)
     steps = steps_of(workdir)

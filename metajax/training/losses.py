@@ -1,4 +1,4 @@
-"""Token losses: sums over a batch, never means, so that micro-batches and hosts add up exactly."""
+"""Token losses as sums over a batch, not means, so that micro-batches and hosts add up exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple[
 
 
 def weighed(weights: Float[Array, "*B"], nll: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """weights * nll, 0 where the weight is: a target that no one asks for may have no row in the softmax, and then an infinite loss."""
+    """weights * nll, but 0 where the weight is 0. An unweighted target may be missing from the softmax, with infinite loss."""
     return jnp.where(weights == 0, 0.0, weights * nll)
 
 
@@ -26,7 +26,7 @@ def weighted_sums(
     is_body: Array,
     z_loss: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """(sum of weighted losses, parts): what a step minimises once divided by the sum of weights.
+    """(sum of weighted losses, parts). A step minimises this sum divided by the sum of weights.
 
     `z_loss` adds z_loss * log(Z)^2 at every weighted token. Parts: "nll" without it, and "body_nll" over body tokens.
     """

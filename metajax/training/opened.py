@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run, opened for evaluation, analysis, generation or export."""
+"""Opens the newest checkpoint of a run for evaluation, analysis, generation or export."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from metajax.training.program import Program
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run's newest checkpoint with the run's own tokenizer, ready to be evaluated, analysed or exported."""
+    """A run's newest checkpoint with the run's tokenizer, ready for evaluation, analysis or export."""
 
     config: Config
     workdir: Path
     tokenizer: Tokenizer
     program: Program
     model: Any
-    saved: Mapping[str, Any] = field(default_factory=dict)  # whose the checkpoint is, see `RunDirectory.identity`
+    saved: Mapping[str, Any] = field(default_factory=dict)  # identity of the run that saved it, see `RunDirectory.identity`
 
     def open_corpora(self, config: Config, paths: Paths) -> Corpora:
-        """UserError when corpus or tokenizer is not the run's."""
+        """Open the corpora; UserError if the corpus or the tokenizer is not the run's."""
         if config.imported is not None:
-            # The run's own tokenizer has the ids that begin and end a text; the file that it came from may not name them.
+            # The run's tokenizer has the ids that begin and end a text; the original tokenizer file may not name them.
             config = override(config, {"data.tokenizer": f"run:{self.workdir.absolute()}"})
         corpora = open_corpora(config, paths)
         now = {"key": corpora.key, "tokenizer": corpora.tokenizer.fingerprint()}
@@ -42,17 +42,17 @@ class OpenedRun:
 
 
 def open_run(workdir: Path) -> OpenedRun:
-    """Open a run for evaluation or generation; its folder is not changed.
+    """Open a run for evaluation or generation, without changing its folder.
 
     Raises:
-      UserError: no checkpoint or tokenizer there, damaged ones only, or another run's.
+      UserError: no checkpoint or tokenizer, only damaged checkpoints, or a checkpoint of another run.
     """
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
     require(
         config.imported is not None or not (workdir / ORIGIN).exists(),
         f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
     )
-    config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # the devices here, not those of training
+    config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # for the devices at hand, not those of training
     step = newest_good(workdir)
     saved, now = saved_identity(workdir, step), {"tokenizer": tokenizer.fingerprint()}
     check_data(workdir, **now)

@@ -1,4 +1,4 @@
-"""Parameters of a checkpoint, all or parts of them, under other names and on whatever mesh the model asks for."""
+"""Reads all or some parameters of a checkpoint, under other names and on the mesh of the new model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from metajax.training.state import from_arrays, to_arrays
 
 
 def read_parts(folder: Path, abstract: Any, parts: Mapping[str, str], fresh: dict[str, Any]) -> Any:
-    """The model `abstract` with `parts` of it, {part here: its name there}, from the checkpoint in `folder` and the rest from `fresh`.
+    """The model `abstract` with `parts`, {part: its name in the checkpoint}, from `folder` and all other parameters from `fresh`.
 
     Raises:
-      UserError: a part that is not here, or a parameter missing, left over, or of another shape there.
+      UserError: this model lacks a part, or a parameter of the checkpoint is missing, left over or has another shape.
     """
     mine, what = to_arrays(abstract), str(folder)
     theirs = {path: there + path[len(here) :] for path in mine for here, there in parts.items() if _below(path, here)}

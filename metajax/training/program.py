@@ -1,4 +1,4 @@
-"""What a run computes on its devices: mesh, model, optimizer, layout of state and batches, and the compiled train step."""
+"""The computation of a run on its devices: mesh, model, optimizer, shardings of state and batches, compiled train step."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Layout = Callable[[Any, Mesh], Any]  # (tree, mesh) -> its shardings
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Shardings that keep every array of a tree whole on every device."""
+    """Shardings that replicate every array of a tree on all devices."""
     return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
-    """The model of a config with fresh parameters; an imported checkpoint may have more rows than the tokenizer's table."""
+    """The model of a config with fresh parameters. An imported checkpoint may have more vocabulary rows than the tokenizer."""
     length, imported = max(config.row_slots, config.model.max_positions), config.imported
     rows = vocab_size if imported is None else imported.table(vocab_size)
     options = {"meta": config.meta_tokens, "runtime": config.runtime, "imported": imported}
@@ -40,12 +40,12 @@ def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
 
 
 def abstract_model(config: Config, vocab_size: int) -> LM:
-    """The model with shapes in place of parameters."""
+    """The model with shapes instead of parameters."""
     return jax.eval_shape(lambda: build_model(config, vocab_size, jax.random.key(0)))
 
 
 def check_axes(config: Config, mesh: Mesh) -> None:
-    """UserError where context does not divide the rows, or tensor the heads: they would be whole on every device then."""
+    """UserError if `context` does not divide the rows or `tensor` the heads; they would be replicated on every device."""
     slots, context, tensor = config.row_slots, mesh.shape["context"], mesh.shape["tensor"]
     for what, size, axis, shards in (
         ("slots of a row", slots, "context", context),
@@ -59,24 +59,24 @@ def check_axes(config: Config, mesh: Mesh) -> None:
 
 @dataclass
 class Program:
-    """A model with its optimizer and its train step on a mesh. Everything here may be described by shapes alone, for a plan."""
+    """A model with its optimizer and its train step on a mesh. For a plan, all arrays may be abstract shapes."""
 
     config: AnyConfig
     mesh: Mesh
-    create: Callable[[jax.Array], Any]  # key -> fresh trained parameters
+    create: Callable[[jax.Array], Any]  # key -> fresh trainable parameters
     tx: optax.GradientTransformation
     rate: optax.Schedule  # learning rate by step
     objective: Objective
-    batch_size: int  # rows of a step, over all hosts
-    frozen: tuple[Any, ...] = ()  # shapes of what the step reads besides state and batch
+    batch_size: int  # rows of a step over all hosts
+    frozen: tuple[Any, ...] = ()  # shapes of the step's inputs besides state and batch
     layout: Layout = param_shardings
-    fields: tuple[str, ...] | None = None  # of a batch that go to the devices; None: all
+    fields: tuple[str, ...] | None = None  # fields of a batch that go to the devices; None: all
     vocab_size: int = 0  # of a language model
-    beat: Callable[[], None] = lambda: None  # called with every batch that is put on the devices
+    beat: Callable[[], None] = lambda: None  # called for every batch that is put on the devices
 
     @classmethod
     def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
-        """The program of a language model; UserError where its rows or heads do not divide over the mesh."""
+        """The program of a language model; UserError if the mesh does not divide its rows or heads."""
         mesh, abstract = make_mesh(config.runtime.mesh, devices), abstract_model(config, vocab_size)
         rows, shards = config.data.batch_rows // config.training.accumulate, row_shards(mesh)
         require(
@@ -95,15 +95,15 @@ class Program:
     # ------------------------------------------------------------------------------------------------ state
 
     def place(self, tree: Any) -> Any:
-        """The shapes of a tree with their shardings."""
+        """The shapes of a tree, with shardings."""
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, self.layout(tree, self.mesh))
 
     def abstract_state(self) -> State:
-        """The state as shapes with their shardings: moments lie as their parameters do, scalars are whole."""
+        """The state as shapes with shardings: moments are sharded like their parameters, scalars are replicated."""
         return self.place(jax.eval_shape(self._create, jax.random.key(0)))
 
     def create_state(self) -> State:
-        """A fresh state, initialised directly in its sharded layout, so that no device ever holds it whole."""
+        """A fresh state, initialised already sharded, so that no device ever holds it whole."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         with jax.set_mesh(self.mesh):
             return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
@@ -113,14 +113,14 @@ class Program:
         return initialiser(self.create, self.tx)
 
     def whole(self, tree: Any) -> Any:
-        """A tree that this process holds whole, gathered from all of them where there are several."""
+        """A tree whose arrays this process holds in full, gathered from all processes if there are several."""
         if jax.process_count() == 1:
             return tree
         gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
         return jax.tree.map(lambda x: x.addressable_data(0), gathered)
 
     def put_everywhere(self, tree: Any) -> Any:
-        """A tree that every process has, as global arrays that every device holds whole."""
+        """A tree that every process holds, as global arrays replicated on all devices."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
         if jax.process_count() == 1:
             return jax.device_put(tree, sharding)
@@ -139,13 +139,13 @@ class Program:
         shardings, held = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, frozen))
         jitted = jax.jit(
             self.step, donate_argnums=0, in_shardings=(shardings, self._rows_sharding, *held), out_shardings=(shardings, None),
-            keep_unused=bool(frozen),  # a plan counts all that is frozen
+            keep_unused=bool(frozen),  # a plan counts all frozen inputs
         )  # fmt: skip
         with jax.set_mesh(self.mesh):
             return jitted.lower(state, batch, *frozen)
 
     def compile_step(self, state: State, batch: Batch) -> Any:
-        """The train step compiled ahead of time for these shapes: it can never be compiled a second time."""
+        """The train step compiled ahead of time for these shapes; it can never be recompiled."""
         return self.lower_step(state, batch).compile()
 
     @cached_property
@@ -165,7 +165,7 @@ class Program:
 
     @cached_property
     def rows(self) -> HostRows:
-        """Which rows of a batch this process reads: all of them where they do not spread over the mesh."""
+        """The rows of a batch that this process reads; all of them if they are not sharded over the mesh."""
         return HostRows.of(self.mesh, jax.process_index()) if self._spreads else HostRows(0, 1, is_first())
 
     def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -174,24 +174,24 @@ class Program:
         return {name: values[self.rows.index * rows :][:rows] for name, values in batch.items()}
 
     def on_devices(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The part of a batch that the devices read."""
+        """The fields of a batch that go to the devices."""
         return {name: batch[name] for name in self.fields or batch if name in batch}
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This host's slice of a batch as global arrays, rows spread over the data axes."""
+        """This host's slice of a batch as global arrays, with rows sharded over the data axes."""
         self.beat()
         put = partial(jax.make_array_from_process_local_data, self._rows_sharding)
         return {name: put(values) for name, values in self.on_devices(batch).items()}
 
     def abstract_batch(self, batch: dict[str, Any]) -> Batch:
-        """The shapes of a whole batch, with their shardings."""
+        """The shapes of a whole batch, with shardings."""
         return {
             name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=self._rows_sharding)
             for name, values in self.on_devices(batch).items()
         }
 
     def feed(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """(on the devices, on the host) for each batch, the next one always on its way while one is in use."""
+        """Yield (batch on the devices, batch on the host); the next batch is transferred while the current one is in use."""
         ahead: tuple[Batch, dict[str, np.ndarray]] | None = None
         for batch in batches:
             current, ahead = ahead, (self.put(batch), batch)

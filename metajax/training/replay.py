@@ -1,4 +1,4 @@
-"""Replay bundles: the state before a step that broke down, its batch and its numbers, and the same step computed anew."""
+"""Replay bundles: the state before a bad step, its batch and its metrics, and recomputation of that step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_bundle(
     workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State, frozen: tuple[Any, ...],
     rows: HostRows,
 ) -> Any:  # fmt: skip
-    """Write the state before a bad step, which kept it, what the step read besides, and the batch.
+    """Write the state before a bad step (a bad step leaves it unchanged), the frozen inputs and the batch.
 
     Returns:
       The folder, WORKDIR/replay-step-N, which may be on a bucket.
@@ -40,7 +40,7 @@ def write_bundle(
 
 
 def replay(folder: Path, program: Program) -> dict[str, float]:
-    """The metrics of the step in a replay bundle, computed anew on the mesh of `program`. A bundle on a bucket is copied here first."""
+    """The metrics of the step in a replay bundle, recomputed on the mesh of `program`. A bundle on a bucket is copied first."""
     state, frozen = program.create_state(), program.place(program.frozen)
     model = load_arrays(folder / "state", program.abstract_state().model)
     taken = json.loads((folder / "metrics.json").read_text())["step"] - 1

@@ -1,4 +1,4 @@
-"""The training state: parameters, optimiser state, step, and whether every step so far was finite."""
+"""The training state: parameters, optimiser state, step, and whether a step was not finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metajax.core.errors import UserError
 
 @struct.dataclass
 class State:
-    """One pytree that a step maps to the next; `halted` freezes it after a loss or gradient that is not finite."""
+    """The pytree that a train step updates. `halted` freezes it after a loss or gradient that is not finite."""
 
     model: Any
     opt_state: Any
@@ -40,7 +40,7 @@ def _leaf_path(path: tuple[Any, ...]) -> str:
 
 
 def to_arrays(tree: Any) -> dict[str, jax.Array]:
-    """{path: array} for every leaf: what checkpoints hold, free of any module system."""
+    """{path: array} for every leaf, the form of checkpoints, independent of any module system."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_leaf_path(path): leaf for path, leaf in leaves}
 
@@ -49,7 +49,7 @@ def from_arrays(like: Any, arrays: dict[str, Any], what: str) -> Any:
     """The pytree `like` with its leaves taken from {path: array}.
 
     Raises:
-      UserError: a path missing, left over, or of another shape; `what` names the origin of the arrays.
+      UserError: a path is missing, left over or of another shape; `what` names the source of the arrays.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
     paths = [_leaf_path(path) for path, _ in leaves]

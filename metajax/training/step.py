@@ -15,7 +15,7 @@ from metajax.training.optimizers import at_step
 from metajax.training.state import State
 
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
-DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # of a batch of text, what the devices get
+DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # of a text batch, copied to the devices
 Metrics = dict[str, jax.Array]
 
 
@@ -36,7 +36,7 @@ def _means_and_grads(loss: Any, model: Any, batch: Batch, pieces: int) -> tuple[
     if pieces == 1:
         grads, means = grad(model, batch)
         return means, grads
-    # Rows go to micro-batches in strides, so that each micro-batch keeps the batch's spread over the devices.
+    # Rows are assigned to micro-batches with a stride, so that each micro-batch keeps the sharding of the batch.
     micro_batches = jax.tree.map(lambda x: x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
     one = jax.tree.map(lambda x: x[0], micro_batches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, model, one))
@@ -50,13 +50,13 @@ def train_step(
 ) -> tuple[State, Metrics]:  # fmt: skip
     """One optimizer step on the gradient of the objective's mean loss over the whole batch.
 
-    Metrics: those of the objective, grad_norm before clipping, learning_rate, finite, kept. A bad step (not finite, or its gradient norm
-    above `runtime.max_grad_norm`) leaves parameters and optimizer untouched. It sets `halted`, so that the state before it is still there
-    when the host notices, one step later. With `runtime.on_bad_step` "skip" training goes on, at the learning rate of the step's number.
+    Metrics: those of the objective, grad_norm before clipping, learning_rate, finite, kept. A bad step (not finite, or gradient
+    norm above `runtime.max_grad_norm`) changes neither parameters nor optimizer. It sets `halted`, which keeps the state until
+    the host notices, one step later. With `runtime.on_bad_step` "skip", training continues at the learning rate of the step.
 
     Args:
-      frozen: what the objective reads besides, such as a reference model.
-      rate: the learning rate by step, which is logged; `tx` applies its own.
+      frozen: further inputs of the objective, such as a reference model.
+      rate: the learning rate by step, which is logged; `tx` applies its own schedule.
     """
     batch = objective.prepare(config, batch, state.step, *frozen)
     loss = lambda model, micro: objective.loss(config, model, micro, *frozen)  # noqa: E731
@@ -77,7 +77,7 @@ def train_step(
 
 
 def eval_step(model: Any, batch: Batch) -> Metrics:
-    """Sums over a held-out batch: nats over body tokens and over metadata tokens, and how many there are of each."""
+    """Sums over a validation batch: nats over body tokens and over metadata tokens, and the number of each."""
     nll, _ = token_nll(apply_model(model, batch), batch["targets"])
     sums = {}
     for name, asked in (("body", batch["is_body"]), ("metadata", batch["asks_metadata"])):

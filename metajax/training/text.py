@@ -1,4 +1,4 @@
-"""Runs on text as a task: a language model on rows of documents, tasks or pairs of answers."""
+"""The `Task` of runs on text: a language model on rows of documents, tasks or pairs of answers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LN2 = math.log(2.0)
 
 
 class TextTask(Task):
-    """A language model; how it is evaluated and reported is left to a subclass, for evaluation is above training.
+    """Training of a language model. A subclass evaluates and reports it, because evaluation imports training.
 
     Raises:
-      UserError: data that cannot be read, or a batch that does not spread over the mesh.
+      UserError: the data cannot be read, or the batch cannot be sharded over the mesh.
     """
 
     unit, counted = "tokens", "slots"
@@ -44,14 +44,14 @@ class TextTask(Task):
         self.notes = tuple(notes)
 
     def start(self, model: Any, meta: Mapping[str, Any] | None) -> tuple[Any, tuple[Any, ...]]:
-        """With `init.from` the parent's parameters; with `dpo` they stay as the frozen reference, and must not have changed since."""
+        """With `init.from`, the parent's parameters. With `dpo` they are also the frozen reference and must not change later."""
         init, is_frozen = self.config.init, self.config.dpo is not None
         if not init.from_ or (meta is not None and not is_frozen):
             return model, ()
         parent = self._parent_parameters(model)
         if not is_frozen:
             return parent, ()
-        if meta is None:  # a copy, because the step writes over its state and the reference stays
+        if meta is None:  # a copy, because the step overwrites its state and the reference must stay
             return jax.tree.map(jnp.copy, parent), (parent,)
         if meta["parent_step"] != self._parent_step:
             raise UserError(
@@ -86,7 +86,7 @@ class TextTask(Task):
         return positions_of(batch) | {"flops": step_flops(self.config, self.program.vocab_size, batch)}
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        if self.config.tasks is not None:  # the body of an answer is not text of a corpus
+        if self.config.tasks is not None:  # an answer's body is not corpus text
             return values
         return {**values, "bpb": values["body_nll"] / LN2 / self.corpora.bytes_per_token}
 
@@ -101,7 +101,7 @@ class TextTask(Task):
 
 
 def positions_of(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The number of positions of a batch by what is in them; `loss_tokens` are those with a loss."""
+    """The number of positions of a batch by content; `loss_tokens` are those on which the loss is taken."""
     slots = batch["tokens"].size
     return {
         "slots": slots,

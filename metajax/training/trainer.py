@@ -1,4 +1,4 @@
-"""Training starts here: restore, step, log one step later, save, evaluate. The same command resumes from the newest checkpoint."""
+"""The training loop: restore, step, log one step later, save, evaluate. The same command resumes from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from metajax.training.task import Task
 
 
 class NonFinite(Exception):
-    """The loss or the gradient stopped being finite, or went over `runtime.max_grad_norm`, in one step or, with `runtime.on_bad_step` "skip",
-    in too many in a row; the message names the replay bundle."""
+    """The loss or gradient was not finite, or the gradient norm exceeded `runtime.max_grad_norm`. The message names the replay
+    bundle. With `runtime.on_bad_step` "skip" this is raised only after too many such steps in a row."""
 
 
 @dataclass
 class Trained:
-    """What training leaves for evaluation and the report."""
+    """The result of training, for evaluation and the report."""
 
     state: State
     counts: Counts  # of all processes
@@ -50,14 +50,14 @@ class Trained:
 
 
 class Trainer:
-    """Trains a task in the folder of one run, and keeps what a run promises whatever its family.
+    """Trains a task in the folder of one run, the same way for every family of runs.
 
     Args:
-      run: its folder, already open.
+      run: the run's folder, already open.
       phases: seconds of the start-up so far.
 
     Raises:
-      UserError: processes that differ in their config or data.
+      UserError: the processes differ in their config or data.
     """
 
     def __init__(self, task: Task, run: RunDirectory, phases: Phases):
@@ -74,16 +74,16 @@ class Trainer:
             task.save_inputs(run.path)
 
     def train(self) -> Trained:
-        """Run the steps that are left.
+        """Run the remaining steps.
 
         Raises:
           NonFinite: a loss or gradient was not finite; a replay bundle has been written.
-          Stopped: SIGTERM or Ctrl-C came; the state has been saved.
+          Stopped: on SIGTERM or Ctrl-C; the state has been saved.
         """
         steps = self.task.steps
         with contextlib.ExitStack() as closing:
             self.preemption = Preemption()
-            closing.callback(self.preemption.close)  # last: a save that has begun is finished first
+            closing.callback(self.preemption.close)  # closed last, after a started save is finished
             closing.enter_context(told_once())
             with self.phases.time("init"):
                 state, start = self._open(closing)
@@ -101,7 +101,7 @@ class Trainer:
                     state = self._steps(state, step_fn, start)
             else:
                 self.phases.finish(0.0)
-        if jax.process_count() == 1 and self.preemption.reached(steps):  # while the last save was being written
+        if jax.process_count() == 1 and self.preemption.reached(steps):  # during the last save
             raise self.preemption.end(f"saved at step {steps} of {steps}")
         if self.left_out.count:
             self.run.warn(str(self.left_out))
@@ -116,7 +116,7 @@ class Trainer:
         return Trained(state, counts, startup, clock, self.goodput, start, self.left_out)
 
     def _open(self, closing: contextlib.ExitStack) -> tuple[State, int]:
-        """(state, its step) to go on from: the newest checkpoint, or a fresh start."""
+        """(state, its step) to continue from: the newest checkpoint or a fresh state."""
         runtime = self.config.runtime
         stacks = self.run.path / f"stacks-p{jax.process_index()}.txt"
         self.watchdog = Watchdog(runtime.hang_seconds, stacks, runtime.startup_seconds)
@@ -188,12 +188,12 @@ class Trainer:
         return state
 
     def _may_be_the_last_left_out(self) -> bool:
-        """Whether the run stops if this step is a bad one: then it is read before a later step changes the state."""
+        """Whether a bad step now would stop the run. If so, its metrics are read before a later step changes the state."""
         runtime = self.config.runtime
         return runtime.on_bad_step == "skip" and self.left_out.in_a_row + 1 >= runtime.max_skipped
 
     def _profile(self, step: int, first: int) -> None:
-        """Start or end the profile of the steps that `runtime.profile` names."""
+        """Start or stop the profiler at the steps of `runtime.profile`."""
         window, folder = self.config.runtime.profile, self.run.path / "profile"
         if not window:
             return
@@ -205,7 +205,7 @@ class Trainer:
             say(f"profile of steps {begins} to {ends}: pip install xprof; xprof --logdir {folder}")
 
     def _timed(self, batches: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
-        """The next `count` batches; the time spent waiting for them is the input path's cost."""
+        """Yield the next `count` batches and record the time spent waiting for them as the cost of the input pipeline."""
         batches = itertools.islice(batches, count)
         while True:
             with self.goodput.spend("data_wait"):
@@ -221,7 +221,7 @@ class Trainer:
         return every > 0 and step % every == 0 and step < self.task.steps
 
     def _evaluate(self, state: State, step: int) -> float:
-        """The validation score, lower is better; it is written with the metrics."""
+        """The validation score, lower is better; it is also written to the metrics."""
         with self.goodput.spend("evaluation"), self.watchdog.patient():
             score, record = self.task.score(state.model)
         self.metrics.write({"step": step, **record})
@@ -246,7 +246,7 @@ class Trainer:
         self.goodput.write()
 
     def _log(self, step: int, metrics: Any, batch: dict[str, np.ndarray], state: State) -> None:
-        """Read a step's metrics, which also paces the host to one step behind the devices."""
+        """Read a step's metrics. The wait keeps the host at most one step ahead of the devices."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         finite, kept = values.pop("finite"), values.pop("kept")
         self.left_out.add(step, kept)
@@ -286,7 +286,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _lost_peers_stop() -> Iterator[None]:
-    """A collective that fails for the want of another process ends this one as a preemption does."""
+    """If a collective fails because another process is gone, end this process like a preemption."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -296,7 +296,7 @@ def _lost_peers_stop() -> Iterator[None]:
 
 
 def speed_parts(speed: dict[str, float]) -> list[str]:
-    """The parts of a line of the log that tell speed, memory and goodput."""
+    """The parts of a log line that report speed, memory and goodput."""
     parts = [
         f"{value:,.0f} {name.removesuffix('_per_second')}/s" for name, value in speed.items() if name.endswith("_per_second")
     ]

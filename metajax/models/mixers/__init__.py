@@ -1,4 +1,4 @@
-"""Sequence mixers by name: `MIXERS`. A new one is one file with a class under `@mixer("name")`."""
+"""Sequence mixers by name: `MIXERS`. To add one, write a file with a class decorated by `@mixer("name")`."""
 
 from metajax.models.mixers.base import MIXERS, Cache, Captures, KeyValues, LayerInputs, LayerSpec, Mixer, mixer
 

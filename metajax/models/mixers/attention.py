@@ -1,4 +1,4 @@
-"""Causal softmax attention: grouped heads, an optional window, shared keys and values, an always-visible prefix."""
+"""Causal softmax attention with grouped heads, an optional window, shared keys and values, and an always-visible prefix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metajax.models.rotary import Table, apply_rotary
 
 
 class QueryKeyValue(nnx.Module):
-    """Query, key and value maps, [B, T, width] -> heads; grouped when kv_heads < heads. owns_kv False: queries alone."""
+    """Query, key and value maps, [B, T, width] -> heads; grouped if kv_heads < heads. owns_kv False: only the query map."""
 
     def __init__(self, cfg: Model, key: PRNGKeyArray, *, owns_kv: bool = True):
         keys = jax.random.split(key, 3)
@@ -32,13 +32,13 @@ class QueryKeyValue(nnx.Module):
         self.value = make(keys[2], cfg.num_kv_heads * cfg.value_dim, "kv_heads") if owns_kv else None
 
     def queries(self, h: Float[Array, "B T width"], rotary: Table | None) -> Float[Array, "B T H Dq"]:
-        """Rotated when there is a rotary table."""
+        """Queries, rotated if there is a rotary table."""
         return _rotated(self.query(h).reshape(*h.shape[:2], self.heads, -1), rotary)
 
     def keys_values(
         self, h: Float[Array, "B T width"], rotary: Table | None
     ) -> tuple[Float[Array, "B T KV Dq"], Float[Array, "B T KV Dv"]]:
-        """(keys, rotated when there is a rotary table, and values)."""
+        """(keys, values); the keys are rotated if there is a rotary table."""
         k, v = (y.reshape(*h.shape[:2], self.kv_heads, -1) for y in (self.key(h), self.value(h)))
         return _rotated(k, rotary), v
 
@@ -52,7 +52,7 @@ def _rotated(x: Float[Array, "B T H D"], rotary: Table | None) -> Float[Array, "
 
 
 class Projections(QueryKeyValue):
-    """The same with an output map of all heads, back to the width of the model."""
+    """Query, key and value maps with an output map from all heads to the width of the model."""
 
     def __init__(self, cfg: Model, key: PRNGKeyArray):
         super().__init__(cfg, key)
@@ -60,19 +60,19 @@ class Projections(QueryKeyValue):
         self.output = Linear(last, (inner, cfg.width), std=residual_std(cfg), bias=cfg.bias, axes=("heads", "embed"))
 
     def merge(self, out: Float[Array, "B T H D"]) -> Float[Array, "B T width"]:
-        """The output map."""
+        """Apply the output map."""
         return self.output(out.reshape(*out.shape[:2], -1))
 
 
 @mixer("attention", hybrid=False)
 class Attention(QueryKeyValue, Mixer):
-    """Causal attention inside segments, [B, T, width] -> [B, T, heads * value_dim]; `spec.window` bounds how far back a query sees."""
+    """Causal attention inside segments, [B, T, width] -> [B, T, heads * value_dim]. A query sees `spec.window` earlier keys."""
 
     captures = (
         "attention_branch",  # [L, B, T, heads * value_dim], before its norm and the output map
         "attention_lse",  # float32[L, B, T, heads]
-        "attention_probabilities",  # float32[L, B, heads, query, M + key], computed densely beside the model's own attention
-        "keys",  # [owners, B, T, kv_heads, head_dim], rotated; of the layers with keys of their own
+        "attention_probabilities",  # float32[L, B, heads, query, M + key], computed by a separate dense softmax
+        "keys",  # [owners, B, T, kv_heads, head_dim], rotated; owners are the layers with `owns_kv`
         "values",  # [owners, B, T, kv_heads, value_dim]
     )
 
@@ -120,7 +120,7 @@ class Attention(QueryKeyValue, Mixer):
 
     @staticmethod
     def pair_flops(cfg: Model) -> int:
-        return 2 * cfg.heads * (cfg.head_dim + cfg.value_dim)  # scores and weighted sum, all heads
+        return 2 * cfg.heads * (cfg.head_dim + cfg.value_dim)  # scores and weighted sum of all heads
 
     @staticmethod
     def pairs(spec: LayerSpec, batch: Batch, prefix: int) -> int:

@@ -1,7 +1,7 @@
-"""Mamba-1: projections, convolution and gated selective scan, without the map back to the model's width.
+"""Mamba-1: projections, convolution and gated selective scan, without the output projection to the model's width.
 
-Mamba (arXiv 2312.00752, algorithm 2 and section 3.4) in the form of Hymba (arXiv 2411.13676, section 2.1): dt, B and C are normalised
-before the scan. Hymba says "Mamba heads"; there is one set of parameters and no head structure.
+Mamba (arXiv 2312.00752, algorithm 2 and section 3.4) in the form of Hymba (arXiv 2411.13676, section 2.1): dt, B and C are
+normalised before the scan. Hymba speaks of "Mamba heads", but there is one set of parameters and no head structure.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from metajax.models import ops
 from metajax.models.layers import Linear, Norm, normal_param
 from metajax.models.mixers.base import Cache, Captures, LayerInputs, LayerSpec, Mixer, mixer
 
-DT_RANGE = (1e-3, 1e-1)  # of the initial step sizes with dt_init "mamba" (arXiv 2312.00752, section 3.6)
+DT_RANGE = (1e-3, 1e-1)  # range of the initial step sizes with dt_init "mamba" (arXiv 2312.00752, section 3.6)
 State = tuple[Float[Array, "B tail D"], Float[Array, "B C N"]]  # (last inputs of the convolution, float32 state)
 
 
 def starts(cache: Cache, name: str) -> tuple[dict[str, Array | None], dict[str, Array | None]]:
-    """(tails, states) that a convolution and a scan start from: a segment after the prefix, a row after its earlier tokens."""
+    """(tails of the convolution, states of the scan) to start from: the prefix's for a segment, the earlier tokens' for a row."""
     reset_tail, reset_state = (x[0] for x in cache.prefix[name]) if name in cache.prefix else (None, None)
     tail, state = cache.past.get(name, (None, None))
     return {"initial_tail": tail, "reset_tail": reset_tail}, {"initial_state": state, "reset_state": reset_state}
@@ -29,7 +29,7 @@ def starts(cache: Cache, name: str) -> tuple[dict[str, Array | None], dict[str, 
 
 @mixer("mamba")
 class Mamba(Mixer):
-    """[B, T, width] -> gated scan output [B, T, C], C = expand * width channels, each with a state of N numbers."""
+    """[B, T, width] -> gated scan output [B, T, C]. Each of the C = expand * width channels has N states."""
 
     captures = (
         "ssm_branch",  # [L, B, T, C], before its norm and the output map
@@ -106,15 +106,15 @@ def _dt_bias(kind: str, channels: int, key: PRNGKeyArray) -> Float[Array, " C"]:
 
 
 def scan_operations(channels: int, state: int) -> int:
-    """Operations of one token in the scan, a transcendental function counted as one.
+    """Operations per token in the scan; a transcendental function counts as one.
 
-    For each number of the state 7: dt A, its exponential, times h, (dt u) B, plus, times C, plus. For each channel 6: bias and softplus
-    of dt, dt u, D u, which starts the sum over the state, silu of the gate and the product with it.
+    Each state takes 7: dt A, its exponential, times h, (dt u) B, add, times C, add. Each channel takes 6: bias and softplus
+    of dt, dt u, D u (which starts the sum over states), silu of the gate and the product with it.
     """
     return channels * (7 * state + 6)
 
 
 def state_bytes(cfg: Model, convolved: int) -> dict[str, int]:
-    """Bytes of a float32 state and of the last inputs of a convolution over `convolved` channels."""
+    """Bytes of a float32 state and of the last inputs of a convolution over `convolved` channels, for one row."""
     tail = convolved * (cfg.hybrid.d_conv - 1) * jnp.dtype(cfg.compute_dtype).itemsize
     return {"state": 4 * cfg.ssm_width * cfg.hybrid.state, "conv": tail}

@@ -1,7 +1,7 @@
-"""Mamba-2: one decay for each head, which makes the recurrence a product of matrices inside a chunk.
+"""Mamba-2: one decay per head, so that the recurrence inside a chunk is a matrix product.
 
-Transformers are SSMs (Dao and Gu, arXiv 2405.21060): the parallel projections of figure 6, and the chunked algorithm of section 6 in plain
-XLA. Segments (packed documents) are our addition: each starts from one given state, that of the learned prefix.
+Transformers are SSMs (Dao and Gu, arXiv 2405.21060): the parallel projections of figure 6 and the chunked algorithm of section 6,
+in plain XLA. Segments (packed documents) are our addition: each starts from the state after the learned prefix.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def chunked_scan(
 ) -> tuple[Float[Array, "B T H P"], Float[Array, "B H P N"]]:
     """(y, last state) of h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t, in float32.
 
-    The row's first segment continues `initial_state`, every later one starts from `reset_state`.
+    The row's first segment continues `initial_state`; every later segment starts from `reset_state`.
     """
     length, size = x.shape[1], min(CHUNK, x.shape[1])
-    pad = -length % size  # a dt of 0 leaves the state as it is
+    pad = -length % size  # a dt of 0 leaves the state unchanged
     arrays = (jnp.pad(z.astype(jnp.float32), ((0, 0), (0, pad), *((0, 0),) * (z.ndim - 2))) for z in (x, dt, b, c))
     tokens = (*arrays, jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge"))
     chunks = jax.tree.map(lambda z: jnp.moveaxis(z.reshape(len(z), -1, size, *z.shape[2:]), 1, 0), tokens)
@@ -54,11 +54,11 @@ def chunked_scan(
 def _chunk(
     state: Array, before: Array, reset: Array, A: Array, x: Array, dt: Array, b: Array, c: Array, segment_ids: Array
 ) -> tuple[Array, Array]:
-    """(state after a chunk, its y); `before` [B] is the segment of the token before it."""
+    """(state after a chunk, y of the chunk); `before` [B] is the segment id of the token before the chunk."""
     index = jnp.arange(x.shape[1])
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     past = same & (index[None, :] <= index[:, None])
-    # Log of the decay since the start of a token's segment, or of the chunk where the segment began earlier; no other document in the sums.
+    # Log decay since the start of the token's segment, or of the chunk if the segment began earlier. No sum crosses a document.
     decay = jnp.einsum("bij,bjh->bih", past.astype(jnp.float32), dt * A)
     left = jnp.exp(decay)
 
@@ -75,13 +75,13 @@ def _chunk(
 
 
 def heads_of(cfg: Model) -> int:
-    """Heads of 64 channels each, or one of all channels where there are fewer."""
+    """Number of heads of 64 channels; one head if there are fewer channels."""
     return max(1, cfg.ssm_width // HEAD)
 
 
 @mixer("mamba2")
 class Mamba2(Mixer):
-    """[B, T, width] -> gated and normalised scan output [B, T, C], C = expand * width channels, each with a state of N numbers."""
+    """[B, T, width] -> gated and normalised scan output [B, T, C]. Each of the C = expand * width channels has N states."""
 
     captures = ("ssm_branch", "conv_tail", "ssm_state")  # as of Mamba-1
 
@@ -131,10 +131,10 @@ class Mamba2(Mixer):
 
     @staticmethod
     def token_flops(cfg: Model, spec: LayerSpec) -> dict[str, int]:
-        """The scan is counted from the recurrence, as Mamba-1's is.
+        """The scan is counted from the recurrence, as for Mamba-1.
 
-        For each number of the state 5: decay h, (dt x) B, plus, times C, plus. For each channel 7: dt x, D x, plus, silu of the gate, its
-        product, and twice for the norm. For each head 4: bias and softplus of dt, dt A, its exponential.
+        Each state takes 5: decay h, (dt x) B, add, times C, add. Each channel takes 7: dt x, D x, add, silu of the gate, its
+        product, and two for the norm. Each head takes 4: bias and softplus of dt, dt A, its exponential.
         """
         channels, state, heads = cfg.ssm_width, cfg.hybrid.state, heads_of(cfg)
         convolved = channels + 2 * state

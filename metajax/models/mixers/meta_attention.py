@@ -1,4 +1,4 @@
-"""Meta-attention, the second attention of learned meta-tokens (arXiv 2509.16278), in its several forms."""
+"""Meta-attention: the second attention operation of learned meta-tokens (arXiv 2509.16278), in several forms."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
 from metajax.models.mixers.attention import Attention, Projections
 from metajax.models.mixers.base import Batch, Cache, Captures, KeyValues, LayerInputs, LayerSpec, Mixer, mixer
 
-EVERYWHERE = ("dense_uniform", "dense_causal", "causal")  # forms that change ordinary tokens too
+EVERYWHERE = ("dense_uniform", "dense_causal", "causal")  # forms that also change ordinary tokens
 
 
 @mixer("meta_attention", hybrid=False)
 class MetaAttention(Projections, Mixer):
-    """Attention among the meta-tokens of a segment, with weights of its own, [B, N, width] -> [B, N, width].
+    """Attention among the meta-tokens of a segment, with separate weights, [B, N, width] -> [B, N, width].
 
-    The form is `MetaTokens.attention`. "gathered" reads and writes the M meta-tokens alone (N = M), at M / T of the cost of "dense"
-    (N = T), of which the caller drops the rows of ordinary tokens. The forms in EVERYWHERE write to all tokens.
+    The form is `MetaTokens.attention`. "gathered" reads and writes only the M meta-tokens (N = M), at M / T of the cost of
+    "dense" (N = T). For "dense" the caller drops the rows of ordinary tokens. The forms in EVERYWHERE write to all tokens.
     """
 
     captures = (
-        "meta_out",  # [L, B, T, width], what meta-attention adds, 0 where it adds nothing; absent when no row has meta-tokens
-        "meta_probabilities",  # float32[L, B, heads, query, key]: M of each where it is gathered, otherwise T
-        "meta_keys",  # [L, B, M, kv_heads, head_dim]; T of them where it writes to all tokens
+        "meta_out",  # [L, B, T, width], what meta-attention adds, else 0; absent if no row has meta-tokens
+        "meta_probabilities",  # float32[L, B, heads, query, key]; query and key count M if gathered, else T
+        "meta_keys",  # [L, B, M, kv_heads, head_dim]; T instead of M if it writes to all tokens
         "meta_values",
     )
 
@@ -64,7 +64,7 @@ class MetaAttention(Projections, Mixer):
         return self.merge(out), left
 
     def _left(self, k: Array, v: Array, inputs: LayerInputs) -> KeyValues:
-        """Keys and values of the M meta-tokens, or of all tokens where the form writes to all."""
+        """Keys and values of the M meta-tokens, or of all tokens if the form writes to all tokens."""
         if self.writes_everywhere:
             return KeyValues(k, v, inputs.segment_ids > 0)
         if self.form == "dense":
@@ -72,7 +72,7 @@ class MetaAttention(Projections, Mixer):
         return KeyValues(k, v, gather_rows(inputs.segment_ids, inputs.meta_positions) > 0)
 
     def _visible(self, past: KeyValues, inputs: LayerInputs) -> KeyValues:
-        """The cached keys that the token of each row sees: in two of the forms a meta-token sees meta-tokens alone."""
+        """The cached keys that each row's token sees. In two of the forms a meta-token sees only meta-tokens."""
         if self.form not in ("dense_uniform", "dense_causal"):
             return past
         is_meta = inputs.meta_positions[:, :1] == 0  # rows have one token each
@@ -81,22 +81,22 @@ class MetaAttention(Projections, Mixer):
     def _probabilities(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N KV D"], inputs: LayerInputs
     ) -> Float[Array, "B H N N"]:
-        """Attention weights, computed densely; q and k as `__call__` has them."""
+        """Attention weights, computed densely from the q and k of `__call__`."""
         if self.form == "gathered":
             index = jnp.arange(q.shape[1])
             expiry = gathered_expiry(inputs.segment_ids, inputs.meta_positions)
             allow = Mask.allow(index[None, :, None], index[None, None, :], expiry[:, None, :])
         elif self.form == "causal":
             allow = Mask().dense(inputs.segment_ids)
-        else:  # the mask has been applied to q already; applying it again changes nothing
+        else:  # `q` is already masked; masking it again changes nothing
             q, allow = self._dense_mask(q, inputs)
         return masked_softmax(q, k, allow, scale=q.shape[-1] ** -0.5)[0]
 
     def _dense_mask(self, q: Float[Array, "B T H D"], inputs: LayerInputs) -> tuple[Array, Array]:
-        """(queries, bool[B, T, T]): meta-tokens see meta-tokens; ordinary ones nothing, or their past, with scores of 0 if "uniform".
+        """(queries, mask bool[B, T, T]). Meta-tokens see meta-tokens; ordinary tokens see nothing or their past, by the form.
 
-        A constant added to the scores where the mask forbids all keys of a row cancels in its softmax ("dense_causal"). A constant so
-        large that float32 loses the scores leaves equal weights ("dense_uniform").
+        A constant added to all scores of a fully masked row cancels in the softmax, so the past stays visible ("dense_causal").
+        A constant so large that float32 loses the scores leaves equal weights, so the scores are 0 ("dense_uniform").
         """
         allow = meta_dense(inputs.segment_ids, inputs.meta_positions)
         if self.writes_everywhere:
@@ -120,7 +120,7 @@ class MetaAttention(Projections, Mixer):
     @staticmethod
     def pairs(spec: LayerSpec, batch: Batch, prefix: int) -> int:
         real = batch["segment_ids"] > 0
-        after = ((0, 0), (0, 1))  # an unused position points after the row: no segment, no past
+        after = ((0, 0), (0, 1))  # an unused position points past the row: no segment, no past
         positions = np.minimum(batch["meta_slots"], real.shape[1])
         segments = np.take_along_axis(np.pad(batch["segment_ids"], after), positions, axis=1)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)

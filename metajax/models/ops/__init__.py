@@ -1,7 +1,7 @@
-"""The one entry to the kernels. A model says what it attends to; `implementation` and the platform say how it is computed.
+"""The operations that have kernels. The model gives the mask; `implementation` and the platform select the algorithm.
 
-"auto" is settled when the program is lowered, for the platform it is lowered for, so that a program planned for
-another platform holds that platform's kernels.
+"auto" is resolved when the program is lowered, for the target platform. A program planned for another platform
+therefore contains that platform's kernels.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ATTENTION = {"reference": attention_reference, "xla": attention_xla, "pallas_tpu
 SELECTIVE_SCAN = {"reference": selective_scan_reference, "xla": selective_scan_xla, "pallas_tpu": selective_scan_tpu}
 CAUSAL_CONV = {"reference": causal_conv_reference, "xla": causal_conv_xla, "pallas_tpu": causal_conv_tpu}
 AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
-# Queries x keys of a row up to which "auto" is XLA on every platform: one tile of the kernel, which has nothing to leave out
-# there, while its layouts cost more than they save (docs/kernels.md, meta_attention). Scan and convolution are XLA for rows of one token,
-# which the kernels would fill up to a group of tokens.
+# Up to this many queries x keys of a row, "auto" is XLA on every platform. At or below one tile the kernel cannot skip any block,
+# and its layout changes cost more than they save (docs/kernels.md, meta_attention). Scan and convolution use XLA for rows of
+# one token, because the kernels would pad them to a group of tokens.
 ONE_TILE = 256 * 256
 
-# How their arrays lie on a mesh; lifetimes and segments of a row are known to all its parts.
+# Logical axes of the arrays; every part of a row has the expiries and segment ids of the whole row.
 _KEYS = ("batch", "length", "kv_heads", None)
 _CHANNELS = ("batch", "length", "ssm")
 _STATE = ("batch", "ssm", None)
@@ -62,11 +62,11 @@ def attention(
     q_offset: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """Masked softmax attention with scale 1/sqrt(Dq): (out, lse), lse float32, the natural log of the sum of exponentials.
+    """Masked softmax attention with scale 1/sqrt(Dq): (out, lse); lse is float32, the natural log of the sum of exponentials.
 
-    Grouped heads: query head h reads KV head h // (H / KV). Every query sees the keys `prefix_k` too. Query row t is at
+    Grouped heads: query head h reads KV head h // (H / KV). Every query also sees the keys `prefix_k`. Query row t is at
     key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
-    Raises UserError for an unknown implementation, and for one that does not take the dtype or the platform.
+    Raises UserError for an unknown implementation, and for one that does not support the dtype or the platform.
     """
     window = None if mask.prefix else mask.window  # how far back keys can be seen
     return _attention(q, k, v, mask.expiry(segment_ids), implementation, window, prefix_k, prefix_v, q_offset)
@@ -81,9 +81,9 @@ def meta_attention(
     segment_ids: Int[Array, "B T"],
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B M H Dv"], Float[Array, "B M H"]]:
-    """Attention among the meta-tokens of a row: `q`, `k`, `v` are already gathered at `meta_positions`, sorted.
+    """Attention among the meta-tokens of a row; `q`, `k`, `v` are already gathered at the sorted `meta_positions`.
 
-    A meta-token sees itself and the earlier meta-tokens of its own segment (learned meta-tokens, arXiv 2509.16278).
+    A meta-token sees itself and the earlier meta-tokens of its segment (learned meta-tokens, arXiv 2509.16278).
     A position >= T is unused: its output is 0. Raises UserError as `attention` does.
     """
     return _attention(q, k, v, gathered_expiry(segment_ids, meta_positions), implementation)
@@ -99,11 +99,11 @@ def join_past(
     *,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """(out, lse) of attention to all its keys and to further ones, of which every query of a row sees the `visible` ones.
+    """Add earlier keys to an attention result (out, lse); every query of a row sees the `visible` ones of these keys.
 
-    Two softmaxes over disjoint keys are joined by their log-sum-exp. Raises UserError as `attention` does.
+    Two softmaxes over disjoint keys are merged by their log-sum-exp. Raises UserError as `attention` does.
     """
-    last = k.shape[1] + q.shape[1]  # after the last query, since the queries follow all these keys
+    last = k.shape[1] + q.shape[1]  # after the last query, because the queries follow all these keys
     past_out, past_lse = _attention(q, k, v, jnp.where(visible, last, 0), implementation, q_offset=k.shape[1])
     total = jnp.logaddexp(lse, past_lse)
     finite = jnp.where(total == -jnp.inf, 0.0, total)  # a query without any key: weights exp(-inf - 0) = 0, not NaN
@@ -129,7 +129,7 @@ def _attention(
     parts = parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
     if parts > 1:
         attend = functools.partial(attention_in_parts, attend, window)
-    elif isinstance(q_offset, int):  # known when the program is made: keys after the queries are left out then
+    elif isinstance(q_offset, int):  # a static offset lets the implementation skip the keys after the queries
         attend, q_offset = functools.partial(attend, q_offset=q_offset), None
     arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "prefix_k": prefix_k, "prefix_v": prefix_v}
     return on_devices(attend, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
@@ -152,7 +152,7 @@ def selective_scan(
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
     """Mamba-1's recurrence with softplus, skip and gate (arXiv 2312.00752, algorithm 2): (y, float32 state after the last token).
 
-    Where a segment starts the state is `reset_state` (None: zeros); the row itself continues `initial_state` (None: `reset_state`).
+    Each segment starts from `reset_state` (None: zeros). The row starts from `initial_state` (None: `reset_state`).
     Raises UserError as `attention` does.
     """
 
@@ -177,10 +177,10 @@ def causal_conv(
     reset_tail: Float[Array, "K-1 C"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
-    """silu(b + causal depthwise convolution of width K, from 2 to 4) inside segments: (y, tail that a continued row must be given).
+    """silu(b + causal depthwise convolution) inside segments: (y, `initial_tail` for a call that continues the row).
 
-    A segment follows `reset_tail` (None: zeros), the row `initial_tail` (None: `reset_tail`), oldest first.
-    Raises UserError as `attention` does.
+    K is 2 to 4. `reset_tail` (None: zeros) holds the K-1 inputs before a segment, `initial_tail` (None: `reset_tail`) those
+    before the row, oldest first. Raises UserError as `attention` does.
     """
 
     def conv(x: Array, w: Array, b: Array, **options: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""How an operation finds its implementation, by name or by the platform that is lowered for."""
+"""Selects the implementation of an operation, by name or by the platform that the program is lowered for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jax.interpreters import mlir
 from metajax.core.errors import UserError, nearest, require
 
 ONLY_ON = {"pallas_tpu": "tpu"}  # implementation -> the one platform that it runs on
-DTYPES = {"float32", "bfloat16"}  # what the implementations in ONLY_ON compute with
+DTYPES = {"float32", "bfloat16"}  # that the implementations in ONLY_ON support
 
 
 def dispatch(table: Mapping[str, Callable], auto: Mapping[str, str], implementation: str, *args: Any, **kwargs: Any) -> Any:
-    """table[implementation](*args, **kwargs). "auto" is auto[platform], else "xla", settled when the program is lowered.
+    """table[implementation](*args, **kwargs). "auto" means auto[platform], else "xla", chosen at lowering.
 
-    Raises UserError for an unknown implementation, for a dtype that it does not take, and, when the program is lowered, for a
-    platform that it does not run on.
+    Raises UserError for an unknown implementation and for a dtype that it does not support. Lowering raises it for a platform
+    on which the implementation does not run.
     """
     known = ("auto", *table)
     require(
@@ -43,12 +43,12 @@ def dispatch(table: Mapping[str, Callable], auto: Mapping[str, str], implementat
 
 
 def _call(kernel: Callable, kwargs: Mapping[str, Any]) -> Callable:
-    """`kernel` as a function of its positional arguments and of the arrays among its keywords."""
+    """`kernel` as a function of its positional arguments and its array keyword arguments."""
     return lambda args, arrays: kernel(*args, **(kwargs | arrays))
 
 
 def _refuse(reason: str, like: Callable, *operands: Any) -> Any:
-    """Zeros in the form of like(*operands), in a program that cannot be lowered."""
+    """Zeros with the shapes and dtypes of like(*operands); lowering a program that contains them raises `reason`."""
     never = _not_here.bind(reason=reason)
     return jax.tree.map(lambda x: jnp.full(x.shape, never, x.dtype), jax.eval_shape(like, *operands))
 

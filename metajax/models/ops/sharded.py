@@ -1,8 +1,8 @@
 """Operations along a row on a mesh: each device computes its rows, its heads or channels, and its part of a long row.
 
-The compiler can split neither a Pallas call nor a recurrence over a mesh by itself, so what goes along a row runs in
-`jax.shard_map`. Where rows are spread over `context`, a part needs something of the parts before it: attention their keys,
-the convolution three inputs, the scan the state that they leave.
+The compiler cannot split a Pallas call or a recurrence over a mesh, so these operations run in `jax.shard_map`.
+If rows are sharded over `context`, each part reads from the parts before it: attention their keys, the convolution three
+inputs, the scan their final state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Kernel = Callable[..., tuple[Array, Array]]
 
 
 def parts_of(*lengths: int) -> int:
-    """Over how many devices rows of these lengths are spread by the mesh in use: 1 where one of them is not, or they differ."""
+    """Number of devices over which the mesh shards rows of these lengths; 1 if one is not sharded or the counts differ."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if AxisType.Manual in mesh.axis_types else mesh.shape.get("context", 1)
     length, *others = lengths
@@ -32,10 +32,10 @@ def parts_of(*lengths: int) -> int:
 
 
 def on_devices(kernel: Kernel, axes: Mapping[str, Axes], outputs: tuple[Axes, Axes], parts: int, **arrays: Array | None) -> tuple:
-    """kernel(**arrays) on what each device holds of the arrays, laid out by their logical `axes`; None is left out.
+    """kernel(**arrays) on each device's shards, laid out by the logical `axes`; arrays that are None are left out.
 
-    parts: what `parts_of` gave; with 1 the axis "length" is whole on every device. Inside `jax.shard_map`, or without a mesh
-    of several devices, it is `kernel` itself.
+    parts: the result of `parts_of`; with 1 the axis "length" is not sharded. Inside `jax.shard_map`, or without a mesh
+    of several devices, this calls `kernel` directly.
     """
     given = {name: x for name, x in arrays.items() if x is not None}
     mesh = jax.sharding.get_abstract_mesh()
@@ -44,7 +44,7 @@ def on_devices(kernel: Kernel, axes: Mapping[str, Axes], outputs: tuple[Axes, Ax
     sizes = {axis: size for name, x in given.items() for axis, size in zip(axes[name], x.shape, strict=True) if axis}
     layout = {axis: partition_spec((axis,), (size,), mesh)[0] for axis, size in sizes.items() if axis != "length" or parts > 1}
     if None in (layout.get("heads"), layout.get("kv_heads")):
-        layout |= {"heads": None, "kv_heads": None}  # query heads lie where the key heads of their groups do
+        layout |= {"heads": None, "kv_heads": None}  # query heads are placed with the key heads of their groups
     spec = lambda names: PartitionSpec(*(layout.get(name) for name in names))  # noqa: E731
     specs = {name: spec(axes[name]) for name in given}
     local = lambda given: kernel(**given)  # noqa: E731
@@ -60,10 +60,10 @@ def attention_in_parts(
     expiry: Int[Array, "B all"],
     **metas: Array,
 ) -> tuple[Array, Array]:
-    """`attend` for one part of each row, `expiry` that of the whole row: (out, lse) of the part's queries.
+    """`attend` for one part of each row: (out, lse) of the part's queries. `expiry` is that of the whole row.
 
-    A window that ends in the part before takes its keys from there alone; without one, or with a wider one, a part gathers the
-    keys of all, of which the last part's queries see the most: the parts' work is not the same then.
+    A window no longer than a part needs only the keys of the previous part. Without a window, or with a longer one, a part
+    gathers the keys of all parts. Then the work is uneven, because the queries of later parts see more keys.
     """
     here, length = jax.lax.axis_index("context"), q.shape[1]
     if window is None or window > length:
@@ -71,7 +71,7 @@ def attention_in_parts(
         return attend(q, k, v, expiry, q_offset=here * length, **metas)
     if window:
         k, v = (jnp.concatenate([_from_before(x[:, length - window :]), x], axis=1) for x in (k, v))
-    first = here * length - window  # index of the first of these keys; before the row there is none, and expiry 0 hides it
+    first = here * length - window  # index of the first of these keys; expiry 0 hides those before the row
     padded = jnp.pad(expiry, ((0, 0), (window, 0)))
     mine = jax.lax.dynamic_slice_in_dim(padded, here * length, window + length, axis=1) - first
     return attend(q, k, v, mine, q_offset=window, **metas)
@@ -87,8 +87,8 @@ def scan_in_parts(
 ) -> tuple[Array, Array]:
     """`scan` for one part of each row: (y of the part, state after the whole row). `segment_ids` are those of the whole row.
 
-    A part is scanned twice: from zeros for the state that it makes, then from the state that the parts before it leave,
-    h_i = decay_i h_(i-1) + made_i, where the decay of a part is exp(A sum of its steps), and 0 where a segment starts inside.
+    Each part is scanned twice: first from zeros, which gives made_i, then from the final state of the parts before it,
+    h_i = decay_i h_(i-1) + made_i. The decay of a part is exp(A sum of its steps), or 0 if a segment starts inside it.
     """
     here, length = jax.lax.axis_index("context"), tokens["u"].shape[1]
     ids, begins = _part_of(segment_ids, here, length)
@@ -127,12 +127,12 @@ def conv_in_parts(
 
 
 def _part_of(segment_ids: Int[Array, "B all"], here: Array, length: int) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
-    """(ids of this part, whether a segment starts with its first token, which the part's own ids cannot say)."""
+    """(segment ids of this part, whether its first token starts a segment). The latter needs the id before the part."""
     starts = segment_starts(segment_ids)
     ids, starts = (jax.lax.dynamic_slice_in_dim(x, here * length, length, axis=1) for x in (segment_ids, starts))
     return ids, starts[:, 0]
 
 
 def _from_before(x: Array) -> Array:
-    """What the part before holds; zeros for the first."""
+    """`x` of the previous part; zeros for the first part."""
     return jax.lax.ppermute(x, "context", [(i, i + 1) for i in range(jax.lax.axis_size("context") - 1)])

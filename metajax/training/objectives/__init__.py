@@ -1,4 +1,4 @@
-"""Objectives: what a train step minimises. One file each, registered by `@objective(NAME)`."""
+"""Training objectives, one file each, registered by `@objective(NAME)`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from metajax.core.registries import Registry
 
 Batch = dict[str, jax.Array]
-Means = dict[str, tuple[jax.Array, jax.Array]]  # {metric: (sum, weight)}; micro-batches add both, the metric is their ratio
+Means = dict[str, tuple[jax.Array, jax.Array]]  # {metric: (sum, weight)}, added over micro-batches; the metric is their ratio
 
 
 def _unchanged(config: Any, batch: Batch, step: jax.Array, *frozen: Any) -> Batch:
@@ -20,10 +20,10 @@ def _unchanged(config: Any, batch: Batch, step: jax.Array, *frozen: Any) -> Batc
 class Objective(NamedTuple):
     """What a train step minimises.
 
-    loss(config, model, batch, *frozen): the metrics as `Means`; the one called "loss" is minimised. `frozen` is what the step reads besides
-    the state and the batch and never changes, such as a reference model.
-    prepare(config, batch, step, *frozen): the whole batch before it is cut into micro-batches; random draws belong here, so that
-    `training.accumulate` changes no number.
+    loss(config, model, batch, *frozen): the metrics as `Means`; the one named "loss" is minimised. `frozen` are inputs besides
+    the state and the batch that never change, such as a reference model.
+    prepare(config, batch, step, *frozen): transforms the whole batch before it is split into micro-batches. Random draws belong
+    here, so that `training.accumulate` does not affect the results.
     """
 
     loss: Callable[..., Means]
@@ -34,7 +34,7 @@ objectives: Registry[Objective] = Registry("objective", __name__)
 
 
 def objective(name: str, *, prepare: Callable[..., Batch] = _unchanged) -> Callable[[Callable[..., Means]], Callable[..., Means]]:
-    """Decorator: register a loss under the name that `training.objective` takes."""
+    """Decorator: register a loss under a name for `training.objective`."""
 
     def register(loss: Callable[..., Means]) -> Callable[..., Means]:
         objectives.add(name, Objective(loss, prepare), loss.__module__)

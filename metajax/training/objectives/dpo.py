@@ -1,4 +1,4 @@
-"""Direct preference optimisation of pairs of answers, which are segments of one row."""
+"""Direct preference optimisation (DPO) on pairs of answers, which are segments of one row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METRICS = ("margin", "accuracy", "chosen_reward")  # of `preference_sums`, sums 
 
 @objective("dpo")
 def dpo(config: Config, model: Any, batch: Batch, reference: Any) -> Means:
-    """`preference_sums` by pair, against the frozen `reference`; nll and body_nll as of the objective "language_model"."""
+    """`preference_sums` per pair, against the frozen `reference`; nll and body_nll as in the objective "language_model"."""
     logits, weights = apply_model(model, batch), batch["loss_weights"]
     _, parts = weighted_sums(logits, batch["targets"], weights, batch["is_body"], 0.0)
     nll, reference_nll = (token_nll(scores, batch["targets"])[0] for scores in (logits, apply_model(reference, batch)))
@@ -40,13 +40,13 @@ def preference_sums(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(sum over pairs of -log sigmoid(margin), parts): Rafailov et al., arXiv 2305.18290, equation 7.
 
-    Segments 2p - 1 and 2p of a row are the chosen and the rejected answer to one prompt. The reward of an answer is beta times the sum over
-    its weighted tokens of log p - log p_reference, in nats; the margin of a pair is the chosen answer's less the rejected one's. Parts, sums
-    over the batch: "pairs", "margin", "accuracy" (margins above 0), "chosen_reward".
+    Segments 2p - 1 and 2p of a row are the chosen and the rejected answer to one prompt. An answer's reward is beta times the
+    sum over its weighted tokens of log p - log p_reference, in nats. A pair's margin is the chosen minus the rejected reward.
+    Parts, as sums over the batch: "pairs", "margin", "accuracy" (margins above 0), "chosen_reward".
     """
     reward = weighed(beta * weights, reference_nll - nll)
     is_chosen, pair = segment_ids % 2 == 1, (segment_ids + 1) // 2  # pair 0 is padding
-    most = segment_ids.shape[1] // 4  # two answers of BOS and a token
+    most = segment_ids.shape[1] // 4  # the shortest pair is two answers of BOS and one token
     by_pair = jax.vmap(lambda x, pair: jax.ops.segment_sum(x, pair, most + 1)[1:])
     margins = by_pair(jnp.where(is_chosen, reward, -reward), pair)
     exists = by_pair(jnp.ones_like(pair), pair) > 0

@@ -14,7 +14,7 @@ from metajax.training.step import apply_model
 
 @objective("language_model")
 def language_model(config: Config, model: Any, batch: Batch) -> Means:
-    """Cross-entropy by token, weighted by `loss_weights`, plus `optimizer.z_loss`. nll is without z-loss, body_nll of body tokens; nats."""
+    """Cross-entropy per token in nats, weighted by `loss_weights`, plus `optimizer.z_loss`. nll and body_nll exclude z-loss."""
     fields = (batch[name] for name in ("targets", "loss_weights", "is_body"))
     total, parts = weighted_sums(apply_model(model, batch), *fields, config.optimizer.z_loss)
     tokens = jnp.sum(batch["loss_weights"])

@@ -1,4 +1,4 @@
-"""Optimizers, one file each, registered by `@optimizer(NAME)`, and their schedule."""
+"""Optimizers, one file each, registered by `@optimizer(NAME)`, and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], M
     """Decorator: register (config, schedule, model) -> optax transformation under a name for `optimizer.name`.
 
     Args:
-      ignores: fields of `optimizer` that it does not read; a run that sets one is refused.
+      ignores: config fields of `optimizer` that it does not read; setting one is an error.
     """
 
     def register(make: Make) -> Make:
@@ -33,8 +33,8 @@ def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], M
 def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     """Learning rate by step. Warm-up is peak * (step + 1) / (warmup + 1), as in nanoGPT.
 
-    cosine and linear fall to final_fraction * peak at the horizon and stay there; wsd holds the peak and falls linearly
-    over the last `decay_share` of the horizon; constant holds it.
+    cosine and linear fall to final_fraction * peak at the horizon and stay there. wsd holds the peak and falls linearly
+    over the last `decay_share` of the horizon. constant holds the peak.
     """
     peak, floor = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_fraction
     warmup, horizon = optimizer.warmup_steps, optimizer.horizon or steps
@@ -57,7 +57,7 @@ def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
 
 
 def at_step(opt_state: Any, step: Any) -> Any:
-    """The optimizer's state with its schedule at `step`. A step that is left out advances the schedule, not the counts of updates."""
+    """The optimizer state with its schedule at `step`. A skipped step advances the schedule but not the update counts."""
     of_schedule = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
     return optax.tree.set(opt_state, of_schedule, count=step)
 

@@ -13,6 +13,6 @@ from metajax.training.optimizers import optimizer
 
 @optimizer("adamw", ignores=("momentum", "ns_steps", "nesterov"))
 def adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); weight decay leaves out norms, biases and rates (`decay_mask`)."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Norms, biases and rates have no weight decay (`decay_mask`)."""
     b1, b2 = cfg.betas
     return optax.adamw(rate, b1=b1, b2=b2, weight_decay=cfg.weight_decay, mask=decay_mask(model))

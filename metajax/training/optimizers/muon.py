@@ -1,4 +1,4 @@
-"""Muon on the matrices between hidden units."""
+"""Muon for the matrices between hidden units."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NOT_HIDDEN = frozenset({"vocab", "positions", "classes", "features", "meta", "no
 
 
 def hidden_matrices(model: Any) -> Any:
-    """The model's pytree with a bool for each parameter: it is a matrix between hidden units, by its logical axes.
+    """The model's pytree with a bool per parameter: whether it is a matrix between hidden units, by its logical axes.
 
-    Layers may be stacked, which adds leading axes that the metadata does not name.
+    Stacked layers have leading axes that the metadata does not name.
     """
 
     def is_hidden(param: nnx.Variable) -> bool:
@@ -32,12 +32,12 @@ def hidden_matrices(model: Any) -> Any:
 
 @optimizer("muon")
 def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
-    """Muon (Jordan, 2024) on the matrices between hidden units, each layer of a stack by itself; AdamW on all other parameters."""
+    """Muon (Jordan, 2024) on the matrices between hidden units, separately for each stacked layer; AdamW on other parameters."""
     each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
     matrices = muon(
         rate, ns_steps=cfg.ns_steps, beta=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay,
         muon_weight_dimension_numbers=each_matrix,
     )  # fmt: skip
     labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
-    # A function, because optax calls labels that can be called, and a model can.
+    # Pass a function, because optax calls callable labels and a model is callable.
     return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)
