@@ -21,9 +21,9 @@ PARTS = {
             "metajax/data/",
         ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
-        8_850,
+        8_900,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 25_020),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 25_070),
     "vision": (("metajax/vision/",), (), 3_350),
     "kernels_pallas": (("kernels_pallas/",), (), 3_370),
 }
