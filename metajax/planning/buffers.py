@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FLAGS = "--xla_dump_hlo_module_re=jit_step"  # only the train step
+FLAGS = "--xla_dump_hlo_module_re=train_step"  # only the train step
 _ALLOCATION = re.compile(r"^allocation (\d+): size \d+(.*)")
 _VALUE = re.compile(r"^ value: <\d+ ([^\s{]+)(\{[\d,]*\})? @0> \(size=(\d+),offset=(\d+)\): (\S+)")  # @0: HBM
 _RANGE = re.compile(r"^    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$", re.MULTILINE)

@@ -138,8 +138,8 @@ def test_memory_agrees_with_the_step_that_runs(tiny_config):
     """On a CPU, whose arrays are not padded: the planned program's arguments are the bytes of a real state and batch, which it runs on."""
     config, device = tiny_config(), jax.devices()[:1]
     planned = text_step(config, device, vocab_size=272)
-    compiled = planned.compile()
     program = Program.build(config, 272, device)
+    compiled = planned.program.compile_step(planned.program.abstract_state(), planned.batch)
     state, batch = program.create_state(), program.put(whole_batch(config))
     sizes = {part: sum(x.nbytes for x in jax.tree.leaves(tree)) for part, tree in {"state": state, "batch": batch}.items()}
     found = memory(compiled, chip_of("v5e:1x1"))
