@@ -127,7 +127,7 @@ def test_own_parts_are_trained_counted_and_decoded(config):
 
 def test_names_in_configs_are_those_that_are_implemented():
     assert set(POSITIONS) == set(SCHEMES)
-    assert set(HYBRID_MIXERS) == set(MIXERS) - {"attention", "meta_attention"}
+    assert set(HYBRID_MIXERS) == set(MIXERS.names()) - {"attention", "meta_attention"}
     for rotates, scheme in ((POSITIONS[name], SCHEMES[name]) for name in SCHEMES):
         assert rotates == (scheme(Model(rope_original_length=8)) is not None)
 

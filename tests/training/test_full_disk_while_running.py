@@ -11,7 +11,7 @@ from tests.faults.suite import command, write_corpus
 ROOT = Path(__file__).parents[2]
 FILLS_UP = """
 import resource, sys
-from metajax.cli import main
+from metajax.cli.main import main
 from metajax.training import trainer
 original = trainer.Trainer._log
 def log(*arguments):  # no file grows beyond 16 kB from here on, a limit that the system keeps as it does that of a full disk
