@@ -160,7 +160,7 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_the_rest(tiny_config, kind):
     shapes = {name: leaf.ndim for name, leaf in to_arrays(state.model).items()}
     left = {name.rpartition("/")[2] for name in by["adamw"] if name.startswith("blocks/") and shapes[name] > 2}
     assert left <= {"conv", "log_rate", "A_log"}, "stacked vectors, convolutions and rates are left to AdamW, no matrix"
-    assert {"embedding", "positions", "unembedding", "blocks/meta_tokens"} & names <= by["adamw"]
+    assert {"embedding", "positions", "unembedding", "prefix"} & names <= by["adamw"]
 
 
 def test_a_step_of_muon_on_a_stack_is_that_of_each_layer(tiny_config):

@@ -13,8 +13,8 @@ from metajax.config import Optimizer
 from metajax.training.optimizers import optimizer
 from metajax.training.optimizers.adamw import adamw
 
-# Logical axes of matrices that are not between hidden units: embeddings, heads, learned tokens, convolutions, rates.
-NOT_HIDDEN = frozenset({"vocab", "positions", "classes", "features", "meta", "norm", "rate", "taps", "inputs"})
+# Logical axes of hidden units. An axis that is not named here, such as that of a new embedding, leaves its parameter to AdamW.
+HIDDEN = frozenset({"embed", "heads", "kv_heads", "mlp", "ssm", "channels", "selection"})
 
 
 def hidden_matrices(model: Any) -> Any:
@@ -25,7 +25,7 @@ def hidden_matrices(model: Any) -> Any:
 
     def is_hidden(param: nnx.Variable) -> bool:
         axes = param.get_metadata()["axes"]
-        return len(axes) == 2 and not NOT_HIDDEN & set(axes)
+        return len(axes) == 2 and HIDDEN.issuperset(axes)
 
     return jax.tree.map(lambda p: p.replace(is_hidden(p)), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
