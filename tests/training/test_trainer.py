@@ -19,7 +19,7 @@ from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.data import encoding
 from metajax.experiment import open_task, run_experiment
-from metajax.reporting import html
+from metajax.reporting import page
 from metajax.runs import files
 from metajax.runs.directory import RunDirectory
 from metajax.runs.files import read_lines
@@ -152,7 +152,7 @@ def test_a_kill_between_any_two_files_is_survived(tiny_config, paths, tmp_path, 
         original(path, text)
 
     with monkeypatch.context() as patch:
-        for module in (files, html, encoding):
+        for module in (files, page, encoding):
             patch.setattr(module, "write_text", write_text)
         with pytest.raises(Cut):
             run_experiment(tiny_config(), tmp_path / "cut", paths)
