@@ -12,6 +12,7 @@ import copy
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import time
@@ -46,14 +47,25 @@ COMMIT_SECONDS = 600.0  # limit for process 0 to commit a save after all process
 @contextlib.contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
     """Re-raise the operating system's error from inside the writing library as the original OSError."""
+    logging.getLogger("asyncio").addFilter(_is_news)
     try:
         yield
     except ValueError as error:
-        found = re.search(r"os_error_code='(\d+)'", str(error))
-        code = int(found.group(1)) if found else errno.ENOENT if str(error).startswith("NOT_FOUND") else None
+        code = _os_error(error)
         if code is None:
             raise
         raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """The error number of the operating system inside an error of the writing library; None if there is none."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found.group(1)) if found else errno.ENOENT if str(error).startswith("NOT_FOUND") else None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for a failed write beside the one that was raised: arrays are written side by side and fail together."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ValueError) and _os_error(record.exc_info[1]))
 
 
 class Checkpoints:
