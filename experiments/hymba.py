@@ -73,8 +73,8 @@ def base(scale: str) -> Config:
         return Config(
             name="hymba",
             data=Data(
-                sources=("parquet:fineweb/*.parquet?origin=url",), tokenizer="sentencepiece:llama2/tokenizer.model", row_length=1024,
-                batch_rows=512, held_out=0.0005,
+                sources=("parquet:fineweb/*.parquet?origin=url",), tokenizer="sentencepiece:llama2/tokenizer.model", sequence_length=1024,
+                batch_size=512, validation_share=0.0005,
             ),
             model=_model(scale),
             optimizer=Optimizer(learning_rate=5e-4, warmup_steps=2000),
@@ -86,8 +86,8 @@ def base(scale: str) -> Config:
     return Config(
         name="hymba",
         data=Data(
-            sources=("pydocs",), tokenizer="bpe:512" if cpu else "bpe:8192", row_length=128 if cpu else 512,
-            batch_rows=8 if cpu else 32,
+            sources=("pydocs",), tokenizer="bpe:512" if cpu else "bpe:8192", sequence_length=128 if cpu else 512,
+            batch_size=8 if cpu else 32,
         ),
         model=_model(scale),
         optimizer=Optimizer(learning_rate=2e-3 if cpu else 1e-3, warmup_steps=50),
@@ -108,7 +108,7 @@ RECALL = {
     "evaluation.documents": 0,
     "evaluation.choice": ByScale(paper=None),
     "training.steps": ByScale(cpu=600, gpu=4000, paper=25_000),
-    "data.row_length": ByScale(cpu=64), "data.tokenizer": ByScale(cpu="byte"), "optimizer.learning_rate": ByScale(cpu=5e-3),
+    "data.sequence_length": ByScale(cpu=64), "data.tokenizer": ByScale(cpu="byte"), "optimizer.learning_rate": ByScale(cpu=5e-3),
 }  # fmt: skip
 PARTS = {"text": {}, "mqar": RECALL}
 COMMONSENSE = Column("commonsense, %", "eval.choice.questions", 2, "higher", 100, part="text")
@@ -324,13 +324,13 @@ table(
 # ---------------------------------------------------------------------------------------------------- longer rows
 
 LONGER = {
-    "data.row_length": ByScale(256, 2048, 8192),
-    "data.batch_rows": ByScale(4, 8, 64),
+    "data.sequence_length": ByScale(256, 2048, 8192),
+    "data.batch_size": ByScale(4, 8, 64),
     "training.steps": ByScale(100, 1000, 10_000),
 }
 LONGER_RECALL = {
     "tasks.train_length": ByScale(128, 1024, 4096), "tasks.eval_lengths": ByScale((128, 256), (1024, 4096), (4096, 16_384)),
-    "tasks.pairs": ByScale(8, 256, 1024), "data.row_length": ByScale(cpu=128), "training.steps": ByScale(cpu=200),
+    "tasks.pairs": ByScale(8, 256, 1024), "data.sequence_length": ByScale(cpu=128), "training.steps": ByScale(cpu=200),
 }  # fmt: skip
 
 

@@ -31,9 +31,9 @@ def models(name: str, base: Base) -> dict[str, ByScale]:
 def pretrained(scale: str) -> Config:
     """Section 3.3: rows of 1,024 tokens; 1B parameters and their recipe as in hymba/architectures_1b."""
     config = base_1b(scale) if scale == "paper" else base(scale)
-    rows = config.data.batch_rows * config.data.row_length // SHORT[scale]
+    rows = config.data.batch_size * config.data.sequence_length // SHORT[scale]
     tokenizer = config.data.tokenizer if scale == "paper" else f"{config.data.tokenizer}+tasks"
-    return replace(config, data=replace(config.data, row_length=SHORT[scale], batch_rows=rows, tokenizer=tokenizer))
+    return replace(config, data=replace(config.data, sequence_length=SHORT[scale], batch_size=rows, tokenizer=tokenizer))
 
 
 def fine_tuned(scale: str) -> Config:
@@ -42,7 +42,7 @@ def fine_tuned(scale: str) -> Config:
     trained = 4 * short
     return replace(
         config,
-        data=replace(config.data, row_length=trained, batch_rows=config.data.batch_rows // 4),
+        data=replace(config.data, sequence_length=trained, batch_size=config.data.batch_size // 4),
         model=replace(config.model, position="ntk", rope_original_length=short, rope_factor=hymba_ntk_factor(trained, short)),
         tasks=Tasks(
             names=("needle",), train_length=trained, eval_lengths=(short, trained, 16 * short), eval_examples=200 if scale == "cpu" else 1000

@@ -39,13 +39,13 @@ def released(size: str) -> Config:
         name="hymba",
         data=Data(
             sources=("jsonl:dclm/*.jsonl?origin=url", "parquet:smollm/*.parquet"), tokenizer="sentencepiece:llama2/tokenizer.model",
-            row_length=2048, batch_rows=1024, held_out=0.0005, weights=(1.0, 0.0), switch=Switch(int(0.8 * STEPS), (0.0, 1.0)),
+            sequence_length=2048, batch_size=1024, validation_share=0.0005, weights=(1.0, 0.0), switch=Switch(int(0.8 * STEPS), (0.0, 1.0)),
         ),
         model=SIZES[size](compute_dtype="bfloat16", **SHORT_POSITIONS),
         optimizer=Optimizer(
             learning_rate=3e-3, final_fraction=1 / 300, schedule="wsd", decay_share=0.2, warmup_steps=STEPS // 100,
         ),
-        training=Training(steps=STEPS, accumulate=4),  # micro-batches that fit on eight v5p chips
+        training=Training(steps=STEPS, accumulation_steps=4),  # micro-batches that fit on eight v5p chips
         evaluation=Evaluation(documents=5_000, choice=OF_LARGE if size == "1.5b" else OF_TINY),
         runtime=Runtime(save_every=1000, log_every=20, unroll=1, remat="full"),
     )  # fmt: skip
@@ -59,11 +59,11 @@ def lengthened(size: str) -> Config:
     short = released(size)
     return replace(
         short,
-        data=replace(short.data, row_length=8192, batch_rows=256, weights=(0.0, 1.0), switch=None),
+        data=replace(short.data, sequence_length=8192, batch_size=256, weights=(0.0, 1.0), switch=None),
         model=SIZES[size](compute_dtype="bfloat16"),
         init=Init(from_=f"hymba/{size}"),
         optimizer=Optimizer(learning_rate=1e-5, final_fraction=1.0),
-        training=Training(steps=LONG_STEPS, accumulate=4),
+        training=Training(steps=LONG_STEPS, accumulation_steps=4),
     )
 
 
@@ -84,12 +84,12 @@ def base_1b(scale: str) -> Config:
     return Config(
         name="hymba",
         data=Data(
-            sources=("parquet:smollm/*.parquet",), tokenizer="sentencepiece:llama2/tokenizer.model", row_length=2048, batch_rows=512,
-            held_out=0.0005,
+            sources=("parquet:smollm/*.parquet",), tokenizer="sentencepiece:llama2/tokenizer.model", sequence_length=2048, batch_size=512,
+            validation_share=0.0005,
         ),
         model=replace(hymba(24, 24, 1536, kv_heads=4, mlp_width=4736), compute_dtype="bfloat16", **SHORT_POSITIONS),
         optimizer=Optimizer(learning_rate=5e-4, warmup_steps=1000),
-        training=Training(steps=95_000, accumulate=2),
+        training=Training(steps=95_000, accumulation_steps=2),
         evaluation=Evaluation(documents=5_000, choice=questions(*COMMONSENSE_TASKS, *PASSAGE_TASKS)),
         runtime=Runtime(save_every=1000, log_every=20, unroll=1, remat="full"),
     )  # fmt: skip

@@ -35,7 +35,7 @@ def _paper() -> Config:
     """
     return Config(
         name="learned_meta_tokens",
-        data=Data(sources=("tfds:c4/en",), tokenizer="gpt2:gpt2", row_length=1024, batch_rows=480, held_out=0.0005),
+        data=Data(sources=("tfds:c4/en",), tokenizer="gpt2:gpt2", sequence_length=1024, batch_size=480, validation_share=0.0005),
         model=gpt2_small(position="rope", compute_dtype="bfloat16"),
         meta_tokens=MetaTokens(rate=0.1),
         optimizer=Optimizer(learning_rate=6e-4, warmup_steps=2000, horizon=600_000, betas=(0.9, 0.95), weight_decay=0.1),
@@ -58,7 +58,7 @@ def _paper() -> Config:
     baseline="plain_rope",
     minutes={"cpu": 0.6, "gpu": 8, "paper": 2900},
     notes=[
-        "Bits per byte of held-out text; meta-tokens are context and never counted. All rows have the same row length, batch and steps, so "
+        "Bits per byte of validation text; meta-tokens are context and never counted. All rows have the same row length, batch and steps, so "
         "meta-tokens are paid for out of the same budget.",
         "plain_rope, second_causal and the other controls are ours; the paper compares with learned positions alone.",
     ],
@@ -72,8 +72,8 @@ def pretrain(scale: str) -> Config:
         data=Data(
             sources=("pydocs",),
             tokenizer="bpe:512+tasks" if cpu else "bpe:8192+tasks",
-            row_length=128 if cpu else 512,
-            batch_rows=8 if cpu else 64,
+            sequence_length=128 if cpu else 512,
+            batch_size=8 if cpu else 64,
         ),
         model=Model(layers=2, width=64, heads=4, mlp_width=256, init_std=0.1)
         if cpu
@@ -94,13 +94,13 @@ def fine_tuned(scale: str) -> Config:
     """
     base = pretrain.base(scale)
     longest = {"cpu": 64, "gpu": 256, "paper": 512}[scale]
-    steps, batch_rows, learning_rate = {"cpu": (2000, 4, 2e-3), "gpu": (4000, 32, 5e-4), "paper": (10_000, 64, 3e-4)}[scale]
+    steps, batch_size, learning_rate = {"cpu": (2000, 4, 2e-3), "gpu": (4000, 32, 5e-4), "paper": (10_000, 64, 3e-4)}[scale]
     small = {"lists": 3, "items": 5, "bits": 16, "span": 24} if scale == "cpu" else {}
     return Config(
         name="learned_meta_tokens",
         data=Data(
-            sources=base.data.sources, tokenizer=base.data.tokenizer, row_length=base.data.row_length, batch_rows=batch_rows,
-            held_out=base.data.held_out,
+            sources=base.data.sources, tokenizer=base.data.tokenizer, sequence_length=base.data.sequence_length, batch_size=batch_size,
+            validation_share=base.data.validation_share,
         ),
         model=base.model,
         meta_tokens=base.meta_tokens,
@@ -204,6 +204,6 @@ table(
     fill=LENGTHS,
     notes=[
         f"{SEEN}no control that keeps positions differs from meta_rope on list recall by more than chance: as many parameters without meta-attention, or "
-        "meta-tokens without it, do as well. A frozen vector in their slots costs copying; no positions cost both tasks.",
+        "meta-tokens without it, do as well. A frozen vector in their positions costs copying; no positions cost both tasks.",
     ],
 )(fine_tuned)

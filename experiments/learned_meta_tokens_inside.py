@@ -122,8 +122,8 @@ def extended(factor: int, tuned: int, position: str = "yarn", arm: str = "meta_r
     changes = {
         "model.position": position,
         "init.from": ByScale(f"learned_meta_tokens/pretrain_short/{arm}", start, start),
-        "data.row_length": WINDOWS[factor],
-        "data.batch_rows": ByScale(cpu=16 // factor, gpu=64 // factor, paper=64 // factor),
+        "data.sequence_length": WINDOWS[factor],
+        "data.batch_size": ByScale(cpu=16 // factor, gpu=64 // factor, paper=64 // factor),
         "tasks.train_length": WINDOWS[tuned],
         "tasks.eval_lengths": ByScale(*(tuple(n * getattr(WINDOW, scale) for n in (2, 4, 6, 8, 10)) for scale in ("cpu", "gpu", "paper"))),
     }  # fmt: skip
@@ -143,7 +143,7 @@ def extended(factor: int, tuned: int, position: str = "yarn", arm: str = "meta_r
 )
 def pretrain_short(scale: str) -> Config:
     config = pretrain.base(scale)
-    return replace(config, data=replace(config.data, row_length=WINDOW.cpu, batch_rows=32))
+    return replace(config, data=replace(config.data, sequence_length=WINDOW.cpu, batch_size=32))
 
 
 def table_1(*percent: float) -> dict[str, Published]:

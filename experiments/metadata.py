@@ -54,7 +54,7 @@ def base(scale: str) -> Config:
         return Config(
             name="metadata",
             data=Data(
-                sources=("parquet:fineweb-edu/*.parquet?origin=url&join=labels",), tokenizer="hf:tokenizer.json", row_length=4096, batch_rows=504, held_out=0.0005,
+                sources=("parquet:fineweb-edu/*.parquet?origin=url&join=labels",), tokenizer="hf:tokenizer.json", sequence_length=4096, batch_size=504, validation_share=0.0005,
             ),
             optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
             training=Training(steps=48_441),
@@ -63,14 +63,14 @@ def base(scale: str) -> Config:
             ),
             runtime=Runtime(save_every=500, log_every=20, unroll=1, remat="full"), **common,
         )  # fmt: skip
-    # cpu: of rates and batches over 614,400 positions, these are best for only text (seed 0, held-out bits/byte of the body):
+    # cpu: of rates and batches over 614,400 positions, these are best for only text (seed 0, validation bits/byte of the body):
     # 4 rows x 600 steps: 2.141 (3e-3), 2.105 (6e-3), 2.130 (1.2e-2); 2 rows x 1200: 2.084 (4e-3), 2.085 (6e-3);
     # 1 row x 2400: 2.123 (4e-3). Rows with metadata were not considered.
     cpu = scale == "cpu"
     return Config(
         name="metadata",
         data=Data(
-            sources=("debindex",), tokenizer="bpe:2048" if cpu else "bpe:8192", row_length=256 if cpu else 512, batch_rows=2 if cpu else 32,
+            sources=("debindex",), tokenizer="bpe:2048" if cpu else "bpe:8192", sequence_length=256 if cpu else 512, batch_size=2 if cpu else 32,
         ),
         optimizer=Optimizer(learning_rate=4e-3 if cpu else 1e-3, warmup_steps=60 if cpu else 50),
         training=Training(steps=1200 if cpu else 1000),
@@ -122,7 +122,7 @@ MAPPING = (
     "this one), which is use, not quality of prose."
 )
 READ = [
-    "Bits per byte of held-out packages' text alone, with the metadata that a model is shown at evaluation; metadata is never counted there. Rows "
+    "Bits per byte of validation packages' text alone, with the metadata that a model is shown at evaluation; metadata is never counted there. Rows "
     "without metadata in training see it as an unknown prefix. All rows have the same steps and row length, so metadata is paid for out of the budget.",
     MAPPING,
 ]

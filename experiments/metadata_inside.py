@@ -171,7 +171,7 @@ def known(scale: str) -> Config:
     """16 generated sources in 4 groups, 30 documents a step; only at cpu scale."""
     return Config(
         name="metadata",
-        data=Data(sources=("generated",), tokenizer="byte", row_length=112, batch_rows=10, packing="best_fit"),
+        data=Data(sources=("generated",), tokenizer="byte", sequence_length=112, batch_size=10, packing="best_fit"),
         model=Model(layers=2, heads=4, width=48, mlp_width=192, position="rope", init_std=0.1),
         metadata=Metadata(position="none", template="{source}"),
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),

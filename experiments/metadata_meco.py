@@ -32,7 +32,7 @@ def meco_base(scale: str) -> Config:
         return replace(config, data=data)
     return replace(
         config,
-        data=replace(data, sources=("jsonl:dclm/*.jsonl?origin=url",), tokenizer="hf:llama3/tokenizer.json", row_length=8192, batch_rows=512),
+        data=replace(data, sources=("jsonl:dclm/*.jsonl?origin=url",), tokenizer="hf:llama3/tokenizer.json", sequence_length=8192, batch_size=512),
         model=MECO_MODELS["1.6b"],
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2000, weight_decay=0.033),
         training=Training(steps=40_000),

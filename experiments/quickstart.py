@@ -27,7 +27,7 @@ PAPER = "first look: Learned Meta-Tokens and Beyond URLs against a plain model"
     baseline="plain",
     minutes={"cpu": 2, "gpu": 5, "paper": 105},
     notes=[
-        "Bits per byte of body text on held-out modules (lower is better); metadata and meta-tokens are context and never counted.",
+        "Bits per byte of body text on validation modules (lower is better); metadata and meta-tokens are context and never counted.",
         "All rows have the same row length, batch and steps, so meta-tokens and metadata are paid for out of the same budget.",
         "Only the row named metadata saw metadata in training, and an empty pair of delimiters before every tenth document; for the "
         "others both are an unknown prefix. Shuffled metadata is another document's: what it gains is not information about the text.",
@@ -39,7 +39,7 @@ def quickstart(scale: str) -> Config:
     if scale == "cpu":  # 0.4M tokens; batch and learning rate were chosen only on the plain row
         return Config(
             name="quickstart",
-            data=Data(sources=("pydocs",), tokenizer="bpe:2048", row_length=256, batch_rows=4),
+            data=Data(sources=("pydocs",), tokenizer="bpe:2048", sequence_length=256, batch_size=4),
             model=Model(layers=4, width=128, heads=4, mlp_width=512, position="rope"),
             metadata=metadata,
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
@@ -51,7 +51,7 @@ def quickstart(scale: str) -> Config:
         return _paper(evaluation)
     return Config(
         name="quickstart",
-        data=Data(sources=("pydocs",), tokenizer="bpe:8192", row_length=512, batch_rows=64),
+        data=Data(sources=("pydocs",), tokenizer="bpe:8192", sequence_length=512, batch_size=64),
         model=Model(layers=8, width=512, heads=8, mlp_width=2048, position="rope", compute_dtype="bfloat16"),
         metadata=metadata,
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50),
@@ -69,7 +69,7 @@ def _paper(evaluation: Evaluation) -> Config:
     """
     return Config(
         name="quickstart",
-        data=Data(sources=("tfds:c4/en",), tokenizer="gpt2:gpt2", row_length=1024, batch_rows=480, held_out=0.0005),
+        data=Data(sources=("tfds:c4/en",), tokenizer="gpt2:gpt2", sequence_length=1024, batch_size=480, validation_share=0.0005),
         model=gpt2_small(position="rope", compute_dtype="bfloat16"),
         metadata=Metadata(position="none", template="{url}"),
         optimizer=Optimizer(learning_rate=6e-4, warmup_steps=700),

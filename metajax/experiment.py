@@ -21,10 +21,10 @@ from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, check_evaluation, training_rows
 from metajax.distributed.hosts import is_first, of_first, together
-from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.multiple_choice import check_choice, evaluate_choice
 from metajax.evaluation.preferences import evaluate_preferences
 from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
+from metajax.evaluation.validation import evaluate_validation
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
@@ -43,7 +43,7 @@ from metajax.training.text import TextTask
 from metajax.training.trainer import Trained, Trainer
 
 CACHE_TOKENS = 8_000  # sequence length for which the report states the size of the caches
-PROMPT_TOKENS = 24  # tokens of a held-out document that prompt the report's sample
+PROMPT_TOKENS = 24  # tokens of a validation document that prompt the report's sample
 ROWS_SHOWN = 2  # training rows in the report
 
 
@@ -137,15 +137,15 @@ class TextRun(TextTask):
         check_bins(config)
 
     def score(self, model: Any) -> tuple[float, dict[str, float]]:
-        """Held-out bits per byte, or the error rate of the tasks."""
+        """Validation bits per byte, or the error rate of the tasks."""
         config, opened = self.config, (self.program, self.corpora, model)
         if config.tasks is not None:
             results = evaluate_tasks(*opened)
             exact = {f"exact/{task}/{length}": found["exact"] for task, bins in results.items() for length, found in bins.items()}
             return 1 - mean_exact(results), exact
-        bpb = evaluate_held_out(*opened, config.evaluation.conditions[0])["bpb"]
+        bpb = evaluate_validation(*opened, config.evaluation.conditions[0])["bpb"]
         choice = {"choice": evaluate_choice(*opened)["average"]} if config.evaluation.choice is not None else {}
-        return bpb, {"held_out_bpb": bpb, **choice}
+        return bpb, {"validation_bpb": bpb, **choice}
 
     def report(self, trained: Trained, run: RunDirectory) -> dict[str, Any]:
         config, program, corpora, model = self.config, self.program, self.corpora, trained.state.model
@@ -209,7 +209,7 @@ def _curves(config: Config, run: RunDirectory, results: dict[str, dict[str, Any]
     if not config.evaluation.documents:
         return {}
     lines = read_lines(run.path / "metrics.jsonl")
-    during = [(line["step"], line["held_out_bpb"]) for line in lines if "held_out_bpb" in line]
+    during = [(line["step"], line["validation_bpb"]) for line in lines if "validation_bpb" in line]
     curves = {"bpb": [*during, (config.training.steps, results[config.evaluation.conditions[0]]["bpb"])]}
     if "choice" in results:
         during = [(line["step"], line["choice"]) for line in lines if "choice" in line]
@@ -226,8 +226,8 @@ def _cache_mb(config: Config) -> dict[str, float]:
 
 
 def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
-    """Held-out results under every condition of `config.evaluation`. "tasks": the results of `config.tasks` by task and length.
-    "choice": those of `config.evaluation.choice`. "preferences": those of held-out pairs, with `config.dpo`."""
+    """Validation results under every condition of `config.evaluation`. "tasks": the results of `config.tasks` by task and length.
+    "choice": those of `config.evaluation.choice`. "preferences": those of validation pairs, with `config.dpo`."""
     results: dict[str, dict[str, Any]] = {}
     if config.tasks is not None:
         results["tasks"] = evaluate_tasks(program, corpora, model)
@@ -235,7 +235,7 @@ def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> 
             return results
     with progress(f"evaluating {config.name}", total=len(config.evaluation.conditions)) as advance:
         for condition in config.evaluation.conditions:
-            results[condition] = evaluate_held_out(program, corpora, model, condition)
+            results[condition] = evaluate_validation(program, corpora, model, condition)
             advance(1)
     if config.dpo is not None:
         results["preferences"] = evaluate_preferences(program, corpora, model)
@@ -250,9 +250,9 @@ def evaluate_run(opened: OpenedRun, config: Config, paths: Paths) -> dict[str, d
 
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:
-    """The model's continuation of a held-out document, after its metadata if training had it there; cut to fit a row."""
+    """The model's continuation of a validation document, after its metadata if training had it there; cut to fit a row."""
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
-    available = cache.documents("held_out", config.data.held_out, config.data.min_bytes)
+    available = cache.documents("validation", config.data.validation_share, config.data.min_bytes)
     long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
     candidates = long_enough if len(long_enough) else available
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])

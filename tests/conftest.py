@@ -153,7 +153,13 @@ def tiny_config(tiny_corpus):
     """tiny_config(**changes) -> Config on the tiny corpus; changes are those of `metajax.config.override`, dotted names too."""
     base = Config(
         name="tiny",
-        data=Data(sources=(f"jsonl:{tiny_corpus}?origin=module",), tokenizer="byte", row_length=32, batch_rows=4, held_out=0.2),
+        data=Data(
+            sources=(f"jsonl:{tiny_corpus}?origin=module",),
+            tokenizer="byte",
+            sequence_length=32,
+            batch_size=4,
+            validation_share=0.2,
+        ),
         model=Model(layers=2, width=16, heads=2, mlp_width=32),
         optimizer=Optimizer(warmup_steps=1),
         training=Training(steps=6),

@@ -55,7 +55,7 @@ def test_overrides_are_typed(path, text, value):
         ({"optimizer.betas": "0.9"}, "expected 2 comma-separated values"),
         ({"optimizer.learning_rate": "nan"}, "expected a number"),
         ({"model.position": "rotary"}, "expected one of learned, rope, linear, llama3, ntk, yarn, none"),
-        ({"training.accumulate": "3"}, "data.batch_rows = 8 does not divide by training.accumulate = 3"),
+        ({"training.accumulation_steps": "3"}, "data.batch_size = 8 does not divide by training.accumulation_steps = 3"),
         ({"training.steps": "10"}, "optimizer.warmup_steps = 20 is longer than the schedule of 10 steps"),
         ({"data.weights": "1,2"}, "data.sources has 1 entries but data.weights has 2"),
         ({"meta_tokens.rate": "0"}, "meta_tokens.inject = 'random' and meta_tokens.rate = 0.0 disagree"),

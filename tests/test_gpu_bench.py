@@ -76,7 +76,7 @@ def test_the_steps_are_the_papers():
     matrices, norms = 12 * 12 * 768**2 + step.VOCABULARY * 768, 25 * 768
     meta = 12 * (4 * 768**2 + 768)
     assert sizes == {"plain": matrices + norms, **dict.fromkeys(("meta, gathered", "meta, dense"), matrices + norms + meta)}
-    assert np.all(np.diff(batch["meta_slots"], axis=1) > 0) and batch["meta_slots"].shape == (step.ROWS, 102)
+    assert np.all(np.diff(batch["meta_positions"], axis=1) > 0) and batch["meta_positions"].shape == (step.ROWS, 102)
 
 
 def test_the_command_writes_as_it_goes(tmp_path, monkeypatch, capsys):

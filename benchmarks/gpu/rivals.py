@@ -49,10 +49,10 @@ def attention_sides(setting: Setting, passes: str, arrays: Arrays) -> dict[str, 
 
 def flex_sides(setting: Setting, padding: int = 0) -> tuple[Callable, np.ndarray | None]:
     """(function of [B, T, heads, width] arrays, the positions of its gathered rows); padding zeros do not change scores."""
-    shape, slots = setting.shape, None
+    shape, meta_positions = setting.shape, None
     if setting.among:
-        slots = meta_slots(setting.rows, setting.among, shape.length)
-        block_mask = meta_mask(slots, setting.among)
+        meta_positions = meta_positions(setting.rows, setting.among, shape.length)
+        block_mask = meta_mask(meta_positions, setting.among)
     else:
         block_mask = row_mask(shape.length, shape.window, shape.meta)
 
@@ -64,7 +64,7 @@ def flex_sides(setting: Setting, padding: int = 0) -> tuple[Callable, np.ndarray
         out = flex.flex_attention(*heads_first, block_mask=block_mask, scale=shape.key_width**-0.5, enable_gqa=True)
         return out.transpose(1, 2)
 
-    return functools.partial(compile_here(attend), block_mask), slots
+    return functools.partial(compile_here(attend), block_mask), meta_positions
 
 
 def sdpa_sides(setting: Setting) -> tuple[Callable, None]:
@@ -87,18 +87,18 @@ def row_mask(length: int, window: int | None, meta: int) -> Any:
     return flex.create_block_mask(visible, None, None, length, meta + length, device=DEVICE)
 
 
-def meta_mask(slots: np.ndarray, length: int) -> Any:
+def meta_mask(meta_positions: np.ndarray, length: int) -> Any:
     """Mask: query and key are both meta-tokens of their row, and the key is not later."""
-    flags = torch.zeros(len(slots), length, dtype=torch.bool, device=DEVICE)
-    flags.scatter_(1, torch.from_numpy(slots).to(DEVICE), True)
+    flags = torch.zeros(len(meta_positions), length, dtype=torch.bool, device=DEVICE)
+    flags.scatter_(1, torch.from_numpy(meta_positions).to(DEVICE), True)
 
     def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
         return (query >= key) & flags[b, query] & flags[b, key]
 
-    return flex.create_block_mask(visible, len(slots), None, length, length, device=DEVICE)
+    return flex.create_block_mask(visible, len(meta_positions), None, length, length, device=DEVICE)
 
 
-def meta_slots(rows: int, length: int, count: int) -> np.ndarray:
+def meta_positions(rows: int, length: int, count: int) -> np.ndarray:
     """int64[rows, count], sorted: positions of the meta-tokens of each row."""
     rng = np.random.default_rng(0)
     return np.stack([np.sort(rng.choice(length, count, replace=False)) for _ in range(rows)])
@@ -107,8 +107,8 @@ def meta_slots(rows: int, length: int, count: int) -> np.ndarray:
 def _side(setting: Setting, passes: str, arrays: Arrays, name: str, build: Callable) -> Callable[[], Side]:
     def make() -> Side:
         torch._dynamo.reset()
-        function, slots = build(setting)
-        given = {key: _spread(x, slots, setting.among) for key, x in arrays.items()}
+        function, meta_positions = build(setting)
+        given = {key: _spread(x, meta_positions, setting.among) for key, x in arrays.items()}
         tensors = {key: torch.from_numpy(x).to(DEVICE, torch.bfloat16) for key, x in given.items()}
         cotangent = tensors.pop("cotangent")
         leaves = [x.requires_grad_(passes == "both") for x in tensors.values()]
@@ -120,22 +120,22 @@ def _side(setting: Setting, passes: str, arrays: Arrays, name: str, build: Calla
             out = function(*leaves)
             return [out, *torch.autograd.grad(out, leaves, cotangent)]
 
-        return Side(name, call, wait, lambda made: [_gathered(as_numpy(x), slots) for x in made])
+        return Side(name, call, wait, lambda made: [_gathered(as_numpy(x), meta_positions) for x in made])
 
     return make
 
 
-def _spread(x: np.ndarray, slots: np.ndarray | None, length: int) -> np.ndarray:
+def _spread(x: np.ndarray, meta_positions: np.ndarray | None, length: int) -> np.ndarray:
     """Whole rows with the meta-tokens at their positions and zeros between."""
-    if slots is None:
+    if meta_positions is None:
         return x
     whole = np.zeros((len(x), length, *x.shape[2:]), x.dtype)
-    whole[np.arange(len(x))[:, None], slots] = x
+    whole[np.arange(len(x))[:, None], meta_positions] = x
     return whole
 
 
-def _gathered(x: np.ndarray, slots: np.ndarray | None) -> np.ndarray:
-    return x if slots is None else x[np.arange(len(x))[:, None], slots]
+def _gathered(x: np.ndarray, meta_positions: np.ndarray | None) -> np.ndarray:
+    return x if meta_positions is None else x[np.arange(len(x))[:, None], meta_positions]
 
 
 def as_numpy(x: Any) -> np.ndarray:

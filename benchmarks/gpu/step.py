@@ -34,7 +34,7 @@ ROWS, VOCABULARY = 16, 50_304
 TINY = {  # weights and steps are large enough for a wrong mask, gradient or update to show in the losses
     "model.init_std": 0.3, "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 1,
     "model.layers": 2, "model.width": 32, "model.heads": 2, "model.mlp_width": 64, "model.compute_dtype": "float32",
-    "data.row_length": 64, "model.max_positions": 0,
+    "data.sequence_length": 64, "model.max_positions": 0,
 }  # fmt: skip
 TURN_SECONDS = 0.25  # several steps: as in training, the next is launched while one runs
 CHECKED = 3  # steps whose losses must agree
@@ -44,17 +44,17 @@ CLOSE = {"bfloat16": 0.02, "float32": 1e-4}  # greatest difference of two losses
 def config_of(arm: str, tiny: bool) -> Config:
     row, changes = ARMS[arm]
     base = registry.find_experiment(f"learned_meta_tokens/pretrain/{row}").build("paper")
-    return override(base, changes | {"data.batch_rows": 2 if tiny else ROWS} | (TINY if tiny else {}))
+    return override(base, changes | {"data.batch_size": 2 if tiny else ROWS} | (TINY if tiny else {}))
 
 
 def random_batch(config: Config, vocab_size: int) -> dict[str, np.ndarray]:
     """Full rows of random tokens, with meta-tokens at random positions. Rows of one token would all update one embedding."""
     rng, batch = np.random.default_rng(0), whole_batch(config)
     changed = {name: rng.integers(vocab_size, size=batch[name].shape, dtype=np.int32) for name in ("tokens", "targets")}
-    if "meta_slots" in batch:
-        rows, count = batch["meta_slots"].shape
-        slots = [np.sort(rng.choice(config.row_slots, count, replace=False)) for _ in range(rows)]
-        changed["meta_slots"] = np.stack(slots).astype(np.int32)
+    if "meta_positions" in batch:
+        rows, count = batch["meta_positions"].shape
+        meta_positions = [np.sort(rng.choice(config.row_positions, count, replace=False)) for _ in range(rows)]
+        changed["meta_positions"] = np.stack(meta_positions).astype(np.int32)
     return batch | changed
 
 
@@ -99,7 +99,7 @@ def measure(tiny: bool, torch_lm: Any) -> Iterator[Case]:
     for arm, config in configs.items():
         flops, peak = step_flops(config, vocab_size, batches[arm]), peak_flops(jax.devices()[:1])
         facts = {"flops": flops, "tokens": batches[arm]["tokens"].size, "peak_flops": peak}
-        case = Case("step", f"{arm}: {config.data.batch_rows} rows of {config.row_slots}", facts)
+        case = Case("step", f"{arm}: {config.data.batch_size} rows of {config.row_positions}", facts)
         fresh = functools.cache(functools.partial(_fresh, config, vocab_size))
         losses: dict[str, list[float]] = {}
         makers = {name: functools.partial(_ours, name, made, fresh, losses) for (of, name), made in ready.items() if of == arm}

@@ -57,8 +57,8 @@ class Block(nn.Module):
             x = self.add_dense(x, table, **meta) if "block_mask" in meta else self.add_gathered(x, **meta)
         return x + self.down(functional.gelu(self.up(self.mlp_norm(x))))
 
-    def add_gathered(self, x: Tensor, slots: Tensor, table: tuple) -> Tensor:
-        where = slots[..., None].expand(-1, -1, x.shape[-1])
+    def add_gathered(self, x: Tensor, meta_positions: Tensor, table: tuple) -> Tensor:
+        where = meta_positions[..., None].expand(-1, -1, x.shape[-1])
         change = self.meta(self.meta_norm(x.gather(1, where)), *table)
         return x.scatter_add(1, where, change.to(x.dtype))
 
@@ -68,23 +68,27 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Mean cross-entropy of a batch. `slots` int64[B, M]: positions of the meta-tokens, None for a model without them."""
+    """Mean cross-entropy of a batch. `meta_positions` int64[B, M]: positions of the meta-tokens, None for a model without them."""
 
-    def __init__(self, config: Config, vocab_size: int, slots: np.ndarray | None):
+    def __init__(self, config: Config, vocab_size: int, meta_positions: np.ndarray | None):
         super().__init__()
-        model, length = config.model, config.row_slots
+        model, length = config.model, config.row_positions
         self.embedding = nn.Embedding(vocab_size, model.width)
-        has_meta = slots is not None
+        has_meta = meta_positions is not None
         self.blocks = nn.ModuleList(Block(model.width, model.heads, model.mlp_width, has_meta) for _ in range(model.layers))
         self.final_norm = nn.LayerNorm(model.width, bias=False)
         half = torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim
         angles = (torch.arange(length)[:, None] * model.rope_theta**-half).float().to(DEVICE)
         self.table, self.meta = (angles.cos(), angles.sin()), {}
         if has_meta:
-            at = torch.from_numpy(slots).to(DEVICE)
-            flags = torch.zeros(len(slots), length, dtype=torch.bool, device=DEVICE).scatter_(1, at, True)
-            gathered = {"slots": at, "table": tuple(x[at][:, None] for x in self.table)}
-            dense = {"flags": flags, "block_mask": meta_mask(slots, length)} if config.meta_tokens.attention == "dense" else {}
+            at = torch.from_numpy(meta_positions).to(DEVICE)
+            flags = torch.zeros(len(meta_positions), length, dtype=torch.bool, device=DEVICE).scatter_(1, at, True)
+            gathered = {"positions": at, "table": tuple(x[at][:, None] for x in self.table)}
+            dense = (
+                {"flags": flags, "block_mask": meta_mask(meta_positions, length)}
+                if config.meta_tokens.attention == "dense"
+                else {}
+            )
             self.meta = dense or gathered
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -122,8 +126,8 @@ class Trainer:
         optimizer = config.optimizer
         torch.set_float32_matmul_precision("high")
         torch._dynamo.reset()
-        slots = batch["meta_slots"].astype(np.int64) if "meta_slots" in batch else None
-        self.model = Model(config, vocab_size, slots).to(DEVICE)
+        meta_positions = batch["meta_positions"].astype(np.int64) if "meta_positions" in batch else None
+        self.model = Model(config, vocab_size, meta_positions).to(DEVICE)
         self.model.load(params)
         self.parameters = list(self.model.parameters())
         groups = [

@@ -215,7 +215,7 @@ def _walk_back(plan: Plan, tile: Array, index: Array, bits: Array | None, x: Inp
         scratch.d_b[token] += fold_columns(g_NxW * row_on_sublanes(scratch.su.at[index], i, plan.states))
         store_part(scratch.parts, i, fold_states(g_NxW * across(scratch.b[token], plan.width)))
         s_NxW = row_on_sublanes(scratch.s.at[index], i, plan.states)
-        # Computing the decay again is cheaper than keeping it, because the recomputation is limited by the one store slot.
+        # Computing the decay again is cheaper than keeping it, because the recomputation is limited by the one store position.
         back_NxW = g_NxW * jnp.exp2(s_NxW * a2_NxW)
         before_NxW = scratch.h[token]
         if bits is not None:

@@ -162,7 +162,7 @@ def convolve(x: Array, w: Array, b: Array, initial_tail: Array, reset_tail: Arra
 def final_tail(x: Array, initial_tail: Array, reset_tail: Array, offset: Array) -> Array:
     """[B,K-1,C]: the last K-1 inputs of the last segment, filled from `reset_tail` if it is shorter."""
     seen, before = offset[:, -1:] + 1, len(reset_tail)
-    slot = jnp.arange(before)
-    borrowed = jnp.take(reset_tail, jnp.minimum(slot + seen, before - 1), axis=0)
+    position = jnp.arange(before)
+    borrowed = jnp.take(reset_tail, jnp.minimum(position + seen, before - 1), axis=0)
     last = jnp.concatenate([initial_tail, x], axis=1)[:, x.shape[1] :]
-    return jnp.where((slot + seen < before)[:, :, None], borrowed, last)
+    return jnp.where((position + seen < before)[:, :, None], borrowed, last)

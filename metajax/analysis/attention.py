@@ -32,15 +32,15 @@ def attention(study: Study) -> dict[str, Any]:
     """Share of the last prompt token's causal attention that goes to meta-tokens; `details`: the maps of the first prompt."""
     one = Study(study.program, study.corpora, study.model, study.task, {k: v[:1] for k, v in study.rows.items()})
     found = one.over_prompts("attention maps", maps, one.model)
-    end, slots = int(one.asked[0]) + 1, one.rows["meta_slots"][0]
-    slots = slots[slots < end]
+    end, meta_positions = int(one.asked[0]) + 1, one.rows["meta_positions"][0]
+    meta_positions = meta_positions[meta_positions < end]
     causal = found["causal"][0, :, :, :end, :end]
-    details = {"labels": one.labels(0), "meta_slots": slots.tolist(), "causal": rounded(causal, 3)}
+    details = {"labels": one.labels(0), "meta_positions": meta_positions.tolist(), "causal": rounded(causal, 3)}
     if "meta" in found:
         meta = found["meta"][0]
-        index = np.arange(len(slots)) if meta.shape[-1] == len(one.rows["meta_slots"][0]) else slots
+        index = np.arange(len(meta_positions)) if meta.shape[-1] == len(one.rows["meta_positions"][0]) else meta_positions
         details["meta"] = rounded(meta[:, :, index[:, None], index[None, :]], 3)
-    share = causal[:, :, end - 1, slots].sum(axis=-1)
+    share = causal[:, :, end - 1, meta_positions].sum(axis=-1)
     return {
         "prompts": 1,
         "to_meta": {"mean": float(share.mean()), "least": float(share.min()), "most": float(share.max()), "heads": share.size},
@@ -60,7 +60,7 @@ def headlines(numbers: Numbers) -> list[str]:
 @attention.figures
 def figures(result: Numbers) -> Figures:
     details = result["details"]
-    causal, metas = np.array(details["causal"]), details["meta_slots"]
+    causal, metas = np.array(details["causal"]), details["meta_positions"]
     layers, heads, length, _ = causal.shape
     figure, axes_of = panels(layers, heads, WIDTH / heads)
     for axes, (layer, head) in zip(axes_of, np.ndindex(layers, heads), strict=True):

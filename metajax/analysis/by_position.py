@@ -1,6 +1,6 @@
 """Where in a document metadata helps: the loss at its beginning, middle and end.
 
-Nats a body token of held-out documents at their first 8 tokens, in the middle and in the last third, with the metadata of training and without
+Nats a body token of validation documents at their first 8 tokens, in the middle and in the last third, with the metadata of training and without
 any. Later in a text, the text itself reveals what its metadata says. Of a generated corpus the best possible value is known too.
 """
 
@@ -15,7 +15,7 @@ from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.labels import some_documents
 from metajax.analysis.common.study import Study
 from metajax.core.errors import require
-from metajax.data.pipeline import Corpora, held_out
+from metajax.data.pipeline import Corpora, validation
 from metajax.data.rows import Row
 from metajax.data.sources import parse_spec
 from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, best_nats, draw
@@ -32,20 +32,20 @@ def places(batch: Row) -> np.ndarray:
     out = np.full(batch["tokens"].shape, -1)
     for row, asked, segments in zip(out, batch["is_body"], batch["segment_ids"], strict=True):
         for segment in np.unique(segments[asked]):
-            slots = np.flatnonzero(asked & (segments == segment))
-            at = np.arange(len(slots))
-            row[slots] = np.where(at < FIRST, 0, np.where(3 * at >= 2 * len(slots), 2, 1))
+            positions = np.flatnonzero(asked & (segments == segment))
+            at = np.arange(len(positions))
+            row[positions] = np.where(at < FIRST, 0, np.where(3 * at >= 2 * len(positions), 2, 1))
     return out
 
 
 def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
-    """Exact nats of a generated corpus' held-out documents by Bayes' rule, for a reader who knows nothing, the group or the source.
+    """Exact nats of a generated corpus' validation documents by Bayes' rule, for a reader who knows nothing, the group or the source.
 
     mean, first, last: nats per symbol, over all or as in `places`. metadata, if it follows the text: total nats of the group or
     source, for a reader who knows that a share `metadata.keep` of the documents have it there.
     """
     recipe = corpora.config.metadata
-    documents = some_documents(corpora, "held_out", 1, corpora.config.evaluation.documents)
+    documents = some_documents(corpora, "validation", 1, corpora.config.evaluation.documents)
     drawn = tuple(np.array(part) for part in zip(*map(draw, documents.tolist()), strict=True))
     nats = {known: best_nats(*drawn, known) for known in ("nothing", "group", "source")}
     parts = {"mean": slice(None), "first": slice(FIRST), "last": slice(-(-2 * LENGTH // 3), None)}
@@ -69,7 +69,7 @@ def _needs(study: Study) -> None:
     on_prompts=False,
 )
 def by_position(study: Study) -> dict[str, Any]:
-    """Nats per body token of held-out documents at the beginning, middle and end, with training's metadata ("own") and without.
+    """Nats per body token of validation documents at the beginning, middle and end, with training's metadata ("own") and without.
 
     best: only of a generated corpus.
     """
@@ -79,7 +79,7 @@ def by_position(study: Study) -> dict[str, Any]:
         sums, counts = np.zeros(3), np.zeros(3)
         scores = token_scores(study.program)
         with jax.set_mesh(study.program.mesh):
-            for batch in held_out(study.corpora, condition).batches:
+            for batch in validation(study.corpora, condition).batches:
                 nll, _ = jax.device_get(scores(study.model, study.program.put(study.program.local_rows(batch))))
                 for part, at in enumerate(places(batch) == i for i in range(3)):
                     sums[part] += nll[at].sum(dtype=np.float64)
@@ -109,4 +109,4 @@ def figures(result: Numbers) -> Figures:
         axes.plot(list(PARTS.values()), [result[name][part] for part in PARTS], marker="o", color=look(i)[0], label=words)
     axes.set_ylabel("nats a token")
     axes.legend(fontsize=8.5)
-    return [(figure, "Mean over the held-out documents' body tokens.")]
+    return [(figure, "Mean over the validation documents' body tokens.")]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_slots, capture, cluster_mean, rounded
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_positions, capture, cluster_mean, rounded
 from metajax.models.lm import LM
 from metajax.reporting.panels import centred_heat, panels, token_ticks
 
@@ -38,8 +38,8 @@ def resemblance(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     """
     residual = capture(model, batch, "residual")["residual"].astype(jnp.float32)
     length = residual.shape[2]
-    last = jnp.max(jnp.where(batch["meta_slots"] < length, batch["meta_slots"], 0), axis=1)
-    anchor = at_slots(residual, last, 2)[:, :, None]
+    last = jnp.max(jnp.where(batch["meta_positions"] < length, batch["meta_positions"], 0), axis=1)
+    anchor = at_positions(residual, last, 2)[:, :, None]
     return {"same_layer": cosine(anchor, residual), "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None])}
 
 

@@ -1,6 +1,6 @@
 """Guidance: does text generated after metadata have its topic, and more so with guidance?
 
-Texts drawn from z_empty + g (z_context - z_empty) after the metadata of held-out documents, and the share that a classifier of real texts
+Texts drawn from z_empty + g (z_context - z_empty) after the metadata of validation documents, and the share that a classifier of real texts
 assigns to the topic of that metadata. Nats a token are the model's own for these texts without metadata: the cost of guidance.
 
 Source: URLs Help, Topics Guide (arXiv 2505.16570). Grid, sampler and judge are not stated in the paper. Here the judge is a linear classifier
@@ -92,19 +92,19 @@ def _needs(study: Study) -> None:
 )
 def guidance(study: Study) -> dict[str, Any]:
     """For each strength g (as "g_1_5"): share of texts with the topic of their metadata, and nats per token without metadata.
-    Also the classifier's accuracy on real held-out texts, and chance."""
+    Also the classifier's accuracy on real validation texts, and chance."""
     corpora, recipe = study.corpora, study.corpora.config.metadata
     cache, tokenizer = corpora.caches[0], corpora.tokenizer
     documents, topics, names = _topics(study, "train", LEARNED, None)
     require(len(names) >= 2, f"guidance: {corpora.config.evaluation.labels[0]} has no two topics")
     weights = train_classifier(counts_of([cache[d] for d in documents.tolist()]), topics, len(names))
-    documents, topics, _ = _topics(study, "held_out", TESTED, names)
-    require(len(documents) > 0, "guidance: a topic has no held-out document; name one with fewer values in evaluation.labels")
+    documents, topics, _ = _topics(study, "validation", TESTED, names)
+    require(len(documents) > 0, "guidance: a topic has no validation document; name one with fewer values in evaluation.labels")
     real = counts_of([cache[d] for d in documents.tolist()])
     table = build_metadata_table(cache, tokenizer, recipe.template)
     said = np.array([table[d] is not None for d in documents.tolist()])
     order = np.concatenate([np.flatnonzero(said & (topics == c))[: TEXTS // len(names)] for c in range(len(names))])
-    require(len(order) > 0, "guidance: no held-out document of these topics has metadata")
+    require(len(order) > 0, "guidance: no validation document of these topics has metadata")
     contexts = [table[d].tolist() for d in documents[order].tolist()]
     out = {
         "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,

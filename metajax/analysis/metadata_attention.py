@@ -1,6 +1,6 @@
 """Attention of text to its metadata: to parts of a URL, delimiters and learnable tokens, and its difference between classes.
 
-Attention of body tokens of held-out texts to what precedes them, over layers and heads, beside equal attention to all earlier tokens. Beyond
+Attention of body tokens of validation texts to what precedes them, over layers and heads, beside equal attention to all earlier tokens. Beyond
 URLs reports that the scheme of a URL gets most, though it carries no information.
 
 Source: Beyond URLs (arXiv 2511.21613, figures on attention): shares averaged over layers and heads for the parts of a URL. For learnable
@@ -71,7 +71,7 @@ def metadata_attention(study: Study) -> dict[str, Any]:
     clusters, for learnable tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label.
     """
     corpora, recipe, templates = study.corpora, study.corpora.config.metadata, study.corpora.config.evaluation.labels
-    documents = labels.some_documents(corpora, "held_out", 16, 2 * DOCUMENTS)
+    documents = labels.some_documents(corpora, "validation", 16, 2 * DOCUMENTS)
     if recipe.tokens:
         metadata = [list(corpora.tokenizer.vocabulary.spare[: recipe.tokens])] * len(documents)
     else:
@@ -109,11 +109,11 @@ def _places(
     place = np.full((len(openings), width), 3)
     for row, (_, kinds), ids in zip(place, openings, metadata, strict=True):
         inside = iter(parts_of(study, ids, url))
-        for slot, kind in enumerate(kinds[:width]):
+        for position, kind in enumerate(kinds[:width]):
             name = {0: "bos", 1: "begin", 3: "end"}.get(kind) or next(inside)
             if name not in names:
                 names.append(name)
-            row[slot] = names.index(name)
+            row[position] = names.index(name)
     return names, place
 
 

@@ -86,8 +86,8 @@ def as_many_parameters(config: Config, goal: Config, vocab_size: int) -> Config:
 def random_batch(config: Config, vocabulary: Vocabulary) -> Row:
     """A batch of random tokens, one document to a row, with the meta-tokens of the config between them."""
     rng, meta = np.random.default_rng(0), config.meta_tokens or MetaTokens(inject="none", rate=0.0)
-    count, documents = meta.count(config.data.row_length), np.arange(config.data.batch_rows)
-    length = config.row_slots - count
+    count, documents = meta.count(config.data.sequence_length), np.arange(config.data.batch_size)
+    length = config.row_positions - count
     bodies = rng.integers(vocabulary.base, size=(len(documents), length - 1), dtype=np.int32)
     index = pack(documents, np.full(len(documents), length), np.zeros(len(documents), int), length, "concat")
     source = RowSource(index, bodies.__getitem__, Placement(), vocabulary, length)
@@ -125,15 +125,15 @@ def overhead(study: Study) -> dict[str, Any]:
     vocabulary, shape = study.corpora.tokenizer.vocabulary, study.program.config.data
     configs = twins(study.program.config, vocabulary.size)
     steps = against_first(step_seconds(*compiled_steps(configs, vocabulary), ROUNDS))
-    count = MetaTokens(rate=RATE).count(shape.row_length) if study.model.meta is not None else 0
-    room = min(shape.row_length - count, 2 * (shape.row_length // 3))
+    count = MetaTokens(rate=RATE).count(shape.sequence_length) if study.model.meta is not None else 0
+    room = min(shape.sequence_length - count, 2 * (shape.sequence_length // 3))
     models = {}
     for name, config in configs.items():
         program = Program.build(config, vocabulary.size)
         models[name] = (program.create_state().model, config)
     generated = generation_speed(models, vocabulary, prompt=room // 2, count=room // 2)
     found: dict[str, Any] = {
-        "rounds": ROUNDS, "rows": shape.batch_rows, "row_length": shape.row_length, "prompt": room // 2,
+        "rounds": ROUNDS, "rows": shape.batch_size, "sequence_length": shape.sequence_length, "prompt": room // 2,
         "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     for name in configs:
@@ -152,7 +152,7 @@ def headlines(numbers: Numbers) -> list[str]:
     names = _twins_in(numbers)
     base = numbers[next(iter(names))]["generation"]["tokens_per_second"]
     lines = [
-        f"rows of {numbers['row_length']}, {numbers['rows']} a step, on {numbers['device']}; medians of {numbers['rounds']} rounds"
+        f"rows of {numbers['sequence_length']}, {numbers['rows']} a step, on {numbers['device']}; medians of {numbers['rounds']} rounds"
     ]
     for name, words in names.items():
         generated = numbers[name]["generation"]

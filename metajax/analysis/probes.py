@@ -1,6 +1,6 @@
 """Probes: what a model's hidden states say about a document (topic, quality, author).
 
-Probes on frozen states of every layer, averaged over a held-out text without metadata: a linear one and a perceptron of three layers. Classes
+Probes on frozen states of every layer, averaged over a validation text without metadata: a linear one and a perceptron of three layers. Classes
 are balanced; the second choice of documents also has equal lengths, because length alone predicts some labels. Half of the origins train a
 probe, the others test it. Layer 0 is the embedding.
 
@@ -93,7 +93,7 @@ def probes(study: Study) -> dict[str, Any]:
     Half of the origins train a probe, the others test it. A label without two classes of enough documents has a reason instead.
     """
     corpora, templates = study.corpora, study.corpora.config.evaluation.labels
-    cache, documents = corpora.caches[0], labels.some_documents(corpora, "held_out", 8, DOCUMENTS)
+    cache, documents = corpora.caches[0], labels.some_documents(corpora, "validation", 8, DOCUMENTS)
     head, _ = labels.opening(corpora, () if labels.has_context(study) else None)
     chosen_rows = labels.with_rows(study, [head] * len(documents), documents, TOKENS)
     found = chosen_rows.over_prompts("hidden states", states, study.model)["states"].swapaxes(0, 1)
@@ -119,7 +119,7 @@ def _probed(
         used |= labels.matched(np.where(side, classes, -1), lengths, bins, rng)
     count = classes.max(initial=-1) + 1
     if count < 2 or min((used & train).sum(), (used & ~train).sum()) < 2 * count:
-        return {"documents": int(used.sum()), "reason": "too few held-out documents of two classes"}
+        return {"documents": int(used.sum()), "reason": "too few validation documents of two classes"}
     y, side = classes[used], train[used]
     alone = np.stack([lengths[used], lengths[used] ** 2], axis=-1)[None]
     out: dict[str, Any] = {

@@ -150,7 +150,7 @@ def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
 
 @analysis("rate_distortion", title="Rate and distortion", **META_TOKENS)
 def rate_distortion(study: Study) -> dict[str, Any]:
-    """{stated | converged: {source: {beta_*: rate, distortion (nats, training examples), held_out_*, *_half, seeds}}}, means over seeds.
+    """{stated | converged: {source: {beta_*: rate, distortion (nats, training examples), validation_*, *_half, seeds}}}, means over seeds.
 
     The intervals (*_half) are over seeds of the heads; the examples and the model are the same. `gap` is by how much the objective still
     fell in the last fifth of training, averaged over betas and seeds.
@@ -162,7 +162,7 @@ def rate_distortion(study: Study) -> dict[str, Any]:
     shares = np.bincount(labels) / len(labels)
     found: dict[str, Any] = {
         "uniform": float(np.log(vocab_size)), "label_entropy": float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0]))),
-        "examples": {name: {"training": b.examples, "held_out": study.count - b.examples} for name, b in budgets.items()},
+        "examples": {name: {"training": b.examples, "validation": study.count - b.examples} for name, b in budgets.items()},
     }  # fmt: skip
     with progress("information bottlenecks", total=len(budgets) * len(states)) as advance:
         for name, budget in budgets.items():
@@ -199,8 +199,8 @@ def headlines(numbers: Numbers) -> list[str]:
             n = curve["beta_0_1"]
             lines.append(
                 f"{budget} budget, {SOURCES[source]}, beta 0.1: rate {n['rate']:.1f} ± {n['rate_half']:.1f} nats, distortion {n['distortion']:.2f} ± "
-                f"{n['distortion_half']:.2f} nats on the {sizes['training']} training examples and {n['held_out_distortion']:.2f} ± "
-                f"{n['held_out_distortion_half']:.2f} on {sizes['held_out']} others ({n['seeds']} seeds)"
+                f"{n['distortion_half']:.2f} nats on the {sizes['training']} training examples and {n['validation_distortion']:.2f} ± "
+                f"{n['validation_distortion_half']:.2f} on {sizes['validation']} others ({n['seeds']} seeds)"
             )
     return lines
 
@@ -211,9 +211,9 @@ def figures(result: Numbers) -> Figures:
     drawn = []
     for budget, sizes in result["examples"].items():
         curves = {source: [n for key, n in of.items() if key != "gap"] for source, of in result[budget].items()}
-        right = max(20.0, 1.1 * max(n["held_out_rate"] for points in curves.values() for n in points))
+        right = max(20.0, 1.1 * max(n["validation_rate"] for points in curves.values() for n in points))
         figure, axes_of = panels(2, 1, 2.5)
-        for axes, prefix, words in zip(axes_of, ("", "held_out_"), ("training", "held_out"), strict=True):
+        for axes, prefix, words in zip(axes_of, ("", "held_out_"), ("training", "validation"), strict=True):
             for number, (source, points) in enumerate(curves.items()):
                 x, y, x_half, y_half = (
                     [n[prefix + key] for n in points] for key in ("rate", "distortion", "rate_half", "distortion_half")

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from scipy.special import entr, softmax, xlogy
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_slots, capture, cluster_mean, rounded
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_positions, capture, cluster_mean, rounded
 from metajax.analysis.sharpening import entropy
 from metajax.models.lm import LM, with_intervention
 from metajax.reporting.figures import look
@@ -67,8 +67,8 @@ def meta_rows(model: LM, batch: Arrays) -> dict[str, jax.Array]:
     """p (probability of the last meta-token's key) and entropy of every causal attention row, float32[B, L, H, T]."""
     probabilities = capture(model, batch, "attention_probabilities")["attention_probabilities"]
     length = probabilities.shape[-1]
-    last = jnp.max(jnp.where(batch["meta_slots"] < length, batch["meta_slots"], 0), axis=1)
-    return {"p": at_slots(probabilities, last, 4), "entropy": entropy(probabilities)}
+    last = jnp.max(jnp.where(batch["meta_positions"] < length, batch["meta_positions"], 0), axis=1)
+    return {"p": at_positions(probabilities, last, 4), "entropy": entropy(probabilities)}
 
 
 @analysis("theory", title="The entropy theorem", **META_TOKENS)

@@ -17,9 +17,9 @@ def program_of(config: AnyConfig) -> Hashable:
     """The key of a train step's program: model, batch sizes, meta-tokens and runtime; not data, seed and rates."""
     runtime = config.runtime
     how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation, config.optimizer.name)
-    how = (*how, config.training.accumulate, config.training.objective)
+    how = (*how, config.training.accumulation_steps, config.training.objective)
     if not isinstance(config, ImageConfig):
-        batch = (config.row_slots, config.data.batch_rows, config.row_meta_tokens)
+        batch = (config.row_positions, config.data.batch_size, config.row_meta_tokens)
         return config.model, config.meta_tokens, batch, config.data.tokenizer, how
     learner = config.prompts
     if learner is not None:

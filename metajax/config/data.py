@@ -28,18 +28,22 @@ class Switch(Part, path="data.switch"):
 
 
 @dataclass(frozen=True)
-class Data(Part, path="data"):
+class Data(
+    Part,
+    path="data",
+    renamed={"row_length": "sequence_length", "batch_rows": "batch_size", "held_out": "validation_share"},
+):
     """The sources and how their documents become rows. A source is `KIND[:PATH][?text=COLUMN&origin=COLUMN]`."""
 
     sources: tuple[str, ...] = ("pydocs",)
     weights: tuple[NotNegative, ...] = ()  # one per source; empty: equal
     switch: Switch | None = None
     tokenizer: str = "bpe:2048"
-    row_length: Annotated[int, Range(8, 2**20)] = 256
-    batch_rows: Size = 8  # rows of the global batch, whatever the number of hosts
+    sequence_length: Annotated[int, Range(8, 2**20)] = 256
+    batch_size: Size = 8  # rows of the global batch, whatever the number of hosts
     packing: Literal["concat", "best_fit", "new_document"] = "concat"  # metajax/data/packing.py
     attend_across_documents: bool = False
-    held_out: Annotated[float, Range(above=0, below=1)] = 0.05  # share of origins kept for evaluation
+    validation_share: Annotated[float, Range(above=0, below=1)] = 0.05  # share of origins kept for evaluation
     min_bytes: CountOrZero = 0  # shorter documents are left out of training and evaluation
     on_bad_record: Literal["stop", "skip"] = "stop"
 
@@ -89,6 +93,6 @@ class Tasks(Part, path="tasks"):
         least = max(2, self.classes - 1)
         require(self.items >= least, f"tasks.items = {self.items}: at least {least}, so that a list holds what is asked for")
 
-    def pauses(self, row_length: int) -> int:
+    def pauses(self, sequence_length: int) -> int:
         """The largest number of meta-tokens in a training row, with or without meta-attention."""
-        return row_length // 8
+        return sequence_length // 8

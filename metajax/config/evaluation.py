@@ -43,8 +43,8 @@ class Choice(Part, path="evaluation.choice"):
 
 @dataclass(frozen=True)
 class Evaluation(Part, path="evaluation"):
-    every: CountOrZero = 0  # steps between held-out evaluations during training; 0: only at the end
-    documents: CountOrZero = 400  # held-out documents, in an order fixed by the corpus; 0 skips them if there are tasks
+    every: CountOrZero = 0  # steps between validation evaluations during training; 0: only at the end
+    documents: CountOrZero = 400  # validation documents, in an order fixed by the corpus; 0 skips them if there are tasks
     conditions: tuple[str, ...] = ("none",)  # metadata shown at evaluation: none, right, empty, shuffled
     sample_tokens: CountOrZero = 48  # length of the text sample in the report
     choice: Choice | None = None

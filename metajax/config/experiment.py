@@ -45,8 +45,8 @@ class Config(Part):
     def __post_init__(self) -> None:
         data, training, optimizer = self.data, self.training, self.optimizer
         require(
-            data.batch_rows % training.accumulate == 0,
-            f"data.batch_rows = {data.batch_rows} does not divide by training.accumulate = {training.accumulate}",
+            data.batch_size % training.accumulation_steps == 0,
+            f"data.batch_size = {data.batch_size} does not divide by training.accumulation_steps = {training.accumulation_steps}",
         )
         horizon = optimizer.horizon or training.steps
         require(
@@ -99,7 +99,7 @@ class Config(Part):
             self.model.hybrid is None or meta is None or meta.attention == "none",
             "meta_tokens.attention: a hybrid model has no meta-attention; set meta_tokens.attention=none",
         )
-        model, tasks, length = self.model, self.tasks, self.row_slots
+        model, tasks, length = self.model, self.tasks, self.row_positions
         require(
             model.max_positions == 0 or model.max_positions >= length,
             f"model.max_positions = {model.max_positions} is less than the {length} positions of a row",
@@ -109,8 +109,8 @@ class Config(Part):
             "evaluation.documents = 0: at least 1, or there is nothing to evaluate",
         )
         require(
-            tasks is None or 16 <= tasks.train_length <= self.data.row_length,
-            f"tasks.train_length = {tasks and tasks.train_length}: between 16 and data.row_length = {self.data.row_length}",
+            tasks is None or 16 <= tasks.train_length <= self.data.sequence_length,
+            f"tasks.train_length = {tasks and tasks.train_length}: between 16 and data.sequence_length = {self.data.sequence_length}",
         )
 
     def unread(self) -> dict[str, str]:
@@ -118,15 +118,15 @@ class Config(Part):
         return unread(self)
 
     @property
-    def row_slots(self) -> int:
+    def row_positions(self) -> int:
         """Number of positions in a row as the model reads it."""
         meta = self.meta_tokens
         added = meta is not None and meta.length == "added" and self.tasks is None  # prompts of tasks contain their own
-        return self.data.row_length + (meta.count(self.data.row_length) if added else 0)
+        return self.data.sequence_length + (meta.count(self.data.sequence_length) if added else 0)
 
     @property
     def row_meta_tokens(self) -> int:
         """M, the largest number of meta-tokens in a training row; rows of documents use all M, rows of tasks may use fewer."""
         if self.meta_tokens is None:
             return 0
-        return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.row_length)
+        return (self.tasks.pauses if self.tasks is not None else self.meta_tokens.count)(self.data.sequence_length)

@@ -157,8 +157,8 @@ class ImageConfig(Part):
                 "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
             )
             require(
-                self.prompts.batch % self.training.accumulate == 0,
-                f"prompts.batch = {self.prompts.batch} does not divide by training.accumulate = {self.training.accumulate}",
+                self.prompts.batch % self.training.accumulation_steps == 0,
+                f"prompts.batch = {self.prompts.batch} does not divide by training.accumulation_steps = {self.training.accumulation_steps}",
             )
 
     def unread(self) -> dict[str, str]:
@@ -166,7 +166,7 @@ class ImageConfig(Part):
         clip, learner, context = self.prompts is None, self.prompts is not None, bool(self.prompts and self.prompts.context)
         rules = (
             (True, "runs on images have no such choice, runs on text do", OF_TEXT),
-            (clip, "each image is compared with all texts of its batch, so that micro-batches would have another loss", ["training.accumulate"]),
+            (clip, "each image is compared with all texts of its batch, so that micro-batches would have another loss", ["training.accumulation_steps"]),
             (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
             (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
             (clip, "a CLIP is trained from its start", ["init.from_"]),

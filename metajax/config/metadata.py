@@ -19,7 +19,7 @@ class MetaTokens(Part, path="meta_tokens"):
     """Learned meta-tokens inserted in the text (Language Modeling with Learned Meta-Tokens)."""
 
     inject: Literal["none", "random", "periodic"] = "random"
-    rate: Annotated[float, Range(0, below=1)] = 0.1  # M = floor(rate * row_length) meta-tokens in every row
+    rate: Annotated[float, Range(0, below=1)] = 0.1  # M = floor(rate * sequence_length) meta-tokens in every row
     # gathered: meta-tokens attend to each other. dense: the same over the whole row, as the paper writes the mask. The paper does
     # not state what ordinary tokens then add: nothing (dense) or, with finite masks, the mean of their past (dense_uniform) or
     # attention to it (dense_causal). causal: every token attends to all earlier tokens, a control with equal parameters.
@@ -28,7 +28,7 @@ class MetaTokens(Part, path="meta_tokens"):
     # Meta-tokens without a position (nothing added to the embedding, or rotary angle 0), in both attentions or in only one.
     zero_position: Literal["none", "both", "causal", "meta"] = "none"
     loss: Annotated[Literal["skip_meta_targets", "real_only"], Injected] = "skip_meta_targets"  # not stated in the paper
-    # M inside row_length, or on top of it; not stated in the paper
+    # M inside sequence_length, or on top of it; not stated in the paper
     length: Annotated[Literal["within", "added"], Injected] = "within"
 
     def __post_init__(self) -> None:
@@ -56,9 +56,9 @@ class MetaTokens(Part, path="meta_tokens"):
             f"choose {' or '.join(known)}",
         )
 
-    def count(self, row_length: int) -> int:
-        """M, the fixed number of meta-tokens in a row of `row_length` tokens."""
-        return math.floor(Fraction(str(self.rate)) * row_length)  # floating point would give 28 for 0.29 * 100
+    def count(self, sequence_length: int) -> int:
+        """M, the fixed number of meta-tokens in a row of `sequence_length` tokens."""
+        return math.floor(Fraction(str(self.rate)) * sequence_length)  # floating point would give 28 for 0.29 * 100
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _require_name(path: str, value: str, known: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Hybrid(Part, path="model.hybrid"):
+class Hybrid(Part, path="model.hybrid", renamed={"meta_tokens": "prefix_tokens"}):
     """Layers with attention, with another mixer such as Mamba, or with both, as in Hymba (arXiv 2411.13676) and its ablations.
 
     Layers outside `full_layers` attend within `model.window`; if the window is null, every layer attends to all positions.

@@ -34,9 +34,9 @@ class Optimizer(Part, path="optimizer"):
 
 
 @dataclass(frozen=True)
-class Training(Part, path="training"):
+class Training(Part, path="training", renamed={"accumulate": "accumulation_steps"}):
     steps: Count = 200
-    accumulate: Size = 1  # micro-batches a step; the gradient equals that of the whole batch
+    accumulation_steps: Size = 1  # micro-batches a step; the gradient equals that of the whole batch
     objective: str = "language_model"  # registered in metajax/training/objectives; a `dpo` sub-config replaces it
 
 

@@ -87,10 +87,12 @@ class Part:
     """Base of the dataclasses that make up a config. `path` is the dotted path of the class in a config, for errors.
 
     On every construction, each field is converted to its type and checked against its range, before the class's `__post_init__`.
+    `renamed` is {earlier name of a field: its name}. Saved configs are read with either; `--set` answers the earlier one with the new.
     """
 
-    def __init_subclass__(cls, path: str = "") -> None:
+    def __init_subclass__(cls, path: str = "", renamed: Mapping[str, str] | None = None) -> None:
         agree = cls.__dict__.get("__post_init__", lambda self: None)
+        cls.renamed = dict(renamed or {})
 
         def convert_all(self: Any) -> None:
             for name, hint, fits in _checks(cls):
@@ -223,6 +225,7 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     """Build dataclass `cls` from a nested mapping; unknown keys and wrong types raise UserError with the dotted path."""
     hints = field_types(cls)
     prefix = f"{path}." if path else ""
+    values = {cls.renamed.get(key, key): value for key, value in values.items()}
     for key in values:
         require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
@@ -254,6 +257,7 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
     for dotted, value in changes.items():
         head, _, rest = dotted.partition(".")
         name = head if head in hints else f"{head}_"  # `from` is a keyword in Python, so the field is `from_`
+        require(head not in config.renamed, f"{path}{head} is {path}{config.renamed.get(head)} now")
         require(name in hints, f"unknown field {path}{head}{nearest(head, hints)}")
         if rest:
             nested.setdefault(name, {})[rest] = value

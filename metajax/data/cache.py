@@ -105,10 +105,10 @@ class TokenCache:
         """Whether control tokens spelled in the corpus were read as control tokens."""
         return self.manifest["tokenizer"].get("markers", False)
 
-    def documents(self, split: str, held_out: float, min_bytes: int = 0) -> np.ndarray:
-        """Ids of documents of at least `min_bytes` on one side of the split ("train" or "held_out"), in corpus order."""
-        is_held_out = np.asarray(self.origins) < round(held_out * BUCKETS)
-        wanted = is_held_out if split == "held_out" else ~is_held_out
+    def documents(self, split: str, share: float, min_bytes: int = 0) -> np.ndarray:
+        """Ids of documents of at least `min_bytes` on one side of the split ("train" or "validation"), in corpus order."""
+        is_validation = np.asarray(self.origins) < round(share * BUCKETS)
+        wanted = is_validation if split == "validation" else ~is_validation
         return np.flatnonzero(wanted & (np.asarray(self.bytes) >= min_bytes))
 
     def metadata(self) -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Documents, the interface of a source of documents, and the train/held-out split."""
+"""Documents, the interface of a source of documents, and the train/validation split."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from metajax.core.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its metadata and its origin, the unit of the train/held-out split.
+    """A text with its metadata and its origin, the unit of the train/validation split.
 
     `origin` is a module, a source package or a site, never the row. Documents of one origin share boilerplate, so a
-    split by row would put copies of training text into the held-out part.
+    split by row would put copies of training text into the validation part.
     """
 
     text: str
@@ -79,8 +79,8 @@ def origin_bucket(origin: str) -> int:
     return int(hashlib.sha1(origin.encode()).hexdigest(), 16) % BUCKETS
 
 
-def is_held_out(origin: str, share: float) -> bool:
-    """Whether an origin belongs to the held-out part: the buckets below share * BUCKETS.
+def is_validation(origin: str, share: float) -> bool:
+    """Whether an origin belongs to the validation part: the buckets below share * BUCKETS.
 
     A larger share only moves origins out of training. The share of documents differs from `share`, because origins
     differ in size.

@@ -28,16 +28,16 @@ def inject(row: Row, rng: np.random.Generator, *, meta: MetaTokens, count: int, 
     each real token predicts the next real one, and meta-tokens predict nothing.
     """
     length = len(row["tokens"]) + count
-    meta_slots = choose_positions(length, count, meta.inject, rng)
+    meta_positions = choose_positions(length, count, meta.inject, rng)
     is_real = np.ones(length, bool)
-    is_real[meta_slots] = False
+    is_real[meta_positions] = False
     source = np.cumsum(is_real) - 1  # the real token at or before each position
     out = {name: values[source] for name, values in row.items() if values.shape == row["tokens"].shape}
-    out["tokens"][meta_slots] = meta_id
-    out["is_metadata"][meta_slots] = False
+    out["tokens"][meta_positions] = meta_id
+    out["is_metadata"][meta_positions] = False
     keeps_loss = np.append(is_real[1:], True) if meta.loss == "skip_meta_targets" else is_real
     out["loss_weights"] = out["loss_weights"] * keeps_loss
     for asked in ("is_body", "asks_metadata"):
         out[asked] = out[asked] & keeps_loss
-    out["meta_slots"] = meta_slots
+    out["meta_positions"] = meta_positions
     return out

@@ -60,7 +60,7 @@ def pack(
         worst = int(np.argmax(overhead))
         raise UserError(
             f"document {where(int(documents[worst]))}: {int(overhead[worst])} metadata tokens, which leaves no room for the body in a row "
-            f"of {capacity}; choose a shorter metadata.template or a larger data.row_length, or metadata.too_long=drop"
+            f"of {capacity}; choose a shorter metadata.template or a larger data.sequence_length, or metadata.too_long=drop"
         )
     styles = {"concat": _concat, "best_fit": _best_fit, "new_document": _new_document}
     return styles[style](documents, inputs, overhead, capacity)

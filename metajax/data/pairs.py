@@ -64,7 +64,7 @@ def pair_rows(
         "no prompt (metadata.template)": placement.parts[0].ids.owner[documents] < 0,
         "no chosen answer": inputs[:, 0] == 1,
         f"no rejected answer ({column!r})": inputs[:, 1] == 1,
-        f"its two answers with their prompts take more than the {capacity} positions of a row (data.row_length)": needed
+        f"its two answers with their prompts take more than the {capacity} positions of a row (data.sequence_length)": needed
         > capacity,
     }
     for reason, found in wrong.items():

@@ -25,7 +25,7 @@ from metajax.core.interrupts import be_deaf, start_tracker
 from metajax.core.progress import warn
 from metajax.core.sealed import FORMAT, Sealed, save_array, sealed_folder
 from metajax.data.cache import TokenCache, build_metadata_table, digest, read_documents
-from metajax.data.documents import is_held_out
+from metajax.data.documents import is_validation
 from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import MetadataIds, Placed, Placement, check_fields, delimiters, dropped_owner, owners, uniform_hash
@@ -43,7 +43,7 @@ from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
 
 Note = Callable[[str], None]
-EVALUATION_SEED = 20_250_601  # gives every run the same order of held-out documents and the same meta-token positions
+EVALUATION_SEED = 20_250_601  # gives every run the same order of validation documents and the same meta-token positions
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Cor
     def training_texts() -> Iterator[str]:
         for source in sources:
             for _, document in read_documents(source, data.on_bad_record):
-                if document is not None and not is_held_out(document.origin, data.held_out):
+                if document is not None and not is_validation(document.origin, data.validation_share):
                     yield document.text
 
-    fingerprint = digest([s.fingerprint() for s in sources], data.held_out, data.on_bad_record)
+    fingerprint = digest([s.fingerprint() for s in sources], data.validation_share, data.on_bad_record)
     tokenizer = open_tokenizer(
         data.tokenizer, cache_dir=paths.cache, data_dir=paths.data, corpus_fingerprint=fingerprint, texts=training_texts
     )
@@ -179,12 +179,12 @@ def _index(corpora: Corpora, cache: TokenCache, placement: Placement, documents:
 
 def row_capacity(config: Config) -> int:
     """Positions of a row for text and metadata, without those of the meta-tokens."""
-    return config.row_slots - meta_count(config)
+    return config.row_positions - meta_count(config)
 
 
 def meta_count(config: Config) -> int:
     """M, the number of meta-tokens injected into every row."""
-    return config.meta_tokens.count(config.data.row_length) if config.meta_tokens else 0
+    return config.meta_tokens.count(config.data.sequence_length) if config.meta_tokens else 0
 
 
 def _rows(
@@ -215,10 +215,10 @@ def complete_row(row: Row, rng: np.random.Generator, *, config: Config, meta_id:
 def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> RowSource:
     """The training rows of source i, each once, for phase 0 (before the data switch) or phase 1 (after it)."""
     data, seed, cache = corpora.config.data, corpora.config.seed, corpora.caches[i]
-    documents = cache.documents("train", data.held_out, data.min_bytes)
+    documents = cache.documents("train", data.validation_share, data.min_bytes)
     require(
         len(documents) > 0,
-        f"{data.sources[i]} has no training document; data.held_out = {data.held_out} takes them all, or data.min_bytes = "
+        f"{data.sources[i]} has no training document; data.validation_share = {data.validation_share} takes them all, or data.min_bytes = "
         f"{data.min_bytes} does",
     )
     require(
@@ -261,7 +261,7 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
     weights = data.weights or (1.0,) * sources
     mixture = Mixture(weights)
     if switch is not None:
-        mixture = Mixture(weights, switch.step * data.batch_rows, switch.weights or weights, switch.fresh)
+        mixture = Mixture(weights, switch.step * data.batch_size, switch.weights or weights, switch.fresh)
     mixed = grain.MapDataset.select_from_datasets(streams, mixture)
     complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))
@@ -269,8 +269,8 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
 
 def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: Note = warn) -> grain.MapDataset:
     """Batch of step s at index s: this host's contiguous slice of the global batch, arrays [rows, positions]; `note` as above."""
-    global_rows = corpora.config.data.batch_rows
-    require(global_rows % hosts == 0, f"data.batch_rows = {global_rows} does not divide by {hosts} hosts")
+    global_rows = corpora.config.data.batch_size
+    require(global_rows % hosts == 0, f"data.batch_size = {global_rows} does not divide by {hosts} hosts")
     local = global_rows // hosts
     rows = training_rows(corpora, note)
 
@@ -296,8 +296,8 @@ def read_batches(batches: grain.MapDataset, start: int, workers: int) -> grain.D
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Held-out documents under one condition: batches, and the counts that bits per byte needs."""
+class Validation:
+    """Validation documents under one condition: batches, and the counts that bits per byte needs."""
 
     batches: list[Row]
     documents: int
@@ -306,12 +306,12 @@ class HeldOut:
 
 
 def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarray, RowSource]:
-    """(held-out documents of source i that were chosen, their rows under a condition)."""
+    """(validation documents of source i that were chosen, their rows under a condition)."""
     data, cache = corpora.config.data, corpora.caches[i]
-    available = cache.documents("held_out", data.held_out, data.min_bytes)
+    available = cache.documents("validation", data.validation_share, data.min_bytes)
     require(
         len(available) > 0,
-        f"{data.sources[i]} has no held-out document; raise data.held_out = {data.held_out}, lower data.min_bytes = {data.min_bytes}, or use "
+        f"{data.sources[i]} has no validation document; raise data.validation_share = {data.validation_share}, lower data.min_bytes = {data.min_bytes}, or use "
         "a corpus of more origins",
     )
     order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
@@ -320,7 +320,7 @@ def _evaluation_rows(corpora: Corpora, i: int, condition: str) -> tuple[np.ndarr
 
 
 def check_evaluation(corpora: Corpora) -> None:
-    """Raise UserError now, not after training, if held-out documents cannot be shown under all `evaluation.conditions`, or a
+    """Raise UserError now, not after training, if validation documents cannot be shown under all `evaluation.conditions`, or a
     file of questions cannot be read."""
     choice = corpora.config.evaluation.choice
     for task in map(QuestionFile.of, choice.tasks if choice is not None else ()):
@@ -339,13 +339,13 @@ def _body_bytes(corpora: Corpora, chosen: list[np.ndarray]) -> int:
     size = sum(int(np.asarray(cache.bytes)[documents].sum()) for cache, documents in found)
     require(
         min(tokens, size) > 0,
-        f"the held-out documents of {', '.join(corpora.config.data.sources)} have no text; set data.min_bytes=1, which leaves empty ones out",
+        f"the validation documents of {', '.join(corpora.config.data.sources)} have no text; set data.min_bytes=1, which leaves empty ones out",
     )
     return size
 
 
-def held_out(corpora: Corpora, condition: str) -> HeldOut:
-    """The held-out rows with metadata "none", "right", "empty", "shuffled", or as in "training". All use the same documents."""
+def validation(corpora: Corpora, condition: str) -> Validation:
+    """The validation rows with metadata "none", "right", "empty", "shuffled", or as in "training". All use the same documents."""
     config, data = corpora.config, corpora.config.data
     rows, every = [], []
     for i in range(len(corpora.caches)):
@@ -353,10 +353,10 @@ def held_out(corpora: Corpora, condition: str) -> HeldOut:
         complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
         rows += [complete(source[n], np.random.default_rng([EVALUATION_SEED, i, n])) for n in range(len(source))]
         every.append(chosen)
-    rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % data.batch_rows)
-    batches = [stack(rows[n : n + data.batch_rows]) for n in range(0, len(rows), data.batch_rows)]
+    rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % data.batch_size)
+    batches = [stack(rows[n : n + data.batch_size]) for n in range(0, len(rows), data.batch_size)]
     metadata_tokens = sum(int(b["is_metadata"].sum()) for b in batches)
-    return HeldOut(batches, sum(map(len, every)), _body_bytes(corpora, every), metadata_tokens)
+    return Validation(batches, sum(map(len, every)), _body_bytes(corpora, every), metadata_tokens)
 
 
 def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
@@ -372,11 +372,11 @@ def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[
     A batch is no larger than a training micro-batch, but a multiple of `shards` rows. Padding rows fill the last one.
     """
     config, examples = corpora.config, task_examples(corpora)
-    positions = config.data.batch_rows * config.row_slots // config.training.accumulate
+    positions = config.data.batch_size * config.row_positions // config.training.accumulation_steps
     size = max(1, positions // length // shards) * shards
-    meta_slots = PAUSES if config.meta_tokens is not None else None
+    meta_positions = PAUSES if config.meta_tokens is not None else None
     rows = [
-        assemble([examples.test(task, length, n)], length, corpora.tokenizer, meta_slots)
+        assemble([examples.test(task, length, n)], length, corpora.tokenizer, meta_positions)
         for n in range(config.tasks.eval_examples)
     ]
     rows += [padding_row(rows[0], corpora.tokenizer.vocabulary.pad)] * (-len(rows) % size)

@@ -9,7 +9,7 @@ Arrays of a row (each has one entry per position; `finish` adds `positions`):
   asks_metadata bool     the target is metadata or one of its delimiters
   segment_ids   int32    documents of the row numbered from 1; 0 is padding
   positions     int32    index inside the segment
-  meta_slots    int32    [M], sorted positions of the meta-tokens; absent without injection
+  meta_positions    int32    [M], sorted positions of the meta-tokens; absent without injection
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def padding_row(like: Row, pad: int) -> Row:
     """A row of padding with the shapes of `like`, to fill up the last evaluation batch."""
     empty = {name: np.zeros_like(values) for name, values in like.items()}
     empty["tokens"][:], empty["targets"][:] = pad, pad
-    if "meta_slots" in like:
-        empty["meta_slots"] = like["meta_slots"].copy()
+    if "meta_positions" in like:
+        empty["meta_positions"] = like["meta_positions"].copy()
     return empty
 
 

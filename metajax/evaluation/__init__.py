@@ -1,1 +1,1 @@
-"""Numbers of a trained model: held-out bits per byte, tasks, multiple choice, preferences, and their intervals."""
+"""Numbers of a trained model: validation bits per byte, tasks, multiple choice, preferences, and their intervals."""

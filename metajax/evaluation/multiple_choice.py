@@ -27,7 +27,7 @@ from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_ca
 from metajax.data.questions import BETWEEN, COMPLETED, Question, QuestionFile, encode_pair
 from metajax.data.rows import Row, padding_row, stack
 from metajax.distributed.mesh import row_shards
-from metajax.evaluation.held_out import require_finite, require_rows
+from metajax.evaluation.validation import require_finite, require_rows
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
@@ -118,7 +118,8 @@ def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> 
     """Tokens of a passage that fit before its completion; UserError if none fits."""
     room = room_for_prompt(config, tokenizer, said) - COMPLETION
     require(
-        room > 0, f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.row_length"
+        room > 0,
+        f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.sequence_length",
     )
     return room
 
@@ -128,7 +129,7 @@ def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence
     config, tokenizer = corpora.config, corpora.tokenizer
     room = room_for_passage(config, tokenizer, said)
     prompts = [tokenizer.encode(question.contexts[0])[-room:] for question in questions]
-    ready, size, texts = prepare(program.whole(model)), config.data.batch_rows, []
+    ready, size, texts = prepare(program.whole(model)), config.data.batch_size, []
     options = {"count": COMPLETION, "context": said, "sampling": Sampling(temperature=0)}
     for n in range(0, len(prompts), size):
         texts += generate(ready, config, tokenizer, prompts[n : n + size], **options)
@@ -155,7 +156,7 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
     found = np.zeros((len(pieces), 2))
     found[:, 1] = 1
     shards = row_shards(program.mesh)
-    size = max(1, corpora.config.data.batch_rows // corpora.config.training.accumulate // shards) * shards
+    size = max(1, corpora.config.data.batch_size // corpora.config.training.accumulation_steps // shards) * shards
     of_tokens = token_scores(program)
     with jax.set_mesh(program.mesh):
         for batch in _batches(corpora, pieces, size):

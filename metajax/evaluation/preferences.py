@@ -1,4 +1,4 @@
-"""How often a trained policy prefers the chosen answers of held-out pairs more than its reference does."""
+"""How often a trained policy prefers the chosen answers of validation pairs more than its reference does."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from metajax.data.pipeline import Corpora, held_out
-from metajax.evaluation.held_out import require_finite
+from metajax.data.pipeline import Corpora, validation
 from metajax.evaluation.statistics import share_interval
+from metajax.evaluation.validation import require_finite
 from metajax.runs.directory import find_run
 from metajax.training.checkpoints import newest_good, read_parameters
 from metajax.training.losses import token_nll
@@ -19,7 +19,7 @@ from metajax.training.step import Batch, apply_model
 
 
 def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
-    """Means over the held-out pairs: margin, accuracy (the share with a margin above 0), chosen_reward; see `preference_sums`.
+    """Means over the validation pairs: margin, accuracy (the share with a margin above 0), chosen_reward; see `preference_sums`.
 
     The result also has `pairs`, their number; `low` and `high`, the 95 % interval of the accuracy; and `reference_step`.
     """
@@ -28,10 +28,10 @@ def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict
     reference = read_parameters(parent, program.abstract_state().model, step=step)
     sums_of = jax.jit(partial(_sums, beta=beta))
     with jax.set_mesh(program.mesh):
-        batches = [program.put(program.local_rows(batch)) for batch in held_out(corpora, "training").batches]
+        batches = [program.put(program.local_rows(batch)) for batch in validation(corpora, "training").batches]
         sums = jax.device_get([sums_of(model, reference, batch) for batch in batches])
     total = {name: sum(found[name].item() for found in sums) for name in ("pairs", *METRICS)}
-    require_finite(total["margin"], "the held-out pairs")
+    require_finite(total["margin"], "the validation pairs")
     low, high = share_interval(round(total["accuracy"]), round(total["pairs"]))
     counted = {"pairs": round(total["pairs"]), "low": low, "high": high, "reference_step": step}
     return {name: total[name] / total["pairs"] for name in METRICS} | counted

@@ -50,7 +50,7 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
 
 def impossible(config: Config, length: int) -> str | None:
     """Why the model of a config cannot read rows of `length` positions, or None."""
-    table = max(config.row_slots, config.model.max_positions)
+    table = max(config.row_positions, config.model.max_positions)
     if config.model.position == "learned" and length > table:
         return f"the position table has {table} rows; raise model.max_positions before training"
     return None

@@ -108,7 +108,7 @@ def _forward(
 ) -> tuple[Float[Array, "B T width"], Caches]:
     """(residual stream, cache entries of the tokens)."""
     model = ready.model
-    inputs = {"positions": positions, "segment_ids": real.astype(jnp.int32), "meta_slots": metas, "prefix": ready.prefix}
+    inputs = {"positions": positions, "segment_ids": real.astype(jnp.int32), "meta_positions": metas, "prefix": ready.prefix}
     x, captured = model.decode(model.embed(tokens, positions, metas), **inputs, **of_past, capture=("cache",))
     return x, captured["cache"]
 

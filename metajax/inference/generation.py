@@ -32,7 +32,7 @@ def meta_layout(size: int, rate: float) -> np.ndarray:
 
 def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(positions of the meta-tokens, all other positions) of a generated row."""
-    size = config.row_slots
+    size = config.row_positions
     rate = config.meta_tokens.rate if config.meta_tokens is not None else 0
     meta_positions = meta_layout(size, rate) if rate else np.zeros(0, np.int32)
     return meta_positions, np.setdiff1d(np.arange(size), meta_positions)
@@ -78,11 +78,11 @@ class Rows:
             longest + count <= len(real),
             f"the prompt has {longest} tokens and {count} are to follow, but a row of {config.name} holds {len(real)}; shorten either",
         )
-        tokens = np.full((len(prompts), config.row_slots), -1, np.int32)
+        tokens = np.full((len(prompts), config.row_positions), -1, np.int32)
         tokens[:, meta_positions] = vocabulary.meta
         for row, ids in zip(tokens, prompts, strict=True):
             row[real[: len(ids)]] = ids
-        is_meta = np.isin(np.arange(config.row_slots), meta_positions)
+        is_meta = np.isin(np.arange(config.row_positions), meta_positions)
         length = np.array([real[len(ids) - 1] + 1 for ids in prompts], np.int32)
         return cls(tokens, np.tile(is_meta, (len(prompts), 1)), length, count)
 
@@ -203,6 +203,6 @@ def generate(
     """The complete continuation of each prompt; see `stream`."""
     pieces = stream(
         ready, config, tokenizer, prompts, count=count, context=context, guidance=guidance, sampling=sampling, seed=seed,
-        stride=config.row_slots,
+        stride=config.row_positions,
     )  # fmt: skip
     return ["".join(parts) for parts in zip(*pieces, strict=True)]

@@ -51,5 +51,5 @@ def _time(ready: Ready, config: Config, vocabulary: Vocabulary, ids: list[int], 
     begin = time.perf_counter()
     state = jax.block_until_ready(rows.start(ready, rules))
     first = time.perf_counter()
-    jax.block_until_ready(advance(ready, state, rules, config.row_slots))
+    jax.block_until_ready(advance(ready, state, rules, config.row_positions))
     return first - begin, time.perf_counter() - first

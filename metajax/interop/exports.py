@@ -41,7 +41,7 @@ def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float
     kind, config, words = FAMILIES[family], opened.config, opened.tokenizer.vocabulary
     _require_plain(config, kind)
     (origin, came_from), imported = _origin(opened, family), config.imported
-    rows, length = words.size if imported is None else imported.last, max(config.row_slots, config.model.max_positions)
+    rows, length = words.size if imported is None else imported.last, max(config.row_positions, config.model.max_positions)
     values = _config_values(kind.hub_config(config.model, length), origin) | _ids(words, origin) | {"vocab_size": rows}
     values |= {"dtype" if "dtype" in values else "torch_dtype": dtype}
     model, head = kind.fit(opened.model), bool(origin.get("tied_head"))

@@ -105,7 +105,7 @@ def import_weights(
     if words.vocabulary.eos < rows:
         ends = dict.fromkeys([*ends, words.vocabulary.eos])
     imported = Imported(rows, ends=tuple(ends), opens=_puts_bos(words))
-    config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, row_length=length), model=model, imported=imported)
+    config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, sequence_length=length), model=model, imported=imported)
     mesh, size = make_mesh(Runtime.mesh), imported.table(words.vocabulary.size)
     weights = load_model(
         tensors, model, kind.layout, vocab_size=size, max_length=length, runtime=config.runtime,

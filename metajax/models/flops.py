@@ -50,7 +50,7 @@ def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[
     of_prefix = {"positions": np.arange(prefix)[None], "segment_ids": np.ones((1, prefix), np.int32)}
     for spec, layers in Counter(layer_specs(cfg, config.meta_tokens)).items():
         for name in spec.all_mixers:
-            if name == "meta_attention" and "meta_slots" not in batch:
+            if name == "meta_attention" and "meta_positions" not in batch:
                 continue
             mixer = MIXERS[name]
             pairs = mixer.pairs(spec, batch, prefix)
@@ -63,7 +63,7 @@ def token_counts(config: Config, batch: Batch) -> dict[str, int]:
     """Tokens computed by the layers, by meta-attention and by the head, with padding. A batch computes the prefix once."""
     tokens = batch["segment_ids"].size
     everywhere = config.meta_tokens is not None and config.meta_tokens.writes_everywhere
-    metas = tokens if everywhere else batch["meta_slots"].size if "meta_slots" in batch else 0
+    metas = tokens if everywhere else batch["meta_positions"].size if "meta_positions" in batch else 0
     return {"layers": tokens + config.model.prefix_tokens, "meta_attention": metas, "head": tokens}
 
 
@@ -81,9 +81,9 @@ def step_flops(config: Config, vocab_size: int, batch: Batch) -> int:
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """Training operations per position by part, if each row is one document (the most pairs that a row can have)."""
-    rows, length = config.data.batch_rows, config.row_slots
+    rows, length = config.data.batch_size, config.row_positions
     metas = np.arange(config.row_meta_tokens)[None]
-    batch = {"positions": np.arange(length)[None], "segment_ids": np.ones((1, length), np.int32), "meta_slots": metas}
+    batch = {"positions": np.arange(length)[None], "segment_ids": np.ones((1, length), np.int32), "meta_positions": metas}
     pairs = pair_flops(config, batch, prefixes=1 / rows)
     counts = token_counts(config, batch) | {"layers": length + config.model.prefix_tokens / rows}
     share = passes(config) / length

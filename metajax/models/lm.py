@@ -78,18 +78,18 @@ class LM(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        meta_slots: Int[Array, "B M"] | None = None,
+        meta_positions: Int[Array, "B M"] | None = None,
         capture: tuple[str, ...] = (),
     ) -> Float[Array, "B T vocab"] | tuple[Float[Array, "B T vocab"], dict[str, Any]]:
         """Logits, float32[B, T, vocab]; with `capture`, (logits, {name: intermediate}) for names in `capturable`.
 
         positions: index of each token in its document; negative for none (no learned vector, rotary angle 0).
         segment_ids: equal inside a document, 0 for padding. Attention stays inside a run of equal ids.
-        meta_slots: sorted positions of the meta-tokens in the row, >= T if unused; ignored by models that treat all tokens alike.
-        Raises UserError for an unknown capture, for missing meta_slots and for rows longer than the position table.
+        meta_positions: sorted positions of the meta-tokens in the row, >= T if unused; ignored by models that treat all tokens alike.
+        Raises UserError for an unknown capture, for missing meta_positions and for rows longer than the position table.
         """
-        x = self.embed(tokens, positions, meta_slots)
-        x, captured = self.decode(x, positions=positions, segment_ids=segment_ids, meta_slots=meta_slots, capture=capture)
+        x = self.embed(tokens, positions, meta_positions)
+        x, captured = self.decode(x, positions=positions, segment_ids=segment_ids, meta_positions=meta_positions, capture=capture)
         logits = self.unembed(x)
         return (logits, captured) if capture else logits
 
@@ -122,7 +122,7 @@ class LM(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        meta_slots: Int[Array, "B M"] | None = None,
+        meta_positions: Int[Array, "B M"] | None = None,
         capture: tuple[str, ...] = (),
         prefix: Caches | None = None,
         past: Caches | None = None,
@@ -136,7 +136,7 @@ class LM(nnx.Module):
         known = capturable(self.cfg, self.meta)
         for name in capture:
             require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-        inputs = self._inputs(positions, segment_ids, meta_slots)._replace(row_is_meta=row_is_meta)
+        inputs = self._inputs(positions, segment_ids, meta_positions)._replace(row_is_meta=row_is_meta)
         own = self.prefix[...].astype(x.dtype)[None] if self.prefix is not None and prefix is None else None
         streams, captured = self._layers(Streams(x, own), inputs, prefix, past, capture)
         x = self.final_norm(streams.x)
@@ -219,7 +219,7 @@ def capturable(cfg: Model, meta: MetaTokens | None) -> tuple[str, ...]:
 
 
 def _given(meta_positions: Array | None) -> Array:
-    require(meta_positions is not None, "a model that tells meta-tokens apart needs meta_slots (int32[B, M])")
+    require(meta_positions is not None, "a model that tells meta-tokens apart needs meta_positions (int32[B, M])")
     return meta_positions
 
 

@@ -18,9 +18,9 @@ def candidates(config: AnyConfig, shards: int) -> Iterator[dict[str, Any]]:
         yield {"runtime.remat": remat}
     if isinstance(config, ImageConfig):
         return
-    pieces = 2 * config.training.accumulate
-    while config.data.batch_rows % (pieces * shards) == 0:
-        yield {"runtime.remat": "full", "training.accumulate": pieces}
+    pieces = 2 * config.training.accumulation_steps
+    while config.data.batch_size % (pieces * shards) == 0:
+        yield {"runtime.remat": "full", "training.accumulation_steps": pieces}
         pieces *= 2
 
 
@@ -36,7 +36,7 @@ def advise(config: AnyConfig, shards: int, plan: Callable[[AnyConfig], Mapping[s
 def batch_of(config: AnyConfig) -> tuple[str, int, int]:
     """(config field of the batch size, batch size, number of micro-batches)."""
     if not isinstance(config, ImageConfig):
-        return "data.batch_rows", config.data.batch_rows, config.training.accumulate
+        return "data.batch_size", config.data.batch_size, config.training.accumulation_steps
     return ("images.batch", config.images.batch, 1) if config.prompts is None else ("prompts.batch", config.prompts.batch, 1)
 
 

@@ -37,19 +37,19 @@ _IN_KERNELS = ("attention_pairs", "meta_attention", "conv", "scan")  # parts of 
 
 def whole_batch(config: Config) -> dict[str, np.ndarray]:
     """A batch of full rows, one document each, as the step reads it. The values do not matter."""
-    rows, slots = config.data.batch_rows, config.row_slots
+    rows, positions = config.data.batch_size, config.row_positions
     batch = {
-        "tokens": np.zeros((rows, slots), np.int32),
-        "positions": np.tile(np.arange(slots, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones((rows, slots), np.int32),
-        "targets": np.zeros((rows, slots), np.int32),
-        "loss_weights": np.ones((rows, slots), np.float32),
-        "is_body": np.ones((rows, slots), bool),
-        "asks_metadata": np.zeros((rows, slots), bool),
+        "tokens": np.zeros((rows, positions), np.int32),
+        "positions": np.tile(np.arange(positions, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, positions), np.int32),
+        "targets": np.zeros((rows, positions), np.int32),
+        "loss_weights": np.ones((rows, positions), np.float32),
+        "is_body": np.ones((rows, positions), bool),
+        "asks_metadata": np.zeros((rows, positions), bool),
     }
     if config.meta_tokens is not None:
         count = config.row_meta_tokens
-        batch["meta_slots"] = np.tile(np.linspace(1, slots - 1, count).astype(np.int32), (rows, 1))
+        batch["meta_positions"] = np.tile(np.linspace(1, positions - 1, count).astype(np.int32), (rows, 1))
     return batch
 
 

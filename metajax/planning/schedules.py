@@ -73,9 +73,9 @@ def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
     model, operands = config.model, call.operands
     if call.name.startswith("prefix_window_attention"):
         (kv_heads, group, key_width, queries), value_width = operands[4][1], operands[6][1][2]
-        length, rows = _rows(queries, operands[1][1][0] - 1, (config.row_slots, _metas(config)))
+        length, rows = _rows(queries, operands[1][1][0] - 1, (config.row_positions, _metas(config)))
         windows, metas = _windows(config), model.prefix_tokens
-        if length != config.row_slots:  # meta-attention
+        if length != config.row_positions:  # meta-attention
             windows, metas = [None], 0
         rest = (metas, kv_heads * group, kv_heads, key_width, value_width, 1, _DTYPES[operands[4][0]])
         shapes = [(length, window, *rest) for window in windows]

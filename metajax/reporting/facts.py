@@ -81,9 +81,9 @@ def curve_of(found: list[dict[str, Any]], *names: str) -> Curve:
 
 
 def curves(workdir: Path, report: Mapping[str, Any]) -> tuple[Curve, Curve]:
-    """(training, held-out) curves: bits per byte, nats of answers if the run trained on tasks, or the loss on images."""
+    """(training, validation) curves: bits per byte, nats of answers if the run trained on tasks, or the loss on images."""
     found = metrics(workdir, report)
-    return curve_of([line for line in found if "loss" in line], "bpb", "body_nll", "loss"), curve_of(found, "held_out_bpb")
+    return curve_of([line for line in found if "loss" in line], "bpb", "body_nll", "loss"), curve_of(found, "validation_bpb")
 
 
 def curve_unit(config: AnyConfig) -> str:
@@ -141,7 +141,7 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
             shown.append(f"{found['source']['spec']}: {counts} with {found['tokenizer']['spec']}{bad}.")
     for result in list(conditions(report["eval"]).values())[:1]:  # all conditions share their documents
         counts = (
-            f"{result['documents']:,} held-out documents: {result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
+            f"{result['documents']:,} validation documents: {result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
         )
         shown.append(f"Evaluated on {counts}. Each module, package or site is held out whole; no part of it is trained on.")
     return [page.text(line) for line in shown]
@@ -149,13 +149,13 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
 
 def budget(name: str, counts: Mapping[str, float], config: Config) -> dict[str, Any]:
     """Shares of the training positions as a row of bars. The rest are ends of documents and, with tasks, prompts."""
-    total = counts["slots"] or 1
+    total = counts["positions"] or 1
     other = max(0, total - sum(counts[key] for key, _, _ in PARTS_OF_ROWS))
     body, rest = ("body text", "ends of documents") if config.tasks is None else ("answers", "prompts")
     rest = "rejected answers, ends" if config.dpo is not None else rest
     parts = [*((body if key == "body" else label, css, counts[key]) for key, label, css in PARTS_OF_ROWS), (rest, "p5", other)]
     shares = [{"name": label, "css": css, "percent": f"{100 * count / total:.1f}"} for label, css, count in parts]
-    return {"name": name, "total": f"{page.short_count(counts['slots'])} positions", "parts": shares}
+    return {"name": name, "total": f"{page.short_count(counts['positions'])} positions", "parts": shares}
 
 
 def time_facts(report: Mapping[str, Any]) -> Pairs:

@@ -23,7 +23,7 @@ def feeding(corpora: Corpora, seconds: float = SECONDS) -> dict[str, float]:
     as a run reads them. tokenising: tokens made from text, as `cache` does once.
     """
     cache, data, tokenizer = corpora.caches[0], corpora.config.data, corpora.tokenizer
-    documents = np.random.default_rng(0).permutation(cache.documents("train", data.held_out, data.min_bytes))
+    documents = np.random.default_rng(0).permutation(cache.documents("train", data.validation_share, data.min_bytes))
     batches = training_batches(corpora)
     texts = [tokenizer.decode(cache[d].tolist()) for d in documents[:CHUNK].tolist()]
     return {

@@ -62,7 +62,7 @@ class SpreadColumn:
 
 
 def loss_curves(
-    series: Mapping[str, Sequence[Curve]], held_out: Mapping[str, Sequence[Curve]] | None = None, unit: str = "bits per byte"
+    series: Mapping[str, Sequence[Curve]], validation: Mapping[str, Sequence[Curve]] | None = None, unit: str = "bits per byte"
 ) -> str:
     """The training loss in `unit` by step, as SVG.
 
@@ -70,7 +70,7 @@ def loss_curves(
 
     Args:
       series: row -> one curve for each seed.
-      held_out: row -> held-out bits per byte during training, for each seed; drawn as points.
+      validation: row -> validation bits per byte during training, for each seed; drawn as points.
     """
     with styled():
         # The legend has two short names per line; names longer than a line are broken.
@@ -81,12 +81,12 @@ def loss_curves(
         for number, (name, curves) in enumerate(series.items()):
             colour, stroke = look(number)
             lines += _draw_row(axes, [_finite(c) for c in curves], colour, stroke)
-            for steps, values in (held_out or {}).get(name, ()):
+            for steps, values in (validation or {}).get(name, ()):
                 axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="#14171c", zorder=4)
                 points += list(values)
             handles.append(Line2D([], [], color=colour, linestyle=stroke, linewidth=2, label=textwrap.fill(name, room)))
         if points:
-            handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="held-out text"))
+            handles.append(Line2D([], [], color="#555", marker="o", linestyle="", markersize=5, label="validation text"))
         cut = _frame(axes, lines, points)
         axes.set(xlabel="step" + cut, ylabel=f"training {unit}")
         axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)

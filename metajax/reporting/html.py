@@ -80,13 +80,13 @@ def _sentence(report: Mapping[str, Any], config: Config) -> str:
     model, data = config.model, config.data
     extras = []
     if config.meta_tokens is not None and config.tasks is None:
-        extras.append(f"{config.meta_tokens.count(data.row_length)} meta-tokens in each row")
+        extras.append(f"{config.meta_tokens.count(data.sequence_length)} meta-tokens in each row")
     if config.metadata is not None and config.metadata.position != "none":
         extras.append(_metadata_words(config.metadata))
     learned = ", ".join(map(title, config.tasks.names)) if config.tasks else ", ".join(data.sources)
     return (
         f"A decoder of {model.layers} layers, width {model.width} and {page.short_count(report['parameters']['total'])} parameters, trained for "
-        f"{report['steps']:,} steps of {data.batch_rows} rows of {config.row_slots} positions on {learned}"
+        f"{report['steps']:,} steps of {data.batch_size} rows of {config.row_positions} positions on {learned}"
         f"{', with ' + ' and '.join(extras) if extras else ''}{_switch_words(config.data.switch)}."
     )
 
@@ -129,7 +129,7 @@ def _results(results: Mapping[str, Any], config: Config) -> list[Part]:
         )
     if pairs:
         words = (
-            f"In {pairs['accuracy']:.1%} ({pairs['low']:.1%} to {pairs['high']:.1%}) of {pairs['pairs']} held-out pairs the chosen answer gains on "
+            f"In {pairs['accuracy']:.1%} ({pairs['low']:.1%} to {pairs['high']:.1%}) of {pairs['pairs']} validation pairs the chosen answer gains on "
             f"the rejected one, relative to the reference; mean margin {pairs['margin']:.3f}, reward of the chosen answer {pairs['chosen_reward']:.3f}."
         )
         shown.append(page.section("Preferences", page.text(words)))
@@ -138,7 +138,7 @@ def _results(results: Mapping[str, Any], config: Config) -> list[Part]:
         remark = "Lower is better. Only body text counts; metadata and meta-tokens are context. One run has no spread, so it ranks nothing."
         shown.append(
             page.section(
-                "Held-out bits per byte", page.group("cards", *map(_condition, found.items())), page.text(remark, "soft small")
+                "Validation bits per byte", page.group("cards", *map(_condition, found.items())), page.text(remark, "soft small")
             )
         )
     return shown
@@ -153,18 +153,22 @@ def _condition(found: tuple[str, Mapping[str, Any]]) -> Part:
 
 def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
     unit, counts = facts.curve_unit(config), report["counts"]
-    training, held_out = ({"training text": [curve]} for curve in facts.curves(workdir, report))
+    training, validation = ({"training text": [curve]} for curve in facts.curves(workdir, report))
     caption = (
         f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not exactly comparable with the "
-        "held-out numbers."
+        "validation numbers."
     )
-    labels = {"slots": "positions", "loss_tokens": "tokens in the loss", **{key: label for key, label, _ in facts.PARTS_OF_ROWS}}
+    labels = {
+        "positions": "positions",
+        "loss_tokens": "tokens in the loss",
+        **{key: label for key, label, _ in facts.PARTS_OF_ROWS},
+    }
     tokens = [(label, f"{counts[key]:,}") for key, label in labels.items()]
     tokens += [("bytes a body token", f"{report['bytes_per_token']:.2f}"), ("operations", f"{counts['flops']:.2e}")]
     used = page.group(
         "card", page.bars([facts.budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions"
     )
-    return page.section("Training", page.group("wide-cards", page.figure(loss_curves(training, held_out, unit), caption), used))
+    return page.section("Training", page.group("wide-cards", page.figure(loss_curves(training, validation, unit), caption), used))
 
 
 def _startup(startup: Mapping[str, float]) -> Part:
@@ -186,7 +190,7 @@ def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
     if clock["steps_here"] > 1:  # without the first step, which also waits for the start of the pipeline
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
         found.append(("a step, all included", page.seconds_text(step)))
-        found.append(("positions a second", f"{config.data.batch_rows * config.row_slots / step:,.0f}"))
+        found.append(("positions a second", f"{config.data.batch_size * config.row_positions / step:,.0f}"))
     return [
         *found,
         ("waiting for data", f"{clock['data_wait_share']:.1%} of training"),
@@ -234,7 +238,7 @@ def _sample(sample: Mapping[str, Any] | None) -> Part:
     return page.section(
         "A text sample",
         page.text(
-            f"The beginning of a held-out document (grey), continued by the model (marked) and by its author.{shown}",
+            f"The beginning of a validation document (grey), continued by the model (marked) and by its author.{shown}",
             "soft small",
         ),
         page.group(

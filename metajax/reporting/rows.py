@@ -60,10 +60,10 @@ def spans(row: Row, tokenizer: Tokenizer) -> list[Span]:
     is_meta = row["tokens"] == tokenizer.vocabulary.meta
     asked = _asked(row, tokenizer.vocabulary.eos)
     holds = np.where(row["is_metadata"], "metadata", "text")
-    for slot in np.flatnonzero(is_meta):  # a meta-token belongs to the text or metadata around it
-        holds[slot] = holds[slot - 1]
+    for position in np.flatnonzero(is_meta):  # a meta-token belongs to the text or metadata around it
+        holds[position] = holds[position - 1]
     documents = np.cumsum(np.diff(row["segment_ids"], prepend=0) != 0)
-    split = asked if "meta_slots" not in row else np.zeros(len(asked), int)
+    split = asked if "meta_positions" not in row else np.zeros(len(asked), int)
     found = []
     for _, group in groupby(np.flatnonzero(row["segment_ids"] > 0), lambda s: (documents[s], holds[s], split[s])):
         positions = np.array(list(group))

@@ -75,10 +75,10 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
     for part in sorted(counts.keys() | flops.keys() - {"total"}):
         numbers.add_row(part, f"{counts[part]:,}" if part in counts else "-", f"{flops[part]:,.0f}" if part in flops else "-")
     console.print(numbers)
-    count = config.training.steps * config.data.batch_rows * config.row_slots
+    count = config.training.steps * config.data.batch_size * config.row_positions
     console.print(f"{count:,} positions in {config.training.steps:,} steps, {sum(flops.values()) * count:.2e} training FLOPs")
     if config.model.hybrid is not None:
-        kept = {part: size for part, size in cache_bytes(config.model, config.row_slots).items() if size}
+        kept = {part: size for part, size in cache_bytes(config.model, config.row_positions).items() if size}
         shares = ", ".join(f"{part} {size:,}" for part, size in kept.items())
         console.print(f"generation keeps {sum(kept.values()):,} bytes of a whole row: {shares}")
     console.print(_expected(experiment, config.scale))
@@ -133,7 +133,7 @@ def print_survey(made: Sequence[dict[str, Any]]) -> None:
 
 
 def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    """Print held-out results: tasks and choices as tables, accuracies and bits per byte a line each."""
+    """Print validation results: tasks and choices as tables, accuracies and bits per byte a line each."""
     from metajax.reporting.tasks import CHOICE_HEAD, HEAD, choice_rows, table_rows
 
     if "tasks" in results:
@@ -147,7 +147,7 @@ def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
             echo(f"accuracy, {name}: {values['accuracy']:.1%} ({values['low']:.1%} to {values['high']:.1%}, {size})")
     for condition, values in conditions(results).items():
         size = f"({values['documents']} documents, {values['body_bytes']:,} bytes)"
-        echo(f"held-out bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
+        echo(f"validation bits/byte, {condition.replace('none', 'no')} metadata: {values['bpb']:.4f}  {size}")
 
 
 def print_curriculum(config: Config, paths: Any) -> None:
@@ -246,7 +246,7 @@ def print_cache(cache: Any) -> None:
 
 def print_runs(root: Path) -> None:
     """Print every run under `root`, oldest first."""
-    grid = grid_of("run", "experiment", "scale", "seed", "state", "held-out bits/byte")
+    grid = grid_of("run", "experiment", "scale", "seed", "state", "validation bits/byte")
     for run, cells in readable(list_runs(root), _run_cells):
         grid.add_row(run.name, *cells)
     console.print(grid if grid.row_count else f"no runs under {root}; start with: {PROGRAM} quickstart")
@@ -286,8 +286,11 @@ def _scores(report: dict[str, Any]) -> dict[str, str]:
     shown |= {f"accuracy, {k}": f"{v['accuracy']:.1%}" for k, v in results.items() if isinstance(v, dict) and "accuracy" in v}
     if "choice" in results:
         shown["multiple choice, mean"] = f"{results['choice']['average']:.1%}"
-    counts = {"parameters": report["parameters"]["total"], **{k: report["counts"].get(k) for k in ("body", "slots", "images")}}
-    titles = {"body": "body tokens", "slots": "positions"}
+    counts = {
+        "parameters": report["parameters"]["total"],
+        **{k: report["counts"].get(k) for k in ("body", "positions", "images")},
+    }
+    titles = {"body": "body tokens", "positions": "positions"}
     return shown | {titles.get(k, k): f"{count:,}" for k, count in counts.items() if count is not None}
 
 

@@ -325,7 +325,7 @@ def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The held-out results of a report's `eval` by condition, without tasks and choices; empty for images."""
+    """The validation results of a report's `eval` by condition, without tasks and choices; empty for images."""
     return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
 
 

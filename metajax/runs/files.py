@@ -77,7 +77,7 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 METRICS = {
     "step": int,
-    **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?held_out_bpb"), NUMBER),
+    **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?validation_bpb"), NUMBER),
     "*": (str, bool, NULL, *NUMBER),
 }  # shape of one line
 Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl at some step

@@ -15,9 +15,9 @@ Result = Mapping[str, Any]
 Line = Mapping[str, Any]  # a row of a result, or a column of it
 COSTS = {
     "parameters": "parameters",
-    "flops_per_slot": "FLOPs a position",
+    "flops_per_position": "FLOPs a position",
     "flops": "training FLOPs",
-    "slots": "positions",
+    "positions": "positions",
     "body": "body tokens",
     "metadata": "metadata tokens",
     "meta_tokens": "meta-tokens",

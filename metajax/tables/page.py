@@ -210,7 +210,7 @@ def _parameters(row: Line, result: Result) -> str:
 
 
 def _budgets(first: Reports) -> Part:
-    rows = [facts.budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "slots" in r["counts"]]
+    rows = [facts.budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "positions" in r["counts"]]
     remark = "Training positions of the first seed. Positions of metadata and meta-tokens hold no text that the row reads."
     return (
         page.section("Use of the positions", page.group("card", page.bars(rows), page.text(remark, "soft small")))
@@ -224,7 +224,7 @@ def _samples(first: Reports) -> Part:
     if not samples:
         return None
     remark = (
-        "The beginning of a held-out document (grey), then the model's continuation (marked). Metadata, where a row was trained with it, comes "
+        "The beginning of a validation document (grey), then the model's continuation (marked). Metadata, where a row was trained with it, comes "
         "first (coloured). First seed of each row."
     )
     original = page.group("card", document_pieces(next(iter(samples.values()))), title="The document itself")

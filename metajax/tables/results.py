@@ -186,7 +186,7 @@ def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
     """The size and the budget of a run, from the first complete seed; seeds differ by only a few tokens."""
     if report is None:
         return None
-    size = {"parameters": report["parameters"]["total"], "flops_per_slot": sum(report["flops_per_token"].values())}
+    size = {"parameters": report["parameters"]["total"], "flops_per_position": sum(report["flops_per_token"].values())}
     return size | dict(report["counts"])
 
 

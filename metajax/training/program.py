@@ -33,7 +33,7 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
 
 def build_model(config: Config, vocab_size: int, key: jax.Array) -> LM:
     """The model of a config with fresh parameters. An imported checkpoint may have more vocabulary rows than the tokenizer."""
-    length, imported = max(config.row_slots, config.model.max_positions), config.imported
+    length, imported = max(config.row_positions, config.model.max_positions), config.imported
     rows = vocab_size if imported is None else imported.table(vocab_size)
     options = {"meta": config.meta_tokens, "runtime": config.runtime, "imported": imported}
     return LM(config.model, vocab_size=rows, max_length=length, key=key, **options)
@@ -46,9 +46,9 @@ def abstract_model(config: Config, vocab_size: int) -> LM:
 
 def check_axes(config: Config, mesh: Mesh) -> None:
     """UserError if `context` does not divide the rows or `tensor` the heads; they would be replicated on every device."""
-    slots, context, tensor = config.row_slots, mesh.shape["context"], mesh.shape["tensor"]
+    positions, context, tensor = config.row_positions, mesh.shape["context"], mesh.shape["tensor"]
     for what, size, axis, shards in (
-        ("slots of a row", slots, "context", context),
+        ("positions of a row", positions, "context", context),
         ("heads (model.heads)", config.model.heads, "tensor", tensor),
         ("heads of keys (model.kv_heads)", config.model.num_kv_heads, "tensor", tensor),
     ):
@@ -78,17 +78,17 @@ class Program:
     def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
         """The program of a language model; UserError if the mesh does not divide its rows or heads."""
         mesh, abstract = make_mesh(config.runtime.mesh, devices), abstract_model(config, vocab_size)
-        rows, shards = config.data.batch_rows // config.training.accumulate, row_shards(mesh)
+        rows, shards = config.data.batch_size // config.training.accumulation_steps, row_shards(mesh)
         require(
             rows % shards == 0,
-            f"data.batch_rows / training.accumulate = {rows} rows do not spread over the {shards} devices of data and fsdp in "
+            f"data.batch_size / training.accumulation_steps = {rows} rows do not spread over the {shards} devices of data and fsdp in "
             f"runtime.mesh; choose a multiple of {shards}",
         )
         check_axes(config, mesh)
         objective = objectives.find("dpo" if config.dpo is not None else config.training.objective, "training.objective")
         return cls(
             config, mesh, partial(build_model, config, vocab_size), make_optimizer(config, abstract),
-            schedule(config.optimizer, config.training.steps), objective, config.data.batch_rows,
+            schedule(config.optimizer, config.training.steps), objective, config.data.batch_size,
             frozen=(abstract,) if config.dpo is not None else (), fields=DEVICE_FIELDS, vocab_size=vocab_size,
         )  # fmt: skip
 
@@ -157,7 +157,7 @@ class Program:
 
     @property
     def _spreads(self) -> bool:
-        return self.batch_size % (self.config.training.accumulate * row_shards(self.mesh)) == 0
+        return self.batch_size % (self.config.training.accumulation_steps * row_shards(self.mesh)) == 0
 
     @property
     def _rows_sharding(self) -> NamedSharding:

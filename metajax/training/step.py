@@ -14,7 +14,7 @@ from metajax.training.objectives import Batch, Means, Objective
 from metajax.training.optimizers import at_step
 from metajax.training.state import State
 
-MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_slots")
+MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_positions")
 DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # of a text batch, copied to the devices
 Metrics = dict[str, jax.Array]
 
@@ -60,7 +60,7 @@ def train_step(
     """
     batch = objective.prepare(config, batch, state.step, *frozen)
     loss = lambda model, micro: objective.loss(config, model, micro, *frozen)  # noqa: E731
-    means, grads = _means_and_grads(loss, state.model, batch, config.training.accumulate)
+    means, grads = _means_and_grads(loss, state.model, batch, config.training.accumulation_steps)
     weights = {name: jnp.maximum(weight, 1) for name, (_, weight) in means.items()}
     grads = jax.tree.map(lambda g: g / weights["loss"], grads)
     updates, opt_state = tx.update(grads, at_step(state.opt_state, state.step), state.model)

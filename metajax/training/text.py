@@ -30,7 +30,7 @@ class TextTask(Task):
       UserError: the data cannot be read, or the batch cannot be sharded over the mesh.
     """
 
-    unit, counted = "tokens", "slots"
+    unit, counted = "tokens", "positions"
 
     def __init__(self, config: Config, paths: Paths, devices: list[jax.Device] | None = None):
         self.config, self.steps = config, config.training.steps
@@ -102,12 +102,12 @@ class TextTask(Task):
 
 def positions_of(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The number of positions of a batch by content; `loss_tokens` are those on which the loss is taken."""
-    slots = batch["tokens"].size
+    positions = batch["tokens"].size
     return {
-        "slots": slots,
+        "positions": positions,
         "loss_tokens": int((batch["loss_weights"] > 0).sum()),
         "body": int(batch["is_body"].sum()),
         "metadata": int(batch["is_metadata"].sum()),
-        "meta_tokens": int((batch["meta_slots"] < batch["tokens"].shape[1]).sum()) if "meta_slots" in batch else 0,
+        "meta_tokens": int((batch["meta_positions"] < batch["tokens"].shape[1]).sum()) if "meta_positions" in batch else 0,
         "padding": int((batch["segment_ids"] == 0).sum()),
     }

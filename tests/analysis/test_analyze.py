@@ -10,7 +10,7 @@ from metajax.experiment import run_experiment
 
 TASKS = Tasks(names=("copying",), train_length=48, eval_lengths=(32,), eval_examples=12, span=3)
 RUN = {
-    "tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.row_length": 64, "training.steps": 2, "model.layers": 1, "evaluation.documents": 0,
+    "tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.sequence_length": 64, "training.steps": 2, "model.layers": 1, "evaluation.documents": 0,
     "meta_tokens": MetaTokens(),
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_at_the_end_of_a_run_and_from_the_command_line(tiny_config, paths, tmp_p
     found = json.loads((folder / "rate_distortion.json").read_text())
     assert found["made_on"] == {"task": "copying", "length": 32, "prompts": 20}
     assert look_up(found["result"], "stated.meta_zero_position.beta_0_1.distortion") > 0
-    assert found["result"]["examples"]["stated"] == {"training": 10, "held_out": 10}
+    assert found["result"]["examples"]["stated"] == {"training": 10, "validation": 10}
     page = (folder / "analysis.html").read_text()
     assert page.count("<h2>") == len(made) and page.count("<svg") >= 10
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page and "<script" not in page

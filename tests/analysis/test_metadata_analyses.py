@@ -18,7 +18,7 @@ from metajax.analysis.metadata_attention import parts_of, shares
 from metajax.analysis.probes import accuracies, states
 from metajax.config import Metadata
 from metajax.core.errors import UserError
-from metajax.data.pipeline import held_out, open_corpora
+from metajax.data.pipeline import open_corpora, validation
 from metajax.data.sources.generated import best_nats
 from metajax.training.program import Program
 
@@ -26,7 +26,12 @@ from metajax.training.program import Program
 @pytest.fixture
 def study(tiny_config, paths):
     def build(**changes):
-        generated = {"data.sources": ("generated:300",), "data.row_length": 48, "data.held_out": 0.4, "evaluation.documents": 8}
+        generated = {
+            "data.sources": ("generated:300",),
+            "data.sequence_length": 48,
+            "data.validation_share": 0.4,
+            "evaluation.documents": 8,
+        }
         labels = {"evaluation.labels": ("{group}", "{source}"), "metadata": Metadata(template="{source}")}
         config = tiny_config(**generated | labels | changes)
         corpora = open_corpora(config, paths)
@@ -63,7 +68,7 @@ def test_documents_of_equal_lengths_in_every_class():
 
 def test_states_and_shares_of_attention_are_those_of_the_body_alone(study):
     made = study()
-    documents = made.corpora.caches[0].documents("held_out", 0.4)[:3]
+    documents = made.corpora.caches[0].documents("validation", 0.4)[:3]
     head, kinds = opening(made.corpora, [65])
     assert kinds == [0, 1, 2, 3] and head[2] == 65
     rows = with_rows(made, [head, head, head[:1]], documents, 40)
@@ -97,7 +102,7 @@ def test_tokens_of_a_url_belong_to_its_parts(study):
 
 
 def test_places_in_a_document(study):
-    batch = held_out(study().corpora, "right").batches[0]
+    batch = validation(study().corpora, "right").batches[0]
     found = places(batch)
     assert ((found >= 0) == batch["is_body"]).all()
     whole = found[0][batch["segment_ids"][0] == 1]
@@ -106,7 +111,7 @@ def test_places_in_a_document(study):
 
 def test_the_best_possible_is_of_the_documents_that_are_evaluated(study):
     made = study(metadata=Metadata(position="append", template="{source}", keep=0.5))
-    batches = held_out(made.corpora, "right").batches
+    batches = validation(made.corpora, "right").batches
     rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     symbols = rows["targets"][rows["is_body"]].reshape(-1, 32) - ord("a")
     sources = rows["tokens"][rows["is_metadata"]].reshape(-1, 3)[:, 1] - ord("A")

@@ -22,7 +22,7 @@ HYBRID = Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 2), state=4
 RUN = {
     "model.layers": 3, "model.window": 6, "model.norm": "rmsnorm", "model.hybrid": HYBRID, "runtime.unroll": 1,
     "tasks": Tasks(names=("needle",), train_length=48, eval_lengths=(32,), eval_examples=12), "data.tokenizer": "bpe:512+tasks",
-    "data.row_length": 64, "evaluation.documents": 0,
+    "data.sequence_length": 64, "evaluation.documents": 0,
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_numbers_words_and_figures(opened, text, tmp_path):
         assert section["figures"] and all(svg.startswith("<svg") for svg, _ in section["figures"])
     with pytest.raises(UserError, match=r"sharpening: .* this run has none"):
         list(analysis.run(text, ("sharpening",), tmp_path))
-    with pytest.raises(UserError, match="held-out documents of 500 tokens"):
+    with pytest.raises(UserError, match="validation documents of 500 tokens"):
         open_study(*opened, task=TEXT, length=500)
 
 

@@ -28,7 +28,7 @@ TASKS = Tasks(names=("copying", "list_recall"), train_length=48, eval_lengths=(3
 RUN = {
     "tasks": TASKS,
     "data.tokenizer": "bpe:512+tasks",
-    "data.row_length": 64,
+    "data.sequence_length": 64,
     "evaluation.documents": 0,
     "meta_tokens": MetaTokens(),
 }
@@ -49,7 +49,7 @@ def opened(tiny_config, paths):
 def first_layer_scores(model, batch):
     """Scores before the softmax of the first block's causal attention, [B, H, T, T], -inf where it does not look."""
     block = jax.tree.map(lambda x: x[0], model.blocks[0][0])
-    x = block.mixer_norm(model.embed(batch["tokens"], batch["positions"], batch["meta_slots"]))
+    x = block.mixer_norm(model.embed(batch["tokens"], batch["positions"], batch["meta_positions"]))
     q, k, _ = block.mixer.attention.split(x, rotary_table(model.cfg, batch["positions"]))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
     return np.asarray(jnp.where(Mask().dense(batch["segment_ids"])[:, None], scores, -jnp.inf), np.float64)
@@ -60,11 +60,11 @@ def test_rows_know_their_meta_tokens_and_their_question(opened):
     meta = study.corpora.tokenizer.vocabulary.meta
     assert study.rows["tokens"].shape == (5, 32) and study.count == 5  # 64 is beyond the training length
     for n in range(5):
-        slots = np.flatnonzero(study.rows["tokens"][n] == meta)
-        assert (study.first_meta[n], study.last_meta[n]) == (slots[0], slots[-1]) and len(slots) == 2
+        meta_positions = np.flatnonzero(study.rows["tokens"][n] == meta)
+        assert (study.first_meta[n], study.last_meta[n]) == (meta_positions[0], meta_positions[-1]) and len(meta_positions) == 2
         text = study.labels(n)
-        assert text[slots[0]] == text[slots[1]] == "_PAUSE_" and "".join(text).endswith("A:")
-        assert study.queries[n].sum() == len(text) - slots[0] - 1
+        assert text[meta_positions[0]] == text[meta_positions[1]] == "_PAUSE_" and "".join(text).endswith("A:")
+        assert study.queries[n].sum() == len(text) - meta_positions[0] - 1
     assert open_study(*opened(), prompts=5).task == "list_recall"
 
 
@@ -122,13 +122,13 @@ def test_meta_maps_are_what_meta_attention_computes(opened, form):
     batch = {k: jnp.asarray(study.rows[k]) for k in MODEL_INPUTS}
     _, seen = model(batch["tokens"], **{k: batch[k] for k in MODEL_INPUTS[1:]}, capture=("meta_out", "meta_values"))
     weights = study.over_prompts("test", maps, model)["meta"][:, 0]
-    slots = study.rows["meta_slots"]
+    meta_positions = study.rows["meta_positions"]
     if form == "dense":
-        weights = np.stack([weights[n][:, slots[n]][:, :, slots[n]] for n in range(2)])
+        weights = np.stack([weights[n][:, meta_positions[n]][:, :, meta_positions[n]] for n in range(2)])
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, seen["meta_values"][0])
     added = jax.tree.map(lambda x: x[0], model.blocks[0][0]).meta_attention.merge(out)
     whole = np.asarray(seen["meta_out"][0])
-    expected = np.stack([whole[n, slots[n]] for n in range(2)]) if form in ("gathered", "dense") else whole
+    expected = np.stack([whole[n, meta_positions[n]] for n in range(2)]) if form in ("gathered", "dense") else whole
     np.testing.assert_allclose(np.asarray(added), expected, atol=2e-5)
     np.testing.assert_allclose(weights[:, :, -1].sum(axis=-1), 1, atol=1e-5)
 
@@ -154,8 +154,8 @@ def test_batches_of_the_twins_differ_in_their_meta_tokens_alone(opened):
     for name, config in twins(program.config, vocabulary.size).items():
         batch = random_batch(config, vocabulary)
         meta = batch["tokens"] == vocabulary.meta
-        assert batch["tokens"].shape == (config.data.batch_rows, 64) and (batch["segment_ids"] == 1).all()
-        assert (meta.sum(axis=1) == (0 if name == "plain" else 6)).all() and ("meta_slots" in batch) == (name != "plain")
+        assert batch["tokens"].shape == (config.data.batch_size, 64) and (batch["segment_ids"] == 1).all()
+        assert (meta.sum(axis=1) == (0 if name == "plain" else 6)).all() and ("meta_positions" in batch) == (name != "plain")
         assert not batch["loss_weights"][:, :-1][meta[:, 1:]].any() and batch["loss_weights"].sum() > 64
 
 
@@ -163,7 +163,7 @@ def test_batches_of_the_twins_differ_in_their_meta_tokens_alone(opened):
 def test_overhead_gives_every_twin_its_turn(opened, monkeypatch):
     monkeypatch.setattr("metajax.analysis.overhead.ROUNDS", 2)
     found = overhead(open_study(*opened(), task="copying", prompts=2))
-    assert found["none"]["step"]["ratio"] == 1 and (found["rows"], found["row_length"]) == (4, 64)
+    assert found["none"]["step"]["ratio"] == 1 and (found["rows"], found["sequence_length"]) == (4, 64)
     for name in OF_META_TOKENS:
         assert found[name]["step"]["ms"] > 0 and found[name]["generation"]["tokens_per_second"] > 0, name
 

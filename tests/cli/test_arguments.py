@@ -171,7 +171,7 @@ def test_ranges_hold_for_python_and_json_too():
         (lambda: Model(layers=2.5), "model.layers"),
         (lambda: Training(steps=10**300), "training.steps"),
         (lambda: MetaTokens(rate=1.0), "meta_tokens.rate"),
-        (lambda: Data(held_out=float("nan")), "data.held_out"),
+        (lambda: Data(validation_share=float("nan")), "data.validation_share"),
         (lambda: Data(weights=(-1.0,)), "data.weights"),
         (lambda: Runtime(hang_seconds=float("inf")), "runtime.hang_seconds"),
         (lambda: Images(batch=1), "images.batch"),

@@ -15,7 +15,7 @@ from metajax.cli.verb import verbs
 from metajax.runs.files import write_json
 
 SMALL = [
-    "--set", "data.tokenizer=byte", "--set", "data.row_length=64", "--set", "data.batch_rows=4", "--set", "data.held_out=0.2",
+    "--set", "data.tokenizer=byte", "--set", "data.sequence_length=64", "--set", "data.batch_size=4", "--set", "data.validation_share=0.2",
     "--set", "model.layers=2", "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.mlp_width=32",
     "--set", "training.steps=4", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=5",
     "--set", "evaluation.sample_tokens=4", "--set", "runtime.log_every=2", "--set", "runtime.save_every=2",
@@ -105,7 +105,7 @@ def test_show_a_corpus(command, tiny_corpus):
 
 def test_run_eval_generate_compare(command, tmp_path):
     code, out, err = command("quickstart/metadata", small=True)
-    assert code == 0 and "held-out bits/byte, right metadata" in out, err
+    assert code == 0 and "validation bits/byte, right metadata" in out, err
     [workdir] = (tmp_path / "runs/quickstart/metadata/cpu").iterdir()
     for name in ("config.json", "environment.json", "data.json", "metrics.jsonl", "report.json", "report.html", "tokenizer.json"):
         assert (workdir / name).exists(), name

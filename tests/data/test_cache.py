@@ -20,7 +20,7 @@ from metajax.core.atomic import whole_folder
 from metajax.core.errors import UserError
 from metajax.data import cache as tokens
 from metajax.data.cache import build_metadata_table, digest, read_documents
-from metajax.data.documents import BUCKETS, BadRecord, is_held_out, origin_bucket
+from metajax.data.documents import BUCKETS, BadRecord, is_validation, origin_bucket
 from metajax.data.sources import open_source
 from metajax.data.tokenising import build_token_cache, in_processes
 from metajax.data.tokenizers import Bytes, train_bpe
@@ -215,12 +215,14 @@ def test_split_by_whole_origins(corpus, tmp_path):
     before = set()
     on_the_border = sorted(origin_bucket(f"site{i}") for i in range(40))[20] / BUCKETS
     for share in (0.1, 0.3, on_the_border, 0.8):
-        train, held_out = (cache.documents(split, share).tolist() for split in ("train", "held_out"))
-        assert sorted(train + held_out) == list(range(200)) and held_out
-        assert not {i % 40 for i in train} & {i % 40 for i in held_out}, "no origin on both sides"
-        assert held_out == [i for i in range(200) if is_held_out(f"site{i % 40}", share)], "as the tokenizer's training saw it"
-        assert before <= set(held_out), "a larger share takes more and gives nothing back"
-        before = set(held_out)
+        train, validation = (cache.documents(split, share).tolist() for split in ("train", "validation"))
+        assert sorted(train + validation) == list(range(200)) and validation
+        assert not {i % 40 for i in train} & {i % 40 for i in validation}, "no origin on both sides"
+        assert validation == [i for i in range(200) if is_validation(f"site{i % 40}", share)], (
+            "as the tokenizer's training saw it"
+        )
+        assert before <= set(validation), "a larger share takes more and gives nothing back"
+        before = set(validation)
 
 
 # ------------------------------------------------------------------------------------------------ metadata tables

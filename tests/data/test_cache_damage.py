@@ -13,7 +13,7 @@ from metajax.core.fields import override
 from metajax.core.sealed import HASHES, Sealed
 from metajax.data.cache import TokenCache, build_metadata_table
 from metajax.data.documents import Document
-from metajax.data.pipeline import Paths, held_out, open_corpora, phase_rows
+from metajax.data.pipeline import Paths, open_corpora, phase_rows, validation
 from metajax.data.sources import open_source
 from metajax.data.sources.built import open_or_build
 from metajax.data.tokenising import build_token_cache
@@ -41,7 +41,7 @@ def numbers(config, cache):
     corpora = open_corpora(config, Paths(cache=cache))
     rows = phase_rows(corpora, 0)
     found = [rows[n] for n in range(len(rows))]
-    found += [row for condition in config.evaluation.conditions for row in held_out(corpora, condition).batches]
+    found += [row for condition in config.evaluation.conditions for row in validation(corpora, condition).batches]
     digest = hashlib.sha256(repr(sorted(corpora.caches[0].manifest.items())).encode())
     for row in found:
         for name, values in sorted(row.items()):
@@ -57,7 +57,7 @@ def home(tiny_config, tmp_path_factory):
         folder = tmp_path_factory.mktemp(letters)
         write_corpus(folder / "corpus.jsonl", letters)
         changes = {
-            "data.sources": (f"jsonl:{folder}/corpus.jsonl",), "data.tokenizer": "bpe:320", "data.row_length": 64,
+            "data.sources": (f"jsonl:{folder}/corpus.jsonl",), "data.tokenizer": "bpe:320", "data.sequence_length": 64,
             "metadata": {"template": "{topic}"}, "evaluation.conditions": ("right", "shuffled"),
         }  # fmt: skip
         config = override(tiny_config(), changes)
@@ -207,7 +207,12 @@ def test_a_corpus_that_was_built_is_checked(tmp_path):
 def test_a_damaged_cache_is_one_line_of_the_command(home, tmp_path, capsys):
     config, cache, _, _ = home
     shutil.copytree(cache, tmp_path / "cache")
-    settings = [f"data.sources={config.data.sources[0]}", "data.tokenizer=bpe:320", "data.row_length=64", "data.held_out=0.2"]
+    settings = [
+        f"data.sources={config.data.sources[0]}",
+        "data.tokenizer=bpe:320",
+        "data.sequence_length=64",
+        "data.validation_share=0.2",
+    ]
     words = [word for setting in settings for word in ("--set", setting)]
     command = ["show", "quickstart/plain", "--rows", "1", *words, "--cache-dir", str(tmp_path / "cache")]
     assert main(command) == 0

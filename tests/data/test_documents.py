@@ -5,33 +5,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metajax.core.errors import UserError
-from metajax.data.documents import BadRecord, is_held_out
+from metajax.data.documents import BadRecord, is_validation
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1), st.floats(0, 1))
 def test_growing_the_share_never_returns_an_origin_to_training(origin, a, b):
     small, large = sorted((a, b))
-    assert not is_held_out(origin, small) or is_held_out(origin, large)
+    assert not is_validation(origin, small) or is_validation(origin, large)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_share_of_one_holds_everything_out_and_share_of_zero_nothing(origin):
-    assert is_held_out(origin, 1.0)
-    assert not is_held_out(origin, 0.0)
+    assert is_validation(origin, 1.0)
+    assert not is_validation(origin, 0.0)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_about_the_share_of_origins_is_held_out(share):
     n = 20_000
-    held = sum(is_held_out(f"module.{i}", share) for i in range(n))
+    held = sum(is_validation(f"module.{i}", share) for i in range(n))
     assert abs(held / n - share) < 5 * (share * (1 - share) / n) ** 0.5
 
 
 def test_the_rule_is_sha1_modulo_ten_thousand():
     for i in range(200):
         remainder = int.from_bytes(hashlib.sha1(f"site{i}".encode()).digest(), "big") % 10_000
-        assert is_held_out(f"site{i}", (remainder + 1) / 10_000)
-        assert not is_held_out(f"site{i}", remainder / 10_000)
+        assert is_validation(f"site{i}", (remainder + 1) / 10_000)
+        assert not is_validation(f"site{i}", remainder / 10_000)
 
 
 def test_a_bad_record_is_a_user_error():

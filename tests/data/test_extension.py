@@ -87,7 +87,7 @@ columns = [Column("bits/byte", "eval.none.bpb")]
 def own(scale):
     return Config(
         name="own",
-        data=Data(sources=("counting:60",), tokenizer="byte", row_length=96, batch_rows=2, held_out=0.2),
+        data=Data(sources=("counting:60",), tokenizer="byte", sequence_length=96, batch_size=2, validation_share=0.2),
         model=Model(layers=1, width=16, heads=2, mlp_width=16),
         optimizer=Optimizer(warmup_steps=1),
         training=Training(steps=2),

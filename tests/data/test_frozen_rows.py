@@ -14,7 +14,7 @@ import pytest
 
 from metajax.config import Config, Data, Dpo, Metadata, MetaTokens, Tasks, Training
 from metajax.core.fields import override
-from metajax.data.pipeline import Paths, held_out, open_corpora, task_batches, training_rows
+from metajax.data.pipeline import Paths, open_corpora, task_batches, training_rows, validation
 from tests.conftest import corpus_rows
 from tests.training.test_dpo import pairs_fields, records
 
@@ -33,17 +33,19 @@ FAMILIES = {
     "append, inside, shuffled": {"metadata": Metadata(template="{topic}", position="append", bos_eos="inside", assigned="shuffled")},
     "both": {"metadata": Metadata(template="{topic}", position="both", appended="{module}"), "data.packing": "new_document"},
     "both, learnable": {"metadata": Metadata(tokens=3, position="both"), "meta_tokens": MetaTokens()},
-    "tasks": {"tasks": replace(TASKS, names=(*TASKS.names, "needle", "mqar")), "data.row_length": 192},
-    "tasks, random pauses": {"tasks": replace(TASKS, placement="random"), "data.row_length": 192, "meta_tokens": MetaTokens()},
+    "tasks": {"tasks": replace(TASKS, names=(*TASKS.names, "needle", "mqar")), "data.sequence_length": 192},
+    "tasks, random pauses": {"tasks": replace(TASKS, placement="random"), "data.sequence_length": 192, "meta_tokens": MetaTokens()},
 }  # fmt: skip
 
 
 def sample(family, home):
-    """{array: values} of four training rows, and of held-out rows or test examples."""
+    """{array: values} of four training rows, and of validation rows or test examples."""
     corpus, pairs = home / "corpus.jsonl", home / "pairs.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows()))
     pairs.write_text("".join(json.dumps(row) + "\n" for row in records()))
-    data = Data(sources=(f"jsonl:{corpus}?origin=module",), tokenizer="byte", row_length=64, batch_rows=4, held_out=0.2)
+    data = Data(
+        sources=(f"jsonl:{corpus}?origin=module",), tokenizer="byte", sequence_length=64, batch_size=4, validation_share=0.2
+    )
     if family == "pairs":
         config = override(Config(name="frozen", data=data), pairs_fields(pairs) | {"dpo": Dpo(), "init.from": "parent"})
     else:
@@ -57,7 +59,7 @@ def sample(family, home):
         ]
     else:
         condition = "none" if config.metadata is None else "shuffled" if config.metadata.tokens == 0 else "right"
-        rows += [{f"evaluation {name}": value[0] for name, value in held_out(corpora, condition).batches[0].items()}]
+        rows += [{f"evaluation {name}": value[0] for name, value in validation(corpora, condition).batches[0].items()}]
     return {f"{n} {name}": value for n, row in enumerate(rows) for name, value in row.items()}
 
 

@@ -72,7 +72,7 @@ def more_and_more(small_disk, cache, act):
 
 def test_every_file_of_a_cache_may_be_the_one_that_does_not_fit(small_disk, corpus, tiny_config, tmp_path):
     changes = {"data.sources": (f"jsonl:{corpus}",), "data.tokenizer": "bpe:320", "metadata": {"template": "{topic}"}}
-    config = override(tiny_config(), {**changes, "data.row_length": 4096})
+    config = override(tiny_config(), {**changes, "data.sequence_length": 4096})
 
     def rows(cache):
         found = phase_rows(open_corpora(config, Paths(cache=cache)), 0)

@@ -37,12 +37,12 @@ def injections(draw):
 
 
 @given(injections())
-def test_exactly_m_and_never_slot_0(case):
+def test_exactly_m_and_never_position_0(case):
     row, out, count, _, _ = case
-    slots = out["meta_slots"]
-    assert slots.dtype == np.int32 and slots.shape == (count,)
-    assert (np.diff(slots) > 0).all() and (slots >= 1).all() and (slots < len(row["tokens"]) + count).all()
-    np.testing.assert_array_equal(np.flatnonzero(out["tokens"] == META), slots)
+    positions = out["meta_positions"]
+    assert positions.dtype == np.int32 and positions.shape == (count,)
+    assert (np.diff(positions) > 0).all() and (positions >= 1).all() and (positions < len(row["tokens"]) + count).all()
+    np.testing.assert_array_equal(np.flatnonzero(out["tokens"] == META), positions)
     for name, values in row.items():
         assert out[name].shape == (len(values) + count,) and out[name].dtype == values.dtype, name
 
@@ -59,18 +59,18 @@ def test_real_tokens_keep_their_order_and_their_arrays(case):
 @given(injections())
 def test_loss_and_segments_against_a_reading_of_the_docstring(case):
     row, out, _, loss, _ = case
-    slots, real = len(out["tokens"]), -1
-    for slot in range(slots):
-        is_meta = out["tokens"][slot] == META
+    positions, real = len(out["tokens"]), -1
+    for position in range(positions):
+        is_meta = out["tokens"][position] == META
         real += not is_meta
-        before_meta = slot + 1 < slots and out["tokens"][slot + 1] == META
+        before_meta = position + 1 < positions and out["tokens"][position + 1] == META
         asks = not is_meta if loss == "real_only" else not before_meta
-        assert out["loss_weights"][slot] == (row["loss_weights"][real] if asks else 0)
+        assert out["loss_weights"][position] == (row["loss_weights"][real] if asks else 0)
         for asked in ("is_body", "asks_metadata"):
-            assert out[asked][slot] == (row[asked][real] and asks)
+            assert out[asked][position] == (row[asked][real] and asks)
         if asks:
-            assert out["targets"][slot] == row["targets"][real]
-        assert out["segment_ids"][slot] == row["segment_ids"][real], "a meta-token joins the segment of the token before it"
+            assert out["targets"][position] == row["targets"][real]
+        assert out["segment_ids"][position] == row["segment_ids"][real], "a meta-token joins the segment of the token before it"
 
 
 @given(injections())
@@ -98,7 +98,7 @@ def test_by_hand():
         "targets": [11, 11, 12, 12, 13, 13],
         "is_metadata": [1, 0, 0, 0, 0, 0],
         "segment_ids": [1, 1, 1, 1, 2, 2],
-        "meta_slots": [1, 3, 5],
+        "meta_positions": [1, 3, 5],
     }
     for loss, weights in (("skip_meta_targets", [0, 1, 0, 1, 0, 1]), ("real_only", [1, 0, 1, 0, 1, 0])):
         out = inject(row, np.random.default_rng(0), meta=MetaTokens(inject="periodic", loss=loss), count=3, meta_id=META)
@@ -106,33 +106,35 @@ def test_by_hand():
             np.testing.assert_array_equal(out[name], np.array(values).astype(out[name].dtype), err_msg=name)
 
 
-def test_random_slots_are_uniform():
-    """Chi-square over 4,000 rows: each of slots 1 .. 39 is equally likely. One draw without replacement of 4 of 39 has
-    variance p (1 - p) a slot and correlation -1 / 38 between two, so that chi-square times 38 / 35 has 38 degrees."""
+def test_random_positions_are_uniform():
+    """Chi-square over 4,000 rows: each of positions 1 .. 39 is equally likely. One draw without replacement of 4 of 39 has
+    variance p (1 - p) a position and correlation -1 / 38 between two, so that chi-square times 38 / 35 has 38 degrees."""
     rng = np.random.default_rng(7)
-    rows, slots, count = 4000, 40, 4
-    histogram = np.bincount(np.concatenate([choose_positions(slots, count, "random", rng) for _ in range(rows)]), minlength=slots)
+    rows, positions, count = 4000, 40, 4
+    histogram = np.bincount(
+        np.concatenate([choose_positions(positions, count, "random", rng) for _ in range(rows)]), minlength=positions
+    )
     assert histogram[0] == 0
-    expected = rows * count / (slots - 1)
-    chi_square = ((histogram[1:] - expected) ** 2 / expected).sum() * (slots - 2) / (slots - 1 - count)
-    assert 0.001 < stats.chi2.sf(chi_square, slots - 2) < 0.999
+    expected = rows * count / (positions - 1)
+    chi_square = ((histogram[1:] - expected) ** 2 / expected).sum() * (positions - 2) / (positions - 1 - count)
+    assert 0.001 < stats.chi2.sf(chi_square, positions - 2) < 0.999
 
 
-def test_random_slots_of_two_rows_differ():
+def test_random_positions_of_two_rows_differ():
     rng = np.random.default_rng(7)
     assert len({tuple(choose_positions(40, 4, "random", rng)) for _ in range(50)}) > 45
 
 
-@given(st.integers(1, 300).flatmap(lambda slots: st.tuples(st.just(slots + 1), st.integers(1, slots))))
-def test_periodic_slots_are_evenly_spread(case):
-    slots, count = case
-    chosen = choose_positions(slots, count, "periodic", np.random.default_rng(0))
-    np.testing.assert_array_equal(chosen, choose_positions(slots, count, "periodic", np.random.default_rng(1)))
-    period = (slots - 1) / count
+@given(st.integers(1, 300).flatmap(lambda positions: st.tuples(st.just(positions + 1), st.integers(1, positions))))
+def test_periodic_positions_are_evenly_spread(case):
+    positions, count = case
+    chosen = choose_positions(positions, count, "periodic", np.random.default_rng(0))
+    np.testing.assert_array_equal(chosen, choose_positions(positions, count, "periodic", np.random.default_rng(1)))
+    period = (positions - 1) / count
     assert set(np.diff(chosen).tolist()) <= {int(np.floor(period)), int(np.ceil(period))}
-    assert abs((chosen[0] - 1) - (slots - 1 - chosen[-1])) <= 1, "as much before the first as after the last"
+    assert abs((chosen[0] - 1) - (positions - 1 - chosen[-1])) <= 1, "as much before the first as after the last"
 
 
 @pytest.mark.parametrize("how", ["random", "periodic"])
-def test_all_slots_but_the_first(how):
+def test_all_positions_but_the_first(how):
     np.testing.assert_array_equal(choose_positions(9, 8, how, np.random.default_rng(0)), np.arange(1, 9))

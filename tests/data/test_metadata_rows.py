@@ -16,9 +16,9 @@ from metajax.training.text import positions_of
 
 
 def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):
-    corpora = open_corpora(tiny_config(**{"data.packing": "new_document", "data.row_length": 40}), paths)
+    corpora = open_corpora(tiny_config(**{"data.packing": "new_document", "data.sequence_length": 40}), paths)
     [cache], notes = corpora.caches, []
-    train = cache.documents("train", corpora.config.data.held_out)
+    train = cache.documents("train", corpora.config.data.validation_share)
     source = pipeline._rows(corpora, cache, "training", train, "new_document", notes.append)
     rows = [source[n] for n in range(len(source))]
     assert all(row["tokens"][0] == corpora.tokenizer.vocabulary.bos for row in rows)
@@ -34,12 +34,12 @@ def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config,
 def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config, tiny_corpus, paths):
     """The longest modules do not fit beside 16 tokens of text; nothing of theirs is shown."""
     names = [json.loads(line)["module"] for line in tiny_corpus.read_text().splitlines()]
-    changes = {"data.row_length": 26, "data.batch_rows": 1, "metadata": Metadata(template="{module}", keep=1.0)}
+    changes = {"data.sequence_length": 26, "data.batch_size": 1, "metadata": Metadata(template="{module}", keep=1.0)}
     too_long = r"document .*corpus\.jsonl, line \d+: \d+ metadata tokens, which leaves no room .* metadata\.too_long=drop"
     with pytest.raises(UserError, match=too_long):
         training_rows(open_corpora(tiny_config(**changes), paths))
     corpora = open_corpora(tiny_config(**changes, **{"metadata.too_long": "drop"}), paths)
-    train = corpora.caches[0].documents("train", corpora.config.data.held_out).tolist()
+    train = corpora.caches[0].documents("train", corpora.config.data.validation_share).tolist()
     long = [i for i in train if len(names[i]) > 26 - 16 - 2]
     notes, vocabulary = [], corpora.tokenizer.vocabulary
     rows = training_rows(corpora, notes.append)
@@ -63,7 +63,7 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
 def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_corpus, paths, position):
     """What a run counts in an epoch of rows that cut no document is what the file holds, byte for byte."""
     recipe = Metadata(template="{topic}", position=position, keep=1.0)
-    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 600, "data.packing": "best_fit"}), paths)
+    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.sequence_length": 600, "data.packing": "best_fit"}), paths)
     [cache], counts = corpora.caches, Counts()
     documents = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
     train = [documents[i] for i in cache.documents("train", 0.2)]
@@ -73,7 +73,7 @@ def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_co
     body, sides = sum(len(d["text"]) for d in train), 1 + (position == "both")
     metadata = sides * sum(len(d["topic"]) + 2 for d in train)
     behind = 0 if position == "prepend" else metadata // sides  # the delimiters are asked for, too
-    expected = {"slots": 600 * len(rows), "body": body, "metadata": metadata, "loss_tokens": body + behind + len(train)}
+    expected = {"positions": 600 * len(rows), "body": body, "metadata": metadata, "loss_tokens": body + behind + len(train)}
     expected |= {"padding": 600 * len(rows) - body - metadata - len(train), "meta_tokens": 0}
     assert counts == expected and len(rows) > 3
     assert cache.manifest["tokens"] == cache.manifest["bytes"] == sum(len(d["text"]) for d in documents)
@@ -82,7 +82,7 @@ def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_co
 @pytest.mark.parametrize("position", ["prepend", "append"])
 def test_learnable_tokens_are_the_same_for_all_documents(tiny_config, paths, position):
     recipe = Metadata(position=position, tokens=5, keep=0.5)
-    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 48, "data.batch_rows": 60}), paths)
+    corpora = open_corpora(tiny_config(metadata=recipe, **{"data.sequence_length": 48, "data.batch_size": 60}), paths)
     vocabulary = corpora.tokenizer.vocabulary
     batch = training_batches(corpora)[0]
     shown = Counter()
@@ -99,9 +99,9 @@ def test_the_control_in_training_exchanges_metadata_at_random(tiny_config, paths
     source = {}
     for assigned in ("own", "shuffled"):
         recipe = Metadata(template="{topic}", keep=1.0, assigned=assigned, wrap="plain")
-        corpora = open_corpora(tiny_config(metadata=recipe, **{"data.row_length": 48}), paths)
+        corpora = open_corpora(tiny_config(metadata=recipe, **{"data.sequence_length": 48}), paths)
         [cache] = corpora.caches
-        train = cache.documents("train", corpora.config.data.held_out)
+        train = cache.documents("train", corpora.config.data.validation_share)
         side = pipeline._placement(corpora, cache, "training", train, pytest.fail).parts[0].ids
         source[assigned] = [side[int(i)].tobytes() for i in train]
     own, shuffled = source["own"], source["shuffled"]
@@ -127,11 +127,16 @@ def texts_of(rows):
 
 @pytest.mark.parametrize("switch", [{"unseen": 0.4}, {"metadata": "none"}, {"metadata": "none", "unseen": 0.4}])
 def test_phases_read_their_own_documents_with_metadata_or_without(tiny_config, paths, switch):
-    """Best-fit rows of 512 slots cut no document, and 20 steps are an epoch of either phase."""
-    changes = {"data.row_length": 512, "data.packing": "best_fit", "training.steps": 40, "data.switch": {"step": 20, **switch}}
+    """Best-fit rows of 512 positions cut no document, and 20 steps are an epoch of either phase."""
+    changes = {
+        "data.sequence_length": 512,
+        "data.packing": "best_fit",
+        "training.steps": 40,
+        "data.switch": {"step": 20, **switch},
+    }
     corpora = open_corpora(tiny_config(metadata=Metadata(template="{topic}", keep=1.0), **changes), paths)
     [cache], batches, bos = corpora.caches, training_batches(corpora), corpora.tokenizer.vocabulary.bos
-    train = cache.documents("train", corpora.config.data.held_out)
+    train = cache.documents("train", corpora.config.data.validation_share)
     everything = {np.array([bos, *cache[int(i)]], np.int32).tobytes() for i in train}
     before, after = (texts_of(unstack([batches[n] for n in steps])) for steps in (range(20), range(20, 40)))
     assert all(before.values()) and set(after.values()) == {switch.get("metadata") != "none"}

@@ -22,11 +22,11 @@ from metajax.data.pipeline import (
     EVALUATION_SEED,
     Paths,
     derive_seed,
-    held_out,
     open_corpora,
     read_batches,
     training_batches,
     training_rows,
+    validation,
 )
 from metajax.data.sources import open_source
 from metajax.data.tokenising import build_token_cache
@@ -39,7 +39,7 @@ FULL = {
     "meta_tokens": MetaTokens(rate=0.1),
     "data.weights": (0.75, 0.25),
     "data.switch": {"step": 3, "weights": (0.25, 0.75)},
-    "data.row_length": 48,
+    "data.sequence_length": 48,
     "data.packing": "best_fit",
 }
 CONDITIONS = ("none", "right", "empty", "shuffled")
@@ -70,7 +70,7 @@ def batches_of(config, paths, **hosts):
 def epoch_rows(corpora):
     """Rows of an epoch of a corpus of one source, found from the stream: all its body tokens have been asked for."""
     [cache] = corpora.caches
-    left = int(cache.lengths[cache.documents("train", corpora.config.data.held_out)].sum())
+    left = int(cache.lengths[cache.documents("train", corpora.config.data.validation_share)].sum())
     for n in itertools.count(1):
         left -= int(training_rows(corpora)[n - 1]["is_body"].sum())
         assert left >= 0, "a body token was asked for twice in an epoch"
@@ -83,11 +83,11 @@ def epoch_rows(corpora):
 
 
 def test_shapes_and_types(full, paths):
-    for length, slots in (("within", 48), ("added", 52)):
+    for length, positions in (("within", 48), ("added", 52)):
         batch = batches_of(full(**{"meta_tokens.length": length}), paths)[0]
         assert set(batch["loss_weights"].flat) == {0.0, 0.5, 1.0}, "half is metadata.loss_weights"
-        assert batch.pop("meta_slots").shape == (4, 4)
-        assert {name: values.shape for name, values in batch.items()} == dict.fromkeys(batch, (4, slots))
+        assert batch.pop("meta_positions").shape == (4, 4)
+        assert {name: values.shape for name, values in batch.items()} == dict.fromkeys(batch, (4, positions))
         types = {name: values.dtype.name for name, values in batch.items()}
         assert types == dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), "int32") | dict.fromkeys(
             ("is_body", "is_metadata", "asks_metadata"), "bool"
@@ -126,12 +126,12 @@ def test_hosts_together_hold_the_global_batch(full, paths, hosts):
 
 
 def test_hosts_that_do_not_divide_the_batch(full, paths):
-    with pytest.raises(UserError, match=r"data\.batch_rows = 4 does not divide by 3 hosts"):
+    with pytest.raises(UserError, match=r"data\.batch_size = 4 does not divide by 3 hosts"):
         batches_of(full(), paths, hosts=3)
 
 
 def test_rows_do_not_depend_on_the_size_of_the_batch(tiny_config, paths):
-    small, large = (batches_of(tiny_config(**{"data.batch_rows": rows, "meta_tokens": MetaTokens()}), paths) for rows in (2, 6))
+    small, large = (batches_of(tiny_config(**{"data.batch_size": rows, "meta_tokens": MetaTokens()}), paths) for rows in (2, 6))
     parts = [small[step] for step in (3, 4, 5)]
     same({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, large[1])
 
@@ -146,8 +146,14 @@ def test_a_fresh_cache_gives_the_same_batches_and_another_seed_others(full, path
 
 def test_experiments_that_share_a_cache_do_not_share_rows(tiny_config, tmp_path):
     metadata = [Metadata(template=template, keep=keep) for template in ("{topic}", "{module}") for keep in (0.5, 1.0)]
-    changes = [{}, {"data.packing": "best_fit"}, {"data.row_length": 40}, {"data.held_out": 0.3}, {"data.tokenizer": "bpe:320"}]
-    changes += [{"metadata": recipe, "data.row_length": 48} for recipe in metadata] + [{"seed": 1}]
+    changes = [
+        {},
+        {"data.packing": "best_fit"},
+        {"data.sequence_length": 40},
+        {"data.validation_share": 0.3},
+        {"data.tokenizer": "bpe:320"},
+    ]
+    changes += [{"metadata": recipe, "data.sequence_length": 48} for recipe in metadata] + [{"seed": 1}]
     configs = [tiny_config(**{"meta_tokens": MetaTokens(), **change}) for change in changes]
     for i, config in enumerate(configs):
         fresh, shared = (batches_of(config, Paths(cache=tmp_path / name)) for name in (f"{i}", "shared"))
@@ -161,7 +167,7 @@ def test_the_seed_enters_each_choice(tiny_config, paths, monkeypatch, use):
     monkeypatch.setattr(pipeline, "derive_seed", lambda name, seed, *rest: derive_seed(name, seed if name == use else 0, *rest))
     first, other = (batches_of(tiny_config(seed=seed, meta_tokens=MetaTokens()), paths) for seed in (0, 1))
     assert all(differ(first[step], other[step]) for step in (0, 5))
-    assert (first[0]["meta_slots"] != other[0]["meta_slots"]).any() == (use == "inject")
+    assert (first[0]["meta_positions"] != other[0]["meta_positions"]).any() == (use == "inject")
 
 
 def test_the_switch_changes_the_counts_of_the_sources(tiny_config, tiny_corpus, paths, tmp_path):
@@ -196,7 +202,7 @@ def test_a_switch_of_the_phase_keeps_resume_exact(full, paths, switch, step, sta
 
 @pytest.mark.parametrize("changes", [PLAIN, {"meta_tokens": MetaTokens()}, {"metadata": Metadata(template="{topic}", keep=0.5)}])
 def test_an_epoch_is_every_row_once_and_the_next_one_shuffles_the_same_rows(tiny_config, paths, changes):
-    corpora = open_corpora(tiny_config(**{"data.row_length": 40, **changes}), paths)
+    corpora = open_corpora(tiny_config(**{"data.sequence_length": 40, **changes}), paths)
     rows, meta = training_rows(corpora), corpora.tokenizer.vocabulary.meta
     count = epoch_rows(corpora)
     epochs = [[rows[epoch * count + n] for n in range(count)] for epoch in range(3)]
@@ -204,11 +210,11 @@ def test_an_epoch_is_every_row_once_and_the_next_one_shuffles_the_same_rows(tiny
     assert Counter(texts[0]) == Counter(texts[1]) == Counter(texts[2])
     assert texts[0] != texts[1] != texts[2] != texts[0]
     if "meta_tokens" in changes:
-        slots = [
-            {text: row["meta_slots"].tolist() for text, row in zip(*pair, strict=True)}
+        positions = [
+            {text: row["meta_positions"].tolist() for text, row in zip(*pair, strict=True)}
             for pair in zip(texts, epochs, strict=True)
         ]
-        assert slots[0] != slots[1], "meta-tokens are placed anew in every epoch"
+        assert positions[0] != positions[1], "meta-tokens are placed anew in every epoch"
     batches = training_batches(corpora)
     boundary = count // 4
     expected = rows[4 * boundary], rows[4 * boundary + 3]
@@ -236,10 +242,10 @@ BOTH = Metadata(position="both", appended="{topic}", tokens=5, bos_eos="inside")
     ],
 )
 def test_an_epoch_asks_for_every_body_token_of_the_training_documents(tiny_config, paths, packing, meta, metadata):
-    config = tiny_config(**{"data.packing": packing, "meta_tokens": meta, "metadata": metadata, "data.row_length": 40})
+    config = tiny_config(**{"data.packing": packing, "meta_tokens": meta, "metadata": metadata, "data.sequence_length": 40})
     corpora = open_corpora(config, paths)
     [cache] = corpora.caches
-    train = cache.documents("train", config.data.held_out)
+    train = cache.documents("train", config.data.validation_share)
     expected = Counter(np.concatenate([cache[i] for i in train.tolist()]).tolist())
     rows, asked = training_rows(corpora), Counter()
     for n in range(epoch_rows(corpora)):
@@ -251,7 +257,7 @@ def test_documents_that_keep_metadata_differ_between_seeds_and_not_between_epoch
     shown = []
     for seed in (0, 1):
         corpora = open_corpora(
-            tiny_config(seed=seed, metadata=Metadata(template="{topic}", keep=0.5), **{"data.row_length": 48}), paths
+            tiny_config(seed=seed, metadata=Metadata(template="{topic}", keep=0.5), **{"data.sequence_length": 48}), paths
         )
         rows, count = training_rows(corpora), epoch_rows(corpora)
         shown.append([sum(int(rows[e * count + n]["is_metadata"].sum()) for n in range(count)) for e in range(2)])
@@ -261,11 +267,13 @@ def test_documents_that_keep_metadata_differ_between_seeds_and_not_between_epoch
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_held_out_and_training_share_no_origin(full, paths):
+def test_validation_and_training_share_no_origin(full, paths):
     config = full()
     for cache, column in zip(open_corpora(config, paths).caches, ("module", "topic"), strict=True):
         names = [fields[column] for fields in cache.metadata()]
-        train, held = ({names[i] for i in cache.documents(split, config.data.held_out)} for split in ("train", "held_out"))
+        train, held = (
+            {names[i] for i in cache.documents(split, config.data.validation_share)} for split in ("train", "validation")
+        )
         assert train and held and not train & held and train | held == set(names)
 
 
@@ -294,18 +302,18 @@ def test_every_condition_asks_for_the_same_text(tiny_config, tiny_corpus, paths,
             "metadata": Metadata(position=position, template="{topic}"),
             "meta_tokens": meta,
             "data.tokenizer": tokenizer,
-            "data.row_length": 48,
+            "data.sequence_length": 48,
         }
     )
     corpora = open_corpora(config, paths)
     table = [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()]
-    available = corpora.caches[0].documents("held_out", config.data.held_out)
+    available = corpora.caches[0].documents("validation", config.data.validation_share)
     chosen = available[np.argsort(uniform_hash(EVALUATION_SEED, available))][:5]
     text = "".join(table[i] for i in chosen.tolist())
     asked = np.sort(np.concatenate([corpora.caches[0][i] for i in chosen.tolist()]))
     shown = {}
     for condition in CONDITIONS:
-        held = held_out(corpora, condition)
+        held = validation(corpora, condition)
         assert (held.documents, held.body_bytes) == (5, len(text.encode()))
         np.testing.assert_array_equal(np.sort(body_targets(held.batches)), asked, err_msg=condition)
         assert all(batch["tokens"].shape == (4, 48) for batch in held.batches)
@@ -316,7 +324,7 @@ def test_every_condition_asks_for_the_same_text(tiny_config, tiny_corpus, paths,
 
 
 def test_evaluation_is_the_same_for_every_seed_packing_aside(full, paths):
-    first, other = (held_out(open_corpora(full(seed=seed, **{"evaluation.documents": 9}), paths), "right") for seed in (0, 7))
+    first, other = (validation(open_corpora(full(seed=seed, **{"evaluation.documents": 9}), paths), "right") for seed in (0, 7))
     assert first.documents == 10 and len(first.batches) == len(other.batches)
     for a, b in zip(first.batches, other.batches, strict=True):
         same(a, b)
@@ -325,13 +333,13 @@ def test_evaluation_is_the_same_for_every_seed_packing_aside(full, paths):
 @pytest.mark.parametrize("position", ["prepend", "append"])
 def test_right_metadata_is_the_documents_own_and_shuffled_anothers(tiny_config, tiny_corpus, paths, position):
     recipe = Metadata(position=position, template="{module}")
-    config = tiny_config(metadata=recipe, **{"data.row_length": 512, "data.packing": "best_fit"})
+    config = tiny_config(metadata=recipe, **{"data.sequence_length": 512, "data.packing": "best_fit"})
     corpora = open_corpora(config, paths)
     vocabulary = corpora.tokenizer.vocabulary
     modules = {row["text"][:8]: row["module"] for row in map(json.loads, tiny_corpus.read_text().splitlines())}
     for condition in ("right", "shuffled"):
         seen = Counter()
-        for row in unstack(held_out(corpora, condition).batches):
+        for row in unstack(validation(corpora, condition).batches):
             for segment in range(1, row["segment_ids"].max() + 1):
                 tokens = row["tokens"][row["segment_ids"] == segment].tolist()
                 if tokens[0] == vocabulary.bos:
@@ -347,22 +355,22 @@ def test_right_metadata_is_the_documents_own_and_shuffled_anothers(tiny_config, 
 
 
 def test_a_row_of_eight_tokens_without_metadata(tiny_config, paths):
-    batch = batches_of(tiny_config(**{"data.row_length": 8}), paths)[3]
+    batch = batches_of(tiny_config(**{"data.sequence_length": 8}), paths)[3]
     assert batch["tokens"].shape == (4, 8) and batch["is_body"].any()
 
 
 def test_errors_name_the_remedy(tiny_config, paths):
-    corpora = open_corpora(tiny_config(**{"data.held_out": 0.9999}), paths)
-    with pytest.raises(UserError, match=r"no training document; data.held_out = 0.9999 takes them all"):
+    corpora = open_corpora(tiny_config(**{"data.validation_share": 0.9999}), paths)
+    with pytest.raises(UserError, match=r"no training document; data.validation_share = 0.9999 takes them all"):
         training_batches(corpora)
-    corpora = open_corpora(tiny_config(**{"data.held_out": 0.0001}), paths)
-    with pytest.raises(UserError, match=r"no held-out document; raise data.held_out"):
-        held_out(corpora, "none")
+    corpora = open_corpora(tiny_config(**{"data.validation_share": 0.0001}), paths)
+    with pytest.raises(UserError, match=r"no validation document; raise data.validation_share"):
+        validation(corpora, "none")
     corpora = open_corpora(tiny_config(metadata=Metadata(template="{topik}")), paths)
     with pytest.raises(UserError, match="did you mean 'topic'"):
         training_batches(corpora)
     corpora = open_corpora(tiny_config(metadata=Metadata(template="{topic} {topic} {topic}")), paths)
-    with pytest.raises(UserError, match=r"choose a shorter metadata\.template or a larger data\.row_length"):
+    with pytest.raises(UserError, match=r"choose a shorter metadata\.template or a larger data\.sequence_length"):
         training_batches(corpora)
 
 

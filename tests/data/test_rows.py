@@ -273,10 +273,10 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
         following = {token: after for token, after in following.items() if after != E}
     for pieces, _, row in assemble(corpus, seed):
         real = row["tokens"] != M
-        for slot in np.flatnonzero(real & (row["segment_ids"] > 0)).tolist():
-            token = int(row["tokens"][slot])
+        for position in np.flatnonzero(real & (row["segment_ids"] > 0)).tolist():
+            token = int(row["tokens"][position])
             if token in following:
-                assert row["targets"][slot] == following[token]
+                assert row["targets"][position] == following[token]
         firsts = {corpus.bodies[d][0] for d, start, _ in pieces.tolist() if start == 0 and corpus.bodies[d]}
         asked_first = set(row["targets"][row["is_body"]].tolist()) & {body[0] for body in corpus.bodies if body}
         assert asked_first == firsts

@@ -18,7 +18,7 @@ from metajax.data.pipeline import (
 )
 
 TASKS = Tasks(train_length=64, eval_lengths=(32, 64), eval_examples=21)
-ROWS = {"tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.row_length": 96}
+ROWS = {"tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.sequence_length": 96}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def corpora(tiny_config, paths):
 
 
 def segments(row):
-    """(slots, tokens) of each segment of a row."""
+    """(positions, tokens) of each segment of a row."""
     for segment in range(1, int(row["segment_ids"].max()) + 1):
-        slots = np.flatnonzero(row["segment_ids"] == segment)
-        yield slots, row["tokens"][slots]
+        positions = np.flatnonzero(row["segment_ids"] == segment)
+        yield positions, row["tokens"][positions]
 
 
 def same(first, second):
@@ -51,29 +51,29 @@ def test_a_row_is_whole_examples_with_loss_on_their_answers(corpora):
         padding = row["segment_ids"] == 0
         assert not (row["loss_weights"][padding].any() or row["is_body"][padding].any() or row["is_metadata"].any())
         assert (row["tokens"][padding] == vocabulary.pad).all() and padding.sum() < 96 // 2
-        for slots, ids in segments(row):
-            np.testing.assert_array_equal(row["targets"][slots], [*ids[1:], vocabulary.eos])
-            np.testing.assert_array_equal(row["positions"][slots], np.arange(len(slots)))
+        for positions, ids in segments(row):
+            np.testing.assert_array_equal(row["targets"][positions], [*ids[1:], vocabulary.eos])
+            np.testing.assert_array_equal(row["positions"][positions], np.arange(len(positions)))
             text = opened.tokenizer.decode(ids)
             answer = opened.tokenizer.encode(text[text.index(" A:") + 3 :])
             asked = len(ids) - len(answer) - 1
-            np.testing.assert_array_equal(row["loss_weights"][slots], [0.0] * asked + [1.0] * (len(answer) + 1))
-            np.testing.assert_array_equal(row["is_body"][slots], [False] * asked + [True] * len(answer) + [False])
-            assert row["targets"][slots][row["is_body"][slots]].tolist() == answer
+            np.testing.assert_array_equal(row["loss_weights"][positions], [0.0] * asked + [1.0] * (len(answer) + 1))
+            np.testing.assert_array_equal(row["is_body"][positions], [False] * asked + [True] * len(answer) + [False])
+            assert row["targets"][positions][row["is_body"][positions]].tolist() == answer
             assert ids.tobytes() in known, "one of the seed's examples"
 
 
-def test_meta_slots_are_the_pauses_and_nothing_else_differs_between_models(corpora):
+def test_meta_positions_are_the_pauses_and_nothing_else_differs_between_models(corpora):
     plain, meta = training_rows(corpora()), training_rows(corpora(meta_tokens=MetaTokens()))
     vocabulary = corpora().tokenizer.vocabulary
     for n in range(30):
         row = meta[n]
-        slots = row.pop("meta_slots")
+        positions = row.pop("meta_positions")
         same(plain[n], row)
-        assert slots.shape == (96 // 8,) and slots.dtype == np.int32
+        assert positions.shape == (96 // 8,) and positions.dtype == np.int32
         used = np.flatnonzero(row["tokens"] == vocabulary.meta)
         assert len(used) > 0
-        assert slots.tolist() == [*used, *[96] * (96 // 8 - len(used))]
+        assert positions.tolist() == [*used, *[96] * (96 // 8 - len(used))]
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -103,30 +103,30 @@ def test_rows_follow_the_curriculum(corpora):
     opened = corpora(**{"training.steps": 10, "tasks.names": "copying"})
     examples, rows = task_examples(opened), training_rows(opened)
     for step in range(10):
-        longest = max(len(slots) for i in range(4) for slots, _ in segments(rows[4 * step + i]))
+        longest = max(len(positions) for i in range(4) for positions, _ in segments(rows[4 * step + i]))
         assert longest <= examples.longest("copying", step // 2)
     assert longest > examples.longest("copying", 2)
 
 
 @pytest.mark.parametrize("meta", [None, MetaTokens()])
 def test_test_rows_hold_one_example_each(corpora, meta):
-    opened = corpora(meta_tokens=meta, **{"data.batch_rows": 6})
+    opened = corpora(meta_tokens=meta, **{"data.batch_size": 6})
     batches = task_batches(opened, "segment_counting", 64, shards=4)
-    assert {batch["tokens"].shape for batch in batches} == {(8, 64)}, "6 rows of 96 slots make 9 of 64; 4 devices take 8"
+    assert {batch["tokens"].shape for batch in batches} == {(8, 64)}, "6 rows of 96 positions make 9 of 64; 4 devices take 8"
     examples = [task_examples(opened).test("segment_counting", 64, n) for n in range(21)]
     rows = [{name: values[i] for name, values in batch.items()} for batch in batches for i in range(8)]
     assert len(rows) == 24 and not any(row["segment_ids"].any() or row["is_body"].any() for row in rows[21:])
     for row, example in zip(rows, examples, strict=False):
         assert row["tokens"][: len(example.ids)].tolist() == example.ids.tolist()
-        assert ("meta_slots" in row) == (meta is not None)
+        assert ("meta_positions" in row) == (meta is not None)
         if meta is not None:
-            np.testing.assert_array_equal(row["meta_slots"], np.flatnonzero(example.ids == opened.tokenizer.vocabulary.meta))
-    same(task_batches(corpora(seed=3, meta_tokens=meta, **{"data.batch_rows": 6}), "segment_counting", 64, 4)[0], batches[0])
+            np.testing.assert_array_equal(row["meta_positions"], np.flatnonzero(example.ids == opened.tokenizer.vocabulary.meta))
+    same(task_batches(corpora(seed=3, meta_tokens=meta, **{"data.batch_size": 6}), "segment_counting", 64, 4)[0], batches[0])
 
 
 def test_errors_name_the_remedy(tiny_config, corpora):
     for changes, message in (
-        ({"tasks.train_length": 97}, r"tasks.train_length = 97: between 16 and data.row_length = 96"),
+        ({"tasks.train_length": 97}, r"tasks.train_length = 97: between 16 and data.sequence_length = 96"),
         ({"tasks.names": "list_recal"}, "tasks.names: unknown task 'list_recal'; did you mean 'list_recall'"),
         ({"tasks.items": 2, "tasks.classes": 4}, "tasks.items = 2: at least 3"),
         ({"tasks.phases": "0.5,1.5"}, "tasks.phases"),

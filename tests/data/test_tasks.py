@@ -117,7 +117,7 @@ def test_pauses_stand_where_the_placement_has_them(placement):
             example = made.training(task, 4, n)
             at = np.flatnonzero(example.ids == meta)
             assert len(at) == (0 if placement == "none" else expected)
-            assert all(0 < slot < example.asked.argmax() for slot in at), "in the prompt, never its last token"
+            assert all(0 < position < example.asked.argmax() for position in at), "in the prompt, never its last token"
             text = shown(made, example.ids)
             assert text.count(MARK) == (0 if placement == "deliberate" else expected)
             without = text.replace(f" {PAUSE}", "").replace(MARK, f" {PAUSE}")

@@ -28,8 +28,8 @@ STEPS = 120
 @pytest.fixture
 def changes(tiny_corpus):
     return {
-        "data.sources": f"jsonl:{tiny_corpus}?origin=module", "data.tokenizer": "byte", "data.row_length": "32", "data.batch_rows": "4",
-        "data.held_out": "0.2", "model.layers": "2", "model.width": "16", "model.heads": "2", "model.mlp_width": "32",
+        "data.sources": f"jsonl:{tiny_corpus}?origin=module", "data.tokenizer": "byte", "data.sequence_length": "32", "data.batch_size": "4",
+        "data.validation_share": "0.2", "model.layers": "2", "model.width": "16", "model.heads": "2", "model.mlp_width": "32",
         "training.steps": str(STEPS), "optimizer.warmup_steps": "1", "evaluation.documents": "5", "evaluation.sample_tokens": "4",
         "evaluation.conditions": "none", "runtime.save_every": "50", "runtime.log_every": "50",
     }  # fmt: skip

@@ -28,7 +28,7 @@ LENGTH = 32
 # Segments that start inside a part, with a part, three tokens before its end, and twice in a part; one is longer than a part.
 starts = [[0, 5, 8, 21, 30], [0, 13, 14, 16, 31], [0], [0, 24]]
 ids = jnp.stack([sum((jnp.arange(LENGTH) >= s).astype(jnp.int32) for s in row) for row in starts])
-slots = jnp.stack([jnp.array([*range(1, 30, 2), LENGTH])] * 4)
+meta_positions = jnp.stack([jnp.array([*range(1, 30, 2), LENGTH])] * 4)
 metas = {"prefix_k": (3, 2, 8), "prefix_v": (3, 2, 6)}
 heads = {"q": (4, LENGTH, 4, 8), "k": (4, LENGTH, 2, 8), "v": (4, LENGTH, 2, 6)}
 gathered = {name: (4, 16, *shape[2:]) for name, shape in heads.items()}
@@ -46,7 +46,7 @@ def three_rows(**arrays):
     return ops.attention(**arrays, mask=Mask(window=3), segment_ids=ids[:3], implementation="xla")
 
 def meta_attention(**arrays):
-    return ops.meta_attention(**arrays, meta_positions=slots, segment_ids=ids, implementation="xla")
+    return ops.meta_attention(**arrays, meta_positions=meta_positions, segment_ids=ids, implementation="xla")
 
 def selective_scan(implementation, A, **arrays):
     return ops.selective_scan(**arrays, A=-jnp.exp(A), segment_ids=ids, implementation=implementation)

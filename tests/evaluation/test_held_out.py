@@ -1,4 +1,4 @@
-"""Held-out bits per byte: packed rows compared with one document at a time, and the counts."""
+"""Validation bits per byte: packed rows compared with one document at a time, and the counts."""
 
 import math
 
@@ -10,7 +10,7 @@ import pytest
 from metajax.config import Metadata, MetaTokens
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, open_corpora
-from metajax.evaluation.held_out import evaluate_held_out
+from metajax.evaluation.validation import evaluate_validation
 from metajax.training.losses import token_nll
 from metajax.training.program import Program
 
@@ -26,10 +26,10 @@ def prepare(config, paths):
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_packed_rows_equal_one_document_at_a_time(tiny_config, paths, packing):
     """No document that fits in a row is cut, however training packs, so its loss is that of the document alone."""
-    config = tiny_config(**{"data.packing": packing, "data.row_length": 512, "evaluation.documents": 6})
+    config = tiny_config(**{"data.packing": packing, "data.sequence_length": 512, "evaluation.documents": 6})
     corpora, program, model = prepare(config, paths)
     cache, vocabulary = corpora.caches[0], corpora.tokenizer.vocabulary
-    available = cache.documents("held_out", config.data.held_out)
+    available = cache.documents("validation", config.data.validation_share)
     chosen = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")][:6]
     assert cache.lengths[chosen].max() < 512
     nats = 0.0
@@ -39,7 +39,7 @@ def test_packed_rows_equal_one_document_at_a_time(tiny_config, paths, packing):
         positions = jnp.arange(tokens.shape[1])[None]
         logits = model(tokens, positions=positions, segment_ids=jnp.ones_like(tokens))
         nats += float(token_nll(logits, jnp.asarray(body, jnp.int32)[None])[0].sum())
-    result = evaluate_held_out(program, corpora, model, "none")
+    result = evaluate_validation(program, corpora, model, "none")
     expected = nats / math.log(2) / int(np.asarray(cache.bytes)[chosen].sum())
     assert result["bpb"] == pytest.approx(expected, rel=1e-5)
     assert result["body_tokens"] == int(np.asarray(cache.lengths)[chosen].sum())
@@ -51,7 +51,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(tiny_config, pat
     corpora, program, model = prepare(config, paths)
     flat = jax.tree.map(jnp.zeros_like, model)
     size = corpora.tokenizer.vocabulary.size
-    results = {c: evaluate_held_out(program, corpora, flat, c) for c in config.evaluation.conditions}
+    results = {c: evaluate_validation(program, corpora, flat, c) for c in config.evaluation.conditions}
     for result in results.values():
         assert result["nats_per_token"] == pytest.approx(math.log(size), rel=1e-6)
         assert result["bpb"] == pytest.approx(math.log2(size), rel=1e-6), "a byte is a token here"
@@ -62,7 +62,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(tiny_config, pat
 def test_the_same_documents_and_tokens_in_every_condition(tiny_config, paths):
     config = tiny_config(metadata=METADATA, **{"evaluation.conditions": "none,right,shuffled,empty"})
     corpora, program, model = prepare(config, paths)
-    results = [evaluate_held_out(program, corpora, model, c) for c in config.evaluation.conditions]
+    results = [evaluate_validation(program, corpora, model, c) for c in config.evaluation.conditions]
     for key in ("documents", "body_bytes", "body_tokens"):
         assert len({r[key] for r in results}) == 1, key
     assert len({r["bpb"] for r in results}) == 4, "the model sees something else in each"
@@ -72,8 +72,8 @@ def test_metadata_behind_the_text_changes_no_score_and_has_its_own(tiny_config, 
     """Causality: whatever is appended, body tokens are asked for as before; the metadata itself is scored apart."""
     recipe = Metadata(position="append", template="{topic}")
     conditions = ("none", "right", "shuffled", "empty")
-    corpora, program, model = prepare(tiny_config(metadata=recipe, **{"data.row_length": 512}), paths)  # no document is cut
-    results = {c: evaluate_held_out(program, corpora, model, c) for c in conditions}
+    corpora, program, model = prepare(tiny_config(metadata=recipe, **{"data.sequence_length": 512}), paths)  # no document is cut
+    results = {c: evaluate_validation(program, corpora, model, c) for c in conditions}
     for condition in conditions[1:]:
         assert results[condition]["bpb"] == pytest.approx(results["none"]["bpb"], rel=1e-6)
         assert results[condition]["metadata_tokens"] > 0

@@ -17,7 +17,7 @@ def prepared(tiny_config, paths):
     """prepared(position) -> (model, batch on the host) with metadata beside every document."""
 
     def build(position):
-        config = tiny_config(metadata=Metadata(position=position, template="{topic}", keep=1.0), **{"data.row_length": 96})
+        config = tiny_config(metadata=Metadata(position=position, template="{topic}", keep=1.0), **{"data.sequence_length": 96})
         corpora = open_corpora(config, paths)
         program = Program.build(config, corpora.tokenizer.vocabulary.size, jax.devices()[:1])
         return program.create_state().model, training_batches(corpora)[0]
@@ -50,7 +50,7 @@ def test_a_label_without_weight_changes_nothing(prepared):
 
 @pytest.mark.parametrize(("position", "wanted"), [("prepend", False), ("append", True)])
 def test_metadata_ids_are_never_the_wanted_answer_in_front_and_are_behind(prepared, position, wanted):
-    """The gradient by a slot's logits is its probabilities, less one at its label: negative only where a label has weight."""
+    """The gradient by a position's logits is its probabilities, less one at its label: negative only where a label has weight."""
     model, batch = prepared(position)
     placed = on_device(batch)
     by_logits = jax.grad(lambda z: weighted_sums(z, placed["targets"], placed["loss_weights"], placed["is_body"], 0.0)[0])

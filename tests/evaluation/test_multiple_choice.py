@@ -88,7 +88,7 @@ def prepared(tiny_config, paths, tmp_path):
 
 
 def test_packed_scores_are_those_of_every_answer_alone(prepared):
-    program, corpora, model = prepared([], **{"data.row_length": 64})
+    program, corpora, model = prepared([], **{"data.sequence_length": 64})
     questions = [KINDS["jsonl"](record) for record in RECORDS]
     head = [corpora.tokenizer.vocabulary.bos]
     found = score(program, corpora, model, questions, head)
@@ -122,7 +122,7 @@ def test_results_by_task_context_and_shots(prepared):
 
 def test_passages_are_completed_and_their_first_line_searched_for_the_value(prepared, tmp_path):
     texts = ["Ada was born in", "so long a passage that its beginning is lost, by", "Ada was born in"]
-    file, changes = tmp_path / "swde.jsonl", {"data.row_length": 72, "evaluation.choice.shots": (0,)}
+    file, changes = tmp_path / "swde.jsonl", {"data.sequence_length": 72, "evaluation.choice.shots": (0,)}
     file.touch()
     program, corpora, model = prepared([f"swde:{file}"], **changes)
     room = 72 - 1 - COMPLETION  # beside BOS

@@ -19,7 +19,13 @@ from metajax.training.program import Program, abstract_model
 from metajax.training.step import apply_model
 
 TASKS = Tasks(names=("list_recall", "copying"), train_length=48, eval_lengths=(32, 64), eval_examples=30, span=3)
-RUN = {"tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.row_length": 64, "training.steps": 4, "evaluation.documents": 0}
+RUN = {
+    "tasks": TASKS,
+    "data.tokenizer": "bpe:512+tasks",
+    "data.sequence_length": 64,
+    "training.steps": 4,
+    "evaluation.documents": 0,
+}
 
 
 def prepare(config, paths):
@@ -43,7 +49,7 @@ def first_token(model, batch):
 
 
 def test_what_counts_as_right(tiny_config, paths):
-    corpora, program = prepare(tiny_config(**RUN, **{"data.batch_rows": 3}), paths)
+    corpora, program = prepare(tiny_config(**RUN, **{"data.batch_size": 3}), paths)
     results = evaluate_tasks(program, corpora, None, oracle)
     assert results.keys() == set(TASKS.names) and all(bins.keys() == {"32", "64"} for bins in results.values())
     for length, rows in (("32", 6), ("64", 3)):  # of a batch: its every third row misses the end
@@ -61,7 +67,7 @@ def test_what_counts_as_right(tiny_config, paths):
 def test_one_forward_pass_equals_greedy_decoding(tiny_config, paths):
     """On models whose answers differ from row to row: right to the end under teacher forcing just where greedy decoding is."""
     config = tiny_config(
-        **RUN | {"tasks.names": "copying", "tasks.eval_examples": 12}, **{"meta_tokens": MetaTokens(), "data.batch_rows": 6}
+        **RUN | {"tasks.names": "copying", "tasks.eval_examples": 12}, **{"meta_tokens": MetaTokens(), "data.batch_size": 6}
     )
     corpora, program = prepare(config, paths)
     model = program.create_state().model
@@ -71,7 +77,7 @@ def test_one_forward_pass_equals_greedy_decoding(tiny_config, paths):
 
     @jax.jit
     def apply(model, batch):
-        """The model, pulled towards the right answers at random slots, so that some rows are right and some are not."""
+        """The model, pulled towards the right answers at random positions, so that some rows are right and some are not."""
         logits = apply_model(model, {k: v for k, v in batch.items() if k != "pull"})
         return logits + jax.nn.one_hot(batch["targets"], 512) * batch["pull"][..., None]
 
@@ -79,15 +85,15 @@ def test_one_forward_pass_equals_greedy_decoding(tiny_config, paths):
     inputs = {k: jnp.asarray(v) for k, v in batch.items()} | {"pull": pull}
     forced = np.asarray(jnp.argmax(apply(model, inputs), -1) == inputs["targets"]) | (batch["loss_weights"] == 0)
     for row in range(6):
-        slots = np.flatnonzero(batch["loss_weights"][row])
+        positions = np.flatnonzero(batch["loss_weights"][row])
         tokens = batch["tokens"].copy()
-        tokens[row, slots[0] + 1 :] = corpora.tokenizer.vocabulary.pad
+        tokens[row, positions[0] + 1 :] = corpora.tokenizer.vocabulary.pad
         decoded = []
-        for slot in slots:
-            decoded.append(int(jnp.argmax(apply(model, inputs | {"tokens": jnp.asarray(tokens)})[row, slot])))
-            if slot != slots[-1]:
-                tokens[row, slot + 1] = decoded[-1]
-        right = decoded == batch["targets"][row, slots].tolist()
+        for position in positions:
+            decoded.append(int(jnp.argmax(apply(model, inputs | {"tokens": jnp.asarray(tokens)})[row, position])))
+            if position != positions[-1]:
+                tokens[row, position + 1] = decoded[-1]
+        right = decoded == batch["targets"][row, positions].tolist()
         assert right == forced[row].all()
         agree[right] += 1
     assert all(agree.values()), "rows of both kinds were compared"
@@ -118,7 +124,7 @@ def test_bins_beyond_a_learned_position_table_are_named(tiny_config, paths):
 def test_a_run_on_tasks_from_start_to_finish(tiny_config, paths, tmp_path):
     """Pre-training on text, then tasks from its parameters, with evaluations on the way; report and pages."""
     before = tiny_config(
-        **{"data.tokenizer": "bpe:512+tasks", "data.row_length": 64, "training.steps": 2}, meta_tokens=MetaTokens()
+        **{"data.tokenizer": "bpe:512+tasks", "data.sequence_length": 64, "training.steps": 2}, meta_tokens=MetaTokens()
     )
     run_experiment(before, tmp_path / "before", paths)
     changes = {
@@ -137,9 +143,9 @@ def test_a_run_on_tasks_from_start_to_finish(tiny_config, paths, tmp_path):
     assert not any("bpb" in line for line in lines)
     assert 0 < report["counts"]["meta_tokens"] < 4 * 4 * 64 // 8 and report["counts"]["body"] < report["counts"]["loss_tokens"]
     page = (tmp_path / "tasks" / "report.html").read_text()
-    assert "Accuracy on the tasks" in page and "list recall" in page and "Held-out bits per byte" in page
+    assert "Accuracy on the tasks" in page and "list recall" in page and "Validation bits per byte" in page
     del saved["eval"]["none"]
     write_json(tmp_path / "tasks" / "report.json", saved)
-    assert "Held-out bits per byte" not in write_run_report(tmp_path / "tasks").read_text()
+    assert "Validation bits per byte" not in write_run_report(tmp_path / "tasks").read_text()
     with pytest.raises(UserError, match=r"its tokenizer .* is not this run's"):
         run_experiment(override(config, {"data.tokenizer": "bpe:576+tasks"}), tmp_path / "other", paths)

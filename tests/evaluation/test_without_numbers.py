@@ -9,8 +9,8 @@ from metajax.config import Evaluation, MetaTokens, Tasks
 from metajax.core.atomic import strict
 from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
-from metajax.evaluation.held_out import evaluate_held_out
 from metajax.evaluation.tasks import check_bins
+from metajax.evaluation.validation import evaluate_validation
 from metajax.experiment import run_experiment
 from metajax.training.program import Program
 
@@ -27,19 +27,21 @@ def test_a_perplexity_beyond_a_float_is_none_and_a_loss_that_is_not_finite_is_to
     corpora = open_corpora(config, paths)
     program = Program.build(config, corpora.tokenizer.vocabulary.size)
     model = program.create_state().model
-    found = [evaluate_held_out(program, corpora, jax.tree.map(lambda x, by=by: x * by, model), "none") for by in (1.0, 300.0)]
+    found = [evaluate_validation(program, corpora, jax.tree.map(lambda x, by=by: x * by, model), "none") for by in (1.0, 300.0)]
     assert found[0]["perplexity"] > 1 and found[1]["perplexity"] is None
     assert found[1]["nats_per_token"] > 710 and found[1]["bpb"] > found[0]["bpb"]
     with pytest.raises(UserError, match="diverged"):
-        evaluate_held_out(program, corpora, jax.tree.map(lambda x: x * float("nan"), model), "none")
+        evaluate_validation(program, corpora, jax.tree.map(lambda x: x * float("nan"), model), "none")
 
 
 @pytest.mark.fault(26)
 def test_a_run_that_has_diverged_has_a_report_that_every_reader_takes(tiny_config, paths, tmp_path, monkeypatch):
     from metajax import experiment
 
-    original = experiment.evaluate_held_out
-    monkeypatch.setattr(experiment, "evaluate_held_out", lambda *a: original(*a) | {"perplexity": None, "strange": float("inf")})
+    original = experiment.evaluate_validation
+    monkeypatch.setattr(
+        experiment, "evaluate_validation", lambda *a: original(*a) | {"perplexity": None, "strange": float("inf")}
+    )
     run_experiment(tiny_config(), tmp_path, paths)
     for file in ("report.json", "metrics.jsonl", "time.json"):
         for text in (tmp_path / file).read_text().splitlines() if file.endswith("l") else [(tmp_path / file).read_text()]:
@@ -53,29 +55,29 @@ def corpus(path, text_of):
     return f"jsonl:{path}?origin=site"
 
 
-def held_out_sites():
-    from metajax.data.documents import is_held_out
+def validation_sites():
+    from metajax.data.documents import is_validation
 
-    return {i for i in range(10) if is_held_out(f"s{i}", 0.5)}
+    return {i for i in range(10) if is_validation(f"s{i}", 0.5)}
 
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize(
-    ("empty", "said"), [("held out", "held-out documents .* have no text"), ("training", "training documents .* have no text")]
+    ("empty", "said"), [("held out", "validation documents .* have no text"), ("training", "training documents .* have no text")]
 )
 def test_documents_without_text_are_refused_before_training(tiny_config, paths, tmp_path, empty, said):
-    out = held_out_sites()
+    out = validation_sites()
     assert 0 < len(out) < 10
     source = corpus(tmp_path / "c.jsonl", lambda i: "" if (i % 10 in out) == (empty == "held out") else f"words and words {i}")
     with pytest.raises(UserError, match=said):
-        run_experiment(tiny_config(**{"data.sources": (source,), "data.held_out": 0.5}), tmp_path / "run", paths)
+        run_experiment(tiny_config(**{"data.sources": (source,), "data.validation_share": 0.5}), tmp_path / "run", paths)
     assert not (tmp_path / "run" / "config.json").exists(), REFUSED
 
 
 @pytest.mark.fault(26)
 def test_one_empty_document_among_others_is_evaluated(tiny_config, paths, tmp_path):
     source = corpus(tmp_path / "c.jsonl", lambda i: "" if i < 10 else f"words and words {i}")
-    report = run_experiment(tiny_config(**{"data.sources": (source,), "data.held_out": 0.5}), tmp_path / "run", paths)
+    report = run_experiment(tiny_config(**{"data.sources": (source,), "data.validation_share": 0.5}), tmp_path / "run", paths)
     assert report["eval"]["none"]["bpb"] > 0
 
 

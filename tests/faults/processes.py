@@ -38,10 +38,10 @@ def kills(suite: Suite) -> None:
 def kills_of_hymba(suite: Suite) -> None:
     """SIGKILL in the middle of a hybrid model's steps."""
     options, whole, workdir = {"name": "quickstart/plain"}, suite.new(), suite.new()
-    suite.finish(whole, HYBRID, **options)
+    suite.finish(whole, *HYBRID, **options)
     for step in (7, 18, 31, 44, 58):
-        suite.cut(workdir, step, HYBRID, **options)
-    suite.finish(workdir, HYBRID, **options)
+        suite.cut(workdir, step, *HYBRID, **options)
+    suite.finish(workdir, *HYBRID, **options)
     same = suite.outcome(workdir) == suite.outcome(whole)
     for step in (7, 18, 31, 44, 58):
         suite.check(f"SIGKILL of Hymba after step {step}", same)

@@ -25,7 +25,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["metajax.experiment", "metajax.cli.verbs.run", "metajax.cli.main", "metajax.reporting.terminal"]
 
 
-HYBRID = 'model.hybrid={"prefix_tokens": 2, "full_layers": [0], "state": 4}'
+HYBRID = ("model.window=8", 'model.hybrid={"prefix_tokens": 2, "full_layers": [0], "state": 4}')
 
 
 def corpus_rows(documents: int = 40) -> list[dict[str, str]]:
@@ -45,8 +45,8 @@ def command(
 ) -> list[str]:
     """The words of a command line that trains a tiny model; `more` are fields, FIELD=VALUE."""
     changes = (
-        f"data.sources=jsonl:{home}/corpus.jsonl?origin=module", "data.tokenizer=byte", "data.row_length=32", "data.batch_rows=4",
-        "data.held_out=0.2", "model.layers=2", "model.width=16", "model.heads=2", "model.mlp_width=32", f"training.steps={STEPS}",
+        f"data.sources=jsonl:{home}/corpus.jsonl?origin=module", "data.tokenizer=byte", "data.sequence_length=32", "data.batch_size=4",
+        "data.validation_share=0.2", "model.layers=2", "model.width=16", "model.heads=2", "model.mlp_width=32", f"training.steps={STEPS}",
         "optimizer.warmup_steps=2", "evaluation.documents=4", "evaluation.sample_tokens=4", "evaluation.conditions=none",
         "runtime.save_every=5", "runtime.log_every=5", *more,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def build(meta, window=None, scheme="rope"):
     return LM(cfg, vocab_size=VOCAB, max_length=N, meta=meta, runtime=Runtime(unroll=1), key=jax.random.key(5))
 
 
-def slots_of(is_meta, length, width):
+def meta_positions_of(is_meta, length, width):
     """int32 [B, N]: the meta-tokens among the first `length` of each row, then `width`."""
     out = np.full((B, N), width, np.int32)
     for row, flags, n in zip(out, is_meta, length, strict=True):
@@ -45,16 +45,16 @@ def slots_of(is_meta, length, width):
 @jax.jit
 def full(model, tokens, is_meta):
     """Logits of whole rows, [B, N, V]."""
-    slots = jnp.sort(jnp.where(is_meta, jnp.arange(N), N), axis=1)
+    meta_positions = jnp.sort(jnp.where(is_meta, jnp.arange(N), N), axis=1)
     positions = jnp.broadcast_to(jnp.arange(N), (B, N))
-    return model(tokens, positions=positions, segment_ids=jnp.ones((B, N), jnp.int32), meta_slots=slots)
+    return model(tokens, positions=positions, segment_ids=jnp.ones((B, N), jnp.int32), meta_positions=meta_positions)
 
 
 @jax.jit
-def cached(ready, tokens, is_meta, length, slots):
+def cached(ready, tokens, is_meta, length, meta_positions):
     """[N - 1, B, V]: logits after the prompts, then after each further token, until the shortest row is full; and where each row was."""
     metas = ready.model.meta is not None
-    logits, cache = prefill(ready, tokens[:, :PROMPT], length, slots, capacity=N, meta_capacity=N if metas else 0)
+    logits, cache = prefill(ready, tokens[:, :PROMPT], length, meta_positions, capacity=N, meta_capacity=N if metas else 0)
 
     def body(carry, _):
         cache, at = carry
@@ -89,7 +89,7 @@ def test_cached_decoding_equals_the_full_forward_pass(meta, window, scheme, data
     tokens = np.where(is_meta, VOCAB - 1, rng.integers(VOCAB - 1, size=(B, N)))
     model = build(meta, window, scheme)
     expected = np.asarray(full(model, tokens, is_meta))
-    logits, at = cached(prepare(model), tokens, is_meta, length, slots_of(is_meta, length, PROMPT)[:, :PROMPT])
+    logits, at = cached(prepare(model), tokens, is_meta, length, meta_positions_of(is_meta, length, PROMPT)[:, :PROMPT])
     for ours, where in zip(np.asarray(logits), np.asarray(at), strict=True):
         theirs = expected[np.arange(B), where]
         new = where < N - 1  # a full row reads its last token again and again
@@ -105,14 +105,14 @@ def rules(sampling=None, banned=(), eos=-1, ask_real=False, seed=0):
 
 
 def begin(model, tokens, is_meta, length, count, how):
-    slots = slots_of(is_meta, length, PROMPT)[:, :PROMPT]
+    meta_positions = meta_positions_of(is_meta, length, PROMPT)[:, :PROMPT]
     prompt = np.maximum(tokens[:, :PROMPT], 0)
-    return start(prepare(model), tokens, is_meta, prompt, length, slots, count, how, capacity=N, meta_capacity=N)
+    return start(prepare(model), tokens, is_meta, prompt, length, meta_positions, count, how, capacity=N, meta_capacity=N)
 
 
 @pytest.mark.parametrize("ask_real", [False, True])
 def test_rows_of_different_lengths_are_drawn_as_by_the_full_forward_pass(ask_real):
-    """Greedy rows, each asked at the slot before, or at the ordinary one before, until it has its count or its end."""
+    """Greedy rows, each asked at the position before, or at the ordinary one before, until it has its count or its end."""
     model = build(META)
     rng = np.random.default_rng(3)
     is_meta = rng.random((B, N)) < 0.35
@@ -124,18 +124,18 @@ def test_rows_of_different_lengths_are_drawn_as_by_the_full_forward_pass(ask_rea
     drawn = []
     for row in range(B):
         asked, new = length[row] - 1, []
-        for slot in range(length[row], N):
-            if not is_meta[row, slot] and len(new) < count:
+        for position in range(length[row], N):
+            if not is_meta[row, position] and len(new) < count:
                 logits = np.array(full(model, expected, is_meta))[row, asked]
                 logits[-2:] = -np.inf
-                expected[row, slot] = logits.argmax()
+                expected[row, position] = logits.argmax()
                 new.append(int(logits.argmax()))
-            if not (is_meta[row, slot] and ask_real):
-                asked = slot
+            if not (is_meta[row, position] and ask_real):
+                asked = position
         drawn.append(new)
     how = rules(banned=(VOCAB - 2, VOCAB - 1), ask_real=ask_real)
     state = begin(model, started, is_meta, length, count, how)
-    for _ in range(N):  # in strides of 1 and 3 slots
+    for _ in range(N):  # in strides of 1 and 3 meta_positions
         state = advance(prepare(model), state, how, 1)
         state = advance(prepare(model), state, how, 3)
     found = [row[n:][~flags[n:] & (row[n:] >= 0)].tolist() for row, n, flags in zip(state.tokens, length, is_meta, strict=True)]

@@ -49,16 +49,16 @@ PAUSES = MetaTokens(rate=0.25, attention="none", embedding="frozen", zero_positi
 def test_greedy_text_is_the_argmax_of_the_model_itself(tiny_config, meta, changes):
     config, model = make(tiny_config, meta, **changes)
     text, _ = generate(prepare(model), config, TOKENIZER, ["ab", "a longer prompt"], count=6, sampling=GREEDY)
-    slots = config.row_slots
-    metas = meta_layout(slots, meta.rate) if meta else np.zeros(0, int)
-    real = [s for s in range(slots) if s not in metas]
-    tokens = np.full((1, slots), TOKENIZER.vocabulary.pad, np.int32)
+    positions = config.row_positions
+    metas = meta_layout(positions, meta.rate) if meta else np.zeros(0, int)
+    real = [s for s in range(positions) if s not in metas]
+    tokens = np.full((1, positions), TOKENIZER.vocabulary.pad, np.int32)
     tokens[0, metas] = TOKENIZER.vocabulary.meta
     ids = [TOKENIZER.vocabulary.bos, *TOKENIZER.encode("ab")]
     tokens[0, real[:3]] = ids
-    inputs = {"positions": jnp.arange(slots)[None], "segment_ids": jnp.ones((1, slots), jnp.int32)}
+    inputs = {"positions": jnp.arange(positions)[None], "segment_ids": jnp.ones((1, positions), jnp.int32)}
     if meta:
-        inputs["meta_slots"] = jnp.asarray(metas)[None]
+        inputs["meta_positions"] = jnp.asarray(metas)[None]
     forward = jax.jit(lambda model, tokens: model(tokens, **inputs))
     expected = []
     for i in range(6):
@@ -150,7 +150,7 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny_config):
 @pytest.mark.parametrize("recipe", [Metadata(), Metadata(wrap="plain"), Metadata(bos_eos="inside")])
 def test_a_context_stands_where_training_had_it(tiny_config, paths, recipe):
     recipe = replace(recipe, template="{topic}", keep=1.0)
-    config = tiny_config(metadata=recipe, **{"data.row_length": 512, "data.packing": "best_fit"})
+    config = tiny_config(metadata=recipe, **{"data.sequence_length": 512, "data.packing": "best_fit"})
     corpora = open_corpora(config, paths)
     batch = training_batches(corpora)[0]
     first = batch["tokens"][0][batch["segment_ids"][0] == 1]
@@ -159,10 +159,10 @@ def test_a_context_stands_where_training_had_it(tiny_config, paths, recipe):
     assert first[: len(head)].tolist() == head and len(head) > len(topic)
 
 
-@pytest.mark.parametrize(("slots", "rate"), [(64, 0.1), (30, 0.25), (16, 0.9)])
-def test_meta_layout_is_even_and_leaves_the_first_slot(slots, rate):
-    layout = meta_layout(slots, rate)
-    assert layout.min() >= 1 and layout.max() < slots and len(set(layout.tolist())) == len(layout)
+@pytest.mark.parametrize(("positions", "rate"), [(64, 0.1), (30, 0.25), (16, 0.9)])
+def test_meta_layout_is_even_and_leaves_the_first_position(positions, rate):
+    layout = meta_layout(positions, rate)
+    assert layout.min() >= 1 and layout.max() < positions and len(set(layout.tolist())) == len(layout)
     assert len(set(np.diff(layout).tolist())) <= 1
 
 
@@ -203,7 +203,7 @@ def byte_pairs(folder):
 def reciter(tiny_config, tokenizer, ids):
     """A model that draws the last of `ids` after all but it, and so on: it knows the text by its positions."""
     size = tokenizer.vocabulary.size
-    config = tiny_config(**{"model.position": "learned", "model.tied": False, "model.layers": 1, "data.row_length": 64})
+    config = tiny_config(**{"model.position": "learned", "model.tied": False, "model.layers": 1, "data.sequence_length": 64})
     model = jax.tree.map(jnp.zeros_like, build_model(override(config, {"model.width": 64}), size, jax.random.key(0)))
     model.positions[...] = jnp.eye(64)
     model.final_norm.scale[...] = jnp.ones(64)

@@ -45,7 +45,7 @@ def make(form):
 
 
 def decode(ready, tokens, length, draw, steps):
-    """(logits [B, 1 + steps, V], cache after the prompts, cache in the end); draw(slot, logits) gives each row's next token, if any."""
+    """(logits [B, 1 + steps, V], cache after the prompts, cache in the end); draw(position, logits) gives each row's next token, if any."""
     rows, width = tokens.shape
     unused = jnp.full((rows, 1), width)
     logits, cache = prefill(ready, tokens, length, unused, capacity=N + width, meta_capacity=0)
@@ -184,9 +184,9 @@ def test_what_the_caches_hold(name):
     metas = z["meta_k"].shape[3]
     for layer in (0, 1):  # layer 0 attends to all, layer 1 in a window
         kept = cache[layer][0]["attention"]
-        slots, newest = kept.k.shape[2], int(kept.length[1]) - 1
-        token = newest - (newest - np.arange(slots)) % slots
-        assert np.sum(token >= 0) == min(slots, newest + 1) and (slots > newest) == (layer == 0)
+        positions, newest = kept.k.shape[2], int(kept.length[1]) - 1
+        token = newest - (newest - np.arange(positions)) % positions
+        assert np.sum(token >= 0) == min(positions, newest + 1) and (positions > newest) == (layer == 0)
         for ours, theirs in ((kept.k, z[f"prefill_k_{layer}"]), (kept.v, z[f"prefill_v_{layer}"])):
             there = np.moveaxis(theirs[0], 0, 1)[metas:][token[token >= 0]]
             assert far(ours[0, 1, token >= 0], there) < 2e-5

@@ -67,7 +67,7 @@ def tensors(family, config, seed=0):
     """Weights by name that a sound config.json asks for."""
 
     kind, draw = FAMILIES[family], np.random.default_rng(seed)
-    whole = Config(name="made", data=Data(tokenizer="byte", row_length=LENGTH), model=kind.model_config(config))
+    whole = Config(name="made", data=Data(tokenizer="byte", sequence_length=LENGTH), model=kind.model_config(config))
     shapes = {name: tensor.shape for name, tensor in stored(abstract_model(whole, config["vocab_size"]), kind.layout).items()}
     return {name: draw.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 

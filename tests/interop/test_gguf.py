@@ -142,7 +142,7 @@ def test_a_file_is_a_run(tmp_path):
     path = tmp_path / "small.gguf"
     made = write(path)
     opened = open_run(import_gguf(path, tmp_path / "runs", tmp_path / "cache", ""))
-    assert opened.config.name == "imported/small" and opened.config.data.row_length == 48
+    assert opened.config.name == "imported/small" and opened.config.data.sequence_length == 48
     assert np.array_equal(opened.model.embedding[:WORDS], made["token_embd.weight"])
     kept = Path(opened.config.data.tokenizer.removeprefix("hf:"))
     for file in sorted(kept.parent.iterdir()):

@@ -178,7 +178,7 @@ def test_a_directory_comes_back_as_it_was(tmp_path, hub, dtype):
 
 def test_a_hybrid_trained_here_comes_back(tmp_path):
     """Every kind of layer, with all rows of its own table; bit for bit."""
-    config = Config(name="made", data=Data(tokenizer="byte", row_length=32), model=hymba_cpu())
+    config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=hymba_cpu())
     draw, tokenizer = np.random.default_rng(0), Bytes()
     model = jax.tree.map(
         lambda leaf: np.asarray(draw.normal(size=leaf.shape), np.float32), abstract_model(config, tokenizer.vocabulary.size)

@@ -42,7 +42,7 @@ SMALL = {
 
 def a_run(model, folder, **parts):
     """A run as `open_run` gives it, with no two parameters alike."""
-    config = Config(name="made", data=Data(tokenizer="byte", row_length=32), model=model, **parts)
+    config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=model, **parts)
     draw, tokenizer = np.random.default_rng(0), Bytes()
     made = build_model(config, tokenizer.vocabulary.size, jax.random.key(0))
     made = jax.tree.map(lambda leaf: leaf + jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), made)
@@ -165,7 +165,7 @@ def test_half_precision(tmp_path):
     ],
 )
 def test_what_a_layout_has_no_place_for_is_named(tmp_path, family, model, parts, message):
-    config = Config(name="made", data=Data(tokenizer="byte", row_length=32), model=model, **parts)
+    config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=model, **parts)
     opened = OpenedRun(config, tmp_path, Bytes(), None, abstract_model(config, 320))
     with pytest.raises(UserError, match=message):
         export_run(opened, family, tmp_path / "out")
@@ -215,7 +215,7 @@ class Ones:
 
 def test_a_load_holds_one_tensor_at_a_time():
     """What NumPy and Python hold at once stays below twice the largest tensor; a stack of layers, or two of them read ahead, would not."""
-    config = Config(name="wide", data=Data(tokenizer="byte", row_length=32), model=WIDE)
+    config = Config(name="wide", data=Data(tokenizer="byte", sequence_length=32), model=WIDE)
     shapes = {name: tensor.shape for name, tensor in layouts.stored(abstract_model(config, 320), llama.LAYOUT).items()}
     state = {name: Ones(shape) for name, shape in shapes.items()}
     load_model(state, WIDE, llama.LAYOUT)  # compiles, which has memory of its own
@@ -229,7 +229,7 @@ def test_a_load_holds_one_tensor_at_a_time():
 
 
 def test_an_export_holds_one_tensor_at_a_time(tmp_path):
-    config = Config(name="wide", data=Data(tokenizer="byte", row_length=32), model=WIDE)
+    config = Config(name="wide", data=Data(tokenizer="byte", sequence_length=32), model=WIDE)
     model = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_model(config, 320))
     shapes = {name: tensor.shape for name, tensor in layouts.stored(model, llama.LAYOUT).items()}
     tracemalloc.start()

@@ -16,7 +16,7 @@ from metajax.cli.main import main
 from metajax.config import Choice
 from metajax.core.fields import override
 from metajax.core.progress import shown
-from metajax.data.documents import is_held_out
+from metajax.data.documents import is_validation
 from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
 from metajax.evaluation.multiple_choice import score
@@ -193,9 +193,9 @@ def test_bits_per_byte_and_choices(pair):
     model, opened, _, home = pair
     corpus, encode = home / "corpus.jsonl", opened.tokenizer.encode
     corpus.write_text("".join(json.dumps({"text": text, "id": str(n)}) + "\n" for n, text in enumerate(TEXTS)))
-    changes = {"data.sources": f"jsonl:{corpus}?origin=id", "data.held_out": 0.5, "evaluation.documents": 99}
+    changes = {"data.sources": f"jsonl:{corpus}?origin=id", "data.validation_share": 0.5, "evaluation.documents": 99}
     config, places = override(opened.config, changes), Paths(cache=home / "cache", runs=home / "runs")
-    texts = [text for n, text in enumerate(TEXTS) if is_held_out(str(n), 0.5)]
+    texts = [text for n, text in enumerate(TEXTS) if is_validation(str(n), 0.5)]
     total = sum(nats(model, [259, *encode(text)]).sum() for text in texts)
     found = evaluate_run(opened, config, places)["none"]
     np.testing.assert_allclose(found["bpb"], total / math.log(2) / len("".join(texts).encode()), rtol=1e-5)

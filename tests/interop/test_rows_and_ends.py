@@ -15,7 +15,7 @@ from metajax.cli.main import main
 from metajax.config import Choice, Metadata
 from metajax.core.errors import UserError
 from metajax.core.fields import override
-from metajax.data.documents import is_held_out
+from metajax.data.documents import is_validation
 from metajax.data.pipeline import Paths
 from metajax.data.questions import Question
 from metajax.evaluation.multiple_choice import score
@@ -109,15 +109,15 @@ def nats(logs, ids):
     return -logs(ids[:-1])[np.arange(len(ids) - 1), ids[1:]]
 
 
-def of_documents(opened, logs, held_out):
-    """(nats, tokens, bytes) over the bodies of the held-out documents, END before each."""
-    texts = [text for n, text in enumerate(TEXTS) if is_held_out(str(n), held_out)]
+def of_documents(opened, logs, validation):
+    """(nats, tokens, bytes) over the bodies of the validation documents, END before each."""
+    texts = [text for n, text in enumerate(TEXTS) if is_validation(str(n), validation)]
     each = [nats(logs, [256, *opened.tokenizer.encode(text)]) for text in texts]
     return sum(x.sum() for x in each), sum(map(len, each)), sum(map(len, texts))
 
 
 def text_changes(corpus, **changes):
-    return {"data.sources": f"jsonl:{corpus}?origin=origin", "data.held_out": 0.4, "evaluation.documents": 99} | changes
+    return {"data.sources": f"jsonl:{corpus}?origin=origin", "data.validation_share": 0.4, "evaluation.documents": 99} | changes
 
 
 @pytest.mark.fault(1)
@@ -159,8 +159,8 @@ def test_training_starts_at_the_checkpoints_own_loss(negative, corpus, home, rec
     changes |= {f"model.{name}": value for name, value in vars(opened.config.model).items() if name != "hybrid"}
     changes |= {
         "model.window": "none",
-        "data.row_length": LENGTH,
-        "data.batch_rows": 16,
+        "data.sequence_length": LENGTH,
+        "data.batch_size": 16,
         "training.steps": 1,
         "optimizer.warmup_steps": 0,
     }
@@ -174,7 +174,7 @@ def test_training_starts_at_the_checkpoints_own_loss(negative, corpus, home, rec
     assert tuned.config.imported == override(opened.config, {"imported.added": added, "imported.opens": True}).imported
     (line,) = read_lines(workdir / "metrics.jsonl")
     assert math.isfinite(line["loss"]) and line["loss"] > line["nll"]
-    rest = [n for n in range(len(TEXTS)) if not is_held_out(str(n), 0.4)]
+    rest = [n for n in range(len(TEXTS)) if not is_validation(str(n), 0.4)]
     each = [nats(logs, [256, *opened.tokenizer.encode(TEXTS[n])]) for n in rest]
     own = np.concatenate(each).mean()
     assert own - 0.05 < line["body_nll"] < own + 0.05 + math.log1p(len(added) / ROWS), "rows repeat and mix documents"
@@ -234,7 +234,9 @@ def test_text_that_the_checkpoint_has_no_rows_for_is_refused(home, corpus, capsy
     opened = open_run(import_directory("gpt2", folder, home / "runs", ""))
     assert "has 258 tokens, the checkpoint 257" in capsys.readouterr().err
     with pytest.raises(UserError, match="tokens without a row in the checkpoint, which has 257"):
-        evaluate_run(opened, override(opened.config, text_changes(corpus, **{"data.held_out": 0.9})), Paths(cache=home / "cache"))
+        evaluate_run(
+            opened, override(opened.config, text_changes(corpus, **{"data.validation_share": 0.9})), Paths(cache=home / "cache")
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- draws

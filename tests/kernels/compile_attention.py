@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     window: int | None = None
     metas: int = 0
     dtype: str = "bfloat16"
-    slots: int | None = None  # meta-tokens of a row: `ops.meta_attention` among them alone
+    meta_positions: int | None = None  # meta-tokens of a row: `ops.meta_attention` among them alone
     traced_offset: bool = False
 
 
@@ -42,7 +42,7 @@ SHAPES = {
     "ablation_300m": Shape(8, 1024, (16, 4), (64, 128), 256, 128),
     "gpt2_1024": Shape(4, 1024, (12, 12), (64, 64)),
     "gpt2_8192": Shape(1, 8192, (12, 12), (64, 64)),
-    "meta_tokens": Shape(4, 4096, (12, 12), (64, 64), slots=409),
+    "meta_tokens": Shape(4, 4096, (12, 12), (64, 64), meta_positions=409),
     "odd_float32": Shape(2, 700, (6, 2), (40, 24), 100, 5, "float32"),
     "chunk": Shape(1, 1024, (8, 8), (128, 128), 500, traced_offset=True),
 }
@@ -56,18 +56,18 @@ def compile_for(chip: str, name: str) -> dict:
     def array(*sizes: int, dtype: str = shape.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=on_chip)
 
-    length = shape.slots or shape.length
+    length = shape.meta_positions or shape.length
     (heads, kv_heads), (width, values) = shape.heads, shape.widths
     arrays = {"q": array(shape.rows, length, heads, width), "k": array(shape.rows, length, kv_heads, width)}
     arrays |= {"v": array(shape.rows, length, kv_heads, values)}
     if shape.metas:
         arrays |= {"prefix_k": array(shape.metas, kv_heads, width), "prefix_v": array(shape.metas, kv_heads, values)}
     ids = array(shape.rows, shape.length, dtype="int32")
-    slots, offset = array(shape.rows, length, dtype="int32"), array(dtype="int32")
+    meta_positions, offset = array(shape.rows, length, dtype="int32"), array(dtype="int32")
 
-    def forward(arrays, ids, slots, offset):
-        if shape.slots:
-            return ops.meta_attention(**arrays, meta_positions=slots, segment_ids=ids)
+    def forward(arrays, ids, meta_positions, offset):
+        if shape.meta_positions:
+            return ops.meta_attention(**arrays, meta_positions=meta_positions, segment_ids=ids)
         options = {"q_offset": offset} if shape.traced_offset else {}
         return ops.attention(**arrays, mask=Mask(window=shape.window), segment_ids=ids, **options)
 
@@ -75,7 +75,7 @@ def compile_for(chip: str, name: str) -> dict:
         outputs, pull = jax.vjp(lambda arrays: forward(arrays, *data), arrays)
         return outputs, pull(outputs)
 
-    one, both = (jax.jit(f).lower(arrays, ids, slots, offset).compile() for f in (forward, both_passes))
+    one, both = (jax.jit(f).lower(arrays, ids, meta_positions, offset).compile() for f in (forward, both_passes))
     return {
         "shape": name,
         "forward": kernels(one),

@@ -40,7 +40,7 @@ def golden_mask(z, name):
     }[name]
 
 
-def slots_of(is_meta):
+def meta_positions_of(is_meta):
     """Sorted meta-token indices of each row, padded with T and T + 1 to the longest row and one more."""
     width = int(is_meta.sum(axis=1).max()) + 1
     rows = [np.flatnonzero(row) for row in is_meta]
@@ -87,17 +87,22 @@ def test_golden_meta_mask(file, form, monkeypatch):
     z = FILES[file]
     monkeypatch.setattr(ops, "ATTENTION", {f"plain {name}": kernel for name, kernel in IMPLEMENTATIONS.items()})
     is_meta = z["is_meta"]
-    ids, slots = jnp.ones(is_meta.shape, jnp.int32), slots_of(is_meta)
+    ids, meta_positions = jnp.ones(is_meta.shape, jnp.int32), meta_positions_of(is_meta)
 
     def gathered(q, k, v, _):
         out, lse = ops.meta_attention(
-            *(gather_rows(y, slots) for y in (q, k, v)), meta_positions=slots, segment_ids=ids, implementation=f"plain {form}"
+            *(gather_rows(y, meta_positions) for y in (q, k, v)),
+            meta_positions=meta_positions,
+            segment_ids=ids,
+            implementation=f"plain {form}",
         )
         empty = jnp.zeros((*q.shape[:3], v.shape[3]))
-        return scatter_add_rows(empty, slots, out), scatter_add_rows(jnp.zeros(q.shape[:3]), slots, jnp.where(lse > -1e9, lse, 0))
+        return scatter_add_rows(empty, meta_positions, out), scatter_add_rows(
+            jnp.zeros(q.shape[:3]), meta_positions, jnp.where(lse > -1e9, lse, 0)
+        )
 
     def dense(q, k, v, _):
-        return masked_attention(q, k, v, meta_dense(ids, slots), scale=q.shape[-1] ** -0.5)
+        return masked_attention(q, k, v, meta_dense(ids, meta_positions), scale=q.shape[-1] ** -0.5)
 
     check(z, "meta", dense if form == "dense" else gathered, ids, rows=is_meta)
 

@@ -14,7 +14,7 @@ from metajax.vision.clip.model import CLIP
 from metajax.vision.flops import image_cost, image_step_flops
 from metajax.vision.program import Shapes, image_program
 
-VOCAB, SLOTS, ROWS = 64, 32, 2
+VOCAB, LENGTH, ROWS = 64, 32, 2
 
 
 def dot_flops(jaxpr):
@@ -52,19 +52,19 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_dense_count_equals_the_programs_own(name):
     model_config, meta = CASES[name]
-    config = Config(name=name, data=Data(row_length=SLOTS, batch_rows=ROWS), model=model_config, meta_tokens=meta,
+    config = Config(name=name, data=Data(sequence_length=LENGTH, batch_size=ROWS), model=model_config, meta_tokens=meta,
                     runtime=Runtime(implementation="reference"))  # fmt: skip
     model = build_model(config, VOCAB, jax.random.key(0))
-    tokens = jnp.zeros((ROWS, SLOTS), jnp.int32)
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
     inputs = {"positions": tokens, "segment_ids": tokens + 1}
-    metas = meta.count(SLOTS) if meta else 0
+    metas = meta.count(LENGTH) if meta else 0
     if meta:
-        inputs["meta_slots"] = jnp.broadcast_to(jnp.arange(1, metas + 1), (ROWS, metas))
+        inputs["meta_positions"] = jnp.broadcast_to(jnp.arange(1, metas + 1), (ROWS, metas))
     counted = dot_flops(jax.make_jaxpr(lambda m, t, i: m(t, **i))(model, tokens, inputs).jaxpr)
     parts = matmul_flops(config, VOCAB)
-    second = SLOTS if name == "meta_causal" else metas
-    dense = sum(v * ROWS * (second if part == "meta_attention" else SLOTS) for part, v in parts.items())
-    pairs = ROWS * (SLOTS**2 + second**2)
+    second = LENGTH if name == "meta_causal" else metas
+    dense = sum(v * ROWS * (second if part == "meta_attention" else LENGTH) for part, v in parts.items())
+    pairs = ROWS * (LENGTH**2 + second**2)
     assert dense + model_config.layers * MIXERS["attention"].pair_flops(model_config) * pairs == counted
 
 
@@ -74,43 +74,45 @@ def test_pairs_equal_a_brute_force_count(window, form):
     lengths = [5, 9, 1, 12]
     segments = np.repeat([1, 2, 3, 4, 0], [*lengths, 32 - sum(lengths)])[None].repeat(2, 0)
     positions = np.concatenate([np.arange(n) for n in [*lengths, 32 - sum(lengths)]])[None].repeat(2, 0)
-    slots = np.stack([np.sort(rng.choice(np.arange(1, 32), 6, replace=False)) for _ in range(2)])
+    meta_positions = np.stack([np.sort(rng.choice(np.arange(1, 32), 6, replace=False)) for _ in range(2)])
     config = Config(
-        name="x", data=Data(row_length=32), model=Model(window=window), meta_tokens=MetaTokens(rate=0.19, attention=form)
+        name="x", data=Data(sequence_length=32), model=Model(window=window), meta_tokens=MetaTokens(rate=0.19, attention=form)
     )
-    batch = {"tokens": segments, "segment_ids": segments, "positions": positions, "meta_slots": slots}
+    batch = {"tokens": segments, "segment_ids": segments, "positions": positions, "meta_positions": meta_positions}
     causal = meta = 0
     for b in range(2):
         for q in range(32):
             for k in range(q + 1):
                 if segments[b, q] and segments[b, q] == segments[b, k]:
                     causal += window is None or q - k <= window
-                    both = q in slots[b] and k in slots[b]
-                    meta += {"gathered": both, "causal": True, "dense_causal": both or q not in slots[b]}[form]
+                    both = q in meta_positions[b] and k in meta_positions[b]
+                    meta += {"gathered": both, "causal": True, "dense_causal": both or q not in meta_positions[b]}[form]
     spec, names = layer_specs(config.model, config.meta_tokens)[0], ("attention", "meta_attention")
     assert tuple(MIXERS[name].pairs(spec, batch, 0) for name in names) == (causal, meta)
     cost = config.model.layers * MIXERS["attention"].pair_flops(config.model)
     assert pair_flops(config, batch) == dict(zip(names, (cost * causal, cost * meta), strict=True))
-    unused = np.concatenate([slots, np.full((2, 3), 32)], axis=1)  # of a row that has fewer meta-tokens than room for them
-    assert MIXERS["meta_attention"].pairs(spec, batch | {"meta_slots": unused}, 0) == meta
+    unused = np.concatenate(
+        [meta_positions, np.full((2, 3), 32)], axis=1
+    )  # of a row that has fewer meta-tokens than room for them
+    assert MIXERS["meta_attention"].pairs(spec, batch | {"meta_positions": unused}, 0) == meta
 
 
 def test_a_step_costs_three_forward_passes_and_a_row_of_one_document_costs_flops_per_token():
     meta = MetaTokens(inject="none", rate=0, attention="causal")
-    config = Config(name="x", data=Data(row_length=SLOTS, batch_rows=1), model=Model(layers=2, width=16, heads=2, mlp_width=32),
+    config = Config(name="x", data=Data(sequence_length=LENGTH, batch_size=1), model=Model(layers=2, width=16, heads=2, mlp_width=32),
                     meta_tokens=meta)  # fmt: skip
-    ones = np.ones((1, SLOTS), np.int32)
-    batch = {"tokens": ones, "segment_ids": ones, "positions": np.arange(SLOTS)[None], "meta_slots": ones[:, :0]}
+    ones = np.ones((1, LENGTH), np.int32)
+    batch = {"tokens": ones, "segment_ids": ones, "positions": np.arange(LENGTH)[None], "meta_positions": ones[:, :0]}
     per_token = flops_per_token(config, VOCAB)
-    assert step_flops(config, VOCAB, batch) == pytest.approx(SLOTS * sum(per_token.values()), rel=1e-12)
+    assert step_flops(config, VOCAB, batch) == pytest.approx(LENGTH * sum(per_token.values()), rel=1e-12)
     assert per_token["head"] == 6 * 16 * VOCAB
 
 
 def test_gathered_meta_attention_is_cheap():
     """At 10 % meta-tokens the whole addition costs about 3 % of the matrix products of GPT-2's block."""
     model = Model(layers=12, width=768, heads=12, mlp_width=3072, position="rope")
-    plain = Config(name="x", data=Data(row_length=1024), model=model)
-    with_meta = Config(name="x", data=Data(row_length=1024), model=model, meta_tokens=MetaTokens())
+    plain = Config(name="x", data=Data(sequence_length=1024), model=model)
+    with_meta = Config(name="x", data=Data(sequence_length=1024), model=model, meta_tokens=MetaTokens())
     block = {k: v for k, v in flops_per_token(plain, VOCAB).items() if k != "head"}
     assert flops_per_token(with_meta, VOCAB)["meta_attention"] / sum(block.values()) < 0.035
 

@@ -17,7 +17,7 @@ from metajax.models.presets import hymba_1_5b
 from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
 
-VOCAB, SLOTS, ROWS, METAS = 64, 24, 2, 3
+VOCAB, LENGTH, ROWS, METAS = 64, 24, 2, 3
 MODEL = Model(
     layers=4, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=5,
     hybrid=Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 3), state=4),
@@ -33,29 +33,29 @@ FORMS = {
 
 def config_of(model):
     runtime = Runtime(implementation="reference", unroll=1)
-    return Config(name="x", data=Data(row_length=SLOTS, batch_rows=ROWS), model=model, runtime=runtime)
+    return Config(name="x", data=Data(sequence_length=LENGTH, batch_size=ROWS), model=model, runtime=runtime)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_matrix_products_equal_the_programs_own(form):
     config = config_of(override(MODEL, FORMS[form]))
     model = jax.eval_shape(lambda: build_model(config, VOCAB, jax.random.key(0)))
-    tokens = jnp.zeros((ROWS, SLOTS), jnp.int32)
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
     counted = dot_flops(jax.make_jaxpr(lambda m: m(tokens, positions=tokens, segment_ids=tokens + 1))(model).jaxpr)
     parts = matmul_flops(config, VOCAB)
     head, _ = parts.pop("head"), parts.pop("scan", 0)  # the scan has no matrix product in it
     attending = sum("attention" in spec.mixers for spec in layer_specs(config.model))
-    dense_pairs = attending * (ROWS * SLOTS * (METAS + SLOTS) + METAS**2)
-    slots = ROWS * SLOTS
-    assert (slots + METAS) * sum(parts.values()) + slots * head + MIXERS["attention"].pair_flops(
+    dense_pairs = attending * (ROWS * LENGTH * (METAS + LENGTH) + METAS**2)
+    positions = ROWS * LENGTH
+    assert (positions + METAS) * sum(parts.values()) + positions * head + MIXERS["attention"].pair_flops(
         config.model
     ) * dense_pairs == counted
 
 
 def test_pairs_equal_a_brute_force_count():
     lengths = [[9, 11, 4], [2, 14, 5]]
-    segments = np.array([np.repeat([1, 2, 3, 0], [*n, SLOTS - sum(n)]) for n in lengths])
-    positions = np.array([np.concatenate([np.arange(k) for k in [*n, SLOTS - sum(n)]]) for n in lengths])
+    segments = np.array([np.repeat([1, 2, 3, 0], [*n, LENGTH - sum(n)]) for n in lengths])
+    positions = np.array([np.concatenate([np.arange(k) for k in [*n, LENGTH - sum(n)]]) for n in lengths])
     count = 0
     for window in (None, 5, 5, 5):
         count += sum(k <= q for q in range(METAS) for k in range(METAS))
@@ -96,10 +96,10 @@ def test_the_scans_count_follows_from_its_recurrence():
 
 def test_a_row_of_one_document_costs_flops_per_token():
     config = config_of(MODEL)
-    ones = np.ones((ROWS, SLOTS), np.int32)
-    batch = {"tokens": ones, "segment_ids": ones, "positions": np.tile(np.arange(SLOTS), (ROWS, 1))}
+    ones = np.ones((ROWS, LENGTH), np.int32)
+    batch = {"tokens": ones, "segment_ids": ones, "positions": np.tile(np.arange(LENGTH), (ROWS, 1))}
     per_token = flops_per_token(config, VOCAB)
-    assert step_flops(config, VOCAB, batch) == pytest.approx(ROWS * SLOTS * sum(per_token.values()), rel=1e-12)
+    assert step_flops(config, VOCAB, batch) == pytest.approx(ROWS * LENGTH * sum(per_token.values()), rel=1e-12)
 
 
 def test_sharing_saves_the_projections_of_keys_and_values():

@@ -21,7 +21,7 @@ B, T, VOCAB = 2, 20, 32
 CFG = Model(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24, position="rope", bias=True, init_std=0.2)
 POSITIONS = jnp.broadcast_to(jnp.arange(T), (B, T))
 SEGMENTS = jnp.array([[1] * 9 + [2] * 11, [1] * 6 + [2] * 8 + [0] * 6])
-SLOTS = jnp.array([[2, 5, 8, 12, 17], [1, 4, 7, T, T + 1]])  # every segment has some; two are unused
+META_POSITIONS = jnp.array([[2, 5, 8, 12, 17], [1, 4, 7, T, T + 1]])  # every segment has some; two are unused
 TOKENS = jax.random.randint(jax.random.key(7), (B, T), 0, VOCAB)
 META = MetaTokens()
 RUNTIME = Runtime()
@@ -40,8 +40,8 @@ def build(cfg=CFG, meta=META, runtime=RUNTIME, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames="capture")
-def run(model, tokens=TOKENS, positions=POSITIONS, segment_ids=SEGMENTS, slots=SLOTS, capture=()):
-    return model(tokens, positions=positions, segment_ids=segment_ids, meta_slots=slots, capture=capture)
+def run(model, tokens=TOKENS, positions=POSITIONS, segment_ids=SEGMENTS, meta_positions=META_POSITIONS, capture=()):
+    return model(tokens, positions=positions, segment_ids=segment_ids, meta_positions=meta_positions, capture=capture)
 
 
 @jax.jit
@@ -143,7 +143,7 @@ def test_input_gradients_across_documents_are_exactly_zero(form, implementation)
         x = model.embed(TOKENS, POSITIONS)
 
         def row_sums(x, t):
-            out, _ = model.decode(x, positions=POSITIONS, segment_ids=SEGMENTS, meta_slots=SLOTS)
+            out, _ = model.decode(x, positions=POSITIONS, segment_ids=SEGMENTS, meta_positions=META_POSITIONS)
             return jnp.sum(jnp.sin(3 * out[:, t]))
 
         return jnp.moveaxis(jax.lax.map(lambda t: jnp.abs(jax.grad(row_sums)(x, t)).sum(-1), jnp.arange(T)), 0, 1)
@@ -172,8 +172,8 @@ def test_other_rows_get_exactly_nothing_from_meta_attention(form, norm_position)
     model = build(dataclasses.replace(CFG, norm_position=norm_position), MetaTokens(attention=form))
     _, captured = run(model, capture=("meta_out",))
     is_meta = np.zeros((B, T), bool)
-    for row, slots in enumerate(np.asarray(SLOTS)):
-        is_meta[row, slots[slots < T]] = True
+    for row, meta_positions in enumerate(np.asarray(META_POSITIONS)):
+        is_meta[row, meta_positions[meta_positions < T]] = True
     out = np.asarray(captured["meta_out"])
     assert not out[:, ~is_meta].any()
     assert np.all(np.abs(out[:, is_meta]).max(axis=-1) > 0)
@@ -188,8 +188,8 @@ def test_without_metas_the_block_is_the_plain_one(form):
         if name in params:
             param[...] = params[name][...]
     expected = run(plain)
-    assert np.array_equal(run(model, slots=jnp.zeros((B, 0), jnp.int32)), expected)
-    assert np.array_equal(run(model, slots=jnp.full((B, 3), T)), expected)
+    assert np.array_equal(run(model, meta_positions=jnp.zeros((B, 0), jnp.int32)), expected)
+    assert np.array_equal(run(model, meta_positions=jnp.full((B, 3), T)), expected)
 
 
 @pytest.mark.parametrize("form", ["gathered", "dense", "dense_uniform", "causal"])
@@ -197,13 +197,13 @@ def test_without_metas_the_block_is_the_plain_one(form):
 def test_rows_of_padding_and_without_metas_stay_finite(form, norm_position):
     model = build(dataclasses.replace(CFG, norm_position=norm_position), MetaTokens(attention=form))
     segments = jnp.stack([SEGMENTS[0], jnp.zeros(T, jnp.int32)])
-    slots = jnp.stack([jnp.full(5, T), SLOTS[0]])
+    meta_positions = jnp.stack([jnp.full(5, T), META_POSITIONS[0]])
 
     @jax.jit
     def gradient(model):
-        return jax.grad(lambda m: jnp.sum(jnp.sin(run(m, segment_ids=segments, slots=slots))))(model)
+        return jax.grad(lambda m: jnp.sum(jnp.sin(run(m, segment_ids=segments, meta_positions=meta_positions))))(model)
 
-    assert np.isfinite(run(model, segment_ids=segments, slots=slots)).all()
+    assert np.isfinite(run(model, segment_ids=segments, meta_positions=meta_positions)).all()
     for name, value in named_params(gradient(model)).items():
         assert np.isfinite(value[...]).all(), name
 
@@ -248,8 +248,8 @@ def test_positions_are_taken_from_the_data():
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="meta_slots"):
-        run(build(), slots=None)
+    with pytest.raises(UserError, match="meta_positions"):
+        run(build(), meta_positions=None)
     longer = jnp.zeros((B, T + 1), jnp.int32)
     with pytest.raises(UserError, match="learned positions for 20"):
         build(dataclasses.replace(CFG, position="learned"), None).embed(longer, longer)

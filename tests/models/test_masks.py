@@ -53,20 +53,20 @@ def test_prefix_is_visible_to_every_document_but_not_to_trailing_padding():
 
 @given(rows, st.data())
 @settings(max_examples=40, deadline=None)
-def test_gathered_expiry_is_the_dense_meta_mask_at_the_slots(row, data):
+def test_gathered_expiry_is_the_dense_meta_mask_at_the_positions(row, data):
     ids = segment_ids(*row)
     used = data.draw(st.sets(st.integers(0, len(ids) - 1)))
-    slots = np.array(sorted(used) + [LENGTH] * (LENGTH + 2 - len(used)), np.int32)
-    batch, slot_batch = jnp.asarray(ids)[None], jnp.asarray(slots)[None]
-    dense = np.asarray(meta_dense(batch, slot_batch)[0])
-    expiry = gathered_expiry(batch, slot_batch)
-    index = jnp.arange(len(slots))
+    meta_positions = np.array(sorted(used) + [LENGTH] * (LENGTH + 2 - len(used)), np.int32)
+    batch, position_batch = jnp.asarray(ids)[None], jnp.asarray(meta_positions)[None]
+    dense = np.asarray(meta_dense(batch, position_batch)[0])
+    expiry = gathered_expiry(batch, position_batch)
+    index = jnp.arange(len(meta_positions))
     gathered = np.asarray(Mask.allow(index[:, None], index[None], expiry[0][None]))
     n = len(used)
-    assert np.array_equal(gathered[:n, :n], dense[np.ix_(slots[:n], slots[:n])])
+    assert np.array_equal(gathered[:n, :n], dense[np.ix_(meta_positions[:n], meta_positions[:n])])
     assert not gathered[n:].any()
     assert not gathered[:, n:].any()
-    assert np.array_equal(np.flatnonzero(meta_flags(slot_batch, len(ids))[0]), sorted(used))
+    assert np.array_equal(np.flatnonzero(meta_flags(position_batch, len(ids))[0]), sorted(used))
     outside = np.setdiff1d(np.arange(len(ids)), sorted(used))
     assert not dense[outside].any()
     assert not dense[:, outside].any()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_lm import CFG, META, POSITIONS, RUNTIME, SEGMENTS, SLOTS, TOKENS, VOCAB, B, T, build, run
+from test_lm import CFG, META, META_POSITIONS, POSITIONS, RUNTIME, SEGMENTS, TOKENS, VOCAB, B, T, build, run
 
 from metajax.config import MetaTokens
 from metajax.core.errors import UserError
@@ -18,7 +18,7 @@ from metajax.training.state import from_arrays, to_arrays
 
 FORMS = ("gathered", "dense", "dense_uniform", "dense_causal", "causal")
 UNTIED = dataclasses.replace(CFG, tied=False)
-IS_META = np.array([[t in row for t in range(T)] for row in SLOTS.tolist()])
+IS_META = np.array([[t in row for t in range(T)] for row in META_POSITIONS.tolist()])
 NONE = jnp.zeros((B, 0), jnp.int32)
 
 
@@ -76,15 +76,15 @@ def test_all_forms_have_the_same_parameters():
 def test_the_parameter_matched_control_needs_no_meta_tokens():
     model = build(meta=MetaTokens(inject="none", rate=0, attention="causal"))
     expected = run(model)
-    assert np.array_equal(run(model, slots=None), expected)
-    assert np.array_equal(run(model, slots=NONE), expected)
+    assert np.array_equal(run(model, meta_positions=None), expected)
+    assert np.array_equal(run(model, meta_positions=NONE), expected)
     assert np.abs(expected - run(build(meta=None))).max() > 1e-3
 
 
 @pytest.mark.parametrize("form", ["dense_uniform", "dense_causal"])
 def test_ordinary_rows_attend_without_any_meta_token(form):
     model = build(meta=MetaTokens(attention=form))
-    _, captured = run(model, slots=NONE, capture=("meta_out",))
+    _, captured = run(model, meta_positions=NONE, capture=("meta_out",))
     assert np.all(np.abs(captured["meta_out"]).max(axis=-1) > 0)
 
 
@@ -92,7 +92,7 @@ def test_ordinary_rows_attend_without_any_meta_token(form):
 def test_what_stands_at_a_meta_token_does_not_depend_on_any_parameter(embedding, std):
     meta = MetaTokens(embedding=embedding)
     model, other = build(UNTIED, meta), build(UNTIED, meta, seed=1)
-    x, y = (m.embed(TOKENS, POSITIONS, SLOTS) for m in (model, other))
+    x, y = (m.embed(TOKENS, POSITIONS, META_POSITIONS) for m in (model, other))
     assert np.array_equal(x[IS_META], y[IS_META])
     assert float(jnp.std(x[IS_META])) == pytest.approx(std, rel=0.3)
     assert np.array_equal(x[~IS_META], model.embedding[...][TOKENS][~IS_META])
@@ -105,9 +105,9 @@ def test_what_stands_at_a_meta_token_does_not_depend_on_any_parameter(embedding,
 
 def test_zeroed_positions_are_left_out_of_the_embedding_or_rotate_by_nothing():
     learned = dataclasses.replace(CFG, position="learned")
-    x = build(learned, dataclasses.replace(META, zero_position="both")).embed(TOKENS, POSITIONS, SLOTS)
+    x = build(learned, dataclasses.replace(META, zero_position="both")).embed(TOKENS, POSITIONS, META_POSITIONS)
     assert np.array_equal(x[IS_META], build(learned).embedding[...][TOKENS][IS_META])
-    assert np.array_equal(x[~IS_META], build(learned).embed(TOKENS, POSITIONS, SLOTS)[~IS_META])
+    assert np.array_equal(x[~IS_META], build(learned).embed(TOKENS, POSITIONS, META_POSITIONS)[~IS_META])
     at_zero = jnp.where(IS_META, 0, POSITIONS)  # a rotary angle of 0 is position 0
     for form in ("gathered", "dense", "dense_causal"):
         model = build(meta=MetaTokens(attention=form))
@@ -154,7 +154,7 @@ def test_interventions_that_mean_nothing_are_refused():
         with_intervention(build(dataclasses.replace(CFG, position="learned")), zero_position="meta")
     with pytest.raises(UserError, match="cannot be changed"):
         with_intervention(build(), attention="dense")
-    with pytest.raises(UserError, match="meta_slots"):
+    with pytest.raises(UserError, match="meta_positions"):
         LM(CFG, vocab_size=VOCAB, max_length=T, meta=MetaTokens(embedding="zero"), runtime=RUNTIME, key=jax.random.key(0)).embed(
             TOKENS, POSITIONS
         )

@@ -112,7 +112,7 @@ def test_own_parts_are_trained_counted_and_decoded(config):
     assert "blocks.0.0.mixer.shift.w.w" in moved and "prefix" in moved
 
     parts = flops_per_token(config, VOCAB)
-    assert parts["shift"] == pytest.approx(3 * 3 * 2 * 16**2 * (1 + 3 / (config.data.batch_rows * config.row_slots)))
+    assert parts["shift"] == pytest.approx(3 * 3 * 2 * 16**2 * (1 + 3 / (config.data.batch_size * config.row_positions)))
     assert cache_bytes(config.model, 10, rows=B)["state"] == B * 3 * 4 * 16
 
     alone = {"positions": jnp.broadcast_to(jnp.arange(T), (B, T)), "segment_ids": jnp.ones((B, T), jnp.int32)}

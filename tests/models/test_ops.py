@@ -12,7 +12,7 @@ from metajax.models.masks import Mask, meta_dense
 Q = jax.random.normal(jax.random.key(0), (2, 12, 4, 8))
 K, V = jax.random.normal(jax.random.key(1), (2, 2, 12, 2, 8))
 SEGMENTS = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
-SLOTS = jnp.array([[1, 4, 6, 12], [0, 3, 12, 13]])
+META_POSITIONS = jnp.array([[1, 4, 6, 12], [0, 3, 12, 13]])
 
 
 def test_implementations_agree():
@@ -28,16 +28,16 @@ def test_implementations_agree():
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
-def test_meta_attention_stays_in_the_segment_and_skips_unused_slots(implementation):
-    take = lambda x: x[jnp.arange(2)[:, None], jnp.minimum(SLOTS, 11)]  # noqa: E731
+def test_meta_attention_stays_in_the_segment_and_skips_unused_positions(implementation):
+    take = lambda x: x[jnp.arange(2)[:, None], jnp.minimum(META_POSITIONS, 11)]  # noqa: E731
     out, lse = ops.meta_attention(
-        take(Q), take(K), take(V), meta_positions=SLOTS, segment_ids=SEGMENTS, implementation=implementation
+        take(Q), take(K), take(V), meta_positions=META_POSITIONS, segment_ids=SEGMENTS, implementation=implementation
     )
-    used = np.asarray(SLOTS) < 12
+    used = np.asarray(META_POSITIONS) < 12
     assert not np.asarray(out)[~used].any()
     assert np.all(np.asarray(lse)[~used] == -np.inf)
     np.testing.assert_allclose(out[0, 2], jnp.repeat(V[0, 6], 2, axis=0), atol=1e-6)  # the only meta-token of its segment
-    allowed = np.asarray(meta_dense(SEGMENTS, SLOTS))
+    allowed = np.asarray(meta_dense(SEGMENTS, META_POSITIONS))
     assert allowed[0, 4, 1]
     assert not allowed[0, 6, 4]
 

@@ -83,18 +83,18 @@ def test_what_is_computed_again_is_no_gradient():
 
 
 def test_the_first_change_that_fits_is_advised(tiny_config):
-    config = tiny_config(**{"data.batch_rows": 16})
+    config = tiny_config(**{"data.batch_size": 16})
     assert list(candidates(config, shards=4)) == [
-        {"runtime.remat": "dots"}, {"runtime.remat": "full"}, {"runtime.remat": "full", "training.accumulate": 2},
-        {"runtime.remat": "full", "training.accumulate": 4},
+        {"runtime.remat": "dots"}, {"runtime.remat": "full"}, {"runtime.remat": "full", "training.accumulation_steps": 2},
+        {"runtime.remat": "full", "training.accumulation_steps": 4},
     ]  # fmt: skip
     tried = []
 
     def plan(changed):
         tried.append(changed)
-        return {"fits": changed.training.accumulate == 2, "memory": {"total": 7}}
+        return {"fits": changed.training.accumulation_steps == 2, "memory": {"total": 7}}
 
-    assert advise(config, 4, plan) == {"changes": {"runtime.remat": "full", "training.accumulate": 2}, "total": 7}
+    assert advise(config, 4, plan) == {"changes": {"runtime.remat": "full", "training.accumulation_steps": 2}, "total": 7}
     assert len(tried) == 3
     assert advise(config, 4, lambda changed: {"fits": False}) is None
 
@@ -149,10 +149,10 @@ def test_the_page_of_a_plan(tmp_path, dump):
         "fits": False,
         "reason": "RESOURCE_EXHAUSTED",
         "largest_buffers": largest_buffers(dump),
-        "largest_batch": {"field": "data.batch_rows", "size": 8},
+        "largest_batch": {"field": "data.batch_size", "size": 8},
     }
     broken["advice"] = {"changes": {"runtime.remat": "full"}, "total": 13 * gib}
     write_plan_page(tmp_path / "plan.html", plan | broken)
     page = (tmp_path / "plan.html").read_text()
-    for text in ("s32[50,100]", "/x/models/lm.py:73", "--set runtime.remat=full: 13.00 GiB", "data.batch_rows=8"):
+    for text in ("s32[50,100]", "/x/models/lm.py:73", "--set runtime.remat=full: 13.00 GiB", "data.batch_size=8"):
         assert text in page

@@ -155,7 +155,7 @@ def test_memory_agrees_with_the_step_that_runs(tiny_config):
 def test_a_tiny_step_is_planned():
     found = plan(
         "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
-        "--set", "data.row_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--schedules",
+        "--set", "data.sequence_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--schedules",
     )  # fmt: skip
     assert found["fits"] and found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     assert found["kernels"].keys() == {f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")}

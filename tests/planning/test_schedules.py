@@ -34,8 +34,8 @@ def spawned(monkeypatch):
 
 def test_rows_of_tokens_and_of_meta_tokens_are_told_apart_by_their_visits(spawned, tiny_config):
     """Two rows of 1024 tokens are 4 x 4 blocks each, two rows of 409 meta-tokens 2 x 2: 14 and 5 visits a row at most."""
-    config = tiny_config(**{"data.row_length": 1024, "meta_tokens": MetaTokens(rate=409 / 1024)})
-    assert (config.row_slots, config.row_meta_tokens) == (1024, 409)
+    config = tiny_config(**{"data.sequence_length": 1024, "meta_tokens": MetaTokens(rate=409 / 1024)})
+    assert (config.row_positions, config.row_meta_tokens) == (1024, 409)
     calls = Counter({attention_call("forward", 2, 2048, 28): 24, attention_call("forward", 2, 1024, 10): 12})
     among, rows = scheduled(calls, config, "v5e")
     assert {program.shape for program in spawned} == {
@@ -53,7 +53,7 @@ def test_a_schedule_that_cannot_be_read_is_told(monkeypatch, tiny_config):
         raise RuntimeError("it did not compile:\nValueError: 4 regions are declared")
 
     monkeypatch.setattr(compiled, "spawn", spawn)
-    config = tiny_config(**{"data.row_length": 1024})
+    config = tiny_config(**{"data.sequence_length": 1024})
     (found,) = scheduled(Counter({attention_call("forward", 2, 1024, 14): 24}), config, "v5e")
     assert (found["times"], found["seconds"], found["unread"]) == (24, 0, "ValueError: 4 regions are declared")
 
@@ -61,7 +61,7 @@ def test_a_schedule_that_cannot_be_read_is_told(monkeypatch, tiny_config):
 def test_layers_of_a_hybrid_share_a_kernel_and_differ_in_visits(spawned, tiny_config):
     """One layer in three sees all, two a window, with a prefix; the cost of a call is their mean. A v5p has two cores."""
     mixers = Hybrid(prefix_tokens=128, full_layers=(0,), state=8)
-    config = tiny_config(**{"data.row_length": 1024, "model.layers": 3, "model.window": 256, "model.hybrid": mixers})
+    config = tiny_config(**{"data.sequence_length": 1024, "model.layers": 3, "model.window": 256, "model.hybrid": mixers})
     scan = Call("selective_scan_forward", (("s32", (4, 8, 1, 4)), ("bf16", (4, 1024, 256))))
     prefix = Call("selective_scan_forward", (("s32", (1, 1, 1, 4)), ("f32", (1, 128, 256))))
     found = scheduled(Counter({attention_call("forward", 2, 1024, 14, 128): 6, scan: 3, prefix: 3}), config, "v5p")

@@ -23,7 +23,7 @@ def test_runs_on_images_text_and_unfinished_ones(tmp_path, capsys, monkeypatch):
     registry.load()
     images = {"eval": {"base": {"accuracy": 0.25}}, "parameters": {"total": 12}, "counts": {"images": 320}}
     text = {
-        "eval": {"none": {"bpb": 1.5}, "choice": {"average": 0.5}}, "parameters": {"total": 1000}, "counts": {"slots": 400, "body": 380},
+        "eval": {"none": {"bpb": 1.5}, "choice": {"average": 0.5}}, "parameters": {"total": 1000}, "counts": {"positions": 400, "body": 380},
     }  # fmt: skip
     runs = [
         made(tmp_path / "a-s0", "prompt_learning/base_to_new/cocoop/emoji", images),
@@ -34,7 +34,7 @@ def test_runs_on_images_text_and_unfinished_ones(tmp_path, capsys, monkeypatch):
     print_comparison(runs[:2])
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["accuracy,", "base", "25.0%", "75.0%"] in said and ["prompts.alpha", "0.0", "0.2"] in said
-    assert ["images", "320", "320"] in said and not any(line[0] in ("slots", "state") for line in said)
+    assert ["images", "320", "320"] in said and not any(line[0] in ("positions", "state") for line in said)
     print_comparison(runs)
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["state", "complete", "complete", "complete", "not", "complete"] in said

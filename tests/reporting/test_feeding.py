@@ -17,7 +17,7 @@ def test_reading_rows_and_tokenising(tiny_config, paths, monkeypatch):
     corpora = open_corpora(tiny_config(), paths)
     monkeypatch.setattr(module, "rate", lambda read, seconds: read(2))
     cache, found = corpora.caches[0], feeding(corpora)
-    train = cache.lengths[cache.documents("train", corpora.config.data.held_out)]
+    train = cache.lengths[cache.documents("train", corpora.config.data.validation_share)]
     assert found["rows"] == training_batches(corpora)[2]["tokens"].size == 4 * 32
     assert len(train) < module.CHUNK and found["tokenising"] == train.sum()
     assert found["reading"] in train

@@ -53,7 +53,7 @@ def fake_run(config, workdir, analyses):
     steps = np.arange(1, config.training.steps + 1)
     bpb = LEVEL[row] + 4.2 * np.exp(-steps / 14) + 0.9 * np.exp(-steps / 90) + rng.normal(0, 0.06, len(steps))
     lines = [{"step": int(s), "loss": 3.0, "bpb": float(v), "grad_norm": 1.0} for s, v in zip(steps, bpb, strict=True)]
-    lines += [{"step": s, "held_out_bpb": LEVEL[row] + 0.9 * float(np.exp(-s / 90))} for s in (50, 100, 150)]
+    lines += [{"step": s, "validation_bpb": LEVEL[row] + 0.9 * float(np.exp(-s / 90))} for s in (50, 100, 150)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 201, "bp')
     write_json(workdir / "environment.json", ENVIRONMENT)
     write_json(workdir / "config.json", {"hash": config_hash(config), "config": to_dict(config)})
@@ -67,7 +67,14 @@ def fake_run(config, workdir, analyses):
     if row == "meta_tokens":
         report["parameters"] = REPORT["parameters"] | {"meta_attention": 262_272, "total": 1_311_360}
     meta, metadata = 5_000 * 8 * (row == "meta_tokens"), 39_000 * (row == "metadata")
-    counts = {"slots": 409_600, "loss_tokens": 380_000, "metadata": metadata, "meta_tokens": meta, "padding": 0, "flops": 3.1e12}
+    counts = {
+        "positions": 409_600,
+        "loss_tokens": 380_000,
+        "metadata": metadata,
+        "meta_tokens": meta,
+        "padding": 0,
+        "flops": 3.1e12,
+    }
     report["counts"] = counts | {"body": 403_000 - meta - metadata}
     report["sample"] = REPORT["sample"] | {"context": f"numpy {HOSTILE}" if row == "metadata" else None}
     write_json(workdir / "report.json", report)
@@ -186,7 +193,7 @@ def test_run_page_says_what_happened(pages):
     assert Page(pages[0]).tags.count("svg") == 1
     for expected in (
         "2.2",
-        "240 held-out documents",
+        "240 validation documents",
         "160,456 bytes",
         "resumed at step 50",
         "1.3% of training",

@@ -71,7 +71,7 @@ def test_what_follows_the_step_is_dropped_without_a_word(tmp_path):
 @pytest.mark.fault(9)
 def test_a_checkpoint_of_an_earlier_version_says_nothing_of_the_lines(tmp_path):
     path, said = tmp_path / "metrics.jsonl", []
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "left_out": "spike"}, {"step": 2, "held_out_bpb": 3.0}, {"step": 3, "loss": 1.0}]
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "left_out": "spike"}, {"step": 2, "validation_bpb": 3.0}, {"step": 3, "loss": 1.0}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     MetricsFile(path, 2, None, said.append).close()
     assert read_lines(path) == lines[:3] and not said

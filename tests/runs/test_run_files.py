@@ -11,11 +11,11 @@ from metajax.runs.directory import read_config
 from metajax.runs.files import write_json
 from metajax.runs.files import Damaged, find_json, parse_lines, read_json, read_lines, recall
 
-REPORT = {"eval": {"none": {"bpb": 1.5}}, "parameters": {"total": 3}, "counts": {"slots": 8}}
+REPORT = {"eval": {"none": {"bpb": 1.5}}, "parameters": {"total": 3}, "counts": {"positions": 8}}
 BROKEN = [b"", b"\0" * 40, b'{"eval": \xff}', b'{"eval"', b"[" * 100_000, b"1" * 5000, b"null", b"3", b'"text"', b"[]", b"{}"]
 MISFITS = [
     {"eval": []}, {**REPORT, "eval": {"none": {"bpb": "1.5"}}}, {**REPORT, "eval": {"tasks": {"parity": {"64": {}}}}},
-    {**REPORT, "parameters": {}}, {**REPORT, "counts": {"slots": None}}, {**REPORT, "warnings": "none"}, {**REPORT, "metrics": {"lines": 1}},
+    {**REPORT, "parameters": {}}, {**REPORT, "counts": {"positions": None}}, {**REPORT, "warnings": "none"}, {**REPORT, "metrics": {"lines": 1}},
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from metajax.tables.run import plan_table
 pytestmark = pytest.mark.usefixtures("own_registry")
 REPORT = {
     "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0}, "warnings": [], "analyses": {}, "eval": {"none": {"bpb": 2.0}},
-    "counts": {"slots": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "flops": 1.5e6},
+    "counts": {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "flops": 1.5e6},
 }  # fmt: skip
 
 

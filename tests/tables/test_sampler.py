@@ -15,7 +15,7 @@ from metajax.tables.sampler import budget_seconds, sample, summary
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 REPORT = {
-    "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0}, "counts": {"slots": 400, "body": 380, "metadata": 0, "meta_tokens": 0, "padding": 20, "flops": 1.5e6}, "analyses": {},
+    "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0}, "counts": {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 0, "padding": 20, "flops": 1.5e6}, "analyses": {},
     "warnings": [], "eval": {"none": {"bpb": 2.0}},
 }  # fmt: skip
 

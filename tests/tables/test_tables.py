@@ -95,7 +95,7 @@ class Runs:
 
 REPORT = {
     "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0, "attention": 20.0}, "sample": None, "corpora": [], "warnings": [], "analyses": {},
-    "counts": {"slots": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "padding": 0, "flops": 1.5e6, "loss_tokens": 380},
+    "counts": {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "padding": 0, "flops": 1.5e6, "loss_tokens": 380},
 }  # fmt: skip
 HELD_OUT = {"bpb": 2.0, "documents": 9, "body_bytes": 90, "body_tokens": 30}
 ENVIRONMENT = {
@@ -263,7 +263,7 @@ def test_several_at_a_time_come_behind_what_they_start_from(table, tmp_path):
 def test_processes_make_the_runs_of_one_process(tmp_path, tiny_corpus):
     words = [
         "run.py", "quickstart/plain", "--sweep", "model.layers=1,2", "--set", f"data.sources=jsonl:{tiny_corpus}?origin=module", "--set", "data.tokenizer=byte",
-        "--set", "data.held_out=0.2", "--set", "training.steps=3", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=4", "--cache-dir", str(tmp_path / "cache"),
+        "--set", "data.validation_share=0.2", "--set", "training.steps=3", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=4", "--cache-dir", str(tmp_path / "cache"),
     ]  # fmt: skip
     for jobs in (1, 2):
         done = subprocess.run(

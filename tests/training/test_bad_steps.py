@@ -26,7 +26,7 @@ def arrays(state):
 def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny_config, paths, accumulate):
     """Adam's first update moves every parameter by the rate, or by nearly nothing: so the rate of a step can be measured."""
     config = tiny_config(**SKIP, **{
-        "optimizer.warmup_steps": 5, "optimizer.weight_decay": 0.0, "training.accumulate": accumulate, "training.steps": 8,
+        "optimizer.warmup_steps": 5, "optimizer.weight_decay": 0.0, "training.accumulation_steps": accumulate, "training.steps": 8,
     })  # fmt: skip
     corpora = open_corpora(config, paths)
     program, batch = Program.build(config, corpora.tokenizer.vocabulary.size), training_batches(corpora)[0]

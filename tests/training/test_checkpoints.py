@@ -55,12 +55,12 @@ def test_round_trip_is_exact(saved):
 def test_what_the_caller_changes_after_saving_is_not_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in range(1, 6):
-        meta = {"counts": {"slots": step}}
+        meta = {"counts": {"positions": step}}
         checkpoints.save(make_state(step), meta)
-        meta["counts"]["slots"] = -1
+        meta["counts"]["positions"] = -1
     checkpoints.close()
     checkpoints = reopen(tmp_path)
-    assert checkpoints.restore(abstract())[1] == {"counts": {"slots": 5}}
+    assert checkpoints.restore(abstract())[1] == {"counts": {"positions": 5}}
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):

@@ -54,7 +54,7 @@ def pairs(tmp_path_factory):
 def pairs_fields(path):
     """Fine-tuning on the chosen answers of a file, behind their prompts."""
     return {
-        "data.sources": (f"jsonl:{path}?text=chosen&origin=id",), "data.row_length": 96, "evaluation.conditions": ("right",),
+        "data.sources": (f"jsonl:{path}?text=chosen&origin=id",), "data.sequence_length": 96, "evaluation.conditions": ("right",),
         "metadata": Metadata(template="{prompt}", wrap="plain", keep=1.0), "evaluation.sample_tokens": 0,
     }  # fmt: skip
 
@@ -86,9 +86,9 @@ def alone(corpora, batch):
     answered = np.zeros(shape, bool)
     for n, (prompt, answer) in enumerate((row["prompt"], row[side]) for row in found for side in ("chosen", "rejected")):
         ids = [vocabulary.bos, *prompt.encode(), *answer.encode(), vocabulary.eos]
-        slots = len(ids) - 1
-        tokens[n, :slots], targets[n, :slots], segments[n, :slots] = ids[:-1], ids[1:], 1
-        answered[n, len(prompt) : slots] = True
+        positions = len(ids) - 1
+        tokens[n, :positions], targets[n, :positions], segments[n, :positions] = ids[:-1], ids[1:], 1
+        answered[n, len(prompt) : positions] = True
     positions = np.tile(np.arange(24, dtype=np.int32), (len(tokens), 1))
     return (
         {name: jnp.asarray(v) for name, v in (("tokens", tokens), ("positions", positions), ("segment_ids", segments))},
@@ -148,7 +148,7 @@ def test_the_gradient_at_the_reference_is_that_of_the_difference(dpo_config, pat
 def test_accumulation_equals_the_whole_batch(dpo_config, paths):
     steps = {}
     for pieces in (1, 4):
-        config = dpo_config(**{"training.accumulate": pieces})
+        config = dpo_config(**{"training.accumulation_steps": pieces})
         corpora, program, model = prepare(config, paths)
         batch, reference = program.put(training_batches(corpora)[0]), jax.tree.map(lambda x: x * 1.5, model)
         state = program.create_state()
@@ -202,7 +202,7 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
     curve = read_lines(here.runs / "whole" / "metrics.jsonl")
     assert curve[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and curve[-1]["margin"] > 0.1
     assert whole["eval"]["preferences"]["pairs"] == 5 and whole["eval"]["right"]["bpb"] > 0
-    assert "5 held-out pairs" in (here.runs / "whole" / "report.html").read_text()
+    assert "5 validation pairs" in (here.runs / "whole" / "report.html").read_text()
 
     original = trainer.Trainer._log
 
@@ -247,13 +247,13 @@ def test_a_replay_bundle_has_the_reference(dpo_config, here):
         ({"prompt": None}, "no prompt (metadata.template)"),
         (
             {"rejected": "z" * 200},
-            "its two answers with their prompts take more than the 96 positions of a row (data.row_length)",
+            "its two answers with their prompts take more than the 96 positions of a row (data.sequence_length)",
         ),
     ],
 )
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_record_that_makes_no_pair_is_named(dpo_config, paths, tmp_path, changes, message, split):
-    """Held-out ones as well, before training."""
+    """Validation ones as well, before training."""
     rows = records(40)
     path = write(tmp_path / "pairs.jsonl", rows)
     config = dpo_config(**{"data.sources": (f"jsonl:{path}?text=chosen&origin=id",), "evaluation.documents": 40})

@@ -66,7 +66,7 @@ def test_twelve_steps_of_nanogpt(name):
     config = Config(
         name=name,
         model=cfg,
-        data=Data(row_length=golden["train_x"].shape[2] - 1, batch_rows=golden["train_x"].shape[1]),
+        data=Data(sequence_length=golden["train_x"].shape[2] - 1, batch_size=golden["train_x"].shape[1]),
         optimizer=Optimizer(
             learning_rate=hyper["learning_rate"],
             final_fraction=hyper["min_lr"] / hyper["learning_rate"],

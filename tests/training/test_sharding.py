@@ -83,7 +83,7 @@ def test_eight_devices_equal_one(tiny_config, paths, tmp_path, kind, meshes):
     from metajax.config import Hybrid, MetaTokens
     from metajax.core.fields import to_dict
 
-    changes = {"data.batch_rows": 8, "model.width": 32, "meta_tokens": MetaTokens() if kind == "meta_tokens" else None}
+    changes = {"data.batch_size": 8, "model.width": 32, "meta_tokens": MetaTokens() if kind == "meta_tokens" else None}
     if kind == "hybrid":
         mixers = Hybrid(prefix_tokens=4, kv_groups=(2,), state=4)
         changes |= {"model.hybrid": mixers, "model.layers": 2, "model.window": 8, "runtime.implementation": "reference"}
@@ -197,7 +197,7 @@ def test_processes_that_hold_the_same_rows_read_the_same_slice():
 def test_rows_and_heads_that_an_axis_does_not_divide_are_refused(tiny_config):
     sizes = lambda **axes: SimpleNamespace(shape={"context": 1, "tensor": 1} | axes)  # noqa: E731
     check_axes(tiny_config(), sizes(context=2, tensor=2))
-    with pytest.raises(UserError, match=r"the 32 slots of a row do not divide by context = 3; choose a divisor of 32"):
+    with pytest.raises(UserError, match=r"the 32 positions of a row do not divide by context = 3; choose a divisor of 32"):
         check_axes(tiny_config(), sizes(context=3))
     with pytest.raises(UserError, match=r"the 2 heads \(model.heads\) do not divide by tensor = 4"):
         check_axes(tiny_config(), sizes(tensor=4))

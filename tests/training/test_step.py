@@ -63,7 +63,7 @@ def test_golden_step(tiny_config, paths):
 @pytest.mark.parametrize("meta", [None, MetaTokens(), MetaTokens(inject="none", rate=0, attention="causal")])
 def test_accumulation_equals_the_whole_batch(tiny_config, paths, meta):
     whole = tiny_config(meta_tokens=meta)
-    (one, first), (four, second) = (run(override(whole, {"training.accumulate": n}), paths, 3) for n in (1, 4))
+    (one, first), (four, second) = (run(override(whole, {"training.accumulation_steps": n}), paths, 3) for n in (1, 4))
     np.testing.assert_allclose([m["loss"] for m in first], [m["loss"] for m in second], rtol=1e-6)
     np.testing.assert_allclose([m["grad_norm"] for m in first], [m["grad_norm"] for m in second], rtol=1e-5)
     for path, value in to_arrays(one.model).items():

@@ -97,7 +97,7 @@ def test_resume_across_a_switch_of_the_data(tiny_config, tiny_corpus, paths, tmp
         tiny_config(metadata=Metadata(template="{topic}")),
         {
             "data.sources": (f"jsonl:{tiny_corpus}?origin=module", f"jsonl:{tiny_corpus}?text=text&origin=module"),
-            "data.row_length": 48,
+            "data.sequence_length": 48,
             "data.weights": (0.75, 0.25),
             "data.switch": {"step": 3, "weights": (0.25, 0.75), "metadata": "none", "unseen": 0.3},
             "runtime.save_every": 2,
@@ -127,9 +127,9 @@ def test_nan_stops_with_a_bundle_that_reproduces_the_step(family, paths, tmp_pat
 def test_accumulation_changes_no_number(family, paths, tmp_path):
     """Random draws are made for the whole batch. Micro-batches of a CLIP would have another loss, and are refused."""
     pieces = 2 if family.name == "text" else 5
-    config = family.config(**{"training.accumulate": pieces})
+    config = family.config(**{"training.accumulation_steps": pieces})
     if family.name == "contrastive":
-        with pytest.raises(UserError, match=r"training\.accumulate"):
+        with pytest.raises(UserError, match=r"training\.accumulation_steps"):
             run_experiment(config, tmp_path, paths)
         return
     run_experiment(config, tmp_path / "pieces", paths)
@@ -208,9 +208,9 @@ def test_start_up_and_input_wait_are_reported(family, paths, tmp_path):
 
 
 def test_pace_and_the_line_of_a_log(tiny_config, paths):
-    pace = Pace("tokens", "slots", since=time.monotonic() - 10.0)
-    pace.add({"slots": 1000, "flops": 2e12})
-    pace.add({"slots": 1000, "flops": 2e12})
+    pace = Pace("tokens", "positions", since=time.monotonic() - 10.0)
+    pace.add({"positions": 1000, "flops": 2e12})
+    pace.add({"positions": 1000, "flops": 2e12})
     speed, seconds = pace.read(peak=1e12)
     assert speed["tokens_per_second"] == pytest.approx(200, rel=0.01) and seconds == pytest.approx(5, rel=0.01)
     assert speed["mfu"] == pytest.approx(0.4, rel=0.01)
@@ -227,7 +227,7 @@ QUICKSTART = [
     *(
         word
         for change in (
-            "data.sources=pydocs:email+json+logging", "data.tokenizer=bpe:320", "data.row_length=64", "data.batch_rows=4", "data.held_out=0.2",
+            "data.sources=pydocs:email+json+logging", "data.tokenizer=bpe:320", "data.sequence_length=64", "data.batch_size=4", "data.validation_share=0.2",
             "model.layers=2", "model.width=32", "model.heads=2", "model.mlp_width=64", "training.steps=20", "optimizer.warmup_steps=2",
             "evaluation.documents=8", "evaluation.sample_tokens=8", "runtime.save_every=5",
         )

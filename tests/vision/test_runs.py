@@ -73,7 +73,7 @@ def test_a_clip_is_a_run_like_any_other(clip):
 
 OF_ANY = ("runtime.implementation=xla", "training.objective=dpo")
 OF_A_CLIP = (
-    *OF_ANY, "training.accumulate=2", "images.targets=emoji", "images.classes=base", "images.shots=3", "images.template=a {}", "images.ensemble=true",
+    *OF_ANY, "training.accumulation_steps=2", "images.targets=emoji", "images.classes=base", "images.shots=3", "images.template=a {}", "images.ensemble=true",
     "init.from=some/run", "optimizer.z_loss=0.1",
 )  # fmt: skip
 OF_A_LEARNER = (

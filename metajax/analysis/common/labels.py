@@ -1,4 +1,4 @@
-"""Held-out documents with labels from their metadata, one in each row, for probes, guidance and attention to metadata."""
+"""Validation documents with labels from their metadata, one in each row, for probes, guidance and attention to metadata."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def has_context(study: Study) -> bool:
 def some_documents(corpora: Corpora, split: str, least: int, most: int) -> Int[np.ndarray, " N"]:
     """At most `most` documents of the first source with at least `least` body tokens, in an order fixed by the corpus."""
     data, cache = corpora.config.data, corpora.caches[0]
-    found = cache.documents(split, data.held_out, data.min_bytes)
+    found = cache.documents(split, data.validation_share, data.min_bytes)
     found = found[cache.lengths[found] >= least]
     return found[uniform_hash(EVALUATION_SEED, found).argsort()][:most]
 

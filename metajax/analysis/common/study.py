@@ -1,4 +1,4 @@
-"""What an analysis measures: a trained model on test prompts of one task, or on the beginnings of held-out documents."""
+"""What an analysis measures: a trained model on test prompts of one task, or on the beginnings of validation documents."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ class Study:
     @cached_property
     def first_meta(self) -> Int[np.ndarray, " N"]:
         """The position of each prompt's first meta-token."""
-        return self.rows["meta_slots"].min(axis=1)
+        return self.rows["meta_positions"].min(axis=1)
 
     @cached_property
     def last_meta(self) -> Int[np.ndarray, " N"]:
         """The position of each prompt's last meta-token: "Meta Token #2" in tasks that place two."""
-        slots = self.rows["meta_slots"]
-        return np.where(slots < self.rows["tokens"].shape[1], slots, -1).max(axis=1)
+        meta_positions = self.rows["meta_positions"]
+        return np.where(meta_positions < self.rows["tokens"].shape[1], meta_positions, -1).max(axis=1)
 
     @cached_property
     def queries(self) -> Bool[np.ndarray, "N T"]:
@@ -107,7 +107,7 @@ def open_study(
     length: int | None = None,
     prompts: int | None = None,
 ) -> Study:
-    """The first `prompts` test examples of a task in the bin of `length` tokens; for task "text" the beginnings of held-out documents.
+    """The first `prompts` test examples of a task in the bin of `length` tokens; for task "text" the beginnings of validation documents.
 
     Args:
       task: None: text where the config has no tasks, else list recall, as in the paper, or the first task.
@@ -136,15 +136,15 @@ def open_study(
 
 
 def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
-    """BOS and the first `length` - 1 tokens of at most `count` held-out documents that are longer."""
+    """BOS and the first `length` - 1 tokens of at most `count` validation documents that are longer."""
     cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
-    documents = cache.documents("held_out", data.held_out, data.min_bytes)
+    documents = cache.documents("validation", data.validation_share, data.min_bytes)
     if length is None:
-        length = min([data.row_length, *np.sort(cache.lengths[documents])[-2:].tolist()])
+        length = min([data.sequence_length, *np.sort(cache.lengths[documents])[-2:].tolist()])
     documents = documents[cache.lengths[documents] >= length]
     require(
         len(documents) >= 2 and length >= 2,
-        f"{data.sources[0]} has {len(documents)} held-out documents of {length} tokens; analyze fewer with --length",
+        f"{data.sources[0]} has {len(documents)} validation documents of {length} tokens; analyze fewer with --length",
     )
     rows = []
     for document in documents[uniform_hash(EVALUATION_SEED, documents).argsort()][:count].tolist():
@@ -163,9 +163,9 @@ def capture(model: LM, batch: Arrays, *names: str) -> dict[str, jax.Array]:
     return {name: value if name == "final" else jnp.moveaxis(value, 1, 0) for name, value in captured.items()}
 
 
-def at_slots(x: Float[jax.Array, "B ..."], slots: Int[jax.Array, " B"], axis: int) -> Float[jax.Array, "B ..."]:
+def at_positions(x: Float[jax.Array, "B ..."], meta_positions: Int[jax.Array, " B"], axis: int) -> Float[jax.Array, "B ..."]:
     """x at one index of `axis` for each prompt; the axis is removed."""
-    return jax.vmap(partial(jnp.take, axis=axis - 1))(x, slots)
+    return jax.vmap(partial(jnp.take, axis=axis - 1))(x, meta_positions)
 
 
 # -------------------------------------------------------------------------------------------------------- statistics

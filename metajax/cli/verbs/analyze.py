@@ -69,7 +69,7 @@ def _text_study(options: argparse.Namespace) -> Any:
     if task not in (None, "text"):
         changes["tasks.names"] = choice["task"] = task
         if config.tasks is None:
-            changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+            changes["tasks.train_length"] = config.data.sequence_length  # what it was trained on is text
     if options.examples is not None:
         choice["prompts"] = options.examples
         changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}

@@ -15,7 +15,7 @@ from metajax.core.fields import field_types, override
 def add_eval(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
     as_there = "as in the run"
-    add_number(parser, "--documents", field_types(Evaluation)["documents"], None, "held-out documents", as_there)
+    add_number(parser, "--documents", field_types(Evaluation)["documents"], None, "validation documents", as_there)
     parser.add_argument(
         "--task", default=None, metavar="LIST", help="tasks such as list_recall,parity, or a run without (as in the run)"
     )
@@ -41,7 +41,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def evaluate(options: argparse.Namespace, started: float) -> int:
     """Evaluate a run's newest checkpoint again.
 
-    python run.py eval RUN --conditions none,right,shuffled  held-out bits per byte with and without metadata
+    python run.py eval RUN --conditions none,right,shuffled  validation bits per byte with and without metadata
     python run.py eval RUN --task parity --lengths 64,128    a synthetic task by length
     """
     config, changes = common.config_of_run(options), {}
@@ -61,7 +61,7 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
     if options.lengths is not None:
         changes["tasks.eval_lengths"] = options.lengths
     if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and config.tasks is None:
-        changes["tasks.train_length"] = config.data.row_length  # what it was trained on is text
+        changes["tasks.train_length"] = config.data.sequence_length  # what it was trained on is text
     config = override(config, changes)
     opened = common.open_run(options, options.run)
     from metajax.experiment import evaluate_run

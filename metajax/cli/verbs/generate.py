@@ -51,7 +51,7 @@ def generate(options: argparse.Namespace, started: float) -> int:
     pieces = stream(
         prepare(opened.model, options.decode_window), opened.config, opened.tokenizer.marked() if options.markers else opened.tokenizer,
         [options.prompt], count=options.tokens, context=options.context, guidance=options.guidance, sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
-        stride=1 if sys.stdout.isatty() else opened.config.row_slots,
+        stride=1 if sys.stdout.isatty() else opened.config.row_positions,
     )  # fmt: skip
     echo(options.prompt, end="")
     for (piece,) in pieces:

@@ -73,7 +73,7 @@ def open_generated(request: Request) -> Generated:
 class Generated(Source):
     """Generated documents. Text: letters a to p; `source` is a capital letter, `group` a digit. With bytes, each is one token.
 
-    Every document is a separate origin, so that held-out documents come from the same sources as the others.
+    Every document is a separate origin, so that validation documents come from the same sources as the others.
     """
 
     def __init__(self, spec: str, count: str):

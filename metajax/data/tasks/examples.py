@@ -86,17 +86,17 @@ def phase_of(step: int, steps: int, phases: int) -> int:
     return min(phases - 1, step * phases // steps)
 
 
-def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_slots: int | None) -> Row:
+def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_positions: int | None) -> Row:
     """A finished row (see data/rows.py): one segment per example, loss on `asked` targets, only the answers are body.
 
-    meta_slots: M, the number of meta-tokens that the row can list; unused entries are `length`. None: the row lists none.
+    meta_positions: M, the number of meta-tokens that the row can list; unused entries are `length`. None: the row lists none.
     """
     names = {"tokens": "ids", "targets": "targets", "loss_weights": "asked", "is_body": "answers"}
     pieces = [{name: getattr(example, ours) for name, ours in names.items()} for example in examples]
     row = joined(pieces, length, tokenizer.vocabulary.pad)
-    if meta_slots is not None:
+    if meta_positions is not None:
         used = np.flatnonzero(row["tokens"] == tokenizer.vocabulary.meta)
-        row["meta_slots"] = np.concatenate([used, np.full(meta_slots - len(used), length)]).astype(np.int32)
+        row["meta_positions"] = np.concatenate([used, np.full(meta_positions - len(used), length)]).astype(np.int32)
     return finish(row, attend_across_documents=False)
 
 
@@ -113,8 +113,8 @@ class TaskRows:
 
     def __call__(self, n: int) -> Row:
         config, tasks = self.config, self.config.tasks
-        length, pauses_left = config.data.row_length, tasks.pauses(config.data.row_length)
-        phase = phase_of(n // config.data.batch_rows, config.training.steps, len(tasks.phases))
+        length, pauses_left = config.data.sequence_length, tasks.pauses(config.data.sequence_length)
+        phase = phase_of(n // config.data.batch_size, config.training.steps, len(tasks.phases))
         rng = np.random.default_rng([self.examples.seed, n])
         pool = -(-tasks.train_examples // len(tasks.phases))
         packed, left, misses = [], length, 0
@@ -126,8 +126,8 @@ class TaskRows:
                 continue
             packed.append(example)
             left, pauses_left = left - len(example.ids), pauses_left - pauses
-        meta_slots = config.row_meta_tokens if config.meta_tokens is not None else None
-        return assemble(packed, length, self.examples.tokenizer, meta_slots)
+        meta_positions = config.row_meta_tokens if config.meta_tokens is not None else None
+        return assemble(packed, length, self.examples.tokenizer, meta_positions)
 
     def _example(self, name: str, phase: int, n: int) -> tuple[Encoded, int]:
         """Training example n of a phase and its pauses. Drawn once and kept, because rows read the pool of their phase often."""

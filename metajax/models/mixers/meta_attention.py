@@ -121,7 +121,7 @@ class MetaAttention(Projections, Mixer):
     def pairs(spec: LayerSpec, batch: Batch, prefix: int) -> int:
         real = batch["segment_ids"] > 0
         after = ((0, 0), (0, 1))  # an unused position points past the row: no segment, no past
-        positions = np.minimum(batch["meta_slots"], real.shape[1])
+        positions = np.minimum(batch["meta_positions"], real.shape[1])
         segments = np.take_along_axis(np.pad(batch["segment_ids"], after), positions, axis=1)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
         among = int(np.tril(same).sum())

@@ -23,7 +23,7 @@ class Objective(NamedTuple):
     loss(config, model, batch, *frozen): the metrics as `Means`; the one named "loss" is minimised. `frozen` are inputs besides
     the state and the batch that never change, such as a reference model.
     prepare(config, batch, step, *frozen): transforms the whole batch before it is split into micro-batches. Random draws belong
-    here, so that `training.accumulate` does not affect the results.
+    here, so that `training.accumulation_steps` does not affect the results.
     """
 
     loss: Callable[..., Means]

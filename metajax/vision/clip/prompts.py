@@ -72,15 +72,15 @@ class Learner(nnx.Module):
 
 
 class ClassTexts(NamedTuple):
-    """The frozen part of every class's prompt. slots: index of each position's vector in the context followed by `embedded`."""
+    """The frozen part of every class's prompt. positions: index of each position's vector in the context followed by `embedded`."""
 
     embedded: Float[Array, "C T width"]
-    slots: Int[Array, "C T"]
+    positions: Int[Array, "C T"]
     end: Int[Array, " C"]
 
 
 def arrange(tokens: np.ndarray, name_lengths: Sequence[int], context: int, position: str) -> np.ndarray:
-    """`ClassTexts.slots`, int32[C, T], of texts with placeholders for the context: start, M placeholders, name, rest.
+    """`ClassTexts.positions`, int32[C, T], of texts with placeholders for the context: start, M placeholders, name, rest.
 
     position: place of the name: "end", "middle" (after M // 2 vectors) or "front".
     """
@@ -96,14 +96,14 @@ def arrange(tokens: np.ndarray, name_lengths: Sequence[int], context: int, posit
 def class_texts(model: CLIP, tokens: np.ndarray, name_lengths: Sequence[int], cfg: Prompts) -> ClassTexts:
     """`ClassTexts` of the classes' tokens [C, T], cut after the longest text."""
     tokens = cut_after_end(tokens)
-    slots = arrange(tokens, name_lengths, cfg.context, cfg.class_position)
-    return ClassTexts(model.text.embed(jnp.asarray(tokens)), jnp.asarray(slots), jnp.asarray(np.argmax(tokens, axis=1)))
+    positions = arrange(tokens, name_lengths, cfg.context, cfg.class_position)
+    return ClassTexts(model.text.embed(jnp.asarray(tokens)), jnp.asarray(positions), jnp.asarray(np.argmax(tokens, axis=1)))
 
 
 def prompts(texts: ClassTexts, context: Float[Array, "C M width"]) -> Float[Array, "C T width"]:
     """Embedded prompts with the context inserted."""
     source = jnp.concatenate([context, texts.embedded], axis=1)
-    return jnp.take_along_axis(source, texts.slots[..., None], axis=1)
+    return jnp.take_along_axis(source, texts.positions[..., None], axis=1)
 
 
 def prompt_features(model: CLIP, texts: ClassTexts, contexts: Float[Array, "N ..."]) -> Float[Array, "N C features"]:

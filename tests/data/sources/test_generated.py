@@ -31,8 +31,8 @@ def test_what_is_known_is_worth_its_logarithm(drawn):
         gain = (nats["nothing"] - nats[known]).sum(1)
         assert gain.max() <= np.log(values) + 1e-9, "never more than the entropy of what is told"
         assert gain.mean() == pytest.approx(np.log(values), abs=1e-3)
-        per_slot = (nats["nothing"] - nats[known]).mean(0)
-        assert per_slot[1:4].min() > 0.1 > 0.02 > np.abs(per_slot[-12:]).max(), "early in the document, not late"
+        per_position = (nats["nothing"] - nats[known]).mean(0)
+        assert per_position[1:4].min() > 0.1 > 0.02 > np.abs(per_position[-12:]).max(), "early in the document, not late"
     rows = -(successors() * np.log(successors())).sum(-1)
     assert nats["source"][:, 1:].mean() == pytest.approx(rows.mean(), abs=0.02)
 

@@ -123,7 +123,7 @@ def test_the_share_that_is_joined_is_told(files, tmp_path):
     rows = [{"text": f"word {i} word", "id": i, "url": f"https://s{i}.org"} for i in range(40)]
     files(**{"web/0.jsonl": rows, "wo/0.parquet": [{"id": str(i), "topic": "t"} for i in range(30)]})
     paths = Paths(tmp_path / "cache", tmp_path)
-    data = Data(sources=("jsonl:web/0.jsonl?join=wo",), tokenizer="byte", held_out=0.2)
+    data = Data(sources=("jsonl:web/0.jsonl?join=wo",), tokenizer="byte", validation_share=0.2)
     (line,) = notes(open_corpora(config(data), paths).caches[0])
     assert "30 of 40 documents (75.0%) have labels" in line
     source = open_source(data.sources[0], cache_dir=tmp_path, data_dir=tmp_path)

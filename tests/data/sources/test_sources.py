@@ -22,7 +22,7 @@ from metajax.core import json_lines
 from metajax.core.array_records import ArrayRecords
 from metajax.core.errors import UserError
 from metajax.core.json_lines import line_marks
-from metajax.data.documents import BadRecord, Document, is_held_out
+from metajax.data.documents import BadRecord, Document, is_validation
 from metajax.data.sources import jsonl, open_source
 from metajax.data.sources.files import Columns, to_document
 
@@ -365,8 +365,8 @@ def test_an_asked_for_origin_that_is_missing_is_a_bad_record():
 def test_whole_origins_fall_on_one_side(opened, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "url": f"http://s{i % 60}.org/{i}"} for i in range(600)])
     source = opened("jsonl:a.jsonl")
-    held = [source[i].origin for i in range(600) if is_held_out(source[i].origin, 0.2)]
-    kept = [source[i].origin for i in range(600) if not is_held_out(source[i].origin, 0.2)]
+    held = [source[i].origin for i in range(600) if is_validation(source[i].origin, 0.2)]
+    kept = [source[i].origin for i in range(600) if not is_validation(source[i].origin, 0.2)]
     assert not set(held) & set(kept)
     assert 60 <= len(held) <= 240
 

@@ -1,4 +1,4 @@
-"""Held-out bits per byte of body text, under each metadata condition."""
+"""Validation bits per byte of body text, under each metadata condition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 from metajax.config import Config
 from metajax.core.errors import require
-from metajax.data.pipeline import Corpora, held_out
+from metajax.data.pipeline import Corpora, validation
 from metajax.training.program import Program
 
 MOST_NATS = math.log(sys.float_info.max)  # the largest loss whose perplexity fits a float
@@ -33,8 +33,8 @@ def require_rows(config: Config, nats: float, what: str) -> None:
     )
 
 
-def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition: str) -> dict[str, Any]:
-    """Bits per byte of the bodies of the held-out documents.
+def evaluate_validation(program: Program, corpora: Corpora, model: Any, condition: str) -> dict[str, Any]:
+    """Bits per byte of the bodies of the validation documents.
 
     bpb = sum of -log2 p(body token) / UTF-8 bytes of the bodies. Every body token of every chosen document is predicted
     exactly once, so the denominator is the same for every model and condition. Metadata and meta-tokens are never counted.
@@ -46,14 +46,14 @@ def evaluate_held_out(program: Program, corpora: Corpora, model: Any, condition:
       bpb, nats_per_token, perplexity (e to the nats per body token; None if no float holds it), body_tokens, body_bytes, documents,
       metadata_tokens (positions), metadata_nats_per_token (None if metadata has no loss, or no row in an imported checkpoint).
     """
-    data = held_out(corpora, condition)
+    data = validation(corpora, condition)
     with jax.set_mesh(program.mesh):
         sums = jax.device_get([program.eval_step(model, program.put(program.local_rows(batch))) for batch in data.batches])
     nll, tokens, metadata_nll, metadata_asked = (
         sum(s[name].item() for s in sums) for name in ("body_nll", "body_tokens", "metadata_nll", "metadata_tokens")
     )
-    require_rows(program.config, nll, "the held-out documents have")
-    require_finite(nll, f"the held-out documents (metadata: {condition})")
+    require_rows(program.config, nll, "the validation documents have")
+    require_finite(nll, f"the validation documents (metadata: {condition})")
     return {
         "bpb": nll / math.log(2.0) / data.body_bytes,
         "nats_per_token": nll / tokens,
