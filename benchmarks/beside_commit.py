@@ -32,7 +32,7 @@ CASES = {
     "quickstart/metadata": TEXT,
     "hymba/components/whole/text": TEXT,
     "prompt_learning/base_to_new/aapl/digits": {"training.steps": 60},  # of the CLIP that it starts from
-}  # fmt: skip
+}
 
 
 def run(tree: Path, home: Path, name: str, changes: dict, number: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ cache sizes and branch ratios; the paper does not state its tokenizer, batch and
 
 from metajax.config import Choice, Config, Data, Evaluation, Hybrid, Model, Optimizer, Runtime, Tasks, Training
 from metajax.models.presets import hymba, hymba_300m
-from metajax.registry import ByScale, Column, Published, Row, table, vocabularies
+from metajax.registry import ByScale, Column, Row, table, vocabularies
 
 from . import IN_PRINT
 
@@ -19,20 +19,31 @@ FULL = {"model.window": None, "model.hybrid.full_layers": ()}
 WINDOWS = {"model.hybrid.full_layers": ()}
 # The cache sizes imply 24 Mamba layers; other models have 12 with a feed-forward network each. Below, layers equalise sizes.
 MAMBA = {
-    **FULL, **UNSHARED, **NO_META, "model.hybrid.fusion": "mamba", "model.mlp_width": 0,
+    **FULL,
+    **UNSHARED,
+    **NO_META,
+    "model.hybrid.fusion": "mamba",
+    "model.mlp_width": 0,
     "model.layers": ByScale(cpu=8, gpu=22, paper=24),
-}  # fmt: skip
+}
 # The paper's attention-only model has keys of 1,080 numbers, the one with compressed caches 288; mlp_width equalises the sizes.
 ATTENTION = {
-    **NO_META, "model.hybrid.fusion": "attention", "model.hybrid.state": Hybrid.state, "model.width": ByScale(cpu=72, gpu=540, paper=1080),
+    **NO_META,
+    "model.hybrid.fusion": "attention",
+    "model.hybrid.state": Hybrid.state,
+    "model.width": ByScale(cpu=72, gpu=540, paper=1080),
     "model.heads": ByScale(cpu=4, gpu=10, paper=15),
     "model.mlp_width": ByScale(cpu=192, gpu=1824, paper=4928),
-}  # fmt: skip
+}
 COMPRESSED = ATTENTION | {"model.heads": ByScale(cpu=4, gpu=10, paper=16), "model.hybrid.head_dim": ByScale(paper=72)}
 LLAMA = {**ATTENTION, **FULL, **UNSHARED, "model.kv_heads": 0}
 SAMBA = {
-    **UNSHARED, **NO_META, **WINDOWS, "model.hybrid.fusion": "sequential", "model.kv_heads": 0,
-}  # fmt: skip
+    **UNSHARED,
+    **NO_META,
+    **WINDOWS,
+    "model.hybrid.fusion": "sequential",
+    "model.kv_heads": 0,
+}
 
 
 def few_heads(cpu: int, gpu: int, paper: int) -> dict:
@@ -49,9 +60,18 @@ def _model(scale: str) -> Model:
         return hymba(9, 8, 512, kv_heads=2, mlp_width=1344, window=128)
     parts = Hybrid(prefix_tokens=8, full_layers=(0, 3), kv_groups=(1, 2, 1), state=8)
     return Model(
-        layers=4, heads=4, kv_heads=2, width=64, mlp_width=128, window=16, hybrid=parts, activation="swiglu", norm="rmsnorm", norm_eps=1e-6,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        width=64,
+        mlp_width=128,
+        window=16,
+        hybrid=parts,
+        activation="swiglu",
+        norm="rmsnorm",
+        norm_eps=1e-6,
         init_std=0.1,
-    )  # fmt: skip
+    )
 
 
 # The paper's tasks except TruthfulQA, which metajax does not have.
@@ -73,20 +93,25 @@ def base(scale: str) -> Config:
         return Config(
             name="hymba",
             data=Data(
-                sources=("parquet:fineweb/*.parquet?origin=url",), tokenizer="sentencepiece:llama2/tokenizer.model", sequence_length=1024,
-                batch_size=512, validation_share=0.0005,
+                sources=("parquet:fineweb/*.parquet?origin=url",),
+                tokenizer="sentencepiece:llama2/tokenizer.model",
+                sequence_length=1024,
+                batch_size=512,
+                validation_share=0.0005,
             ),
             model=_model(scale),
             optimizer=Optimizer(learning_rate=5e-4, warmup_steps=2000),
             training=Training(steps=190_000),
             evaluation=Evaluation(documents=5_000, choice=questions(*COMMONSENSE_TASKS, *PASSAGE_TASKS)),
             runtime=Runtime(save_every=1000, log_every=20, unroll=1, remat="full"),
-        )  # fmt: skip
+        )
     cpu = scale == "cpu"
     return Config(
         name="hymba",
         data=Data(
-            sources=("pydocs",), tokenizer="bpe:512" if cpu else "bpe:8192", sequence_length=128 if cpu else 512,
+            sources=("pydocs",),
+            tokenizer="bpe:512" if cpu else "bpe:8192",
+            sequence_length=128 if cpu else 512,
             batch_size=8 if cpu else 32,
         ),
         model=_model(scale),
@@ -94,7 +119,7 @@ def base(scale: str) -> Config:
         training=Training(steps=300 if cpu else 2000),
         evaluation=Evaluation(documents=120 if cpu else 240, sample_tokens=0 if cpu else 48),
         runtime=Runtime(save_every=400, log_every=50, unroll=1),
-    )  # fmt: skip
+    )
 
 
 LENGTHS = {"trained": ByScale("64", "256", "256"), "beyond": ByScale("128", "512", "1024")}
@@ -108,8 +133,10 @@ RECALL = {
     "evaluation.documents": 0,
     "evaluation.choice": ByScale(paper=None),
     "training.steps": ByScale(cpu=600, gpu=4000, paper=25_000),
-    "data.sequence_length": ByScale(cpu=64), "data.tokenizer": ByScale(cpu="byte"), "optimizer.learning_rate": ByScale(cpu=5e-3),
-}  # fmt: skip
+    "data.sequence_length": ByScale(cpu=64),
+    "data.tokenizer": ByScale(cpu="byte"),
+    "optimizer.learning_rate": ByScale(cpu=5e-3),
+}
 PARTS = {"text": {}, "mqar": RECALL}
 COMMONSENSE = Column("commonsense, %", "eval.choice.questions", 2, "higher", 100, part="text")
 PASSAGES = Column("recall, %", "eval.choice.passages", 2, "higher", 100, part="text")
@@ -150,7 +177,13 @@ table(
         Row("windows", WINDOWS | UNSHARED | NO_META, printed(44.42, 29.78, 5.51)),
         Row("windows_and_full", UNSHARED | NO_META, printed(44.56, 48.79, 41.19)),
         Row("shared", NO_META, printed(45.16, 48.04, 39.42)),
-        Row("attention_compressed", COMPRESSED, printed(43.60, 28.18, 28.98), core=False, note="attention alone, its cache made as small"),
+        Row(
+            "attention_compressed",
+            COMPRESSED,
+            printed(43.60, 28.18, 28.98),
+            core=False,
+            note="attention alone, its cache made as small",
+        ),
         Row("concat", NO_META | {"model.hybrid.fusion": "concat"}, printed(44.56, 48.94, 39.42), core=False),
         Row("mamba_meta", MAMBA | {"model.hybrid.prefix_tokens": ByScale(8, 64, 128)}, printed(44.01, 19.34, 1.87), core=False),
         Row("whole", {}, printed(45.53, 51.79, 40.01)),
@@ -168,7 +201,7 @@ table(
         "Seen at cpu scale with seeds 0 to 2 (core rows, commit d058baa; docs/hymba.md): Mamba alone falls short and windows lose recall in longer rows, as in the paper; meta tokens lean towards "
         "better text; but attention alone recalls more than the whole.",
     ],
-)(base)  # fmt: skip
+)(base)
 
 
 def of_components(name: str, row: str, **options) -> Row:
@@ -197,8 +230,12 @@ table(
     rows=[
         of_components("transformer", "attention", published=printed(44.08, 39.98, 414.7)),
         of_components("mamba", "mamba", published=printed(42.98, 19.23, 1.9)),
-        Row("sequential", SAMBA | FULL | {"model.layers": ByScale(cpu=6, gpu=12, paper=16)}, printed(44.07, 45.16, 156.3),
-            note="layers of Mamba and of attention in turn; their number is not stated"),
+        Row(
+            "sequential",
+            SAMBA | FULL | {"model.layers": ByScale(cpu=6, gpu=12, paper=16)},
+            printed(44.07, 45.16, 156.3),
+            note="layers of Mamba and of attention in turn; their number is not stated",
+        ),
         of_components("parallel", "grouped", published=printed(45.19, 49.90, 148.2)),
         of_components("windows_and_full", "windows_and_full", published=printed(44.56, 48.79, 41.2), core=False),
         of_components("shared", "shared", published=printed(45.16, 48.04, 39.4)),
@@ -216,7 +253,7 @@ table(
         "Were it as in the paper: side by side is better than in turn on both, and better than either alone.",
         "The paper's last two rows are the 1.5B model after 1.5T tokens; here after the public ones of its data alone.",
     ],
-)(base)  # fmt: skip
+)(base)
 
 
 table(
@@ -273,13 +310,24 @@ def of_task(title: str, path: str, better: str = "higher") -> Column:
 
 
 EACH_TASK = [
-    of_task("WikiText, perplexity", f"{IN_PRINT}wikitext", "lower"), of_task("LAMBADA, perplexity", f"{IN_PRINT}lambada", "lower"),
-    *(of_task(f"{title}, %", f"eval.choice.{name}.{score}") for title, name, score in (
-        ("SWDE", "swde", "acc"), ("SQuAD-C", "squad_completion", "acc"), ("LAMBADA", "lambada", "acc"), ("PIQA", "piqa", "acc"),
-        ("ARC-C", "arc_challenge", "acc"), ("ARC-E", "arc_easy", "acc"), ("HellaSwag", "hellaswag", "acc_norm"), ("WinoGrande", "winogrande", "acc"),
-    )),
-    of_task("TruthfulQA, %", f"{IN_PRINT}truthfulqa"), of_task("SIQA, %", "eval.choice.social_iqa.acc"),
-]  # fmt: skip
+    of_task("WikiText, perplexity", f"{IN_PRINT}wikitext", "lower"),
+    of_task("LAMBADA, perplexity", f"{IN_PRINT}lambada", "lower"),
+    *(
+        of_task(f"{title}, %", f"eval.choice.{name}.{score}")
+        for title, name, score in (
+            ("SWDE", "swde", "acc"),
+            ("SQuAD-C", "squad_completion", "acc"),
+            ("LAMBADA", "lambada", "acc"),
+            ("PIQA", "piqa", "acc"),
+            ("ARC-C", "arc_challenge", "acc"),
+            ("ARC-E", "arc_easy", "acc"),
+            ("HellaSwag", "hellaswag", "acc_norm"),
+            ("WinoGrande", "winogrande", "acc"),
+        )
+    ),
+    of_task("TruthfulQA, %", f"{IN_PRINT}truthfulqa"),
+    of_task("SIQA, %", "eval.choice.social_iqa.acc"),
+]
 
 
 def printed_tasks(*values: float) -> dict[str, float]:
@@ -297,15 +345,41 @@ table(
     paper=f"{PAPER}, table 9 (300M, FineWeb)",
     paper_rows=5,
     rows=[
-        of_components("mamba", "mamba", published=printed_tasks(42.98, 19.23, 30.78, 19.95, 17.14, 21.31, 38.95, 69.64, 24.91, 50.67, 44.95, 51.70, 23.86, 39.20)),
-        Row("mamba_ffn", MAMBA | FEED_FORWARD, printed_tasks(42.82, 15.33, 33.41, 23.64, 13.10, 17.56, 36.37, 69.26, 25.00, 50.34, 44.08, 51.78, 26.23, 39.53), core=False),
+        of_components(
+            "mamba",
+            "mamba",
+            published=printed_tasks(
+                42.98, 19.23, 30.78, 19.95, 17.14, 21.31, 38.95, 69.64, 24.91, 50.67, 44.95, 51.70, 23.86, 39.20
+            ),
+        ),
+        Row(
+            "mamba_ffn",
+            MAMBA | FEED_FORWARD,
+            printed_tasks(42.82, 15.33, 33.41, 23.64, 13.10, 17.56, 36.37, 69.26, 25.00, 50.34, 44.08, 51.78, 26.23, 39.53),
+            core=False,
+        ),
         Row("mamba2", MAMBA | MAMBA_2),
         Row("mamba2_ffn", MAMBA | MAMBA_2 | FEED_FORWARD, core=False),
-        of_components("llama", "attention", published=printed_tasks(44.08, 39.98, 30.04, 20.53, 57.86, 22.10, 40.15, 70.29, 24.83, 50.24, 45.69, 52.64, 28.97, 39.66)),
-        Row("samba", SAMBA | {"model.layers": ByScale(cpu=6, gpu=12, paper=16)},
+        of_components(
+            "llama",
+            "attention",
+            published=printed_tasks(
+                44.08, 39.98, 30.04, 20.53, 57.86, 22.10, 40.15, 70.29, 24.83, 50.24, 45.69, 52.64, 28.97, 39.66
+            ),
+        ),
+        Row(
+            "samba",
+            SAMBA | {"model.layers": ByScale(cpu=6, gpu=12, paper=16)},
             printed_tasks(44.02, 31.01, 31.41, 19.75, 22.14, 39.88, 40.59, 69.86, 25.76, 49.79, 46.45, 52.49, 27.27, 39.92),
-            note="Mamba and attention in a window, each with a feed-forward network behind it"),
-        of_components("hymba", "whole", published=printed_tasks(45.53, 51.79, 28.53, 15.45, 58.33, 45.24, 44.67, 70.73, 26.28, 53.20, 48.23, 53.35, 27.87, 39.92)),
+            note="Mamba and attention in a window, each with a feed-forward network behind it",
+        ),
+        of_components(
+            "hymba",
+            "whole",
+            published=printed_tasks(
+                45.53, 51.79, 28.53, 15.45, 58.33, 45.24, 44.67, 70.73, 26.28, 53.20, 48.23, 53.35, 27.87, 39.92
+            ),
+        ),
     ],
     columns=[*COLUMNS, *EACH_TASK],
     baseline="hymba",
@@ -318,7 +392,7 @@ table(
         "cost it recall.",
         "Mamba-2 is in the paper at 1B alone, beside four others: hymba/architectures_1b.",
     ],
-)(base)  # fmt: skip
+)(base)
 
 
 # ---------------------------------------------------------------------------------------------------- longer rows
@@ -329,9 +403,12 @@ LONGER = {
     "training.steps": ByScale(100, 1000, 10_000),
 }
 LONGER_RECALL = {
-    "tasks.train_length": ByScale(128, 1024, 4096), "tasks.eval_lengths": ByScale((128, 256), (1024, 4096), (4096, 16_384)),
-    "tasks.pairs": ByScale(8, 256, 1024), "data.sequence_length": ByScale(cpu=128), "training.steps": ByScale(cpu=200),
-}  # fmt: skip
+    "tasks.train_length": ByScale(128, 1024, 4096),
+    "tasks.eval_lengths": ByScale((128, 256), (1024, 4096), (4096, 16_384)),
+    "tasks.pairs": ByScale(8, 256, 1024),
+    "data.sequence_length": ByScale(cpu=128),
+    "training.steps": ByScale(cpu=200),
+}
 
 
 table(
@@ -340,9 +417,16 @@ table(
     paper=f"{PAPER}, section 2.5 (a changed rotary base for the last 100B tokens, in rows of 8,192)",
     rows=[
         Row("rope", LONGER),
-        Row("ntk", LONGER | {
-            "model.position": "ntk", "model.rope_factor": ByScale(3.0, 7.0, 15.0), "model.rope_original_length": ByScale(128, 512, 1024),
-        }, note="NTK, as in the released checkpoint: factor 2 x growth of the row - 1"),
+        Row(
+            "ntk",
+            LONGER
+            | {
+                "model.position": "ntk",
+                "model.rope_factor": ByScale(3.0, 7.0, 15.0),
+                "model.rope_original_length": ByScale(128, 512, 1024),
+            },
+            note="NTK, as in the released checkpoint: factor 2 x growth of the row - 1",
+        ),
     ],
     columns=[column for column in COLUMNS[:3]],
     baseline="rope",
@@ -356,109 +440,4 @@ table(
         "Each starts from the whole model of hymba/components. The paper's table 1: recall 64.15 before and 68.79 after, general tasks 60.56 and 60.64.",
         "Were it as in the paper, which has no row without the change: stretched positions are no worse at the new length, and better beyond it.",
     ],
-)(base)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ what goes on inside
-
-
-def of_text(title: str, path: str, digits: int, better: str = "") -> Column:
-    return Column(title, path, digits, better, part="text")
-
-
-KNOCK_OUT = of_text("mean of layers, nats a token", "analyses.branches.{branch}.knock_out.mean", 4)
-
-table(
-    "hymba/head_importance",
-    summary="the loss without one branch of one layer",
-    paper=f"{PAPER}, the section on the importance of heads",
-    paper_rows=2,
-    rows=[
-        of_components(
-            branch,
-            "whole",
-            fill={"branch": branch},
-            published={KNOCK_OUT.key: Published(None, "in points of tasks, not in nats")},
-        )
-        for branch in ("attention", "ssm")
-    ],
-    columns=[
-        KNOCK_OUT,
-        of_text("loss of the whole model", "analyses.branches.nats", 3),
-    ],
-    baseline="attention",
-    minutes=MINUTES,
-    parts={"text": {}},
-    analyses=["branches"],
-    notes=[
-        "The paper has points of HellaSwag, which fall by 0.24 without attention and by 1.1 without Mamba; over four tasks by 0.46 and 1.2. Were it so here, "
-        "Mamba would be worth more than twice what attention is. Layers one by one, sizes and learned scales are in the run's report.",
-    ],
 )(base)
-
-
-table(
-    "hymba/maps",
-    summary="where tokens look, with meta tokens and without",
-    paper=f"{PAPER}, figures 7 and 15, equation 5",
-    rows=[
-        of_components(f"{row}_{kind}", row, fill={"kind": kind})
-        for row, kinds in {"whole": ("attention", "ssm"), "shared": ("attention", "ssm"), "attention": ("attention",)}.items()
-        for kind in kinds
-    ],
-    columns=[
-        *(
-            Column(f"{name}, %", f"analyses.mixing_maps.{{kind}}.{key}.mean", 1, "", 100, part="text")
-            for name, key in {"meta tokens": "meta", "first token": "first", "itself": "self", "others": "cross"}.items()
-        ),
-        of_text("entropy, nats", "analyses.mixing_maps.{kind}.entropy.mean", 3),
-        of_text("receptive field, tokens", "analyses.mixing_maps.{kind}.reach.mean", 1),
-    ],
-    baseline=None,
-    minutes=MINUTES,
-    parts={"text": {}},
-    analyses=["mixing_maps"],
-    notes=[
-        "shared is the whole model without meta tokens; attention is attention alone. The paper: more than half of Llama's attention goes to the first token, "
-        "and Hymba's to its meta tokens instead, while its attention looks at others and its Mamba at the token itself; meta tokens lower the entropy of attention "
-        "in all layers and of Mamba in 10 of 12; attention alone reaches farther than Mamba.",
-    ],
-)(base)  # fmt: skip
-
-
-TWINS = {
-    "block": None,
-    "attention": None,
-    "ssm": 4720.8,
-    "whole": 2695.8,
-    "attention_as_large": 721.1,
-}  # tokens a second in the paper
-SPEED = of_text("tokens/s", "analyses.overhead.{twin}.generation.tokens_per_second", 0, "higher")
-
-table(
-    "hymba/overhead",
-    summary="time of a train step and of generation: the block and its branches alone, the whole and attention alone, taking turns in one process",
-    paper=f"{PAPER}, three rows of table 10",
-    paper_rows=3,
-    rows=[
-        of_components(twin, "whole", fill={"twin": twin}, published={SPEED.key: Published(speed, "on an A100, 8,000 tokens, up to 128 rows")} if speed else {})
-        for twin, speed in TWINS.items()
-    ],
-    columns=[
-        of_text("parameters", "analyses.overhead.{twin}.parameters", 0),
-        of_text("step, x of block", "analyses.overhead.{twin}.step.ratio", 3, "lower"),
-        of_text("step, ms", "analyses.overhead.{twin}.step.ms", 2, "lower"),
-        SPEED,
-        of_text("prompt, ms", "analyses.overhead.{twin}.generation.ttft_ms", 2, "lower"),
-    ],
-    baseline="block",
-    minutes=MINUTES,
-    parts={"text": {}},
-    analyses=["overhead"],
-    notes=[
-        "block, attention, ssm: layers without feed-forward networks, with both branches or one; embedding and head are in each, so the sum of the two counts "
-        "them twice. attention_as_large: attention alone with feed-forward networks so wide that it has the whole model's parameters.",
-        "Were it as in the paper, at 8,000 tokens and a batch that fills the device, the whole generates about four times as many tokens per second as attention alone "
-        "(table 10: 2,696 and 721), for its cache is a tenth; in short rows and small batches there is nothing of that to gain.",
-    ],
-)(base)  # fmt: skip

@@ -45,11 +45,14 @@ def fine_tuned(scale: str) -> Config:
         data=replace(config.data, sequence_length=trained, batch_size=config.data.batch_size // 4),
         model=replace(config.model, position="ntk", rope_original_length=short, rope_factor=hymba_ntk_factor(trained, short)),
         tasks=Tasks(
-            names=("needle",), train_length=trained, eval_lengths=(short, trained, 16 * short), eval_examples=200 if scale == "cpu" else 1000
+            names=("needle",),
+            train_length=trained,
+            eval_lengths=(short, trained, 16 * short),
+            eval_examples=200 if scale == "cpu" else 1000,
         ),
         training=replace(config.training, steps={"cpu": 300, "gpu": 2000, "paper": 2000}[scale]),
         evaluation=replace(config.evaluation, documents=0, choice=None),
-    )  # fmt: skip
+    )
 
 
 table(
@@ -70,9 +73,10 @@ def found(title: str, length: str, depth: int | None = None) -> Column:
 
 
 COLUMNS = [
-    found("as long as trained", "trained"), found("4 times", "beyond"),
+    found("as long as trained", "trained"),
+    found("4 times", "beyond"),
     *(found(f"{word} tenth of 4 times", "beyond", depth) for word, depth in {"first": 0, "middle": 5, "last": 9}.items()),
-]  # fmt: skip
+]
 
 
 table(

@@ -31,13 +31,18 @@ def in_print(
 
 
 SMALL = [
-    Column("tokens/s", f"{IN_PRINT}tokens_per_second", 0, "higher"), replace(CACHE, part="", digits=0),
+    Column("tokens/s", f"{IN_PRINT}tokens_per_second", 0, "higher"),
+    replace(CACHE, part="", digits=0),
     *of_tasks(
-        MMLU=f"{IN_PRINT}mmlu", **{"ARC-E": "eval.choice.arc_easy.acc", "ARC-C": "eval.choice.arc_challenge.acc"}, PIQA="eval.choice.piqa.acc",
-        WinoGrande="eval.choice.winogrande.acc", HellaSwag="eval.choice.hellaswag.acc",
-        **{"SQuAD-C": "eval.choice.settings.none_1.squad_completion.acc"}, mean=f"{IN_PRINT}mean",
+        MMLU=f"{IN_PRINT}mmlu",
+        **{"ARC-E": "eval.choice.arc_easy.acc", "ARC-C": "eval.choice.arc_challenge.acc"},
+        PIQA="eval.choice.piqa.acc",
+        WinoGrande="eval.choice.winogrande.acc",
+        HellaSwag="eval.choice.hellaswag.acc",
+        **{"SQuAD-C": "eval.choice.settings.none_1.squad_completion.acc"},
+        mean=f"{IN_PRINT}mean",
     ),
-]  # fmt: skip
+]
 
 table(
     "hymba/small_models",
@@ -56,8 +61,27 @@ table(
         in_print("amd_olmo_1.2b", SMALL, 387, 1049, 26.93, 65.91, 31.57, 74.92, 61.64, 47.30, 33.71, 48.85),
         in_print("smollm2_1.7b", SMALL, 238, 1573, 50.29, 77.78, 44.71, 77.09, 66.38, 53.55, 50.50, 60.04),
         in_print("llama3.2_3b", SMALL, 191, 918, 56.03, 74.54, 42.32, 76.66, 69.85, 55.29, 43.46, 59.74),
-        in_print("hymba_all_data", SMALL, 664, 79, 51.19, 76.94, 45.90, 77.31, 66.61, 53.55, 55.93, 61.06, lacks="the part of its data that is not public"),
-        Row("hymba", of="hymba/1.5b_8k", published=stated(SMALL, (664, 79, 44.31, 78.58, 47.01, 77.53, 64.56, 53.89, 59.82, 60.81)), note="public data alone"),
+        in_print(
+            "hymba_all_data",
+            SMALL,
+            664,
+            79,
+            51.19,
+            76.94,
+            45.90,
+            77.31,
+            66.61,
+            53.55,
+            55.93,
+            61.06,
+            lacks="the part of its data that is not public",
+        ),
+        Row(
+            "hymba",
+            of="hymba/1.5b_8k",
+            published=stated(SMALL, (664, 79, 44.31, 78.58, 47.01, 77.53, 64.56, 53.89, 59.82, 60.81)),
+            note="public data alone",
+        ),
     ],
     columns=SMALL,
     baseline="hymba",
@@ -67,13 +91,18 @@ table(
         "Tokens a second on an A100, 8,000 tokens, 128 rows or as many as fit; the mean is of the seven tasks.",
         ASKED,
     ],
-)(lambda scale: released("1.5b"))  # fmt: skip
+)(lambda scale: released("1.5b"))
 
 
 TINY = of_tasks(
-    MMLU=f"{IN_PRINT}mmlu", ARC="eval.choice.arc.acc_norm", PIQA="eval.choice.piqa.acc_norm", HellaSwag="eval.choice.hellaswag.acc_norm",
-    OBQA="eval.choice.openbookqa.acc_norm", WinoGrande="eval.choice.winogrande.acc_norm", mean="eval.choice.average",
-)  # fmt: skip
+    MMLU=f"{IN_PRINT}mmlu",
+    ARC="eval.choice.arc.acc_norm",
+    PIQA="eval.choice.piqa.acc_norm",
+    HellaSwag="eval.choice.hellaswag.acc_norm",
+    OBQA="eval.choice.openbookqa.acc_norm",
+    WinoGrande="eval.choice.winogrande.acc_norm",
+    mean="eval.choice.average",
+)
 BELOW_200M, BELOW_400M = {"group": "below 200M parameters"}, {"group": "below 400M parameters, and of 560M and 590M"}
 
 table(
@@ -91,7 +120,9 @@ table(
         in_print("pythia_160m", TINY, 26.68, 31.92, 61.64, 29.55, 27.80, 49.49, 40.08, **BELOW_200M),
         in_print("mobilelm_125m", TINY, None, 35.51, 65.30, 38.90, 39.50, 53.10, 46.46, **BELOW_200M),
         in_print("smollm_135m", TINY, 30.23, 43.99, 69.60, 42.30, 33.60, 52.70, 48.44, **BELOW_200M),
-        Row("hymba_125m", of="hymba/125m", published=stated(TINY, (31.12, 44.95, 68.50, 45.54, 35.52, 52.25, 49.35)), **BELOW_200M),
+        Row(
+            "hymba_125m", of="hymba/125m", published=stated(TINY, (31.12, 44.95, 68.50, 45.54, 35.52, 52.25, 49.35)), **BELOW_200M
+        ),
         in_print("bloom_560m", TINY, 27.49, 32.86, 65.13, 35.98, 28.80, 51.70, 42.89, **BELOW_400M),
         in_print("cerebras_gpt_256m", TINY, 25.91, 29.69, 61.37, 28.44, 28.00, 51.62, 39.82, **BELOW_400M),
         in_print("cerebras_gpt_590m", TINY, 26.93, 32.40, 62.84, 31.99, 28.40, 50.12, 41.15, **BELOW_400M),
@@ -100,7 +131,9 @@ table(
         in_print("gpt2_medium_380m", TINY, 27.77, 34.30, 66.38, 37.06, 31.20, 49.49, 43.69, **BELOW_400M),
         in_print("mobilelm_350m", TINY, None, 43.65, 68.60, 49.60, 40.00, 57.60, 51.89, **BELOW_400M),
         in_print("smollm_360m", TINY, 34.17, 51.10, 72.00, 53.80, 37.20, 53.70, 53.56, **BELOW_400M),
-        Row("hymba_350m", of="hymba/350m", published=stated(TINY, (34.54, 52.46, 72.91, 55.08, 38.40, 57.85, 55.34)), **BELOW_400M),
+        Row(
+            "hymba_350m", of="hymba/350m", published=stated(TINY, (34.54, 52.46, 72.91, 55.08, 38.40, 57.85, 55.34)), **BELOW_400M
+        ),
     ],
     columns=TINY,
     baseline=None,
@@ -110,7 +143,7 @@ table(
         "the likeliest answers (acc). ARC is both of its sets. Hymba is trained here on the public part of the paper's data.",
         ASKED,
     ],
-)(lambda scale: released("125m"))  # fmt: skip
+)(lambda scale: released("125m"))
 
 
 TUNED = of_tasks(**{name: f"{IN_PRINT}{name.lower()}" for name in ("MMLU", "IFEval", "GSM8K", "GPQA", "BFCLv2", "mean")})
@@ -126,7 +159,18 @@ table(
     paper_rows=12,
     rows=[
         in_print("smollm_1.7b", TUNED, 27.80, 25.16, 1.36, 25.67, None, 20.00, **INSTRUCTIONS, note="cannot call functions"),
-        in_print("openelm_1.1b", TUNED, 25.65, 6.25, 56.03, 21.62, None, 27.39, **INSTRUCTIONS, note="cannot call functions; its GSM8K is Qwen2.5's, as printed"),
+        in_print(
+            "openelm_1.1b",
+            TUNED,
+            25.65,
+            6.25,
+            56.03,
+            21.62,
+            None,
+            27.39,
+            **INSTRUCTIONS,
+            note="cannot call functions; its GSM8K is Qwen2.5's, as printed",
+        ),
         in_print("llama3.2_1b", TUNED, 44.41, 58.92, 42.99, 24.11, 20.27, 38.14, **INSTRUCTIONS),
         in_print("qwen2.5_1.5b", TUNED, 59.73, 46.78, 56.03, 30.13, 43.85, 47.30, **INSTRUCTIONS),
         in_print("smollm2_1.7b", TUNED, 49.11, 55.06, 47.68, 29.24, 22.83, 40.78, **INSTRUCTIONS),
@@ -144,4 +188,4 @@ table(
     notes=[
         "Full fine-tuning on instructions and learning from preferences are there (docs/weights.md); their rates in the paper are 5e-5 and 3e-6, in rows of 8,192.",
     ],
-)(lambda scale: released("1.5b"))  # fmt: skip
+)(lambda scale: released("1.5b"))

@@ -99,7 +99,10 @@ def fine_tuned(scale: str) -> Config:
     return Config(
         name="learned_meta_tokens",
         data=Data(
-            sources=base.data.sources, tokenizer=base.data.tokenizer, sequence_length=base.data.sequence_length, batch_size=batch_size,
+            sources=base.data.sources,
+            tokenizer=base.data.tokenizer,
+            sequence_length=base.data.sequence_length,
+            batch_size=batch_size,
             validation_share=base.data.validation_share,
         ),
         model=base.model,
@@ -109,7 +112,7 @@ def fine_tuned(scale: str) -> Config:
         training=Training(steps=steps),
         evaluation=Evaluation(documents=0, sample_tokens=0),
         runtime=Runtime(save_every=1000, log_every=50, unroll=base.runtime.unroll, remat=base.runtime.remat),
-    )  # fmt: skip
+    )
 
 
 def parent(arm: str) -> dict:
@@ -126,9 +129,11 @@ def accuracies(length: str, said: str = "") -> list[Column]:
 TRAINED = accuracies("trained")
 # Upper ends of the evaluated bins, as in the base of fine-tuning. The window is the row length of pre-training.
 LENGTHS = {
-    "half": ByScale("32", "128", "256"), "trained": ByScale("64", "256", "512"), "window": ByScale("128", "512", "1024"),
+    "half": ByScale("32", "128", "256"),
+    "trained": ByScale("64", "256", "512"),
+    "window": ByScale("128", "512", "1024"),
     "beyond": ByScale("256", "1024", "2048"),
-}  # fmt: skip
+}
 BY_TASK = {task: {"tasks.names": (task,)} for task in TASKS}
 MINUTES = {"cpu": 1, "gpu": 8, "paper": 60}
 SEEN = "Seen at cpu scale with seeds 0 to 2 (docs/learned_meta_tokens.md): "

@@ -38,10 +38,13 @@ SHARES = {
     "half": ByScale(cpu=32, gpu=128, paper=256),
 }
 FIGURE_1_LENGTHS = {  # list recall, segment counting, parity, copying
-    ("plain_ape", "quarter"): (0.0, 20.2, 53.4, 3.0), ("plain_ape", "half"): (0.0, 23.7, 60.7, 5.7),
-    ("meta_ape", "quarter"): (12.0, 25.0, 67.9, 76.2), ("meta_ape", "half"): (42.6, 53.6, 96.4, 96.4),
-    ("meta_rope", "quarter"): (5.9, 25.0, 76.2, 5.2), ("meta_rope", "half"): (48.6, 35.7, 96.4, 23.6),
-}  # fmt: skip
+    ("plain_ape", "quarter"): (0.0, 20.2, 53.4, 3.0),
+    ("plain_ape", "half"): (0.0, 23.7, 60.7, 5.7),
+    ("meta_ape", "quarter"): (12.0, 25.0, 67.9, 76.2),
+    ("meta_ape", "half"): (42.6, 53.6, 96.4, 96.4),
+    ("meta_rope", "quarter"): (5.9, 25.0, 76.2, 5.2),
+    ("meta_rope", "half"): (48.6, 35.7, 96.4, 23.6),
+}
 
 
 def trained_shorter(arm: str, share: str) -> Row:
@@ -125,8 +128,10 @@ def extended(factor: int, tuned: int, position: str = "yarn", arm: str = "meta_r
         "data.sequence_length": WINDOWS[factor],
         "data.batch_size": ByScale(cpu=16 // factor, gpu=64 // factor, paper=64 // factor),
         "tasks.train_length": WINDOWS[tuned],
-        "tasks.eval_lengths": ByScale(*(tuple(n * getattr(WINDOW, scale) for n in (2, 4, 6, 8, 10)) for scale in ("cpu", "gpu", "paper"))),
-    }  # fmt: skip
+        "tasks.eval_lengths": ByScale(
+            *(tuple(n * getattr(WINDOW, scale) for n in (2, 4, 6, 8, 10)) for scale in ("cpu", "gpu", "paper"))
+        ),
+    }
     if position == "yarn":
         changes |= {"model.rope_factor": float(factor), "model.rope_original_length": WINDOW}
     return changes | (PLAIN if arm == "plain_rope" else {})
@@ -207,8 +212,15 @@ def without_positions(arm: str, length: str, share: str, *percent: float) -> Row
     """A row of table 2, its splits read as bins: medium is half of the training length, hard all of it, extra-hard the window."""
     of = of_main(arm) if share == "all" else f"learned_meta_tokens/train_length/{arm}_{share}"
     name = f"{arm}, {'trained' if length == 'trained' else length}, {share}"
-    return Row(name.replace(", ", "_"), of=of, published=table_2(*percent), fill={"length": LENGTHS[length]}, parts=("list_recall",),
-               group="list recall, by bin and share of the length trained", core=False)  # fmt: skip
+    return Row(
+        name.replace(", ", "_"),
+        of=of,
+        published=table_2(*percent),
+        fill={"length": LENGTHS[length]},
+        parts=("list_recall",),
+        group="list recall, by bin and share of the length trained",
+        core=False,
+    )
 
 
 table(
@@ -269,9 +281,14 @@ table(
     paper=f"{PAPER}, figure 2",
     paper_rows=1,
     rows=[
-        Row("meta_rope", of=of_main("meta_rope"), published={
-            f"list_recall: {BOOST}.mean": Published(1.26, "figure 2"), f"list_recall: {DROP}.mean": Published(1.40, "figure 2"),
-        }),
+        Row(
+            "meta_rope",
+            of=of_main("meta_rope"),
+            published={
+                f"list_recall: {BOOST}.mean": Published(1.26, "figure 2"),
+                f"list_recall: {DROP}.mean": Published(1.40, "figure 2"),
+            },
+        ),
         Row("meta_ape", of=of_main("meta_ape")),
         Row("second_causal", of=of_main("second_causal")),
     ],
@@ -291,7 +308,7 @@ table(
         "List recall. Distributions, heat-maps and attention maps are in each run's report.",
         f"{SEEN}not reproduced. Neither the greatest score nor the entropy moves by more than its interval.",
     ],
-)(fine_tuned)  # fmt: skip
+)(fine_tuned)
 
 
 def bottleneck(budget: str, beta: str) -> list[Column]:
@@ -312,7 +329,12 @@ table(
         Row(name, of=of_main("meta_rope"), fill={"code": code}, published=IN_A_FIGURE)
         for name, code in {"last_token": "last", "meta_token": "meta", "meta_token_no_position": "meta_zero_position"}.items()
     ],
-    columns=[*bottleneck("stated", "0_01"), *bottleneck("stated", "1"), *bottleneck("converged", "0_01"), *bottleneck("converged", "0_1")],
+    columns=[
+        *bottleneck("stated", "0_01"),
+        *bottleneck("stated", "1"),
+        *bottleneck("converged", "0_01"),
+        *bottleneck("converged", "0_1"),
+    ],
     baseline="last_token",
     minutes=MINUTES,
     parts=RECALL,
@@ -323,7 +345,7 @@ table(
         "The stated budget is the paper's; the converged one is ours.",
         f"{SEEN}not reproduced. At the low price the converged meta-token's code takes a higher rate than the last token's, and distortion leans against it.",
     ],
-)(fine_tuned)  # fmt: skip
+)(fine_tuned)
 
 
 # --------------------------------------------------------------------------------------------------- cost and text
@@ -337,10 +359,16 @@ table(
     paper=f"{PAPER}, the section on overhead",
     paper_rows=2,
     rows=[
-        Row(name, of=of_main("meta_rope"), fill={"twin": name}, published={
-            f"list_recall: analyses.overhead.{{twin}}.generation.{key}": Published(value, "on an A100, PyTorch")
-            for key, value in zip(("tokens_per_second", "ttft_ms"), said, strict=True) if value is not None
-        })
+        Row(
+            name,
+            of=of_main("meta_rope"),
+            fill={"twin": name},
+            published={
+                f"list_recall: analyses.overhead.{{twin}}.generation.{key}": Published(value, "on an A100, PyTorch")
+                for key, value in zip(("tokens_per_second", "ttft_ms"), said, strict=True)
+                if value is not None
+            },
+        )
         for name, said in SPEED.items()
     ],
     columns=[
@@ -357,7 +385,7 @@ table(
         "none: meta-tokens without meta-attention; causal: a second causal attention over all tokens; plain: no meta-tokens. Equal row length and "
         "batch. The ratio is the median over rounds in which every twin has its turn.",
     ],
-)(fine_tuned)  # fmt: skip
+)(fine_tuned)
 
 
 @table(

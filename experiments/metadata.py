@@ -35,8 +35,17 @@ def questions(tasks: tuple[str, ...], **options: Any) -> Choice:
 def _model(scale: str) -> Model:
     if scale == "cpu":
         return Model(
-            layers=3, heads=4, width=80, mlp_width=216, activation="swiglu", norm="rmsnorm", position="rope", bias=False, tied=True, init_std=0.05
-        )  # fmt: skip
+            layers=3,
+            heads=4,
+            width=80,
+            mlp_width=216,
+            activation="swiglu",
+            norm="rmsnorm",
+            position="rope",
+            bias=False,
+            tied=True,
+            init_std=0.05,
+        )
     if scale == "gpu":
         return llama(8, 8, 512, mlp_width=1408, compute_dtype="bfloat16")
     return llama(16, 32, 2048, kv_heads=8, mlp_width=8192, rope_theta=5e5, init_std=0.008944, compute_dtype="bfloat16")
@@ -54,15 +63,24 @@ def base(scale: str) -> Config:
         return Config(
             name="metadata",
             data=Data(
-                sources=("parquet:fineweb-edu/*.parquet?origin=url&join=labels",), tokenizer="hf:tokenizer.json", sequence_length=4096, batch_size=504, validation_share=0.0005,
+                sources=("parquet:fineweb-edu/*.parquet?origin=url&join=labels",),
+                tokenizer="hf:tokenizer.json",
+                sequence_length=4096,
+                batch_size=504,
+                validation_share=0.0005,
             ),
             optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2000),
             training=Training(steps=48_441),
             evaluation=Evaluation(
-                every=2422, conditions=conditions, documents=5_000, choice=questions(TASKS, shots=(5, 0)), labels=("{topic}", "{int_score}", "{url|host|top100}"),
+                every=2422,
+                conditions=conditions,
+                documents=5_000,
+                choice=questions(TASKS, shots=(5, 0)),
+                labels=("{topic}", "{int_score}", "{url|host|top100}"),
             ),
-            runtime=Runtime(save_every=500, log_every=20, unroll=1, remat="full"), **common,
-        )  # fmt: skip
+            runtime=Runtime(save_every=500, log_every=20, unroll=1, remat="full"),
+            **common,
+        )
     # cpu: of rates and batches over 614,400 positions, these are best for only text (seed 0, validation bits/byte of the body):
     # 4 rows x 600 steps: 2.141 (3e-3), 2.105 (6e-3), 2.130 (1.2e-2); 2 rows x 1200: 2.084 (4e-3), 2.085 (6e-3);
     # 1 row x 2400: 2.123 (4e-3). Rows with metadata were not considered.
@@ -70,16 +88,22 @@ def base(scale: str) -> Config:
     return Config(
         name="metadata",
         data=Data(
-            sources=("debindex",), tokenizer="bpe:2048" if cpu else "bpe:8192", sequence_length=256 if cpu else 512, batch_size=2 if cpu else 32,
+            sources=("debindex",),
+            tokenizer="bpe:2048" if cpu else "bpe:8192",
+            sequence_length=256 if cpu else 512,
+            batch_size=2 if cpu else 32,
         ),
         optimizer=Optimizer(learning_rate=4e-3 if cpu else 1e-3, warmup_steps=60 if cpu else 50),
         training=Training(steps=1200 if cpu else 1000),
         evaluation=Evaluation(
-            every=120 if cpu else 100, conditions=conditions, documents=240 if cpu else 800,
+            every=120 if cpu else 100,
+            conditions=conditions,
+            documents=240 if cpu else 800,
             labels=("{section|top6}", "{popularity|floor|cap2}", "{maintainer|top6}"),
         ),
-        runtime=Runtime(save_every=400 if cpu else 500, log_every=50, unroll=0 if cpu else 1), **common,
-    )  # fmt: skip
+        runtime=Runtime(save_every=400 if cpu else 500, log_every=50, unroll=0 if cpu else 1),
+        **common,
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what metadata says
@@ -180,7 +204,7 @@ table(
     baseline="standard",
     minutes=MINUTES,
     notes=READ,
-)(base)  # fmt: skip
+)(base)
 
 
 def of_positions(row: str, name: str = "", **options: Any) -> Row:
@@ -225,19 +249,35 @@ table(
         of_positions("standard", published=SAID),
         of_positions("prepend_url", "url", published=SAID),
         of_positions("prepend_domain_coarse", "domain", published=SAID),
-        joined("url_domain", f"{{url}} {SECTION}", "{url} {topic}, {format}", note="order and what stands between them are not stated"),
+        joined(
+            "url_domain",
+            f"{{url}} {SECTION}",
+            "{url} {topic}, {format}",
+            note="order and what stands between them are not stated",
+        ),
         joined("url_quality", "", "{url} {int_score}", lacks=WITHOUT_SCORE, core=False),
-        Row("url_popularity", {"metadata.position": "prepend", "metadata.template": "{url} {popularity|floor|cap2}"}, lacks=WITHOUT_POPULARITY, core=False),
-        Row("url_and_domain_behind", {
-            "metadata.position": "both", "metadata.template": "{url}", "metadata.appended": DOMAIN["domain_coarse"],
-        }, note="URL in front and domain behind: asked for by reviewers, ours"),
+        Row(
+            "url_popularity",
+            {"metadata.position": "prepend", "metadata.template": "{url} {popularity|floor|cap2}"},
+            lacks=WITHOUT_POPULARITY,
+            core=False,
+        ),
+        Row(
+            "url_and_domain_behind",
+            {
+                "metadata.position": "both",
+                "metadata.template": "{url}",
+                "metadata.appended": DOMAIN["domain_coarse"],
+            },
+            note="URL in front and domain behind: asked for by reviewers, ours",
+        ),
         Row("url_both_sides", {"metadata.position": "both"}, note="ours", core=False),
     ],
     columns=COLUMNS,
     baseline="standard",
     minutes=MINUTES,
     notes=[*READ, "The papers' finding is that signals do not add up; of the figure only that is known here."],
-)(base)  # fmt: skip
+)(base)
 
 
 # ---------------------------------------------------------------------------------------- URLs Help, Topics Guide

@@ -10,9 +10,17 @@ from .metadata import BEYOND, HELP, MAPPING, MINUTES, NOT_READ, base, cooldown, 
 MARGINS = {"bpb": 0.01, "choice": 0.002}  # noise margin of a comparison: bits/byte; share of right answers
 CURVES = {"bpb": "bits/byte", "choice": "tasks"}
 SAVED = [
-    Column(f"{words}{'' if not sign else f', {sign * MARGINS[curve]:+g}'}, %", f"curves.{curve}", 0, "lower", 100, match=sign * MARGINS[curve])
-    for curve, words in CURVES.items() for sign in (0, 1, -1)
-]  # fmt: skip
+    Column(
+        f"{words}{'' if not sign else f', {sign * MARGINS[curve]:+g}'}, %",
+        f"curves.{curve}",
+        0,
+        "lower",
+        100,
+        match=sign * MARGINS[curve],
+    )
+    for curve, words in CURVES.items()
+    for sign in (0, 1, -1)
+]
 TASKS_MATCHED = next(column.key for column in SAVED if column.path == "curves.choice" and not column.match)
 
 
@@ -71,11 +79,16 @@ table(
         of_positions("shuffled_url"),
     ],
     columns=[
-        probed("topic, %", 0, "balanced.mlp.middle"), probed("lengths matched", 0, "matched.mlp.middle"), probed("linear", 0, "matched.linear.middle"),
-        probed("mean of layers", 0, "matched.mlp.mean"), probed("length alone", 0, "matched.length"),
-        probed("quality or popularity, %", 1, "balanced.mlp.middle"), probed("lengths matched ", 1, "matched.mlp.middle"),
+        probed("topic, %", 0, "balanced.mlp.middle"),
+        probed("lengths matched", 0, "matched.mlp.middle"),
+        probed("linear", 0, "matched.linear.middle"),
+        probed("mean of layers", 0, "matched.mlp.mean"),
+        probed("length alone", 0, "matched.length"),
+        probed("quality or popularity, %", 1, "balanced.mlp.middle"),
+        probed("lengths matched ", 1, "matched.mlp.middle"),
         probed("length alone ", 1, "matched.length"),
-        probed("author, %", 2, "balanced.mlp.middle"), probed("lengths matched  ", 2, "matched.mlp.middle"),
+        probed("author, %", 2, "balanced.mlp.middle"),
+        probed("lengths matched  ", 2, "matched.mlp.middle"),
     ],
     baseline="standard",
     minutes=MINUTES,
@@ -86,7 +99,7 @@ table(
         "A summary of the paper says: text alone is lowest everywhere, URL best for author and quality, fine better than coarse for topic, and fine "
         "quality behind the text better for quality and worse for topic than coarse. Its values are in figures.",
     ],
-)(base)  # fmt: skip
+)(base)
 
 
 def looked(part: str, title: str = "", value: str = "mean") -> Column:
@@ -107,8 +120,14 @@ table(
         of_positions("shuffled_url"),
     ],
     columns=[
-        *(column for part in ("scheme", "host", "path") for column in (looked(part), looked(part, f"equal shares, {part}", "uniform"))),
-        looked("bos"), looked("begin", "delimiter in front, %"), looked("end", "delimiter behind, %"),
+        *(
+            column
+            for part in ("scheme", "host", "path")
+            for column in (looked(part), looked(part, f"equal shares, {part}", "uniform"))
+        ),
+        looked("bos"),
+        looked("begin", "delimiter in front, %"),
+        looked("end", "delimiter behind, %"),
         CLUSTERS,
         Column("by topic", "analyses.metadata_attention.clusters.label_0.ratio", 3, ""),
     ],
@@ -120,7 +139,7 @@ table(
         "paper: the scheme draws most, though it says nothing, and distances between classes of quality are the larger ones.",
         MAPPING,
     ],
-)(base)  # fmt: skip
+)(base)
 
 
 def drawn(strength: str, value: str, title: str, digits: int = 1, factor: float = 100) -> Column:
@@ -177,10 +196,14 @@ def known(scale: str) -> Config:
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
         training=Training(steps=1500),
         evaluation=Evaluation(
-            every=125, documents=400, conditions=("right", "empty", "none", "shuffled"), labels=("{source}", "{group}"), sample_tokens=0
+            every=125,
+            documents=400,
+            conditions=("right", "empty", "none", "shuffled"),
+            labels=("{source}", "{group}"),
+            sample_tokens=0,
         ),
         runtime=Runtime(save_every=500, log_every=250),
-    )  # fmt: skip
+    )
 
 
 ALONE = {"evaluation.conditions": ("none", "empty", "right", "shuffled")}  # the curve is of only text
@@ -245,4 +268,4 @@ table(
         "Seen with seeds 0 to 2 (commit 2b840e4; docs/metadata.md): all of it, but that own metadata still helps a little in the last third, and learnable tokens cost "
         "0.024 +- 0.017 nats.",
     ],
-)(known)  # fmt: skip
+)(known)

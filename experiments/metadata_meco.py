@@ -32,14 +32,20 @@ def meco_base(scale: str) -> Config:
         return replace(config, data=data)
     return replace(
         config,
-        data=replace(data, sources=("jsonl:dclm/*.jsonl?origin=url",), tokenizer="hf:llama3/tokenizer.json", sequence_length=8192, batch_size=512),
+        data=replace(
+            data,
+            sources=("jsonl:dclm/*.jsonl?origin=url",),
+            tokenizer="hf:llama3/tokenizer.json",
+            sequence_length=8192,
+            batch_size=512,
+        ),
         model=MECO_MODELS["1.6b"],
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2000, weight_decay=0.033),
         training=Training(steps=40_000),
         evaluation=replace(
             config.evaluation, every=4000, choice=questions(MECO_TASKS, contexts=("none", "task")), labels=("{url|host|top100}",)
         ),
-    )  # fmt: skip
+    )
 
 
 def _meco_model(layers: int, width: int, mlp_width: int, heads: int, kv_heads: int) -> Model:
@@ -49,9 +55,11 @@ def _meco_model(layers: int, width: int, mlp_width: int, heads: int, kv_heads: i
 
 
 MECO_MODELS = {
-    "600m": _meco_model(24, 1024, 4096, 16, 16), "1.6b": _meco_model(24, 2048, 5504, 16, 8), "3b": _meco_model(28, 3072, 8192, 24, 8),
+    "600m": _meco_model(24, 1024, 4096, 16, 16),
+    "1.6b": _meco_model(24, 2048, 5504, 16, 8),
+    "3b": _meco_model(28, 3072, 8192, 24, 8),
     "8b": _meco_model(32, 4096, 14336, 32, 8),
-}  # fmt: skip
+}
 MECO_AVERAGE = Column("tasks, %", "eval.choice.average", 1, "higher", 100)
 CONDITIONAL = Column("with a source, %", "eval.choice.settings.task_5.average", 1, "higher", 100)
 MECO_COLUMNS = [
@@ -81,9 +89,19 @@ def of_meco(row: str, name: str, value: float, **options: Any) -> Row:
 
 PERPLEXITY = MECO_COLUMNS[3].key
 EACH_TASK = [
-    *(Column(f"{name.removesuffix('_continuation').replace('_', ' ')}, %", f"eval.choice.{name}.acc", 1, "higher", 100, scales=("paper",)) for name in MECO_TASKS),
+    *(
+        Column(
+            f"{name.removesuffix('_continuation').replace('_', ' ')}, %",
+            f"eval.choice.{name}.acc",
+            1,
+            "higher",
+            100,
+            scales=("paper",),
+        )
+        for name in MECO_TASKS
+    ),
     Column("TruthfulQA, %", f"{IN_PRINT}truthfulqa", 1, "higher", 100, scales=("paper",)),
-]  # fmt: skip
+]
 
 
 def each_task(*percent: float) -> dict[str, float]:
@@ -102,20 +120,43 @@ table(
     paper_rows=6,
     rows=[
         Row("standard", {}, {PERPLEXITY: 13.2, MECO_AVERAGE.key: 55.7, CONDITIONAL.key: 55.8} | OF_STANDARD),
-        Row("half_more", {"training.steps": LONGER}, {PERPLEXITY: 12.9, MECO_AVERAGE.key: 56.7}, note="text alone, half more tokens"),
-        Row("meco", HOST | {"data.switch": cooldown(10, meco_base)}, {PERPLEXITY: 13.3, MECO_AVERAGE.key: 56.7, CONDITIONAL.key: 57.2} | OF_MECO),
-        Row("standard_open", {"data.attend_across_documents": True}, {MECO_AVERAGE.key: 55.0}, core=False,
-            note="attention across the documents of a row"),
-        Row("meco_open", HOST | {"data.switch": cooldown(10, meco_base), "data.attend_across_documents": True}, {MECO_AVERAGE.key: 56.6}, core=False),
-        Row("meco_loss", HOST | {"data.switch": cooldown(10, meco_base), "metadata.loss_weights": (1.0, 1.0)}, core=False,
-            note="asked for its metadata too: said to be slightly worse"),
+        Row(
+            "half_more",
+            {"training.steps": LONGER},
+            {PERPLEXITY: 12.9, MECO_AVERAGE.key: 56.7},
+            note="text alone, half more tokens",
+        ),
+        Row(
+            "meco",
+            HOST | {"data.switch": cooldown(10, meco_base)},
+            {PERPLEXITY: 13.3, MECO_AVERAGE.key: 56.7, CONDITIONAL.key: 57.2} | OF_MECO,
+        ),
+        Row(
+            "standard_open",
+            {"data.attend_across_documents": True},
+            {MECO_AVERAGE.key: 55.0},
+            core=False,
+            note="attention across the documents of a row",
+        ),
+        Row(
+            "meco_open",
+            HOST | {"data.switch": cooldown(10, meco_base), "data.attend_across_documents": True},
+            {MECO_AVERAGE.key: 56.6},
+            core=False,
+        ),
+        Row(
+            "meco_loss",
+            HOST | {"data.switch": cooldown(10, meco_base), "metadata.loss_weights": (1.0, 1.0)},
+            core=False,
+            note="asked for its metadata too: said to be slightly worse",
+        ),
         Row("chosen_text", {}, {PERPLEXITY: 13.3, MECO_AVERAGE.key: 56.0}, core=False, lacks="a corpus chosen by a classifier"),
     ],
     columns=[*MECO_COLUMNS, *EACH_TASK],
     baseline="standard",
     minutes=MINUTES,
     notes=MECO_NOTES,
-)(meco_base)  # fmt: skip
+)(meco_base)
 
 SOURCES = {
     "none": (69.6, 43.2, 54.7, 48.4),
@@ -194,17 +235,27 @@ table(
         of_meco("meco", "host", 56.7),
         meco("url", "URL: {url}\n\n", 56.8, core=False),
         meco("tld", "URL: {url|tld}\n\n", 56.2),
-        meco("few_hosts", most_frequent(FEW), 56.4, core=False, note="the 0.2% most frequent; of paper scale their number is a guess"),
+        meco(
+            "few_hosts",
+            most_frequent(FEW),
+            56.4,
+            core=False,
+            note="the 0.2% most frequent; of paper scale their number is a guess",
+        ),
         meco("more_hosts", most_frequent(MORE), 56.3, note="the 2% most frequent"),
         meco("hashed", "URL: {url|host|hash}\n\n", 56.7),
-        meco("topic", ByScale(cpu=f"Topic: {SECTION}\n\n", gpu=f"Topic: {SECTION}\n\n", paper="Topic: {topic_llm}\n\n"), 56.6,
-             note="the paper's are phrases of a language model"),
+        meco(
+            "topic",
+            ByScale(cpu=f"Topic: {SECTION}\n\n", gpu=f"Topic: {SECTION}\n\n", paper="Topic: {topic_llm}\n\n"),
+            56.6,
+            note="the paper's are phrases of a language model",
+        ),
     ],
     columns=MECO_COLUMNS,
     baseline="standard",
     minutes=MINUTES,
     notes=MECO_NOTES,
-)(meco_base)  # fmt: skip
+)(meco_base)
 
 SIZES = {
     "600m": (51.5, 51.7, {}),
@@ -253,9 +304,16 @@ table(
     paper_rows=6,
     rows=[
         *(
-            Row(f"{name}_{corpus}", changes | {"data.sources": (f"jsonl:{corpus}/*.jsonl?origin=url",)}, {MECO_AVERAGE.key: value}, group=corpus)
+            Row(
+                f"{name}_{corpus}",
+                changes | {"data.sources": (f"jsonl:{corpus}/*.jsonl?origin=url",)},
+                {MECO_AVERAGE.key: value},
+                group=corpus,
+            )
             for corpus, values in CORPORA.items()
-            for (name, changes), value in zip({"standard": {}, "meco": HOST | {"data.switch": cooldown(10, meco_base)}}.items(), values, strict=True)
+            for (name, changes), value in zip(
+                {"standard": {}, "meco": HOST | {"data.switch": cooldown(10, meco_base)}}.items(), values, strict=True
+            )
         ),
         of_meco("standard", "standard_dclm", 55.7, group="dclm"),
         of_meco("meco", "meco_dclm", 56.7, group="dclm"),
@@ -263,5 +321,8 @@ table(
     columns=MECO_COLUMNS,
     baseline=None,
     minutes={"paper": 2900},
-    notes=[*MECO_NOTES[:2], "c4 is SlimPajama's, refinedweb DCLM's making of RefinedWeb: folders of jsonl files below --data-dir."],
-)(meco_base)  # fmt: skip
+    notes=[
+        *MECO_NOTES[:2],
+        "c4 is SlimPajama's, refinedweb DCLM's making of RefinedWeb: folders of jsonl files below --data-dir.",
+    ],
+)(meco_base)

@@ -31,21 +31,32 @@ AAPL_PUBLISHED = {**AAPL, "prompts.context_init": ByScale(paper="")}
 
 
 @experiment(
-    CLIP_RUN, summary="a small CLIP from its start on captioned emoji and digits, on which prompt learners stand at cpu scale",
-    paper="none: in place of the published weights", minutes={"cpu": 3},
-)  # fmt: skip
+    CLIP_RUN,
+    summary="a small CLIP from its start on captioned emoji and digits, on which prompt learners stand at cpu scale",
+    paper="none: in place of the published weights",
+    minutes={"cpu": 3},
+)
 def small_clip(scale: str) -> ImageConfig:
     return ImageConfig(
         name=CLIP_RUN,
         images=Images(sources=("emoji", "digits"), crop_area=0.5, batch=64),
         clip=Clip(
-            vision_layers=(2,), vision_width=64, vision_heads=4, text_width=64, text_heads=4, embed=64, patch=8, image_size=32,
-            text_layers=2, context=20, vocab=1280,
+            vision_layers=(2,),
+            vision_width=64,
+            vision_heads=4,
+            text_width=64,
+            text_heads=4,
+            embed=64,
+            patch=8,
+            image_size=32,
+            text_layers=2,
+            context=20,
+            vocab=1280,
         ),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.98)),
         training=Training(steps=1000),
         runtime=Runtime(save_every=500, log_every=50),
-    )  # fmt: skip
+    )
 
 
 def base(scale: str) -> ImageConfig:
@@ -91,23 +102,44 @@ def _published(
 
 
 _CLIP = {
-    "imagenet": (72.43, 68.14, 70.22), "caltech101": (96.84, 94.00, 95.40), "oxford_pets": (91.17, 97.26, 94.12),
-    "stanford_cars": (63.37, 74.89, 68.65), "oxford_flowers": (72.08, 77.80, 74.83), "food101": (90.10, 91.22, 90.66),
-    "fgvc_aircraft": (27.19, 36.29, 31.09), "sun397": (69.36, 75.35, 72.23), "dtd": (53.24, 59.90, 56.37),
-    "eurosat": (56.48, 64.05, 60.03), "ucf101": (70.53, 77.50, 73.85),
-}  # fmt: skip
+    "imagenet": (72.43, 68.14, 70.22),
+    "caltech101": (96.84, 94.00, 95.40),
+    "oxford_pets": (91.17, 97.26, 94.12),
+    "stanford_cars": (63.37, 74.89, 68.65),
+    "oxford_flowers": (72.08, 77.80, 74.83),
+    "food101": (90.10, 91.22, 90.66),
+    "fgvc_aircraft": (27.19, 36.29, 31.09),
+    "sun397": (69.36, 75.35, 72.23),
+    "dtd": (53.24, 59.90, 56.37),
+    "eurosat": (56.48, 64.05, 60.03),
+    "ucf101": (70.53, 77.50, 73.85),
+}
 _COOP = {
-    "imagenet": (76.47, 67.88, 71.92), "caltech101": (98.00, 89.81, 93.73), "oxford_pets": (93.67, 95.29, 94.47),
-    "stanford_cars": (78.12, 60.40, 68.13), "oxford_flowers": (97.60, 59.67, 74.06), "food101": (88.33, 82.26, 85.19),
-    "fgvc_aircraft": (40.44, 22.30, 28.75), "sun397": (80.60, 65.89, 72.51), "dtd": (79.44, 41.18, 54.24),
-    "eurosat": (92.19, 54.74, 68.69), "ucf101": (84.69, 56.05, 67.46),
-}  # fmt: skip
+    "imagenet": (76.47, 67.88, 71.92),
+    "caltech101": (98.00, 89.81, 93.73),
+    "oxford_pets": (93.67, 95.29, 94.47),
+    "stanford_cars": (78.12, 60.40, 68.13),
+    "oxford_flowers": (97.60, 59.67, 74.06),
+    "food101": (88.33, 82.26, 85.19),
+    "fgvc_aircraft": (40.44, 22.30, 28.75),
+    "sun397": (80.60, 65.89, 72.51),
+    "dtd": (79.44, 41.18, 54.24),
+    "eurosat": (92.19, 54.74, 68.69),
+    "ucf101": (84.69, 56.05, 67.46),
+}
 _COCOOP = {
-    "imagenet": (75.98, 70.43, 73.10), "caltech101": (97.96, 93.81, 95.84), "oxford_pets": (95.20, 97.69, 96.43),
-    "stanford_cars": (70.49, 73.59, 72.01), "oxford_flowers": (94.87, 71.75, 81.71), "food101": (90.70, 91.29, 90.99),
-    "fgvc_aircraft": (33.41, 23.71, 27.74), "sun397": (79.74, 76.86, 78.27), "dtd": (77.01, 56.00, 64.85),
-    "eurosat": (87.49, 60.04, 71.21), "ucf101": (82.33, 73.45, 77.64),
-}  # fmt: skip
+    "imagenet": (75.98, 70.43, 73.10),
+    "caltech101": (97.96, 93.81, 95.84),
+    "oxford_pets": (95.20, 97.69, 96.43),
+    "stanford_cars": (70.49, 73.59, 72.01),
+    "oxford_flowers": (94.87, 71.75, 81.71),
+    "food101": (90.70, 91.29, 90.99),
+    "fgvc_aircraft": (33.41, 23.71, 27.74),
+    "sun397": (79.74, 76.86, 78.27),
+    "dtd": (77.01, 56.00, 64.85),
+    "eurosat": (87.49, 60.04, 71.21),
+    "ucf101": (82.33, 73.45, 77.64),
+}
 
 MECHANISM = [
     Column("AdTriplet, first epoch", "training.ad_triplet.first", 3, ""),
@@ -138,21 +170,28 @@ NOISE = [
         Row("coop", COOP, _published((82.69, 63.22, 71.66), SECOND, _COOP, SECOND)),
         Row("cocoop", COCOOP, _published((80.47, 71.69, 75.83), SECOND, _COCOOP, SECOND)),
         Row(
-            "cocoop_augmented", {**COCOOP, "prompts.augment": 1.0},
-            {f"*: {BASE}": Published(79.25, README), f"*: {NEW}": Published(70.89, README),
-             f"*: {BOTH}": Published(74.38, f"{README}; the two means give 74.84")},
+            "cocoop_augmented",
+            {**COCOOP, "prompts.augment": 1.0},
+            {
+                f"*: {BASE}": Published(79.25, README),
+                f"*: {NEW}": Published(70.89, README),
+                f"*: {BOTH}": Published(74.38, f"{README}; the two means give 74.84"),
+            },
             note="one of the 14 augmentations on every image; how the published row was made is not stated",
         ),
         Row("aapl", AAPL_PUBLISHED, _published((80.27, 72.17, 76.01), README, {}, "")),
     ],
     columns=[
-        *_accuracies("*", "average"), *_of("emoji"), *_of("digits"),
+        *_accuracies("*", "average"),
+        *_of("emoji"),
+        *_of("digits"),
         *(column for part in ("emoji", "digits", *DATASETS) for column in _accuracies(part, part)),
     ],
     baseline="cocoop",
     minutes={"cpu": 1, "paper": 60},
     parts={
-        "emoji": ByScale(cpu={"images.sources": ("emoji",)}), "digits": ByScale(cpu={"images.sources": ("digits",)}),
+        "emoji": ByScale(cpu={"images.sources": ("emoji",)}),
+        "digits": ByScale(cpu={"images.sources": ("digits",)}),
         **{name: ByScale(paper={"images.sources": (name,)}) for name in DATASETS},
     },
     notes=[
@@ -162,7 +201,7 @@ NOISE = [
         "Seen at cpu scale with seeds 0 to 2 (docs/prompt_learning.md): learning gains base classes and loses new ones, as in the papers; AAPL leans above CoCoOp on new "
         "classes, within the noise. For every seed its triplet loss falls, and its deltas lie nearer to others of their augmentation than CoCoOp's.",
     ],
-)  # fmt: skip
+)
 def base_to_new(scale: str) -> ImageConfig:
     return base(scale)
 
@@ -173,8 +212,18 @@ _TARGET_VALUES = {  # in the order of the published table
     "cocoop": (71.02, 94.43, 90.14, 65.32, 71.88, 86.06, 22.94, 67.36, 45.73, 45.37, 68.21, 65.74),
 }
 _TARGET_ORDER = (
-    "all", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101",
-)  # fmt: skip
+    "all",
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "ucf101",
+)
 
 
 def _transfer_values(method: str, order: tuple[str, ...], values: dict) -> dict:
@@ -214,7 +263,8 @@ def _transfer_rows(order: tuple[str, ...], values: dict) -> list[Row]:
     paper_rows=3,
     rows=_transfer_rows(_TARGET_ORDER, _TARGET_VALUES),
     columns=[
-        _target_column("all", "emoji"), _target_column("digits", "emoji"),
+        _target_column("all", "emoji"),
+        _target_column("digits", "emoji"),
         *(_target_column(name, "imagenet") for name in _TARGET_ORDER),
         Column("average of targets, %", "eval.targets", 1, "higher", 100, part="imagenet"),
     ],
@@ -222,7 +272,7 @@ def _transfer_rows(order: tuple[str, ...], values: dict) -> list[Row]:
     minutes={"cpu": 0.5, "paper": 900},
     parts=_transfer_parts(("digits",), _TARGETS),
     notes=["At cpu scale the CLIP has seen images of both sets, the learner of emoji alone.", *NOISE],
-)  # fmt: skip
+)
 def cross_dataset(scale: str) -> ImageConfig:
     return all_classes(scale)
 
@@ -250,8 +300,11 @@ _VARIANT_ORDER = ("all", *VARIANTS)
     baseline="cocoop",
     minutes={"cpu": 0.5, "paper": 900},
     parts=_transfer_parts(("emoji:noto", "emoji:grey"), tuple(VARIANTS)),
-    notes=["At cpu scale: OpenMoji's drawings are learned; Noto's are another hand's, grey ones are OpenMoji's without colour.", *NOISE],
-)  # fmt: skip
+    notes=[
+        "At cpu scale: OpenMoji's drawings are learned; Noto's are another hand's, grey ones are OpenMoji's without colour.",
+        *NOISE,
+    ],
+)
 def domain_generalisation(scale: str) -> ImageConfig:
     return all_classes(scale)
 
@@ -266,9 +319,17 @@ SHOTS = (1, 2, 4, 8, 16)
     paper_rows=1,
     rows=[
         Row("clip", ZERO_SHOT, parts=("1",), note="the number of shots means nothing to it"),
-        Row("coop", {**COOP, "prompts.context": ByScale(cpu=12, paper=16), "prompts.context_init": "", "weights": ByScale(paper="RN50.pt")},
+        Row(
+            "coop",
+            {
+                **COOP,
+                "prompts.context": ByScale(cpu=12, paper=16),
+                "prompts.context_init": "",
+                "weights": ByScale(paper="RN50.pt"),
+            },
             {"16: eval.all.accuracy": Published(92.00, "CoOp's repository: RN50, Caltech101, three seeds, 91.81 to 92.17")},
-            note="16 vectors that begin at random, 12 where the CLIP reads texts of 20 tokens; RN50 and 200 epochs at paper scale, where fewer shots had fewer epochs"),
+            note="16 vectors that begin at random, 12 where the CLIP reads texts of 20 tokens; RN50 and 200 epochs at paper scale, where fewer shots had fewer epochs",
+        ),
         Row("cocoop", COCOOP),
         Row("aapl", AAPL_PUBLISHED),
     ],
@@ -281,7 +342,7 @@ SHOTS = (1, 2, 4, 8, 16)
         "Emoji have 3 to 81 training images in a class: where there are fewer than the shots, all are taken.",
         *NOISE,
     ],
-)  # fmt: skip
+)
 def few_shot(scale: str) -> ImageConfig:
     return all_classes(scale)
 
@@ -299,7 +360,12 @@ def _weights_of(alpha: float, beta: float) -> dict:
     paper=f"{PAPER}; none of these numbers is stated where it could be read",
     rows=[
         Row("aapl", of="prompt_learning/base_to_new/aapl", group=LOSSES),
-        Row("alpha_0", of="prompt_learning/base_to_new/cocoop", group=LOSSES, note="this is CoCoOp; at paper scale its context begins at words"),
+        Row(
+            "alpha_0",
+            of="prompt_learning/base_to_new/cocoop",
+            group=LOSSES,
+            note="this is CoCoOp; at paper scale its context begins at words",
+        ),
         *(Row(f"alpha_{alpha}", {"prompts.alpha": alpha}, core=alpha == 1.0, group=LOSSES) for alpha in (0.1, 0.5, 1.0, 5.0)),
         Row("good", {**_weights_of(1, 1), "prompts.augmentations": GOOD}, group="augmentations"),
         Row("bad", {**_weights_of(1, 1), "prompts.augmentations": BAD}, group="augmentations"),
@@ -310,20 +376,33 @@ def _weights_of(alpha: float, beta: float) -> dict:
         Row("margin_0.1", {"prompts.margin": 0.1}, core=False, group="constraints"),
         Row("margin_0.5", {"prompts.margin": 0.5}, core=False, group="constraints"),
         Row("triplet_of_meta", {"prompts.triplet_of": "meta"}, core=False, group="tokens"),
-        Row("condition_delta", {"prompts.condition": "delta"}, core=False, group="tokens", note="prompts moved by deltas; ours, not in the released code"),
+        Row(
+            "condition_delta",
+            {"prompts.condition": "delta"},
+            core=False,
+            group="tokens",
+            note="prompts moved by deltas; ours, not in the released code",
+        ),
     ],
     columns=[
         replace(column, part="*")
         for column in (
-            Column("base, %", BASE, 1, "higher", 100), Column("new, %", NEW, 1, "higher", 100),
-            Column("H, %", BASE, 1, "higher", 100, harmonic=NEW), *MECHANISM, Column("dead units, %", "eval.delta.dead_units", 1, "lower", 100),
+            Column("base, %", BASE, 1, "higher", 100),
+            Column("new, %", NEW, 1, "higher", 100),
+            Column("H, %", BASE, 1, "higher", 100, harmonic=NEW),
+            *MECHANISM,
+            Column("dead units, %", "eval.delta.dead_units", 1, "lower", 100),
         )
     ],
     parts={"emoji": ByScale(cpu={}), "dtd": ByScale(paper={"images.sources": ("dtd",)})},
     baseline="aapl",
     minutes={"cpu": 0.5, "paper": 60},
-    notes=["At paper scale DTD, where AAPL loses most by its own account.", "`good` and `bad` are the two halves of the 14 in the authors' deleted trainers.", *NOISE],
-)  # fmt: skip
+    notes=[
+        "At paper scale DTD, where AAPL loses most by its own account.",
+        "`good` and `bad` are the two halves of the 14 in the authors' deleted trainers.",
+        *NOISE,
+    ],
+)
 def ablations(scale: str) -> ImageConfig:
     made = base(scale)
     words = "" if scale == "paper" else WORDS
@@ -340,7 +419,14 @@ TIMES = Published(None, NOT_READ)
     paper=f"{PAPER}; cost in 2511.03367",
     paper_rows=1,
     rows=[
-        Row(name, {}, {RATIO: TIMES} if name == "aapl" else {}, of=f"prompt_learning/base_to_new/{name}", fill={"twin": name}, note=note)
+        Row(
+            name,
+            {},
+            {RATIO: TIMES} if name == "aapl" else {},
+            of=f"prompt_learning/base_to_new/{name}",
+            fill={"twin": name},
+            note=note,
+        )
         for name, note in (("coop", ""), ("cocoop", ""), ("aapl", "six passes of the image tower a step where CoCoOp has one"))
     ],
     columns=[
@@ -352,7 +438,9 @@ TIMES = Published(None, NOT_READ)
     baseline="cocoop",
     minutes={"cpu": 1, "paper": 60},
     parts={
-        "emoji": ByScale(cpu={}), "digits": ByScale(cpu={}), **{name: ByScale(paper={}) for name in DATASETS},
+        "emoji": ByScale(cpu={}),
+        "digits": ByScale(cpu={}),
+        **{name: ByScale(paper={}) for name in DATASETS},
     },
     notes=[
         "The ratio is of steps that take turns in one process, on images that are there already; it depends on how many classes there are, for "
@@ -360,6 +448,6 @@ TIMES = Published(None, NOT_READ)
         "The other columns are wall time of the runs, with reading and decoding; a machine with other work on it shows in them.",
     ],
     analyses=["overhead"],
-)  # fmt: skip
+)
 def cost(scale: str) -> ImageConfig:
     return base(scale)

@@ -177,11 +177,18 @@ def clip_config():
         c = json.loads(str(z["config_json"]))
         layers = c["vision_layers"]
         return Clip(
-            vision_layers=tuple(layers) if isinstance(layers, list) else (layers,), vision_width=c["vision_width"],
-            vision_heads=c["vision_heads"], text_width=c["transformer_width"], text_heads=c["transformer_heads"], embed=c["embed_dim"],
-            patch=c["vision_patch_size"] or 0, image_size=c["image_resolution"], text_layers=c["transformer_layers"],
-            context=c["context_length"], vocab=c["vocab_size"],
-        )  # fmt: skip
+            vision_layers=tuple(layers) if isinstance(layers, list) else (layers,),
+            vision_width=c["vision_width"],
+            vision_heads=c["vision_heads"],
+            text_width=c["transformer_width"],
+            text_heads=c["transformer_heads"],
+            embed=c["embed_dim"],
+            patch=c["vision_patch_size"] or 0,
+            image_size=c["image_resolution"],
+            text_layers=c["transformer_layers"],
+            context=c["context_length"],
+            vocab=c["vocab_size"],
+        )
 
     return made
 

@@ -33,16 +33,68 @@ from tests.faults.suite import write_corpus
 
 SECONDS = 20.0
 VALUES = (
-    "", " ", "-1", "0", "1.5", "nan", "inf", "-inf", "1e300", "1e-38", "99999999999999999999", "9" * 5000, "[/x]", "[bold]", "ünï", "a\x1b]0;b\x07",
-    "a\nb", "\u202eabc", "\x00", "a\udcff", "x" * 5000, "file.txt", "folder", "file.txt/inside", "nowhere/inside", "1,,2", "-1,0", "=", "{", "{}",
-    '{"a": 1}', "[" * 2000, "none", "NULL", "true", "ftp://x", "gs://", ":", "{x|y}", "%s", "~", "data=0,fsdp=-1", "v5e:0x0", "1m",
-)  # fmt: skip
+    "",
+    " ",
+    "-1",
+    "0",
+    "1.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e300",
+    "1e-38",
+    "99999999999999999999",
+    "9" * 5000,
+    "[/x]",
+    "[bold]",
+    "ünï",
+    "a\x1b]0;b\x07",
+    "a\nb",
+    "\u202eabc",
+    "\x00",
+    "a\udcff",
+    "x" * 5000,
+    "file.txt",
+    "folder",
+    "file.txt/inside",
+    "nowhere/inside",
+    "1,,2",
+    "-1,0",
+    "=",
+    "{",
+    "{}",
+    '{"a": 1}',
+    "[" * 2000,
+    "none",
+    "NULL",
+    "true",
+    "ftp://x",
+    "gs://",
+    ":",
+    "{x|y}",
+    "%s",
+    "~",
+    "data=0,fsdp=-1",
+    "v5e:0x0",
+    "1m",
+)
 RUN = {
-    "run": ["quickstart/plain"], "table": ["quickstart"], "list": [], "show": ["quickstart/plain"], "cache": ["quickstart/plain"],
-    "plan": ["quickstart/plain", "--topology=v5e:2x2"], "eval": ["tiny"], "analyze": ["tiny"], "generate": ["tiny", "--prompt=a"],
-    "import": ["llama", "nowhere"], "export": ["gpt2", "tiny", "out"], "runs": [], "checkpoints": ["tiny"], "preflight": [],
+    "run": ["quickstart/plain"],
+    "table": ["quickstart"],
+    "list": [],
+    "show": ["quickstart/plain"],
+    "cache": ["quickstart/plain"],
+    "plan": ["quickstart/plain", "--topology=v5e:2x2"],
+    "eval": ["tiny"],
+    "analyze": ["tiny"],
+    "generate": ["tiny", "--prompt=a"],
+    "import": ["llama", "nowhere"],
+    "export": ["gpt2", "tiny", "out"],
+    "runs": [],
+    "checkpoints": ["tiny"],
+    "preflight": [],
     "compare": ["tiny", "tiny"],
-}  # fmt: skip  # the words of each verb that are good
+}
 OF_FIELDS = ("quickstart/metadata", "prompt_learning/base_to_new/coop/emoji")
 
 
@@ -106,9 +158,15 @@ def no_work(home: Path) -> Iterator[None]:
         raise UserError("the work would begin here")
 
     work = (
-        "experiment.run_experiment", "training.opened.open_run", "data.pipeline.open_corpora", "cli.plans.plan", "distributed.hosts.connect",
-        "tables.sampler.sample", "cli.verbs.run._run_jobs", "cli.preflight.preflight",
-    )  # fmt: skip
+        "experiment.run_experiment",
+        "training.opened.open_run",
+        "data.pipeline.open_corpora",
+        "cli.plans.plan",
+        "distributed.hosts.connect",
+        "tables.sampler.sample",
+        "cli.verbs.run._run_jobs",
+        "cli.preflight.preflight",
+    )
     before = Path.cwd()
     with contextlib.ExitStack() as stack:
         for name in work:

@@ -92,7 +92,10 @@ def test_a_misspelt_command_would_show():
 def test_the_site_builds_without_a_dead_link(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert {page.stem for page in PAGES[1:]} <= {path.parent.name for path in (tmp_path / "site").rglob("index.html")} | {"index"}

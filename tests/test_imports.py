@@ -6,9 +6,27 @@ from pathlib import Path
 METAJAX = Path(__file__).parents[1] / "metajax"
 # From top to bottom; `inference` is below `evaluation` because answers to questions are generated.
 UNITS = [
-    "__main__", "cli", "experiment", "tables", "vision", "planning", "analysis", "reporting", "interop", "evaluation", "inference", "training",
-    "runs", "models", "data", "distributed", "registry", "config", "core", "__init__",
-]  # fmt: skip
+    "__main__",
+    "cli",
+    "experiment",
+    "tables",
+    "vision",
+    "planning",
+    "analysis",
+    "reporting",
+    "interop",
+    "evaluation",
+    "inference",
+    "training",
+    "runs",
+    "models",
+    "data",
+    "distributed",
+    "registry",
+    "config",
+    "core",
+    "__init__",
+]
 
 
 def imported(path):

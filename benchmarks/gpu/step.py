@@ -32,10 +32,17 @@ RUNTIMES = {
 }
 ROWS, VOCABULARY = 16, 50_304
 TINY = {  # weights and steps are large enough for a wrong mask, gradient or update to show in the losses
-    "model.init_std": 0.3, "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 1,
-    "model.layers": 2, "model.width": 32, "model.heads": 2, "model.mlp_width": 64, "model.compute_dtype": "float32",
-    "data.sequence_length": 64, "model.max_positions": 0,
-}  # fmt: skip
+    "model.init_std": 0.3,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup_steps": 1,
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.mlp_width": 64,
+    "model.compute_dtype": "float32",
+    "data.sequence_length": 64,
+    "model.max_positions": 0,
+}
 TURN_SECONDS = 0.25  # several steps: as in training, the next is launched while one runs
 CHECKED = 3  # steps whose losses must agree
 CLOSE = {"bfloat16": 0.02, "float32": 1e-4}  # greatest difference of two losses in nats

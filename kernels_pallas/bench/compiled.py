@@ -46,9 +46,8 @@ def spawn(program: Program, chip: str) -> dict[str, Any]:
     """The result of `measure`, run in a process that dumps the kernels' schedules. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true" if program.kernels else ""
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "LIBTPU_INIT_ARGS": flags
-        }  # fmt: skip
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        environment["LIBTPU_INIT_ARGS"] = flags
         command = [sys.executable, "-m", "kernels_pallas.bench", "--compile", program.name, "--chip", chip, "--dump", folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         if done.returncode != 0:

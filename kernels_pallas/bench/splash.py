@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask, splash_attention_mask_info
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from kernels_pallas.bench.programs import Kernel, Program, array, when, with_passes
 
@@ -25,10 +26,7 @@ class Blocks:
 
     def splash(self) -> splash.BlockSizes:
         (q, kv), (q_dq, kv_dq), (q_dkv, kv_dkv) = self.forward, self.dq, self.dkv
-        return splash.BlockSizes(
-            block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dq=q_dq, block_kv_dq=kv_dq,
-            block_q_dkv=q_dkv, block_kv_dkv=kv_dkv, block_kv_dkv_compute=kv_dkv,
-        )  # fmt: skip
+        return splash.BlockSizes(q, kv, kv, q_dkv, kv_dkv, kv_dkv, q_dq, kv_dq)
 
 
 class PrefixWindowMask(splash_attention_mask._ComputableMask):
@@ -107,9 +105,8 @@ def allowed_pairs(length: int, window: int | None, prefix: int) -> int:
 
 
 def _visits(
-    name: str, info: splash_attention_mask_info.MaskInfo, blocks: tuple[int, int], length: int, widths: tuple[int, int], heads: int,
-    by_key: bool,
-) -> Kernel:  # fmt: skip
+    name: str, info: MaskInfo, blocks: tuple[int, int], length: int, widths: tuple[int, int], heads: int, by_key: bool
+) -> Kernel:
     """A kernel with three regions: start of an outer block, tile, end of the block. The grid is as wide as its fullest line."""
     steps, active = info.block_mask[0].size, int(np.count_nonzero(info.block_mask[0]))
     outer, inner = length // blocks[by_key], blocks[not by_key]

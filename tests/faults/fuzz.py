@@ -113,14 +113,23 @@ def corpus_cases(suite: Suite) -> Iterator[Case]:
         writer.write(json.dumps(row).encode())
     writer.close()
     whole = {
-        "jsonl": lines, "jsonl.gz": gzip.compress(lines), "parquet": (folder / "whole.parquet").read_bytes(),
+        "jsonl": lines,
+        "jsonl.gz": gzip.compress(lines),
+        "parquet": (folder / "whole.parquet").read_bytes(),
         "arrayrecord": (folder / "whole.arrayrecord").read_bytes(),
-    }  # fmt: skip
+    }
     surely = {
-        "empty": b"", "a page": b"<!DOCTYPE html><html>404</html>", "zeros": bytes(4096), "not UTF-8": b'{"text": "\xff\xfe"}\n' * 9,
-        "a list": b"[1, 2]\n" * 9, "no text": b'{"words": "a"}\n' * 9, "numbers": b'{"text": 3}\n' * 9, "deep": b"[" * 100_000 + b"\n",
-        "half a surrogate": b'{"text": "\\ud800"}\n' * 9, "one long number": b'{"text": ' + b"9" * 5000 + b"}\n",
-    }  # fmt: skip
+        "empty": b"",
+        "a page": b"<!DOCTYPE html><html>404</html>",
+        "zeros": bytes(4096),
+        "not UTF-8": b'{"text": "\xff\xfe"}\n' * 9,
+        "a list": b"[1, 2]\n" * 9,
+        "no text": b'{"words": "a"}\n' * 9,
+        "numbers": b'{"text": 3}\n' * 9,
+        "deep": b"[" * 100_000 + b"\n",
+        "half a surrogate": b'{"text": "\\ud800"}\n' * 9,
+        "one long number": b'{"text": ' + b"9" * 5000 + b"}\n",
+    }
     for ending, content in whole.items():
         kind = ending.partition(".")[0]
         made = {name: (data, False) for name, data in surely.items()}
@@ -153,10 +162,19 @@ def run_file_cases(suite: Suite) -> Iterator[Case]:
     folder = suite.home / "given"
     folder.mkdir(exist_ok=True)
     contents = {
-        "empty": b"", "a page": b"<html>", "zeros": bytes(100), "not UTF-8": b"\xff" * 50, "null": b"null", "a list": b"[]", "an object": b"{}",
-        "a number": b"1e999", "cut": b'{"model": {"type": "BPE", "vocab": {"a": 0', "deep": b"[" * 50_000,
-        "wrong types": b'{"model": 3, "added_tokens": "x"}', "question": b'{"question": 1, "choices": []}\n',
-    }  # fmt: skip
+        "empty": b"",
+        "a page": b"<html>",
+        "zeros": bytes(100),
+        "not UTF-8": b"\xff" * 50,
+        "null": b"null",
+        "a list": b"[]",
+        "an object": b"{}",
+        "a number": b"1e999",
+        "cut": b'{"model": {"type": "BPE", "vocab": {"a": 0',
+        "deep": b"[" * 50_000,
+        "wrong types": b'{"model": 3, "added_tokens": "x"}',
+        "question": b'{"question": 1, "choices": []}\n',
+    }
     for number, (name, data) in enumerate(contents.items()):
         path = folder / f"given-{number}.json"
         path.write_bytes(data)

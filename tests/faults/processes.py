@@ -99,7 +99,10 @@ def lost_host(suite: Suite, signal_number: int, name: str) -> None:
     ours, theirs = suite.outcome(workdir)[1], suite.whole[1]
     far = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True))
     code = pair[0].exitcode
-    suite.check(f"one of two hosts {name}: the other ended with {code}; loss within {far:.0e} of one process", (code == 75 or code < 0) and far < 1e-5)  # fmt: skip
+    suite.check(
+        f"one of two hosts {name}: the other ended with {code}; loss within {far:.0e} of one process",
+        (code == 75 or code < 0) and far < 1e-5,
+    )
 
 
 def lost_hosts(suite: Suite) -> None:
@@ -149,7 +152,10 @@ def table_twice(suite: Suite) -> None:
     again = suite.run_words(table_words(suite, folder), suite.log(folder))
     codes, said = [process.exitcode for process in pair], "".join(log.read_text() for log in logs)
     same = again.code == 0 and table_outcomes(suite, folder) == table_outcomes(suite, whole)
-    suite.check(f"a table started twice: ended with {codes}, then with {again.code}", "Traceback" not in said and min(codes) >= 0 and max(codes) <= 2 and same)  # fmt: skip
+    suite.check(
+        f"a table started twice: ended with {codes}, then with {again.code}",
+        "Traceback" not in said and min(codes) >= 0 and max(codes) <= 2 and same,
+    )
 
 
 def run_twice(suite: Suite) -> None:
@@ -159,7 +165,10 @@ def run_twice(suite: Suite) -> None:
     suite.wait_for(workdir, 8, process)
     second: Ended = suite.run_words(command(suite.home, workdir), suite.home / f"{workdir.name}-second.log")
     process.join()
-    suite.check(f"a run started twice: the second ended with {second.code}", second.refused and process.exitcode == 0 and suite.same(workdir))  # fmt: skip
+    suite.check(
+        f"a run started twice: the second ended with {second.code}",
+        second.refused and process.exitcode == 0 and suite.same(workdir),
+    )
 
 
 def _running(folder: Path) -> list[int]:

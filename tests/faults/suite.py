@@ -45,11 +45,24 @@ def command(
 ) -> list[str]:
     """The words of a command line that trains a tiny model; `more` are fields, FIELD=VALUE."""
     changes = (
-        f"data.sources=jsonl:{home}/corpus.jsonl?origin=module", "data.tokenizer=byte", "data.sequence_length=32", "data.batch_size=4",
-        "data.validation_share=0.2", "model.layers=2", "model.width=16", "model.heads=2", "model.mlp_width=32", f"training.steps={STEPS}",
-        "optimizer.warmup_steps=2", "evaluation.documents=4", "evaluation.sample_tokens=4", "evaluation.conditions=none",
-        "runtime.save_every=5", "runtime.log_every=5", *more,
-    )  # fmt: skip
+        f"data.sources=jsonl:{home}/corpus.jsonl?origin=module",
+        "data.tokenizer=byte",
+        "data.sequence_length=32",
+        "data.batch_size=4",
+        "data.validation_share=0.2",
+        "model.layers=2",
+        "model.width=16",
+        "model.heads=2",
+        "model.mlp_width=32",
+        f"training.steps={STEPS}",
+        "optimizer.warmup_steps=2",
+        "evaluation.documents=4",
+        "evaluation.sample_tokens=4",
+        "evaluation.conditions=none",
+        "runtime.save_every=5",
+        "runtime.log_every=5",
+        *more,
+    )
     words = [word for change in changes if "=" in change for word in ("--set", change)]
     return [name, *words, place, str(workdir), "--cache-dir", cache or str(home / "cache")]
 
