@@ -11,7 +11,7 @@ from metajax.core.errors import UserError
 from metajax.registry import Column, Row, Table
 
 TABLE = Table(
-    name="demo", summary="s", paper="p", base=lambda scale: Config(name="demo"), baseline="a", minutes={"cpu": 1}, scales=("cpu",),
+    name="demo", summary="s", paper="p", base=lambda scale: Config(name="demo"), baseline="a", minutes={"cpu": 1},
     rows=(Row("a", {}), Row("b", {"model.layers": 8, "meta_tokens.rate": 0.2}, published={"eval.none.bpb": 1.0})),
     columns=(Column("x", "eval.none.bpb"),),
 )  # fmt: skip
@@ -26,7 +26,7 @@ def test_a_row_is_the_base_with_its_changes():
 def test_coverage_tells_rows_that_run_from_rows_in_print():
     printed = {"eval.none.bpb": 1.0}
     rows = (Row("a", published=printed), Row("b", published=printed, lacks="weights"), Row("ours"))
-    table = replace(TABLE, rows=rows, scales=("cpu", "paper"), paper_rows=2)
+    table = replace(TABLE, rows=rows, minutes={"cpu": 1, "paper": 1}, paper_rows=2)
     assert table.coverage == "1 of 2 rows (1 more in print alone)"
     assert replace(table, rows=rows[:1], paper_rows=1).coverage == "1 of 1 rows" and TABLE.coverage == ""
 
