@@ -34,10 +34,8 @@ def hidden_matrices(model: Any) -> Any:
 def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
     """Muon (Jordan, 2024) on the matrices between hidden units, separately for each stacked layer; AdamW on other parameters."""
     each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
-    matrices = muon(
-        rate, ns_steps=cfg.ns_steps, beta=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay,
-        muon_weight_dimension_numbers=each_matrix,
-    )  # fmt: skip
+    options = {"ns_steps": cfg.ns_steps, "beta": cfg.momentum, "nesterov": cfg.nesterov, "weight_decay": cfg.weight_decay}
+    matrices = muon(rate, **options, muon_weight_dimension_numbers=each_matrix)
     labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
     # Pass a function, because optax calls callable labels and a model is callable.
     return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)
