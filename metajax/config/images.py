@@ -154,4 +154,4 @@ class ImageConfig(Named):
     @property
     def still(self) -> bool:
         """Whether a learner's training images are the same in every step, so that their features are too."""
-        return self.images.view == "centre" and not self.prompts.augment and not self.prompts.paired
+        return self.images.view == "centre" and not (self.prompts and self.prompts.augmented)

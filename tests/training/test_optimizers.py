@@ -195,7 +195,7 @@ def test_muon_learns_resumes_and_lies_as_its_parameters_do(tiny_config, paths, t
 
 def test_muons_state_is_spread_as_its_parameters_are(tiny_config):
     program = Program.build(tiny_config(**MUON), 64, jax.devices()[:1])
-    tree = jax.eval_shape(program._create, jax.random.key(0))
+    tree = jax.eval_shape(program.fresh_state, jax.random.key(0))
     shardings = to_arrays(param_shardings(tree, AbstractMesh((1, 4), ("data", "fsdp"))))
     matrix = next(path for path in shardings if path.endswith("up/w") and path.startswith("model/"))
     [moment] = [path for path in shardings if path.endswith("/mu/" + matrix.removeprefix("model/"))]
