@@ -102,7 +102,7 @@ def test_no_default_changes_without_a_new_config_version():
         ({"metadata.position": "none", "metadata.keep": 0.5}, "metadata.keep"),
         ({"meta_tokens.inject": "none", "meta_tokens.rate": 0, "meta_tokens.loss": "real_only"}, "meta_tokens.loss"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_nothing_reads_is_refused_by_name(changes, field, tmp_path):
     config = override(BASE, changes)
     assert list(ignored(config)) == [field] and ignored(config)[field]

@@ -134,17 +134,13 @@ def test_no_clipping_when_the_norm_is_zero():
     np.testing.assert_allclose(moved, np.zeros((3, 1)), atol=1e-6)  # Adam's first step is lr * sign
 
 
+HYBRID = Hybrid(prefix_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4)
+SCANNED = {"runtime.unroll": 1, "runtime.implementation": "reference"}
 MUON = {"optimizer.name": "muon", "optimizer.weight_decay": 0.1}
 MODELS = {
     "stacked": ({"model.position": "learned", "model.bias": True, "model.layers": 3, "model.tied": False}, MetaTokens()),
-    "hybrid": (
-        {
-            "model.hybrid": Hybrid(prefix_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4), "model.layers": 3, "model.window": 8,
-            "model.norm": "rmsnorm", "runtime.unroll": 1, "runtime.implementation": "reference",
-        },
-        None,
-    ),
-}  # fmt: skip
+    "hybrid": ({"model.hybrid": HYBRID, "model.layers": 3, "model.window": 8, "model.norm": "rmsnorm", **SCANNED}, None),
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
