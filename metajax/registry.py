@@ -213,7 +213,7 @@ class Table:
         """The config of one row (or one part of it) at a scale."""
         parts, lacks = self.parts_at(scale), self.lacks(row, scale)
         require(not part or part in parts, f"{self.name} has no {part} at scale {scale}; it has {', '.join(parts)}")
-        require(not lacks, f"{self.name}/{row.name} cannot be run at scale {scale}, for want of {lacks}")
+        require(not lacks, f"{self.name}/{row.name} cannot be run at scale {scale}: it lacks {lacks}")
         changes = at_scale(row.changes, scale)
         if row.of:
             of = _joined(row.of, part)

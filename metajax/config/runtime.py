@@ -25,7 +25,7 @@ def mesh_axes(text: str) -> dict[str, int]:
     for part in filter(None, text.split(",")):
         name, _, size = (word.strip() for word in part.partition("="))
         require(name in AXES, f"runtime.mesh = {text!r}: unknown axis {name!r}{nearest(name, AXES)}; axes: {', '.join(AXES)}")
-        require(name not in sizes, f"runtime.mesh = {text!r}: {name} is there twice")
+        require(name not in sizes, f"runtime.mesh = {text!r}: it names {name} twice")
         sizes[name] = -1 if size == "-1" else convert(size, Size, f"runtime.mesh = {text!r}: {name}")
     require(list(sizes.values()).count(-1) < 2, f"runtime.mesh = {text!r}: only one axis can be -1")
     return sizes

@@ -59,7 +59,8 @@ def train_step(
       frozen: further inputs of the objective, such as a reference model.
       rate: the learning rate by step, which is logged; `tx` applies its own schedule.
     """
-    batch = objective.prepare(config, batch, state.step, *frozen)
+    if objective.prepare is not None:
+        batch = objective.prepare(config, batch, state.step, *frozen)
     loss = lambda model, micro: objective.loss(config, model, micro, *frozen)  # noqa: E731
     means, grads = _means_and_grads(loss, state.model, batch, config.training.accumulation_steps)
     weights = {name: jnp.maximum(weight, 1) for name, (_, weight) in means.items()}

@@ -60,7 +60,7 @@ class TextTask(Task):
             return jax.tree.map(jnp.copy, parent), (parent,)
         now, then, remedy = self._parent_step, meta["parent_step"], "start a new run with another --workdir"
         steps = f"step {now} now, {then} when this run began"
-        require(now == then, f"init.from = {init.run} has gone on, and the reference with it: {steps}; {remedy}")
+        require(now == then, f"init.from = {init.run} has trained further, and the reference with it: {steps}; {remedy}")
         first = meta.get("parent", self._parent)
         other = f"is another run ({self._parent}) than when this run began ({first}); put that one back"
         require(first == self._parent, f"init.from = {init.run} {other}, or {remedy}")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from metajax.config import config_hash
-from metajax.core.errors import Stopped, require
+from metajax.core.errors import Stopped
 from metajax.core.progress import progress, say, warn
 from metajax.core.quiet import told_once
 from metajax.data.pipeline import read_batches
@@ -105,11 +105,8 @@ class Trainer:
         if self.left_out.count:
             self.run.warn(str(self.left_out))
         seconds = time.monotonic() - began
-        waits = {
-            "data_wait_share": self.goodput.apart["data_wait"],
-            "checkpoint_blocking_share": self.checkpoints.blocked_seconds,
-        }
-        shares = {name: spent / seconds if seconds else 0.0 for name, spent in waits.items()}
+        waits = {"data_wait": self.goodput.apart["data_wait"], "checkpoint_blocking": self.checkpoints.blocked_seconds}
+        shares = {f"{name}_share": spent / seconds if seconds else 0.0 for name, spent in waits.items()}
         clock = {"train_seconds": seconds, "steps_here": steps - start, **shares}
         return Trained(state, self.counts.of_all(), dict(self.phases.seconds), clock, self.goodput, start, self.left_out)
 
@@ -124,10 +121,6 @@ class Trainer:
         closing.callback(self.checkpoints.close)
         found = self.checkpoints.restore(self.program.abstract_state())
         state, meta = found if found is not None else (self.program.create_state(), None)
-        if meta is not None:
-            saved = meta["config_hash"]
-            another = f"{self.run.path} belongs to another configuration ({saved}); choose another --workdir"
-            require(saved == self.run.hash, another)
         model, self.frozen = self.task.start(state.model, meta)
         if meta is None:
             return state.replace(model=model), 0
@@ -138,11 +131,12 @@ class Trainer:
         return state, meta["step"]
 
     def _open_metrics(self, closing: contextlib.ExitStack, start: int) -> None:
-        logged = self.run.path / "metrics.jsonl"
-        self.metrics = MetricsFile(logged, start, self.run.logged, self.run.warn) if is_first() else Nowhere()
-        closing.callback(self.metrics.close)
-        self.loggers = Loggers(self.config, self.run.path, start) if is_first() else Nowhere()
-        closing.callback(self.loggers.close)
+        self.metrics = self.loggers = Nowhere()
+        if is_first():
+            self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start, self.run.logged, self.run.warn)
+            closing.callback(self.metrics.close)
+            self.loggers = Loggers(self.config, self.run.path, start)
+            closing.callback(self.loggers.close)
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.task.steps
@@ -285,7 +279,8 @@ def _lost_peers_stop() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise Stopped(f"another process of this run is gone ({str(error).splitlines()[0]}); the same command goes on") from error
+        reason = str(error).splitlines()[0]
+        raise Stopped(f"another process of this run is gone ({reason}); the same command continues the run") from error
 
 
 def speed_parts(speed: dict[str, float]) -> list[str]:

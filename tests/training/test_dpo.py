@@ -223,7 +223,9 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
     (here.runs / "cut" / "report.json").unlink()
     shutil.copytree(parent / "checkpoints" / "1", parent / "checkpoints" / "9")
     shutil.copy(parent / "hashes" / "1-p0.json", parent / "hashes" / "9-p0.json")
-    with pytest.raises(UserError, match=r"init\.from = parent has gone on, and the reference with it: step 9 now, 1 when"):
+    with pytest.raises(
+        UserError, match=r"init\.from = parent has trained further, and the reference with it: step 9 now, 1 when"
+    ):
         run_experiment(config, here.runs / "cut", here)
 
 
