@@ -16,11 +16,7 @@ Processes = Annotated[int, Range(1, 10**6)]
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1 takes the remaining devices.
-
-    Raises:
-      UserError: another form, an unknown axis or one that is named twice, or two sizes of -1.
-    """
+    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1, for one axis at most, takes the remaining devices."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = (word.strip() for word in part.partition("="))

@@ -162,9 +162,7 @@ class Checkpoints:
         """The newest checkpoint that verifies as (state, meta), with the shardings of `abstract`; None if there are none.
 
         A save without all its hashes, because the process was killed before it wrote them, is incomplete and is ignored.
-
-        Raises:
-          UserError: there are checkpoints but none of them is good, or the newest belongs to another run.
+        UserError if there are checkpoints but none of them is good, or if the newest belongs to another run.
         """
         steps = self.steps()
         if steps and of_first(_cut_off(hashes_of(self._workdir, steps[-1]))):
@@ -249,7 +247,7 @@ def verify(folder: Path, hash_files: list[Path], host: int = 0, hosts: int = 1) 
 
 
 def save_arrays(folder: Path, tree: Any) -> None:
-    """Write a pytree as {path: array} into a new folder, an absolute path, synchronously (for replay bundles)."""
+    """Write a pytree as {path: array} into a new folder, an absolute path; returns when it is written."""
     with _storage_errors(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, to_arrays(tree), force=True)
 
@@ -261,11 +259,8 @@ def load_arrays(folder: Path, abstract: Any) -> Any:
 
 
 def newest_good(workdir: Path) -> int:
-    """The step of the newest checkpoint of a finished or running experiment that verifies; warns about each newer one.
-
-    Raises:
-      UserError: there is none, or it belongs to another run.
-    """
+    """The step of a run's newest checkpoint that verifies; warns about each newer one. UserError if there is none, or if it belongs
+    to another run."""
     skipped = []
     hashed = {int(path.name.partition("-")[0]) for path in hashes_of(workdir)}
     for step in sorted({*steps_of(workdir), *hashed}, reverse=True):
@@ -301,15 +296,10 @@ def another_runs(workdir: Path, step: int) -> str | None:
 def read_parameters(
     workdir: Path, abstract_model: Any, parts: Mapping[str, str] | None = None, fresh: Any = None, step: int | None = None
 ) -> Any:
-    """Parameters of a checkpoint, read without changing the run's folder, on the mesh of `abstract_model`.
+    """Parameters of the checkpoint at `step` (None: `newest_good`), on the mesh of `abstract_model`. The run's folder is not changed.
 
-    Args:
-      parts: {part of this model: its name in the checkpoint} to read only these (`Init.parts`); the others come from `fresh`.
-      step: of the checkpoint, from `newest_good`; None: call `newest_good`.
-
-    Raises:
-      UserError: there is no checkpoint, or none that verifies. Or this model lacks a part, or a parameter of the checkpoint is
-        missing, left over or has another shape.
+    Of `parts`, {part of this model: its name in the checkpoint}, only these are read, and all others come from `fresh`. UserError
+    if this model lacks a part, or if a parameter of the checkpoint is missing, left over or has another shape.
     """
     folder: Any = folder_of(workdir, newest_good(workdir) if step is None else step)
     parts, mine, others = parts or {"": ""}, to_arrays(abstract_model), {} if fresh is None else to_arrays(fresh)

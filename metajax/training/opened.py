@@ -41,11 +41,7 @@ class OpenedRun(NamedTuple):
 
 
 def open_run(workdir: Path) -> OpenedRun:
-    """Open a run for evaluation or generation, without changing its folder.
-
-    Raises:
-      UserError: no checkpoint or tokenizer, only damaged checkpoints, or a checkpoint of another run.
-    """
+    """Open a run without changing its folder. UserError if its tokenizer or a good checkpoint is missing or of another run."""
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
     lacks_facts = config.imported is None and (workdir / ORIGIN).exists()
     older = "was imported by an older version, which does not say which rows the checkpoint has"

@@ -20,11 +20,8 @@ from metajax.training.state import State
 def write_bundle(
     workdir: Path, program: Program, state: State, frozen: tuple[Any, ...], batch: dict[str, np.ndarray], metrics: dict[str, Any]
 ) -> Any:
-    """Write the state before a bad step (a bad step leaves it unchanged), the frozen inputs, the batch and {"step", metrics}.
-
-    Returns:
-      The folder, WORKDIR/replay-step-N, which may be on a bucket.
-    """
+    """Write the state before a bad step (a bad step leaves it unchanged), the frozen inputs, the batch and the metrics with "step".
+    Returns the folder, WORKDIR/replay-step-N, which may be on a bucket."""
     folder = home(workdir) / f"replay-step-{metrics['step']}"
     save_arrays(folder / "state", state.model)
     if frozen:

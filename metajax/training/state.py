@@ -31,11 +31,8 @@ def to_arrays(tree: Any) -> dict[str, Any]:
 
 
 def from_arrays(like: Any, arrays: dict[str, Any], what: str) -> Any:
-    """The pytree `like` with its leaves taken from {path: array}.
-
-    Raises:
-      UserError: a path is missing, left over or of another shape; `what` names the source of the arrays.
-    """
+    """The pytree `like` with its leaves taken from {path: array}; UserError names `what`, the source of the arrays, and a path that
+    is missing, left over or of another shape."""
     leaves, made = to_arrays(like), "it was made by another model configuration"
     for path in leaves:
         require(path in arrays, f"{what} lacks {path}; {made}")

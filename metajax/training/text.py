@@ -24,11 +24,7 @@ from metajax.training.task import Task
 
 
 class TextTask(Task):
-    """Training of a language model. A subclass evaluates and reports it, because evaluation imports training.
-
-    Raises:
-      UserError: the data cannot be read, or the batch cannot be sharded over the mesh.
-    """
+    """Training of a language model. A subclass evaluates and reports it, because evaluation imports training."""
 
     config: Config
     unit, counted = "tokens", "positions"

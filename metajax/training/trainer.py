@@ -50,14 +50,9 @@ class Trained:
 
 
 class Trainer:
-    """Trains a task in the folder of one run, the same way for every family of runs.
+    """Trains a task in the open folder of one run, the same way for every family. `phases` has the seconds of the start-up so far.
 
-    Args:
-      run: the run's folder, already open.
-      phases: seconds of the start-up so far.
-
-    Raises:
-      UserError: the processes differ in their config or data.
+    UserError if the processes differ in their config or data.
     """
 
     def __init__(self, task: Task, run: RunDirectory, phases: Phases):
@@ -74,12 +69,7 @@ class Trainer:
             task.save_inputs(run.path)
 
     def train(self) -> Trained:
-        """Run the remaining steps.
-
-        Raises:
-          NonFinite: a loss or gradient was not finite; a replay bundle has been written.
-          Stopped: on SIGTERM or Ctrl-C; the state has been saved.
-        """
+        """Run the remaining steps. Raises NonFinite after writing a replay bundle, and Stopped on SIGTERM after saving the state."""
         steps, step_fn = self.task.steps, None
         with contextlib.ExitStack() as closing:
             self.preemption = Preemption()

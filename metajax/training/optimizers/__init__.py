@@ -20,8 +20,7 @@ optimizers: Registry[tuple[Make, tuple[str, ...]]] = Registry("optimizer", __nam
 def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], Make]:
     """Decorator: register (config, schedule, model) -> optax transformation under a name for `optimizer.name`.
 
-    Args:
-      ignores: config fields of `optimizer` that it does not read; setting one is an error.
+    `ignores` names the fields of `optimizer` that it does not read; setting one is an error.
     """
 
     def register(make: Make) -> Make:
@@ -32,11 +31,7 @@ def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], M
 
 
 def unread_by_optimizer(config: AnyConfig) -> list[str]:
-    """Dotted fields that the optimizer of a config ignores.
-
-    Raises:
-      UserError: an unknown `optimizer.name`, or one of these fields is not at its default.
-    """
+    """Dotted fields that the optimizer of a config ignores; UserError if one is not at its default, or for an unknown name."""
     name = config.optimizer.name
     _, ignores = optimizers.find(name, "optimizer.name")
     for field in ignores:
@@ -72,14 +67,8 @@ def at_step(opt_state: Any, step: Any) -> Any:
 
 
 def make_optimizer(config: AnyConfig, model: Any) -> optax.GradientTransformation:
-    """The optimizer of a config, after clipping by the global norm.
-
-    Args:
-      model: the parameters with their logical axes; may be abstract.
-
-    Raises:
-      UserError: an unknown `optimizer.name`, or a field that this optimizer ignores.
-    """
+    """The optimizer of a config, after clipping by the global norm. `model`, maybe abstract, has the parameters' logical axes.
+    UserError for an unknown `optimizer.name`, or a field that this optimizer ignores."""
     unread_by_optimizer(config)
     cfg = config.optimizer
     make, _ = optimizers[cfg.name]
