@@ -30,13 +30,16 @@ from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.models.flops import flops_per_token
 from metajax.models.lm import param_count
+from metajax.models.specs import layer_specs
 from metajax.reporting.rows import for_page
 from metajax.runs.directory import RunDirectory, read_config
 from metajax.runs.files import mark_of, read_lines, recall
 from metajax.runs.loggers import check_loggers
 from metajax.runs.metrics import memory_use
 from metajax.runs.pace import Phases
+from metajax.training.objectives import objectives
 from metajax.training.opened import OpenedRun, open_run
+from metajax.training.optimizers import unread_by_optimizer
 from metajax.training.program import Program
 from metajax.training.task import Task
 from metajax.training.text import TextTask
@@ -61,7 +64,7 @@ def run_experiment(
       UserError: bad input, or a workdir that holds another experiment.
       NonFinite: training broke down.
     """
-    together(lambda: check_loggers(config.runtime.loggers))
+    together(lambda: check_parts(config))
     run = together(lambda: RunDirectory.open(workdir, config))
     try:
         with run.while_there():
@@ -77,6 +80,15 @@ def run_experiment(
         raise
     finally:
         run.close()
+
+
+def check_parts(config: AnyConfig) -> None:
+    """Raise UserError for an unknown part, a field that the optimizer ignores, or a logger that is not installed."""
+    check_loggers(config.runtime.loggers)
+    unread_by_optimizer(config)
+    if isinstance(config, Config):
+        layer_specs(config.model, config.meta_tokens)
+        objectives.find(config.training.objective, "training.objective")
 
 
 def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Names, phases: Phases) -> dict[str, Any]:

@@ -15,10 +15,8 @@ from metajax.core.errors import require
 from metajax.data.pipeline import Paths, open_corpora, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.models.flops import step_flops
-from metajax.models.specs import layer_specs
 from metajax.runs.directory import check_data, find_run
 from metajax.training.checkpoints import newest_good, read_parameters, saved_identity
-from metajax.training.optimizers import unread_by_optimizer
 from metajax.training.program import Program
 from metajax.training.task import Task
 
@@ -30,10 +28,6 @@ class TextTask(Task):
     unit, counted = "tokens", "positions"
 
     def __init__(self, config: Config, paths: Paths, devices: list[Any] | None = None):
-        layer_specs(
-            config.model, config.meta_tokens
-        )  # names of parts and fields of an optimizer are checked before data are read
-        unread_by_optimizer(config)
         self.config, self.steps = config, config.training.steps
         self.corpora, self.evaluates_every = open_corpora(config, paths), config.evaluation.every
         self.data, self.tokenizer = self.corpora.key, self.corpora.tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,12 +184,9 @@ class Trainer:
 
     def _timed(self, batches: Iterator[HostBatch], count: int) -> Iterator[HostBatch]:
         """Yield the next `count` batches and record the time spent waiting for them as the cost of the input pipeline."""
-        batches = itertools.islice(batches, count)
-        while True:
+        for _ in range(count):
             with self.goodput.spend("data_wait"):
-                batch = next(batches, None)
-            if batch is None:
-                return
+                batch = next(batches)
             yield batch
 
     def _evaluates(self, step: int) -> bool:
