@@ -112,7 +112,7 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Hash a save that has been committed in the meantime; cheap, called between steps."""
-        if not self._manager.is_saving_in_progress():
+        if self._unhashed is not None and not self._manager.is_saving_in_progress():
             self._hash()
 
     def finish(self) -> None:
