@@ -68,7 +68,8 @@ class Trainer:
             task.save_inputs(run.path)
 
     def train(self) -> Trained:
-        """Run the remaining steps. Raises NonFinite after writing a replay bundle, and Stopped on SIGTERM after saving the state."""
+        """Run the remaining steps. After a step that is not finite, write a replay bundle and raise NonFinite. On SIGTERM or Ctrl-C,
+        save the state and raise Stopped."""
         steps, step_fn = self.task.steps, None
         with contextlib.ExitStack() as closing:
             self.preemption = Preemption()
