@@ -49,6 +49,7 @@ docs: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(PY)
 	$(PY) .ci/sizes.py
 
 format: $(VENV)/.dev

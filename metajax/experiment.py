@@ -30,48 +30,50 @@ from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
 from metajax.models.flops import flops_per_token
 from metajax.models.lm import param_count
+from metajax.models.specs import layer_specs
 from metajax.reporting.rows import for_page
 from metajax.runs.directory import RunDirectory, read_config
 from metajax.runs.files import mark_of, read_lines, recall
 from metajax.runs.loggers import check_loggers
 from metajax.runs.metrics import memory_use
 from metajax.runs.pace import Phases
+from metajax.training.objectives import objectives
 from metajax.training.opened import OpenedRun, open_run
+from metajax.training.optimizers import unread_by_optimizer
 from metajax.training.program import Program
 from metajax.training.task import Task
 from metajax.training.text import TextTask
 from metajax.training.trainer import Trained, Trainer
 
 CACHE_TOKENS = 8_000  # sequence length for which the report states the size of the caches
+Names = Sequence[str]
 PROMPT_TOKENS = 24  # tokens of a validation document that prompt the report's sample
 ROWS_SHOWN = 2  # training rows in the report
 
 
 def run_experiment(
-    config: AnyConfig, workdir: Path, paths: Paths, *, analyses: Sequence[str] = (), started: float | None = None,
-    imports_seconds: float = 0.0,
-) -> dict[str, Any]:  # fmt: skip
+    config: AnyConfig, workdir: Path, paths: Paths, *, analyses: Names = (), started: float = 0.0, imports_seconds: float = 0.0
+) -> dict[str, Any]:
     """Run `config` in `workdir`, resuming a run that is there, and return its report.
 
     Args:
       analyses: names of analyses to make on the trained model, if they have not been made yet.
-      started: time.monotonic() of the command, of which imports took `imports_seconds`; None: now.
+      started: time.monotonic() of the command, of which imports took `imports_seconds`; 0: now.
 
     Raises:
       UserError: bad input, or a workdir that holds another experiment.
       NonFinite: training broke down.
     """
-    started = time.monotonic() if started is None else started
-    together(lambda: check_loggers(config.runtime.loggers))
+    together(lambda: check_parts(config))
     run = together(lambda: RunDirectory.open(workdir, config))
     try:
         with run.while_there():
-            return _run(config, run, paths, analyses, Phases(started, {"imports": imports_seconds}))
+            return _run(config, run, paths, analyses, Phases(started or time.monotonic(), {"imports": imports_seconds}))
     except Stopped:
         raise
     except KeyboardInterrupt:
         step = max((step for step in steps_of(workdir) if hashes_of(workdir, step)), default=0)
-        raise Interrupted(f"interrupted; the same command goes on from step {step}") from None
+        raise Interrupted(f"interrupted; the same command continues from step {step}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
             error.filename = str(workdir)  # the error of a full disk does not name its file
@@ -80,7 +82,16 @@ def run_experiment(
         run.close()
 
 
-def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[str], phases: Phases) -> dict[str, Any]:
+def check_parts(config: AnyConfig) -> None:
+    """Raise UserError for an unknown part, a field that the optimizer ignores, or a logger that is not installed."""
+    check_loggers(config.runtime.loggers)
+    unread_by_optimizer(config)
+    if isinstance(config, Config):
+        layer_specs(config.model, config.meta_tokens)
+        objectives.find(config.training.objective, "training.objective")
+
+
+def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Names, phases: Phases) -> dict[str, Any]:
     workdir, again = run.path, "it is made again from the checkpoints"
     done = of_first(together(lambda: recall(workdir / "report.json", run.warn, again) if is_first() else None))
     if done is not None:
@@ -101,7 +112,7 @@ def _run(config: AnyConfig, run: RunDirectory, paths: Paths, analyses: Sequence[
     return done
 
 
-def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _analyse(config: AnyConfig, workdir: Path, paths: Paths, names: Names) -> Iterator[tuple[str, dict[str, Any]]]:
     """Make analyses of a complete run of either family."""
     if isinstance(config, Config):
         from metajax.analysis.common.study import open_study
@@ -208,21 +219,18 @@ def _curves(config: Config, run: RunDirectory, results: dict[str, dict[str, Any]
     """Curves of (step, value) from evaluations during training and at the end; tables compare budgets by them."""
     if not config.evaluation.documents:
         return {}
-    lines = read_lines(run.path / "metrics.jsonl")
-    during = [(line["step"], line["validation_bpb"]) for line in lines if "validation_bpb" in line]
-    curves = {"bpb": [*during, (config.training.steps, results[config.evaluation.conditions[0]]["bpb"])]}
+    ends = {"bpb": ("validation_bpb", results[config.evaluation.conditions[0]]["bpb"])}
     if "choice" in results:
-        during = [(line["step"], line["choice"]) for line in lines if "choice" in line]
-        curves["choice"] = [*during, (config.training.steps, results["choice"]["average"])]
-    return curves
+        ends["choice"] = ("choice", results["choice"]["average"])
+    lines, steps = read_lines(run.path / "metrics.jsonl"), config.training.steps
+    during = {curve: [(line["step"], line[name]) for line in lines if name in line] for curve, (name, _) in ends.items()}
+    return {curve: [*during[curve], (steps, last)] for curve, (_, last) in ends.items()}
 
 
 def _cache_mb(config: Config) -> dict[str, float]:
     """Cache size in 10^6 bytes for CACHE_TOKENS tokens: as the Hymba paper counts it, in 16 bits, and as allocated here."""
-    return {
-        "published": 1e-6 * sum(published_cache_bytes(config.model, CACHE_TOKENS).values()),
-        "here": 1e-6 * sum(cache_bytes(config.model, CACHE_TOKENS).values()),
-    }
+    ways = {"published": published_cache_bytes, "here": cache_bytes}
+    return {name: 1e-6 * sum(count(config.model, CACHE_TOKENS).values()) for name, count in ways.items()}
 
 
 def evaluate(config: Config, program: Program, corpora: Corpora, model: Any) -> dict[str, dict[str, Any]]:
@@ -251,20 +259,20 @@ def evaluate_run(opened: OpenedRun, config: Config, paths: Paths) -> dict[str, d
 
 def sample(config: Config, corpora: Corpora, model: Any) -> dict[str, str | None]:
     """The model's continuation of a validation document, after its metadata if training had it there; cut to fit a row."""
-    cache, tokenizer = corpora.caches[0], corpora.tokenizer
+    cache, tokenizer, recipe = corpora.caches[0], corpora.tokenizer, config.metadata
     available = cache.documents("validation", config.data.validation_share, config.data.min_bytes)
     long_enough = available[cache.lengths[available] >= 2 * PROMPT_TOKENS]
     candidates = long_enough if len(long_enough) else available
     document = int(candidates[uniform_hash(EVALUATION_SEED, candidates).argmin()])
-    ids = None
-    if config.metadata is not None and config.metadata.prepended and not config.metadata.tokens:
-        ids = build_metadata_table(cache, tokenizer, config.metadata.template)[document]
-    context = None if ids is None else ids.tolist()  # ids, because the text of control tokens would give other ids
+    context = None
+    if recipe is not None and recipe.prepended and not recipe.tokens:
+        ids = build_metadata_table(cache, tokenizer, recipe.template)[document]
+        context = None if ids is None else ids.tolist()  # ids, because the text of control tokens would give other ids
     body, room = cache[document].tolist(), room_for_prompt(config, tokenizer, context)
     shown = min(PROMPT_TOKENS, room // 2)
     prompt = body[:shown]
     count = min(config.evaluation.sample_tokens, room - len(prompt))
     (text,) = generate(prepare(model), config, tokenizer, [prompt], count=count, context=[context])
-    said = tokenizer.decode(prompt)
-    document = tokenizer.decode(body[: shown + count]).removeprefix(said)
-    return {"context": context and tokenizer.decode(context), "prompt": said, "continuation": text, "document": document}
+    start = tokenizer.decode(prompt)
+    rest = tokenizer.decode(body[: shown + count]).removeprefix(start)
+    return {"context": context and tokenizer.decode(context), "prompt": start, "continuation": text, "document": rest}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
@@ -69,8 +71,8 @@ class Row:
         """The paper's value in that column; None if this row has no entry for it."""
         if key not in self.published:
             return None
-        said = self.published[key]
-        return said if isinstance(said, Published) else Published(said)
+        stated = self.published[key]
+        return stated if isinstance(stated, Published) else Published(stated)
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,22 @@ class Column:
     scales: tuple[str, ...] = SCALES  # scales at which it is shown
 
     def __post_init__(self) -> None:
-        require(
-            self.better in ("lower", "higher", ""), f"column {self.title}: better is 'lower', 'higher' or '', not {self.better!r}"
-        )
+        known = ("lower", "higher", "")
+        require(self.better in known, f"column {self.title}: better is 'lower', 'higher' or '', not {self.better!r}")
         require(not (self.minus and self.harmonic), f"column {self.title}: a difference or a harmonic mean, not both")
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of all numbers that the column is computed from."""
         return tuple(path for path in (self.path, self.minus, self.harmonic) if path)
+
+    @property
+    def blanks(self) -> set[str]:
+        """Names in braces in the paths; UserError if one is not a word."""
+        found = {name for path in self.paths for _, name, _, _ in Formatter().parse(path) if name is not None}
+        is_word = all(name.isidentifier() for name in found)
+        require(is_word, f"column {self.title}: a blank in {self.path} is a word, such as {{length}}")
+        return found
 
     @property
     def key(self) -> str:
@@ -117,48 +126,40 @@ class Table:
 
     name: str
     summary: str
-    paper: str
     base: Base
     rows: tuple[Row, ...]
-    columns: tuple[Column, ...]
-    baseline: str | None
-    minutes: Mapping[str, float]
-    scales: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    columns: Sequence[Column]
+    baseline: str | None  # the row that the others are compared with; None: no baseline
+    minutes: Mapping[str, float]  # expected minutes of one run, at every scale that the table has
+    paper: str = ""
+    notes: Sequence[str] = ()
     parts: Mapping[str, Mapping[str, Any] | ByScale] = field(default_factory=dict)  # name -> its changes, at scales that have it
     fill: Mapping[str, str | ByScale] = field(default_factory=dict)  # {names} in the columns' paths; a row's own come first
-    analyses: tuple[str, ...] = ()  # analyses made for every run that does not have them yet; columns read `analyses.NAME...`
-    # Rows of the paper's table or figure that this table reproduces; 0: it reproduces none, or the number is not known.
+    analyses: Sequence[str] = ()  # analyses made for every run that does not have them yet; columns read `analyses.NAME...`
+    # Rows of the paper's table or figure, including those that are missing here; 0: the table has no model in a paper.
     paper_rows: int = 0
 
     def __post_init__(self) -> None:
-        names, keys = [row.name for row in self.rows], [column.key for column in self.columns]
+        here, names, keys = f"table {self.name}", [row.name for row in self.rows], [column.key for column in self.columns]
         for what, words in (("rows", names), ("columns", keys)):
-            require(len(words) == len(set(words)), f"table {self.name}: two of its {what} have the same name")
-        require(
-            self.baseline is None or self.baseline in names,
-            f"table {self.name}: the baseline {self.baseline!r} is not one of its rows",
-        )
+            require(len(words) == len(set(words)), f"{here}: two of its {what} have the same name")
+        require(self.baseline in (None, *names), f"{here}: the baseline {self.baseline!r} is not one of its rows")
         for part in (*(c.part for c in self.columns if c.part or self.parts), *(p for row in self.rows for p in row.parts)):
-            require(part in (*self.parts, "*"), f"table {self.name} has no part {part!r}{nearest(part, self.parts)}")
+            require(part in (*self.parts, "*"), f"{here} has no part {part!r}{nearest(part, self.parts)}")
         for row in self.rows:
-            for column in self.columns:
-                blanks = {name for path in column.paths for _, name, _, _ in Formatter().parse(path) if name is not None}
-                require(
-                    all(blank.isidentifier() for blank in blanks),
-                    f"table {self.name}, column {column.title}: a blank in {column.path} is a word, such as {{length}}",
-                )
-                for scale in self.scales:
-                    unknown = blanks - self.filled(row, scale).keys()
-                    require(
-                        not unknown,
-                        f"table {self.name}, row {row.name}, scale {scale}: fill does not say what {unknown} stands for in {column.path}",
-                    )
+            filled = {scale: self.filled(row, scale).keys() for scale in self.scales}
+            for column, scale in itertools.product(self.columns, self.scales):
+                unknown = column.blanks - filled[scale]
+                where = f"{here}, row {row.name}, scale {scale}"
+                require(not unknown, f"{where}: fill does not say what {unknown} stands for in {column.path}")
             for key in row.published:
-                require(
-                    key in keys,
-                    f"table {self.name}, row {row.name}: the published value {key!r} belongs to no column{nearest(key, keys)}",
-                )
+                known = f"the published value {key!r} belongs to no column{nearest(key, keys)}"
+                require(key in keys, f"{here}, row {row.name}: {known}")
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Scales at which the table can be run, smallest first."""
+        return tuple(scale for scale in SCALES if scale in self.minutes)
 
     def filled(self, row: Row, scale: str) -> dict[str, str]:
         """The values of {names} in the columns' paths, for this row."""
@@ -166,7 +167,7 @@ class Table:
 
     def parts_at(self, scale: str) -> dict[str, Mapping[str, Any]]:
         """The parts that exist at a scale."""
-        _require_scale(self.name, self.scales, scale)
+        _require_scale(self, scale)
         return at_scale(self.parts, scale)
 
     def parts_of(self, row: Row, scale: str) -> tuple[str, ...]:
@@ -192,19 +193,15 @@ class Table:
         return sum(bool(row.published) and not self.lacks(row, "paper") for row in self.rows) if "paper" in self.scales else 0
 
     @property
-    def coverage(self) -> str:
-        """Such as `12 of 13 rows (1 more in print alone)`; "" if there is no paper's table to compare with."""
-        more = self.paper_rows_in_print
-        return (
-            f"{self.paper_rows_here} of {self.paper_rows} rows" + (f" ({more} more in print alone)" * (more > 0))
-            if self.paper_rows
-            else ""
-        )
-
-    @property
     def paper_rows_in_print(self) -> int:
         """Number of rows that have the paper's value but cannot be run."""
         return sum(bool(row.published) for row in self.rows) - self.paper_rows_here if "paper" in self.scales else 0
+
+    @property
+    def coverage(self) -> str:
+        """Such as `12 of 13 rows (1 more in print alone)`; "" if there is no paper's table to compare with."""
+        more = f" ({self.paper_rows_in_print} more in print alone)" if self.paper_rows_in_print > 0 else ""
+        return f"{self.paper_rows_here} of {self.paper_rows} rows{more}" if self.paper_rows else ""
 
     @property
     def example(self) -> str:
@@ -214,14 +211,14 @@ class Table:
 
     def config(self, row: Row, scale: str, part: str = "") -> AnyConfig:
         """The config of one row (or one part of it) at a scale."""
-        parts = self.parts_at(scale)
+        parts, lacks = self.parts_at(scale), self.lacks(row, scale)
         require(not part or part in parts, f"{self.name} has no {part} at scale {scale}; it has {', '.join(parts)}")
-        lacks = self.lacks(row, scale)
-        require(not lacks, f"{self.name}/{row.name} cannot be run at scale {scale}, for want of {lacks}")
+        require(not lacks, f"{self.name}/{row.name} cannot be run at scale {scale}: it lacks {lacks}")
+        changes = at_scale(row.changes, scale)
         if row.of:
             of = _joined(row.of, part)
-            return override(find_experiment(of if of in _experiments else row.of).build(scale), at_scale(row.changes, scale))
-        config = override(override(self.base(scale), at_scale(row.changes, scale)), at_scale(parts.get(part, {}), scale))
+            return override(find_experiment(of if of in _known else row.of).build(scale), changes)
+        config = override(override(self.base(scale), changes), at_scale(parts.get(part, {}), scale))
         return replace(config, name=_joined(self.name, row.name, part), scale=scale)
 
 
@@ -233,55 +230,44 @@ class Experiment:
     summary: str
     paper: str
     build: Base
-    minutes: Mapping[str, float]
-    scales: tuple[str, ...]
+    minutes: Mapping[str, float]  # expected, at every scale that the experiment has
     table: Table | None = None
     row: Row | None = None
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Scales at which the experiment can be run, smallest first."""
+        return tuple(scale for scale in SCALES if scale in self.minutes)
 
 
 def _joined(*words: str) -> str:
     return "/".join(word for word in words if word)
 
 
-_experiments: dict[str, Experiment] = {}
-_loaded: dict[str, None] = {}  # packages of experiments, in order
-_tables: dict[str, Table] = {}
+_known: dict[str, Experiment | Table] = {}
 _files: dict[str, str] = {}  # {name of an experiment or table: the module that registered it}
+_loaded: dict[str, None] = {}  # packages of experiments, in order
 _broken: dict[str, tuple[str, str]] = {}  # {module that could not be imported: its file, and the error with its place}
 vocabularies: dict[str, int] = {}  # number of ids of tokenizers whose files the user supplies; plans need no more
 
 
-def table(
-    name: str, *, summary: str, paper: str = "", rows: Sequence[Row], columns: Sequence[Column], baseline: str | None,
-    minutes: Mapping[str, float], notes: Sequence[str] = (), parts: Mapping[str, Mapping[str, Any] | ByScale] | None = None,
-    fill: Mapping[str, str | ByScale] | None = None, analyses: Sequence[str] = (), paper_rows: int = 0,
-) -> Callable[[Base], Table]:  # fmt: skip
-    """Register a table on the function that gives its base for a scale; its rows become experiments NAME/ROW, or NAME/ROW/PART.
+def table(name: str, *, rows: Sequence[Row], **fields: Any) -> Callable[[Base], Table]:
+    """Register a `Table` with these fields on the function that gives its base for a scale.
 
-    A row that is `of` another experiment registers none; its runs have that experiment's name.
-
-    Args:
-      baseline: the row that the others are compared with; None: no baseline.
-      minutes: expected minutes of one run, by scale; its scales are the scales of the table.
-      paper_rows: number of rows of the paper's table or figure, with those that are missing here.
+    Its rows become experiments NAME/ROW, or NAME/ROW/PART. A row that is `of` another experiment registers none; its runs have
+    that experiment's name.
     """
-
     module = _caller()
 
     def register(base: Base) -> Table:
-        scales = tuple(s for s in SCALES if s in minutes)
-        made = Table(
-            name, summary, paper, base, tuple(rows), tuple(columns), baseline, minutes, scales, tuple(notes), parts or {}, fill or {},
-            tuple(analyses), paper_rows,
-        )  # fmt: skip
-        _add(_tables, name, made, module)
+        made = Table(name=name, base=base, rows=tuple(rows), **fields)
+        _add(made, module)
         for row in (row for row in made.rows if not row.of):
-            has = tuple(scale for scale in scales if not made.lacks(row, scale))
-            for part in dict.fromkeys(part for scale in has for part in made.parts_of(row, scale)):
-                there = tuple(scale for scale in has if part in made.parts_of(row, scale))
-                build = lambda scale, row=row, part=part: made.config(row, scale, part)  # noqa: E731 - binds both
-                of_row = _joined(name, row.name, part)
-                _add(_experiments, of_row, Experiment(of_row, summary, paper, build, minutes, there, made, row), module)
+            parts = {scale: made.parts_of(row, scale) for scale in made.scales if not made.lacks(row, scale)}
+            for part in dict.fromkeys(itertools.chain(*parts.values())):
+                minutes = {scale: made.minutes[scale] for scale in parts if part in parts[scale]}
+                build = partial(made.config, row, part=part)
+                _add(Experiment(_joined(name, row.name, part), made.summary, made.paper, build, minutes, made, row), module)
         return made
 
     return register
@@ -289,16 +275,15 @@ def table(
 
 def experiment(name: str, *, summary: str, minutes: Mapping[str, float], paper: str = "") -> Callable[[Base], Experiment]:
     """Register a single experiment on the function that gives its config for a scale."""
-
     module = _caller()
 
     def register(build: Base) -> Experiment:
         def named(scale: str) -> AnyConfig:
-            _require_scale(name, made.scales, scale)
+            _require_scale(made, scale)
             return replace(build(scale), name=name, scale=scale)
 
-        made = Experiment(name, summary, paper, named, minutes, tuple(s for s in SCALES if s in minutes))
-        _add(_experiments, name, made, module)
+        made = Experiment(name, summary, paper, named, minutes)
+        _add(made, module)
         return made
 
     return register
@@ -309,17 +294,15 @@ def _caller() -> str:
     return sys._getframe(2).f_globals.get("__name__", "")
 
 
-def _add(where: dict[str, Any], name: str, value: Any, module: str) -> None:
-    require(
-        name not in _experiments and name not in _tables,
-        f"{name!r} is registered twice, first in {_files.get(name)}; experiments and tables share one name space",
-    )
-    where[name], _files[name] = value, module
+def _add(made: Experiment | Table, module: str) -> None:
+    first = f"{made.name!r} is registered twice, first in {_files.get(made.name)}"
+    require(made.name not in _known, f"{first}; experiments and tables share one name space")
+    _known[made.name], _files[made.name] = made, module
 
 
-def _require_scale(name: str, scales: Sequence[str], scale: str) -> None:
+def _require_scale(of: Experiment | Table, scale: str) -> None:
     require(scale in SCALES, f"unknown scale {scale!r}{nearest(scale, SCALES)}; scales: {', '.join(SCALES)}")
-    require(scale in scales, f"{name} has no {scale!r} scale; it has {', '.join(scales)}")
+    require(scale in of.scales, f"{of.name} has no {scale!r} scale; it has {', '.join(of.scales)}")
 
 
 def loaded() -> tuple[str, ...]:
@@ -337,7 +320,15 @@ def load(*packages: str) -> None:
         found = _imported(package)
         for info in pkgutil.iter_modules(found.__path__) if found else ():
             _imported(f"{package}.{info.name}")
-    _drop_baseless()
+    for made, reason in [(made, _without_base(made)) for made in tables().values()]:
+        if reason:
+            warn(f"left out table {made.name}, whose base cannot be made: {reason}; name another base")
+            _forget(lambda one, made=made: made in (one, getattr(one, "table", None)))
+
+
+def _forget(drops: Callable[[Experiment | Table], bool]) -> None:
+    for name in [name for name, made in _known.items() if drops(made)]:
+        del _known[name]
 
 
 def _imported(module: str) -> Any:
@@ -348,88 +339,69 @@ def _imported(module: str) -> Any:
         spec = importlib.util.find_spec(module)
         file = (spec and spec.origin) or module
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        here = isinstance(error, SyntaxError) and error.filename == file
-        line, said = (error.lineno, error.msg) if here else (lines[-1] if lines else None, str(error))
-        reason = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+        line, reason = lines[-1] if lines else None, str(error)
+        if isinstance(error, SyntaxError) and error.filename == file:
+            line, reason = error.lineno, error.msg
+        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
         _broken[module] = (file, f"{os.path.relpath(file)}{f', line {line}' if line else ''}: {reason}")
         warn(f"left out {_broken[module][1]}")
-        for where in (_experiments, _tables):
-            for name in [name for name in where if _files.get(name) == module]:
-                del where[name]
+        _forget(lambda made: _files[made.name] == module)
         return None
 
 
 def left_out(name: str) -> str:
     """A clause that names the files that could not be imported, preferably those that mention `name`; "" if there are none."""
-    word = name.partition("/")[0]
-    found = [said for file, said in _broken.values() if os.path.isfile(file) and word in Path(file).read_text(errors="replace")]
-    files = "; ".join(found or [said for _, said in _broken.values()])
-    return f"; it may be in what was left out: {files}" if files else ""
+    word, errors = name.partition("/")[0], dict(_broken.values())
+    found = [file for file in errors if os.path.isfile(file) and word in Path(file).read_text(errors="replace")]
+    return f"; it may be in what was left out: {'; '.join(errors[file] for file in found or errors)}" if errors else ""
 
 
-def base(name: str) -> Base:
+@dataclass(frozen=True)
+class base:
     """A function from a scale to the base of a table or the config of an experiment, which may be registered later."""
 
-    def build(scale: str) -> AnyConfig:
-        found = find(name)
-        return (found.base if isinstance(found, Table) else found.build)(scale)
+    of: str
 
-    build.of = name
-    return build
+    def __call__(self, scale: str) -> AnyConfig:
+        found = find(self.of)
+        return (found.base if isinstance(found, Table) else found.build)(scale)
 
 
 def _without_base(table: Table) -> str:
     """Why the base of a table cannot be made; "" if it can."""
-    chain: list[str] = []
-    while True:
-        chain.append(table.name)
-        of = getattr(table.base, "of", "")
-        found = _tables.get(of) or _experiments.get(of)
-        if not of or (isinstance(found, Experiment) and found.table is None):
-            return ""
+    chain, here = [], table
+    while here is not None and isinstance(here.base, base):
+        chain.append(here.name)
+        found = _known.get(here.base.of)
         if found is None:
-            return f"there is no {of!r}{nearest(of, [*_tables, *_experiments])}"
-        table = found if isinstance(found, Table) else found.table
-        if table.name in chain:
-            return f"it comes from itself ({' -> '.join([*chain, table.name])})"
-
-
-def _drop_baseless() -> None:
-    """Leave out tables whose base cannot be made, with a warning."""
-    reasons = {name: _without_base(table) for name, table in _tables.items()}
-    for name, reason in reasons.items():
-        if reason:
-            warn(f"left out table {name}, whose base cannot be made: {reason}; name another base")
-            del _tables[name]
-            for row in [row for row, made in _experiments.items() if made.table is not None and made.table.name == name]:
-                del _experiments[row]
+            return f"there is no {here.base.of!r}{nearest(here.base.of, _known)}"
+        here = found if isinstance(found, Table) else found.table
+        if here is not None and here.name in chain:
+            return f"it comes from itself ({' -> '.join([*chain, here.name])})"
+    return ""
 
 
 def experiments() -> dict[str, Experiment]:
     """All experiments by name."""
-    return dict(sorted(_experiments.items()))
+    return {name: made for name, made in sorted(_known.items()) if isinstance(made, Experiment)}
 
 
 def tables() -> dict[str, Table]:
     """All tables by name."""
-    return dict(sorted(_tables.items()))
+    return {name: made for name, made in sorted(_known.items()) if isinstance(made, Table)}
 
 
 def find(name: str) -> Experiment | Table:
     """The experiment or table of that name; UserError with the nearest match otherwise."""
-    if name in _tables:
-        return _tables[name]
-    if name in _experiments:
-        return _experiments[name]
-    known = [*_tables, *_experiments]
-    raise UserError(f"unknown experiment {name!r}{nearest(name, known)}{left_out(name)}; `{PROGRAM} list` shows all {len(known)}")
+    more = f"{nearest(name, _known)}{left_out(name)}; `{PROGRAM} list` shows all {len(_known)}" if name not in _known else ""
+    require(name in _known, f"unknown experiment {name!r}{more}")
+    return _known[name]
 
 
 def find_experiment(name: str) -> Experiment:
     """The experiment of that name; UserError also if the name is a table's."""
     found = find(name)
     if isinstance(found, Table):
-        raise UserError(
-            f"{name} is a table" + f"; name one of its rows, such as {found.example}" * (found.example in _experiments)
-        )
+        row = f"; name one of its rows, such as {found.example}" if found.example in _known else ""
+        raise UserError(f"{name} is a table{row}")
     return found

@@ -235,7 +235,7 @@ def clip_merges(tmp_path_factory):
 def own_registry(monkeypatch):
     """All experiments of the project; experiments that the test registers are removed after it."""
     registry.load()  # before the test, because a module registers its experiments only at its first import
-    for where in ("_experiments", "_tables", "_files", "_broken"):
+    for where in ("_known", "_files", "_broken"):
         monkeypatch.setattr(registry, where, dict(getattr(registry, where)))
 
 

@@ -10,17 +10,9 @@ from metajax.config import Config
 from metajax.core.errors import UserError
 from metajax.registry import Column, Row, Table
 
-TABLE = Table(
-    name="demo",
-    summary="s",
-    paper="p",
-    base=lambda scale: Config(name="demo"),
-    baseline="a",
-    minutes={"cpu": 1},
-    scales=("cpu",),
-    rows=(Row("a", {}), Row("b", {"model.layers": 8, "meta_tokens.rate": 0.2}, published={"eval.none.bpb": 1.0})),
-    columns=(Column("x", "eval.none.bpb"),),
-)
+ROWS = (Row("a", {}), Row("b", {"model.layers": 8, "meta_tokens.rate": 0.2}, published={"eval.none.bpb": 1.0}))
+COLUMNS = (Column("x", "eval.none.bpb"),)
+TABLE = Table("demo", "s", lambda scale: Config(name="demo"), ROWS, COLUMNS, baseline="a", minutes={"cpu": 1}, paper="p")
 
 
 def test_a_row_is_the_base_with_its_changes():
@@ -32,7 +24,7 @@ def test_a_row_is_the_base_with_its_changes():
 def test_coverage_tells_rows_that_run_from_rows_in_print():
     printed = {"eval.none.bpb": 1.0}
     rows = (Row("a", published=printed), Row("b", published=printed, lacks="weights"), Row("ours"))
-    table = replace(TABLE, rows=rows, scales=("cpu", "paper"), paper_rows=2)
+    table = replace(TABLE, rows=rows, minutes={"cpu": 1, "paper": 1}, paper_rows=2)
     assert table.coverage == "1 of 2 rows (1 more in print alone)"
     assert replace(table, rows=rows[:1], paper_rows=1).coverage == "1 of 1 rows" and TABLE.coverage == ""
 
@@ -78,16 +70,9 @@ def test_files_that_cannot_be_imported_are_named_and_left_out(own_registry, tmp_
     monkeypatch.chdir(tmp_path)
     registry.load("own_experiments")
     lines = capfd.readouterr().err.splitlines()
-    reasons = (
-        "closed.py, line 1: SyntaxError: '[' was never closed",
-        "divides.py, line 2: ZeroDivisionError",
-        "ends.py, line 2: SystemExit: a\\x1b[2J",
-        "lacks.py, line 2: ModuleNotFoundError",
-        "not_utf8.py",
-        "nul.py",
-        "relative.py, line 1: SyntaxError",
-        "twice.py, line 3: 'quickstart' is",
-    )
+    reasons = ["closed.py, line 1: SyntaxError: '[' was never closed", "divides.py, line 2: ZeroDivisionError"]
+    reasons += ["ends.py, line 2: SystemExit: a\\x1b[2J", "lacks.py, line 2: ModuleNotFoundError", "not_utf8.py", "nul.py"]
+    reasons += ["relative.py, line 1: SyntaxError", "twice.py, line 3: 'quickstart' is"]
     assert len(lines) == len(reasons)
     for reason in reasons:
         assert any(line.startswith(f"warning: left out own_experiments/{reason}") for line in lines), (reason, lines)

@@ -38,12 +38,8 @@ class Clip(Part, path="clip"):
     pixel_std: tuple[Positive, Positive, Positive] | None = None
 
     def __post_init__(self) -> None:
-        stages = 1 if self.patch else 4
-        require(
-            len(self.vision_layers) == stages,
-            f"clip.vision_layers = {self.vision_layers}: {'a vision transformer' if self.patch else 'a ResNet (patch 0)'} needs {stages}",
-        )
-        side = self.patch or 32
+        stages, side, kind = (1, self.patch, "a vision transformer") if self.patch else (4, 32, "a ResNet (patch 0)")
+        require(len(self.vision_layers) == stages, f"clip.vision_layers = {self.vision_layers}: {kind} needs {stages}")
         require(self.image_size % side == 0, f"clip.image_size = {self.image_size} does not divide by {side}")
 
     @property
@@ -62,20 +58,16 @@ class Clip(Part, path="clip"):
         return self._transformer(self.text_layers, self.text_width, self.text_heads)
 
     def _transformer(self, layers: int, width: int, heads: int) -> Model:
-        return Model(
-            layers=layers, width=width, heads=heads, mlp_width=4 * width, activation=self.activation, norm="layernorm", norm_eps=1e-5,
-            bias=True, position="learned", init_std=width**-0.5, compute_dtype=self.compute_dtype,
-        )  # fmt: skip
+        plain = Model(layers, width, heads, mlp_width=4 * width, bias=True, position="learned", init_std=width**-0.5)
+        return replace(plain, activation=self.activation, compute_dtype=self.compute_dtype)
 
 
-_BASE = Clip(vision_layers=(12,), vision_width=768, vision_heads=12, text_width=512, text_heads=8, embed=512, patch=16)
+_BASE = Clip((12,), vision_width=768, vision_heads=12, text_width=512, text_heads=8, embed=512, patch=16)
 PRESETS = {
     "ViT-B/16": _BASE,
     "ViT-B/32": replace(_BASE, patch=32),
-    "ViT-L/14": replace(
-        _BASE, vision_layers=(24,), vision_width=1024, vision_heads=16, text_width=768, text_heads=12, embed=768, patch=14
-    ),
-    "RN50": replace(_BASE, vision_layers=(3, 4, 6, 3), vision_width=64, vision_heads=32, embed=1024, patch=0),
+    "ViT-L/14": Clip((24,), vision_width=1024, vision_heads=16, text_width=768, text_heads=12, embed=768, patch=14),
+    "RN50": Clip((3, 4, 6, 3), vision_width=64, vision_heads=32, text_width=512, text_heads=8, embed=1024),
 }
 PUBLISHED = {  # names of their weights
     "clip-vit-base-patch16": "ViT-B/16",

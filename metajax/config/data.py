@@ -27,12 +27,11 @@ class Switch(Part, path="data.switch"):
         return self.unseen > 0 or self.metadata == "none"
 
 
+RENAMED = {"row_length": "sequence_length", "batch_rows": "batch_size", "held_out": "validation_share"}
+
+
 @dataclass(frozen=True)
-class Data(
-    Part,
-    path="data",
-    renamed={"row_length": "sequence_length", "batch_rows": "batch_size", "held_out": "validation_share"},
-):
+class Data(Part, path="data", renamed=RENAMED):
     """The sources and how their documents become rows. A source is `KIND[:PATH][?text=COLUMN&origin=COLUMN]`."""
 
     sources: tuple[str, ...] = ("pydocs",)
@@ -49,12 +48,11 @@ class Data(
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources is empty; name at least one, such as pydocs")
+        count = len(self.sources)
         for name, weights in (("data.weights", self.weights), ("data.switch.weights", self.switch and self.switch.weights)):
             if weights:
-                require(
-                    len(weights) == len(self.sources),
-                    f"data.sources has {len(self.sources)} entries but {name} has {len(weights)}; they must agree",
-                )
+                agree = f"data.sources has {count} entries but {name} has {len(weights)}; they must agree"
+                require(len(weights) == count, agree)
                 require(sum(weights) > 0, f"{name} = {weights}: one of them has to be above 0")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from metajax.config.experiment import Config
 from metajax.config.images import ImageConfig
-from metajax.core.errors import require
+from metajax.core.errors import UserError
 from metajax.core.fields import changed, flatten, from_dict
 
 AnyConfig = Config | ImageConfig
@@ -24,8 +24,9 @@ def config_from(values: Mapping[str, Any]) -> AnyConfig:
 
 def require_text(config: AnyConfig, what: str) -> Config:
     """Return the config of a language model; raise UserError for an images config, for which `what` is not available."""
-    require(isinstance(config, Config), f"{config.name} is a run on images; `{what}` is for language models")
-    return config
+    if isinstance(config, Config):
+        return config
+    raise UserError(f"{config.name} is a run on images; `{what}` is for language models")
 
 
 def config_hash(config: AnyConfig) -> str:

@@ -10,34 +10,18 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from metajax.config.clip import Clip
-from metajax.config.experiment import Scale
+from metajax.config.experiment import Named
 from metajax.config.runtime import Runtime
 from metajax.config.training import Init, Optimizer, Training
 from metajax.core.errors import nearest, require
-from metajax.core.fields import CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Seed, Share, Size, SizeOrZero, unread
+from metajax.core.fields import CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Share, Size, SizeOrZero
 
-AUGMENTATIONS = (
-    "color_jitter_red",
-    "color_jitter_green",
-    "color_jitter_blue",
-    "grayscale",
-    "gaussian_noise",
-    "gaussian_blur",
-    "horizontal_flip",
-    "vertical_flip",
-    "rotation_90",
-    "rotation_180",
-    "rotation_270",
-    "crop",
-    "cutout",
-    "sobel_filter",
-)  # in metajax/vision/data/augmentations.py; fmt: skip
-
-
-OF_TEXT = (
-    "runtime.implementation",
-    "training.objective",
-)  # CLIP has no Pallas kernels, and its objectives are chosen by `prompts`
+AUGMENTATIONS = (  # in metajax/vision/data/augmentations.py
+    *("color_jitter_red", "color_jitter_green", "color_jitter_blue", "grayscale", "gaussian_noise", "gaussian_blur"),
+    *("horizontal_flip", "vertical_flip", "rotation_90", "rotation_180", "rotation_270", "crop", "cutout", "sobel_filter"),
+)
+# CLIP has no Pallas kernels, and its objectives are chosen by `prompts`.
+OF_TEXT = ("runtime.implementation", "training.objective")
 Triplets = OnlyWith("alpha", why="without prompts.alpha there are no triplets")
 Paired = OnlyWith("paired", why="it is for pairs of augmentations, as with prompts.alpha")
 Augmented = OnlyWith("augmented", why="nothing is augmented")
@@ -60,9 +44,8 @@ class Images(Part, path="images"):
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "images.sources is empty; name at least one, such as emoji")
-        require(
-            not self.template or "{}" in self.template, f"images.template = {self.template!r} has no {{}} for the class's name"
-        )
+        has_blank = not self.template or "{}" in self.template
+        require(has_blank, f"images.template = {self.template!r} has no {{}} for the class's name")
 
 
 @dataclass(frozen=True)
@@ -102,23 +85,18 @@ class Prompts(Part, path="prompts"):
 
     def __post_init__(self) -> None:
         for name in self.augmentations:
-            require(
-                name in AUGMENTATIONS,
-                f"prompts.augmentations: unknown {name!r}{nearest(name, AUGMENTATIONS)}; known: {', '.join(AUGMENTATIONS)}",
-            )
+            known = f"unknown {name!r}{nearest(name, AUGMENTATIONS)}; known: {', '.join(AUGMENTATIONS)}"
+            require(name in AUGMENTATIONS, f"prompts.augmentations: {known}")
         require(len(set(self.augmentations)) >= 2, f"prompts.augmentations = {self.augmentations}: at least two different ones")
         conditioned = self.condition != "none"
         require(conditioned or not self.alpha, "prompts.alpha: there is no meta-net to train; set prompts.condition=meta")
         require(self.context > 0 or not conditioned, "prompts.condition: there is no context to add to; set prompts.context=4")
-        require(
-            not conditioned or self.class_position == "end",
-            f"prompts.class_position = {self.class_position!r}: with prompts.condition = {self.condition!r} the name stands at the end",
-        )
-        words = len(self.context_init.split())
-        require(
-            not words or words == self.context,
-            f"prompts.context_init has {words} words but prompts.context = {self.context}; they must agree",
-        )
+        needs = f"with prompts.condition = {self.condition!r} the name comes last"
+        ends = not conditioned or self.class_position == "end"
+        require(ends, f"prompts.class_position = {self.class_position!r}: {needs}")
+        words, context = len(self.context_init.split()), self.context
+        agrees = f"prompts.context_init has {words} words but prompts.context = {context}; they must agree"
+        require(words in (0, context), agrees)
 
     @property
     def paired(self) -> bool:
@@ -132,12 +110,9 @@ class Prompts(Part, path="prompts"):
 
 
 @dataclass(frozen=True)
-class ImageConfig(Part):
+class ImageConfig(Named):
     """One whole run on images: with `prompts` a learner on a frozen CLIP, without it a CLIP trained from scratch."""
 
-    name: str
-    scale: Scale = "cpu"
-    seed: Seed = 0
     images: Images = field(default_factory=Images)
     clip: Clip | None = None  # None: the CLIP of `weights`, or of the run in `init.from`
     weights: str = ""  # folder or .pt file below the data folder that holds a published CLIP and its vocabulary
@@ -150,36 +125,33 @@ class ImageConfig(Part):
     def __post_init__(self) -> None:
         if self.prompts is None:
             require(self.clip is not None and not self.weights, "without `prompts` a CLIP is trained from its start: give `clip`")
-        else:
-            require(len(self.images.sources) == 1, f"images.sources = {self.images.sources}: a prompt learner has one")
-            require(
-                bool(self.init.from_) != bool(self.weights),
-                "a prompt learner needs a CLIP: init.from, a run, or weights, a folder",
-            )
-            require(
-                self.prompts.batch % self.training.accumulation_steps == 0,
-                f"prompts.batch = {self.prompts.batch} does not divide by training.accumulation_steps = {self.training.accumulation_steps}",
-            )
+            return
+        sources, batch, pieces = self.images.sources, self.prompts.batch, self.training.accumulation_steps
+        require(len(sources) == 1, f"images.sources = {sources}: a prompt learner has one")
+        has_clip = bool(self.init.from_) != bool(self.weights)
+        require(has_clip, "a prompt learner needs a CLIP: init.from, a run, or weights, a folder")
+        require(batch % pieces == 0, f"prompts.batch = {batch} does not divide by training.accumulation_steps = {pieces}")
 
     def unread(self) -> dict[str, str]:
         """{field: why nothing reads it} for a run of this kind."""
-        clip, learner, context = self.prompts is None, self.prompts is not None, bool(self.prompts and self.prompts.context)
-        rules = (
-            (True, "runs on images have no such choice, runs on text do", OF_TEXT),
-            (clip, "each image is compared with all texts of its batch, so that micro-batches would have another loss", ["training.accumulation_steps"]),
-            (clip, "it is for prompt learners, and this trains a CLIP", ["images.targets", "images.classes", "images.shots"]),
-            (clip, "a CLIP in training is tested with the templates of its sources", ["images.template", "images.ensemble"]),
-            (clip, "a CLIP is trained from its start", ["init.from_"]),
-            (clip, "the loss of a CLIP has no such term", ["optimizer.z_loss"]),
-            (learner, "a prompt learner has SGD: prompts.learning_rate", [f"optimizer.{f.name}" for f in fields(Optimizer)]),
-            (learner, "a prompt learner has epochs: prompts.epochs", ["training.steps"]),
-            (learner, "a prompt learner has its own: prompts.batch", ["images.batch"]),
-            (learner, "the CLIP is that of init.from or weights", ["clip"]),
-            (context, "the context is learned; it is for prompts.context=0", ["images.template", "images.ensemble"]),
-        )  # fmt: skip
-        return unread(self) | {name: why for applies, why, names in rules if applies for name in names}
+        found = super().unread() | dict.fromkeys(OF_TEXT, "runs on images have no such choice, runs on text do")
+        templates = ("images.template", "images.ensemble")
+        if self.prompts is None:
+            of_learners = ("images.targets", "images.classes", "images.shots")
+            found |= dict.fromkeys(of_learners, "it is for prompt learners, and this trains a CLIP")
+            found |= dict.fromkeys(templates, "a CLIP in training is tested with the templates of its sources")
+            why = "each image is compared with all texts of its batch, so that micro-batches would have another loss"
+            found |= {"training.accumulation_steps": why, "init.from_": "a CLIP is trained from its start"}
+            return found | {"optimizer.z_loss": "the loss of a CLIP has no such term"}
+        of_optimizer = (f"optimizer.{f.name}" for f in fields(Optimizer))
+        found |= dict.fromkeys(of_optimizer, "a prompt learner has SGD: prompts.learning_rate")
+        found |= {"training.steps": "a prompt learner has epochs: prompts.epochs"}
+        found |= {"images.batch": "a prompt learner has its own: prompts.batch"}
+        found |= {"clip": "the CLIP is that of init.from or weights"}
+        learned = "the context is learned; it is for prompts.context=0"
+        return found | dict.fromkeys(templates if self.prompts.context else (), learned)
 
     @property
     def still(self) -> bool:
         """Whether a learner's training images are the same in every step, so that their features are too."""
-        return self.images.view == "centre" and not self.prompts.augment and not self.prompts.paired
+        return self.images.view == "centre" and not (self.prompts and self.prompts.augmented)

@@ -32,15 +32,11 @@ class MetaTokens(Part, path="meta_tokens"):
     length: Annotated[Literal["within", "added"], Injected] = "within"
 
     def __post_init__(self) -> None:
-        require(
-            (self.inject == "none") == (self.rate == 0),
-            f"meta_tokens.inject = {self.inject!r} and meta_tokens.rate = {self.rate} disagree: "
-            "no injection means rate 0, and the other way round",
-        )
-        require(
-            self.zero_position != "meta" or self.attention != "none",
-            "meta_tokens.zero_position = 'meta' needs meta-attention, but meta_tokens.attention = 'none'",
-        )
+        fields = f"meta_tokens.inject = {self.inject!r} and meta_tokens.rate = {self.rate}"
+        agree = (self.inject == "none") == (self.rate == 0)
+        require(agree, f"{fields} disagree: no injection means rate 0, and the other way round")
+        without = self.zero_position == "meta" and self.attention == "none"
+        require(not without, "meta_tokens.zero_position = 'meta' needs meta-attention, but meta_tokens.attention = 'none'")
 
     @property
     def writes_everywhere(self) -> bool:
@@ -50,11 +46,8 @@ class MetaTokens(Part, path="meta_tokens"):
     def check_position(self, scheme: str) -> None:
         """Raise UserError if `zero_position` has no meaning with this position scheme."""
         known = {"none": ("none",), "learned": ("none", "both")}.get(scheme, ("none", "both", "causal", "meta"))
-        require(
-            self.zero_position in known,
-            f"meta_tokens.zero_position = {self.zero_position!r} means nothing with model.position = {scheme!r}; "
-            f"choose {' or '.join(known)}",
-        )
+        nothing = f"means nothing with model.position = {scheme!r}; choose {' or '.join(known)}"
+        require(self.zero_position in known, f"meta_tokens.zero_position = {self.zero_position!r} {nothing}")
 
     def count(self, sequence_length: int) -> int:
         """M, the fixed number of meta-tokens in a row of `sequence_length` tokens."""
@@ -83,10 +76,8 @@ class Metadata(Part, path="metadata"):
     too_long: Literal["stop", "drop"] = "stop"  # metadata too long for a row: an error, or dropped and counted; never cut
 
     def __post_init__(self) -> None:
-        require(
-            not self.appended or self.position == "both",
-            f"metadata.appended = {self.appended!r} needs metadata.position = 'both'; with 'append' metadata.template itself comes after the body",
-        )
+        both = "needs metadata.position = 'both'; with 'append' metadata.template itself comes after the body"
+        require(not self.appended or self.position == "both", f"metadata.appended = {self.appended!r} {both}")
 
     @property
     def prepended(self) -> bool:

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Literal
 
 import numpy as np
 
-from metajax.core.errors import nearest, require
+from metajax.core.errors import require
 from metajax.core.fields import Count, CountOrZero, Except, OnlyWith, Part, Positive, Range, Size, SizeOrZero
 
 Layers = Annotated[int, Range(1, 10_000)]
-
-# Values of `model.position` and `model.hybrid.ssm`. `@position` and `@mixer` in metajax/models implement them and add names here.
-POSITIONS = {
-    "learned": False,
-    "rope": True,
-    "linear": True,
-    "llama3": True,
-    "ntk": True,
-    "yarn": True,
-    "none": False,
-}  # rotary or not
-HYBRID_MIXERS = ["mamba", "mamba2"]
-
-
-def rotary_names() -> list[str]:
-    """Position schemes that rotate queries and keys."""
-    return [name for name, rotates in POSITIONS.items() if rotates]
-
-
 Attends, Scans = Except("fusion", "mamba"), Except("fusion", "attention")
 OfMamba = Except("ssm", "mamba2")
-
-
-def _require_name(path: str, value: str, known: Iterable[str]) -> None:
-    require(value in known, f"{path} = {value!r}: expected one of {', '.join(known)}{nearest(value, known)}")
+Rotates, Extends = Except("position", "learned", "none"), Except("position", "learned", "none", "rope")
 
 
 @dataclass(frozen=True)
@@ -64,9 +42,6 @@ class Hybrid(Part, path="model.hybrid", renamed={"meta_tokens": "prefix_tokens"}
     # before the fusion; the scales are the paper's learnable betas
     branch_norm: Annotated[Literal["scaled", "plain", "none"], OnlyWith("fusion", "mean", "concat")] = "scaled"
 
-    def __post_init__(self) -> None:
-        _require_name("model.hybrid.ssm", self.ssm, HYBRID_MIXERS)
-
     @property
     def is_parallel(self) -> bool:
         """Whether one layer has both mixers."""
@@ -89,11 +64,9 @@ class Model(Part, path="model"):
     bias: bool = False
     tied: bool = True
     position: str = "rope"  # learned, rope, linear, llama3, ntk, yarn, none, or another registered with `@position`
-    rope_theta: Annotated[Positive, Except("position", "learned", "none")] = 10_000.0
-    rope_factor: Annotated[Positive, Except("position", "learned", "none", "rope")] = 1.0  # context extension
-    rope_original_length: Annotated[CountOrZero, Except("position", "learned", "none", "rope", "linear")] = (
-        0  # length before extension
-    )
+    rope_theta: Annotated[Positive, Rotates] = 10_000.0
+    rope_factor: Annotated[Positive, Extends] = 1.0  # context extension
+    rope_original_length: Annotated[CountOrZero, Extends, Except("position", "linear")] = 0  # length before extension
     # rows of the learned position table; 0: as many as a row has positions
     max_positions: Annotated[SizeOrZero, OnlyWith("position", "learned")] = 0
     window: CountOrZero | None = None  # a query attends to itself and this many earlier keys; None: all
@@ -102,61 +75,37 @@ class Model(Part, path="model"):
     hybrid: Hybrid | None = None
 
     def __post_init__(self) -> None:
-        _require_name("model.position", self.position, POSITIONS)
-        require(self.mlp_width > 0 or self.hybrid is not None, "model.mlp_width = 0: only a hybrid model has layers without")
-        require(
-            self.width % self.heads == 0 or bool(self.hybrid and self.hybrid.head_dim),
-            f"model.width = {self.width} does not divide by model.heads = {self.heads}",
-        )
-        require(
-            self.heads % self.num_kv_heads == 0, f"model.heads = {self.heads} does not divide by model.kv_heads = {self.kv_heads}"
-        )
-        require(
-            not POSITIONS[self.position] or self.head_dim % 2 == 0,
-            f"model.position = {self.position!r} needs an even head width, but model.width / model.heads = {self.head_dim}",
-        )
-        if self.hybrid is not None:
-            self._check_hybrid(self.hybrid)
-        if self.position in ("llama3", "ntk", "yarn"):
-            require(
-                self.rope_original_length > 0,
-                f"model.position = {self.position!r} needs model.rope_original_length, the length before extension",
-            )
+        hybrid, width, heads = self.hybrid, self.width, self.heads
+        require(self.mlp_width > 0 or hybrid is not None, "model.mlp_width = 0: only a hybrid model has layers without")
+        divides = width % heads == 0 or bool(hybrid and hybrid.head_dim)
+        require(divides, f"model.width = {width} does not divide by model.heads = {heads}")
+        require(heads % self.num_kv_heads == 0, f"model.heads = {heads} does not divide by model.kv_heads = {self.kv_heads}")
+        has_length = self.position not in ("llama3", "ntk", "yarn") or self.rope_original_length > 0
+        length = "model.rope_original_length, the length before extension"
+        require(has_length, f"model.position = {self.position!r} needs {length}")
+        if hybrid is not None:
+            self._check_hybrid(hybrid)
 
     def _check_hybrid(self, hybrid: Hybrid) -> None:
-        only = {"norm_position": "pre", "bias": False}
-        for name, value in only.items():
-            require(getattr(self, name) == value, f"model.{name} = {getattr(self, name)!r}: a hybrid model has {value!r}")
-        require(
-            self.position != "learned",
-            f"model.position = 'learned': the prefix of a hybrid model has none; choose {', '.join(rotary_names())} or none",
-        )
-        outside = [layer for layer in hybrid.full_layers if layer >= self.layers]
-        require(not outside, f"model.hybrid.full_layers = {hybrid.full_layers}: layers go from 0 to {self.layers - 1}")
-        require(
-            not hybrid.full_layers or self.window is not None,
-            "model.hybrid.full_layers sets layers apart, but without model.window all attend to everything",
-        )
-        groups = hybrid.kv_groups
-        require(
-            not groups or sum(groups) == self.layers,
-            f"model.hybrid.kv_groups = {groups} has {sum(groups)} layers, model.layers = {self.layers}",
-        )
-        require(
-            not groups or hybrid.fusion in ("mean", "concat", "attention"),
-            f"model.hybrid.kv_groups: fusion {hybrid.fusion!r} has no attention in neighbouring layers to share keys and values",
-        )
-        starts = [sum(groups[:i]) for i in range(len(groups))]
-        across = [
-            start for start, n in zip(starts, groups, strict=True) if len({self.layer_window(start + i) for i in range(n)}) > 1
-        ]
-        require(
-            not across, f"model.hybrid.kv_groups: the group from layer {across and across[0]} on mixes full and window layers"
-        )
-        require(
-            hybrid.fusion != "sequential" or self.layers % 2 == 0,
-            f"model.layers = {self.layers}: sequential layers come in pairs, Mamba and attention",
-        )
+        require(self.norm_position == "pre", f"model.norm_position = {self.norm_position!r}: a hybrid model has 'pre'")
+        require(not self.bias, "model.bias = True: a hybrid model has False")
+        prefix = "the prefix of a hybrid model has none; choose another scheme, such as rope, or none"
+        require(self.position != "learned", f"model.position = 'learned': {prefix}")
+        full, groups, layers = hybrid.full_layers, hybrid.kv_groups, self.layers
+        require(max(full, default=0) < layers, f"model.hybrid.full_layers = {full}: layers go from 0 to {layers - 1}")
+        apart = "model.hybrid.full_layers sets layers apart, but without model.window all attend to everything"
+        require(not full or self.window is not None, apart)
+        shared = sum(groups)
+        require(shared in (0, layers), f"model.hybrid.kv_groups = {groups} has {shared} layers, model.layers = {layers}")
+        attends = not groups or hybrid.fusion in ("mean", "concat", "attention")
+        neighbours = "has no attention in neighbouring layers to share keys and values"
+        require(attends, f"model.hybrid.kv_groups: fusion {hybrid.fusion!r} {neighbours}")
+        for start, size in zip(accumulate(groups, initial=0), groups, strict=False):
+            windows = {self.layer_window(layer) for layer in range(start, start + size)}
+            mixes = f"the group from layer {start} on mixes full and window layers"
+            require(len(windows) == 1, f"model.hybrid.kv_groups: {mixes}")
+        pairs = hybrid.fusion != "sequential" or layers % 2 == 0
+        require(pairs, f"model.layers = {layers}: sequential layers come in pairs, Mamba and attention")
 
     def layer_window(self, layer: int) -> int | None:
         """The attention window of a layer; None: all earlier keys."""

@@ -16,16 +16,12 @@ Processes = Annotated[int, Range(1, 10**6)]
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1 takes the remaining devices.
-
-    Raises:
-      UserError: another form, an unknown axis or one that is named twice, or two sizes of -1.
-    """
+    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1, for one axis at most, takes the remaining devices."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = (word.strip() for word in part.partition("="))
         require(name in AXES, f"runtime.mesh = {text!r}: unknown axis {name!r}{nearest(name, AXES)}; axes: {', '.join(AXES)}")
-        require(name not in sizes, f"runtime.mesh = {text!r}: {name} is there twice")
+        require(name not in sizes, f"runtime.mesh = {text!r}: it names {name} twice")
         sizes[name] = -1 if size == "-1" else convert(size, Size, f"runtime.mesh = {text!r}: {name}")
     require(list(sizes.values()).count(-1) < 2, f"runtime.mesh = {text!r}: only one axis can be -1")
     return sizes
@@ -47,7 +43,7 @@ class Runtime(Part, path="runtime"):
     # The process exits with its stacks after so long without a step, save or evaluation, or, at the start, without a first step; 0: never.
     hang_seconds: Seconds = 1800.0
     startup_seconds: Seconds = 7200.0
-    loggers: tuple[str, ...] = ()  # tensorboard, wandb
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     workers: Annotated[int, Range(0, 1024)] = 0  # grain reader processes; 0: threads
     mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the remaining devices
     remat: Literal["none", "full", "dots"] = "none"
@@ -56,11 +52,6 @@ class Runtime(Part, path="runtime"):
 
     def __post_init__(self) -> None:
         profile = self.profile
-        require(
-            not profile or (len(profile) == 2 and profile[0] <= profile[1]),
-            f"runtime.profile = {profile}: the first and the last step of the profile, such as 20,25",
-        )
+        is_window = not profile or (len(profile) == 2 and profile[0] <= profile[1])
+        require(is_window, f"runtime.profile = {profile}: the first and the last step of the profile, such as 20,25")
         require(mesh_axes(self.mesh) != {}, "runtime.mesh is empty; name an axis and its size, such as data=1,fsdp=-1")
-        for logger in self.loggers:
-            known = ("tensorboard", "wandb")
-            require(logger in known, f"runtime.loggers: unknown {logger!r}{nearest(logger, known)}; known: {', '.join(known)}")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from metajax.config import Model
-from metajax.config.model import POSITIONS
+from metajax.core.errors import nearest, require
 
 LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": it blends between these numbers of turns over the original length
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # (cosine, sine) of each position
@@ -22,11 +22,11 @@ Rotary = tuple[np.ndarray, float]  # (frequencies float32[head_dim / 2] in radia
 SCHEMES: dict[str, Callable[[Model], Rotary | None]] = {}
 
 
-def position(name: str, *, rotates: bool = True) -> Callable[[Callable], Callable]:
+def position(name: str) -> Callable[[Callable], Callable]:
     """Register a function of the model's config as the position scheme `name`; it returns None if the scheme does not rotate."""
 
     def register(scheme: Callable[[Model], Rotary | None]) -> Callable[[Model], Rotary | None]:
-        SCHEMES[name], POSITIONS[name] = scheme, rotates
+        SCHEMES[name] = scheme
         return scheme
 
     return register
@@ -91,17 +91,28 @@ def rotary_angles(frequencies: Float[Array, " half"] | np.ndarray, positions: In
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
+def rotary_of(cfg: Model) -> Rotary | None:
+    """The scheme `cfg.position`; None if it does not rotate. UserError for an unknown name or an odd head width."""
+    where = f"model.position = {cfg.position!r}"
+    known = f"expected one of {', '.join(SCHEMES)}{nearest(cfg.position, SCHEMES)}"
+    require(cfg.position in SCHEMES, f"{where}: {known}")
+    rotary, width = SCHEMES[cfg.position](cfg), cfg.head_dim
+    even = rotary is None or width % 2 == 0
+    require(even, f"{where} needs an even head width, but model.width / model.heads = {width}")
+    return rotary
+
+
 def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table | None:
     """(cos, sin) of the scheme `cfg.position`, float32[B, T, head_dim / 2] each; None if it does not rotate.
 
     A negative position means no position: angle 0, as for position 0.
     """
-    rotary = SCHEMES[cfg.position](cfg)
+    rotary = rotary_of(cfg)
     return None if rotary is None else rotary_angles(rotary[0], jnp.maximum(positions, 0), rotary[1])
 
 
-@position("none", rotates=False)
-@position("learned", rotates=False)
+@position("none")
+@position("learned")
 def _not_rotary(cfg: Model) -> None:
     """Learned position vectors, added to the embeddings in `LM.embed`, or no positions."""
 

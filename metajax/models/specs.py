@@ -5,19 +5,28 @@ from __future__ import annotations
 import itertools
 
 from metajax.config import MetaTokens, Model
+from metajax.core.errors import require
 from metajax.models.layers import residual_std
-from metajax.models.mixers import LayerSpec
+from metajax.models.mixers import MIXERS, LayerSpec
+from metajax.models.rotary import rotary_of
 
 Group = tuple[LayerSpec, ...]
 
 
 def layer_groups(cfg: Model, meta: MetaTokens | None) -> list[Group]:
-    """The layers in order, in groups that are stacked as one unit: layers that share keys and values, or a sequential pair."""
+    """The layers in order, in groups that are stacked as one unit: layers that share keys and values, or a sequential pair.
+
+    Raises:
+      UserError: `model.position` or `model.hybrid.ssm` is not registered, or not fit for this model.
+    """
+    rotary_of(cfg)
     if cfg.hybrid is None:
         form = "none" if meta is None else meta.attention
         layer = LayerSpec(window=cfg.window, meta_attention=form, residual_std=residual_std(cfg), split_keys=False)
         return [(layer,)] * cfg.layers
-    groups, start = [], 0
+    ssm, groups, start = cfg.hybrid.ssm, [], 0
+    is_known = MIXERS.find(ssm, "model.hybrid.ssm").in_hybrid
+    require(is_known, f"model.hybrid.ssm = {ssm!r}: name a mixer other than attention, such as mamba")
     sequential = cfg.hybrid.fusion == "sequential"
     for size in (2,) * (cfg.layers // 2) if sequential else cfg.hybrid.kv_groups or (1,) * cfg.layers:
         groups.append(tuple(_hybrid_layer(cfg, start + i, owns_kv=sequential or i == 0) for i in range(size)))

@@ -54,11 +54,12 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
     from metajax.models.cache_bytes import cache_bytes
     from metajax.models.flops import flops_per_token
     from metajax.models.lm import param_count
+    from metajax.training.optimizers import unread_by_optimizer
     from metajax.training.program import abstract_model
 
+    unread = {*config.unread(), *unread_by_optimizer(config)}
     console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     grid = grid_of("field", "value")
-    unread = config.unread()
     for name, value in flatten(config).items():
         if name not in unread:
             grid.add_row(name.rstrip("_"), "-" if value is None or value == "" else str(value))

@@ -14,7 +14,7 @@ import jax
 
 from metajax.core.atomic import strict, write_text
 from metajax.core.storage import home
-from metajax.config import Config
+from metajax.config import AnyConfig
 from metajax.core.fields import to_dict
 from metajax.core.progress import shown, warn
 from metajax.runs.files import DIGEST, Mark, mark_of, parse_lines, read_json, read_lines, recall, set_aside, write_json
@@ -75,7 +75,7 @@ def _lines_until(path: Path, step: int, mark: Mark | None, on_warning: Callable[
 class Loggers:
     """Loggers that get the scalars in addition to the file."""
 
-    def __init__(self, config: Config, workdir: Path, start_step: int):
+    def __init__(self, config: AnyConfig, workdir: Path, start_step: int):
         self._tensorboard, self._wandb = None, None
         if "tensorboard" in config.runtime.loggers:
             from tensorboardX import SummaryWriter

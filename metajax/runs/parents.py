@@ -78,6 +78,10 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
     require_all_read(config)
     if isinstance(config, Config):
         check_names(config)
+        if changes.keys() & {"model.position", "model.hybrid.ssm"}:
+            from metajax.models.specs import layer_specs  # imports JAX, which showing a table does not need
+
+            layer_specs(config.model, config.meta_tokens)
     return _resolve(config, inherited(changes), root, (config.name,))
 
 

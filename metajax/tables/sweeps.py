@@ -67,7 +67,6 @@ def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, change
         columns=experiment.table.columns if experiment.table else _columns(own),
         baseline=None,
         minutes=experiment.minutes,
-        scales=experiment.scales,
     )
     baseline = [row.name for row in rows if config_hash(apply_changes(table.config(row, scale), changes)) == config_hash(own)]
     return replace(table, baseline=baseline[0]) if baseline else table

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metajax.core.storage import files, hashes_of, home, remove, steps_of
-from metajax.training.checkpoints import another_runs, verify
+from metajax.training.checkpoints import another_runs, folder_of, verify
 
 
 class Kept(NamedTuple):
@@ -24,13 +24,17 @@ def inventory(workdir: Path, read_all: bool) -> list[Kept]:
     """A run's checkpoints, oldest first; `read_all` checks every file against its hash."""
     found = []
     for step in steps_of(workdir):
-        folder, hashes = home(workdir) / "checkpoints" / str(step), hashes_of(workdir, step)
-        infos = files(folder).values()
+        infos = files(folder_of(workdir, step)).values()
         size, written = sum(info["size"] for info in infos), max(map(_written, infos), default="")
-        problem = (verify(folder, hashes) or another_runs(workdir, step)) if read_all else None
-        state = "verified" if read_all else "complete" if hashes else "without hashes: cut off, or being written"
+        problem = _problem(workdir, step) if read_all else None
+        whole = "complete" if hashes_of(workdir, step) else "without hashes: cut off, or being written"
+        state = "verified" if read_all else whole
         found.append(Kept(step, size, written, f"damaged: {problem}" if problem else state, problem is not None))
     return found
+
+
+def _problem(workdir: Path, step: int) -> str | None:
+    return verify(folder_of(workdir, step), hashes_of(workdir, step)) or another_runs(workdir, step)
 
 
 def _written(info: dict[str, Any]) -> str:
@@ -44,17 +48,14 @@ def prune(workdir: Path, keep: int) -> list[Path]:
 
     Nothing is deleted before `keep` checkpoints have verified, so damage never leaves the run without a checkpoint.
     """
-    there = home(workdir)
-    steps = steps_of(workdir)
-    bad = {s: verify(there / "checkpoints" / str(s), hashes_of(workdir, s)) or another_runs(workdir, s) for s in reversed(steps)}
-    whole = [step for step, problem in bad.items() if problem is None]
-    kept, gone = whole[:keep], []
-    for step in steps if kept else []:
-        if step not in kept:
-            gone.append(there / "checkpoints" / str(step))
-            for path in hashes_of(workdir, step):
-                path.unlink()
-    gone += [there / "damaged"] if kept and (there / "damaged").exists() else []
+    steps, damaged = steps_of(workdir), home(workdir) / "damaged"
+    kept = [step for step in reversed(steps) if _problem(workdir, step) is None][:keep]
+    if not kept:
+        return []
+    others = [step for step in steps if step not in kept]
+    for path in (path for step in others for path in hashes_of(workdir, step)):
+        path.unlink()
+    gone = [folder_of(workdir, step) for step in others] + ([damaged] if damaged.exists() else [])
     for folder in gone:
         remove(folder)
     return gone

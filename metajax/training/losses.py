@@ -20,11 +20,7 @@ def weighed(weights: Float[Array, "*B"], nll: Float[Array, "*B"]) -> Float[Array
 
 
 def weighted_sums(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    is_body: Array,
-    z_loss: float,
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"], is_body: Array, z_loss: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(sum of weighted losses, parts). A step minimises this sum divided by the sum of weights.
 

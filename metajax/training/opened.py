@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from metajax.config import Config, Runtime, require_text
 from metajax.core.errors import require
@@ -18,8 +18,7 @@ from metajax.training.checkpoints import newest_good, read_parameters, saved_ide
 from metajax.training.program import Program
 
 
-@dataclass(frozen=True)
-class OpenedRun:
+class OpenedRun(NamedTuple):
     """A run's newest checkpoint with the run's tokenizer, ready for evaluation, analysis or export."""
 
     config: Config
@@ -27,7 +26,7 @@ class OpenedRun:
     tokenizer: Tokenizer
     program: Program
     model: Any
-    saved: Mapping[str, Any] = field(default_factory=dict)  # identity of the run that saved it, see `RunDirectory.identity`
+    saved: Mapping[str, Any] = {}  # identity of the run that saved it, see `RunDirectory.identity`
 
     def open_corpora(self, config: Config, paths: Paths) -> Corpora:
         """Open the corpora; UserError if the corpus or the tokenizer is not the run's."""
@@ -42,16 +41,11 @@ class OpenedRun:
 
 
 def open_run(workdir: Path) -> OpenedRun:
-    """Open a run for evaluation or generation, without changing its folder.
-
-    Raises:
-      UserError: no checkpoint or tokenizer, only damaged checkpoints, or a checkpoint of another run.
-    """
+    """Open a run without changing its folder. UserError if its tokenizer or a good checkpoint is missing or of another run."""
     config, tokenizer = require_text(read_config(workdir), "this command"), load_tokenizer(workdir)
-    require(
-        config.imported is not None or not (workdir / ORIGIN).exists(),
-        f"{workdir} was imported by an older version, which does not say which rows the checkpoint has; delete it and import it again",
-    )
+    lacks_facts = config.imported is None and (workdir / ORIGIN).exists()
+    older = "was imported by an older version, which does not say which rows the checkpoint has"
+    require(not lacks_facts, f"{workdir} {older}; delete it and import it again")
     config = replace(config, runtime=replace(config.runtime, mesh=Runtime.mesh))  # for the devices at hand, not those of training
     step = newest_good(workdir)
     saved, now = saved_identity(workdir, step), {"tokenizer": tokenizer.fingerprint()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,10 +21,11 @@ from metajax.distributed.rules import batch_sharding, param_shardings
 from metajax.models.lm import LM
 from metajax.training.objectives import Batch, Objective, objectives
 from metajax.training.optimizers import make_optimizer, schedule
-from metajax.training.state import State, initialiser
+from metajax.training.state import State
 from metajax.training.step import DEVICE_FIELDS, Metrics, eval_step, train_step
 
 Layout = Callable[[Any, Mesh], Any]  # (tree, mesh) -> its shardings
+HostBatch = dict[str, np.ndarray]
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
@@ -46,15 +48,14 @@ def abstract_model(config: Config, vocab_size: int) -> LM:
 
 def check_axes(config: Config, mesh: Mesh) -> None:
     """UserError if `context` does not divide the rows or `tensor` the heads; they would be replicated on every device."""
-    positions, context, tensor = config.row_positions, mesh.shape["context"], mesh.shape["tensor"]
-    for what, size, axis, shards in (
-        ("positions of a row", positions, "context", context),
-        ("heads (model.heads)", config.model.heads, "tensor", tensor),
-        ("heads of keys (model.kv_heads)", config.model.num_kv_heads, "tensor", tensor),
+    model = config.model
+    for what, size, axis in (
+        ("positions of a row", config.row_positions, "context"),
+        ("heads (model.heads)", model.heads, "tensor"),
+        ("heads of keys (model.kv_heads)", model.num_kv_heads, "tensor"),
     ):
-        require(
-            size % shards == 0, f"runtime.mesh: the {size} {what} do not divide by {axis} = {shards}; choose a divisor of {size}"
-        )
+        remedy = f"do not divide by {axis} = {mesh.shape[axis]}; choose a divisor of {size}"
+        require(size % mesh.shape[axis] == 0, f"runtime.mesh: the {size} {what} {remedy}")
 
 
 @dataclass
@@ -75,76 +76,77 @@ class Program:
     beat: Callable[[], None] = lambda: None  # called for every batch that is put on the devices
 
     @classmethod
-    def build(cls, config: Config, vocab_size: int, devices: list[jax.Device] | None = None) -> Program:
+    def build(cls, config: Config, vocab_size: int, devices: list[Any] | None = None) -> Program:
         """The program of a language model; UserError if the mesh does not divide its rows or heads."""
         mesh, abstract = make_mesh(config.runtime.mesh, devices), abstract_model(config, vocab_size)
         rows, shards = config.data.batch_size // config.training.accumulation_steps, row_shards(mesh)
-        require(
-            rows % shards == 0,
-            f"data.batch_size / training.accumulation_steps = {rows} rows do not spread over the {shards} devices of data and fsdp in "
-            f"runtime.mesh; choose a multiple of {shards}",
-        )
+        spread = f"do not spread over the {shards} devices of data and fsdp in runtime.mesh; choose a multiple of {shards}"
+        require(rows % shards == 0, f"data.batch_size / training.accumulation_steps = {rows} rows {spread}")
         check_axes(config, mesh)
-        objective = objectives.find("dpo" if config.dpo is not None else config.training.objective, "training.objective")
+        learns_pairs = config.dpo is not None
         return cls(
-            config, mesh, partial(build_model, config, vocab_size), make_optimizer(config, abstract),
-            schedule(config.optimizer, config.training.steps), objective, config.data.batch_size,
-            frozen=(abstract,) if config.dpo is not None else (), fields=DEVICE_FIELDS, vocab_size=vocab_size,
-        )  # fmt: skip
-
-    # ------------------------------------------------------------------------------------------------ state
+            config,
+            mesh,
+            create=partial(build_model, config, vocab_size),
+            tx=make_optimizer(config, abstract),
+            rate=schedule(config.optimizer, config.training.steps),
+            objective=objectives.find("dpo" if learns_pairs else config.training.objective, "training.objective"),
+            batch_size=config.data.batch_size,
+            frozen=(abstract,) if learns_pairs else (),
+            fields=DEVICE_FIELDS,
+            vocab_size=vocab_size,
+        )
 
     def place(self, tree: Any) -> Any:
         """The shapes of a tree, with shardings."""
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, self.layout(tree, self.mesh))
 
+    def fresh_state(self, key: jax.Array) -> State:
+        """The state before the first step, on one device; `create_state` shards it."""
+        model = self.create(key)
+        return State(model, self.tx.init(model), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
     def abstract_state(self) -> State:
         """The state as shapes with shardings: moments are sharded like their parameters, scalars are replicated."""
-        return self.place(jax.eval_shape(self._create, jax.random.key(0)))
+        return self.place(jax.eval_shape(self.fresh_state, jax.random.key(0)))
 
     def create_state(self) -> State:
         """A fresh state, initialised already sharded, so that no device ever holds it whole."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
+            return jax.jit(self.fresh_state, out_shardings=shardings)(jax.random.key(self.config.seed))
 
     @property
-    def _create(self) -> Any:
-        return initialiser(self.create, self.tx)
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def whole(self, tree: Any) -> Any:
         """A tree whose arrays this process holds in full, gathered from all processes if there are several."""
         if jax.process_count() == 1:
             return tree
-        gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
-        return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+        return jax.tree.map(lambda x: x.addressable_data(0), jax.jit(lambda x: x, out_shardings=self._replicated)(tree))
 
     def put_everywhere(self, tree: Any) -> Any:
         """A tree that every process holds, as global arrays replicated on all devices."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
         if jax.process_count() == 1:
-            return jax.device_put(tree, sharding)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
-
-    # ------------------------------------------------------------------------------------------------- step
+            return jax.device_put(tree, self._replicated)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._replicated, np.asarray(x)), tree)
 
     @property
     def step(self) -> Callable[..., tuple[State, Metrics]]:
         """The train step, (state, batch, *frozen) -> (state, metrics), not compiled."""
         return partial(train_step, config=self.config, tx=self.tx, rate=self.rate, objective=self.objective)
 
-    def lower_step(self, state: State, batch: Batch) -> Any:
+    def lower_step(self, state: State, batch: Mapping[str, Any]) -> Any:
         """The train step lowered for these shapes; the state is donated."""
         frozen = self.place(self.frozen)
-        shardings, held = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, frozen))
-        jitted = jax.jit(
-            self.step, donate_argnums=0, in_shardings=(shardings, self._rows_sharding, *held), out_shardings=(shardings, None),
-            keep_unused=bool(frozen),  # a plan counts all frozen inputs
-        )  # fmt: skip
+        of_state, of_frozen = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, frozen))
+        shardings = {"in_shardings": (of_state, self._rows_sharding, *of_frozen), "out_shardings": (of_state, None)}
+        jitted = jax.jit(self.step, donate_argnums=0, keep_unused=bool(frozen), **shardings)  # a plan counts all frozen inputs
         with jax.set_mesh(self.mesh):
             return jitted.lower(state, batch, *frozen)
 
-    def compile_step(self, state: State, batch: Batch) -> Any:
+    def compile_step(self, state: State, batch: Mapping[str, Any]) -> Any:
         """The train step compiled ahead of time for these shapes; it can never be recompiled."""
         return self.lower_step(state, batch).compile()
 
@@ -153,49 +155,41 @@ class Program:
         """The jitted evaluation step of a language model."""
         return jax.jit(eval_step)
 
-    # ---------------------------------------------------------------------------------------------- batches
-
     @property
     def _spreads(self) -> bool:
         return self.batch_size % (self.config.training.accumulation_steps * row_shards(self.mesh)) == 0
 
     @property
     def _rows_sharding(self) -> NamedSharding:
-        return batch_sharding(self.mesh) if self._spreads else NamedSharding(self.mesh, PartitionSpec())
+        return batch_sharding(self.mesh) if self._spreads else self._replicated
 
     @cached_property
     def rows(self) -> HostRows:
         """The rows of a batch that this process reads; all of them if they are not sharded over the mesh."""
         return HostRows.of(self.mesh, jax.process_index()) if self._spreads else HostRows(0, 1, is_first())
 
-    def local_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def local_rows(self, batch: HostBatch) -> HostBatch:
         """This host's slice of a whole batch."""
         rows = len(next(iter(batch.values()))) // self.rows.count
         return {name: values[self.rows.index * rows :][:rows] for name, values in batch.items()}
 
-    def on_devices(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a batch that go to the devices."""
-        return {name: batch[name] for name in self.fields or batch if name in batch}
+    def _on_devices(self, put: Callable[[Any], Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: put(batch[name]) for name in self.fields or batch if name in batch}
 
-    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+    def put(self, batch: HostBatch) -> Batch:
         """This host's slice of a batch as global arrays, with rows sharded over the data axes."""
         self.beat()
-        put = partial(jax.make_array_from_process_local_data, self._rows_sharding)
-        return {name: put(values) for name, values in self.on_devices(batch).items()}
+        return self._on_devices(partial(jax.make_array_from_process_local_data, self._rows_sharding), batch)
 
-    def abstract_batch(self, batch: dict[str, Any]) -> Batch:
+    def abstract_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The shapes of a whole batch, with shardings."""
-        return {
-            name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=self._rows_sharding)
-            for name, values in self.on_devices(batch).items()
-        }
+        return self._on_devices(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows_sharding), batch)
 
-    def feed(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    def feed(self, batches: Iterator[HostBatch]) -> Iterator[tuple[Batch, HostBatch]]:
         """Yield (batch on the devices, batch on the host); the next batch is transferred while the current one is in use."""
-        ahead: tuple[Batch, dict[str, np.ndarray]] | None = None
+        ahead: list[tuple[Batch, HostBatch]] = []
         for batch in batches:
-            current, ahead = ahead, (self.put(batch), batch)
-            if current is not None:
-                yield current
-        if ahead is not None:
-            yield ahead
+            ahead.append((self.put(batch), batch))
+            if len(ahead) == 2:
+                yield ahead.pop(0)
+        yield from ahead

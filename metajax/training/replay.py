@@ -12,30 +12,25 @@ import numpy as np
 from metajax.core.atomic import write_text
 from metajax.core.storage import home
 from metajax.distributed.hosts import is_first
-from metajax.distributed.mesh import HostRows
 from metajax.training.checkpoints import load_arrays, save_arrays
 from metajax.training.program import Program
 from metajax.training.state import State
 
 
 def write_bundle(
-    workdir: Path, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State, frozen: tuple[Any, ...],
-    rows: HostRows,
-) -> Any:  # fmt: skip
-    """Write the state before a bad step (a bad step leaves it unchanged), the frozen inputs and the batch.
-
-    Returns:
-      The folder, WORKDIR/replay-step-N, which may be on a bucket.
-    """
-    folder = home(workdir) / f"replay-step-{step}"
+    workdir: Path, program: Program, state: State, frozen: tuple[Any, ...], batch: dict[str, np.ndarray], metrics: dict[str, Any]
+) -> Any:
+    """Write the state before a bad step (a bad step leaves it unchanged), the frozen inputs, the batch and the metrics with "step".
+    Returns the folder, WORKDIR/replay-step-N, which may be on a bucket."""
+    folder = home(workdir) / f"replay-step-{metrics['step']}"
     save_arrays(folder / "state", state.model)
     if frozen:
         save_arrays(folder / "frozen", frozen)
-    if rows.counts:
-        with (folder / f"batch-p{rows.index}.npz").open("wb") as file:
-            np.savez(file, **batch)
+    if program.rows.counts:
+        with (folder / f"batch-p{program.rows.index}.npz").open("wb") as file:
+            np.savez(file, allow_pickle=False, **batch)
     if is_first():
-        write_text(folder / "metrics.json", json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}))
+        write_text(folder / "metrics.json", json.dumps(metrics))
     return folder
 
 
@@ -47,7 +42,7 @@ def replay(folder: Path, program: Program) -> dict[str, float]:
     step = jax.device_put(np.int32(taken), state.step.sharding)  # random draws depend on it
     if frozen:
         frozen = load_arrays(folder / "frozen", frozen)
-    files = sorted(Path(folder).glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))
+    files = sorted(folder.glob("batch-p*.npz"), key=lambda path: int(path.stem.partition("-p")[2]))
     parts = [np.load(path) for path in files]
     batch = program.put(program.local_rows({name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}))
     state = state.replace(model=model, step=step)

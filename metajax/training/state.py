@@ -1,21 +1,17 @@
-"""The training state: parameters, optimiser state, step, and whether a step was not finite."""
+"""The training state, and pytrees as {path: array}, the form of checkpoints, which depends on no module system."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
-from metajax.core.errors import UserError
+from metajax.core.errors import require
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """The pytree that a train step updates. `halted` freezes it after a loss or gradient that is not finite."""
 
     model: Any
@@ -24,42 +20,25 @@ class State:
     halted: jax.Array  # bool
 
 
-def initialiser(build_model: Any, tx: optax.GradientTransformation) -> Callable[[jax.Array], State]:
-    """key -> the state before the first step."""
-
-    def create(key: jax.Array) -> State:
-        model = build_model(key)
-        return State(model, tx.init(model), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-
-    return create
-
-
-def _leaf_path(path: tuple[Any, ...]) -> str:
-    parts = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+def _path_of(entries: tuple[Any, ...]) -> str:
+    parts = [jax.tree_util.keystr((entry,), simple=True) for entry in entries]
     return "/".join(part for part in parts if part != "value")  # `value` is nnx.Param's own attribute
 
 
-def to_arrays(tree: Any) -> dict[str, jax.Array]:
-    """{path: array} for every leaf, the form of checkpoints, independent of any module system."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_leaf_path(path): leaf for path, leaf in leaves}
+def to_arrays(tree: Any) -> dict[str, Any]:
+    """{path: array} for every leaf."""
+    return {_path_of(entries): leaf for entries, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def from_arrays(like: Any, arrays: dict[str, Any], what: str) -> Any:
-    """The pytree `like` with its leaves taken from {path: array}.
-
-    Raises:
-      UserError: a path is missing, left over or of another shape; `what` names the source of the arrays.
-    """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    paths = [_leaf_path(path) for path, _ in leaves]
-    for path in paths:
-        if path not in arrays:
-            raise UserError(f"{what} lacks {path}; it was made by another model configuration")
-    extra = sorted(set(arrays) - set(paths))
-    if extra:
-        raise UserError(f"{what} has {extra[0]}, which this model does not have; it was made by another model configuration")
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        if np.shape(arrays[path]) != leaf.shape:
-            raise UserError(f"{what}: {path} has shape {np.shape(arrays[path])}, this model needs {leaf.shape}")
-    return jax.tree.unflatten(treedef, [arrays[path] for path in paths])
+    """The pytree `like` with its leaves taken from {path: array}; UserError names `what`, the source of the arrays, and a path that
+    is missing, left over or of another shape."""
+    leaves, made = to_arrays(like), "it was made by another model configuration"
+    for path in leaves:
+        require(path in arrays, f"{what} lacks {path}; {made}")
+    extra = min(arrays.keys() - leaves.keys(), default=None)
+    require(extra is None, f"{what} has {extra}, which this model does not have; {made}")
+    for path, leaf in leaves.items():
+        shape = np.shape(arrays[path])
+        require(shape == leaf.shape, f"{what}: {path} has shape {shape}, this model needs {leaf.shape}")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in leaves])

@@ -17,6 +17,7 @@ from metajax.training.state import State
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_positions")
 DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # of a text batch, copied to the devices
 Metrics = dict[str, jax.Array]
+Transformation = optax.GradientTransformation
 
 
 def apply_model(model: Any, batch: Batch) -> jax.Array:
@@ -46,8 +47,8 @@ def _means_and_grads(loss: Any, model: Any, batch: Batch, pieces: int) -> tuple[
 
 
 def train_step(
-    state: State, batch: Batch, *frozen: Any, config: AnyConfig, tx: optax.GradientTransformation, rate: optax.Schedule, objective: Objective
-) -> tuple[State, Metrics]:  # fmt: skip
+    state: State, batch: Batch, *frozen: Any, config: AnyConfig, tx: Transformation, rate: optax.Schedule, objective: Objective
+) -> tuple[State, Metrics]:
     """One optimizer step on the gradient of the objective's mean loss over the whole batch.
 
     Metrics: those of the objective, grad_norm before clipping, learning_rate, finite, kept. A bad step (not finite, or gradient
@@ -58,7 +59,8 @@ def train_step(
       frozen: further inputs of the objective, such as a reference model.
       rate: the learning rate by step, which is logged; `tx` applies its own schedule.
     """
-    batch = objective.prepare(config, batch, state.step, *frozen)
+    if objective.prepare is not None:
+        batch = objective.prepare(config, batch, state.step, *frozen)
     loss = lambda model, micro: objective.loss(config, model, micro, *frozen)  # noqa: E731
     means, grads = _means_and_grads(loss, state.model, batch, config.training.accumulation_steps)
     weights = {name: jnp.maximum(weight, 1) for name, (_, weight) in means.items()}
@@ -66,10 +68,10 @@ def train_step(
     updates, opt_state = tx.update(grads, at_step(state.opt_state, state.step), state.model)
     model = optax.apply_updates(state.model, updates)
     metrics = {name: total / weights[name] for name, (total, _) in means.items()}
-    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    runtime = config.runtime
-    good = finite & (metrics["grad_norm"] <= (runtime.max_grad_norm or jnp.inf))
+    grad_norm, runtime = jnp.asarray(optax.tree.norm(grads)), config.runtime
+    metrics |= {"grad_norm": grad_norm, "learning_rate": jnp.asarray(rate(state.step))}
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    good = finite & (grad_norm <= (runtime.max_grad_norm or jnp.inf))
     keep, skips = good & ~state.halted, runtime.on_bad_step == "skip"
     model, opt_state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (model, opt_state), (state.model, state.opt_state))
     step, halted = (state.step + 1, state.halted) if skips else (state.step + keep, ~keep)

@@ -38,12 +38,8 @@ class Task:
         self.tokenizer.save(folder)
 
     def start(self, model: Any, meta: Mapping[str, Any] | None) -> tuple[Any, tuple[Any, ...]]:
-        """(parameters before the first step, frozen inputs of the step), on the devices.
-
-        Args:
-          model: fresh parameters, or those of the restored checkpoint.
-          meta: metadata of that checkpoint, including what `meta` returned at the save; None at a fresh start.
-        """
+        """(parameters before the first step, frozen inputs of the step), on the devices. `model` has fresh parameters, or those of
+        the restored checkpoint, whose metadata is `meta` with what `meta()` returned at the save; None at a fresh start."""
         return model, ()
 
     def meta(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.config import Config
-from metajax.core.errors import UserError
+from metajax.core.errors import require
 from metajax.data.pipeline import Paths, open_corpora, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.models.flops import step_flops
@@ -20,19 +20,14 @@ from metajax.training.checkpoints import newest_good, read_parameters, saved_ide
 from metajax.training.program import Program
 from metajax.training.task import Task
 
-LN2 = math.log(2.0)
-
 
 class TextTask(Task):
-    """Training of a language model. A subclass evaluates and reports it, because evaluation imports training.
+    """Training of a language model. A subclass evaluates and reports it, because evaluation imports training."""
 
-    Raises:
-      UserError: the data cannot be read, or the batch cannot be sharded over the mesh.
-    """
-
+    config: Config
     unit, counted = "tokens", "positions"
 
-    def __init__(self, config: Config, paths: Paths, devices: list[jax.Device] | None = None):
+    def __init__(self, config: Config, paths: Paths, devices: list[Any] | None = None):
         self.config, self.steps = config, config.training.steps
         self.corpora, self.evaluates_every = open_corpora(config, paths), config.evaluation.every
         self.data, self.tokenizer = self.corpora.key, self.corpora.tokenizer
@@ -53,16 +48,12 @@ class TextTask(Task):
             return parent, ()
         if meta is None:  # a copy, because the step overwrites its state and the reference must stay
             return jax.tree.map(jnp.copy, parent), (parent,)
-        if meta["parent_step"] != self._parent_step:
-            raise UserError(
-                f"init.from = {init.run} has gone on, and the reference with it: step {self._parent_step} now, {meta['parent_step']} when "
-                "this run began; start a new run with another --workdir"
-            )
-        if meta.get("parent", self._parent) != self._parent:
-            raise UserError(
-                f"init.from = {init.run} is another run ({self._parent}) than when this run began ({meta['parent']}); put that one back, or "
-                "start a new run with another --workdir"
-            )
+        now, then, remedy = self._parent_step, meta["parent_step"], "start a new run with another --workdir"
+        steps = f"step {now} now, {then} when this run began"
+        require(now == then, f"init.from = {init.run} has trained further, and the reference with it: {steps}; {remedy}")
+        first = meta.get("parent", self._parent)
+        other = f"is another run ({self._parent}) than when this run began ({first}); put that one back"
+        require(first == self._parent, f"init.from = {init.run} {other}, or {remedy}")
         return model, (parent,)
 
     def meta(self) -> dict[str, Any]:
@@ -75,20 +66,18 @@ class TextTask(Task):
         self._parent = dict(saved_identity(parent, self._parent_step))
         theirs, ours = load_tokenizer(parent).fingerprint(), self.tokenizer.fingerprint()
         check_data(parent, tokenizer=theirs)
-        if theirs != ours and not init.parts:
-            raise UserError(
-                f"init.from = {init.run}: its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters "
-                f"mean other tokens; use data.tokenizer=run:{parent}, or name the parts to take, such as RUN?blocks"
-            )
+        remedy = f"use data.tokenizer=run:{parent}, or name the parts to take, such as RUN?blocks"
+        differ = f"its tokenizer ({theirs[:12]}) is not this run's ({ours[:12]}), so its parameters mean other tokens"
+        require(theirs == ours or bool(init.parts), f"init.from = {init.run}: {differ}; {remedy}")
         return read_parameters(parent, self.program.abstract_state().model, init.parts, fresh, self._parent_step)
 
     def count(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return positions_of(batch) | {"flops": step_flops(self.config, self.program.vocab_size, batch)}
+        return {**positions_of(batch), "flops": step_flops(self.config, self.program.vocab_size, batch)}
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
         if self.config.tasks is not None:  # an answer's body is not corpus text
             return values
-        return {**values, "bpb": values["body_nll"] / LN2 / self.corpora.bytes_per_token}
+        return {**values, "bpb": values["body_nll"] / math.log(2.0) / self.corpora.bytes_per_token}
 
     def line(self, record: Mapping[str, float]) -> list[str]:
         return [

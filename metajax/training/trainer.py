@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from metajax.config import config_hash
-from metajax.core.errors import Stopped, require
+from metajax.core.errors import Stopped
 from metajax.core.progress import progress, say, warn
 from metajax.core.quiet import told_once
 from metajax.data.pipeline import read_batches
@@ -26,6 +24,7 @@ from metajax.runs.goodput import Goodput
 from metajax.runs.metrics import Loggers, MetricsFile, Nowhere, memory_use
 from metajax.runs.pace import Counts, LeftOut, Pace, Phases
 from metajax.training.checkpoints import Checkpoints
+from metajax.training.program import HostBatch
 from metajax.training.replay import write_bundle
 from metajax.training.state import State
 from metajax.training.task import Task
@@ -50,14 +49,9 @@ class Trained:
 
 
 class Trainer:
-    """Trains a task in the folder of one run, the same way for every family of runs.
+    """Trains a task in the open folder of one run, the same way for every family. `phases` has the seconds of the start-up so far.
 
-    Args:
-      run: the run's folder, already open.
-      phases: seconds of the start-up so far.
-
-    Raises:
-      UserError: the processes differ in their config or data.
+    UserError if the processes differ in their config or data.
     """
 
     def __init__(self, task: Task, run: RunDirectory, phases: Phases):
@@ -74,13 +68,9 @@ class Trainer:
             task.save_inputs(run.path)
 
     def train(self) -> Trained:
-        """Run the remaining steps.
-
-        Raises:
-          NonFinite: a loss or gradient was not finite; a replay bundle has been written.
-          Stopped: on SIGTERM or Ctrl-C; the state has been saved.
-        """
-        steps = self.task.steps
+        """Run the remaining steps. After a step that is not finite, write a replay bundle and raise NonFinite. On SIGTERM or Ctrl-C,
+        save the state and raise Stopped."""
+        steps, step_fn = self.task.steps, None
         with contextlib.ExitStack() as closing:
             self.preemption = Preemption()
             closing.callback(self.preemption.close)  # closed last, after a started save is finished
@@ -88,7 +78,6 @@ class Trainer:
             with self.phases.time("init"):
                 state, start = self._open(closing)
             with self.phases.time("compile"), self.goodput.spend("compile"):
-                step_fn = None
                 if start < steps:
                     step_fn = self.program.compile_step(state, self.program.put(self.task.batches[start]))
             self._open_metrics(closing, start)
@@ -106,14 +95,10 @@ class Trainer:
         if self.left_out.count:
             self.run.warn(str(self.left_out))
         seconds = time.monotonic() - began
-        clock = {
-            "train_seconds": seconds,
-            "steps_here": steps - start,
-            "data_wait_share": self.goodput.apart["data_wait"] / seconds if seconds else 0.0,
-            "checkpoint_blocking_share": self.checkpoints.blocked_seconds / seconds if seconds else 0.0,
-        }
-        counts, startup = self.counts.of_all(), dict(self.phases.seconds)
-        return Trained(state, counts, startup, clock, self.goodput, start, self.left_out)
+        waits = {"data_wait": self.goodput.apart["data_wait"], "checkpoint_blocking": self.checkpoints.blocked_seconds}
+        shares = {f"{name}_share": spent / seconds if seconds else 0.0 for name, spent in waits.items()}
+        clock = {"train_seconds": seconds, "steps_here": steps - start, **shares}
+        return Trained(state, self.counts.of_all(), dict(self.phases.seconds), clock, self.goodput, start, self.left_out)
 
     def _open(self, closing: contextlib.ExitStack) -> tuple[State, int]:
         """(state, its step) to continue from: the newest checkpoint or a fresh state."""
@@ -126,11 +111,6 @@ class Trainer:
         closing.callback(self.checkpoints.close)
         found = self.checkpoints.restore(self.program.abstract_state())
         state, meta = found if found is not None else (self.program.create_state(), None)
-        if meta is not None:
-            require(
-                meta["config_hash"] == self.run.hash,
-                f"{self.run.path} belongs to another configuration ({meta['config_hash']}); choose another --workdir",
-            )
         model, self.frozen = self.task.start(state.model, meta)
         if meta is None:
             return state.replace(model=model), 0
@@ -141,17 +121,16 @@ class Trainer:
         return state, meta["step"]
 
     def _open_metrics(self, closing: contextlib.ExitStack, start: int) -> None:
-        logged = self.run.path / "metrics.jsonl"
-        self.metrics = MetricsFile(logged, start, self.run.logged, self.run.warn) if is_first() else Nowhere()
-        closing.callback(self.metrics.close)
-        self.loggers = Loggers(self.config, self.run.path, start) if is_first() else Nowhere()
-        closing.callback(self.loggers.close)
-
-    # ------------------------------------------------------------------------------------------------ steps
+        self.metrics = self.loggers = Nowhere()
+        if is_first():
+            self.metrics = MetricsFile(self.run.path / "metrics.jsonl", start, self.run.logged, self.run.warn)
+            closing.callback(self.metrics.close)
+            self.loggers = Loggers(self.config, self.run.path, start)
+            closing.callback(self.loggers.close)
 
     def _steps(self, state: State, step_fn: Any, start: int) -> State:
         config, steps = self.config, self.task.steps
-        pending: tuple[int, Any, dict[str, np.ndarray]] | None = None
+        pending: tuple[int, Any, HostBatch] | None = None
         self._pace = Pace(self.task.unit, self.task.counted, hosts=self.program.rows.count)
         title = f"training {config.name} (seed {config.seed})"
         reader = read_batches(self.task.batches, start, config.runtime.workers)
@@ -204,17 +183,12 @@ class Trainer:
             jax.profiler.stop_trace()
             say(f"profile of steps {begins} to {ends}: pip install xprof; xprof --logdir {folder}")
 
-    def _timed(self, batches: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dict[str, np.ndarray]]:
+    def _timed(self, batches: Iterator[HostBatch], count: int) -> Iterator[HostBatch]:
         """Yield the next `count` batches and record the time spent waiting for them as the cost of the input pipeline."""
-        batches = itertools.islice(batches, count)
-        while True:
+        for _ in range(count):
             with self.goodput.spend("data_wait"):
-                batch = next(batches, None)
-            if batch is None:
-                return
+                batch = next(batches)
             yield batch
-
-    # ------------------------------------------------------------------------------------ saving and logging
 
     def _evaluates(self, step: int) -> bool:
         every = self.task.evaluates_every
@@ -245,14 +219,14 @@ class Trainer:
         self.goodput.saved(meta["step"])
         self.goodput.write()
 
-    def _log(self, step: int, metrics: Any, batch: dict[str, np.ndarray], state: State) -> None:
+    def _log(self, step: int, metrics: Any, batch: HostBatch, state: State) -> None:
         """Read a step's metrics. The wait keeps the host at most one step ahead of the devices."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         finite, kept = values.pop("finite"), values.pop("kept")
         self.left_out.add(step, kept)
         runtime = self.config.runtime
         if not kept and (runtime.on_bad_step == "stop" or self.left_out.in_a_row >= runtime.max_skipped):
-            raise NonFinite(self._replay_bundle(step, values, batch, state))
+            raise NonFinite(self._write_bundle(step, values, batch, state))
         read = self.task.count(batch)
         if self.program.rows.counts:
             self.counts.add(read)
@@ -273,15 +247,15 @@ class Trainer:
             ends = f"ETA {int(left // 60)}:{int(left % 60):02d}"
             say("  ".join([f"step {step}/{self.task.steps}", *self.task.line(record), *speed_parts(speed), ends]))
 
-    def _replay_bundle(self, step: int, values: dict[str, float], batch: dict[str, np.ndarray], state: State) -> str:
-        folder = write_bundle(self.run.path, step, values, batch, state, self.frozen, self.program.rows)
-        row = f"{self.left_out.in_a_row} steps in a row were left out (runtime.max_skipped), the last one " * (
-            self.left_out.in_a_row > 1
-        )
-        return (
-            f"{row}step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the parameters before that step and its batch are in "
-            f"{folder} (metajax.training.replay.replay reproduces it). Look for the cause there, then lower the learning rate or lengthen its warm-up"
-        )
+    def _write_bundle(self, step: int, values: dict[str, float], batch: HostBatch, state: State) -> str:
+        """Write a replay bundle; returns a message that says what happened and names the bundle."""
+        metrics = {"step": step, **{name: str(value) for name, value in values.items()}}
+        folder = write_bundle(self.run.path, self.program, state, self.frozen, batch, metrics)
+        count = self.left_out.in_a_row
+        before = f"{count} steps in a row were left out (runtime.max_skipped), the last one " if count > 1 else ""
+        found = f"{before}step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+        where = f"the parameters before that step and its batch are in {folder} (metajax.training.replay.replay reproduces it)"
+        return f"{found}; {where}. Look for the cause there, then lower the learning rate or lengthen its warm-up"
 
 
 @contextlib.contextmanager
@@ -292,14 +266,14 @@ def _lost_peers_stop() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise Stopped(f"another process of this run is gone ({str(error).splitlines()[0]}); the same command goes on") from error
+        reason = str(error).splitlines()[0]
+        raise Stopped(f"another process of this run is gone ({reason}); the same command continues the run") from error
 
 
 def speed_parts(speed: dict[str, float]) -> list[str]:
     """The parts of a log line that report speed, memory and goodput."""
-    parts = [
-        f"{value:,.0f} {name.removesuffix('_per_second')}/s" for name, value in speed.items() if name.endswith("_per_second")
-    ]
+    rates = {name.removesuffix("_per_second"): value for name, value in speed.items() if name.endswith("_per_second")}
+    parts = [f"{value:,.0f} {unit}/s" for unit, value in rates.items()]
     if "mfu" in speed:
         parts.append(f"MFU {speed['mfu']:.1%}")
     if "hbm_gib" in speed:

@@ -143,8 +143,11 @@ def test_every_number_of_the_command_line_has_a_range_that_help_tells():
         (["quickstart/plain", "--set", "runtime.mesh=data=-2"], "data = '-2'"),
         (["quickstart/plain", "--set", "runtime.mesh=data=1e12"], "data = '1e12'"),
         (["quickstart/plain", "--set", "runtime.mesh=data=-1,fsdp=-1"], "only one axis"),
-        (["quickstart/plain", "--set", "runtime.mesh=data=1,data=1"], "data is there twice"),
+        (["quickstart/plain", "--set", "runtime.mesh=data=1,data=1"], "it names data twice"),
         (["quickstart/plain", "--set", "runtime.mesh=dta=1"], "did you mean 'data'"),
+        (["show", "quickstart", "--set", "model.position=ropee"], "did you mean 'rope'"),
+        (["quickstart/plain", "--set", "optimizer.momentum=0.5"], "would ignore optimizer.momentum"),
+        (["show", "quickstart/plain", "--set", "optimizer.momentum=0.5"], "would ignore optimizer.momentum"),
         (["quickstart/plain", *(f"--sweep=model.{f}={','.join(map(str, range(1, 200)))}" for f in ("layers", "heads", "width"))], "a sweep of"),
     ],
 )  # fmt: skip

@@ -179,7 +179,7 @@ def interrupt(*_):
 def test_outside_the_steps_it_says_from_which_step_the_run_goes_on(tiny_config, paths, tmp_path, monkeypatch, place, step):
     with monkeypatch.context() as patch:
         patch.setattr(experiment, place, interrupt)
-        with pytest.raises(Interrupted, match=f"goes on from step {step}"):
+        with pytest.raises(Interrupted, match=f"continues from step {step}"):
             run_experiment(tiny_config(), tmp_path, paths)
     run_experiment(tiny_config(), tmp_path, paths)
 

@@ -10,7 +10,6 @@ import pytest
 
 from metajax import registry
 from metajax.config import Hybrid, Model
-from metajax.config.model import HYBRID_MIXERS, POSITIONS
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.inference.forward import prefill, prepare, step
@@ -19,6 +18,7 @@ from metajax.models.flops import flops_per_token
 from metajax.models.lm import named_params
 from metajax.models.mixers import MIXERS
 from metajax.models.rotary import SCHEMES
+from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
 
 FILE = '''
@@ -83,9 +83,7 @@ def config(own_registry, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     registry.load("own_parts")
     yield registry.find_experiment("shifted").build("cpu")
-    for known, name in ((MIXERS._known, "shift"), (SCHEMES, "slow"), (POSITIONS, "slow")):
-        del known[name]
-    HYBRID_MIXERS.remove("shift")
+    del MIXERS._known["shift"], SCHEMES["slow"]
     for module in ("own_parts", "own_parts.shifted"):
         sys.modules.pop(module, None)
 
@@ -125,17 +123,16 @@ def test_own_parts_are_trained_counted_and_decoded(config):
     np.testing.assert_allclose(logits, whole[jnp.arange(B), jnp.array([3, 8])], atol=1e-5)
 
 
-def test_names_in_configs_are_those_that_are_implemented():
-    assert set(POSITIONS) == set(SCHEMES)
-    assert set(HYBRID_MIXERS) == set(MIXERS.names()) - {"attention", "meta_attention"}
-    for rotates, scheme in ((POSITIONS[name], SCHEMES[name]) for name in SCHEMES):
-        assert rotates == (scheme(Model(rope_original_length=8)) is not None)
-
-
 @pytest.mark.parametrize(
-    ("field", "value", "known"),
-    [("position", "ropee", "rope"), ("hybrid.ssm", "mambda2", "mamba2"), ("hybrid.meta_tokens", 2, "prefix_tokens")],
+    ("changes", "message"),
+    [
+        ({"position": "ropee"}, "expected one of learned, none, rope, linear, llama3, ntk, yarn; did you mean 'rope'"),
+        ({"hybrid.ssm": "mambda2"}, "did you mean 'mamba2'"),
+        ({"hybrid.ssm": "meta_attention"}, "name a mixer other than attention"),
+        ({"hybrid.meta_tokens": 2}, "is hybrid.prefix_tokens now"),
+        ({"heads": 128}, "needs an even head width"),
+    ],
 )
-def test_a_wrong_name_is_answered_with_the_nearest(field, value, known):
-    with pytest.raises(UserError, match=f"did you mean '{known}'"):
-        override(Model(hybrid=Hybrid()), {field: value})
+def test_a_wrong_name_is_answered_with_the_nearest(changes, message):
+    with pytest.raises(UserError, match=message):
+        layer_specs(override(Model(hybrid=Hybrid()), changes))

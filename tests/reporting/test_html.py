@@ -43,7 +43,7 @@ def base(scale):
 def make_table(rows=ROWS):
     columns = tuple(Column(f"bits/byte, {c} metadata", f"eval.{c}.bpb") for c in CONDITIONS)
     notes = ("Bits per byte of body text.", HOSTILE)
-    return Table("lab", f"three ways {HOSTILE}", "a paper <b>", base, rows, columns, "plain", {"cpu": 1}, ("cpu",), notes)
+    return Table("lab", f"three ways {HOSTILE}", base, rows, columns, "plain", {"cpu": 1}, "a paper <b>", notes)
 
 
 def fake_run(config, workdir, analyses):

@@ -35,7 +35,7 @@ def test_a_row_whose_field_the_corpus_lacks_is_shown_and_not_run(tmp_path, capsy
     print_table_plan(plan)
     assert "not here, for want" in " ".join(capsys.readouterr().out.split())
     assert registry.find_experiment("lab/scored").scales == ("gpu",)
-    with pytest.raises(UserError, match="lab/scored cannot be run at scale cpu, for want of a score"):
+    with pytest.raises(UserError, match="lab/scored cannot be run at scale cpu: it lacks a score"):
         registry.find_experiment("lab/scored").build("cpu")
     assert plan.table.config(plan.table.rows[1], "gpu").training.steps == 50
 

@@ -129,8 +129,8 @@ def test_a_parent_runs_first_and_once(table, tmp_path):
 
 def test_a_childs_hash_follows_its_parents(table, tmp_path):
     def child_of(steps):
-        registry._experiments["lab_base/plain"] = replace(
-            registry._experiments["lab_base/plain"],
+        registry._known["lab_base/plain"] = replace(
+            registry._known["lab_base/plain"],
             build=lambda scale: override(replace(base(scale), name="lab_base/plain"), {"training.steps": steps}),
         )
         config, [parent] = resolve_parents(table.config(ROWS[0], "cpu"), {}, tmp_path)

@@ -25,9 +25,8 @@ def arrays(state):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny_config, paths, accumulate):
     """Adam's first update moves every parameter by the rate, or by nearly nothing: so the rate of a step can be measured."""
-    config = tiny_config(**SKIP, **{
-        "optimizer.warmup_steps": 5, "optimizer.weight_decay": 0.0, "training.accumulation_steps": accumulate, "training.steps": 8,
-    })  # fmt: skip
+    warmup = {"optimizer.warmup_steps": 5, "optimizer.weight_decay": 0.0, "training.steps": 8}
+    config = tiny_config(**SKIP, **warmup, **{"training.accumulation_steps": accumulate})
     corpora = open_corpora(config, paths)
     program, batch = Program.build(config, corpora.tokenizer.vocabulary.size), training_batches(corpora)[0]
     bad = batch | {"loss_weights": np.full_like(batch["loss_weights"], np.nan)}

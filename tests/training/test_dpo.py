@@ -23,14 +23,12 @@ from metajax.training.replay import replay
 from metajax.training.state import to_arrays
 from metajax.training.step import apply_model
 
+SCANNED = {"runtime.unroll": 1, "runtime.implementation": "reference"}
 MODELS = {
     "gpt": {"model.position": "learned", "model.bias": True},
     "llama": {"model.norm": "rmsnorm", "model.activation": "swiglu", "model.kv_heads": 1, "model.tied": False},
-    "hymba": {
-        "model.hybrid": Hybrid(prefix_tokens=3, state=4), "model.window": 8, "model.norm": "rmsnorm", "runtime.unroll": 1,
-        "runtime.implementation": "reference",
-    },
-}  # fmt: skip
+    "hymba": {"model.hybrid": Hybrid(prefix_tokens=3, state=4), "model.window": 8, "model.norm": "rmsnorm", **SCANNED},
+}
 
 
 def records(count=60):
@@ -52,16 +50,15 @@ def pairs(tmp_path_factory):
 
 
 def pairs_fields(path):
-    """Fine-tuning on the chosen answers of a file, behind their prompts."""
-    return {
-        "data.sources": (f"jsonl:{path}?text=chosen&origin=id",), "data.sequence_length": 96, "evaluation.conditions": ("right",),
-        "metadata": Metadata(template="{prompt}", wrap="plain", keep=1.0), "evaluation.sample_tokens": 0,
-    }  # fmt: skip
+    """Fine-tuning on the chosen answers of a file, after their prompts."""
+    data = {"data.sources": (f"jsonl:{path}?text=chosen&origin=id",), "data.sequence_length": 96}
+    evaluation = {"evaluation.conditions": ("right",), "evaluation.sample_tokens": 0}
+    return {**data, **evaluation, "metadata": Metadata(template="{prompt}", wrap="plain", keep=1.0)}
 
 
 @pytest.fixture
 def dpo_config(tiny_config, pairs):
-    """dpo_config(**changes) -> Config of pairs behind their prompts, on the reference `parent`."""
+    """dpo_config(**changes) -> Config of pairs after their prompts, on the reference `parent`."""
     base = {**pairs_fields(pairs), "init.from": "parent", "dpo": Dpo(beta=0.3)}
     return lambda **changes: tiny_config(**(base | changes))
 
@@ -226,7 +223,9 @@ def test_a_run_raises_the_margin_and_resumes_with_the_same_numbers(dpo_config, h
     (here.runs / "cut" / "report.json").unlink()
     shutil.copytree(parent / "checkpoints" / "1", parent / "checkpoints" / "9")
     shutil.copy(parent / "hashes" / "1-p0.json", parent / "hashes" / "9-p0.json")
-    with pytest.raises(UserError, match=r"init\.from = parent has gone on, and the reference with it: step 9 now, 1 when"):
+    with pytest.raises(
+        UserError, match=r"init\.from = parent has trained further, and the reference with it: step 9 now, 1 when"
+    ):
         run_experiment(config, here.runs / "cut", here)
 
 

@@ -134,17 +134,13 @@ def test_no_clipping_when_the_norm_is_zero():
     np.testing.assert_allclose(moved, np.zeros((3, 1)), atol=1e-6)  # Adam's first step is lr * sign
 
 
+HYBRID = Hybrid(prefix_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4)
+SCANNED = {"runtime.unroll": 1, "runtime.implementation": "reference"}
 MUON = {"optimizer.name": "muon", "optimizer.weight_decay": 0.1}
 MODELS = {
     "stacked": ({"model.position": "learned", "model.bias": True, "model.layers": 3, "model.tied": False}, MetaTokens()),
-    "hybrid": (
-        {
-            "model.hybrid": Hybrid(prefix_tokens=4, kv_groups=(1, 2), full_layers=(0,), state=4), "model.layers": 3, "model.window": 8,
-            "model.norm": "rmsnorm", "runtime.unroll": 1, "runtime.implementation": "reference",
-        },
-        None,
-    ),
-}  # fmt: skip
+    "hybrid": ({"model.hybrid": HYBRID, "model.layers": 3, "model.window": 8, "model.norm": "rmsnorm", **SCANNED}, None),
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -195,7 +191,7 @@ def test_muon_learns_resumes_and_lies_as_its_parameters_do(tiny_config, paths, t
 
 def test_muons_state_is_spread_as_its_parameters_are(tiny_config):
     program = Program.build(tiny_config(**MUON), 64, jax.devices()[:1])
-    tree = jax.eval_shape(program._create, jax.random.key(0))
+    tree = jax.eval_shape(program.fresh_state, jax.random.key(0))
     shardings = to_arrays(param_shardings(tree, AbstractMesh((1, 4), ("data", "fsdp"))))
     matrix = next(path for path in shardings if path.endswith("up/w") and path.startswith("model/"))
     [moment] = [path for path in shardings if path.endswith("/mu/" + matrix.removeprefix("model/"))]

@@ -69,16 +69,13 @@ SHARES = {
     "fsdp=2,context=2,tensor=2": 1 / 4,
 }
 MESHES = tuple(SHARES)
-ALL_AXES = MESHES[-1:]
 
 
-@pytest.mark.parametrize(
-    ("kind", "meshes"),
-    [
-        ("plain", MESHES[:2]), ("meta_tokens", ALL_AXES), ("hybrid", ALL_AXES),
-        *(pytest.param(kind, MESHES, marks=pytest.mark.slow) for kind in ("plain", "meta_tokens", "hybrid")),
-    ],
-)  # fmt: skip
+FEW_MESHES = {"plain": MESHES[:2], "meta_tokens": MESHES[-1:], "hybrid": MESHES[-1:]}
+ALL_MESHES = [pytest.param(kind, MESHES, marks=pytest.mark.slow) for kind in FEW_MESHES]
+
+
+@pytest.mark.parametrize(("kind", "meshes"), [*FEW_MESHES.items(), *ALL_MESHES])
 def test_eight_devices_equal_one(tiny_config, paths, tmp_path, kind, meshes):
     from metajax.config import Hybrid, MetaTokens
     from metajax.core.fields import to_dict

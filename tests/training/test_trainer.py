@@ -222,18 +222,12 @@ def test_pace_and_the_line_of_a_log(tiny_config, paths):
     assert line == ["loss 2.5000", "bits/byte 1.2500", "lr 1.00e-03", "grad 0.500"]
 
 
-QUICKSTART = [
-    "quickstart",
-    *(
-        word
-        for change in (
-            "data.sources=pydocs:email+json+logging", "data.tokenizer=bpe:320", "data.sequence_length=64", "data.batch_size=4", "data.validation_share=0.2",
-            "model.layers=2", "model.width=32", "model.heads=2", "model.mlp_width=64", "training.steps=20", "optimizer.warmup_steps=2",
-            "evaluation.documents=8", "evaluation.sample_tokens=8", "runtime.save_every=5",
-        )
-        for word in ("--set", change)
-    ),
-]  # fmt: skip
+SMALL = (
+    "data.sources=pydocs:email+json+logging data.tokenizer=bpe:320 data.sequence_length=64 data.batch_size=4 "
+    "data.validation_share=0.2 model.layers=2 model.width=32 model.heads=2 model.mlp_width=64 training.steps=20 "
+    "optimizer.warmup_steps=2 evaluation.documents=8 evaluation.sample_tokens=8 runtime.save_every=5"
+)
+QUICKSTART = ["quickstart", *(word for change in SMALL.split() for word in ("--set", change))]
 
 
 def quickstart(root, cache):

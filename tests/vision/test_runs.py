@@ -233,7 +233,7 @@ def test_zero_shot_and_coop_need_no_meta_net(learner, paths):
         ({"prompts.augmentations": "crop,cut"}, "did you mean 'cutout'"),
         ({"images.sources": "digits,emoji"}, "a prompt learner has one"),
         ({"init.from": ""}, "needs a CLIP"),
-        ({"prompts.class_position": "front"}, "the name stands at the end"),
+        ({"prompts.class_position": "front"}, "the name comes last"),
     ],
 )
 def test_mistakes_name_the_fields(learner, changes, message):

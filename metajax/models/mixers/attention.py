@@ -64,10 +64,11 @@ class Projections(QueryKeyValue):
         return self.output(out.reshape(*out.shape[:2], -1))
 
 
-@mixer("attention", hybrid=False)
+@mixer("attention")
 class Attention(QueryKeyValue, Mixer):
     """Causal attention inside segments, [B, T, width] -> [B, T, heads * value_dim]. A query sees `spec.window` earlier keys."""
 
+    in_hybrid = False
     captures = (
         "attention_branch",  # [L, B, T, heads * value_dim], before its norm and the output map
         "attention_lse",  # float32[L, B, T, heads]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +10,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from metajax.config import Model
-from metajax.config.model import HYBRID_MIXERS
 from metajax.core.registries import Registry
 from metajax.models.rotary import Table
 
@@ -86,6 +85,7 @@ class Mixer(nnx.Module):
     """
 
     captures: ClassVar[tuple[str, ...]] = ()  # names of intermediates that it can record
+    in_hybrid: ClassVar[bool] = True  # whether `model.hybrid.ssm` accepts its name
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
         raise NotImplementedError
@@ -132,14 +132,4 @@ class Mixer(nnx.Module):
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer", "metajax.models.mixers")
 
-
-def mixer(name: str, *, hybrid: bool = True) -> Callable[[type], type]:
-    """Register a class as the mixer `name`. hybrid: whether `model.hybrid.ssm` accepts the name."""
-
-    def register(cls: type) -> type:
-        MIXERS.add(name, cls, cls.__module__)
-        if hybrid and name not in HYBRID_MIXERS:
-            HYBRID_MIXERS.append(name)
-        return cls
-
-    return register
+mixer = MIXERS  # the decorator of a class: `@mixer("name")`

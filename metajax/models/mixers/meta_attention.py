@@ -17,7 +17,7 @@ from metajax.models.mixers.base import Batch, Cache, Captures, KeyValues, LayerI
 EVERYWHERE = ("dense_uniform", "dense_causal", "causal")  # forms that also change ordinary tokens
 
 
-@mixer("meta_attention", hybrid=False)
+@mixer("meta_attention")
 class MetaAttention(Projections, Mixer):
     """Attention among the meta-tokens of a segment, with separate weights, [B, N, width] -> [B, N, width].
 
@@ -25,6 +25,7 @@ class MetaAttention(Projections, Mixer):
     "dense" (N = T). For "dense" the caller drops the rows of ordinary tokens. The forms in EVERYWHERE write to all tokens.
     """
 
+    in_hybrid = False
     captures = (
         "meta_out",  # [L, B, T, width], what meta-attention adds, else 0; absent if no row has meta-tokens
         "meta_probabilities",  # float32[L, B, heads, query, key]; query and key count M if gathered, else T

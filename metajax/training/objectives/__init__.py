@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -11,10 +11,7 @@ from metajax.core.registries import Registry
 
 Batch = dict[str, jax.Array]
 Means = dict[str, tuple[jax.Array, jax.Array]]  # {metric: (sum, weight)}, added over micro-batches; the metric is their ratio
-
-
-def _unchanged(config: Any, batch: Batch, step: jax.Array, *frozen: Any) -> Batch:
-    return batch
+Loss = Callable[..., Means]
 
 
 class Objective(NamedTuple):
@@ -26,17 +23,17 @@ class Objective(NamedTuple):
     here, so that `training.accumulation_steps` does not affect the results.
     """
 
-    loss: Callable[..., Means]
-    prepare: Callable[..., Batch] = _unchanged
+    loss: Loss
+    prepare: Callable[..., Batch] | None = None
 
 
 objectives: Registry[Objective] = Registry("objective", __name__)
 
 
-def objective(name: str, *, prepare: Callable[..., Batch] = _unchanged) -> Callable[[Callable[..., Means]], Callable[..., Means]]:
+def objective(name: str, *, prepare: Callable[..., Batch] | None = None) -> Callable[[Loss], Loss]:
     """Decorator: register a loss under a name for `training.objective`."""
 
-    def register(loss: Callable[..., Means]) -> Callable[..., Means]:
+    def register(loss: Loss) -> Loss:
         objectives.add(name, Objective(loss, prepare), loss.__module__)
         return loss
 

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from metajax.config import Config
+from metajax.core.errors import UserError
 from metajax.training.losses import token_nll, weighed, weighted_sums
 from metajax.training.objectives import Batch, Means, objective
 from metajax.training.step import apply_model
 
+Tokens = Float[Array, "B T"]
 METRICS = ("margin", "accuracy", "chosen_reward")  # of `preference_sums`, sums over pairs
 
 
 @objective("dpo")
 def dpo(config: Config, model: Any, batch: Batch, reference: Any) -> Means:
     """`preference_sums` per pair, against the frozen `reference`; nll and body_nll as in the objective "language_model"."""
+    if config.dpo is None:
+        raise UserError("training.objective = 'dpo' needs its settings and a reference: set dpo.beta and init.from instead")
     logits, weights = apply_model(model, batch), batch["loss_weights"]
     _, parts = weighted_sums(logits, batch["targets"], weights, batch["is_body"], 0.0)
     nll, reference_nll = (token_nll(scores, batch["targets"])[0] for scores in (logits, apply_model(reference, batch)))
@@ -32,11 +36,7 @@ def dpo(config: Config, model: Any, batch: Batch, reference: Any) -> Means:
 
 
 def preference_sums(
-    nll: Float[Array, "B T"],
-    reference_nll: Float[Array, "B T"],
-    weights: Float[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    beta: float,
+    nll: Tokens, reference_nll: Tokens, weights: Tokens, segment_ids: Int[Array, "B T"], beta: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(sum over pairs of -log sigmoid(margin), parts): Rafailov et al., arXiv 2305.18290, equation 7.
 

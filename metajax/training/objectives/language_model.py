@@ -15,7 +15,7 @@ from metajax.training.step import apply_model
 @objective("language_model")
 def language_model(config: Config, model: Any, batch: Batch) -> Means:
     """Cross-entropy per token in nats, weighted by `loss_weights`, plus `optimizer.z_loss`. nll and body_nll exclude z-loss."""
-    fields = (batch[name] for name in ("targets", "loss_weights", "is_body"))
-    total, parts = weighted_sums(apply_model(model, batch), *fields, config.optimizer.z_loss)
-    tokens = jnp.sum(batch["loss_weights"])
-    return {"loss": (total, tokens), "nll": (parts["nll"], tokens), "body_nll": (parts["body_nll"], jnp.sum(batch["is_body"]))}
+    logits, weights, is_body = apply_model(model, batch), batch["loss_weights"], batch["is_body"]
+    total, parts = weighted_sums(logits, batch["targets"], weights, is_body, config.optimizer.z_loss)
+    tokens = jnp.sum(weights)
+    return {"loss": (total, tokens), "nll": (parts["nll"], tokens), "body_nll": (parts["body_nll"], jnp.sum(is_body))}

@@ -10,6 +10,7 @@ import optax
 
 from metajax.config import AnyConfig, Optimizer
 from metajax.core.errors import require
+from metajax.core.fields import changed
 from metajax.core.registries import Registry
 
 Make = Callable[[Optimizer, optax.Schedule, Any], optax.GradientTransformation]
@@ -19,8 +20,7 @@ optimizers: Registry[tuple[Make, tuple[str, ...]]] = Registry("optimizer", __nam
 def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], Make]:
     """Decorator: register (config, schedule, model) -> optax transformation under a name for `optimizer.name`.
 
-    Args:
-      ignores: config fields of `optimizer` that it does not read; setting one is an error.
+    `ignores` names the fields of `optimizer` that it does not read; setting one is an error.
     """
 
     def register(make: Make) -> Make:
@@ -30,6 +30,16 @@ def optimizer(name: str, *, ignores: tuple[str, ...] = ()) -> Callable[[Make], M
     return register
 
 
+def unread_by_optimizer(config: AnyConfig) -> list[str]:
+    """Dotted fields that the optimizer of a config ignores; UserError if one is not at its default, or for an unknown name."""
+    name = config.optimizer.name
+    _, ignores = optimizers.find(name, "optimizer.name")
+    for field in ignores:
+        is_default = field not in changed(config.optimizer)
+        require(is_default, f"{config.name} would ignore optimizer.{field}: {name} does not read it; leave it out")
+    return [f"optimizer.{field}" for field in ignores]
+
+
 def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     """Learning rate by step. Warm-up is peak * (step + 1) / (warmup + 1), as in nanoGPT.
 
@@ -37,20 +47,14 @@ def schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     over the last `decay_share` of the horizon. constant holds the peak.
     """
     peak, floor = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_fraction
-    warmup, horizon = optimizer.warmup_steps, optimizer.horizon or steps
-    decay_from = (
-        warmup if optimizer.schedule in ("cosine", "linear") else max(warmup, round(horizon * (1 - optimizer.decay_share)))
-    )
+    warmup, horizon, name = optimizer.warmup_steps, optimizer.horizon or steps, optimizer.schedule
+    decay_from = max(warmup, round(horizon * (1 - optimizer.decay_share))) if name in ("wsd", "constant") else warmup
 
     def rate(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - decay_from) / max(horizon - decay_from, 1), 0.0, 1.0)
-        left = {
-            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
-            "linear": 1.0 - progress,
-            "wsd": 1.0 - progress,
-            "constant": jnp.ones_like(progress),
-        }[optimizer.schedule]
+        cosine, linear = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)), 1.0 - progress
+        left = {"cosine": cosine, "linear": linear, "wsd": linear, "constant": jnp.ones_like(progress)}[name]
         return jnp.where(step < warmup, peak * (step + 1) / (warmup + 1), floor + (peak - floor) * left)
 
     return rate
@@ -63,19 +67,10 @@ def at_step(opt_state: Any, step: Any) -> Any:
 
 
 def make_optimizer(config: AnyConfig, model: Any) -> optax.GradientTransformation:
-    """The optimizer of a config, after clipping by the global norm.
-
-    Args:
-      config: the experiment; `optimizer` and `training.steps` are read.
-      model: the parameters with their logical axes; may be abstract.
-
-    Raises:
-      UserError: an unknown `optimizer.name`, or a field that this optimizer ignores.
-    """
-    cfg, default = config.optimizer, Optimizer()
-    make, ignores = optimizers.find(cfg.name, "optimizer.name")
-    for field in ignores:
-        same = getattr(cfg, field) == getattr(default, field)
-        require(same, f"{config.name} would ignore optimizer.{field}: {cfg.name} does not read it; leave it out")
+    """The optimizer of a config, after clipping by the global norm. `model`, maybe abstract, has the parameters' logical axes.
+    UserError for an unknown `optimizer.name`, or a field that this optimizer ignores."""
+    unread_by_optimizer(config)
+    cfg = config.optimizer
+    make, _ = optimizers[cfg.name]
     tx = make(cfg, schedule(cfg, config.training.steps), model)
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx) if cfg.clip_norm > 0 else tx

@@ -17,27 +17,19 @@ from metajax.training.optimizers.adamw import adamw
 HIDDEN = frozenset({"embed", "heads", "kv_heads", "mlp", "ssm", "channels", "selection"})
 
 
-def hidden_matrices(model: Any) -> Any:
-    """The model's pytree with a bool per parameter: whether it is a matrix between hidden units, by its logical axes.
-
-    Stacked layers have leading axes that the metadata does not name.
-    """
-
-    def is_hidden(param: nnx.Variable) -> bool:
-        axes = param.get_metadata()["axes"]
-        return len(axes) == 2 and HIDDEN.issuperset(axes)
-
-    return jax.tree.map(lambda p: p.replace(is_hidden(p)), model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+def is_hidden(param: nnx.Variable) -> bool:
+    """Whether a parameter is a matrix between hidden units. Stacked layers have leading axes that the metadata does not name."""
+    axes = param.get_metadata()["axes"]
+    return len(axes) == 2 and HIDDEN.issuperset(axes)
 
 
 @optimizer("muon")
 def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
     """Muon (Jordan, 2024) on the matrices between hidden units, separately for each stacked layer; AdamW on other parameters."""
     each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
-    matrices = muon(
-        rate, ns_steps=cfg.ns_steps, beta=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay,
-        muon_weight_dimension_numbers=each_matrix,
-    )  # fmt: skip
-    labels = jax.tree.map(lambda hidden: "muon" if hidden else "adamw", hidden_matrices(model))
+    options = {"ns_steps": cfg.ns_steps, "beta": cfg.momentum, "nesterov": cfg.nesterov, "weight_decay": cfg.weight_decay}
+    matrices = muon(rate, **options, muon_weight_dimension_numbers=each_matrix)
+    label = lambda param: param.replace("muon" if is_hidden(param) else "adamw")  # noqa: E731
+    labels = jax.tree.map(label, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     # Pass a function, because optax calls callable labels and a model is callable.
     return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, model)}, lambda _: labels)
