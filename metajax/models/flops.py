@@ -6,8 +6,9 @@ A multiply-add is two operations. The backward pass costs twice the forward pass
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
 from metajax.config import Config
@@ -76,7 +77,7 @@ def step_flops(config: Config, vocab_size: int, batch: Batch) -> int:
     """Operations of one training step on the rows of `batch`; for all hosts if `batch` holds the rows of all hosts."""
     counts = token_counts(config, batch)
     products = sum(cost * counts.get(name, counts["layers"]) for name, cost in matmul_flops(config, vocab_size).items())
-    return passes(config) * (products + sum(pair_flops(config, batch).values()))
+    return passes(config) * int(products + sum(pair_flops(config, batch).values()))
 
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
@@ -93,7 +94,7 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     return parts | ({"attention_pairs": share * sum(pairs.values())} if pairs else {})
 
 
-def peak_flops(devices: list[jax.Device]) -> float | None:
+def peak_flops(devices: Sequence[Any]) -> float | None:
     """Total peak bf16 operations per second of these devices, or None if the chip is unknown."""
     per_chip = PEAK_FLOPS.get(devices[0].device_kind)
     return None if per_chip is None else per_chip * len(devices)

@@ -7,7 +7,7 @@ every packed segment starts from its cache entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from metajax.distributed.rules import RESIDUAL_AXES, constrain
 from metajax.models.layers import Linear, Mlp, Norm, gather_rows, scatter_add_rows
 from metajax.models.masks import meta_flags
 from metajax.models.mixers import MIXERS, Cache, Captures, LayerInputs, LayerSpec
+from metajax.models.mixers.meta_attention import MetaAttention
 
 LAYER_CAPTURES = (
     "residual",  # [L, B, T, width], the input of each layer
@@ -39,7 +40,7 @@ class Joined(nnx.Module):
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
         self.names, self.join = spec.mixers, spec.join
         widths = [MIXERS[name].channels(cfg) for name in self.names]
-        first, other, last = jax.random.split(key, 3) if spec.split_keys else (key, None, jax.random.split(key, 4)[3])
+        first, other, last = jax.random.split(key, 3) if spec.split_keys else (key, key, jax.random.split(key, 4)[3])
         for name, width in zip(self.names, widths, strict=True):
             setattr(self, name, MIXERS[name](cfg, spec, implementation, first if name == "attention" else other))
             if spec.branch_norm != "none":
@@ -80,7 +81,7 @@ class Layer(nnx.Module):
         self.pre_norm, has_meta = cfg.norm_position == "pre", spec.meta_attention != "none"
         self.mixer, self.mixer_norm = Joined(cfg, spec, implementation, keys[0]), Norm(cfg)
         self.mlp, self.mlp_norm = (Mlp(cfg, keys[1], spec.residual_std), Norm(cfg)) if spec.mlp else (None, None)
-        self.meta_attention = MIXERS["meta_attention"](cfg, spec, implementation, keys[2]) if has_meta else None
+        self.meta_attention = MetaAttention(cfg, spec, implementation, keys[2]) if has_meta else None
         self.meta_norm = Norm(cfg) if has_meta else None
 
     def __call__(
@@ -88,49 +89,53 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B T width"], Left]:
         """(residual stream, cache entries of these tokens by mixer)."""
         captures.record("residual", x)
-        change, left = self._change(x, self.mixer_norm, lambda h: self.mixer(h, inputs, cache, captures))
+        change, left = self.mixer(self._read(x, self.mixer_norm), inputs, cache, captures)
+        change = self._change(x, self.mixer_norm, change)
         captures.record("mixer_out", change)
-        x = x + change
-        if self.meta_attention is not None:
-            x, kept = self._add_meta(x, inputs, cache, captures)
-            left |= {} if kept is None else {"meta_attention": kept}
-        if self.mlp is not None:
-            change, _ = self._change(x, self.mlp_norm, lambda h: (self.mlp(h), None))
+        x, of_meta = self._add_meta(x + change, inputs, cache, captures)
+        if self.mlp is not None and self.mlp_norm is not None:
+            change = self._change(x, self.mlp_norm, self.mlp(self._read(x, self.mlp_norm)))
             captures.record("mlp_out", change)
             x = x + change
-        return constrain(x, RESIDUAL_AXES), left
+        return constrain(x, RESIDUAL_AXES), left | of_meta
 
-    def _change(self, x: Array, norm: Norm, branch: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, Any]:
-        """(change of the residual stream, cache entry) of a branch: branch(norm x), or norm(x + branch x) - x for post-norm."""
-        if self.pre_norm:
-            return branch(norm(x))
-        out, left = branch(x)
-        return norm(x + out) - x, left
+    def _read(self, x: Array, norm: Norm) -> Array:
+        return norm(x) if self.pre_norm else x
 
-    def _add_meta(self, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures) -> tuple[Array, Any]:
+    def _change(self, x: Array, norm: Norm, out: Array) -> Array:
+        """What a branch with output `out` adds to the residual stream `x`."""
+        return out if self.pre_norm else norm(x + out) - x
+
+    def _add_meta(self, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures) -> tuple[Array, Left]:
         """(residual stream after meta-attention, its keys and values). Ordinary tokens skip it unless its form writes to all."""
-        if self.meta_attention.writes_everywhere:
-            return self._attend_meta(x, inputs, cache, captures)
-        if inputs.row_is_meta is None:  # not decoding
-            return (x, None) if inputs.meta_positions is None else self._attend_meta(x, inputs, cache, captures)
-        if "meta_attention" not in cache.past:  # no row will ever have a meta-token
-            return x, None
-        attend = lambda x: self._attend_meta(x, inputs, cache, Captures())  # noqa: E731
+        meta = self.meta_attention
+        if meta is None:
+            return x, {}
+        decoding = inputs.row_is_meta is not None
+        if meta.writes_everywhere or (not decoding and inputs.meta_positions is not None):
+            return self._attend_meta(meta, x, inputs, cache, captures)
+        if not decoding or "meta_attention" not in cache.past:  # no row has a meta-token, or will ever have one
+            return x, {}
+        attend = lambda x: self._attend_meta(meta, x, inputs, cache, Captures())  # noqa: E731
         nothing = lambda x: (x, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(attend, x)[1]))  # noqa: E731
-        return jax.lax.cond(jnp.any(inputs.meta_positions < x.shape[1]), attend, nothing, x)
+        return jax.lax.cond(jnp.any(inputs.metas < x.shape[1]), attend, nothing, x)
 
-    def _attend_meta(self, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures) -> tuple[Array, Any]:
-        positions, gathered = inputs.meta_positions, self.meta_attention.form == "gathered"
-        read = gather_rows(x, positions) if gathered else x
-        change, left = self._change(read, self.meta_norm, lambda h: self.meta_attention(h, inputs, cache, captures))
+    def _attend_meta(
+        self, meta: MetaAttention, x: Array, inputs: LayerInputs, cache: Cache, captures: Captures
+    ) -> tuple[Array, Left]:
+        assert self.meta_norm is not None
+        gathered = meta.form == "gathered"
+        read = gather_rows(x, inputs.metas) if gathered else x
+        out, kept = meta(self._read(read, self.meta_norm), inputs, cache, captures)
+        change = self._change(read, self.meta_norm, out)
         if gathered:
             if captures.wants("meta_out"):
-                captures.record("meta_out", scatter_add_rows(jnp.zeros_like(x), positions, change))
-            return scatter_add_rows(x, positions, change), left
-        if not self.meta_attention.writes_everywhere:
-            change = jnp.where(meta_flags(positions, x.shape[1])[..., None], change, 0)
+                captures.record("meta_out", scatter_add_rows(jnp.zeros_like(x), inputs.metas, change))
+            return scatter_add_rows(x, inputs.metas, change), {"meta_attention": kept}
+        if not meta.writes_everywhere:
+            change = jnp.where(meta_flags(inputs.metas, x.shape[1])[..., None], change, 0)
         captures.record("meta_out", change)
-        return x + change, left
+        return x + change, {"meta_attention": kept}
 
 
 def make_group(cfg: Model, specs: tuple[LayerSpec, ...], implementation: str, key: PRNGKeyArray) -> Sequence[Layer]:

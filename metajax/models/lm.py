@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.config import Imported, MetaTokens, Model, Runtime
-from metajax.core.errors import nearest, require
+from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
 from metajax.distributed.rules import RESIDUAL_AXES, constrain
 from metajax.models.layer import LAYER_CAPTURES, Given, Left, Streams, apply_group, make_group
@@ -60,7 +60,7 @@ class LM(nnx.Module):
         self.positions = normal_param(keys[1], (max_length, cfg.width), cfg.init_std, ("positions", "embed")) if learned else None
         runs = layer_runs(cfg, meta)
         split = runs[0][0][0].split_keys
-        prefix_key, *run_keys = jax.random.split(keys[2], 1 + len(runs)) if split else (None, keys[2])
+        prefix_key, *run_keys = jax.random.split(keys[2], 1 + len(runs)) if split else (keys[2], keys[2])
         count = cfg.prefix_tokens
         self.prefix = normal_param(prefix_key, (count, cfg.width), PREFIX_STD, ("prefix", "embed")) if count else None
         self.blocks = nnx.List(
@@ -160,7 +160,7 @@ class LM(nnx.Module):
 
         values, caches = {}, []
         for i, run in enumerate(self.blocks):
-            given = Given(prefix and prefix[i], past and past[i])
+            given = Given(*(None if entries is None else entries[i] for entries in (prefix, past)))
             options = {"layers": self.cfg.layers, "remat": self.remat, "unroll": self.unroll}
             streams, captured = scan_layers(body, streams, (run, given), **options)
             caches.append(captured.pop("cache", None))
@@ -180,14 +180,14 @@ class LM(nnx.Module):
     def _inputs(self, positions: Array, segment_ids: Array, meta_positions: Array | None) -> LayerInputs:
         form = "none" if self.meta is None else self.meta.attention
         metas = None if form in ("none", "causal") else _given(meta_positions)
-        if form in ("gathered", "dense") and not metas.shape[1]:
+        if metas is not None and not metas.shape[1] and form in ("gathered", "dense"):
             metas = None
         rotary = rotary_table(self.cfg, self._after_prefix(self._positions(positions, meta_positions, "causal")))
         meta_rotary = None
         if form != "none":
             meta_rotary = rotary_table(self.cfg, self._positions(positions, meta_positions, "meta"))
             if form == "gathered" and metas is not None and meta_rotary is not None:
-                meta_rotary = tuple(gather_rows(part, metas) for part in meta_rotary)
+                meta_rotary = gather_rows(meta_rotary[0], metas), gather_rows(meta_rotary[1], metas)
         return LayerInputs(segment_ids, rotary, metas, meta_rotary)
 
     def _prefix_inputs(self) -> LayerInputs:
@@ -219,7 +219,8 @@ def capturable(cfg: Model, meta: MetaTokens | None) -> tuple[str, ...]:
 
 
 def _given(meta_positions: Array | None) -> Array:
-    require(meta_positions is not None, "a model that tells meta-tokens apart needs meta_positions (int32[B, M])")
+    if meta_positions is None:
+        raise UserError("a model that tells meta-tokens apart needs meta_positions (int32[B, M])")
     return meta_positions
 
 
@@ -229,7 +230,8 @@ def with_intervention(model: LM, **changes: Any) -> LM:
     The copy shares the parameters. Intended for `zero_position` and `embedding`. Raises UserError for a model without
     meta-tokens, for a value without meaning under its position scheme, and for `attention`, on which the parameters depend.
     """
-    require(model.meta is not None, "an intervention at meta-tokens needs a model with meta-tokens; its meta_tokens is null")
+    if model.meta is None:
+        raise UserError("an intervention at meta-tokens needs a model with meta-tokens; its meta_tokens is null")
     meta = override(model.meta, changes)
     require(meta.attention == model.meta.attention, "meta_tokens.attention is part of the trained model; it cannot be changed")
     meta.check_position(model.cfg.position)

@@ -39,6 +39,7 @@ class QueryKeyValue(nnx.Module):
         self, h: Float[Array, "B T width"], rotary: Table | None
     ) -> tuple[Float[Array, "B T KV Dq"], Float[Array, "B T KV Dv"]]:
         """(keys, values); the keys are rotated if there is a rotary table."""
+        assert self.key is not None and self.value is not None  # a layer without its own never calls this
         k, v = (y.reshape(*h.shape[:2], self.kv_heads, -1) for y in (self.key(h), self.value(h)))
         return _rotated(k, rotary), v
 

@@ -44,10 +44,9 @@ class MetaAttention(Projections, Mixer):
         self, h: Float[Array, "B N width"], inputs: LayerInputs, cache: Cache, captures: Captures
     ) -> tuple[Float[Array, "B N width"], KeyValues]:
         q, k, v = self.split(h, inputs.meta_rotary)
-        segment_ids, positions = inputs.segment_ids, inputs.meta_positions
-        options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        options = {"segment_ids": inputs.segment_ids, "implementation": self.implementation}
         if self.form == "gathered":
-            out, lse = ops.meta_attention(q, k, v, meta_positions=positions, **options)
+            out, lse = ops.meta_attention(q, k, v, meta_positions=inputs.metas, **options)
         elif self.form == "causal":
             out, lse = ops.attention(q, k, v, mask=Mask(), **options)
         else:
@@ -68,14 +67,15 @@ class MetaAttention(Projections, Mixer):
         if self.writes_everywhere:
             return KeyValues(k, v, inputs.segment_ids > 0)
         if self.form == "dense":
-            k, v = (gather_rows(x, inputs.meta_positions) for x in (k, v))
-        return KeyValues(k, v, gather_rows(inputs.segment_ids, inputs.meta_positions) > 0)
+            k, v = (gather_rows(x, inputs.metas) for x in (k, v))
+        return KeyValues(k, v, gather_rows(inputs.segment_ids, inputs.metas) > 0)
 
     def _visible(self, past: KeyValues, inputs: LayerInputs) -> KeyValues:
         """The cached keys that each row's token sees. In two of the forms a meta-token sees only meta-tokens."""
         if self.form not in ("dense_uniform", "dense_causal"):
             return past
-        is_meta = inputs.meta_positions[:, :1] == 0  # rows have one token each
+        assert inputs.row_is_meta is not None  # when decoding
+        is_meta = inputs.metas[:, :1] == 0  # rows have one token each
         return past._replace(real=past.real & (inputs.row_is_meta[:, : past.k.shape[1]] | ~is_meta))
 
     def _probabilities(
@@ -84,7 +84,7 @@ class MetaAttention(Projections, Mixer):
         """Attention weights, computed densely from the q and k of `__call__`."""
         if self.form == "gathered":
             index = jnp.arange(q.shape[1])
-            expiry = gathered_expiry(inputs.segment_ids, inputs.meta_positions)
+            expiry = gathered_expiry(inputs.segment_ids, inputs.metas)
             allow = Mask.allow(index[None, :, None], index[None, None, :], expiry[:, None, :])
         elif self.form == "causal":
             allow = Mask().dense(inputs.segment_ids)
@@ -98,9 +98,9 @@ class MetaAttention(Projections, Mixer):
         A constant added to all scores of a fully masked row cancels in the softmax, so the past stays visible ("dense_causal").
         A constant so large that float32 loses the scores leaves equal weights, so the scores are 0 ("dense_uniform").
         """
-        allow = meta_dense(inputs.segment_ids, inputs.meta_positions)
+        allow = meta_dense(inputs.segment_ids, inputs.metas)
         if self.writes_everywhere:
-            ordinary = ~meta_flags(inputs.meta_positions, q.shape[1])
+            ordinary = ~meta_flags(inputs.metas, q.shape[1])
             allow = allow | (Mask().dense(inputs.segment_ids) & ordinary[:, :, None])
             if self.form == "dense_uniform":
                 q = jnp.where(ordinary[:, :, None, None], 0, q)
