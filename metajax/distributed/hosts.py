@@ -67,7 +67,8 @@ def find_place(coordinator: str | None = None, processes: int | None = None, pro
     if not any(name in os.environ for name in LAUNCHERS) and not has_tpu():
         return None
     address, count, number, devices = detect_cluster(CONNECT_SECONDS)
-    return Place(address, count, number, devices) if address and (count or 1) > 1 else None
+    alone = not address or count is None or count == 1 or number is None
+    return None if alone else Place(address, count, number, devices)
 
 
 def has_tpu() -> bool:
@@ -85,9 +86,9 @@ def connect(place: Place | None, seconds: int = CONNECT_SECONDS) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        limits = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), HEARTBEAT_SECONDS)
-        limits["initialization_timeout"] = seconds
-        jax.distributed.initialize(*astuple(place), cluster_detection_method="deactivate", **limits)
+        heartbeat = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), HEARTBEAT_SECONDS)
+        options = {"cluster_detection_method": "deactivate", "initialization_timeout": seconds, **heartbeat}
+        jax.distributed.initialize(*astuple(place), **options)
     except jax.errors.JaxRuntimeError as error:
         raise Stopped(
             f"process {place.process}: not all {place.processes} processes met at {place.coordinator} within {seconds} s "

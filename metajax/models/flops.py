@@ -34,15 +34,14 @@ def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
 
     "meta_attention" is per token for which meta-attention is computed.
     """
-    cfg, parts = config.model, {}
+    cfg, parts = config.model, Counter()
     for spec in layer_specs(cfg, config.meta_tokens):
+        for name in spec.all_mixers:
+            parts.update(MIXERS[name].token_flops(cfg, spec))
         widths = [MIXERS[name].channels(cfg) for name in spec.mixers]
-        of_layer = [MIXERS[name].token_flops(cfg, spec) for name in spec.all_mixers]
-        of_layer.append({"output": 2 * cfg.width * (sum(widths) if spec.join == "concat" else max(widths))})
-        of_layer.append({"mlp": 2 * cfg.width * cfg.mlp_width * (3 if cfg.activation == "swiglu" else 2)})
-        for name, cost in ((name, cost) for costs in of_layer for name, cost in costs.items() if cost):
-            parts[name] = parts.get(name, 0) + cost
-    return parts | {"head": 2 * cfg.width * vocab_size}
+        parts["output"] += 2 * cfg.width * (sum(widths) if spec.join == "concat" else max(widths))
+        parts["mlp"] += 2 * cfg.width * cfg.mlp_width * (3 if cfg.activation == "swiglu" else 2)
+    return {name: cost for name, cost in parts.items() if cost} | {"head": 2 * cfg.width * vocab_size}
 
 
 def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[str, int | float]:

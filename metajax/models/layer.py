@@ -8,7 +8,7 @@ every packed segment starts from its cache entries.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ LAYER_CAPTURES = (
     "mlp_out",  # [L, B, T, width], what the feed-forward network adds
 )
 Left = dict[str, Any]  # cache entries that tokens leave in a layer, by mixer; see `Cache`
+# Residual streams of the tokens, [B, T, width], and of the learned prefix, [1, M, width]; None: none, or its entries are given.
+Streams = tuple[Array, Array | None]
+Given = tuple[tuple[Left, ...] | None, ...]  # entries of the learned prefix and, when decoding, of earlier tokens, by layer
 
 
 class Joined(nnx.Module):
@@ -58,15 +61,10 @@ class Joined(nnx.Module):
             norm = getattr(self, f"{name}_norm", None)
             branches.append(out if norm is None else norm(out))
             left |= {} if kept is None else {name: kept}
-        return self.output(self._join(branches)), left
-
-    def _join(self, branches: list[Array]) -> Float[Array, "B T inner"]:
-        if self.join == "concat":
-            return jnp.concatenate(branches, axis=-1)
-        if self.join == "alone":
-            return branches[0]
-        first, second = (jnp.pad(x, ((0, 0), (0, 0), (0, self.inner - x.shape[-1]))) for x in branches)
-        return (first + second) / 2
+        if self.join == "mean":
+            first, second = (jnp.pad(x, ((0, 0), (0, 0), (0, self.inner - x.shape[-1]))) for x in branches)
+            return self.output((first + second) / 2), left
+        return self.output(jnp.concatenate(branches, axis=-1) if self.join == "concat" else branches[0]), left
 
 
 class Layer(nnx.Module):
@@ -144,20 +142,6 @@ def make_group(cfg: Model, specs: tuple[LayerSpec, ...], implementation: str, ke
     return nnx.List([Layer(cfg, spec, implementation, k) for spec, k in zip(specs, keys, strict=True)])
 
 
-class Streams(NamedTuple):
-    """The two residual streams of a model with a learned prefix."""
-
-    x: Float[Array, "B T width"]
-    prefix: Float[Array, "1 M width"] | None  # None: no prefix, or its cache entries are given
-
-
-class Given(NamedTuple):
-    """Cache entries that are given to a group of layers, by layer."""
-
-    prefix: tuple[Left, ...] | None  # of the learned prefix
-    past: tuple[Left, ...] | None  # when decoding: of earlier tokens
-
-
 def apply_group(
     layers: Sequence[Layer],
     streams: Streams,
@@ -172,16 +156,14 @@ def apply_group(
     cache, lefts = Cache({}, {}, {}), []
     for i, layer in enumerate(layers):
         prefix_captures, captures = Captures(of_prefix), Captures(capture)
-        before = given.prefix[i] if given.prefix is not None else {}
+        before, past = ({} if entries is None else entries[i] for entries in given)
         if prefix is not None:
             prefix, before = layer(prefix, prefix_inputs, Cache({}, {}, cache.prefix), prefix_captures)
-        past = given.past[i] if given.past is not None else {}
         cache = cache._replace(prefix=cache.prefix | before, past=cache.past | past)
         x, left = layer(x, inputs, cache, captures)
         cache = cache._replace(group=cache.group | left)
         lefts.append(left)
-        captured = captures.values | {f"prefix_{name}": value for name, value in prefix_captures.values.items()}
-        for name, value in captured.items():
+        for name, value in (captures.values | {f"prefix_{k}": v for k, v in prefix_captures.values.items()}).items():
             values.setdefault(name, []).append(value)
     stacked = {name: jnp.stack(found) for name, found in values.items()}
-    return Streams(x, prefix), stacked | ({"cache": tuple(lefts)} if "cache" in capture else {})
+    return (x, prefix), stacked | ({"cache": tuple(lefts)} if "cache" in capture else {})

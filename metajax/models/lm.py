@@ -53,8 +53,8 @@ class LM(nnx.Module):
         imported: Imported | None = None,
     ):
         keys = jax.random.split(key, 4)
-        self.imported = imported
-        self.cfg, self.meta, self.remat, self.unroll = cfg, meta, runtime.remat, runtime.unroll or cfg.layers
+        self.cfg, self.meta, self.imported = cfg, meta, imported
+        self.remat, self.unroll = runtime.remat, runtime.unroll or cfg.layers
         self.embedding = normal_param(keys[0], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
         learned = cfg.position == "learned"
         self.positions = normal_param(keys[1], (max_length, cfg.width), cfg.init_std, ("positions", "embed")) if learned else None
@@ -63,12 +63,10 @@ class LM(nnx.Module):
         prefix_key, *run_keys = jax.random.split(keys[2], 1 + len(runs)) if split else (keys[2], keys[2])
         count = cfg.prefix_tokens
         self.prefix = normal_param(prefix_key, (count, cfg.width), PREFIX_STD, ("prefix", "embed")) if count else None
-        self.blocks = nnx.List(
-            [
-                jax.vmap(functools.partial(make_group, cfg, group, runtime.implementation))(jax.random.split(k, n))
-                for (group, n), k in zip(runs, run_keys, strict=True)
-            ]
-        )
+        self.blocks = nnx.List()
+        for (group, n), run_key in zip(runs, run_keys, strict=True):
+            make = functools.partial(make_group, cfg, group, runtime.implementation)
+            self.blocks.append(jax.vmap(make)(jax.random.split(run_key, n)))
         self.final_norm = Norm(cfg)
         self.unembedding = None if cfg.tied else normal_param(keys[3], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
 
@@ -138,8 +136,8 @@ class LM(nnx.Module):
             require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
         inputs = self._inputs(positions, segment_ids, meta_positions)._replace(row_is_meta=row_is_meta)
         own = self.prefix[...].astype(x.dtype)[None] if self.prefix is not None and prefix is None else None
-        streams, captured = self._layers(Streams(x, own), inputs, prefix, past, capture)
-        x = self.final_norm(streams.x)
+        (x, _), captured = self._layers((x, own), inputs, (prefix, past), capture)
+        x = self.final_norm(x)
         return x, {**captured, "final": x} if "final" in capture else captured
 
     def prefix_cache(self) -> Caches | None:
@@ -147,22 +145,20 @@ class LM(nnx.Module):
         if self.prefix is None:
             return None
         x = self.prefix[...].astype(self.cfg.compute_dtype)[None]
-        return self._layers(Streams(x, None), self._prefix_inputs(), None, None, ("cache",))[1]["cache"]
+        return self._layers((x, None), self._prefix_inputs(), (None, None), ("cache",))[1]["cache"]
 
     def _layers(
-        self, streams: Streams, inputs: LayerInputs, prefix: Caches | None, past: Caches | None, capture: tuple[str, ...]
+        self, streams: Streams, inputs: LayerInputs, given: tuple[Caches | None, Caches | None], capture: tuple[str, ...]
     ) -> tuple[Streams, dict[str, Any]]:
         prefix_inputs = self._prefix_inputs()
 
         def body(streams: Streams, group: tuple[Any, Given]) -> tuple[Streams, dict[str, Any]]:
-            layers, given = group
-            return apply_group(layers, streams, given, inputs, prefix_inputs, capture)
+            return apply_group(group[0], streams, group[1], inputs, prefix_inputs, capture)
 
         values, caches = {}, []
         for i, run in enumerate(self.blocks):
-            given = Given(*(None if entries is None else entries[i] for entries in (prefix, past)))
-            options = {"layers": self.cfg.layers, "remat": self.remat, "unroll": self.unroll}
-            streams, captured = scan_layers(body, streams, (run, given), **options)
+            of_run = run, tuple(None if entries is None else entries[i] for entries in given)
+            streams, captured = scan_layers(body, streams, of_run, layers=self.cfg.layers, remat=self.remat, unroll=self.unroll)
             caches.append(captured.pop("cache", None))
             for name, value in captured.items():
                 values.setdefault(name, []).append(value.reshape(-1, *value.shape[2:]))
@@ -182,7 +178,8 @@ class LM(nnx.Module):
         metas = None if form in ("none", "causal") else _given(meta_positions)
         if metas is not None and not metas.shape[1] and form in ("gathered", "dense"):
             metas = None
-        rotary = rotary_table(self.cfg, self._after_prefix(self._positions(positions, meta_positions, "causal")))
+        causal, count = self._positions(positions, meta_positions, "causal"), self.cfg.prefix_tokens
+        rotary = rotary_table(self.cfg, jnp.where(causal < 0, causal, causal + count) if count else causal)
         meta_rotary = None
         if form != "none":
             meta_rotary = rotary_table(self.cfg, self._positions(positions, meta_positions, "meta"))
@@ -195,10 +192,6 @@ class LM(nnx.Module):
         count = self.cfg.prefix_tokens
         rotary = rotary_table(self.cfg, jnp.arange(count)[None])
         return LayerInputs(jnp.ones((1, count), jnp.int32), rotary, is_prefix=True)
-
-    def _after_prefix(self, positions: Array) -> Array:
-        count = self.cfg.prefix_tokens
-        return jnp.where(positions < 0, positions, positions + count) if count else positions
 
     def _positions(self, positions: Array, meta_positions: Array | None, scope: str) -> Array:
         """`positions`, negative (none) at the meta-tokens if `zero_position` is "both" or `scope`."""

@@ -35,20 +35,21 @@ class Mask:
             return end
         return jnp.minimum(end, jnp.arange(segment_ids.shape[1], dtype=jnp.int32) + self.window + 1)
 
-    @staticmethod
-    def allow(q_index: Array, k_index: Array, expiry: Array) -> Array:
-        """The predicate, bool, broadcast over its three integer arguments; `expiry` is that of the key `k_index`."""
-        return (k_index <= q_index) & (q_index < expiry)
-
     def dense(self, segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
         """The whole mask, bool[B, query, key]. Only the reference and the analyses build it."""
-        index = jnp.arange(segment_ids.shape[1])
-        return self.allow(index[None, :, None], index[None, None, :], self.expiry(segment_ids)[:, None, :])
+        return dense_mask(self.expiry(segment_ids))
 
     def pairs(self, length: int) -> int:
         """Number of allowed (query, key) pairs in a segment; a key is visible to min(tokens left, window + 1) queries."""
         reach = length if self.window is None else min(length, self.window + 1)
         return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def dense_mask(expiry: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """bool[B, query, key]: the predicate, evaluated for all pairs."""
+    index = jnp.arange(expiry.shape[1])
+    query, key = index[None, :, None], index[None, None, :]
+    return (key <= query) & (query < expiry[:, None, :])
 
 
 def segment_end(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

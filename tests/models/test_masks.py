@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metajax.core.errors import UserError
-from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
+from metajax.models.masks import Mask, dense_mask, gathered_expiry, meta_dense, meta_flags
 
 LENGTH = 24  # one shape for all examples, so that what varies is data
 rows = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(lambda lengths: (lengths, LENGTH - sum(lengths)))
@@ -51,8 +51,7 @@ def test_gathered_expiry_is_the_dense_meta_mask_at_the_positions(row, data):
     batch, position_batch = jnp.asarray(ids)[None], jnp.asarray(meta_positions)[None]
     dense = np.asarray(meta_dense(batch, position_batch)[0])
     expiry = gathered_expiry(batch, position_batch)
-    index = jnp.arange(len(meta_positions))
-    gathered = np.asarray(Mask.allow(index[:, None], index[None], expiry[0][None]))
+    gathered = np.asarray(dense_mask(expiry)[0])
     n = len(used)
     assert np.array_equal(gathered[:n, :n], dense[np.ix_(meta_positions[:n], meta_positions[:n])])
     assert not gathered[n:].any()

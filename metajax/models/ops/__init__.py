@@ -64,7 +64,8 @@ def attention(
     key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
     Raises UserError for an unknown implementation, and for one that does not support the dtype or the platform.
     """
-    return _attention(q, k, v, mask.expiry(segment_ids), implementation, mask.window, prefix_k, prefix_v, q_offset)
+    prefix = {"prefix_k": prefix_k, "prefix_v": prefix_v}
+    return _attention(q, k, v, mask.expiry(segment_ids), implementation, mask.window, q_offset, **prefix)
 
 
 def meta_attention(
@@ -112,9 +113,8 @@ def _attention(
     expiry: Array,
     implementation: str,
     window: int | None = None,
-    prefix_k: Array | None = None,
-    prefix_v: Array | None = None,
-    q_offset: int | Array | None = None,
+    q_offset: Any = None,
+    **prefix: Any,
 ) -> tuple[Array, Array]:
     def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Any) -> tuple[Array, Array]:
         auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
@@ -125,7 +125,7 @@ def _attention(
         kernel = functools.partial(attention_in_parts, attend, window)
     elif isinstance(q_offset, int):  # a static offset lets the implementation skip the keys after the queries
         kernel, q_offset = functools.partial(attend, q_offset=q_offset), None
-    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, **prefix}
     return on_devices(kernel, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
 
 
