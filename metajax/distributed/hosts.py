@@ -67,8 +67,7 @@ def find_place(coordinator: str | None = None, processes: int | None = None, pro
     if not any(name in os.environ for name in LAUNCHERS) and not has_tpu():
         return None
     address, count, number, devices = detect_cluster(CONNECT_SECONDS)
-    alone = not address or count is None or count == 1 or number is None
-    return None if alone else Place(address, count, number, devices)
+    return Place(address, count, number, devices) if address and (count or 1) > 1 else None
 
 
 def has_tpu() -> bool:
