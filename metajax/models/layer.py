@@ -143,15 +143,15 @@ def make_group(cfg: Model, specs: tuple[LayerSpec, ...], implementation: str, ke
 
 
 def apply_group(
-    layers: Sequence[Layer],
-    streams: Streams,
-    given: Given,
+    capture: tuple[str, ...],
     inputs: LayerInputs,
     prefix_inputs: LayerInputs,
-    capture: tuple[str, ...],
+    streams: Streams,
+    group: tuple[Sequence[Layer], Given],
 ) -> tuple[Streams, dict[str, Any]]:
-    """(streams, captures) after the layers; each capture is stacked over the layers that record it."""
-    (x, prefix), of_prefix = streams, tuple(name.removeprefix("prefix_") for name in capture if name.startswith("prefix_"))
+    """(streams, captures) after the layers of a group; each capture is stacked over the layers that record it."""
+    (layers, given), (x, prefix) = group, streams
+    of_prefix = tuple(name.removeprefix("prefix_") for name in capture if name.startswith("prefix_"))
     values: dict[str, list[Array]] = {}
     cache, lefts = Cache({}, {}, {}), []
     for i, layer in enumerate(layers):

@@ -19,7 +19,7 @@ from metajax.config import Imported, MetaTokens, Model, Runtime
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
 from metajax.distributed.rules import RESIDUAL_AXES, constrain
-from metajax.models.layer import LAYER_CAPTURES, Given, Left, Streams, apply_group, make_group
+from metajax.models.layer import LAYER_CAPTURES, Left, Streams, apply_group, make_group
 from metajax.models.layers import Norm, as_rows, gather_rows, normal_param, scan_layers
 from metajax.models.masks import meta_flags
 from metajax.models.mixers import MIXERS, LayerInputs
@@ -150,11 +150,7 @@ class LM(nnx.Module):
     def _layers(
         self, streams: Streams, inputs: LayerInputs, given: tuple[Caches | None, Caches | None], capture: tuple[str, ...]
     ) -> tuple[Streams, dict[str, Any]]:
-        prefix_inputs = self._prefix_inputs()
-
-        def body(streams: Streams, group: tuple[Any, Given]) -> tuple[Streams, dict[str, Any]]:
-            return apply_group(group[0], streams, group[1], inputs, prefix_inputs, capture)
-
+        body = functools.partial(apply_group, capture, inputs, self._prefix_inputs())
         values, caches = {}, []
         for i, run in enumerate(self.blocks):
             of_run = run, tuple(None if entries is None else entries[i] for entries in given)
