@@ -62,16 +62,15 @@ class HostRows(NamedTuple):
         Raises:
           UserError: two processes share only some of their rows, because context or tensor cross processes unevenly.
         """
-        shards, held = row_shards(mesh), defaultdict(set)
+        shards, starts = row_shards(mesh), defaultdict(set)
         for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
-            held[device.process_index].add(rows.start or 0)
-        slices = sorted({tuple(sorted(starts)) for starts in held.values()})
+            starts[device.process_index].add(rows.start or 0)
+        held = {process: tuple(sorted(rows)) for process, rows in starts.items()}
+        slices = sorted(set(held.values()))
         askew = "runtime.mesh spreads the rows unevenly over processes; let context and tensor stay inside a process, or span whole ones"
-        require(len({len(starts) for starts in slices}) == 1 and sum(map(len, slices)) == shards, askew)
-        mine = tuple(sorted(held[process]))
-        return cls(
-            slices.index(mine), len(slices), process == min(p for p, starts in held.items() if tuple(sorted(starts)) == mine)
-        )
+        require(len({len(rows) for rows in slices}) == 1 and sum(map(len, slices)) == shards, askew)
+        first = min(other for other, rows in held.items() if rows == held[process])
+        return cls(slices.index(held[process]), len(slices), process == first)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -33,9 +33,8 @@ def meta_layout(size: int, rate: float) -> np.ndarray:
 
 def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(positions of the meta-tokens, all other positions) of a generated row."""
-    size = config.row_positions
-    rate = config.meta_tokens.rate if config.meta_tokens is not None else 0
-    meta_positions = meta_layout(size, rate) if rate else np.zeros(0, np.int32)
+    size, meta = config.row_positions, config.meta_tokens
+    meta_positions = meta_layout(size, 0 if meta is None else meta.rate)
     return meta_positions, np.setdiff1d(np.arange(size), meta_positions)
 
 
