@@ -52,8 +52,7 @@ class Place:
 def find_place(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Place | None:
     """This process's place, from the arguments, else from `VARIABLES`, else from the launcher's environment; None: it is alone.
 
-    Raises:
-      UserError: only some of the three are given, or they are not numbers.
+    Raises UserError if only some of the three are given, or if they are not numbers.
     """
     given = (coordinator, processes, process)
     if all(value is None for value in given):
@@ -78,8 +77,7 @@ def has_tpu() -> bool:
 def connect(place: Place | None, seconds: int = CONNECT_SECONDS) -> None:
     """Join the other processes; call it before the first use of a device. A single process needs nothing.
 
-    Raises:
-      Stopped: the others did not come in time, or one of them still belongs to an earlier start; a later start may succeed.
+    Raises Stopped if the others did not come in time, or if one of them still belongs to an earlier start; a later start may succeed.
     """
     if place is None or place.processes == 1:
         return

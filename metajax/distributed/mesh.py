@@ -16,11 +16,7 @@ from metajax.distributed.rules import RULES, batch_sharding
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """The sizes of all `AXES` for `devices` devices; a size of -1 takes the devices that are left.
-
-    Raises:
-      UserError: the product of the sizes is not the number of devices.
-    """
+    """The sizes of all `AXES`, whose product is `devices`, or UserError; a size of -1 takes the devices that are left."""
     sizes = dict.fromkeys(AXES, 1) | mesh_axes(text)
     free = [name for name, size in sizes.items() if size == -1]
     if free:
@@ -57,11 +53,7 @@ class HostRows(NamedTuple):
 
     @classmethod
     def of(cls, mesh: Mesh, process: int) -> HostRows:
-        """The slice of rows that the devices of a process hold.
-
-        Raises:
-          UserError: two processes share only some of their rows, because context or tensor cross processes unevenly.
-        """
+        """The slice of rows that the devices of a process hold; UserError if two processes share only some of their rows."""
         shards, starts = row_shards(mesh), defaultdict(set)
         for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
             starts[device.process_index].add(rows.start or 0)

@@ -138,7 +138,7 @@ class LM(nnx.Module):
         own = self.prefix[...].astype(x.dtype)[None] if self.prefix is not None and prefix is None else None
         (x, _), captured = self._layers((x, own), inputs, (prefix, past), capture)
         x = self.final_norm(x)
-        return x, {**captured, "final": x} if "final" in capture else captured
+        return x, captured | ({"final": x} if "final" in capture else {})
 
     def prefix_cache(self) -> Caches | None:
         """Cache entries of the learned prefix, the same for all texts; None for a model without a prefix."""

@@ -17,13 +17,9 @@ from metajax.core.errors import require
 
 @dataclass(frozen=True)
 class Mask:
-    """Causal attention inside segments, optionally in a sliding window.
+    """Causal attention inside segments, which are runs of equal ids, padding included."""
 
-    window: a query sees itself and this many earlier keys; None: all of its segment. A segment is a run of equal ids, padding
-    included.
-    """
-
-    window: int | None = None
+    window: int | None = None  # a query sees itself and this many earlier keys; None: all of its segment
 
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 0, f"window = {self.window}: a number of earlier keys, not negative")

@@ -118,10 +118,7 @@ def _blend(powers: np.ndarray, factor: float, keep: np.ndarray) -> np.ndarray:
 
 
 def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table | None:
-    """(cos, sin) of the scheme `cfg.position`, float32[B, T, head_dim / 2] each; None if it does not rotate.
-
-    A negative position means no position: angle 0, as for position 0.
-    """
+    """(cos, sin) of the scheme `cfg.position`; None if it does not rotate. A negative position means none: angle 0."""
     rotary = SCHEMES[cfg.position](cfg)
     return None if rotary is None else rotary_angles(rotary[0], jnp.maximum(positions, 0), rotary[1])
 

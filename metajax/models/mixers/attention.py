@@ -80,8 +80,7 @@ class Attention(QueryKeyValue, Mixer):
             left = KeyValues(k, v, inputs.segment_ids > 0)
             captures.record("keys", k)
             captures.record("values", v)
-        before = cache.prefix.get("attention")
-        prefix_k, prefix_v = (None, None) if before is None else (before.k[0], before.v[0])
+        prefix_k, prefix_v = (x[0] for x in cache.prefix["attention"][:2]) if "attention" in cache.prefix else (None, None)
         mask = Mask() if inputs.is_prefix else self.mask
         options = {"segment_ids": inputs.segment_ids, "implementation": self.implementation}
         out, lse = ops.attention(q, k, v, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, **options)
