@@ -145,7 +145,7 @@ def selective_scan(
 
 def causal_conv(
     *, segment_ids: Int[Array, "B T"], implementation: str = "auto", **arrays: Array | None
-) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
+) -> tuple[Float[Array, "B T C"], Float[Array, "B tail C"]]:
     """silu(b + causal depthwise convolution) inside segments: (y, `initial_tail` for a call that continues the row).
 
     arrays: as of `causal_conv_reference`. K is 2 to 4. `reset_tail` (None: zeros) holds the K-1 inputs before a segment,
