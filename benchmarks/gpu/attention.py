@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     def flops(self, passes: str) -> int:
         """FLOPs of the allowed pairs: two products forward, five backward (scores are recomputed)."""
         keys, values = self.shape.key_width, self.shape.value_width
-        pairs = self.mask.pairs([self.shape.length]) + self.shape.length * self.shape.meta
+        pairs = self.mask.pairs(self.shape.length) + self.shape.length * self.shape.meta
         each = (keys + values) + (3 * keys + 2 * values if passes == "both" else 0)
         return 2 * each * pairs * self.shape.heads * self.rows
 

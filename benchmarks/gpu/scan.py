@@ -43,7 +43,9 @@ def inputs(shape: Shape) -> list[Array]:
 def programs(shape: Shape, chunks: tuple[int, ...]) -> dict[str, Callable]:
     segments = jnp.ones((1, shape.length), jnp.int32)
     chunked = {f"ours, chunks of {n}": lambda *x, n=n: selective_scan_xla(*x, segment_ids=segments, chunk=n)[0] for n in chunks}
-    return {"ours (auto)": lambda *x: ops.selective_scan(*x, segment_ids=segments)[0]} | chunked
+    names = ["u", "dt", "A", "B", "C", "D", "dt_bias", "z"]
+    auto = lambda *x: ops.selective_scan(**dict(zip(names, x, strict=True)), segment_ids=segments)[0]  # noqa: E731
+    return {"ours (auto)": auto} | chunked
 
 
 def measure(tiny: bool) -> Iterator[Case]:

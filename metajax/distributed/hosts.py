@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Annotated, Any, TypeVar
 
 import jax
@@ -26,7 +26,7 @@ T = TypeVar("T")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Set by launchers of several processes: Slurm's srun, GKE's TPU pods, Cloud TPU virtual machines with chips, Open MPI.
 LAUNCHERS = ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "OMPI_MCA_orte_hnp_uri")
-CONNECT_SECONDS = 300  # until all processes are there; a launcher may start them minutes apart
+CONNECT_SECONDS = 300  # until all processes have connected; a launcher may start them minutes apart
 HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as dead, and the others end with SIGABRT
 
 
@@ -52,8 +52,7 @@ class Place:
 def find_place(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Place | None:
     """This process's place, from the arguments, else from `VARIABLES`, else from the launcher's environment; None: it is alone.
 
-    Raises:
-      UserError: only some of the three are given, or they are not numbers.
+    Raises UserError if only some of the three are given, or if they are not numbers.
     """
     given = (coordinator, processes, process)
     if all(value is None for value in given):
@@ -78,17 +77,15 @@ def has_tpu() -> bool:
 def connect(place: Place | None, seconds: int = CONNECT_SECONDS) -> None:
     """Join the other processes; call it before the first use of a device. A single process needs nothing.
 
-    Raises:
-      Stopped: the others did not come in time, or one of them still belongs to an earlier start; a later start may succeed.
+    Raises Stopped if the others did not come in time, or if one of them still belongs to an earlier start; a later start may succeed.
     """
     if place is None or place.processes == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(
-            place.coordinator, place.processes, place.process, place.local_devices, cluster_detection_method="deactivate",
-            initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )  # fmt: skip
+        heartbeat = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), HEARTBEAT_SECONDS)
+        options = {"cluster_detection_method": "deactivate", "initialization_timeout": seconds, **heartbeat}
+        jax.distributed.initialize(*astuple(place), **options)
     except jax.errors.JaxRuntimeError as error:
         raise Stopped(
             f"process {place.process}: not all {place.processes} processes met at {place.coordinator} within {seconds} s "

@@ -16,11 +16,7 @@ from metajax.distributed.rules import RULES, batch_sharding
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """The sizes of all `AXES` for `devices` devices; a size of -1 takes the devices that are left.
-
-    Raises:
-      UserError: the product of the sizes is not the number of devices.
-    """
+    """The sizes of all `AXES`, whose product is `devices`, or UserError; a size of -1 takes the devices that are left."""
     sizes = dict.fromkeys(AXES, 1) | mesh_axes(text)
     free = [name for name, size in sizes.items() if size == -1]
     if free:
@@ -57,21 +53,16 @@ class HostRows(NamedTuple):
 
     @classmethod
     def of(cls, mesh: Mesh, process: int) -> HostRows:
-        """The slice of rows that the devices of a process hold.
-
-        Raises:
-          UserError: two processes share only some of their rows, because context or tensor cross processes unevenly.
-        """
-        shards, held = row_shards(mesh), defaultdict(set)
+        """The slice of rows that the devices of a process hold; UserError if two processes share only some of their rows."""
+        shards, starts = row_shards(mesh), defaultdict(set)
         for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
-            held[device.process_index].add(rows.start or 0)
-        slices = sorted({tuple(sorted(starts)) for starts in held.values()})
+            starts[device.process_index].add(rows.start or 0)
+        held = {process: tuple(sorted(rows)) for process, rows in starts.items()}
+        slices = sorted(set(held.values()))
         askew = "runtime.mesh spreads the rows unevenly over processes; let context and tensor stay inside a process, or span whole ones"
-        require(len({len(starts) for starts in slices}) == 1 and sum(map(len, slices)) == shards, askew)
-        mine = tuple(sorted(held[process]))
-        return cls(
-            slices.index(mine), len(slices), process == min(p for p, starts in held.items() if tuple(sorted(starts)) == mine)
-        )
+        require(len({len(rows) for rows in slices}) == 1 and sum(map(len, slices)) == shards, askew)
+        first = min(other for other, rows in held.items() if rows == held[process])
+        return cls(slices.index(held[process]), len(slices), process == first)
 
 
 def row_shards(mesh: Mesh) -> int:

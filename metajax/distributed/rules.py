@@ -18,23 +18,12 @@ from metajax.core.errors import UserError, require
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
-    "vocab": ("tensor",),
-    "positions": (),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "ssm": ("tensor",),  # Mamba's channels next to "embed", and between its two products
-    "channels": ("fsdp",),  # the same in parameters without the model's width
-    "selection": (),
-    "taps": (),
-    "inputs": (),  # channels that a convolution reads
-    "features": (),  # of the space shared by images and texts
-    "rate": (),
-    "prefix": (),
-    "norm": (),
     "length": ("context",),
-    "layers": (),
+    # ssm: Mamba's channels next to "embed", and between its two products; channels: the same in parameters without the model's width
+    **dict.fromkeys(("embed", "channels"), ("fsdp",)),
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "ssm"), ("tensor",)),
+    # inputs: channels that a convolution reads; features: of the space shared by images and texts
+    **dict.fromkeys(("positions", "selection", "taps", "inputs", "features", "rate", "prefix", "norm", "layers"), ()),
 }
 RESIDUAL_AXES = ("batch", "length", None)
 
@@ -60,20 +49,12 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
         shards = math.prod(mesh.shape[name] for name in names)
         entries.append(names if names and size % shards == 0 else None)
     if "fsdp" in taken and taken["fsdp"] != "batch" and ("fsdp",) not in entries:
-        _spread_elsewhere(entries, axes, shape, mesh)
+        present = [axes.index(logical) for logical in SECOND_CHOICE if logical in axes]
+        spread = {at: (*(entries[at] or ()), "fsdp") for at in present}
+        fitting = [at for at, names in spread.items() if shape[at] % math.prod(mesh.shape[n] for n in names) == 0]
+        if fitting:
+            entries[fitting[0]] = spread[fitting[0]]
     return PartitionSpec(*entries)
-
-
-def _spread_elsewhere(
-    entries: list[tuple[str, ...] | None], axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
-) -> None:
-    """Give fsdp to another axis of the parameter, in addition to the mesh axes that it has."""
-    for logical in SECOND_CHOICE:
-        if logical in axes:
-            names = entries[axes.index(logical)] or ()
-            if shape[axes.index(logical)] % math.prod(mesh.shape[n] for n in (*names, "fsdp")) == 0:
-                entries[axes.index(logical)] = (*names, "fsdp")
-                return
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -43,9 +43,8 @@ class Watchdog:
 
     @property
     def _count(self) -> Path:
-        return self._stacks.with_name(
-            f".{self._stacks.stem}.json"
-        )  # hidden, because it belongs to this machine and not to a run on a bucket
+        """Hidden, because it belongs to this machine and not to a run on a bucket."""
+        return self._stacks.with_name(f".{self._stacks.stem}.json")
 
     def beat(self) -> None:
         """Report progress."""
@@ -85,9 +84,7 @@ class Watchdog:
         starts = self._counted["starts"] + 1 if self.saved == self._counted["saved"] else 1
         message = f"{what} for {seconds:g} s ({field}); stacks: {self._stacks}"
         if starts >= STARTS:
-            message += (
-                f"; {starts} starts in a row ended so without a save after step {self.saved}: mend the cause, or raise {field}"
-            )
+            message += f"; {starts} starts in a row had no save after step {self.saved}: fix the cause, or raise {field}"
         fail(message)
         faulthandler.dump_traceback(sys.stderr)
         writing = threading.Thread(target=self._write, args=(starts,), daemon=True)

@@ -65,9 +65,18 @@ class Rules:
 
 @partial(jax.jit, static_argnames=("capacity", "meta_capacity"))
 def start(
-    ready: Ready, tokens: Int[Array, "B N"], is_meta: Bool[Array, "B N"], prompt: Int[Array, "B T"], length: Int[Array, " B"],
-    meta_positions: Int[Array, "B M"], count: Int[Array, ""], rules: Rules, *, capacity: int, meta_capacity: int,
-) -> Decoding:  # fmt: skip
+    ready: Ready,
+    tokens: Int[Array, "B N"],
+    is_meta: Bool[Array, "B N"],
+    prompt: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    meta_positions: Int[Array, "B M"],
+    count: Int[Array, ""],
+    rules: Rules,
+    *,
+    capacity: int,
+    meta_capacity: int,
+) -> Decoding:
     """Read the prompts (see `prefill`) and draw the first of `count` tokens."""
     logits, cache = prefill(ready, prompt, length, meta_positions, capacity=capacity, meta_capacity=meta_capacity)
     return _draw(Decoding(cache, tokens, is_meta, length, jnp.full_like(length, count), logits), rules)

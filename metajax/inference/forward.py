@@ -15,14 +15,50 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from metajax.core.errors import require
-from metajax.inference.caches import Kept, Ring, append, past
 from metajax.models.lm import LM, Caches
 from metajax.models.mixers import MIXERS, KeyValues, LayerSpec
 from metajax.models.specs import layer_runs
 
 # Keys that a drawn token sees in a window of W, itself included: W+1 as in training, W as in Hymba's released code with a cache.
 DECODE_WINDOWS = {"W+1": 1, "W": 0}
+Kept = dict[str, Any]  # of one layer: mixer -> `Ring` or the mixer's state
 Cache = tuple[tuple[Kept, ...], ...]  # by run of equal groups, then by layer of the group
+
+
+@struct.dataclass
+class Ring:
+    """Ring buffer of rotated keys and values of the newest S tokens of each row, for one attention mixer.
+
+    Token t of a row is at index t mod S. A query also attends to itself, so S = W serves a window of W earlier keys. The learned
+    prefix is not in it, because its keys never expire. Arrays are stacked over equal layers. Padding is never stored.
+    """
+
+    k: Float[Array, "L B S KV Dq"]
+    v: Float[Array, "L B S KV Dv"]
+    length: Int[Array, " B"]  # tokens so far
+
+    @classmethod
+    def create(cls, left: KeyValues, capacity: int) -> Ring:
+        """A ring from the keys and values [L, B, T, ...] of a prompt, whose real tokens are contiguous; S = capacity >= 1."""
+        length, first = jnp.sum(left.real[0], axis=1), jnp.argmax(left.real[0], axis=1)
+        newest = length[:, None] - 1
+        token = newest - (newest - jnp.arange(capacity)) % capacity  # [B, S]; negative if the entry is empty
+        at = first[:, None] + jnp.maximum(token, 0)
+        pick = jax.vmap(lambda x, t: x[:, t], in_axes=(1, 0), out_axes=1)
+        return cls(pick(left.k, at), pick(left.v, at), length)
+
+    def past(self) -> KeyValues:
+        """Keys and values in the form that the layers read."""
+        filled = jnp.arange(self.k.shape[2]) < self.length[:, None]
+        return KeyValues(self.k, self.v, jnp.broadcast_to(filled, (self.k.shape[0], *filled.shape)))
+
+    def append(self, left: KeyValues) -> Ring:
+        """Append one token in the rows that have a real one; a full ring overwrites its oldest token."""
+        present, size = left.real[0, :, 0], self.k.shape[2]
+        at = jnp.where(present, self.length % size, size)  # an index out of range is dropped
+        rows = jnp.arange(len(self.length))
+        k, v = (old.at[:, rows, at].set(new[:, :, 0], mode="drop") for old, new in ((self.k, left.k), (self.v, left.v)))
+        return Ring(k, v, self.length + present)
 
 
 @struct.dataclass
@@ -97,10 +133,21 @@ def step(
     present: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], Cache]:
     """(logits, cache) after one more token of each row, at position `at` of N. A row that is not `present` keeps its cache."""
+
+    def replaced(old: Array, new: Array) -> Array:
+        return jnp.where(present.reshape(1, -1, *(1,) * (old.ndim - 2)), new, old)
+
+    def append(kept: Kept, left: Kept) -> Kept:
+        return {
+            name: entry.append(left[name]) if isinstance(entry, Ring) else jax.tree.map(replaced, entry, left[name])
+            for name, entry in kept.items()
+        }
+
     metas = jnp.where(jnp.take_along_axis(is_meta, at[:, None], axis=1), 0, 1)  # in a row of one token, position 1 means unused
-    of_past = {"past": _by_layer(past, cache), "row_is_meta": is_meta}
-    x, left = _forward(ready, tokens[:, None], at[:, None], present[:, None], metas, **of_past)
-    return ready.model.unembed(x)[:, 0], _by_layer(lambda kept, new: append(kept, new, present), cache, left)
+    is_ring = lambda entry: isinstance(entry, Ring)  # noqa: E731
+    past = jax.tree.map(lambda entry: entry.past() if is_ring(entry) else entry, cache, is_leaf=is_ring)
+    x, left = _forward(ready, tokens[:, None], at[:, None], present[:, None], metas, past=past, row_is_meta=is_meta)
+    return ready.model.unembed(x)[:, 0], _by_layer(append, cache, left)
 
 
 def _forward(

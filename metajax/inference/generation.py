@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,8 @@ def meta_layout(size: int, rate: float) -> np.ndarray:
 
 def _layout(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """(positions of the meta-tokens, all other positions) of a generated row."""
-    size = config.row_positions
-    rate = config.meta_tokens.rate if config.meta_tokens is not None else 0
-    meta_positions = meta_layout(size, rate) if rate else np.zeros(0, np.int32)
+    size, meta = config.row_positions, config.meta_tokens
+    meta_positions = meta_layout(size, 0 if meta is None else meta.rate)
     return meta_positions, np.setdiff1d(np.arange(size), meta_positions)
 
 
@@ -101,10 +101,8 @@ class Rows:
         for row, flags in zip(meta_positions, prompt_metas, strict=True):
             row[: flags.sum()] = np.flatnonzero(flags)
         prompt = np.maximum(self.tokens[:, :width], 0)
-        return start(
-            ready, self.tokens, self.is_meta, prompt, self.length, meta_positions, self.count, rules,
-            capacity=capacity, meta_capacity=meta_capacity,
-        )  # fmt: skip
+        sizes = {"capacity": capacity, "meta_capacity": meta_capacity}
+        return start(ready, self.tokens, self.is_meta, prompt, self.length, meta_positions, self.count, rules, **sizes)
 
 
 def _padded(length: int, limit: int) -> int:
@@ -126,9 +124,18 @@ def make_rules(config: Config, vocabulary: Vocabulary, sampling: Sampling, seed:
 
 
 def stream(
-    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
-    guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0, stride: int = 1,
-) -> Iterator[list[str]]:  # fmt: skip
+    ready: Ready,
+    config: Config,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    count: int,
+    context: Context = None,
+    guidance: float | None = None,
+    sampling: Sampling = DEFAULT,
+    seed: int = 0,
+    stride: int = 1,
+) -> Iterator[list[str]]:
     """Yield the continuation of each prompt in pieces: at most `count` tokens, ended early by a token that ends a text.
 
     Prompt and continuation are detokenised together, then the prompt's text is removed, so that the text at the seam is right.
@@ -144,16 +151,13 @@ def stream(
     vocabulary = tokenizer.vocabulary
     contexts = [context] * len(prompts) if isinstance(context, str | None) else list(context)
     encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [
-        [*opening(config, tokenizer, said), *prompt] or [vocabulary.bos] for said, prompt in zip(contexts, encoded, strict=True)
-    ]
+    openings = [opening(config, tokenizer, text) for text in contexts]
+    ids = [[*first, *prompt] or [vocabulary.bos] for first, prompt in zip(openings, encoded, strict=True)]
     if guidance is not None:
         require(math.isfinite(guidance), f"guidance = {guidance}: a finite number")
         require(None not in contexts, "guidance is away from text without metadata: it needs a context")
-        require(
-            config.meta_tokens is None,
-            "guidance: a row's two readings have their meta-tokens at different tokens; use a model without",
-        )
+        fitting = "guidance: a row's two readings have their meta-tokens at different tokens; use a model without"
+        require(config.meta_tokens is None, fitting)
         ids += [[*opening(config, tokenizer, ""), *prompt] for prompt in encoded]
     rows = Rows.of(config, ids, vocabulary, count)
     rules = make_rules(config, vocabulary, sampling, seed, guidance)
@@ -167,42 +171,29 @@ def _pieces(
     shown = [tokenizer.decode(prompt) for prompt in prompts]
     while True:
         tokens, left = jax.device_get((state.tokens[:count], state.left[:count]))
-        new = [
-            row[n:][~flags[n:] & (row[n:] >= 0)].tolist()
-            for row, n, flags in zip(tokens, rows.length[:count], rows.is_meta[:count], strict=True)
-        ]
-        written = [list(itertools.takewhile(lambda i: i not in ends, ids)) for ids in new]
-        texts = [tokenizer.decode([*prompt, *ids]) for prompt, ids in zip(prompts, written, strict=True)]
-        done = left == 0
-        whole = [text if end else _settled(text) for text, end in zip(texts, done, strict=True)]
-        pieces = [_added(text, before, end) for text, before, end in zip(whole, shown, done, strict=True)]
+        done, pieces = left == 0, []
+        for i, (row, prompt) in enumerate(zip(tokens, prompts, strict=True)):
+            new = row[rows.length[i] :]
+            new = new[~rows.is_meta[i, rows.length[i] :] & (new >= 0)].tolist()
+            text = tokenizer.decode([*prompt, *itertools.takewhile(lambda token: token not in ends, new)])
+            pieces.append(_added(text, shown[i], whole=done[i]))
+            shown[i] += pieces[-1]
         yield pieces
         if done.all():
             return
-        shown = [before + piece for before, piece in zip(shown, pieces, strict=True)]
         state = advance(ready, state, rules, stride)
 
 
-def _settled(text: str) -> str:
-    """`text` without the end that later bytes may still change: an incomplete UTF-8 sequence decodes as U+FFFD."""
-    return text.rstrip("\ufffd")
-
-
-def _added(text: str, shown: str, whole: bool) -> str:
+def _added(text: str, shown: str, *, whole: bool) -> str:
     """The part of `text` after `shown`. If later bytes changed what is shown, this is empty until the text is `whole`."""
+    text = text if whole else text.rstrip("\ufffd")  # later bytes may complete a UTF-8 sequence, which decodes as U+FFFD so far
     if text.startswith(shown):
         return text[len(shown) :]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, shown, strict=False)))
     return text[same:] if whole else ""
 
 
-def generate(
-    ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, count: int, context: Context = None,
-    guidance: float | None = None, sampling: Sampling = DEFAULT, seed: int = 0,
-) -> list[str]:  # fmt: skip
-    """The complete continuation of each prompt; see `stream`."""
-    pieces = stream(
-        ready, config, tokenizer, prompts, count=count, context=context, guidance=guidance, sampling=sampling, seed=seed,
-        stride=config.row_positions,
-    )  # fmt: skip
+def generate(ready: Ready, config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+    """The complete continuation of each prompt; the options are those of `stream`."""
+    pieces = stream(ready, config, tokenizer, prompts, **options, stride=config.row_positions)
     return ["".join(parts) for parts in zip(*pieces, strict=True)]

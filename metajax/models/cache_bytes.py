@@ -36,7 +36,7 @@ def cache_bytes(model: Model, tokens: int, rows: int = 1) -> dict[str, int]:
 
     A window stores keys of W earlier tokens. States are float32, all else has the compute dtype. Meta-attention is not counted.
     """
-    parts = dict.fromkeys(("full", "window", "meta", "state", "conv"), 0)
+    parts: dict[str, int] = dict.fromkeys(("full", "window", "meta", "state", "conv"), 0)
     prefix = model.prefix_tokens
     for spec in layer_specs(model):
         for mixer in (MIXERS[name] for name in spec.mixers):

@@ -6,8 +6,9 @@ A multiply-add is two operations. The backward pass costs twice the forward pass
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
 from metajax.config import Config
@@ -33,15 +34,14 @@ def matmul_flops(config: Config, vocab_size: int) -> dict[str, int]:
 
     "meta_attention" is per token for which meta-attention is computed.
     """
-    cfg, parts = config.model, {}
+    cfg, parts = config.model, Counter()
     for spec in layer_specs(cfg, config.meta_tokens):
+        for name in spec.all_mixers:
+            parts.update(MIXERS[name].token_flops(cfg, spec))
         widths = [MIXERS[name].channels(cfg) for name in spec.mixers]
-        of_layer = [MIXERS[name].token_flops(cfg, spec) for name in spec.all_mixers]
-        of_layer.append({"output": 2 * cfg.width * (sum(widths) if spec.join == "concat" else max(widths))})
-        of_layer.append({"mlp": 2 * cfg.width * cfg.mlp_width * (3 if cfg.activation == "swiglu" else 2)})
-        for name, cost in ((name, cost) for costs in of_layer for name, cost in costs.items() if cost):
-            parts[name] = parts.get(name, 0) + cost
-    return parts | {"head": 2 * cfg.width * vocab_size}
+        parts["output"] += 2 * cfg.width * (sum(widths) if spec.join == "concat" else max(widths))
+        parts["mlp"] += 2 * cfg.width * cfg.mlp_width * (3 if cfg.activation == "swiglu" else 2)
+    return {name: cost for name, cost in parts.items() if cost} | {"head": 2 * cfg.width * vocab_size}
 
 
 def pair_flops(config: Config, batch: Batch, prefixes: int | float = 1) -> dict[str, int | float]:
@@ -76,7 +76,7 @@ def step_flops(config: Config, vocab_size: int, batch: Batch) -> int:
     """Operations of one training step on the rows of `batch`; for all hosts if `batch` holds the rows of all hosts."""
     counts = token_counts(config, batch)
     products = sum(cost * counts.get(name, counts["layers"]) for name, cost in matmul_flops(config, vocab_size).items())
-    return passes(config) * (products + sum(pair_flops(config, batch).values()))
+    return passes(config) * int(products + sum(pair_flops(config, batch).values()))
 
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     return parts | ({"attention_pairs": share * sum(pairs.values())} if pairs else {})
 
 
-def peak_flops(devices: list[jax.Device]) -> float | None:
+def peak_flops(devices: Sequence[Any]) -> float | None:
     """Total peak bf16 operations per second of these devices, or None if the chip is unknown."""
     per_chip = PEAK_FLOPS.get(devices[0].device_kind)
     return None if per_chip is None else per_chip * len(devices)

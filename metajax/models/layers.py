@@ -80,10 +80,10 @@ class Mlp(nnx.Module):
 
     def __init__(self, cfg: Model, key: PRNGKeyArray, down_std: float | None = None):
         keys = jax.random.split(key, 3)
-        wide = (cfg.width, cfg.mlp_width)
+        wide, narrow = (cfg.width, cfg.mlp_width), (cfg.mlp_width, cfg.width)
         self.activation = cfg.activation
         self.up = Linear(keys[0], wide, std=cfg.init_std, bias=cfg.bias, axes=("embed", "mlp"))
-        self.down = Linear(keys[1], wide[::-1], std=down_std or residual_std(cfg), bias=cfg.bias, axes=("mlp", "embed"))
+        self.down = Linear(keys[1], narrow, std=down_std or residual_std(cfg), bias=cfg.bias, axes=("mlp", "embed"))
         gated = cfg.activation == "swiglu"
         self.gate = Linear(keys[2], wide, std=cfg.init_std, bias=cfg.bias, axes=("embed", "mlp")) if gated else None
 

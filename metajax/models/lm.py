@@ -16,10 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.config import Imported, MetaTokens, Model, Runtime
-from metajax.core.errors import nearest, require
+from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
 from metajax.distributed.rules import RESIDUAL_AXES, constrain
-from metajax.models.layer import LAYER_CAPTURES, Given, Left, Streams, apply_group, make_group
+from metajax.models.layer import LAYER_CAPTURES, Left, Streams, apply_group, make_group
 from metajax.models.layers import Norm, as_rows, gather_rows, normal_param, scan_layers
 from metajax.models.masks import meta_flags
 from metajax.models.mixers import MIXERS, LayerInputs
@@ -53,22 +53,20 @@ class LM(nnx.Module):
         imported: Imported | None = None,
     ):
         keys = jax.random.split(key, 4)
-        self.imported = imported
-        self.cfg, self.meta, self.remat, self.unroll = cfg, meta, runtime.remat, runtime.unroll or cfg.layers
+        self.cfg, self.meta, self.imported = cfg, meta, imported
+        self.remat, self.unroll = runtime.remat, runtime.unroll or cfg.layers
         self.embedding = normal_param(keys[0], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
         learned = cfg.position == "learned"
         self.positions = normal_param(keys[1], (max_length, cfg.width), cfg.init_std, ("positions", "embed")) if learned else None
         runs = layer_runs(cfg, meta)
         split = runs[0][0][0].split_keys
-        prefix_key, *run_keys = jax.random.split(keys[2], 1 + len(runs)) if split else (None, keys[2])
+        prefix_key, *run_keys = jax.random.split(keys[2], 1 + len(runs)) if split else (keys[2], keys[2])
         count = cfg.prefix_tokens
         self.prefix = normal_param(prefix_key, (count, cfg.width), PREFIX_STD, ("prefix", "embed")) if count else None
-        self.blocks = nnx.List(
-            [
-                jax.vmap(functools.partial(make_group, cfg, group, runtime.implementation))(jax.random.split(k, n))
-                for (group, n), k in zip(runs, run_keys, strict=True)
-            ]
-        )
+        self.blocks = nnx.List()
+        for (group, n), run_key in zip(runs, run_keys, strict=True):
+            make = functools.partial(make_group, cfg, group, runtime.implementation)
+            self.blocks.append(jax.vmap(make)(jax.random.split(run_key, n)))
         self.final_norm = Norm(cfg)
         self.unembedding = None if cfg.tied else normal_param(keys[3], (vocab_size, cfg.width), cfg.init_std, ("vocab", "embed"))
 
@@ -138,31 +136,25 @@ class LM(nnx.Module):
             require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
         inputs = self._inputs(positions, segment_ids, meta_positions)._replace(row_is_meta=row_is_meta)
         own = self.prefix[...].astype(x.dtype)[None] if self.prefix is not None and prefix is None else None
-        streams, captured = self._layers(Streams(x, own), inputs, prefix, past, capture)
-        x = self.final_norm(streams.x)
-        return x, {**captured, "final": x} if "final" in capture else captured
+        (x, _), captured = self._layers((x, own), inputs, (prefix, past), capture)
+        x = self.final_norm(x)
+        return x, captured | ({"final": x} if "final" in capture else {})
 
     def prefix_cache(self) -> Caches | None:
         """Cache entries of the learned prefix, the same for all texts; None for a model without a prefix."""
         if self.prefix is None:
             return None
         x = self.prefix[...].astype(self.cfg.compute_dtype)[None]
-        return self._layers(Streams(x, None), self._prefix_inputs(), None, None, ("cache",))[1]["cache"]
+        return self._layers((x, None), self._prefix_inputs(), (None, None), ("cache",))[1]["cache"]
 
     def _layers(
-        self, streams: Streams, inputs: LayerInputs, prefix: Caches | None, past: Caches | None, capture: tuple[str, ...]
+        self, streams: Streams, inputs: LayerInputs, given: tuple[Caches | None, Caches | None], capture: tuple[str, ...]
     ) -> tuple[Streams, dict[str, Any]]:
-        prefix_inputs = self._prefix_inputs()
-
-        def body(streams: Streams, group: tuple[Any, Given]) -> tuple[Streams, dict[str, Any]]:
-            layers, given = group
-            return apply_group(layers, streams, given, inputs, prefix_inputs, capture)
-
+        body = functools.partial(apply_group, capture, inputs, self._prefix_inputs())
         values, caches = {}, []
         for i, run in enumerate(self.blocks):
-            given = Given(prefix and prefix[i], past and past[i])
-            options = {"layers": self.cfg.layers, "remat": self.remat, "unroll": self.unroll}
-            streams, captured = scan_layers(body, streams, (run, given), **options)
+            of_run = run, tuple(None if entries is None else entries[i] for entries in given)
+            streams, captured = scan_layers(body, streams, of_run, layers=self.cfg.layers, remat=self.remat, unroll=self.unroll)
             caches.append(captured.pop("cache", None))
             for name, value in captured.items():
                 values.setdefault(name, []).append(value.reshape(-1, *value.shape[2:]))
@@ -180,14 +172,15 @@ class LM(nnx.Module):
     def _inputs(self, positions: Array, segment_ids: Array, meta_positions: Array | None) -> LayerInputs:
         form = "none" if self.meta is None else self.meta.attention
         metas = None if form in ("none", "causal") else _given(meta_positions)
-        if form in ("gathered", "dense") and not metas.shape[1]:
+        if metas is not None and not metas.shape[1] and form in ("gathered", "dense"):
             metas = None
-        rotary = rotary_table(self.cfg, self._after_prefix(self._positions(positions, meta_positions, "causal")))
+        causal, count = self._positions(positions, meta_positions, "causal"), self.cfg.prefix_tokens
+        rotary = rotary_table(self.cfg, jnp.where(causal < 0, causal, causal + count) if count else causal)
         meta_rotary = None
         if form != "none":
             meta_rotary = rotary_table(self.cfg, self._positions(positions, meta_positions, "meta"))
             if form == "gathered" and metas is not None and meta_rotary is not None:
-                meta_rotary = tuple(gather_rows(part, metas) for part in meta_rotary)
+                meta_rotary = gather_rows(meta_rotary[0], metas), gather_rows(meta_rotary[1], metas)
         return LayerInputs(segment_ids, rotary, metas, meta_rotary)
 
     def _prefix_inputs(self) -> LayerInputs:
@@ -195,10 +188,6 @@ class LM(nnx.Module):
         count = self.cfg.prefix_tokens
         rotary = rotary_table(self.cfg, jnp.arange(count)[None])
         return LayerInputs(jnp.ones((1, count), jnp.int32), rotary, is_prefix=True)
-
-    def _after_prefix(self, positions: Array) -> Array:
-        count = self.cfg.prefix_tokens
-        return jnp.where(positions < 0, positions, positions + count) if count else positions
 
     def _positions(self, positions: Array, meta_positions: Array | None, scope: str) -> Array:
         """`positions`, negative (none) at the meta-tokens if `zero_position` is "both" or `scope`."""
@@ -219,7 +208,8 @@ def capturable(cfg: Model, meta: MetaTokens | None) -> tuple[str, ...]:
 
 
 def _given(meta_positions: Array | None) -> Array:
-    require(meta_positions is not None, "a model that tells meta-tokens apart needs meta_positions (int32[B, M])")
+    if meta_positions is None:
+        raise UserError("a model that tells meta-tokens apart needs meta_positions (int32[B, M])")
     return meta_positions
 
 
@@ -229,7 +219,8 @@ def with_intervention(model: LM, **changes: Any) -> LM:
     The copy shares the parameters. Intended for `zero_position` and `embedding`. Raises UserError for a model without
     meta-tokens, for a value without meaning under its position scheme, and for `attention`, on which the parameters depend.
     """
-    require(model.meta is not None, "an intervention at meta-tokens needs a model with meta-tokens; its meta_tokens is null")
+    if model.meta is None:
+        raise UserError("an intervention at meta-tokens needs a model with meta-tokens; its meta_tokens is null")
     meta = override(model.meta, changes)
     require(meta.attention == model.meta.attention, "meta_tokens.attention is part of the trained model; it cannot be changed")
     meta.check_position(model.cfg.position)

@@ -1,12 +1,11 @@
 """Attention masks as one predicate, shared by the reference, the kernels, the FLOP counter and the caches.
 
-Every mask is one number per key, its expiry: key k is visible to the queries k <= q < expiry[k]. The end of a document,
-a sliding window and an always-visible prefix differ only in that number, so no kernel needs a T x T array.
+Every mask is one number per key, its expiry: key k is visible to the queries k <= q < expiry[k]. The end of a document and a
+sliding window differ only in that number, so no kernel needs a T x T array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,59 +17,35 @@ from metajax.core.errors import require
 
 @dataclass(frozen=True)
 class Mask:
-    """Causal attention inside segments, optionally in a sliding window and with an always-visible prefix.
+    """Causal attention inside segments, which are runs of equal ids, padding included."""
 
-    window: a query sees itself and this many earlier keys; None: all of its segment.
-    prefix: the first `prefix` keys of the row stay visible to every later query of any segment, but not to trailing padding
-    (a learned prefix: Hymba, arXiv 2411.13676, section 2).
-
-    A segment is a run of equal ids. Id 0 is padding, and a run of padding sees only itself. With a prefix all padding must
-    be trailing, because one number per key cannot skip a gap.
-    """
-
-    window: int | None = None
-    prefix: int = 0
+    window: int | None = None  # a query sees itself and this many earlier keys; None: all of its segment
 
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 0, f"window = {self.window}: a number of earlier keys, not negative")
-        require(self.prefix >= 0, f"prefix = {self.prefix}: a number of keys, not negative")
 
     def expiry(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """int32[B, T]: the first query index that no longer sees each key."""
         end = segment_end(segment_ids)
-        index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-        if self.window is not None:
-            end = jnp.minimum(end, index + self.window + 1)
-        if self.prefix:
-            row_end = jnp.max(jnp.where(segment_ids != 0, index + 1, 0), axis=1, keepdims=True)
-            end = jnp.where((index < self.prefix) & (segment_ids != 0), row_end, end)
-        return end
-
-    @staticmethod
-    def allow(q_index: Array, k_index: Array, expiry: Array) -> Array:
-        """The predicate, bool, broadcast over its three integer arguments; `expiry` is that of the key `k_index`."""
-        return (k_index <= q_index) & (q_index < expiry)
+        if self.window is None:
+            return end
+        return jnp.minimum(end, jnp.arange(segment_ids.shape[1], dtype=jnp.int32) + self.window + 1)
 
     def dense(self, segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
         """The whole mask, bool[B, query, key]. Only the reference and the analyses build it."""
-        index = jnp.arange(segment_ids.shape[1])
-        return self.allow(index[None, :, None], index[None, None, :], self.expiry(segment_ids)[:, None, :])
+        return dense_mask(self.expiry(segment_ids))
 
-    def pairs(self, segment_lengths: Sequence[int], padding: int = 0) -> int:
-        """Exact number of allowed (query, key) pairs in a row of these segments in order and `padding` trailing pads."""
-        total = sum(segment_lengths)
-        prefix = min(self.prefix, total)
-        count = prefix * total - prefix * (prefix - 1) // 2
-        start = 0
-        for length in segment_lengths:
-            count += self._windowed_pairs(length - min(max(prefix - start, 0), length))
-            start += length
-        return count + self._windowed_pairs(padding)
-
-    def _windowed_pairs(self, length: int) -> int:
-        """Pairs among the last `length` tokens of a segment; a key is visible to min(tokens left, window + 1) queries."""
+    def pairs(self, length: int) -> int:
+        """Number of allowed (query, key) pairs in a segment; a key is visible to min(tokens left, window + 1) queries."""
         reach = length if self.window is None else min(length, self.window + 1)
         return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def dense_mask(expiry: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """bool[B, query, key]: the predicate, evaluated for all pairs."""
+    index = jnp.arange(expiry.shape[1])
+    query, key = index[None, :, None], index[None, None, :]
+    return (key <= query) & (query < expiry[:, None, :])
 
 
 def segment_end(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

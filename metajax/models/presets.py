@@ -15,9 +15,7 @@ def gpt2(layers: int = 12, heads: int = 12, width: int = 768, **changes: Any) ->
 
     Published checkpoints have biases (`bias=True`); those of Hugging Face use the tanh form of GELU (`activation="gelu_tanh"`).
     """
-    fields = dict(
-        mlp_width=4 * width, activation="gelu", norm="layernorm", norm_eps=1e-5, position="learned", bias=False, tied=True
-    )
+    fields = dict(mlp_width=4 * width, activation="gelu", norm="layernorm", norm_eps=1e-5, position="learned")
     return Model(layers=layers, heads=heads, width=width, **{**fields, **changes})
 
 
@@ -29,7 +27,7 @@ def gpt2_small(**changes: Any) -> Model:
 def llama(layers: int, heads: int, width: int, *, kv_heads: int = 0, mlp_width: int = 0, **changes: Any) -> Model:
     """Llama: RMSNorm, rotary positions, SwiGLU, no biases, untied head. mlp_width 0: 8/3 width, up to a multiple of 256."""
     mlp_width = mlp_width or -(-8 * width // 3 // 256) * 256
-    fields = dict(activation="swiglu", norm="rmsnorm", norm_eps=1e-5, position="rope", bias=False, tied=False)
+    fields = dict(activation="swiglu", norm="rmsnorm", norm_eps=1e-5, position="rope", tied=False)
     return Model(layers=layers, heads=heads, width=width, kv_heads=kv_heads, mlp_width=mlp_width, **{**fields, **changes})
 
 
@@ -41,7 +39,7 @@ def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int,
     """
     full = tuple(sorted({0, (layers - 1) // 2, layers - 1}))
     ntk = {"position": "ntk", "rope_original_length": 2048, "rope_factor": hymba_ntk_factor(8192, 2048)}
-    parts = {"activation": "swiglu", "norm": "rmsnorm", "norm_eps": 1e-6, "bias": False, "tied": True, **ntk}
+    parts = {"activation": "swiglu", "norm": "rmsnorm", "norm_eps": 1e-6, **ntk}
     mixers = Hybrid(full_layers=full, kv_groups=shared_pairs(layers, full))
     return Model(
         layers=layers, heads=heads, width=width, kv_heads=kv_heads, mlp_width=mlp_width, window=window, hybrid=mixers, **parts
@@ -51,11 +49,9 @@ def hymba(layers: int, heads: int, width: int, *, kv_heads: int, mlp_width: int,
 def shared_pairs(layers: int, apart: Sequence[int]) -> tuple[int, ...]:
     """Group sizes that pair the layers between those `apart`. The first group of an odd run has three (released checkpoint)."""
     sizes: list[int] = []
-    bounds = [*apart, layers]
-    runs = [bounds[0], *(b - a - 1 for a, b in itertools.pairwise(bounds))]
-    for i, run in enumerate(runs):
-        if i:
-            sizes.append(1)
+    for before, after in itertools.pairwise([-1, *apart, layers]):
+        sizes += [1] if before >= 0 else []
+        run = after - before - 1
         pairs = [2] * (run // 2) or [0] * (run > 0)
         sizes += [pairs[0] + run % 2, *pairs[1:]] if pairs else []
     return tuple(sizes)

@@ -18,7 +18,7 @@ from metajax.core.errors import nearest, require
 
 LOW_TURNS, HIGH_TURNS = 1.0, 4.0  # of "llama3": it blends between these numbers of turns over the original length
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # (cosine, sine) of each position
-Rotary = tuple[np.ndarray, float]  # (frequencies float32[head_dim / 2] in radians per position, factor of cosine and sine)
+Rotary = tuple[np.ndarray, float]  # (frequencies float64[head_dim / 2] in radians per position, factor of cosine and sine)
 SCHEMES: dict[str, Callable[[Model], Rotary | None]] = {}
 
 
@@ -32,14 +32,64 @@ def position(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def default_frequencies(dim: int, base: float) -> np.ndarray:
-    """float32[dim / 2]: base^(-2i / dim), radians per position (RoFormer, arXiv 2104.09864, section 3.2.2)."""
-    return _powers(dim, base).astype(np.float32)
+@position("none")
+@position("learned")
+def _not_rotary(cfg: Model) -> None:
+    """Learned position vectors, added to the embeddings in `LM.embed`, or no positions."""
 
 
-def ntk_frequencies(dim: int, base: float, factor: float) -> np.ndarray:
-    """float32[dim / 2]: the base times factor^(dim / (dim - 2)) (NTK-aware scaling; YaRN, arXiv 2309.00071, section 3.1)."""
-    return default_frequencies(dim, base * factor ** (dim / (dim - 2)))
+@position("rope")
+def _rope(cfg: Model) -> Rotary:
+    """theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    return _powers(cfg.head_dim, cfg.rope_theta), 1.0
+
+
+@position("linear")
+def _linear(cfg: Model) -> Rotary:
+    """Positions divided by `rope_factor` (Chen et al., arXiv 2306.15595)."""
+    return _powers(cfg.head_dim, cfg.rope_theta) / cfg.rope_factor, 1.0
+
+
+@position("llama3")
+def _llama3(cfg: Model) -> Rotary:
+    """Llama 3.1's scaling (The Llama 3 Herd, arXiv 2407.21783).
+
+    Frequencies above HIGH_TURNS turns over the original length are kept. Those below LOW_TURNS are divided by `rope_factor`.
+    Between them the two are blended by the turns.
+    """
+    powers = _powers(cfg.head_dim, cfg.rope_theta)
+    turns = cfg.rope_original_length * powers / (2 * math.pi)
+    return _blend(powers, cfg.rope_factor, np.clip((turns - LOW_TURNS) / (HIGH_TURNS - LOW_TURNS), 0, 1)), 1.0
+
+
+@position("ntk")
+def _ntk(cfg: Model) -> Rotary:
+    """theta times rope_factor^(head_dim / (head_dim - 2)) (NTK-aware; YaRN, arXiv 2309.00071, section 3.1); see `hymba_ntk_factor`."""
+    dim = cfg.head_dim
+    return _powers(dim, cfg.rope_theta * cfg.rope_factor ** (dim / (dim - 2))), 1.0
+
+
+@position("yarn")
+def _yarn(cfg: Model) -> Rotary:
+    frequencies = yarn_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_original_length, cfg.rope_factor)
+    return frequencies, yarn_magnitude(cfg.rope_factor)
+
+
+def yarn_frequencies(
+    dim: int,
+    base: float,
+    original_length: int,
+    factor: float,
+    *,
+    extrapolation: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> np.ndarray:
+    """float64[dim / 2]: fast frequencies kept, slow ones divided by `factor`, a ramp between (YaRN, arXiv 2309.00071, section 3.2)."""
+    low, high = yarn_range(dim, base, original_length, beta_fast, beta_slow)
+    width = high - low if high != low else 0.001  # for a range of one index the ramp is a step
+    keep = (1 - np.clip((np.arange(dim // 2) - low) / width, 0, 1)) * extrapolation
+    return _blend(_powers(dim, base), factor, keep)
 
 
 def yarn_range(dim: int, base: float, original_length: int, beta_fast: float = 32.0, beta_slow: float = 1.0) -> tuple[int, int]:
@@ -54,41 +104,17 @@ def yarn_range(dim: int, base: float, original_length: int, beta_fast: float = 3
     return max(math.floor(index(beta_fast)), 0), min(math.ceil(index(beta_slow)), dim - 1)
 
 
-def yarn_frequencies(
-    dim: int,
-    base: float,
-    original_length: int,
-    factor: float,
-    *,
-    extrapolation: float = 1.0,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-) -> np.ndarray:
-    """float32[dim / 2]: fast frequencies kept, slow ones divided by `factor`, a ramp between (YaRN, arXiv 2309.00071, section 3.2)."""
-    low, high = yarn_range(dim, base, original_length, beta_fast, beta_slow)
-    width = high - low if high != low else 0.001  # for a range of one index the ramp is a step
-    keep = (1 - np.clip((np.arange(dim // 2) - low) / width, 0, 1)) * extrapolation
-    powers = _powers(dim, base)
-    return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
-
-
-def llama3_frequencies(dim: int, base: float, original_length: int, factor: float) -> np.ndarray:
-    """float32[dim / 2]: Llama 3.1's scaling (The Llama 3 Herd, arXiv 2407.21783). Frequencies above HIGH_TURNS turns over the
-    original length are kept. Those below LOW_TURNS are divided by `factor`. Between them the two are blended by the turns."""
-    powers = _powers(dim, base)
-    keep = np.clip((original_length * powers / (2 * math.pi) - LOW_TURNS) / (HIGH_TURNS - LOW_TURNS), 0, 1)
-    return (powers * keep + powers / factor * (1 - keep)).astype(np.float32)
-
-
 def yarn_magnitude(factor: float, attention_factor: float = 1.0) -> float:
     """Factor for cosine and sine: (0.1 ln(factor) + 1) * attention_factor (YaRN, arXiv 2309.00071, equation 22)."""
     return (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) * attention_factor
 
 
-def rotary_angles(frequencies: Float[Array, " half"] | np.ndarray, positions: Int[Array, "B T"], magnitude: float = 1.0) -> Table:
-    """(cos, sin), float32[B, T, D / 2] each, multiplied by `magnitude`."""
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
-    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+def _powers(dim: int, base: float) -> np.ndarray:
+    return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+def _blend(powers: np.ndarray, factor: float, keep: np.ndarray) -> np.ndarray:
+    return powers * keep + powers / factor * (1 - keep)
 
 
 def rotary_of(cfg: Model) -> Rotary | None:
@@ -103,46 +129,15 @@ def rotary_of(cfg: Model) -> Rotary | None:
 
 
 def rotary_table(cfg: Model, positions: Int[Array, "B T"]) -> Table | None:
-    """(cos, sin) of the scheme `cfg.position`, float32[B, T, head_dim / 2] each; None if it does not rotate.
-
-    A negative position means no position: angle 0, as for position 0.
-    """
+    """(cos, sin) of the scheme `cfg.position`; None if it does not rotate. A negative position means none: angle 0."""
     rotary = rotary_of(cfg)
     return None if rotary is None else rotary_angles(rotary[0], jnp.maximum(positions, 0), rotary[1])
 
 
-@position("none")
-@position("learned")
-def _not_rotary(cfg: Model) -> None:
-    """Learned position vectors, added to the embeddings in `LM.embed`, or no positions."""
-
-
-@position("rope")
-def _rope(cfg: Model) -> Rotary:
-    return default_frequencies(cfg.head_dim, cfg.rope_theta), 1.0
-
-
-@position("linear")
-def _linear(cfg: Model) -> Rotary:
-    """Positions divided by `rope_factor` (Chen et al., arXiv 2306.15595)."""
-    return (_powers(cfg.head_dim, cfg.rope_theta) / cfg.rope_factor).astype(np.float32), 1.0
-
-
-@position("llama3")
-def _llama3(cfg: Model) -> Rotary:
-    return llama3_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_original_length, cfg.rope_factor), 1.0
-
-
-@position("ntk")
-def _ntk(cfg: Model) -> Rotary:
-    """`rope_factor` is the factor of NTK-aware scaling; see `hymba_ntk_factor`."""
-    return ntk_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_factor), 1.0
-
-
-@position("yarn")
-def _yarn(cfg: Model) -> Rotary:
-    frequencies = yarn_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_original_length, cfg.rope_factor)
-    return frequencies, yarn_magnitude(cfg.rope_factor)
+def rotary_angles(frequencies: np.ndarray, positions: Int[Array, "B T"], magnitude: float = 1.0) -> Table:
+    """(cos, sin), float32[B, T, D / 2] each, multiplied by `magnitude`."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies.astype(np.float32))
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
 def apply_rotary(
@@ -152,7 +147,3 @@ def apply_rotary(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _powers(dim: int, base: float) -> np.ndarray:
-    return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)

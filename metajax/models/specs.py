@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from metajax.config import MetaTokens, Model
+from metajax.config import Hybrid, MetaTokens, Model
 from metajax.core.errors import require
 from metajax.models.layers import residual_std
 from metajax.models.mixers import MIXERS, LayerSpec
@@ -29,21 +29,20 @@ def layer_groups(cfg: Model, meta: MetaTokens | None) -> list[Group]:
     require(is_known, f"model.hybrid.ssm = {ssm!r}: name a mixer other than attention, such as mamba")
     sequential = cfg.hybrid.fusion == "sequential"
     for size in (2,) * (cfg.layers // 2) if sequential else cfg.hybrid.kv_groups or (1,) * cfg.layers:
-        groups.append(tuple(_hybrid_layer(cfg, start + i, owns_kv=sequential or i == 0) for i in range(size)))
+        groups.append(tuple(_hybrid_layer(cfg, cfg.hybrid, start + i, owns_kv=sequential or i == 0) for i in range(size)))
         start += size
     return groups
 
 
-def _hybrid_layer(cfg: Model, index: int, *, owns_kv: bool) -> LayerSpec:
-    hybrid = cfg.hybrid
+def _hybrid_layer(cfg: Model, hybrid: Hybrid, index: int, *, owns_kv: bool) -> LayerSpec:
     names = {"attention": ("attention",), "mamba": (hybrid.ssm,)}
     names["sequential"] = names["attention" if index % 2 else "mamba"]
     mixers = names.get(hybrid.fusion, ("attention", hybrid.ssm))
     attends = "attention" in mixers
     return LayerSpec(
         mixers=mixers,
-        join=hybrid.fusion if len(mixers) > 1 else "alone",
-        branch_norm=hybrid.branch_norm if len(mixers) > 1 else "none",
+        join=hybrid.fusion if hybrid.fusion in ("mean", "concat") else "alone",
+        branch_norm=hybrid.branch_norm if hybrid.is_parallel else "none",
         window=cfg.layer_window(index) if attends else None,
         owns_kv=attends and owns_kv,
         mlp=cfg.mlp_width > 0,

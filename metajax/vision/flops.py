@@ -37,7 +37,7 @@ def _blocks(model: Model, tokens: int, pairs: int) -> Cost:
 
 def text_cost(clip: Clip, length: int, *, causal: bool = True) -> Cost:
     """Cost of one text of `length` tokens; causal: without the pairs that the mask forbids."""
-    blocks = _blocks(clip.text, length, Mask().pairs([length]) if causal else length**2)
+    blocks = _blocks(clip.text, length, Mask().pairs(length) if causal else length**2)
     return blocks._replace(products=blocks.products + 2 * clip.text_width * clip.embed)
 
 

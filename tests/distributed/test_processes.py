@@ -27,12 +27,15 @@ STEPS = 120
 
 @pytest.fixture
 def changes(tiny_corpus):
-    return {
-        "data.sources": f"jsonl:{tiny_corpus}?origin=module", "data.tokenizer": "byte", "data.sequence_length": "32", "data.batch_size": "4",
-        "data.validation_share": "0.2", "model.layers": "2", "model.width": "16", "model.heads": "2", "model.mlp_width": "32",
-        "training.steps": str(STEPS), "optimizer.warmup_steps": "1", "evaluation.documents": "5", "evaluation.sample_tokens": "4",
-        "evaluation.conditions": "none", "runtime.save_every": "50", "runtime.log_every": "50",
-    }  # fmt: skip
+    groups = {
+        "data": {"tokenizer": "byte", "sequence_length": "32", "batch_size": "4", "validation_share": "0.2"},
+        "model": {"layers": "2", "width": "16", "heads": "2", "mlp_width": "32"},
+        "evaluation": {"documents": "5", "sample_tokens": "4", "conditions": "none"},
+        "runtime": {"save_every": "50", "log_every": "50"},
+    }
+    few = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+    steps = {"training.steps": str(STEPS), "optimizer.warmup_steps": "1"}
+    return {"data.sources": f"jsonl:{tiny_corpus}?origin=module", **few, **steps}
 
 
 def start(count, changes, workdir, paths):
@@ -41,23 +44,11 @@ def start(count, changes, workdir, paths):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-    command = [
-        sys.executable,
-        "run.py",
-        "quickstart/meta_tokens",
-        *words,
-        "--workdir",
-        str(workdir),
-        "--cache-dir",
-        str(paths.cache),
-    ]
-    place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
-    return [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **place, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    folders = ["--workdir", str(workdir), "--cache-dir", str(paths.cache)]
+    command = [sys.executable, "run.py", "quickstart/meta_tokens", *words, *folders]
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, **options) for i in range(count)]
 
 
 def cut(config, workdir, paths, after, monkeypatch):

@@ -24,7 +24,7 @@ MESHES = {
 
 
 def resolved(name, mesh):
-    """{parameter: its shape, and behind each dimension the mesh axes that it is spread over}."""
+    """{parameter: its shape, and after each dimension the mesh axes that it is spread over}."""
     model = abstract_model(registry.find_experiment(name).build("paper"), VOCABULARIES[name])
     lines = {}
     for path, param in named_params(model).items():

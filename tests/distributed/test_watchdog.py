@@ -62,7 +62,7 @@ time.sleep(60)
 def test_the_third_start_in_a_row_without_a_new_save_ends_as_an_error(tmp_path):
     stacks = tmp_path / "not" / "there" / "stacks.txt"  # as on a host that does not write the run's folder
     codes = [watched(HANGS.replace("SAVED", str(saved)), stacks).returncode for saved in (50, 50, 100, 100)]
-    assert codes == [75, 75, 75, 75], "a new save begins the count anew"
+    assert codes == [75, 75, 75, 75], "a new save starts the count again"
     last = watched(HANGS.replace("SAVED", "100"), stacks)
     assert last.returncode == 2 and "3 starts in a row" in last.stderr
     assert json.loads((stacks.parent / ".stacks.json").read_text()) == {"saved": 100, "starts": 3}

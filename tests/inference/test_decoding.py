@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from metajax.config import MetaTokens, Model, Runtime
 from metajax.core.errors import UserError
-from metajax.inference.caches import Ring
 from metajax.inference.decoding import Rules, Sampling, advance, start
-from metajax.inference.forward import prefill, prepare, step
+from metajax.inference.forward import Ring, prefill, prepare, step
 from metajax.models.lm import LM
 from metajax.models.mixers import KeyValues
 

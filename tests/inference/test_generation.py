@@ -119,13 +119,13 @@ def test_a_character_is_shown_when_it_is_complete(tiny_config):
     assert [piece for piece in pieces if piece][:3] == ["é", "€", "😀"]
 
 
-def test_guidance_of_0_and_1_is_text_without_the_context_and_behind_it(tiny_config):
+def test_guidance_of_0_and_1_is_text_without_the_context_and_after_it(tiny_config):
     config, model = make(tiny_config, metadata=Metadata(template="{topic}"))
     prompts, contexts = ["ab", "a longer"], ["files", "x"]
     draw = lambda **kw: generate(prepare(model), config, TOKENIZER, prompts, count=8, sampling=GREEDY, **kw)  # noqa: E731
-    behind, without = draw(context=contexts), draw(context="")
-    assert behind != without
-    assert draw(context=contexts, guidance=1.0) == behind
+    after, without = draw(context=contexts), draw(context="")
+    assert after != without
+    assert draw(context=contexts, guidance=1.0) == after
     assert draw(context=contexts, guidance=0.0) == without
     with pytest.raises(UserError, match="it needs a context"):
         draw(guidance=2.0)

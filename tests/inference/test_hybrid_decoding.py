@@ -21,10 +21,9 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 IMPLEMENTATIONS = {"hymba_a": "auto", "hymba_b": "reference"}
 N, PROMPT, VOCAB = 20, 9, 24
 LENGTH = np.array([1, 5, 9], np.int32)
-CFG = Model(
-    layers=6, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=3, init_std=0.15,
-    hybrid=Hybrid(prefix_tokens=6, full_layers=(3,), kv_groups=(3, 1, 2), state=4),
-)  # fmt: skip
+HYBRID = Hybrid(prefix_tokens=6, full_layers=(3,), kv_groups=(3, 1, 2), state=4)
+SIZES = {"width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 24, "activation": "swiglu", "norm": "rmsnorm"}
+CFG = Model(window=3, init_std=0.15, layers=6, hybrid=HYBRID, **SIZES)
 FORMS = {
     "triple_and_pair": {},
     "sequential": {"layers": 2, "hybrid.fusion": "sequential", "hybrid.kv_groups": (), "hybrid.full_layers": ()},

@@ -52,8 +52,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_dense_count_equals_the_programs_own(name):
     model_config, meta = CASES[name]
-    config = Config(name=name, data=Data(sequence_length=LENGTH, batch_size=ROWS), model=model_config, meta_tokens=meta,
-                    runtime=Runtime(implementation="reference"))  # fmt: skip
+    data, runtime = Data(sequence_length=LENGTH, batch_size=ROWS), Runtime(implementation="reference")
+    config = Config(name=name, data=data, model=model_config, meta_tokens=meta, runtime=runtime)
     model = build_model(config, VOCAB, jax.random.key(0))
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
     inputs = {"positions": tokens, "segment_ids": tokens + 1}
@@ -99,8 +99,8 @@ def test_pairs_equal_a_brute_force_count(window, form):
 
 def test_a_step_costs_three_forward_passes_and_a_row_of_one_document_costs_flops_per_token():
     meta = MetaTokens(inject="none", rate=0, attention="causal")
-    config = Config(name="x", data=Data(sequence_length=LENGTH, batch_size=1), model=Model(layers=2, width=16, heads=2, mlp_width=32),
-                    meta_tokens=meta)  # fmt: skip
+    data, model = Data(sequence_length=LENGTH, batch_size=1), Model(layers=2, width=16, heads=2, mlp_width=32)
+    config = Config(name="x", data=data, model=model, meta_tokens=meta)
     ones = np.ones((1, LENGTH), np.int32)
     batch = {"tokens": ones, "segment_ids": ones, "positions": np.arange(LENGTH)[None], "meta_positions": ones[:, :0]}
     per_token = flops_per_token(config, VOCAB)
@@ -117,8 +117,8 @@ def test_gathered_meta_attention_is_cheap():
     assert flops_per_token(with_meta, VOCAB)["meta_attention"] / sum(block.values()) < 0.035
 
 
-VIT = Clip(vision_layers=(2,), vision_width=16, vision_heads=2, text_width=24, text_heads=2, embed=12, patch=8, image_size=32, text_layers=3,
-           context=16, vocab=64)  # fmt: skip
+IMAGES = {"vision_layers": (2,), "vision_width": 16, "vision_heads": 2, "patch": 8, "image_size": 32}
+VIT = Clip(**IMAGES, text_layers=3, text_width=24, text_heads=2, embed=12, context=16, vocab=64)
 RUNS = {
     "clip": (None, {"batch": 6}),
     "coop": (Prompts(batch=3), {}),

@@ -15,10 +15,9 @@ from metajax.models.lm import LM, decay_mask, named_params, param_count
 from metajax.models.specs import layer_runs
 
 T, VOCAB, M = 24, 32, 7
-CFG = Model(
-    layers=3, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=4, init_std=0.15,
-    hybrid=Hybrid(prefix_tokens=M, full_layers=(0,), kv_groups=(1, 2), state=4),
-)  # fmt: skip
+HYBRID = Hybrid(prefix_tokens=M, full_layers=(0,), kv_groups=(1, 2), state=4)
+SIZES = {"width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 24, "activation": "swiglu", "norm": "rmsnorm"}
+CFG = Model(window=4, init_std=0.15, layers=3, hybrid=HYBRID, **SIZES)
 LENGTHS = [[9, 11, 4], [2, 14, 5]]  # the second row ends in padding
 SEGMENTS = jnp.array([np.repeat([1, 2, 3, 0], [*n, T - sum(n)]) for n in LENGTHS])
 POSITIONS = jnp.array([np.concatenate([np.arange(k) for k in [*n, T - sum(n)]]) for n in LENGTHS])

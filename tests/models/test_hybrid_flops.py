@@ -18,10 +18,9 @@ from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
 
 VOCAB, LENGTH, ROWS, METAS = 64, 24, 2, 3
-MODEL = Model(
-    layers=4, width=16, heads=4, kv_heads=2, mlp_width=24, activation="swiglu", norm="rmsnorm", window=5,
-    hybrid=Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 3), state=4),
-)  # fmt: skip
+HYBRID = Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 3), state=4)
+SIZES = {"width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 24, "activation": "swiglu", "norm": "rmsnorm"}
+MODEL = Model(window=5, layers=4, hybrid=HYBRID, **SIZES)
 FORMS = {
     "mean": {},
     "concat": {"hybrid.fusion": "concat"},
@@ -61,7 +60,7 @@ def test_pairs_equal_a_brute_force_count():
         count += sum(k <= q for q in range(METAS) for k in range(METAS))
         for row in lengths:
             for length in row:
-                for q in range(METAS, METAS + length):  # the document behind its meta tokens
+                for q in range(METAS, METAS + length):  # the document after its meta tokens
                     count += sum(k <= q and (k < METAS or window is None or q - k <= window) for k in range(METAS + length))
     assert pair_flops(config_of(MODEL), {"segment_ids": segments, "positions": positions}) == {
         "attention": count * MIXERS["attention"].pair_flops(MODEL)

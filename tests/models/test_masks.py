@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metajax.core.errors import UserError
-from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
+from metajax.models.masks import Mask, dense_mask, gathered_expiry, meta_dense, meta_flags
 
 LENGTH = 24  # one shape for all examples, so that what varies is data
 rows = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(lambda lengths: (lengths, LENGTH - sum(lengths)))
-masks = st.builds(Mask, window=st.none() | st.integers(0, 6), prefix=st.integers(0, 6))
+masks = st.builds(Mask, window=st.none() | st.integers(0, 6))
 
 
 def segment_ids(lengths, padding):
@@ -23,9 +23,7 @@ def brute_force(mask, ids):
     allowed = np.zeros((len(ids), len(ids)), bool)
     for q in range(len(ids)):
         for k in range(q + 1):
-            near = mask.window is None or q - k <= mask.window
-            prefix = k < mask.prefix and ids[q] != 0 and ids[k] != 0
-            allowed[q, k] = (ids[q] == ids[k] and near) or prefix
+            allowed[q, k] = ids[q] == ids[k] and (mask.window is None or q - k <= mask.window)
     return allowed
 
 
@@ -35,20 +33,13 @@ def test_dense_mask_and_pair_count_agree_with_brute_force(row, mask):
     ids = segment_ids(*row)
     expected = brute_force(mask, ids)
     assert np.array_equal(mask.dense(jnp.asarray(ids)[None])[0], expected)
-    assert mask.pairs(row[0], row[1]) == expected.sum()
+    assert sum(map(mask.pairs, (*row[0], row[1]))) == expected.sum()
 
 
 def test_a_repeated_id_after_another_document_is_a_new_segment():
     dense = np.asarray(Mask().dense(jnp.array([[1, 1, 2, 1, 1]]))[0])
     assert not dense[3:, :2].any()
     assert dense[4, 3]
-
-
-def test_prefix_is_visible_to_every_document_but_not_to_trailing_padding():
-    dense = np.asarray(Mask(window=0, prefix=2).dense(jnp.array([[1, 1, 2, 2, 3, 0]]))[0])
-    assert dense[2:5, :2].all()
-    assert not dense[5, :5].any()
-    assert dense[5, 5]
 
 
 @given(rows, st.data())
@@ -60,8 +51,7 @@ def test_gathered_expiry_is_the_dense_meta_mask_at_the_positions(row, data):
     batch, position_batch = jnp.asarray(ids)[None], jnp.asarray(meta_positions)[None]
     dense = np.asarray(meta_dense(batch, position_batch)[0])
     expiry = gathered_expiry(batch, position_batch)
-    index = jnp.arange(len(meta_positions))
-    gathered = np.asarray(Mask.allow(index[:, None], index[None], expiry[0][None]))
+    gathered = np.asarray(dense_mask(expiry)[0])
     n = len(used)
     assert np.array_equal(gathered[:n, :n], dense[np.ix_(meta_positions[:n], meta_positions[:n])])
     assert not gathered[n:].any()
@@ -72,8 +62,6 @@ def test_gathered_expiry_is_the_dense_meta_mask_at_the_positions(row, data):
     assert not dense[:, outside].any()
 
 
-def test_negative_sizes_are_refused():
+def test_a_negative_window_is_refused():
     with pytest.raises(UserError, match="window"):
         Mask(window=-1)
-    with pytest.raises(UserError, match="prefix"):
-        Mask(prefix=-1)

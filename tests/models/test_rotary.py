@@ -18,6 +18,11 @@ def field(group, name):
     return GOLDEN[f"{group}/{name}"][()]
 
 
+def frequencies(scheme, dim, base, factor=1.0):
+    scaled = {"rope_factor": float(factor), "rope_original_length": 2048} if scheme == "ntk" else {}
+    return rotary.SCHEMES[scheme](Model(position=scheme, width=int(dim), heads=1, rope_theta=float(base), **scaled))[0]
+
+
 def assert_frequencies(ours, group, name="inv_freq"):
     np.testing.assert_allclose(ours, field(group, name), rtol=1e-6, atol=0)
 
@@ -51,24 +56,24 @@ def test_yarn(group):
 
 @pytest.mark.parametrize("group", [f"ntk{i}" for i in range(4)])
 def test_ntk(group):
-    ours = rotary.ntk_frequencies(int(field(group, "dim")), float(field(group, "base")), float(field(group, "alpha")))
+    ours = frequencies("ntk", field(group, "dim"), field(group, "base"), field(group, "alpha"))
     assert_frequencies(ours, group)
 
 
 @pytest.mark.parametrize("group", ["linear0", "linear1"])
 def test_unscaled(group):
-    ours = rotary.default_frequencies(int(field(group, "dim")), float(field(group, "base")))
+    ours = frequencies("rope", field(group, "dim"), field(group, "base"))
     assert_frequencies(ours, group, "inv_freq_unscaled")
 
 
 @pytest.mark.parametrize("group", [f"hymba{i}" for i in range(4)])
 def test_hymba(group):
-    dim, base = int(field(group, "dim")), float(field(group, "base"))
+    dim, base = field(group, "dim"), field(group, "base")
     if str(field(group, "rope_type")) == "ntk":
         factor = hymba_ntk_factor(int(field(group, "max_position_embeddings")), int(field(group, "orig_max_position_embeddings")))
-        ours = rotary.ntk_frequencies(dim, base, factor)
+        ours = frequencies("ntk", dim, base, factor)
     else:
-        ours = rotary.default_frequencies(dim, base)
+        ours = frequencies("rope", dim, base)
     assert_frequencies(ours, group)
     assert_tables(ours, group)
     cos, sin = rotary.rotary_angles(ours, jnp.asarray(POSITIONS)[None])
@@ -101,7 +106,7 @@ def test_rotation_depends_on_the_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i, j):
-        table = rotary.rotary_angles(rotary.default_frequencies(16, 100.0), jnp.array([[i, j]]))
+        table = rotary.rotary_angles(frequencies("rope", 16, 100.0), jnp.array([[i, j]]))
         rotated = rotary.apply_rotary(jnp.concatenate([q, k], axis=1), *table)
         return jnp.vdot(rotated[0, 0, 0], rotated[0, 1, 0])
 

@@ -24,15 +24,16 @@ def normal(i, *shape):
 def scan(implementation, dtype=jnp.float32):
     x = [normal(i, ROWS, LENGTH, CHANNELS).astype(dtype) for i in range(3)]
     b, c = (normal(i, ROWS, LENGTH, STATES).astype(dtype) for i in (3, 4))
+    tokens = {"u": x[0], "dt": x[1], "z": x[2], "B": b, "C": c}
     shared = {"initial_state": normal(8, ROWS, CHANNELS, STATES), "reset_state": normal(9, CHANNELS, STATES)}
-    A, D, bias = -jnp.exp(normal(5, CHANNELS, STATES)), normal(6, CHANNELS), normal(7, CHANNELS)
-    return ops.selective_scan(x[0], x[1], A, b, c, D, bias, x[2], segment_ids=SEGMENTS, **shared, implementation=implementation)
+    shared["A"], D, bias = -jnp.exp(normal(5, CHANNELS, STATES)), normal(6, CHANNELS), normal(7, CHANNELS)
+    return ops.selective_scan(**tokens, **shared, D=D, dt_bias=bias, segment_ids=SEGMENTS, implementation=implementation)
 
 
 def conv(implementation, dtype=jnp.float32):
     x, w, b = normal(0, ROWS, LENGTH, CHANNELS).astype(dtype), normal(1, CHANNELS, 4), normal(2, CHANNELS)
     tails = {"initial_tail": normal(3, ROWS, 3, CHANNELS), "reset_tail": normal(4, 3, CHANNELS)}
-    return ops.causal_conv(x, w, b, segment_ids=SEGMENTS, **tails, implementation=implementation)
+    return ops.causal_conv(x=x, w=w, b=b, segment_ids=SEGMENTS, **tails, implementation=implementation)
 
 
 @pytest.mark.parametrize("op", [scan, conv])

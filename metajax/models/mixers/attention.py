@@ -31,24 +31,14 @@ class QueryKeyValue(nnx.Module):
         self.key = make(keys[1], cfg.num_kv_heads * cfg.head_dim, "kv_heads") if owns_kv else None
         self.value = make(keys[2], cfg.num_kv_heads * cfg.value_dim, "kv_heads") if owns_kv else None
 
-    def queries(self, h: Float[Array, "B T width"], rotary: Table | None) -> Float[Array, "B T H Dq"]:
-        """Queries, rotated if there is a rotary table."""
-        return _rotated(self.query(h).reshape(*h.shape[:2], self.heads, -1), rotary)
-
-    def keys_values(
-        self, h: Float[Array, "B T width"], rotary: Table | None
-    ) -> tuple[Float[Array, "B T KV Dq"], Float[Array, "B T KV Dv"]]:
-        """(keys, values); the keys are rotated if there is a rotary table."""
+    def split(self, h: Float[Array, "B T width"], rotary: Table | None) -> tuple[Array, Array | None, Array | None]:
+        """(queries, keys, values), [B, T, heads, D] each; a rotary table rotates queries and keys."""
+        q = self.query(h).reshape(*h.shape[:2], self.heads, -1)
+        q = q if rotary is None else apply_rotary(q, *rotary)
+        if self.key is None or self.value is None:
+            return q, None, None
         k, v = (y.reshape(*h.shape[:2], self.kv_heads, -1) for y in (self.key(h), self.value(h)))
-        return _rotated(k, rotary), v
-
-    def split(self, h: Float[Array, "B T width"], rotary: Table | None) -> tuple[Array, Array, Array]:
-        """(queries, keys, values)."""
-        return self.queries(h, rotary), *self.keys_values(h, rotary)
-
-
-def _rotated(x: Float[Array, "B T H D"], rotary: Table | None) -> Float[Array, "B T H D"]:
-    return x if rotary is None else apply_rotary(x, *rotary)
+        return q, k if rotary is None else apply_rotary(k, *rotary), v
 
 
 class Projections(QueryKeyValue):
@@ -84,19 +74,17 @@ class Attention(QueryKeyValue, Mixer):
     def __call__(
         self, h: Float[Array, "B T width"], inputs: LayerInputs, cache: Cache, captures: Captures
     ) -> tuple[Float[Array, "B T HD"], KeyValues | None]:
-        q, left = self.queries(h, inputs.rotary), None
-        if self.key is None:
+        (q, k, v), left = self.split(h, inputs.rotary), None
+        if k is None or v is None:
             k, v, _ = cache.group["attention"]
         else:
-            k, v = self.keys_values(h, inputs.rotary)
             left = KeyValues(k, v, inputs.segment_ids > 0)
             captures.record("keys", k)
             captures.record("values", v)
-        before = cache.prefix.get("attention")
-        prefix_k, prefix_v = (None, None) if before is None else (before.k[0], before.v[0])
+        prefix_k, prefix_v = (x[0] for x in cache.prefix["attention"][:2]) if "attention" in cache.prefix else (None, None)
         mask = Mask() if inputs.is_prefix else self.mask
-        options = {"mask": mask, "segment_ids": inputs.segment_ids, "implementation": self.implementation}
-        out, lse = ops.attention(q, k, v, prefix_k=prefix_k, prefix_v=prefix_v, **options)
+        options = {"segment_ids": inputs.segment_ids, "implementation": self.implementation}
+        out, lse = ops.attention(q, k, v, mask=mask, prefix_k=prefix_k, prefix_v=prefix_v, **options)
         if "attention" in cache.past:
             out, lse = ops.join_past(out, lse, q, *cache.past["attention"], implementation=self.implementation)
         captures.record("attention_lse", lse)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from flax import nnx
@@ -61,6 +61,12 @@ class LayerInputs(NamedTuple):
     is_prefix: bool = False  # the tokens are the learned prefix, which sees itself in any window
     row_is_meta: Bool[Array, "B N"] | None = None  # when decoding a token per row: which of its N positions are meta-tokens
 
+    @property
+    def metas(self) -> Int[Array, "B M"]:
+        """The positions of the meta-tokens, which rows with meta-attention have."""
+        assert self.meta_positions is not None
+        return self.meta_positions
+
 
 class Captures:
     """Collects intermediates by name while a layer is traced."""
@@ -84,6 +90,7 @@ class Mixer(nnx.Module):
     without (query, key) pairs and without cached keys. The static methods count FLOPs and bytes for one layer.
     """
 
+    name: ClassVar[str]  # in `MIXERS`
     captures: ClassVar[tuple[str, ...]] = ()  # names of intermediates that it can record
     in_hybrid: ClassVar[bool] = True  # whether `model.hybrid.ssm` accepts its name
 
@@ -93,9 +100,9 @@ class Mixer(nnx.Module):
     def __call__(
         self, h: Float[Array, "B T width"], inputs: LayerInputs, cache: Cache, captures: Captures
     ) -> tuple[Float[Array, "B T C"], Any]:
-        """(output, cache entry of these tokens). The entry is `KeyValues`, or arrays [B, ...] that replace the earlier state.
+        """(output, cache entry of these tokens): `KeyValues`, arrays [B, ...] that replace the earlier state, or None.
 
-        It is None if nothing is cached. No token may see a position of another segment.
+        No token may see a position of another segment.
         """
         raise NotImplementedError
 
@@ -130,6 +137,15 @@ class Mixer(nnx.Module):
         return {}
 
 
+M = TypeVar("M", bound=Mixer)
 MIXERS: Registry[type[Mixer]] = Registry("mixer", "metajax.models.mixers")
 
-mixer = MIXERS  # the decorator of a class: `@mixer("name")`
+
+def mixer(name: str) -> Callable[[type[M]], type[M]]:
+    """Register a class as the mixer `name`."""
+
+    def register(cls: type[M]) -> type[M]:
+        cls.name = name
+        return MIXERS(name)(cls)
+
+    return register

@@ -6,6 +6,8 @@ in plain XLA. Segments (packed documents) are our addition: each starts from the
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,10 +15,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.config import Model
 from metajax.core.errors import require
-from metajax.models import ops
-from metajax.models.layers import Linear, Norm, normal_param
-from metajax.models.mixers.base import Cache, Captures, LayerInputs, LayerSpec, Mixer, mixer
-from metajax.models.mixers.mamba import State, starts, state_bytes
+from metajax.models.layers import Linear, Norm
+from metajax.models.mixers.base import Captures, LayerSpec, mixer
+from metajax.models.mixers.ssm import StateSpace, hybrid_of
 
 CHUNK = 64  # tokens of a chunk
 HEAD = 64  # channels of a head
@@ -65,69 +66,50 @@ def _chunk(
     gaps = jnp.where(past[..., None], decay[:, :, None] - decay[:, None, :], -jnp.inf)
     weights = jnp.einsum("bin,bjn->bij", c, b)[..., None] * jnp.exp(gaps) * dt[:, None]
     y = jnp.einsum("bijh,bjhp->bihp", weights, x)
-    goes_on = (segment_ids == before[:, None])[..., None, None]
+    continues = (segment_ids == before[:, None])[..., None, None]
     carried = jnp.einsum("bin,bhpn->bihp", c, state), jnp.einsum("bin,hpn->bihp", c, reset)
-    y = y + left[..., None] * jnp.where(goes_on, *carried)
+    y = y + left[..., None] * jnp.where(continues, *carried)
 
     to_end = jnp.exp(gaps[:, -1]) * dt
-    origin = jnp.where(goes_on[:, -1, None], state, reset)
+    origin = jnp.where(continues[:, -1, None], state, reset)
     return jnp.einsum("bjh,bjhp,bjn->bhpn", to_end, x, b) + left[:, -1, :, None, None] * origin, y
 
 
-def heads_of(cfg: Model) -> int:
-    """Number of heads of 64 channels; one head if there are fewer channels."""
-    return max(1, cfg.ssm_width // HEAD)
-
-
 @mixer("mamba2")
-class Mamba2(Mixer):
-    """[B, T, width] -> gated and normalised scan output [B, T, C]. Each of the C = expand * width channels has N states."""
-
-    captures = ("ssm_branch", "conv_tail", "ssm_state")  # as of Mamba-1
+class Mamba2(StateSpace):
+    """Mamba-2: one step size for each head of 64 channels, or a single head if there are fewer channels."""
 
     def __init__(self, cfg: Model, spec: LayerSpec, implementation: str, key: PRNGKeyArray):
-        keys, std, channels, state = jax.random.split(key, 5), cfg.init_std, cfg.ssm_width, cfg.hybrid.state
-        heads, convolved = heads_of(cfg), channels + 2 * state  # B and C are convolved too
+        keys, channels, heads = jax.random.split(key, 5), cfg.ssm_width, heads_of(cfg)
         require(
             channels % heads == 0,
             f"model.hybrid.ssm = 'mamba2': {channels} channels (expand * width) are no whole number of heads of {HEAD}",
         )
-        self.implementation, self.splits = implementation, (channels, channels + state)
-        self.in_proj = Linear(keys[0], (cfg.width, convolved), std=std, bias=False, axes=("embed", "ssm"))
-        self.gate_proj = Linear(keys[1], (cfg.width, channels), std=std, bias=False, axes=("embed", "ssm"))
-        self.dt_proj = Linear(keys[2], (cfg.width, heads), std=std, bias=False, axes=("embed", "selection"))
-        self.conv = normal_param(keys[3], (convolved, cfg.hybrid.d_conv), std, ("channels", "taps"))
-        self.conv_bias = nnx.Param(jnp.zeros(convolved, jnp.float32), axes=("norm",))
+        super().__init__(cfg, implementation, keys[0], keys[1], keys[3])
+        self.splits = (channels, channels + hybrid_of(cfg).state)
+        self.dt_proj = Linear(keys[2], (cfg.width, heads), std=cfg.init_std, bias=False, axes=("embed", "selection"))
         self.dt_bias = nnx.Param(jnp.zeros(heads, jnp.float32), axes=("norm",))
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(keys[4], (heads,), minval=1.0, maxval=16.0)), axes=("norm",))
         self.D = nnx.Param(jnp.ones(heads, jnp.float32), axes=("norm",))
         self.norm = Norm(cfg, width=channels)
 
-    def __call__(
-        self, h: Float[Array, "B T width"], inputs: LayerInputs, cache: Cache, captures: Captures
-    ) -> tuple[Float[Array, "B T C"], State]:
-        options = {"segment_ids": inputs.segment_ids, "implementation": self.implementation}
-        tails, states = starts(cache, "mamba2")
-        mixed, tail = ops.causal_conv(self.in_proj(h), self.conv[...], self.conv_bias[...], **tails, **options)
-        x, b, c = jnp.split(mixed, self.splits, axis=-1)
+    def scan(
+        self, h: Array, x: Array, captures: Captures, *, initial_state: Array | None, reset_state: Array | None, **options: Any
+    ) -> tuple[Array, Array]:
+        x, b, c = jnp.split(x, self.splits, axis=-1)
         heads, rows, channels, numbers = len(self.D[...]), len(h), x.shape[-1], b.shape[-1]
         by_head = lambda s: s.reshape(*s.shape[:-2], heads, channels // heads, numbers)  # noqa: E731
-        reset, begin = states["reset_state"], states["initial_state"]
-        reset = jnp.zeros((channels, numbers)) if reset is None else reset
-        begin = jnp.broadcast_to(reset, (rows, channels, numbers)) if begin is None else begin
+        reset = jnp.zeros((channels, numbers)) if reset_state is None else reset_state
+        begin = jnp.broadcast_to(reset, (rows, channels, numbers)) if initial_state is None else initial_state
         dt = jax.nn.softplus(self.dt_proj(h).astype(jnp.float32) + self.dt_bias[...])
-        split = x.reshape(*x.shape[:2], heads, -1)
-        A = -jnp.exp(self.A_log[...])
-        y, last = chunked_scan(split, dt, A, b, c, inputs.segment_ids, by_head(begin), by_head(reset))
+        split, A = x.reshape(*x.shape[:2], heads, -1), -jnp.exp(self.A_log[...])
+        y, last = chunked_scan(split, dt, A, b, c, options["segment_ids"], by_head(begin), by_head(reset))
         y = (y + self.D[...][:, None] * split).reshape(x.shape).astype(x.dtype)
-        y, state = self.norm(y * jax.nn.silu(self.gate_proj(h))), last.reshape(rows, channels, numbers)
-        for name, value in (("ssm_branch", y), ("conv_tail", tail), ("ssm_state", state)):
-            captures.record(name, value)
-        return y, (tail, state)
+        return self.norm(y * jax.nn.silu(self.gate_proj(h))), last.reshape(rows, channels, numbers)
 
     @staticmethod
-    def channels(cfg: Model) -> int:
-        return cfg.ssm_width
+    def convolved(cfg: Model) -> int:
+        return cfg.ssm_width + 2 * hybrid_of(cfg).state  # B and C are convolved too
 
     @staticmethod
     def token_flops(cfg: Model, spec: LayerSpec) -> dict[str, int]:
@@ -136,14 +118,13 @@ class Mamba2(Mixer):
         Each state takes 5: decay h, (dt x) B, add, times C, add. Each channel takes 7: dt x, D x, add, silu of the gate, its
         product, and two for the norm. Each head takes 4: bias and softplus of dt, dt A, its exponential.
         """
-        channels, state, heads = cfg.ssm_width, cfg.hybrid.state, heads_of(cfg)
-        convolved = channels + 2 * state
+        channels, hybrid, heads, convolved = cfg.ssm_width, hybrid_of(cfg), heads_of(cfg), Mamba2.convolved(cfg)
         return {
             "mamba2": 2 * cfg.width * (channels + convolved + heads),
-            "conv": 2 * cfg.hybrid.d_conv * convolved,
-            "scan": channels * (5 * state + 7) + 4 * heads,
+            "conv": 2 * hybrid.d_conv * convolved,
+            "scan": channels * (5 * hybrid.state + 7) + 4 * heads,
         }
 
-    @staticmethod
-    def cache_bytes(cfg: Model, spec: LayerSpec, tokens: int) -> dict[str, int]:
-        return state_bytes(cfg, cfg.ssm_width + 2 * cfg.hybrid.state)
+
+def heads_of(cfg: Model) -> int:
+    return max(1, cfg.ssm_width // HEAD)

@@ -10,7 +10,7 @@ from kernels_pallas.prefix_window_attention.reference import masked_attention, m
 from metajax.config import Model
 from metajax.models import ops
 from metajax.models.layers import gather_rows
-from metajax.models.masks import Mask, gathered_expiry, meta_dense, meta_flags
+from metajax.models.masks import Mask, dense_mask, gathered_expiry, meta_dense, meta_flags
 from metajax.models.mixers.attention import Attention, Projections
 from metajax.models.mixers.base import Batch, Cache, Captures, KeyValues, LayerInputs, LayerSpec, Mixer, mixer
 
@@ -45,20 +45,21 @@ class MetaAttention(Projections, Mixer):
         self, h: Float[Array, "B N width"], inputs: LayerInputs, cache: Cache, captures: Captures
     ) -> tuple[Float[Array, "B N width"], KeyValues]:
         q, k, v = self.split(h, inputs.meta_rotary)
-        segment_ids, positions = inputs.segment_ids, inputs.meta_positions
-        options = {"segment_ids": segment_ids, "implementation": self.implementation}
+        assert k is not None and v is not None  # no layer shares them
+        options = {"segment_ids": inputs.segment_ids, "implementation": self.implementation}
         if self.form == "gathered":
-            out, lse = ops.meta_attention(q, k, v, meta_positions=positions, **options)
+            out, lse = ops.meta_attention(q, k, v, meta_positions=inputs.metas, **options)
         elif self.form == "causal":
             out, lse = ops.attention(q, k, v, mask=Mask(), **options)
         else:
-            q, allow = self._dense_mask(q, inputs)
+            q, allow = self._allowed(q, inputs)
             out, lse = masked_attention(q, k, v, allow, scale=q.shape[-1] ** -0.5)
         if "meta_attention" in cache.past:
             past = self._visible(cache.past["meta_attention"], inputs)
             out, lse = ops.join_past(out, lse, q, *past, implementation=self.implementation)
-        if captures.wants("meta_probabilities"):
-            captures.record("meta_probabilities", self._probabilities(q, k, inputs))
+        if captures.wants("meta_probabilities"):  # masking the queries again changes nothing
+            masked, allow = self._allowed(q, inputs)
+            captures.record("meta_probabilities", masked_softmax(masked, k, allow, scale=q.shape[-1] ** -0.5)[0])
         left = self._left(k, v, inputs)
         captures.record("meta_keys", left.k)
         captures.record("meta_values", left.v)
@@ -69,39 +70,30 @@ class MetaAttention(Projections, Mixer):
         if self.writes_everywhere:
             return KeyValues(k, v, inputs.segment_ids > 0)
         if self.form == "dense":
-            k, v = (gather_rows(x, inputs.meta_positions) for x in (k, v))
-        return KeyValues(k, v, gather_rows(inputs.segment_ids, inputs.meta_positions) > 0)
+            k, v = (gather_rows(x, inputs.metas) for x in (k, v))
+        return KeyValues(k, v, gather_rows(inputs.segment_ids, inputs.metas) > 0)
 
     def _visible(self, past: KeyValues, inputs: LayerInputs) -> KeyValues:
         """The cached keys that each row's token sees. In two of the forms a meta-token sees only meta-tokens."""
         if self.form not in ("dense_uniform", "dense_causal"):
             return past
-        is_meta = inputs.meta_positions[:, :1] == 0  # rows have one token each
+        assert inputs.row_is_meta is not None  # when decoding
+        is_meta = inputs.metas[:, :1] == 0  # rows have one token each
         return past._replace(real=past.real & (inputs.row_is_meta[:, : past.k.shape[1]] | ~is_meta))
 
-    def _probabilities(
-        self, q: Float[Array, "B N H D"], k: Float[Array, "B N KV D"], inputs: LayerInputs
-    ) -> Float[Array, "B H N N"]:
-        """Attention weights, computed densely from the q and k of `__call__`."""
-        if self.form == "gathered":
-            index = jnp.arange(q.shape[1])
-            expiry = gathered_expiry(inputs.segment_ids, inputs.meta_positions)
-            allow = Mask.allow(index[None, :, None], index[None, None, :], expiry[:, None, :])
-        elif self.form == "causal":
-            allow = Mask().dense(inputs.segment_ids)
-        else:  # `q` is already masked; masking it again changes nothing
-            q, allow = self._dense_mask(q, inputs)
-        return masked_softmax(q, k, allow, scale=q.shape[-1] ** -0.5)[0]
-
-    def _dense_mask(self, q: Float[Array, "B T H D"], inputs: LayerInputs) -> tuple[Array, Array]:
-        """(queries, mask bool[B, T, T]). Meta-tokens see meta-tokens; ordinary tokens see nothing or their past, by the form.
+    def _allowed(self, q: Float[Array, "B N H D"], inputs: LayerInputs) -> tuple[Array, Array]:
+        """(queries, mask bool[B, N, N]). If dense, meta-tokens see meta-tokens; ordinary tokens see nothing or their past, by the form.
 
         A constant added to all scores of a fully masked row cancels in the softmax, so the past stays visible ("dense_causal").
         A constant so large that float32 loses the scores leaves equal weights, so the scores are 0 ("dense_uniform").
         """
-        allow = meta_dense(inputs.segment_ids, inputs.meta_positions)
+        if self.form == "gathered":
+            return q, dense_mask(gathered_expiry(inputs.segment_ids, inputs.metas))
+        if self.form == "causal":
+            return q, Mask().dense(inputs.segment_ids)
+        allow = meta_dense(inputs.segment_ids, inputs.metas)
         if self.writes_everywhere:
-            ordinary = ~meta_flags(inputs.meta_positions, q.shape[1])
+            ordinary = ~meta_flags(inputs.metas, q.shape[1])
             allow = allow | (Mask().dense(inputs.segment_ids) & ordinary[:, :, None])
             if self.form == "dense_uniform":
                 q = jnp.where(ordinary[:, :, None, None], 0, q)

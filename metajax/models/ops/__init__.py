@@ -7,6 +7,8 @@ therefore contains that platform's kernels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -20,7 +22,7 @@ from kernels_pallas.selective_scan.tpu import selective_scan_tpu
 from kernels_pallas.selective_scan.xla import causal_conv_xla, selective_scan_xla
 from metajax.models.masks import Mask, gathered_expiry
 from metajax.models.ops.dispatch import dispatch
-from metajax.models.ops.sharded import attention_in_parts, conv_in_parts, on_devices, parts_of, scan_in_parts
+from metajax.models.ops.sharded import Axes, attention_in_parts, conv_in_parts, on_devices, parts_of, scan_in_parts
 
 ATTENTION = {"reference": attention_reference, "xla": attention_xla, "pallas_tpu": attention_tpu}
 SELECTIVE_SCAN = {"reference": selective_scan_reference, "xla": selective_scan_xla, "pallas_tpu": selective_scan_tpu}
@@ -32,22 +34,16 @@ AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform t
 ONE_TILE = 256 * 256
 
 # Logical axes of the arrays; every part of a row has the expiries and segment ids of the whole row.
-_KEYS = ("batch", "length", "kv_heads", None)
-_CHANNELS = ("batch", "length", "ssm")
-_STATE = ("batch", "ssm", None)
-_SEGMENTS = ("batch", None)
-ATTENTION_AXES = {
-    "q": ("batch", "length", "heads", None), "k": _KEYS, "v": _KEYS, "expiry": _SEGMENTS,
-    "prefix_k": (None, "kv_heads", None), "prefix_v": (None, "kv_heads", None), "q_offset": (),
-}  # fmt: skip
-SCAN_AXES = {
-    "u": _CHANNELS, "dt": _CHANNELS, "A": ("ssm", None), "B": ("batch", "length", None), "C": ("batch", "length", None), "D": ("ssm",),
-    "dt_bias": ("ssm",), "z": _CHANNELS, "segment_ids": _SEGMENTS, "initial_state": _STATE, "reset_state": ("ssm", None),
-}  # fmt: skip
-CONV_AXES = {
-    "x": _CHANNELS, "w": ("ssm", None), "b": ("ssm",), "segment_ids": _SEGMENTS,
-    "initial_tail": ("batch", None, "ssm"), "reset_tail": (None, "ssm"),
-}  # fmt: skip
+_SEGMENTS, _KEYS = ("batch", None), ("batch", "length", "kv_heads", None)
+ATTENTION_AXES = {"q": ("batch", "length", "heads", None), "k": _KEYS, "v": _KEYS, "expiry": _SEGMENTS, "q_offset": ()}
+ATTENTION_AXES |= dict.fromkeys(("prefix_k", "prefix_v"), (None, "kv_heads", None))
+_CHANNELS, _STATE = ("batch", "length", "ssm"), ("batch", "ssm", None)
+SCAN_AXES = {"segment_ids": _SEGMENTS, "initial_state": _STATE, **dict.fromkeys(("u", "dt", "z"), _CHANNELS)}
+SCAN_AXES |= dict.fromkeys(("B", "C"), ("batch", "length", None))
+SCAN_AXES |= dict.fromkeys(("A", "reset_state"), ("ssm", None)) | dict.fromkeys(("D", "dt_bias"), ("ssm",))
+_TAIL = ("batch", None, "ssm")
+CONV_AXES = {"x": _CHANNELS, "w": ("ssm", None), "b": ("ssm",), "segment_ids": _SEGMENTS, "initial_tail": _TAIL}
+CONV_AXES |= {"reset_tail": _TAIL[1:]}
 
 
 def attention(
@@ -68,8 +64,8 @@ def attention(
     key index t + q_offset (None: S - T, the end). A row without any visible key gives out 0 and lse -inf.
     Raises UserError for an unknown implementation, and for one that does not support the dtype or the platform.
     """
-    window = None if mask.prefix else mask.window  # how far back keys can be seen
-    return _attention(q, k, v, mask.expiry(segment_ids), implementation, window, prefix_k, prefix_v, q_offset)
+    prefix = {"prefix_k": prefix_k, "prefix_v": prefix_v}
+    return _attention(q, k, v, mask.expiry(segment_ids), implementation, mask.window, q_offset, **prefix)
 
 
 def meta_attention(
@@ -96,8 +92,7 @@ def join_past(
     k: Float[Array, "B S KV Dq"],
     v: Float[Array, "B S KV Dv"],
     visible: Bool[Array, "B S"],
-    *,
-    implementation: str = "auto",
+    implementation: str,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Add earlier keys to an attention result (out, lse); every query of a row sees the `visible` ones of these keys.
 
@@ -118,76 +113,56 @@ def _attention(
     expiry: Array,
     implementation: str,
     window: int | None = None,
-    prefix_k: Array | None = None,
-    prefix_v: Array | None = None,
-    q_offset: int | Array | None = None,
+    q_offset: Any = None,
+    **prefix: Any,
 ) -> tuple[Array, Array]:
-    def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Array | int) -> tuple[Array, Array]:
+    def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Any) -> tuple[Array, Array]:
         auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
         return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=q.shape[-1] ** -0.5, **options)
 
-    parts = parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
+    kernel, parts = attend, parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
     if parts > 1:
-        attend = functools.partial(attention_in_parts, attend, window)
+        kernel = functools.partial(attention_in_parts, attend, window)
     elif isinstance(q_offset, int):  # a static offset lets the implementation skip the keys after the queries
-        attend, q_offset = functools.partial(attend, q_offset=q_offset), None
-    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    return on_devices(attend, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
+        kernel, q_offset = functools.partial(attend, q_offset=q_offset), None
+    arrays = {"q": q, "k": k, "v": v, "expiry": expiry, "q_offset": q_offset, **prefix}
+    return on_devices(kernel, ATTENTION_AXES, (ATTENTION_AXES["q"], ATTENTION_AXES["q"][:3]), parts, **arrays)
 
 
 def selective_scan(
-    u: Float[Array, "B T C"],
-    dt: Float[Array, "B T C"],
-    A: Float[Array, "C N"],
-    B: Float[Array, "B T N"],
-    C: Float[Array, "B T N"],
-    D: Float[Array, " C"],
-    dt_bias: Float[Array, " C"],
-    z: Float[Array, "B T C"] | None = None,
-    *,
-    segment_ids: Int[Array, "B T"],
-    initial_state: Float[Array, "B C N"] | None = None,
-    reset_state: Float[Array, "C N"] | None = None,
-    implementation: str = "auto",
+    *, segment_ids: Int[Array, "B T"], implementation: str = "auto", **arrays: Array | None
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
     """Mamba-1's recurrence with softplus, skip and gate (arXiv 2312.00752, algorithm 2): (y, float32 state after the last token).
 
-    Each segment starts from `reset_state` (None: zeros). The row starts from `initial_state` (None: `reset_state`).
-    Raises UserError as `attention` does.
+    arrays: as of `selective_scan_reference`. Each segment starts from `reset_state` (None: zeros). The row starts from
+    `initial_state` (None: `reset_state`). Raises UserError as `attention` does.
     """
-
-    def scan(u: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, dt_bias: Array, **options: Array) -> tuple:
-        auto = AUTO if u.shape[1] > 1 else {}
-        return dispatch(SELECTIVE_SCAN, auto, implementation, u, dt, A, B, C, D, dt_bias, **options)
-
-    tokens = {"u": u, "dt": dt, "B": B, "C": C, "z": z, "segment_ids": segment_ids}
-    states = {"A": A, "D": D, "dt_bias": dt_bias, "initial_state": initial_state, "reset_state": reset_state}
-    parts = parts_of(u.shape[1])
-    kernel = scan if parts == 1 else functools.partial(scan_in_parts, scan)
-    return on_devices(kernel, SCAN_AXES, (_CHANNELS, _STATE), parts, **tokens, **states)
+    arrays["segment_ids"] = segment_ids
+    return _along_rows(
+        SELECTIVE_SCAN, implementation, scan_in_parts, SCAN_AXES, (_CHANNELS, _STATE), segment_ids.shape[1], arrays
+    )
 
 
 def causal_conv(
-    x: Float[Array, "B T C"],
-    w: Float[Array, "C K"],
-    b: Float[Array, " C"],
-    *,
-    segment_ids: Int[Array, "B T"],
-    initial_tail: Float[Array, "B K-1 C"] | None = None,
-    reset_tail: Float[Array, "K-1 C"] | None = None,
-    implementation: str = "auto",
-) -> tuple[Float[Array, "B T C"], Float[Array, "B K-1 C"]]:
+    *, segment_ids: Int[Array, "B T"], implementation: str = "auto", **arrays: Array | None
+) -> tuple[Float[Array, "B T C"], Float[Array, "B tail C"]]:
     """silu(b + causal depthwise convolution) inside segments: (y, `initial_tail` for a call that continues the row).
 
-    K is 2 to 4. `reset_tail` (None: zeros) holds the K-1 inputs before a segment, `initial_tail` (None: `reset_tail`) those
-    before the row, oldest first. Raises UserError as `attention` does.
+    arrays: as of `causal_conv_reference`. K is 2 to 4. `reset_tail` (None: zeros) holds the K-1 inputs before a segment,
+    `initial_tail` (None: `reset_tail`) those before the row, oldest first. Raises UserError as `attention` does.
     """
+    arrays["segment_ids"] = segment_ids
+    return _along_rows(CAUSAL_CONV, implementation, conv_in_parts, CONV_AXES, (_CHANNELS, _TAIL), segment_ids.shape[1], arrays)
 
-    def conv(x: Array, w: Array, b: Array, **options: Array) -> tuple[Array, Array]:
-        return dispatch(CAUSAL_CONV, AUTO if x.shape[1] > 1 else {}, implementation, x, w, b, **options)
 
-    parts = parts_of(x.shape[1])
-    kernel = conv if parts == 1 else functools.partial(conv_in_parts, conv)
-    tails = {"initial_tail": initial_tail, "reset_tail": reset_tail}
-    outputs = _CHANNELS, CONV_AXES["initial_tail"]
-    return on_devices(kernel, CONV_AXES, outputs, parts, x=x, w=w, b=b, segment_ids=segment_ids, **tails)
+def _along_rows(
+    table: Mapping[str, Callable],
+    implementation: str,
+    in_parts: Callable,
+    axes: Mapping[str, Axes],
+    outputs: tuple[Axes, Axes],
+    length: int,
+    arrays: Mapping[str, Array | None],
+) -> tuple[Array, Array]:
+    kernel, parts = functools.partial(dispatch, table, AUTO if length > 1 else {}, implementation), parts_of(length)
+    return on_devices(kernel if parts == 1 else functools.partial(in_parts, kernel), axes, outputs, parts, **arrays)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -54,10 +55,10 @@ def _refuse(reason: str, like: Callable, *operands: Any) -> Any:
 
 
 _not_here = Primitive("not_here")
-_not_here.def_abstract_eval(lambda *, reason: jax.core.ShapedArray((), jnp.float32))
+_not_here.def_abstract_eval(lambda *, reason: ShapedArray((), jnp.float32))
 
 
-def _raise(context: mlir.LoweringRuleContext | None, *, reason: str) -> None:
+def _raise(context: mlir.LoweringRuleContext | None, *, reason: str) -> NoReturn:
     raise UserError(reason)
 
 
