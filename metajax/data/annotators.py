@@ -72,27 +72,22 @@ def plain(number: Decimal) -> str:
 
 
 def _is_short(number: Decimal) -> bool:
-    return number.is_finite() and abs(number.adjusted()) < _DIGITS and abs(number.as_tuple().exponent) < _DIGITS
-
-
-def as_number(value: str) -> Decimal | None:
-    """Parse a text as a number; None if it is no number or would take more than 10,000 digits."""
-    number = Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
-    return number if number is not None and _is_short(number) else None
+    exponent = number.as_tuple().exponent  # a letter if the number is not finite
+    return isinstance(exponent, int) and abs(number.adjusted()) < _DIGITS and abs(exponent) < _DIGITS
 
 
 def _number(change: Callable[[Decimal], Decimal], width: int, value: str) -> str | None:
-    number = as_number(value)
-    return None if number is None else plain(_EXACT.normalize(change(number))).zfill(width)
+    number = Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
+    return None if number is None or not _is_short(number) else plain(_EXACT.normalize(change(number))).zfill(width)
 
 
 def _whole(rounding: str, tens: int, number: Decimal) -> Decimal:
     return _EXACT.scaleb(number, tens).to_integral_value(rounding, _EXACT)
 
 
-def _date(month: bool, value: str) -> str | None:
+def _month(value: str) -> str | None:
     found = year_and_month(value)
-    return found and (found if month and len(found) > 4 else None if month else found[:4])
+    return found if found and len(found) > 4 else None
 
 
 _EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
@@ -105,11 +100,10 @@ _EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
     "floor": partial(_number, partial(_whole, ROUND_FLOOR, 0), 1),
     "round": partial(_number, partial(_whole, ROUND_HALF_EVEN, 0), 1),
     "tenths": partial(_number, partial(_whole, ROUND_FLOOR, 1), 2),
-    "year": partial(_date, False),
-    "month": partial(_date, True),
+    "year": lambda value: (year_and_month(value) or "")[:4] or None,
+    "month": _month,
 }
-_NUMBERED = ("top", "cap")
-FILTERS = (*_EACH, *(f"{name}K" for name in _NUMBERED), "or_unknown")
+FILTERS = (*_EACH, "topK", "capK", "or_unknown")
 
 
 def _filter(name: str) -> Callable[[Column], Column]:
@@ -118,7 +112,7 @@ def _filter(name: str) -> Callable[[Column], Column]:
         return partial(_map, _EACH[name])
     if name == "or_unknown":
         return lambda column: [UNKNOWN if value is None else value for value in column]
-    numbered = re.fullmatch(rf"({'|'.join(_NUMBERED)})([0-9]{{1,9}})", name)
+    numbered = re.fullmatch(r"(top|cap)([0-9]{1,9})", name)
     if numbered is None:
         raise UserError(f"metadata filter {name!r} is unknown{nearest(name, FILTERS)}; known: {', '.join(FILTERS)}")
     kind, number = numbered[1], int(numbered[2])
@@ -138,11 +132,14 @@ def _top(count: int, column: Column) -> Column:
 
 
 def parse_field(name: str) -> tuple[str, list[str]]:
-    """(column, names of its filters) of `column|filter|filter`; raises UserError if it does not parse."""
+    """(column, names of its filters) of `column|filter|filter`; raises UserError if it does not parse or a filter is unknown."""
     found = _FIELD.fullmatch(name)
-    require(found is not None, f'metadata field {name!r}: a column whose name has one of {{}}|:!" stands in double quotes')
-    quoted, bare, filters = found.groups()
-    return bare if quoted is None else quoted.replace('""', '"'), filters.split("|")[1:]
+    if found is None:
+        raise UserError(f'metadata field {name!r}: a column whose name has one of {{}}|:!" has to be in double quotes')
+    quoted, bare, joined = found.groups()
+    filters = joined.split("|")[1:]
+    _ = [_filter(each) for each in filters]
+    return bare if quoted is None else quoted.replace('""', '"'), filters
 
 
 def field_of(column: str) -> str:
@@ -151,17 +148,11 @@ def field_of(column: str) -> str:
     return column if found and found[2] == column else '"' + column.replace('"', '""') + '"'
 
 
-def split_field(name: str) -> tuple[str, list[Callable[[Column], Column]]]:
-    """(column, its filters in order) of `column|filter|filter`; raises UserError for an unknown filter."""
-    column, filters = parse_field(name)
-    return column, [_filter(each) for each in filters]
-
-
 def annotate(name: str, column: Sequence[str | None]) -> Column:
     """The values of a field: those of its column after all filters."""
     values = list(column)
-    for each in split_field(name)[1]:
-        values = each(values)
+    for each in parse_field(name)[1]:
+        values = _filter(each)(values)
     return values
 
 
