@@ -34,7 +34,6 @@ from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.pairs import pair_rows
 from metajax.data.positions import spots
-from metajax.data.questions import QuestionFile
 from metajax.data.rows import Row, RowSource, batches, finish, stack
 from metajax.data.sources import open_source, parse_spec, place_of, source_notes
 from metajax.data.sources.files import JOINED
@@ -314,15 +313,10 @@ def _evaluation_rows(corpora: Corpora, condition: str) -> tuple[list[RowSource],
 
 
 def check_evaluation(corpora: Corpora) -> None:
-    """Raise UserError now, not after training, if validation documents cannot be shown under all `evaluation.conditions`, or a
-    file of questions cannot be read."""
+    """Raise UserError now, not after training, if validation documents cannot be shown under all `evaluation.conditions`."""
     evaluation = corpora.config.evaluation
-    for task in map(QuestionFile.of, evaluation.choice.tasks if evaluation.choice is not None else ()):
-        for path in {task.path, task.shots_from}:
-            task.read(path, corpora.paths.data)
     if evaluation.documents:
-        pairs = ("training",) if corpora.config.dpo is not None else ()
-        for condition in (*evaluation.conditions, *pairs):
+        for condition in (*evaluation.conditions, *(["training"] if corpora.config.dpo is not None else [])):
             _evaluation_rows(corpora, condition)
 
 
