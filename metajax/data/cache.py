@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from metajax.core.array_records import open_reader
-from metajax.core.errors import require
+from metajax.core.errors import UserError, require
 from metajax.core.reading import handle, reading
 from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folder
 from metajax.data.annotators import annotators_version
@@ -126,17 +126,20 @@ class MetadataTable:
     offsets: np.ndarray
     present: np.ndarray
 
+    def ids_of(self, document: int) -> np.ndarray:
+        """The ids of a document's string; none if it lacks a field of the template."""
+        return self.ids[self.offsets[document] : self.offsets[document + 1]]
+
     def __getitem__(self, document: int) -> np.ndarray | None:
         """The ids of a document's string; None if it lacks a field of the template."""
-        return self.ids[self.offsets[document] : self.offsets[document + 1]] if self.present[document] else None
+        return self.ids_of(document) if self.present[document] else None
 
     def strings(self, documents: np.ndarray) -> np.ndarray:
         """int64 [D]: equal numbers for equal strings, for the given documents; 0 for the others."""
         numbers: dict[bytes, int] = {}
         out = np.zeros(len(self.present), np.int64)
         for document in documents.tolist():
-            own = np.asarray(self.ids[self.offsets[document] : self.offsets[document + 1]]).tobytes()
-            out[document] = numbers.setdefault(own, len(numbers))
+            out[document] = numbers.setdefault(self.ids_of(document).tobytes(), len(numbers))
         return out
 
 
@@ -149,17 +152,18 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
         for fields in cache.metadata():
             for name, column in columns.items():
                 column.append(fields.get(name))
-        texts = render(template, columns)
-        spec = cache.manifest["source"]["spec"]
-        require(
-            any(text is not None for text in texts), f"metadata.template = {template!r}: no document of {spec} has all its fields"
-        )
-        encoded = (tokenizer.marked() if cache.markers else tokenizer).encode_each([text or "" for text in texts])
-        bad = next((n for n, ids in enumerate(encoded) if isinstance(ids, BadRecord)), None)
-        require(bad is None, f"{spec}, document {bad}, metadata.template = {template!r}: {encoded[bad or 0]}")
+        texts, spec = render(template, columns), cache.manifest["source"]["spec"]
+        present = np.array([text is not None for text in texts])
+        require(bool(present.any()), f"metadata.template = {template!r}: no document of {spec} has all its fields")
+        reader = tokenizer.marked() if cache.markers else tokenizer
+        encoded = []
+        for document, ids in enumerate(reader.encode_each([text or "" for text in texts])):
+            if isinstance(ids, BadRecord):
+                raise UserError(f"{spec}, document {document}, metadata.template = {template!r}: {ids}")
+            encoded.append(np.asarray(ids, np.int32))
         with sealed_folder(folder) as work:
-            save_array(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
-            save_array(work / "present.npy", np.array([text is not None for text in texts]))
-            save_array(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
+            save_array(work / "ids.npy", np.concatenate(encoded))
+            save_array(work / "present.npy", present)
+            save_array(work / "offsets.npy", np.cumsum([0, *map(len, encoded)], dtype=np.int64))
     sealed = Sealed(folder)
     return MetadataTable(Blocks(sealed, "ids.npy"), sealed.array("offsets.npy"), sealed.array("present.npy"))

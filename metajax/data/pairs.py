@@ -24,7 +24,7 @@ class Answers:
     rejected: MetadataTable
 
     def __call__(self, answer: int) -> np.ndarray:
-        return (self.rejected if answer % 2 else self.chosen)[answer // 2]
+        return self.rejected.ids_of(answer // 2) if answer % 2 else self.chosen[answer // 2]
 
 
 class PairRows(RowSource):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -243,8 +243,10 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
             rows = grain.MapDataset.source(phase_rows(corpora, i, phase, note))
             streams.append(rows.shuffle(seed=_phase_seed("shuffle", config.seed, i, phase)).repeat())
     weights = data.weights or (1.0,) * len(corpora.caches)
-    later = (switch.step * data.batch_size, switch.weights or weights, switch.fresh) if switch is not None else ()
-    mixed = grain.MapDataset.select_from_datasets(streams, Mixture(weights, *later))
+    mixture = Mixture(weights)
+    if switch is not None:
+        mixture = Mixture(weights, switch.step * data.batch_size, switch.weights or weights, switch.fresh)
+    mixed = grain.MapDataset.select_from_datasets(streams, mixture)
     complete = partial(complete_row, config=config, meta_id=corpora.tokenizer.vocabulary.meta)
     return mixed.random_map(complete, seed=derive_seed("inject", config.seed))
 
@@ -256,7 +258,7 @@ def training_batches(corpora: Corpora, *, host: int = 0, hosts: int = 1, note: N
     local = global_rows // hosts
     rows = training_rows(corpora, note)
 
-    def local_row(n: int) -> Row | None:
+    def local_row(n: int) -> Any:
         step, i = divmod(n, local)
         return rows[step * global_rows + host * local + i]
 
