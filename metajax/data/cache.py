@@ -37,7 +37,7 @@ from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folde
 from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source
 from metajax.data.encoding import Tokenizer
-from metajax.data.metadata import render, template_columns, template_fields
+from metajax.data.metadata import check_fields, render, template_columns, template_fields
 
 
 def digest(*parts: Any) -> str:
@@ -144,7 +144,12 @@ class MetadataTable:
 
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
-    """The side table of a template, built once in the token cache's folder and memory-mapped. Filters are applied here."""
+    """The side table of a template, built once in the token cache's folder and memory-mapped. Filters are applied here.
+
+    Raises UserError for a field that the corpus lacks, and for a string that the tokenizer cannot encode.
+    """
+    spec = cache.manifest["source"]["spec"]
+    check_fields(template, set(cache.manifest["metadata_fields"]), spec)
     key = digest(FORMAT, cache.key, template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
     folder = cache.folder / "metadata" / key
     if not folder.exists():
@@ -152,7 +157,7 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
         for fields in cache.metadata():
             for name, column in columns.items():
                 column.append(fields.get(name))
-        texts, spec = render(template, columns), cache.manifest["source"]["spec"]
+        texts = render(template, columns)
         present = np.array([text is not None for text in texts])
         require(bool(present.any()), f"metadata.template = {template!r}: no document of {spec} has all its fields")
         reader = tokenizer.marked() if cache.markers else tokenizer

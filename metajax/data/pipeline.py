@@ -28,7 +28,7 @@ from metajax.data.cache import TokenCache, build_metadata_table, digest, read_do
 from metajax.data.documents import is_validation
 from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds, Placed, Placement, check_fields, delimiters, dropped_owner, owners, uniform_hash
+from metajax.data.metadata import MetadataIds, Placed, Placement, delimiters, dropped_owner, owners, uniform_hash
 from metajax.data.mixture import Mixture
 from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
@@ -67,10 +67,6 @@ class Corpora:
     def key(self) -> str:
         """Identity of the data: changes when a source or the tokenizer changes."""
         return digest(self.tokenizer.fingerprint(), *(cache.key for cache in self.caches))
-
-    def where(self, cache: TokenCache) -> Callable[[int], str]:
-        """A function from a document of a cache to its file and record, for errors."""
-        return partial(place_of, cache.manifest, self.config.data.on_bad_record, self.paths.cache, self.paths.data)
 
     @property
     def bytes_per_token(self) -> float:
@@ -119,17 +115,14 @@ def _ids_of(
     corpora: Corpora, cache: TokenCache, recipe: Metadata, template: str, condition: str, documents: np.ndarray
 ) -> MetadataIds:
     """The strings of a template. With template "", the learnable tokens are the only string, which all documents share."""
-    tokenizer, seed, strings = corpora.tokenizer, derive_seed("keep", corpora.config.seed, cache.key), None
+    seed, ends = derive_seed("keep", corpora.config.seed, cache.key), delimiters(recipe, corpora.tokenizer)
     if not template:
-        ids = np.array(tokenizer.vocabulary.spare[: recipe.tokens], np.int32)
+        ids = np.array(corpora.tokenizer.vocabulary.spare[: recipe.tokens], np.int32)
         shared = np.minimum(owners(recipe, condition, np.ones(len(cache), bool), documents, seed), 0)
-        return MetadataIds(ids, np.array([0, len(ids)]), shared, *delimiters(recipe, tokenizer))
-    check_fields(template, set(cache.manifest["metadata_fields"]), cache.manifest["source"]["spec"])
-    table = build_metadata_table(cache, tokenizer, template)
-    if condition == "shuffled":
-        strings = table.strings(documents)
-    owner = owners(recipe, condition, table.present, documents, seed, strings)
-    return MetadataIds(table.ids, table.offsets, owner, *delimiters(recipe, tokenizer))
+        return MetadataIds(ids, np.array([0, len(ids)]), shared, *ends)
+    table = build_metadata_table(cache, corpora.tokenizer, template)
+    strings = table.strings(documents) if condition == "shuffled" else None
+    return MetadataIds(table.ids, table.offsets, owners(recipe, condition, table.present, documents, seed, strings), *ends)
 
 
 def _placement(corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, note: Note) -> Placement:
@@ -164,15 +157,16 @@ def _rows(
     corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str, note: Note = warn
 ) -> RowSource:
     """The rows of documents. Their packed index is built once for each recipe, then memory-mapped and checked against its hash."""
-    placement, capacity = _placement(corpora, cache, condition, documents, note), row_capacity(corpora.config)
-    if condition == "training" and corpora.config.dpo is not None:
-        column = corpora.config.dpo.rejected
-        return pair_rows(column, corpora.tokenizer, cache, placement, documents, capacity, corpora.where(cache))
+    config, paths, vocabulary = corpora.config, corpora.paths, corpora.tokenizer.vocabulary
+    placement, capacity = _placement(corpora, cache, condition, documents, note), row_capacity(config)
+    where = partial(place_of, cache.manifest, config.data.on_bad_record, paths.cache, paths.data)
+    if condition == "training" and config.dpo is not None:
+        return pair_rows(config.dpo.rejected, corpora.tokenizer, cache, placement, documents, capacity, where)
     inputs, overhead = np.asarray(cache.lengths)[documents] + 1, placement.overhead(documents)
     recipe = hashlib.sha256(documents.tobytes() + overhead.tobytes()).hexdigest()
-    folder = corpora.paths.cache / "rows" / digest(FORMAT, cache.key, recipe, capacity, packing)
+    folder = paths.cache / "rows" / digest(FORMAT, cache.key, recipe, capacity, packing)
     if not folder.exists():
-        made = pack(documents, inputs, overhead, capacity, packing, corpora.where(cache))
+        made = pack(documents, inputs, overhead, capacity, packing, where)
         with sealed_folder(folder) as work:
             save_array(work / "pieces.npy", made.pieces)
             save_array(work / "offsets.npy", made.offsets)
@@ -184,7 +178,7 @@ def _rows(
             f"{cache.manifest['source']['spec']}: data.packing={packing} leaves out {left_out:,} of {total:,} tokens, the rest of "
             "documents that the end of a row cuts"
         )
-    return RowSource(index, cache.__getitem__, placement, corpora.tokenizer.vocabulary, capacity)
+    return RowSource(index, cache.__getitem__, placement, vocabulary, capacity)
 
 
 def complete_row(row: Row, rng: np.random.Generator, *, config: Config, meta_id: int) -> Row:
@@ -199,15 +193,10 @@ def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> R
     """The training rows of source i, each once, for phase 0 (before the data switch) or phase 1 (after it)."""
     data, seed, cache = corpora.config.data, corpora.config.seed, corpora.caches[i]
     documents = cache.documents("train", data.validation_share, data.min_bytes)
-    require(
-        len(documents) > 0,
-        f"{data.sources[i]} has no training document; data.validation_share = {data.validation_share} takes them all, or data.min_bytes = "
-        f"{data.min_bytes} does",
-    )
-    require(
-        bool(np.asarray(cache.lengths)[documents].any()),
-        f"the training documents of {data.sources[i]} have no text; its column of text is named with ?text=COLUMN",
-    )
+    cause = f"data.validation_share = {data.validation_share} takes them all, or data.min_bytes = {data.min_bytes} does"
+    require(len(documents) > 0, f"{data.sources[i]} has no training document; {cause}")
+    problem = f"the training documents of {data.sources[i]} have no text; its column of text is named with ?text=COLUMN"
+    require(bool(np.asarray(cache.lengths)[documents].any()), problem)
     condition = "training"
     if data.switch is not None:
         if data.switch.unseen:
@@ -217,12 +206,8 @@ def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> R
             require(len(documents) > 0, f"{data.sources[i]}: {problem}")
         if phase and data.switch.metadata == "none":
             condition = "none"
-    order = np.argsort(uniform_hash(_phase_seed("order", seed, i, phase), documents), kind="stable")
+    order = np.argsort(uniform_hash(derive_seed("order", seed, i, *([phase] if phase else [])), documents), kind="stable")
     return _rows(corpora, cache, condition, documents[order], data.packing, note)
-
-
-def _phase_seed(use: str, seed: int, i: int, phase: int) -> int:
-    return derive_seed(use, seed, i, phase) if phase else derive_seed(use, seed, i)
 
 
 def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
@@ -234,14 +219,14 @@ def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
     if config.tasks is not None:
         examples = task_examples(corpora, derive_seed("tasks", config.seed))
         return grain.MapDataset.range(sys.maxsize).map(TaskRows(config, examples))
-    for cache in corpora.caches:
-        for line in notes(cache):
-            note(line)
+    for line in [line for cache in corpora.caches for line in notes(cache)]:
+        note(line)
     streams = []
     for phase in (0, 1) if switch is not None and switch.fresh else (0,):
         for i in range(len(corpora.caches)):
             rows = grain.MapDataset.source(phase_rows(corpora, i, phase, note))
-            streams.append(rows.shuffle(seed=_phase_seed("shuffle", config.seed, i, phase)).repeat())
+            seed = derive_seed("shuffle", config.seed, i, *([phase] if phase else []))
+            streams.append(rows.shuffle(seed=seed).repeat())
     weights = data.weights or (1.0,) * len(corpora.caches)
     mixture = Mixture(weights)
     if switch is not None:
@@ -296,21 +281,16 @@ def _evaluation_rows(corpora: Corpora, condition: str) -> tuple[list[RowSource],
     data, rows, documents, tokens, size = corpora.config.data, [], 0, 0, 0
     for spec, cache in zip(data.sources, corpora.caches, strict=True):
         available = cache.documents("validation", data.validation_share, data.min_bytes)
-        require(
-            len(available) > 0,
-            f"{spec} has no validation document; raise data.validation_share = {data.validation_share}, lower data.min_bytes = {data.min_bytes}, or use "
-            "a corpus of more origins",
-        )
+        remedy = f"raise data.validation_share = {data.validation_share}, lower data.min_bytes = {data.min_bytes}"
+        require(len(available) > 0, f"{spec} has no validation document; {remedy}, or use a corpus of more origins")
         order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
         chosen = order[: -(-corpora.config.evaluation.documents // len(corpora.caches))]
         rows.append(_rows(corpora, cache, condition, chosen, "best_fit"))  # best_fit cuts only documents longer than a row
         documents += len(chosen)
         tokens += int(np.asarray(cache.lengths)[chosen].sum())
         size += int(np.asarray(cache.bytes)[chosen].sum())
-    require(
-        min(tokens, size) > 0,
-        f"the validation documents of {', '.join(data.sources)} have no text; set data.min_bytes=1, which leaves empty ones out",
-    )
+    problem = f"the validation documents of {', '.join(data.sources)} have no text"
+    require(min(tokens, size) > 0, f"{problem}; set data.min_bytes=1, which leaves empty ones out")
     return rows, documents, size
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
@@ -149,22 +150,16 @@ class Gpt2(Tokenizer):
         if reading == "markers":
             parts = [self._encode(text.split(_GPT2_MARKER), "text") for text in texts]
             return [[*first, *chain.from_iterable([self.vocabulary.eos, *ids] for ids in others)] for first, *others in parts]
-        long = {n: text for n, text in enumerate(texts) if len(text) > _LONG and _LONG_SPACE.search(text)}
-        short = ["" if n in long else text for n, text in enumerate(texts)]
-        threads = min(len(texts), os.cpu_count() or 1)
-        encode = self._encoding.encode_ordinary
-        found = self._encoding.encode_ordinary_batch(short, num_threads=threads) if threads > 1 else [*map(encode, short)]
-        for n, text in long.items():
-            found[n] = self._encode_long(text)
-        return found
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._encode_one, texts))
 
-    def _encode_long(self, text: str) -> list[int]:
-        """The same ids, but each long run of white space is encoded separately, as the one piece that it is in the pattern.
+    def _encode_one(self, text: str) -> list[int]:
+        """Each long run of white space is encoded separately, as the one piece that it is in the pattern.
 
         Unless the text ends there, the last character of a run is not part of that piece: it joins the next word, or is separate.
         """
         ids, at = [], 0
-        for run in _LONG_SPACE.finditer(text):
+        for run in _LONG_SPACE.finditer(text) if len(text) > _LONG else ():
             end = run.end() - (run.end() < len(text))
             ids += self._encoding.encode_ordinary(text[at : run.start()]) + self._pieces.encode_ordinary(text[run.start() : end])
             at = end
@@ -225,14 +220,7 @@ class SentencePiece(Tokenizer):
 
 
 _CLASSES = {made.kind: made for made in (Bytes, TrainedBpe, Gpt2, SentencePiece, HuggingFace)}
-KINDS = {  # what follows the colon in the spec of each kind
-    "byte": "",
-    "bpe": "N",
-    "gpt2": "the folder of vocab.bpe and encoder.json",
-    "sentencepiece": "the path of its file",
-    "hf": "the path of its file",
-    "run": "the folder of the run",
-}
+KINDS = (*_CLASSES, "run")
 
 
 # ------------------------------------------------------------------------------------------------------- opening
@@ -291,8 +279,11 @@ def open_tokenizer(
             with sealed_folder(folder) as work:
                 (work / FILE).write_text(trained._library.to_str(), encoding="utf-8")
         return TrainedBpe(spec, tokenizers.Tokenizer.from_buffer(Sealed(folder).read(FILE)))
+    wanted = {"gpt2": "the folder of vocab.bpe and encoder.json", "run": "the folder of the run"}.get(
+        kind, "the path of its file"
+    )
     remedy = f"; {_GPT2_REMEDY}" if kind == "gpt2" else ""
-    require(bool(rest), f"data.tokenizer = {spec!r}: {KINDS[kind]} is missing, write {kind}:PATH{remedy}")
+    require(bool(rest), f"data.tokenizer = {spec!r}: {wanted} is missing, write {kind}:PATH{remedy}")
     path = Path(data_dir or ".") / rest
     if kind == "run":
         return load(path)
