@@ -51,7 +51,9 @@ def read_documents(source: Source, on_bad_record: str, records: range | None = N
     for i, found in zip(records, source.read(records), strict=True):
         if isinstance(found, BadRecord):
             bad_record(str(found), on_bad_record)
-        yield i, None if isinstance(found, BadRecord) else found
+            yield i, None
+        else:
+            yield i, found
 
 
 def bad_record(reason: str, on_bad_record: str) -> None:
@@ -72,6 +74,7 @@ class TokenCache:
     def __init__(self, folder: Path):
         self.folder, self._sealed = Path(folder), Sealed(folder)
         self.manifest = json.loads(self._sealed.read("manifest.json"))
+        self.key: str = self.manifest["sha256"]  # identity of the content: the token ids and the metadata of all documents
         self.lengths, self.bytes, self.origins, self._crc32 = (self._sealed.array(f"{name}.npy") for name in ARRAYS)
         self._dtype = np.dtype(self.manifest["dtype"])
         self._files = sorted(str(self.folder / name) for name in self._sealed.files if name.startswith("tokens"))
@@ -84,8 +87,7 @@ class TokenCache:
     def __getitem__(self, document: int) -> np.ndarray:
         """Body ids of a document, in the stored dtype."""
         file = bisect.bisect_right(self._starts, document) - 1
-        path = self._files[file]
-        name = os.path.basename(path)
+        path, name = self._files[file], os.path.basename(self._files[file])
         with reading(path, lambda reason: self._sealed.damaged(name)):
             record = handle(open_reader, path, self._opened).read([int(document) - self._starts[file]])[0]
         if zlib.crc32(record) != self._crc32[document]:
@@ -95,21 +97,10 @@ class TokenCache:
     def __reduce__(self):
         return TokenCache, (self.folder,)
 
-    @property
-    def key(self) -> str:
-        """Identity of the content: sha256 over the token ids and the metadata of all documents."""
-        return self.manifest["sha256"]
-
-    @property
-    def markers(self) -> bool:
-        """Whether control tokens spelled in the corpus were read as control tokens."""
-        return self.manifest["tokenizer"].get("markers", False)
-
     def documents(self, split: str, share: float, min_bytes: int = 0) -> np.ndarray:
         """Ids of documents of at least `min_bytes` on one side of the split ("train" or "validation"), in corpus order."""
         is_validation = np.asarray(self.origins) < round(share * BUCKETS)
-        wanted = is_validation if split == "validation" else ~is_validation
-        return np.flatnonzero(wanted & (np.asarray(self.bytes) >= min_bytes))
+        return np.flatnonzero((is_validation == (split == "validation")) & (np.asarray(self.bytes) >= min_bytes))
 
     def metadata(self) -> Iterator[dict[str, str]]:
         """The metadata of every document, in order."""
@@ -160,7 +151,7 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
         texts = render(template, columns)
         present = np.array([text is not None for text in texts])
         require(bool(present.any()), f"metadata.template = {template!r}: no document of {spec} has all its fields")
-        reader = tokenizer.marked() if cache.markers else tokenizer
+        reader = tokenizer.marked() if cache.manifest["tokenizer"].get("markers") else tokenizer
         encoded = []
         for document, ids in enumerate(reader.encode_each([text or "" for text in texts])):
             if isinstance(ids, BadRecord):

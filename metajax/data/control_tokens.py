@@ -99,9 +99,6 @@ def _token_ids(values: dict[str, Any]) -> Iterator[int]:
             yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
 
 
-# ------------------------------------------------------------------------------------------- the tokenizers library
-
-
 def control_of(library: tokenizers.Tokenizer, ids: Mapping[str, int], named: Iterable[str]) -> dict[str, int]:
     """The control tokens of a `tokenizer.json`: special ones, added ones in marker form, conventional names, and `named` ones."""
     added = library.get_added_tokens_decoder().values()
@@ -148,8 +145,6 @@ def without_spellings(library: tokenizers.Tokenizer, control: Collection[str]) -
     copy.encode_special_tokens = True
     return copy
 
-
-# --------------------------------------------------------------------------------------------------- SentencePiece
 
 CONTROL, USER_DEFINED = 3, 4  # types of a piece in a SentencePiece model
 _TYPE, _PIECE = 0x18, 0x0A  # protobuf tags: of a piece's type, and of a piece in a model, which begins with its pieces

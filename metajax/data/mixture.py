@@ -7,6 +7,7 @@ phase reads fresh streams.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -25,11 +26,7 @@ class Mixture(grain.transforms.DatasetSelectionMap):
     """
 
     def __init__(
-        self,
-        weights: Sequence[float],
-        switch_row: int = sys.maxsize,
-        switch_weights: Sequence[float] = (),
-        fresh: bool = False,
+        self, weights: Sequence[float], switch_row: int = sys.maxsize, switch_weights: Sequence[float] = (), fresh: bool = False
     ):
         self.shares, self.switch_shares = _shares(weights), _shares(switch_weights)
         self.switch_row, self.fresh = switch_row, fresh
@@ -56,14 +53,10 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
     return shares
 
 
-def _passed(n: int, share: Fraction) -> int:
-    return n * share.numerator // share.denominator
-
-
 def _select(n: int, shares: Sequence[Fraction]) -> tuple[int, int]:
     for source, share in enumerate(shares):
-        before = _passed(n, share)
-        if _passed(n + 1, share) == before:
+        before = math.floor(n * share)
+        if math.floor((n + 1) * share) == before:
             return source, n - before
         n = before
     raise AssertionError("the last source with weight takes every row that reaches it")
@@ -73,7 +66,7 @@ def counts(n: int, shares: Sequence[Fraction]) -> list[int]:
     """Rows of each source among the first n of a phase."""
     found = []
     for share in shares:
-        rest = _passed(n, share)
+        rest = math.floor(n * share)
         found.append(n - rest)
         n = rest
     return found

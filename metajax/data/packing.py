@@ -18,6 +18,7 @@ from metajax.core.errors import UserError
 
 MIN_PIECE = 16  # inputs that a piece with metadata has at least, unless the rest of its document is shorter
 Pieces = list[tuple[int, int, int]]
+Where = Callable[[int], str]  # a document id -> its name in an error
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RowIndex:
 
 
 def pack(
-    documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, style: str, where: Callable[[int], str] = str
+    documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, style: str, where: Where = str
 ) -> RowIndex:
     """Pack `documents` into rows of `capacity` tokens.
 
@@ -51,7 +52,6 @@ def pack(
       style: "concat" fills each row to its end and cuts documents there; "best_fit" cuts only documents longer than a
         row and places each piece in the fullest row that has room (best-fit decreasing); "new_document" begins every row
         with a new document and drops the rest of a document that the row's end cuts.
-      where: document id -> its name in an error.
 
     Raises:
       UserError: metadata leaves no room for body tokens in a row.

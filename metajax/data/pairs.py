@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from metajax.data.annotators import field_of
 from metajax.data.cache import MetadataTable, TokenCache, build_metadata_table
 from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import Placement
-from metajax.data.packing import RowIndex, pack
+from metajax.data.packing import RowIndex, Where, pack
 from metajax.data.rows import Row, RowSource
 
 
@@ -36,13 +35,7 @@ class PairRows(RowSource):
 
 
 def pair_rows(
-    column: str,
-    tokenizer: Tokenizer,
-    cache: TokenCache,
-    placement: Placement,
-    documents: np.ndarray,
-    capacity: int,
-    where: Callable[[int], str],
+    column: str, tokenizer: Tokenizer, cache: TokenCache, placement: Placement, documents: np.ndarray, capacity: int, where: Where
 ) -> PairRows:
     """The pairs of `documents` (ids, in order), packed best-fit. Their prompts are the metadata of `placement`.
 
@@ -63,9 +56,10 @@ def pair_rows(
         "no prompt (metadata.template)": prompt.ids.owner[documents] < 0,
         "no chosen answer": inputs[documents, 0] == 1,
         f"no rejected answer ({column!r})": inputs[documents, 1] == 1,
-        f"its two answers with their prompts take more than the {capacity} positions of a row (data.sequence_length)": needed
-        > capacity,
     }
+    wrong[f"its two answers with their prompts take more than the {capacity} positions of a row (data.sequence_length)"] = (
+        needed > capacity
+    )
     for reason, found in wrong.items():
         if found.any():
             raise UserError(f"{where(int(documents[found].min()))}: {reason}; so are {found.sum()} of {len(found)} records")

@@ -108,9 +108,6 @@ def notes(cache: TokenCache) -> list[str]:
     return source_notes(source["spec"], manifest["documents"], manifest.get("tally", {}), source.get("joined", {}).get("ids"))
 
 
-# ------------------------------------------------------------------------------------------------------ rows
-
-
 def _ids_of(
     corpora: Corpora, cache: TokenCache, recipe: Metadata, template: str, condition: str, documents: np.ndarray
 ) -> MetadataIds:
@@ -259,9 +256,6 @@ def read_batches(stream: grain.MapDataset, start: int, workers: int) -> grain.Da
         start_tracker()
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=be_deaf)
     return iter(read)
-
-
-# ------------------------------------------------------------------------------------------------- evaluation
 
 
 class Validation(NamedTuple):

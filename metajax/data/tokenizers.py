@@ -223,9 +223,6 @@ _CLASSES = {made.kind: made for made in (Bytes, TrainedBpe, Gpt2, SentencePiece,
 KINDS = (*_CLASSES, "run")
 
 
-# ------------------------------------------------------------------------------------------------------- opening
-
-
 def _parsed(spec: str) -> tuple[str, str]:
     kind, _, rest = spec.partition(":")
     require(kind in KINDS, f"data.tokenizer = {spec!r}: unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")

@@ -224,9 +224,8 @@ def chats(tmp_path):
 
 def corpora_of(tiny_config, paths, folders, tmp_path, options):
     source = f"jsonl:{tmp_path}/chat.jsonl?text=response&origin=id{options}"
-    config = tiny_config(**{
-        "data.sources": (source,), "data.tokenizer": f"hf:{folders['chat']}/tokenizer.json", "evaluation.conditions": ("none",)
-    })  # fmt: skip
+    changes = {"data.sources": (source,), "data.tokenizer": f"hf:{folders['chat']}/tokenizer.json"}
+    config = tiny_config(**changes, **{"evaluation.conditions": ("none",)})
     return open_corpora(config, paths)
 
 
@@ -237,7 +236,7 @@ def test_a_source_says_that_its_text_has_markers(tiny_config, paths, folders, tm
     )
     tokenizer = plain.tokenizer
     end = tokenizer.control["<|im_end|>"]
-    assert (plain.caches[0].markers, marked.caches[0].markers) == (False, True)
+    assert [made.caches[0].manifest["tokenizer"]["markers"] for made in (plain, marked)] == [False, True]
     assert plain.caches[0].folder != marked.caches[0].folder, "other ids have another cache"
     assert plain.key != marked.key
     for n, row in enumerate(chats):
