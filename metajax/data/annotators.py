@@ -106,28 +106,21 @@ _EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
 FILTERS = (*_EACH, "topK", "capK", "or_unknown")
 
 
-def _filter(name: str) -> Callable[[Column], Column]:
-    """The column function of a filter; raises UserError for an unknown name."""
-    if name in _EACH:
-        return partial(_map, _EACH[name])
+def _filtered(name: str, column: Column) -> Column:
+    """A column after a filter; raises UserError for an unknown filter."""
+    change, numbered = _EACH.get(name), re.fullmatch(r"(top|cap)([0-9]{1,9})", name)
     if name == "or_unknown":
-        return lambda column: [UNKNOWN if value is None else value for value in column]
-    numbered = re.fullmatch(r"(top|cap)([0-9]{1,9})", name)
+        return [UNKNOWN if value is None else value for value in column]
+    if numbered and numbered[1] == "cap":
+        change = partial(_number, partial(min, Decimal(numbered[2])), 1)
+    if change is not None:
+        return [None if value is None else change(value) for value in column]
     if numbered is None:
         raise UserError(f"metadata filter {name!r} is unknown{nearest(name, FILTERS)}; known: {', '.join(FILTERS)}")
-    kind, number = numbered[1], int(numbered[2])
-    require(kind != "top" or number > 0, f"metadata filter {name!r}: at least top1")
-    return partial(_top, number) if kind == "top" else partial(_map, partial(_number, partial(min, Decimal(number)), 1))
-
-
-def _map(change: Callable[[str], str | None], column: Column) -> Column:
-    return [None if value is None else change(value) for value in column]
-
-
-def _top(count: int, column: Column) -> Column:
-    """The `count` most frequent values, ties in alphabetical order; all others become UNKNOWN."""
-    frequent = sorted(Counter(value for value in column if value is not None).items(), key=lambda item: (-item[1], item[0]))
-    kept = {value for value, _ in frequent[:count]}
+    most = int(numbered[2])
+    require(most > 0, f"metadata filter {name!r}: at least top1")
+    counts = Counter(value for value in column if value is not None)
+    kept = {value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]}
     return [value if value is None or value in kept else UNKNOWN for value in column]
 
 
@@ -138,7 +131,8 @@ def parse_field(name: str) -> tuple[str, list[str]]:
         raise UserError(f'metadata field {name!r}: a column whose name has one of {{}}|:!" has to be in double quotes')
     quoted, bare, joined = found.groups()
     filters = joined.split("|")[1:]
-    _ = [_filter(each) for each in filters]
+    for each in filters:
+        _filtered(each, [])
     return bare if quoted is None else quoted.replace('""', '"'), filters
 
 
@@ -152,7 +146,7 @@ def annotate(name: str, column: Sequence[str | None]) -> Column:
     """The values of a field: those of its column after all filters."""
     values = list(column)
     for each in parse_field(name)[1]:
-        values = _filter(each)(values)
+        values = _filtered(each, values)
     return values
 
 

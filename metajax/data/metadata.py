@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ from metajax.core.errors import UserError, nearest, require
 from metajax.core.sealed import Blocks
 from metajax.data.annotators import annotate, parse_field
 from metajax.data.encoding import Tokenizer, Vocabulary
-from metajax.data.positions import after, spots
+from metajax.data.positions import Spot, after, spots
 
 # A doubled brace; {column|filter:format}, the column quoted or not; other text; a character that matches none of these.
 _PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)
@@ -106,31 +106,22 @@ class MetadataIds:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """The metadata ids of one spot, by document; see `metajax.data.positions.Spot`."""
-
-    at: Callable[[int], int]
-    ids: MetadataIds
-    loss_weight: float
-
-
-@dataclass(frozen=True)
 class Placement:
-    """All metadata of every piece, in order.
+    """All metadata of every piece, in order: where each string is, and its ids by document.
 
     outside: whether BOS and EOS are outside the metadata (BOS metadata body metadata EOS) or next to the body.
     """
 
-    parts: tuple[Placed, ...] = ()
+    parts: tuple[tuple[Spot, MetadataIds], ...] = ()
     outside: bool = True
 
     def overhead(self, documents: np.ndarray) -> np.ndarray:
         """int64 [K]: positions that a piece of each document needs besides its inputs. An EOS before metadata takes one too."""
         total, last = np.zeros((2, len(documents)), np.int64)
-        for part in self.parts:
-            lengths = part.ids.lengths()[documents]
+        for spot, ids in self.parts:
+            lengths = ids.lengths()[documents]
             total += lengths
-            last += lengths * (part.at is after)
+            last += lengths * (spot.at is after)
         return total + (0 if self.outside else last > 0)
 
 

@@ -51,9 +51,9 @@ def pair_rows(
     rejected = build_metadata_table(cache, tokenizer, f"{{{field_of(column)}}}")
     inputs = np.stack([cache.lengths, np.diff(rejected.offsets)], axis=1).astype(np.int64) + 1
     needed = inputs[documents].sum(axis=1) + 2 * placement.overhead(documents)
-    [prompt] = placement.parts
+    [(spot, prompts)] = placement.parts
     wrong = {
-        "no prompt (metadata.template)": prompt.ids.owner[documents] < 0,
+        "no prompt (metadata.template)": prompts.owner[documents] < 0,
         "no chosen answer": inputs[documents, 0] == 1,
         f"no rejected answer ({column!r})": inputs[documents, 1] == 1,
     }
@@ -67,5 +67,5 @@ def pair_rows(
     pairs = index.pieces[:, :1]
     halves = np.stack([2 * pairs + [0, 1], np.zeros((len(pairs), 2)), inputs[pairs[:, 0]]], axis=-1)
     index = RowIndex(halves.reshape(-1, 3).astype(np.int32), 2 * index.offsets)
-    both = replace(prompt, ids=replace(prompt.ids, owner=np.repeat(prompt.ids.owner, 2)))
-    return PairRows(index, Answers(cache, rejected), replace(placement, parts=(both,)), tokenizer.vocabulary, capacity)
+    both = replace(placement, parts=((spot, replace(prompts, owner=np.repeat(prompts.owner, 2))),))
+    return PairRows(index, Answers(cache, rejected), both, tokenizer.vocabulary, capacity)

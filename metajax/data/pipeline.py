@@ -28,7 +28,7 @@ from metajax.data.cache import TokenCache, build_metadata_table, digest, read_do
 from metajax.data.documents import is_validation
 from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds, Placed, Placement, delimiters, dropped_owner, owners, uniform_hash
+from metajax.data.metadata import MetadataIds, Placement, delimiters, dropped_owner, owners, uniform_hash
 from metajax.data.mixture import Mixture
 from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
@@ -127,16 +127,13 @@ def _placement(corpora: Corpora, cache: TokenCache, condition: str, documents: n
     recipe = corpora.config.metadata
     if recipe is None or condition == "none" or (condition == "training" and recipe.position == "none"):
         return Placement()
-    parts = tuple(
-        Placed(spot.at, _ids_of(corpora, cache, recipe, spot.template, condition, documents), spot.loss_weight)
-        for spot in spots(recipe)
-    )
+    parts = tuple((spot, _ids_of(corpora, cache, recipe, spot.template, condition, documents)) for spot in spots(recipe))
     placement = Placement(parts, recipe.bos_eos == "outside")
     most = most_overhead(row_capacity(corpora.config))
     long = documents[placement.overhead(documents) > most]
     if len(long) and recipe.too_long == "drop":
-        for part in parts:
-            part.ids.owner[long] = dropped_owner(recipe)
+        for _, ids in parts:
+            ids.owner[long] = dropped_owner(recipe)
         note(
             f"{cache.manifest['source']['spec']}: the metadata of {len(long)} of {len(documents)} documents ({condition}) takes more than "
             f"the {most} tokens that a row has for it and was dropped, first that of document {long.min()}"

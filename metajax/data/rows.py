@@ -44,7 +44,7 @@ class RowSource:
         self, index: RowIndex, read: Callable[[int], np.ndarray], metadata: Placement, vocabulary: Vocabulary, capacity: int
     ):
         self.index, self.read, self.metadata, self.vocabulary, self.capacity = index, read, metadata, vocabulary, capacity
-        by_target_kind = [0.0, 1.0, 1.0, 0.0, *(part.loss_weight for part in metadata.parts)]
+        by_target_kind = [0.0, 1.0, 1.0, 0.0, *(spot.loss_weight for spot, _ in metadata.parts)]
         self._weights = np.array(by_target_kind, np.float32)
 
     def __len__(self) -> int:
@@ -66,12 +66,12 @@ class RowSource:
         begins, ends = start == 0, start + length > len(body)
         inside = body[max(start, 1) - 1 : start + length - 1]
         first, last, parts, cut, lead = [], [], [], 0, 0
-        for kind, part in enumerate(metadata.parts, METADATA):
-            ids = part.ids[document]
-            if part.at is before or part.at is after:
-                (first if part.at is before else last).append((ids, kind))
+        for kind, (spot, of_documents) in enumerate(metadata.parts, METADATA):
+            ids = of_documents[document]
+            if spot.at is before or spot.at is after:
+                (first if spot.at is before else last).append((ids, kind))
                 continue
-            at = part.at(len(inside))
+            at = spot.at(len(inside))
             parts += [(inside[cut:at], BODY), (ids, kind)]
             cut, lead = at, lead + len(ids) * (at == 0)
         parts.append((inside[cut:], BODY))
