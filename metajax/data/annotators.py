@@ -11,7 +11,7 @@ The papers' names clash, so each part of an address has one name here:
   hash      a UUID made from the value: groups without readable names (MeCo)
   topK      the value if it is one of the K most frequent in the corpus, otherwise the word unknown (MeCo)
   floor, round, tenths, capK               of numbers: 3.27 becomes 3, 3, 32, and at most K; ties round to the even number
-  year, month                              of a date or of seconds since 1970: 2024, 2024-05 (metajax/data/dates.py)
+  year, month                              of a date or of seconds since 1970: 2024, 2024-05
   or_unknown                               the word unknown if a document has no value
 
 Numbers are written with all digits, never with an exponent. A column name that contains one of {}|:!" is written in double
@@ -24,6 +24,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -31,7 +32,6 @@ from typing import Any
 
 from metajax.core.errors import UserError, nearest, require
 from metajax.data.addresses import parts
-from metajax.data.dates import year_and_month
 
 Column = list[str | None]
 UNKNOWN = "unknown"
@@ -40,6 +40,16 @@ _DIGITS = 10_000  # of a number, at most
 _EXACT = Context(prec=3 * _DIGITS, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?\s*")
 _FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"{}|:!]+))((?:\|[^{}|:!]*)*)')  # a column, quoted or not, and its filters
+_TIME = r"(?:[T ]?[0-9]{1,2}:?[0-9]{2}\S*(?: \S+)?)?"
+_YEAR_FIRST = re.compile(rf"([0-9]{{4}})(?:([-/.])([0-9]{{1,2}})(?:\2([0-9]{{1,2}}){_TIME})?)?")
+_COMPACT = re.compile(r"([0-9]{4})([0-9]{2})([0-9]{2})(?:T?[0-9]{4}(?:[0-9]{2})?(?:\.[0-9]+)?(?:Z|[+-][0-9:]+)?)?")
+_YEAR_LAST = re.compile(rf"([0-9]{{1,2}})([-/.])([0-9]{{1,2}})\2([0-9]{{4}}){_TIME}")
+_EPOCH = re.compile(r"([0-9]{9,10}|[0-9]{12,13}|[0-9]{15,16}|[0-9]{18,19})(?:\.[0-9]+)?")
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_NAMES = re.compile(
+    r"\b(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b"
+)
+_LONGEST = 48  # characters of a date that names its month, at most
 
 
 @lru_cache
@@ -85,8 +95,42 @@ def _whole(rounding: str, tens: int, number: Decimal) -> Decimal:
     return _EXACT.scaleb(number, tens).to_integral_value(rounding, _EXACT)
 
 
+def _year_and_month(text: str) -> str | None:
+    """`2024-05`, or `2024` if the month is missing or may be the day; None if the text is no date.
+
+    Accepted: 2024-05-11, also with / or . and with a time; 20240511, also with a time; 11/05/2024 (the year, and the month if it
+    cannot be the day); English month names; seconds, milli-, micro- and nanoseconds since 1970, with 9 digits or more.
+    """
+    text = text.strip().removesuffix(".0")  # from a column of floats
+    if found := _YEAR_FIRST.fullmatch(text):
+        year, _, month, day = found.groups()
+        return year if month is None else _checked(year, month, day or "1")
+    if (found := _COMPACT.fullmatch(text)) and (date := _checked(*found.groups())):
+        return date
+    if found := _EPOCH.fullmatch(text):
+        digits = found[1]
+        return f"{datetime.fromtimestamp(int(digits) // 1000 ** ((len(digits) - 8) // 3), UTC):%Y-%m}"
+    if found := _YEAR_LAST.fullmatch(text):
+        one, _, other, year = found.groups()
+        dates = {date for date in (_checked(year, one, other), _checked(year, other, one)) if date}
+        return dates.pop() if len(dates) == 1 else year if dates else None
+    names = _NAMES.findall(text.lower()) if len(text) <= _LONGEST else []
+    years = re.findall(r"(?<![0-9:+])(?<![ 0-9]-)[0-9]{4}(?![0-9:])", text)
+    if len(names) == 1 and len(years) == 1:
+        return f"{years[0]}-{_MONTHS.index(names[0][:3]) + 1:02d}"
+    return None
+
+
+def _checked(year: str, month: str, day: str) -> str | None:
+    """Year and month; None if the date does not exist."""
+    try:
+        return f"{datetime(int(year), int(month), int(day)):%Y-%m}".zfill(7)
+    except ValueError:
+        return None
+
+
 def _month(value: str) -> str | None:
-    found = year_and_month(value)
+    found = _year_and_month(value)
     return found if found and len(found) > 4 else None
 
 
@@ -100,7 +144,7 @@ _EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
     "floor": partial(_number, partial(_whole, ROUND_FLOOR, 0), 1),
     "round": partial(_number, partial(_whole, ROUND_HALF_EVEN, 0), 1),
     "tenths": partial(_number, partial(_whole, ROUND_FLOOR, 1), 2),
-    "year": lambda value: (year_and_month(value) or "")[:4] or None,
+    "year": lambda value: (_year_and_month(value) or "")[:4] or None,
     "month": _month,
 }
 FILTERS = (*_EACH, "topK", "capK", "or_unknown")

@@ -15,6 +15,7 @@ Arrays of a row (each has one entry per position; `finish` adds `positions`):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,23 +30,18 @@ KINDS = dict.fromkeys(("is_body", "is_metadata", "asks_metadata"), bool)
 KINDS |= {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
 
 
+@dataclass(frozen=True)
 class RowSource:
     """Random access to assembled rows, for `grain.MapDataset.source`.
 
-    Args:
-      index: the pieces of every row.
-      read: document id -> its body ids.
-      metadata: the metadata of every piece.
-      vocabulary: special ids.
-      capacity: positions of a row before meta-tokens are injected.
+    read: document id -> its body ids. capacity: positions of a row before meta-tokens are injected.
     """
 
-    def __init__(
-        self, index: RowIndex, read: Callable[[int], np.ndarray], metadata: Placement, vocabulary: Vocabulary, capacity: int
-    ):
-        self.index, self.read, self.metadata, self.vocabulary, self.capacity = index, read, metadata, vocabulary, capacity
-        by_target_kind = [0.0, 1.0, 1.0, 0.0, *(spot.loss_weight for spot, _ in metadata.parts)]
-        self._weights = np.array(by_target_kind, np.float32)
+    index: RowIndex
+    read: Callable[[int], np.ndarray]
+    metadata: Placement
+    vocabulary: Vocabulary
+    capacity: int
 
     def __len__(self) -> int:
         return len(self.index)
@@ -88,9 +84,9 @@ class RowSource:
             asked[lead - 1] = NOTHING
         if kinds[-1] == END:  # EOS is only a target
             stream, kinds, targets, asked = stream[:-1], kinds[:-1], targets[:-1], asked[:-1]
-        weights, is_metadata, asks_metadata = self._weights[asked], kinds >= METADATA, asked >= METADATA
-        made = {"tokens": stream, "targets": targets, "loss_weights": weights, "is_body": asked == BODY}
-        return made | {"is_metadata": is_metadata, "asks_metadata": asks_metadata}
+        weights = np.array([0.0, 1.0, 1.0, 0.0, *(spot.loss_weight for spot, _ in metadata.parts)], np.float32)
+        made = {"tokens": stream, "targets": targets, "loss_weights": weights[asked], "is_body": asked == BODY}
+        return made | {"is_metadata": kinds >= METADATA, "asks_metadata": asked >= METADATA}
 
 
 def joined(pieces: Sequence[Row], length: int, pad: int) -> Row:

@@ -68,11 +68,17 @@ def build_token_cache(
     if not folder.exists():
         job = Job(source, tokenizer, on_bad_record, folder.with_name(f"{folder.name}.parts-{part}"), part)
         with progress(f"tokenising {source.spec}", total=len(source)) as advance:
-            several = len(job.ranges) != 1
-            if several:
-                job.make_missing(make, advance)
-            with sealed_folder(folder) as work:
-                _finish(job, work, _join(job, work) if several else [job.write(0, work, advance)], stamp)
+            if len(job.ranges) == 1:
+                with sealed_folder(folder) as work:
+                    _finish(job, work, [job.write(0, work, advance)], stamp)
+            else:
+                sizes = dict(enumerate(map(len, job.ranges)))
+                missing = [n for n in sizes if not job.folder(n).exists()]
+                advance(len(source) - sum(sizes[n] for n in missing))
+                for n in make(job, missing) if missing else ():
+                    advance(sizes[n])
+                with sealed_folder(folder) as work:
+                    _finish(job, work, _join(job, work), stamp)
     return TokenCache(folder)
 
 
@@ -97,13 +103,6 @@ class Job:
 
     def folder(self, number: int) -> Path:
         return self.home / f"{number:05d}"
-
-    def make_missing(self, make: Make, advance: Advance) -> None:
-        sizes = [len(records) for records in self.ranges]
-        missing = [n for n in range(len(sizes)) if not self.folder(n).exists()]
-        advance(len(self.source) - sum(sizes[n] for n in missing))
-        for n in make(self, missing) if missing else ():
-            advance(sizes[n])
 
     def make(self, number: int) -> int:
         """Make a part, completely or not at all, unless it exists; returns its number."""
@@ -139,16 +138,9 @@ class Job:
         columns = np.array(rows, np.int64).reshape(-1, len(ARRAYS)).T
         for values, (name, kind) in zip(columns, ARRAYS.items(), strict=True):
             save_array(folder / f"{name}.npy", values.astype(kind))
-        return {
-            "bad": len(self.ranges[number]) - len(rows),
-            "unencodable": unencodable,
-            "sha256": sha.hexdigest(),
-            "fields": sorted(fields),
-            "documents": len(rows),
-            "lengths": int(columns[0].sum()),
-            "bytes": int(columns[1].sum()),
-            "tally": self.source.tally - before,
-        }
+        facts = {"unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
+        sizes = {"documents": len(rows), "lengths": int(columns[0].sum()), "bytes": int(columns[1].sum())}
+        return {"bad": len(self.ranges[number]) - len(rows), **sizes, **facts, "tally": self.source.tally - before}
 
 
 def _join(job: Job, folder: Path) -> list[Facts]:
