@@ -22,8 +22,8 @@ from metajax.analysis.common import labels
 from metajax.analysis.common.study import Study
 from metajax.core.errors import require
 from metajax.data.cache import build_metadata_table
-from metajax.data.questions import Question
 from metajax.evaluation.multiple_choice import score
+from metajax.evaluation.questions import Question
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate

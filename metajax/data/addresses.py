@@ -9,6 +9,7 @@ from functools import lru_cache
 import idna
 
 _SCHEME = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")
+_PATH = re.compile(r"(?=[/\\?#])")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
@@ -16,30 +17,26 @@ def split_url(url: str) -> tuple[str, str, str]:
     """(scheme with its ://, user, host and port as written, path with query and fragment); absent parts are ''."""
     scheme = _SCHEME.match(url)
     begin = scheme.end() if scheme else 0
-    end = re.compile(r"[/\\?#]|$").search(url, begin).start()
-    return url[:begin], url[begin:end], url[end:]
+    authority, *path = _PATH.split(url[begin:], maxsplit=1)
+    return url[:begin], authority, "".join(path)
 
 
 @lru_cache(maxsize=1 << 16)
 def parts(url: str) -> tuple[str, str, str] | None:
     """(scheme in lower case, host, path) of an address with or without a scheme; None if the text is no address.
 
-    The host is that of `host_of`, or '' if the address has none, as in /a/path and file:///a/path.
+    The host has no user, port, final dot or brackets. It is in lower case and in its DNS form (xn--), and '' if the address has
+    none, as in /a/path and file:///a/path.
     """
     scheme, authority, path = split_url(url.strip())
-    host = host_of(authority)
-    if not host and (authority or not path.startswith("/")):
-        return None
-    if host and not scheme and "." not in host and ":" not in host:  # a word
+    host = _host(authority)
+    is_word = host and not scheme and "." not in host and ":" not in host
+    if is_word or (not host and (authority or not path.startswith("/"))):
         return None
     return scheme.lower(), host or "", path
 
 
-def host_of(authority: str) -> str | None:
-    """The host without user, port and final dot, in lower case and in its DNS form (xn--); None if it is not a host.
-
-    IPv6 addresses have no brackets.
-    """
+def _host(authority: str) -> str | None:
     host = re.sub(r":[0-9]*$", "", authority.rpartition("@")[2])
     try:
         if host.startswith("[") and host.endswith("]"):

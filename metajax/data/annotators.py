@@ -11,7 +11,7 @@ The papers' names clash, so each part of an address has one name here:
   hash      a UUID made from the value: groups without readable names (MeCo)
   topK      the value if it is one of the K most frequent in the corpus, otherwise the word unknown (MeCo)
   floor, round, tenths, capK               of numbers: 3.27 becomes 3, 3, 32, and at most K; ties round to the even number
-  year, month                              of a date or of seconds since 1970: 2024, 2024-05 (metajax/data/dates.py)
+  year, month                              of a date or of seconds since 1970: 2024, 2024-05
   or_unknown                               the word unknown if a document has no value
 
 Numbers are written with all digits, never with an exponent. A column name that contains one of {}|:!" is written in double
@@ -24,6 +24,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -31,7 +32,6 @@ from typing import Any
 
 from metajax.core.errors import UserError, nearest, require
 from metajax.data.addresses import parts
-from metajax.data.dates import year_and_month
 
 Column = list[str | None]
 UNKNOWN = "unknown"
@@ -40,6 +40,16 @@ _DIGITS = 10_000  # of a number, at most
 _EXACT = Context(prec=3 * _DIGITS, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?\s*")
 _FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"{}|:!]+))((?:\|[^{}|:!]*)*)')  # a column, quoted or not, and its filters
+_TIME = r"(?:[T ]?[0-9]{1,2}:?[0-9]{2}\S*(?: \S+)?)?"
+_YEAR_FIRST = re.compile(rf"([0-9]{{4}})(?:([-/.])([0-9]{{1,2}})(?:\2([0-9]{{1,2}}){_TIME})?)?")
+_COMPACT = re.compile(r"([0-9]{4})([0-9]{2})([0-9]{2})(?:T?[0-9]{4}(?:[0-9]{2})?(?:\.[0-9]+)?(?:Z|[+-][0-9:]+)?)?")
+_YEAR_LAST = re.compile(rf"([0-9]{{1,2}})([-/.])([0-9]{{1,2}})\2([0-9]{{4}}){_TIME}")
+_EPOCH = re.compile(r"([0-9]{9,10}|[0-9]{12,13}|[0-9]{15,16}|[0-9]{18,19})(?:\.[0-9]+)?")
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_NAMES = re.compile(
+    r"\b(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b"
+)
+_LONGEST = 48  # characters of a date that names its month, at most
 
 
 @lru_cache
@@ -72,27 +82,56 @@ def plain(number: Decimal) -> str:
 
 
 def _is_short(number: Decimal) -> bool:
-    return number.is_finite() and abs(number.adjusted()) < _DIGITS and abs(number.as_tuple().exponent) < _DIGITS
-
-
-def as_number(value: str) -> Decimal | None:
-    """Parse a text as a number; None if it is no number or would take more than 10,000 digits."""
-    number = Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
-    return number if number is not None and _is_short(number) else None
+    exponent = number.as_tuple().exponent  # a letter if the number is not finite
+    return isinstance(exponent, int) and abs(number.adjusted()) < _DIGITS and abs(exponent) < _DIGITS
 
 
 def _number(change: Callable[[Decimal], Decimal], width: int, value: str) -> str | None:
-    number = as_number(value)
-    return None if number is None else plain(_EXACT.normalize(change(number))).zfill(width)
+    number = Decimal(value.strip()) if _NUMBER.fullmatch(value) else None
+    return None if number is None or not _is_short(number) else plain(_EXACT.normalize(change(number))).zfill(width)
 
 
 def _whole(rounding: str, tens: int, number: Decimal) -> Decimal:
     return _EXACT.scaleb(number, tens).to_integral_value(rounding, _EXACT)
 
 
-def _date(month: bool, value: str) -> str | None:
-    found = year_and_month(value)
-    return found and (found if month and len(found) > 4 else None if month else found[:4])
+def _year_and_month(text: str) -> str | None:
+    """`2024-05`, or `2024` if the month is missing or may be the day; None if the text is no date.
+
+    Accepted: 2024-05-11, also with / or . and with a time; 20240511, also with a time; 11/05/2024 (the year, and the month if it
+    cannot be the day); English month names; seconds, milli-, micro- and nanoseconds since 1970, with 9 digits or more.
+    """
+    text = text.strip().removesuffix(".0")  # from a column of floats
+    if found := _YEAR_FIRST.fullmatch(text):
+        year, _, month, day = found.groups()
+        return year if month is None else _checked(year, month, day or "1")
+    if (found := _COMPACT.fullmatch(text)) and (date := _checked(*found.groups())):
+        return date
+    if found := _EPOCH.fullmatch(text):
+        digits = found[1]
+        return f"{datetime.fromtimestamp(int(digits) // 1000 ** ((len(digits) - 8) // 3), UTC):%Y-%m}"
+    if found := _YEAR_LAST.fullmatch(text):
+        one, _, other, year = found.groups()
+        dates = {date for date in (_checked(year, one, other), _checked(year, other, one)) if date}
+        return dates.pop() if len(dates) == 1 else year if dates else None
+    names = _NAMES.findall(text.lower()) if len(text) <= _LONGEST else []
+    years = re.findall(r"(?<![0-9:+])(?<![ 0-9]-)[0-9]{4}(?![0-9:])", text)
+    if len(names) == 1 and len(years) == 1:
+        return f"{years[0]}-{_MONTHS.index(names[0][:3]) + 1:02d}"
+    return None
+
+
+def _checked(year: str, month: str, day: str) -> str | None:
+    """Year and month; None if the date does not exist."""
+    try:
+        return f"{datetime(int(year), int(month), int(day)):%Y-%m}".zfill(7)
+    except ValueError:
+        return None
+
+
+def _month(value: str) -> str | None:
+    found = _year_and_month(value)
+    return found if found and len(found) > 4 else None
 
 
 _EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
@@ -105,44 +144,40 @@ _EACH: dict[str, Callable[[str], str | None]] = {  # filters of a single value
     "floor": partial(_number, partial(_whole, ROUND_FLOOR, 0), 1),
     "round": partial(_number, partial(_whole, ROUND_HALF_EVEN, 0), 1),
     "tenths": partial(_number, partial(_whole, ROUND_FLOOR, 1), 2),
-    "year": partial(_date, False),
-    "month": partial(_date, True),
+    "year": lambda value: (_year_and_month(value) or "")[:4] or None,
+    "month": _month,
 }
-_NUMBERED = ("top", "cap")
-FILTERS = (*_EACH, *(f"{name}K" for name in _NUMBERED), "or_unknown")
+FILTERS = (*_EACH, "topK", "capK", "or_unknown")
 
 
-def _filter(name: str) -> Callable[[Column], Column]:
-    """The column function of a filter; raises UserError for an unknown name."""
-    if name in _EACH:
-        return partial(_map, _EACH[name])
+def _filtered(name: str, column: Column) -> Column:
+    """A column after a filter; raises UserError for an unknown filter."""
+    change, numbered = _EACH.get(name), re.fullmatch(r"(top|cap)([0-9]{1,9})", name)
     if name == "or_unknown":
-        return lambda column: [UNKNOWN if value is None else value for value in column]
-    numbered = re.fullmatch(rf"({'|'.join(_NUMBERED)})([0-9]{{1,9}})", name)
+        return [UNKNOWN if value is None else value for value in column]
+    if numbered and numbered[1] == "cap":
+        change = partial(_number, partial(min, Decimal(numbered[2])), 1)
+    if change is not None:
+        return [None if value is None else change(value) for value in column]
     if numbered is None:
         raise UserError(f"metadata filter {name!r} is unknown{nearest(name, FILTERS)}; known: {', '.join(FILTERS)}")
-    kind, number = numbered[1], int(numbered[2])
-    require(kind != "top" or number > 0, f"metadata filter {name!r}: at least top1")
-    return partial(_top, number) if kind == "top" else partial(_map, partial(_number, partial(min, Decimal(number)), 1))
-
-
-def _map(change: Callable[[str], str | None], column: Column) -> Column:
-    return [None if value is None else change(value) for value in column]
-
-
-def _top(count: int, column: Column) -> Column:
-    """The `count` most frequent values, ties in alphabetical order; all others become UNKNOWN."""
-    frequent = sorted(Counter(value for value in column if value is not None).items(), key=lambda item: (-item[1], item[0]))
-    kept = {value for value, _ in frequent[:count]}
+    most = int(numbered[2])
+    require(most > 0, f"metadata filter {name!r}: at least top1")
+    counts = Counter(value for value in column if value is not None)
+    kept = {value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]}
     return [value if value is None or value in kept else UNKNOWN for value in column]
 
 
 def parse_field(name: str) -> tuple[str, list[str]]:
-    """(column, names of its filters) of `column|filter|filter`; raises UserError if it does not parse."""
+    """(column, names of its filters) of `column|filter|filter`; raises UserError if it does not parse or a filter is unknown."""
     found = _FIELD.fullmatch(name)
-    require(found is not None, f'metadata field {name!r}: a column whose name has one of {{}}|:!" stands in double quotes')
-    quoted, bare, filters = found.groups()
-    return bare if quoted is None else quoted.replace('""', '"'), filters.split("|")[1:]
+    if found is None:
+        raise UserError(f'metadata field {name!r}: a column whose name has one of {{}}|:!" has to be in double quotes')
+    quoted, bare, joined = found.groups()
+    filters = joined.split("|")[1:]
+    for each in filters:
+        _filtered(each, [])
+    return bare if quoted is None else quoted.replace('""', '"'), filters
 
 
 def field_of(column: str) -> str:
@@ -151,17 +186,11 @@ def field_of(column: str) -> str:
     return column if found and found[2] == column else '"' + column.replace('"', '""') + '"'
 
 
-def split_field(name: str) -> tuple[str, list[Callable[[Column], Column]]]:
-    """(column, its filters in order) of `column|filter|filter`; raises UserError for an unknown filter."""
-    column, filters = parse_field(name)
-    return column, [_filter(each) for each in filters]
-
-
 def annotate(name: str, column: Sequence[str | None]) -> Column:
     """The values of a field: those of its column after all filters."""
     values = list(column)
-    for each in split_field(name)[1]:
-        values = each(values)
+    for each in parse_field(name)[1]:
+        values = _filtered(each, values)
     return values
 
 

@@ -31,13 +31,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from metajax.core.array_records import open_reader
-from metajax.core.errors import require
+from metajax.core.errors import UserError, require
 from metajax.core.reading import handle, reading
 from metajax.core.sealed import FORMAT, Blocks, Sealed, save_array, sealed_folder
 from metajax.data.annotators import annotators_version
 from metajax.data.documents import BUCKETS, BadRecord, Document, Source
 from metajax.data.encoding import Tokenizer
-from metajax.data.metadata import render, template_columns, template_fields
+from metajax.data.metadata import check_fields, render, template_columns, template_fields
 
 
 def digest(*parts: Any) -> str:
@@ -51,7 +51,9 @@ def read_documents(source: Source, on_bad_record: str, records: range | None = N
     for i, found in zip(records, source.read(records), strict=True):
         if isinstance(found, BadRecord):
             bad_record(str(found), on_bad_record)
-        yield i, None if isinstance(found, BadRecord) else found
+            yield i, None
+        else:
+            yield i, found
 
 
 def bad_record(reason: str, on_bad_record: str) -> None:
@@ -72,6 +74,7 @@ class TokenCache:
     def __init__(self, folder: Path):
         self.folder, self._sealed = Path(folder), Sealed(folder)
         self.manifest = json.loads(self._sealed.read("manifest.json"))
+        self.key: str = self.manifest["sha256"]  # identity of the content: the token ids and the metadata of all documents
         self.lengths, self.bytes, self.origins, self._crc32 = (self._sealed.array(f"{name}.npy") for name in ARRAYS)
         self._dtype = np.dtype(self.manifest["dtype"])
         self._files = sorted(str(self.folder / name) for name in self._sealed.files if name.startswith("tokens"))
@@ -84,8 +87,7 @@ class TokenCache:
     def __getitem__(self, document: int) -> np.ndarray:
         """Body ids of a document, in the stored dtype."""
         file = bisect.bisect_right(self._starts, document) - 1
-        path = self._files[file]
-        name = os.path.basename(path)
+        path, name = self._files[file], os.path.basename(self._files[file])
         with reading(path, lambda reason: self._sealed.damaged(name)):
             record = handle(open_reader, path, self._opened).read([int(document) - self._starts[file]])[0]
         if zlib.crc32(record) != self._crc32[document]:
@@ -95,21 +97,10 @@ class TokenCache:
     def __reduce__(self):
         return TokenCache, (self.folder,)
 
-    @property
-    def key(self) -> str:
-        """Identity of the content: sha256 over the token ids and the metadata of all documents."""
-        return self.manifest["sha256"]
-
-    @property
-    def markers(self) -> bool:
-        """Whether control tokens spelled in the corpus were read as control tokens."""
-        return self.manifest["tokenizer"].get("markers", False)
-
     def documents(self, split: str, share: float, min_bytes: int = 0) -> np.ndarray:
         """Ids of documents of at least `min_bytes` on one side of the split ("train" or "validation"), in corpus order."""
         is_validation = np.asarray(self.origins) < round(share * BUCKETS)
-        wanted = is_validation if split == "validation" else ~is_validation
-        return np.flatnonzero(wanted & (np.asarray(self.bytes) >= min_bytes))
+        return np.flatnonzero((is_validation == (split == "validation")) & (np.asarray(self.bytes) >= min_bytes))
 
     def metadata(self) -> Iterator[dict[str, str]]:
         """The metadata of every document, in order."""
@@ -126,22 +117,30 @@ class MetadataTable:
     offsets: np.ndarray
     present: np.ndarray
 
+    def ids_of(self, document: int) -> np.ndarray:
+        """The ids of a document's string; none if it lacks a field of the template."""
+        return self.ids[self.offsets[document] : self.offsets[document + 1]]
+
     def __getitem__(self, document: int) -> np.ndarray | None:
         """The ids of a document's string; None if it lacks a field of the template."""
-        return self.ids[self.offsets[document] : self.offsets[document + 1]] if self.present[document] else None
+        return self.ids_of(document) if self.present[document] else None
 
     def strings(self, documents: np.ndarray) -> np.ndarray:
         """int64 [D]: equal numbers for equal strings, for the given documents; 0 for the others."""
         numbers: dict[bytes, int] = {}
         out = np.zeros(len(self.present), np.int64)
         for document in documents.tolist():
-            own = np.asarray(self.ids[self.offsets[document] : self.offsets[document + 1]]).tobytes()
-            out[document] = numbers.setdefault(own, len(numbers))
+            out[document] = numbers.setdefault(self.ids_of(document).tobytes(), len(numbers))
         return out
 
 
 def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str) -> MetadataTable:
-    """The side table of a template, built once in the token cache's folder and memory-mapped. Filters are applied here."""
+    """The side table of a template, built once in the token cache's folder and memory-mapped. Filters are applied here.
+
+    Raises UserError for a field that the corpus lacks, and for a string that the tokenizer cannot encode.
+    """
+    spec = cache.manifest["source"]["spec"]
+    check_fields(template, set(cache.manifest["metadata_fields"]), spec)
     key = digest(FORMAT, cache.key, template, tokenizer.fingerprint(), *annotators_version(template_fields(template)))
     folder = cache.folder / "metadata" / key
     if not folder.exists():
@@ -150,16 +149,17 @@ def build_metadata_table(cache: TokenCache, tokenizer: Tokenizer, template: str)
             for name, column in columns.items():
                 column.append(fields.get(name))
         texts = render(template, columns)
-        spec = cache.manifest["source"]["spec"]
-        require(
-            any(text is not None for text in texts), f"metadata.template = {template!r}: no document of {spec} has all its fields"
-        )
-        encoded = (tokenizer.marked() if cache.markers else tokenizer).encode_each([text or "" for text in texts])
-        bad = next((n for n, ids in enumerate(encoded) if isinstance(ids, BadRecord)), None)
-        require(bad is None, f"{spec}, document {bad}, metadata.template = {template!r}: {encoded[bad or 0]}")
+        present = np.array([text is not None for text in texts])
+        require(bool(present.any()), f"metadata.template = {template!r}: no document of {spec} has all its fields")
+        reader = tokenizer.marked() if cache.manifest["tokenizer"].get("markers") else tokenizer
+        encoded = []
+        for document, ids in enumerate(reader.encode_each([text or "" for text in texts])):
+            if isinstance(ids, BadRecord):
+                raise UserError(f"{spec}, document {document}, metadata.template = {template!r}: {ids}")
+            encoded.append(np.asarray(ids, np.int32))
         with sealed_folder(folder) as work:
-            save_array(work / "ids.npy", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
-            save_array(work / "present.npy", np.array([text is not None for text in texts]))
-            save_array(work / "offsets.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
+            save_array(work / "ids.npy", np.concatenate(encoded))
+            save_array(work / "present.npy", present)
+            save_array(work / "offsets.npy", np.cumsum([0, *map(len, encoded)], dtype=np.int64))
     sealed = Sealed(folder)
     return MetadataTable(Blocks(sealed, "ids.npy"), sealed.array("offsets.npy"), sealed.array("present.npy"))

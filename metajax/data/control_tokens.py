@@ -6,6 +6,7 @@ control token can be spelled. Other tokens then encode the same characters.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from metajax.core import json_lines
-from metajax.core.errors import UserError
+from metajax.core.errors import UserError, require
 
 # An added token of this form is a control token, whatever its file says: <|im_start|>, [INST], <tool_call>. HTML elements and
 # single bytes are excluded, because some vocabularies have them as ordinary tokens.
@@ -26,9 +27,6 @@ _ORDINARY = re.compile(
 )
 # An undeclared piece of a vocabulary is a control token only if its name is one that every library uses.
 _CONVENTIONAL = re.compile(r"</?s>|<(pad|unk|bos|eos|mask|sep|cls)>|\[(PAD|UNK|BOS|EOS|MASK|SEP|CLS)\]|<\|[^|\s]+\|>")
-_NAMES = ("tokenizer_config.json", "special_tokens_map.json")
-_NUMBERS = ("config.json", "generation_config.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def is_marker(name: str) -> bool:
@@ -36,29 +34,22 @@ def is_marker(name: str) -> bool:
     return bool(_MARKER.fullmatch(name)) and not _ORDINARY.fullmatch(name)
 
 
-# -------------------------------------------------------------------------------------------------- what files say
-
-
-class Said:
+class Declared:
     """The control tokens that the files beside a tokenizer declare. Raises UserError for a file that is not a JSON object.
 
-    names: spellings to which a file gives a role such as eos_token. ids: numbers to which a file gives a role such as
-    eos_token_id. template: the text of the chat templates.
+    roles: {role such as eos_token: spelling}. names: spellings with a role. ids: numbers with a role such as eos_token_id.
+    template: the text of the chat templates.
     """
 
     def __init__(self, folder: Path):
-        told = [_read_object(folder / name) for name in _NAMES]
-        self.roles = {key: _content(value) for values in told for key, value in values.items() if key.endswith("_token")}
-        self.names = {name for name in self.roles.values() if name}
-        for values in told:
-            for key, listed in values.items():
-                if key.endswith("special_tokens") and isinstance(listed, list | dict):
-                    self.names |= {_content(one) or "" for one in (listed.values() if isinstance(listed, dict) else listed)}
-            decoder = values.get("added_tokens_decoder")
-            added = decoder.values() if isinstance(decoder, dict) else ()
-            self.names |= {_content(one) or "" for one in added if isinstance(one, dict) and one.get("special")}
-        self.ids = {n for name in _NUMBERS for n in _token_ids(_read_object(folder / name))}
-        texts = [(folder / name).read_text("utf-8", "replace") for name in _TEMPLATES if (folder / name).is_file()]
+        told = [_read_object(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        self.roles = {key: _spelling(value) for values in told for key, value in values.items() if key.endswith("_token")}
+        spellings = [*self.roles.values(), *(name for values in told for name in _listed(values))]
+        self.names = {name for name in spellings if name}
+        numbers = [_read_object(folder / name) for name in ("config.json", "generation_config.json")]
+        self.ids = {n for values in numbers for n in _token_ids(values)}
+        files = [folder / name for name in ("chat_template.jinja", "chat_template.json")]
+        texts = [path.read_text("utf-8", "replace") for path in files if path.is_file()]
         self.template = "\n".join([*texts, *(json.dumps(v.get("chat_template", ""), ensure_ascii=False) for v in told)])
 
     def control(self, ids: Mapping[str, int], added: Collection[str]) -> set[str]:
@@ -74,24 +65,32 @@ class Said:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        found = json_lines.parse(path.read_bytes())
+        found = json_lines.parse(path.read_bytes()) if path.exists() else {}
+        require(isinstance(found, dict), f"{path}: a JSON {type(found).__name__} instead of an object; correct it or remove it")
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a JSON file that can be read ({error}); mend it, or take it away") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a JSON {type(found).__name__} instead of an object; mend it, or take it away")
+        raise UserError(f"{path}: not a JSON file that can be read ({error}); correct it or remove it") from None
     return found
 
 
-def _content(token: Any) -> str | None:
+def _listed(values: dict[str, Any]) -> Iterator[str | None]:
+    """The spellings in lists such as additional_special_tokens, and those of special added tokens."""
+    for key, listed in values.items():
+        if key.endswith("special_tokens") and isinstance(listed, list | dict):
+            yield from map(_spelling, listed.values() if isinstance(listed, dict) else listed)
+    decoder = values.get("added_tokens_decoder")
+    for token in decoder.values() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and token.get("special"):
+            yield _spelling(token)
+
+
+def _spelling(token: Any) -> str | None:
     """The spelling of a token, given as a string or as an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
-def _token_ids(values: Any) -> Iterator[int]:
+def _token_ids(values: dict[str, Any]) -> Iterator[int]:
     """Every number under a key such as eos_token_id, at any depth, single or in a list."""
     for key, value in values.items():
         if isinstance(value, dict):
@@ -100,17 +99,12 @@ def _token_ids(values: Any) -> Iterator[int]:
             yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
 
 
-# ------------------------------------------------------------------------------------------- the tokenizers library
-
-
 def control_of(library: tokenizers.Tokenizer, ids: Mapping[str, int], named: Iterable[str]) -> dict[str, int]:
     """The control tokens of a `tokenizer.json`: special ones, added ones in marker form, conventional names, and `named` ones."""
     added = library.get_added_tokens_decoder().values()
-    found = {t.content for t in added if t.special or is_marker(t.content)} | {*named}
+    found = {t.content for t in added if t.special or is_marker(t.content)} | {*named, unknown_name(library) or ""}
     if not isinstance(library.model, tokenizers.models.BPE):  # pieces of BPE are made by merges, so they occur in text
         found |= {name for name in ids if name[:1] in ("<", "[") and _CONVENTIONAL.fullmatch(name)}
-    unknown = unknown_name(library)
-    found |= {unknown} if unknown else set()
     return {name: ids[name] for name in sorted(found) if name in ids and len(name) > 1}
 
 
@@ -152,54 +146,45 @@ def without_spellings(library: tokenizers.Tokenizer, control: Collection[str]) -
     return copy
 
 
-# --------------------------------------------------------------------------------------------------- SentencePiece
-
 CONTROL, USER_DEFINED = 3, 4  # types of a piece in a SentencePiece model
-_TYPE, _SCORE, _TEXT = 0x18, 0x15, 0x0A  # tags of a piece's fields; a model begins with its pieces, whose tag is _TEXT too
+_TYPE, _PIECE = 0x18, 0x0A  # protobuf tags: of a piece's type, and of a piece in a model, which begins with its pieces
+# A piece: its text (tag 0x0A, length, bytes), its score (tag 0x15, four bytes) and its type, each of which may be absent.
 
 
 def piece_types(model: bytes) -> list[int]:
-    """The type of every piece of a SentencePiece model, in order."""
-    return [_type(piece) for piece in _pieces(model)[0]]
+    """The type of every piece of a SentencePiece model, in order; 1, an ordinary piece, if it states none."""
+    types = []
+    for piece in _pieces(model)[0]:
+        size, start = _varint(piece, 1)
+        rest = piece[start + size :]
+        rest = rest[5:] if rest[:1] == b"\x15" else rest
+        types.append(rest[1] if rest[:1] == bytes([_TYPE]) else 1)
+    return types
 
 
 def retyped(model: bytes, ids: Collection[int], kind: int) -> bytes:
     """The model with another type for some pieces. The type is appended, because the last one of a message counts."""
     pieces, rest = _pieces(model)
     pieces = [piece + bytes([_TYPE, kind]) if i in ids else piece for i, piece in enumerate(pieces)]
-    return b"".join(bytes([_TEXT]) + _as_varint(len(piece)) + piece for piece in pieces) + rest
+    return b"".join(bytes([_PIECE]) + _as_varint(len(piece)) + piece for piece in pieces) + rest
 
 
 def _pieces(model: bytes) -> tuple[list[bytes], bytes]:
     """(the messages of the pieces, the bytes after them)."""
     pieces, at = [], 0
-    while at < len(model) and model[at] == _TEXT:
+    while at < len(model) and model[at] == _PIECE:
         size, start = _varint(model, at + 1)
         at = start + size
         pieces.append(model[start:at])
     return pieces, model[at:]
 
 
-def _type(piece: bytes) -> int:
-    """The type of a piece; 1, an ordinary piece, if the message has none."""
-    size, start = _varint(piece, 1)
-    at = start + size
-    at += 5 if piece[at : at + 1] == bytes([_SCORE]) else 0
-    return piece[at + 1] if piece[at : at + 1] == bytes([_TYPE]) else 1
-
-
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 0x80:
-            return value, at
+    """(the number at `at`, where it ends)."""
+    end = next(n for n in itertools.count(at) if data[n] < 0x80) + 1
+    return sum((byte & 0x7F) << 7 * n for n, byte in enumerate(data[at:end])), end
 
 
 def _as_varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    groups = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])

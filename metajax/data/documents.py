@@ -15,10 +15,9 @@ from metajax.core.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its metadata and its origin, the unit of the train/validation split.
+    """A text with its metadata and its origin, the unit of the train/validation split: a module, a source package or a site.
 
-    `origin` is a module, a source package or a site, never the row. Documents of one origin share boilerplate, so a
-    split by row would put copies of training text into the validation part.
+    Documents of one origin share boilerplate, so a split by row would put copies of training text into the validation part.
     """
 
     text: str
@@ -65,7 +64,7 @@ class Source(ABC):
         """One record, for looking at a few. Raises IndexError beyond the end, and BadRecord if it cannot be used."""
         if not 0 <= record < len(self):
             raise IndexError(f"record {record} of {len(self)} in {self.spec}")
-        [found] = self.read(range(int(record), int(record) + 1))
+        [found] = self.read(range(record, record + 1))
         if isinstance(found, BadRecord):
             raise found
         return found
@@ -82,7 +81,6 @@ def origin_bucket(origin: str) -> int:
 def is_validation(origin: str, share: float) -> bool:
     """Whether an origin belongs to the validation part: the buckets below share * BUCKETS.
 
-    A larger share only moves origins out of training. The share of documents differs from `share`, because origins
-    differ in size.
+    A larger share only moves origins out of training. The share of documents differs, because origins differ in size.
     """
     return origin_bucket(origin) < round(share * BUCKETS)

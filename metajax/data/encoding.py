@@ -24,7 +24,7 @@ from metajax.core.errors import require
 from metajax.data.documents import BadRecord
 
 FILE = "tokenizer.json"
-_NAMED = ("eot", "pad", "meta", "context_begin", "context_end", "s1", "s2", "s3", "s4", "s5")
+_NAMED = ("eot", "pad", "meta", "context_begin", "context_end", *(f"s{i}" for i in range(1, 6)))
 RESERVED = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare{i}" for i in range(1, 7))))
 BLOCK = 64  # padded sizes are multiples of this
 Reading = Literal["text", "apart", "markers"]  # library default, control tokens kept out, control tokens read
@@ -53,8 +53,7 @@ class Vocabulary:
 
 
 class Tokenizer:
-    """Text to ids and back. This base keeps control tokens out of text, shows reserved ids in `decode`, and defines the
-    fingerprint and the saved form, which pickling uses too.
+    """Text to ids and back. A subclass wraps a library by `_encode`, `_decode`, `content` and `from_content`.
 
     control: spelling and id of each token that text never becomes. unknown: the id for characters that are not in the
     vocabulary; its spelling does not become it either. markers: whether spellings of control tokens are read as control tokens.
@@ -73,11 +72,13 @@ class Tokenizer:
 
     @classmethod
     def from_content(cls, spec: str, content: str) -> Tokenizer:
-        """The tokenizer that `content` defines."""
         raise NotImplementedError
 
     def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
         """The library's ids of each text; raises the library's errors."""
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
@@ -120,7 +121,7 @@ class Tokenizer:
     def _with_control(self, found: Sequence[Sequence[int]], allowed: int | None = None) -> list[int]:
         """Indices of the lists that hold a reserved id or a control token other than `allowed`."""
         ends = np.cumsum([len(ids) for ids in found])
-        flat = np.fromiter(chain.from_iterable(found), np.int64, ends[-1] if len(ends) else 0)
+        flat = np.fromiter(chain.from_iterable(found), np.int64)
         hits = np.flatnonzero(self._never[flat] & (flat != (-1 if allowed is None else allowed)))
         return np.unique(np.searchsorted(ends, hits, side="right")).tolist()
 
@@ -131,20 +132,15 @@ class Tokenizer:
         never[list(self.control.values())] = True
         return never
 
-    def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Reserved ids appear by name, invalid UTF-8 as U+FFFD. Raises UserError for ids outside the table."""
         base, size = self.vocabulary.base, self.vocabulary.size
         ids = [int(i) for i in ids]
         outside = next((i for i in ids if not 0 <= i < size), None)
         require(outside is None, f"tokenizer {self.spec}: id {outside} is outside its table of {size}; another tokenizer made it")
-        parts = []
-        for own, run in groupby(ids, lambda i: i < base):
-            same = list(run)
-            parts.append(self._decode(same) if own else "".join(_reserved_name(i - base) for i in same))
-        return "".join(parts)
+        names = (*RESERVED, *(f"<|unused{n}|>" for n in range(len(RESERVED), size - base)))
+        runs = ((own, list(run)) for own, run in groupby(ids, lambda i: i < base))
+        return "".join(self._decode(run) if own else "".join(names[i - base] for i in run) for own, run in runs)
 
     def fingerprint(self) -> str:
         """sha256 of the content that defines the ids."""
@@ -180,11 +176,7 @@ def _restored(kind: type[Tokenizer], spec: str, content: str, markers: bool) -> 
 def _each(encode: Callable[[list[str]], list[list[int]]], texts: list[str]) -> list[list[int] | BadRecord]:
     """The ids of each text, or its error. A batch that fails is split in halves, which are tried again."""
     try:
-        return encode(texts)
+        return [*encode(texts)]
     except BadRecord as error:
         half = len(texts) // 2
         return [*_each(encode, texts[:half]), *_each(encode, texts[half:])] if half else [error]
-
-
-def _reserved_name(offset: int) -> str:
-    return RESERVED[offset] if offset < len(RESERVED) else f"<|unused{offset}|>"

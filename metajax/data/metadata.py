@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from metajax.config import Config, Metadata
 from metajax.core.errors import UserError, nearest, require
-from metajax.data.annotators import annotate, split_field
+from metajax.core.sealed import Blocks
+from metajax.data.annotators import annotate, parse_field
 from metajax.data.encoding import Tokenizer, Vocabulary
-from metajax.data.positions import after, spots
+from metajax.data.positions import Spot, after, spots
 
 # A doubled brace; {column|filter:format}, the column quoted or not; other text; a character that matches none of these.
 _PIECE = re.compile(r'(\{\{|\}\})|\{((?:"(?:[^"]|"")*"|[^"{}|:!]+)(?:\|[^{}|:!]*)*)(?::([^{}]*))?\}|([^{}]+)|(.)', re.DOTALL)
@@ -27,7 +28,7 @@ def _parsed(template: str) -> tuple[tuple[str | None, str], ...]:
         if wrong:
             raise UserError(
                 f"metadata.template = {template!r}: a brace without its other half, or a field that is none. A field is a column in braces, "
-                'such as {url}; a name with one of {}|:!" stands in double quotes, {"og:title"}; a brace as text is doubled'
+                'such as {url}; a name with one of {}|:!" has to be in double quotes, {"og:title"}; a brace as text is doubled'
             )
         pieces.append((field, form) if field else (None, brace[:1] or text))
     return tuple(pieces)
@@ -35,13 +36,13 @@ def _parsed(template: str) -> tuple[tuple[str | None, str], ...]:
 
 def template_fields(template: str) -> tuple[str, ...]:
     """The metadata fields of a template, with their filters; raises UserError if it has none or does not parse."""
-    pieces = [piece for piece in _parsed(template) if piece[0] is not None]
+    pieces = [(field, form) for field, form in _parsed(template) if field is not None]
     require(bool(pieces), f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
     try:
         _ = [format("", form) for _, form in pieces]
     except ValueError as error:
-        said = 'what follows a colon is a format; a name with a colon stands in double quotes, such as {"og:title"}'
-        raise UserError(f"metadata.template = {template!r}: {error}; {said}") from None
+        remedy = 'what follows a colon is a format; a name with a colon has to be in double quotes, such as {"og:title"}'
+        raise UserError(f"metadata.template = {template!r}: {error}; {remedy}") from None
     return tuple(field for field, _ in pieces)
 
 
@@ -56,24 +57,20 @@ def render(template: str, columns: Mapping[str, Sequence[str | None]]) -> list[s
     columns: the columns of `template_columns`, each with a value or None for every document.
     """
     names = dict.fromkeys(template_fields(template))
-    values = [annotate(name, columns[split_field(name)[0]]) for name in names]
-    rows = zip(*values, strict=True)
+    rows = zip(*(annotate(name, columns[parse_field(name)[0]]) for name in names), strict=True)
     return [None if None in row else fill(template, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def template_columns(template: str) -> set[str]:
     """The columns of a corpus that a template reads; raises UserError for an unknown filter."""
-    return {split_field(name)[0] for name in template_fields(template)}
+    return {parse_field(name)[0] for name in template_fields(template)}
 
 
 def check_fields(template: str, available: set[str], corpus: str) -> None:
     """Raise UserError if no document of the corpus has a field that the template names."""
-    for name in sorted(template_columns(template)):
-        if name not in available:
-            raise UserError(
-                f"metadata.template = {template!r}: {corpus} has no field {name!r}{nearest(name, available)}; "
-                f"it has {', '.join(sorted(available)) or 'none'}"
-            )
+    for name in sorted(template_columns(template) - available):
+        has = f"it has {', '.join(sorted(available)) or 'none'}"
+        raise UserError(f"metadata.template = {template!r}: {corpus} has no field {name!r}{nearest(name, available)}; {has}")
 
 
 SHUFFLED = 0x5F0F  # makes the shuffle independent of the choice of which documents keep metadata
@@ -87,7 +84,7 @@ class MetadataIds:
     shows: its own, another document's (shuffled control), a shared one, EMPTY (only delimiters), or NOTHING.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | Blocks
     offsets: np.ndarray
     owner: np.ndarray
     before: tuple[int, ...]
@@ -109,31 +106,22 @@ class MetadataIds:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """The metadata ids of one spot, by document; see `metajax.data.positions.Spot`."""
-
-    at: Callable[[int], int]
-    ids: MetadataIds
-    loss_weight: float
-
-
-@dataclass(frozen=True)
 class Placement:
-    """All metadata of every piece, in order.
+    """All metadata of every piece, in order: where each string is, and its ids by document.
 
     outside: whether BOS and EOS are outside the metadata (BOS metadata body metadata EOS) or next to the body.
     """
 
-    parts: tuple[Placed, ...] = ()
+    parts: tuple[tuple[Spot, MetadataIds], ...] = ()
     outside: bool = True
 
     def overhead(self, documents: np.ndarray) -> np.ndarray:
         """int64 [K]: positions that a piece of each document needs besides its inputs. An EOS before metadata takes one too."""
-        total, last = np.zeros(len(documents), np.int64), np.zeros(len(documents), np.int64)
-        for part in self.parts:
-            lengths = part.ids.lengths()[documents]
+        total, last = np.zeros((2, len(documents)), np.int64)
+        for spot, ids in self.parts:
+            lengths = ids.lengths()[documents]
             total += lengths
-            last += lengths * (part.at is after)
+            last += lengths * (spot.at is after)
         return total + (0 if self.outside else last > 0)
 
 
@@ -163,7 +151,6 @@ def owners(
     """The document whose metadata each document shows: int32 [D], see `MetadataIds.owner`.
 
     Args:
-      recipe: position, keep probability, what a document with dropped metadata shows.
       condition: "training" (keep or drop by a hash of (seed, document)), or what evaluation shows: "none", "right",
         "empty", "shuffled" (each document shows another one's string, so the set of strings is the same).
       has_metadata: bool [D]; whether the template could be filled in for a document.
@@ -187,30 +174,25 @@ def owners(
     elif condition == "empty":
         owner[documents] = MetadataIds.EMPTY
     elif condition == "shuffled":
-        require(
-            len(sharing) != 1,
-            "the shuffled control needs two documents with metadata to exchange it and found one; raise evaluation.documents",
-        )
+        problem = "the shuffled control needs two documents with metadata to exchange it and found one"
+        require(len(sharing) != 1, f"{problem}; raise evaluation.documents")
         # Sorted by string and rolled by the largest group's size, no document gets its own string, unless one has the majority.
         _, group, sizes = np.unique(sharing if strings is None else strings[sharing], return_inverse=True, return_counts=True)
         grouped = sharing[np.argsort(group, kind="stable")]
-        owner[grouped] = np.roll(grouped, sizes.max() if len(sizes) else 0)
+        owner[grouped] = np.roll(grouped, max(sizes, default=0))
     return owner
 
 
 def delimiters(recipe: Metadata, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Delimiter ids before and after a metadata string."""
-    if recipe.wrap == "plain":
-        return (), ()
-    return (tokenizer.vocabulary.context_begin,), (tokenizer.vocabulary.context_end,)
+    vocabulary = tokenizer.vocabulary
+    return ((), ()) if recipe.wrap == "plain" else ((vocabulary.context_begin,), (vocabulary.context_end,))
 
 
 def special_targets(config: Config, vocabulary: Vocabulary) -> set[int]:
     """The special ids that are training targets: the end of a document, and those of metadata that carries a loss."""
     recipe, ids = config.metadata, {vocabulary.eos}
-    if recipe is None:
-        return ids
-    if recipe.position != "none" and any(spot.loss_weight for spot in spots(recipe)):
+    if recipe is not None and recipe.position != "none" and any(spot.loss_weight for spot in spots(recipe)):
         ids |= set(vocabulary.spare[: recipe.tokens])
         if recipe.wrap == "special_tokens":
             ids |= {vocabulary.context_begin, vocabulary.context_end}

@@ -7,48 +7,40 @@ phase reads fresh streams.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
+import grain
 
-class Mixture:
-    """Row n of the run -> (source, row of that source); a `grain` dataset selection map.
+
+class Mixture(grain.transforms.DatasetSelectionMap):
+    """Row n of the run -> (source, row of that source).
 
     Args:
       weights: one per source.
-      switch_row: first row of the second phase; None for one phase.
+      switch_row: first row of the second phase.
       switch_weights: weights of the second phase.
       fresh: whether the second phase reads other streams from their beginning, numbered after those of the first.
     """
 
     def __init__(
-        self, weights: Sequence[float], switch_row: int | None = None, switch_weights: Sequence[float] = (), fresh: bool = False
+        self, weights: Sequence[float], switch_row: int = sys.maxsize, switch_weights: Sequence[float] = (), fresh: bool = False
     ):
-        self.shares = _shares(weights)
-        self.switch_row = switch_row
-        self.switch_shares = _shares(switch_weights) if switch_row is not None else []
-        self.fresh = fresh
+        self.shares, self.switch_shares = _shares(weights), _shares(switch_weights)
+        self.switch_row, self.fresh = switch_row, fresh
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        if self.switch_row is None or n < self.switch_row:
-            return _select(n, self.shares)
-        source, k = _select(n - self.switch_row, self.switch_shares)
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        if index < self.switch_row:
+            return _select(index, self.shares)
+        source, k = _select(index - self.switch_row, self.switch_shares)
         if self.fresh:
             return len(self.shares) + source, k
-        return source, k + _counts(self.switch_row, self.shares)[source]
-
-    def counts(self, n: int) -> list[int]:
-        """Rows of each stream among the first n."""
-        first = min(n, self.switch_row) if self.switch_row is not None else n
-        counts = _counts(first, self.shares)
-        rest = _counts(n - first, self.switch_shares) if n > first else [0] * len(counts)
-        if self.fresh:
-            return counts + rest
-        return [a + b for a, b in zip(counts, rest, strict=True)]
+        return source, k + counts(self.switch_row, self.shares)[source]
 
 
 def _shares(weights: Sequence[float]) -> list[Fraction]:
@@ -62,18 +54,19 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
 
 
 def _select(n: int, shares: Sequence[Fraction]) -> tuple[int, int]:
-    for source, passes in enumerate(shares):
-        before = n * passes.numerator // passes.denominator
-        if (n + 1) * passes.numerator // passes.denominator == before:
+    for source, share in enumerate(shares):
+        before = math.floor(n * share)
+        if math.floor((n + 1) * share) == before:
             return source, n - before
         n = before
     raise AssertionError("the last source with weight takes every row that reaches it")
 
 
-def _counts(n: int, shares: Sequence[Fraction]) -> list[int]:
-    counts = []
-    for passes in shares:
-        rest = n * passes.numerator // passes.denominator
-        counts.append(n - rest)
+def counts(n: int, shares: Sequence[Fraction]) -> list[int]:
+    """Rows of each source among the first n of a phase."""
+    found = []
+    for share in shares:
+        rest = math.floor(n * share)
+        found.append(n - rest)
         n = rest
-    return counts
+    return found

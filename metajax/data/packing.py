@@ -17,6 +17,8 @@ import numpy as np
 from metajax.core.errors import UserError
 
 MIN_PIECE = 16  # inputs that a piece with metadata has at least, unless the rest of its document is shorter
+Pieces = list[tuple[int, int, int]]
+Where = Callable[[int], str]  # a document id -> its name in an error
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,17 @@ class RowIndex:
 
 
 def pack(
-    documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, style: str, where: Callable[[int], str] = str
+    documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, style: str, where: Where = str
 ) -> RowIndex:
-    """Pack `documents` (ids, in order) with `inputs` and `overhead` tokens each into rows of `capacity` tokens.
+    """Pack `documents` into rows of `capacity` tokens.
 
     Args:
-      documents: int [D]; ids written to the index.
+      documents: int [D]; ids written to the index, in order.
       inputs: int [D]; body length + 1 of each document.
       overhead: int [D]; metadata tokens in every piece of a document, including delimiters.
-      capacity: tokens of a row.
       style: "concat" fills each row to its end and cuts documents there; "best_fit" cuts only documents longer than a
         row and places each piece in the fullest row that has room (best-fit decreasing); "new_document" begins every row
         with a new document and drops the rest of a document that the row's end cuts.
-      where: document id -> its name in an error.
 
     Raises:
       UserError: metadata leaves no room for body tokens in a row.
@@ -62,8 +62,12 @@ def pack(
             f"document {where(int(documents[worst]))}: {int(overhead[worst])} metadata tokens, which leaves no room for the body in a row "
             f"of {capacity}; choose a shorter metadata.template or a larger data.sequence_length, or metadata.too_long=drop"
         )
-    styles = {"concat": _concat, "best_fit": _best_fit, "new_document": _new_document}
-    return styles[style](documents, inputs, overhead, capacity)
+    if style == "best_fit":
+        rows = _best_fit(documents, inputs, overhead, capacity)
+    else:
+        rows = _in_order(documents, inputs, overhead, capacity, drops_rest=style == "new_document")
+    pieces = np.array([piece for row in rows for piece in row], np.int32).reshape(-1, 3)
+    return RowIndex(pieces, np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 
 def most_overhead(capacity: int) -> int:
@@ -71,56 +75,35 @@ def most_overhead(capacity: int) -> int:
     return max(0, capacity - MIN_PIECE)
 
 
-def _concat(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int) -> RowIndex:
-    pieces: list[tuple[int, int, int]] = []
-    offsets, used = [0], 0
+def _in_order(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int, drops_rest: bool) -> list[Pieces]:
+    rows: list[Pieces] = []
+    used = capacity
     for document, total, extra in zip(documents.tolist(), inputs.tolist(), overhead.tolist(), strict=True):
         start = 0
         while start < total:
-            room = capacity - used - extra
-            if room < min(MIN_PIECE if extra else 1, total - start):
-                offsets.append(len(pieces))
+            room, rest = capacity - used - extra, total - start
+            if room < min(MIN_PIECE if extra else 1, rest):
+                rows.append([])
                 used = 0
                 continue
-            length = min(room, total - start)
-            pieces.append((document, start, length))
-            start += length
+            length = min(room, rest)
+            rows[-1].append((document, start, length))
             used += extra + length
-            if used == capacity:
-                offsets.append(len(pieces))
-                used = 0
-    if used:
-        offsets.append(len(pieces))
-    return RowIndex(np.array(pieces, np.int32).reshape(-1, 3), np.array(offsets, np.int64))
+            start = total if drops_rest else start + length
+    return rows
 
 
-def _new_document(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int) -> RowIndex:
-    pieces: list[tuple[int, int, int]] = []
-    offsets, used = [0], 0
-    for document, total, extra in zip(documents.tolist(), inputs.tolist(), overhead.tolist(), strict=True):
-        if used and capacity - used - extra < min(MIN_PIECE if extra else 1, total):
-            offsets.append(len(pieces))
-            used = 0
-        length = min(capacity - used - extra, total)
-        pieces.append((document, 0, length))
-        used += extra + length
-    if used:
-        offsets.append(len(pieces))
-    return RowIndex(np.array(pieces, np.int32).reshape(-1, 3), np.array(offsets, np.int64))
-
-
-def _best_fit(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int) -> RowIndex:
+def _best_fit(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, capacity: int) -> list[Pieces]:
     room = capacity - overhead
     full = inputs // room
-    rows: list[list[tuple[int, int, int]]] = []
+    rows: list[Pieces] = []
     for document, chunks, length in zip(documents.tolist(), full.tolist(), room.tolist(), strict=True):
         rows.extend([(document, chunk * length, length)] for chunk in range(chunks))
     rest = inputs - full * room
     size = np.where(rest > 0, rest + overhead, 0)
-    order = np.argsort(-size, kind="stable")
     open_rows: dict[int, list[int]] = {}  # room left -> rows with exactly that much
     levels: list[int] = []  # its keys, sorted
-    for i in order[: int((size > 0).sum())].tolist():
+    for i in np.argsort(-size, kind="stable")[: np.count_nonzero(size)].tolist():
         need = int(size[i])
         at = bisect.bisect_left(levels, need)
         if at < len(levels):
@@ -135,6 +118,4 @@ def _best_fit(documents: np.ndarray, inputs: np.ndarray, overhead: np.ndarray, c
         if left - need not in open_rows:
             bisect.insort(levels, left - need)
         open_rows.setdefault(left - need, []).append(row)
-    lengths = [len(row) for row in rows]
-    pieces = [piece for row in rows for piece in row]
-    return RowIndex(np.array(pieces, np.int32).reshape(-1, 3), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return rows

@@ -9,13 +9,13 @@ Arrays of a row (each has one entry per position; `finish` adds `positions`):
   asks_metadata bool     the target is metadata or one of its delimiters
   segment_ids   int32    documents of the row numbered from 1; 0 is padding
   positions     int32    index inside the segment
-  meta_positions    int32    [M], sorted positions of the meta-tokens; absent without injection
+  meta_positions int32   [M], sorted positions of the meta-tokens; absent without injection
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,32 +26,28 @@ from metajax.data.positions import after, before
 
 Row = dict[str, np.ndarray]
 BEGIN, BODY, END, NOTHING, METADATA = range(5)  # kinds of positions and targets; METADATA + i is part i of the metadata
+KINDS = dict.fromkeys(("is_body", "is_metadata", "asks_metadata"), bool)
+KINDS |= {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
 
 
+@dataclass(frozen=True)
 class RowSource:
     """Random access to assembled rows, for `grain.MapDataset.source`.
 
-    Args:
-      index: the pieces of every row.
-      read: document id -> its body ids.
-      metadata: the metadata of every piece.
-      vocabulary: special ids.
-      capacity: positions of a row before meta-tokens are injected.
+    read: document id -> its body ids. capacity: positions of a row before meta-tokens are injected.
     """
 
-    def __init__(
-        self, index: RowIndex, read: Callable[[int], np.ndarray], metadata: Placement, vocabulary: Vocabulary, capacity: int
-    ):
-        self.index, self.read, self.metadata, self.vocabulary, self.capacity = index, read, metadata, vocabulary, capacity
-        self._weights = np.array(
-            [0.0, 1.0, 1.0, 0.0, *(part.loss_weight for part in metadata.parts)], np.float32
-        )  # by the kind of the target
+    index: RowIndex
+    read: Callable[[int], np.ndarray]
+    metadata: Placement
+    vocabulary: Vocabulary
+    capacity: int
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, n: Any) -> Row:
-        pieces = [self._piece(*piece) for piece in self.index.row(int(n)).tolist()]
+    def __getitem__(self, index: int) -> Row:
+        pieces = [self._piece(*piece) for piece in self.index.row(int(index)).tolist()]
         return joined(pieces, self.capacity, self.vocabulary.pad)
 
     def _piece(self, document: int, start: int, length: int) -> Row:
@@ -66,12 +62,12 @@ class RowSource:
         begins, ends = start == 0, start + length > len(body)
         inside = body[max(start, 1) - 1 : start + length - 1]
         first, last, parts, cut, lead = [], [], [], 0, 0
-        for kind, part in enumerate(metadata.parts, METADATA):
-            ids = part.ids[document]
-            if part.at is before or part.at is after:
-                (first if part.at is before else last).append((ids, kind))
+        for kind, (spot, of_documents) in enumerate(metadata.parts, METADATA):
+            ids = of_documents[document]
+            if spot.at is before or spot.at is after:
+                (first if spot.at is before else last).append((ids, kind))
                 continue
-            at = part.at(len(inside))
+            at = spot.at(len(inside))
             parts += [(inside[cut:at], BODY), (ids, kind)]
             cut, lead = at, lead + len(ids) * (at == 0)
         parts.append((inside[cut:], BODY))
@@ -88,20 +84,9 @@ class RowSource:
             asked[lead - 1] = NOTHING
         if kinds[-1] == END:  # EOS is only a target
             stream, kinds, targets, asked = stream[:-1], kinds[:-1], targets[:-1], asked[:-1]
-        return {
-            "tokens": stream,
-            "targets": targets,
-            "loss_weights": self._weights[asked],
-            "is_body": asked == BODY,
-            "is_metadata": kinds >= METADATA,
-            "asks_metadata": asked >= METADATA,
-        }
-
-
-KINDS = {
-    "tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "is_body": bool, "is_metadata": bool, "asks_metadata": bool,
-    "segment_ids": np.int32,
-}  # fmt: skip
+        weights = np.array([0.0, 1.0, 1.0, 0.0, *(spot.loss_weight for spot, _ in metadata.parts)], np.float32)
+        made = {"tokens": stream, "targets": targets, "loss_weights": weights[asked], "is_body": asked == BODY}
+        return made | {"is_metadata": kinds >= METADATA, "asks_metadata": asked >= METADATA}
 
 
 def joined(pieces: Sequence[Row], length: int, pad: int) -> Row:
@@ -132,11 +117,15 @@ def padding_row(like: Row, pad: int) -> Row:
     """A row of padding with the shapes of `like`, to fill up the last evaluation batch."""
     empty = {name: np.zeros_like(values) for name, values in like.items()}
     empty["tokens"][:], empty["targets"][:] = pad, pad
-    if "meta_positions" in like:
-        empty["meta_positions"] = like["meta_positions"].copy()
-    return empty
+    return empty | {name: like[name] for name in like.keys() & {"meta_positions"}}
 
 
 def stack(rows: Sequence[Row]) -> Row:
     """Rows as one batch: every array gains a leading axis."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def batches(rows: Sequence[Row], size: int, pad: int) -> list[Row]:
+    """All rows in batches of `size`; padding rows fill the last one."""
+    rows = [*rows, *[padding_row(rows[0], pad)] * (-len(rows) % size)]
+    return [stack(rows[n : n + size]) for n in range(0, len(rows), size)]

@@ -28,7 +28,7 @@ from metajax.core.progress import progress
 from metajax.core.sealed import FORMAT, HASHES, Sealed, save_array, sealed_folder
 from metajax.core.workers import process_pool
 from metajax.data.cache import ARRAYS, TokenCache, bad_record, digest, read_documents
-from metajax.data.documents import BadRecord, Document, Source, origin_bucket
+from metajax.data.documents import BadRecord, Source, origin_bucket
 from metajax.data.encoding import Tokenizer
 
 CHUNK = 512  # records tokenised at a time
@@ -37,9 +37,8 @@ FACTS = "part.json"
 SCHEMA = pa.schema([("metadata", pa.string())])
 Advance = Callable[[int], None]
 Facts = dict[str, Any]
-Make = Callable[
-    ["Job", Sequence[int]], Iterator[int]
-]  # makes these parts of a job and yields the number of each when it is complete
+# Makes these parts of a job and yields the number of each when it is complete.
+Make = Callable[["Job", Sequence[int]], Iterator[int]]
 
 
 def in_processes(job: Job, parts: Sequence[int], workers: int = 1) -> Iterator[int]:
@@ -73,7 +72,11 @@ def build_token_cache(
                 with sealed_folder(folder) as work:
                     _finish(job, work, [job.write(0, work, advance)], stamp)
             else:
-                job.run(make, advance)
+                sizes = dict(enumerate(map(len, job.ranges)))
+                missing = [n for n in sizes if not job.folder(n).exists()]
+                advance(len(source) - sum(sizes[n] for n in missing))
+                for n in make(job, missing) if missing else ():
+                    advance(sizes[n])
                 with sealed_folder(folder) as work:
                     _finish(job, work, _join(job, work), stamp)
     return TokenCache(folder)
@@ -94,16 +97,12 @@ class Job:
         """The records of every part."""
         return [range(at, min(at + self.part, len(self.source))) for at in range(0, len(self.source), self.part)]
 
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("<u2" if self.tokenizer.vocabulary.size <= 1 << 16 else "<u4")
+
     def folder(self, number: int) -> Path:
         return self.home / f"{number:05d}"
-
-    def run(self, make: Make, advance: Advance) -> None:
-        """Make the parts that are missing."""
-        ranges = self.ranges
-        missing = [n for n in range(len(ranges)) if not self.folder(n).exists()]
-        advance(len(self.source) - sum(len(ranges[n]) for n in missing))
-        for n in make(self, missing) if missing else ():
-            advance(len(ranges[n]))
 
     def make(self, number: int) -> int:
         """Make a part, completely or not at all, unless it exists; returns its number."""
@@ -114,50 +113,34 @@ class Job:
 
     def write(self, number: int, folder: Path, advance: Advance) -> Facts:
         """Write tokens, cache arrays and metadata of a part's documents; returns the part's facts for the manifest."""
-        dtype = _dtype(self.tokenizer)
-        found: dict[str, list[int]] = {name: [] for name in ARRAYS}
-        bad, unencodable, sha, fields, before = 0, [], hashlib.sha256(), set(), Counter(self.source.tally)
+        rows, unencodable, sha, fields, before = [], [], hashlib.sha256(), set(), Counter(self.source.tally)
         writer = ArrayRecordWriter(str(folder / "tokens.array_record"), "group_size:1")
         table = pq.ParquetWriter(folder / "metadata.parquet", SCHEMA)
-        for chunk in _chunks(read_documents(self.source, self.on_bad_record, self.ranges[number])):
-            read = [record for record, document in chunk if document is not None]
-            documents, encoded, failed = self.encode([document for _, document in chunk if document is not None], read)
-            unencodable += failed
-            bad += len(chunk) - len(documents)
-            metadata = [json.dumps(d.metadata, sort_keys=True) for d in documents]
-            for document, ids, text in zip(documents, encoded, metadata, strict=True):
-                record = np.asarray(ids, dtype).tobytes()
-                writer.write(record)
-                sha.update(len(record).to_bytes(8, "little") + record + text.encode())
-                found["lengths"].append(len(ids))
-                found["bytes"].append(len(document.text.encode()))
-                found["origins"].append(origin_bucket(document.origin))
-                found["crc32"].append(zlib.crc32(record))
+        documents = read_documents(self.source, self.on_bad_record, self.ranges[number])
+        while chunk := list(itertools.islice(documents, CHUNK)):
+            read = [(record, document) for record, document in chunk if document is not None]
+            encoded, metadata = self.tokenizer.encode_each([document.text for _, document in read]), []
+            for (record, document), ids in zip(read, encoded, strict=True):
+                if isinstance(ids, BadRecord):
+                    bad_record(f"{self.source.where(record)}: {ids}", self.on_bad_record)
+                    unencodable.append(record)
+                    continue
+                tokens, text = np.asarray(ids, self.dtype).tobytes(), json.dumps(document.metadata, sort_keys=True)
+                writer.write(tokens)
+                sha.update(len(tokens).to_bytes(8, "little") + tokens + text.encode())
+                rows.append((len(ids), len(document.text.encode()), origin_bucket(document.origin), zlib.crc32(tokens)))
+                metadata.append(text)
                 fields.update(document.metadata)
             table.write_table(pa.table({"metadata": metadata}, schema=SCHEMA))
             advance(len(chunk))
         writer.close()
         table.close()
-        for name, kind in ARRAYS.items():
-            save_array(folder / f"{name}.npy", np.array(found[name], kind))
-        sizes = {name: sum(found[name]) for name in ("lengths", "bytes")}
-        facts = {"bad": bad, "unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
-        return {**facts, "documents": len(found["lengths"]), **sizes, "tally": self.source.tally - before}
-
-    def encode(self, documents: list[Document], records: list[int]) -> tuple[list[Document], list[list[int]], list[int]]:
-        """(documents that the tokenizer can encode, their ids, the record numbers of the others, which are bad)."""
-        encoded = self.tokenizer.encode_each([d.text for d in documents])
-        failed = []
-        for record, ids in zip(records, encoded, strict=True):
-            if isinstance(ids, BadRecord):
-                bad_record(f"{self.source.where(record)}: {ids}", self.on_bad_record)
-                failed.append(record)
-        good = [n for n, ids in enumerate(encoded) if not isinstance(ids, BadRecord)]
-        return [documents[n] for n in good], [encoded[n] for n in good], failed
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocabulary.size <= 1 << 16 else "<u4")
+        columns = np.array(rows, np.int64).reshape(-1, len(ARRAYS)).T
+        for values, (name, kind) in zip(columns, ARRAYS.items(), strict=True):
+            save_array(folder / f"{name}.npy", values.astype(kind))
+        facts = {"unencodable": unencodable, "sha256": sha.hexdigest(), "fields": sorted(fields)}
+        sizes = {"documents": len(rows), "lengths": int(columns[0].sum()), "bytes": int(columns[1].sum())}
+        return {"bad": len(self.ranges[number]) - len(rows), **sizes, **facts, "tally": self.source.tally - before}
 
 
 def _join(job: Job, folder: Path) -> list[Facts]:
@@ -181,30 +164,24 @@ def _join(job: Job, folder: Path) -> list[Facts]:
 
 def _finish(job: Job, folder: Path, facts: list[Facts], stamp: str) -> None:
     """Write the manifest; raises UserError if no document is left or the source's fingerprint is no longer `stamp`."""
-    require(
-        job.source.fingerprint() == stamp, f"{job.source.spec} was changed while it was tokenised; give the same command again"
-    )
-    bad, used = sum(of_part["bad"] for of_part in facts), [of_part for of_part in facts if of_part["documents"]]
-    require(bool(used), f"{job.source.spec} holds no usable document ({bad} bad records skipped)")
+    spec, tokenizer = job.source.spec, job.tokenizer
+    require(job.source.fingerprint() == stamp, f"{spec} was changed while it was tokenised; give the same command again")
+    total = {name: sum(of_part[name] for of_part in facts) for name in ("bad", "documents", "lengths", "bytes")}
+    used = [of_part for of_part in facts if of_part["documents"]]
+    require(bool(used), f"{spec} holds no usable document ({total['bad']} bad records skipped)")
     hashes = [of_part["sha256"] for of_part in used]
     manifest = {
         "source": job.source.manifest(),
-        "tokenizer": {"spec": job.tokenizer.spec, "fingerprint": job.tokenizer.fingerprint(), "markers": job.tokenizer.markers},
-        "documents": sum(of_part["documents"] for of_part in used),
-        "tokens": sum(of_part["lengths"] for of_part in used),
-        "bytes": sum(of_part["bytes"] for of_part in used),
-        "bad_records_skipped": bad,
-        "tally": dict(sorted(sum((Counter(of_part.get("tally")) for of_part in facts), Counter()).items())),
-        "unencodable": [record for of_part in facts for record in of_part.get("unencodable", ())],
+        "tokenizer": {"spec": tokenizer.spec, "fingerprint": tokenizer.fingerprint(), "markers": tokenizer.markers},
+        "documents": total["documents"],
+        "tokens": total["lengths"],
+        "bytes": total["bytes"],
+        "bad_records_skipped": total["bad"],
+        "tally": dict(sorted(sum((Counter(of_part["tally"]) for of_part in facts), Counter()).items())),
+        "unencodable": [record for of_part in facts for record in of_part["unencodable"]],
         "metadata_fields": sorted({field for of_part in used for field in of_part["fields"]}),
-        "dtype": _dtype(job.tokenizer).str,
+        "dtype": job.dtype.str,
         "sha256": hashes[0] if len(facts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }
     save_array(folder / "files.npy", np.array([of_part["documents"] for of_part in used]))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def _chunks(documents: Iterator[tuple[int, Document | None]]) -> Iterator[list[tuple[int, Document | None]]]:
-    """Lists of CHUNK records."""
-    while group := list(itertools.islice(documents, CHUNK)):
-        yield group

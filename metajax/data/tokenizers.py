@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
@@ -21,24 +22,12 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.progress import say
 from metajax.core.sealed import Sealed, sealed_folder
-from metajax.data.control_tokens import (
-    CONTROL,
-    USER_DEFINED,
-    Said,
-    as_markers,
-    control_of,
-    is_marker,
-    piece_types,
-    retyped,
-    unknown_name,
-    without_spellings,
-)
+from metajax.data import control_tokens
+from metajax.data.control_tokens import CONTROL, USER_DEFINED, Declared, is_marker
 from metajax.data.encoding import BLOCK, FILE, RESERVED, Reading, Tokenizer, Vocabulary
 from metajax.data.tasks.prompts import RESERVED_PIECES
 
-KINDS = ("byte", "bpe", "gpt2", "sentencepiece", "hf", "run")
-_GPT2_BASE = 50257
-_GPT2_END = 50256
+_GPT2_VOCABULARY = Vocabulary.above(50257, 50256, 50256)
 _GPT2_MARKER = "<|endoftext|>"
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT2_FILES = {
@@ -91,16 +80,18 @@ class HuggingFace(Tokenizer):
         library.no_padding()
         library.no_truncation()
         ids = library.get_vocab(with_added_tokens=True)
-        special = {t.content for t in library.get_added_tokens_decoder().values() if t.special}
+        special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
         begin = bos or next((name for name in _BEGIN_NAMES if name in special), None)
         end = eos or next((name for name in _END_NAMES if name in special), None)
-        self._define(ids, begin, end, named)
-
-    def _define(self, ids: dict[str, int], begin: str | None, end: str | None, named: Sequence[str]) -> None:
-        self.vocabulary = Vocabulary.above(_own_ids(ids), ids.get(begin), ids.get(end))
-        self._declared = {*named, *filter(None, (begin, end))}
-        self.control = control_of(self._library, ids, self._declared)
-        unknown = ids.get(unknown_name(self._library))
+        ends = {name for name in (begin, end) if name}
+        own = max(ids.values()) + 1
+        if all(ids.get(name) == own - len(RESERVED) + n for n, name in enumerate(RESERVED)):  # the file of an exported run
+            own -= len(RESERVED)
+        of = {name: ids[name] for name in ends & ids.keys()}
+        self.vocabulary = Vocabulary.above(own, of.get(begin or ""), of.get(end or ""))
+        self.control = control_tokens.control_of(library, ids, {*named, *ends})
+        self._declared = {*named, *ends} & self.control.keys()
+        unknown = ids.get(control_tokens.unknown_name(library) or "")
         self.unknown = None if unknown in (self.vocabulary.bos, self.vocabulary.eos) else unknown
 
     def content(self) -> str:
@@ -114,21 +105,14 @@ class HuggingFace(Tokenizer):
     def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
         if reading not in self._readers:
             self._readers[reading] = (
-                as_markers(self._library, self._declared & self.control.keys())
+                control_tokens.as_markers(self._library, self._declared)
                 if reading == "markers"
-                else without_spellings(self._library, self.control)
+                else control_tokens.without_spellings(self._library, self.control)
             )
         return [e.ids for e in self._readers[reading].encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
-
-
-def _own_ids(ids: dict[str, int]) -> int:
-    """Number of a file's ordinary ids: those below the reserved ones if it has them, as in an exported run, otherwise all."""
-    count = max(ids.values()) + 1
-    first = count - len(RESERVED)
-    return first if [ids.get(name) for name in RESERVED] == list(range(first, count)) else count
 
 
 class TrainedBpe(HuggingFace):
@@ -139,8 +123,9 @@ class TrainedBpe(HuggingFace):
 
     kind = "bpe"
 
-    def _define(self, ids: dict[str, int], begin: str | None, end: str | None, named: Sequence[str]) -> None:
-        self.vocabulary = Vocabulary.above(_bpe_base(self.spec))  # a small corpus may yield fewer merges; the table stays N
+    def __init__(self, spec: str, library: tokenizers.Tokenizer, *_: None):
+        super().__init__(spec, library)
+        self.vocabulary = Vocabulary.above(_bpe_table(spec)[0])  # a small corpus may yield fewer merges; the table stays N
 
 
 class Gpt2(Tokenizer):
@@ -149,11 +134,10 @@ class Gpt2(Tokenizer):
     kind = "gpt2"
 
     def __init__(self, spec: str, ranks: dict[bytes, int]):
-        self.spec, self._ranks = spec, ranks
-        self._encoding = tiktoken.Encoding(
-            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={_GPT2_MARKER: len(ranks)}
-        )
-        self.vocabulary, self.control = Vocabulary.above(len(ranks) + 1, len(ranks), len(ranks)), {_GPT2_MARKER: len(ranks)}
+        end = len(ranks)
+        self.spec, self._ranks, self.control = spec, ranks, {_GPT2_MARKER: end}
+        self.vocabulary = Vocabulary.above(end + 1, end, end)
+        self._encoding = tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.control)
 
     def content(self) -> str:
         return "\n".join(base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.__getitem__))
@@ -164,27 +148,18 @@ class Gpt2(Tokenizer):
 
     def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
         if reading == "markers":
-            return [self._encode_marked(text) for text in texts]
-        long = {n: text for n, text in enumerate(texts) if len(text) > _LONG and _LONG_SPACE.search(text)}
-        short = ["" if n in long else text for n, text in enumerate(texts)]
-        threads = min(len(texts), os.cpu_count() or 1)
-        encode = self._encoding.encode_ordinary
-        found = self._encoding.encode_ordinary_batch(short, num_threads=threads) if threads > 1 else [*map(encode, short)]
-        for n, text in long.items():
-            found[n] = self._encode_long(text)
-        return found
+            parts = [self._encode(text.split(_GPT2_MARKER), "text") for text in texts]
+            return [[*first, *chain.from_iterable([self.vocabulary.eos, *ids] for ids in others)] for first, *others in parts]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._encode_one, texts))
 
-    def _encode_marked(self, text: str) -> list[int]:
-        first, *others = self._encode(text.split(_GPT2_MARKER), "text")
-        return [*first, *chain.from_iterable([self.vocabulary.eos, *ids] for ids in others)]
-
-    def _encode_long(self, text: str) -> list[int]:
-        """The same ids, but each long run of white space is encoded separately, as the one piece that it is in the pattern.
+    def _encode_one(self, text: str) -> list[int]:
+        """Each long run of white space is encoded separately, as the one piece that it is in the pattern.
 
         Unless the text ends there, the last character of a run is not part of that piece: it joins the next word, or is separate.
         """
         ids, at = [], 0
-        for run in _LONG_SPACE.finditer(text):
+        for run in _LONG_SPACE.finditer(text) if len(text) > _LONG else ():
             end = run.end() - (run.end() < len(text))
             ids += self._encoding.encode_ordinary(text[at : run.start()]) + self._pieces.encode_ordinary(text[run.start() : end])
             at = end
@@ -213,11 +188,10 @@ class SentencePiece(Tokenizer):
         self._readers = {"text": self._processor}
         bos, eos = self._processor.bos_id(), self._processor.eos_id()  # -1 if the model has none
         self.vocabulary = Vocabulary.above(self._processor.vocab_size(), bos if bos >= 0 else None, eos if eos >= 0 else None)
-        kinds = enumerate(piece_types(model))
-        pieces = {self._processor.id_to_piece(i): (i, kind) for i, kind in kinds if kind in (CONTROL, USER_DEFINED)}
-        self.symbols = {name for name, (_, kind) in pieces.items() if kind == USER_DEFINED}
-        ordinary = {name for name in self.symbols if name not in named and not is_marker(name)}
-        self.control = {name: i for name, (i, _) in pieces.items() if name not in ordinary}
+        kinds = {self._processor.id_to_piece(i): (i, kind) for i, kind in enumerate(control_tokens.piece_types(model))}
+        self.symbols = {name for name, (_, kind) in kinds.items() if kind == USER_DEFINED}
+        found = {name for name in self.symbols if name in named or is_marker(name)}
+        self.control = {name: i for name, (i, kind) in kinds.items() if kind == CONTROL or name in found}
 
     def content(self) -> str:
         model = base64.b64encode(self.model).decode()
@@ -229,63 +203,56 @@ class SentencePiece(Tokenizer):
         return cls(spec, base64.b64decode(model), json.loads(named or "[]"))
 
     def _encode(self, texts: list[str], reading: Reading) -> list[list[int]]:
+        own = {*self.control.values()}
         if reading not in self._readers:
-            model = retyped(self.model, {*self.control.values()}, USER_DEFINED if reading == "markers" else CONTROL)
+            model = control_tokens.retyped(self.model, own, USER_DEFINED if reading == "markers" else CONTROL)
             self._readers[reading] = sentencepiece.SentencePieceProcessor(model_proto=model)
         found, markers = self._readers[reading].encode(texts), tuple(self.control)
         if reading == "markers":  # drops the space that a model puts before a text if a control token comes first
-            own = {*self.control.values()}
             found = [ids[t.startswith(markers) and ids[0] not in own :] for ids, t in zip(found, texts, strict=True)]
         return found
 
     def _decode(self, ids: list[int]) -> str:
-        parts = []
-        for control, run in groupby(ids, self._processor.is_control):
-            same = list(run)
-            parts.append("".join(map(self._processor.id_to_piece, same)) if control else self._processor.decode(same))
-        return "".join(parts)
+        runs = ((control, list(run)) for control, run in groupby(ids, self._processor.is_control))
+        return "".join(
+            "".join(map(self._processor.id_to_piece, run)) if control else self._processor.decode(run) for control, run in runs
+        )
 
 
-_CLASSES = {c.kind: c for c in (Bytes, TrainedBpe, Gpt2, SentencePiece, HuggingFace)}
+_CLASSES = {made.kind: made for made in (Bytes, TrainedBpe, Gpt2, SentencePiece, HuggingFace)}
+KINDS = (*_CLASSES, "run")
 
 
-# ------------------------------------------------------------------------------------------------------- opening
-
-
-def _kind(spec: str) -> tuple[str, str]:
+def _parsed(spec: str) -> tuple[str, str]:
     kind, _, rest = spec.partition(":")
     require(kind in KINDS, f"data.tokenizer = {spec!r}: unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
     require(kind != "byte" or not rest, f"data.tokenizer = {spec!r}: byte takes nothing after it")
     return kind, rest
 
 
-def _bpe_base(spec: str) -> int:
-    """Ordinary ids of `bpe:N`: N minus the reserved ones; UserError unless 64 divides N and N holds all bytes and whole words."""
-    number, words = spec.partition(":")[2].partition("+")[0], _whole_words(spec)
+def _bpe_table(spec: str) -> tuple[int, tuple[str, ...]]:
+    """(ordinary ids: N minus the reserved ones, words that are one token each) of `bpe:N` and `bpe:N+tasks`.
+
+    Raises UserError unless 64 divides N and N holds all bytes and whole words.
+    """
+    number, plus, name = spec.partition(":")[2].partition("+")
+    require(not plus or name == "tasks", f"data.tokenizer = {spec!r}: unknown {name!r} after the +; known: tasks")
+    words = RESERVED_PIECES if plus else ()
     smallest = -(-(256 + len(RESERVED) + len(words)) // BLOCK) * BLOCK
     size = int(number) if number.isdecimal() and len(number) < 10 else 0
     require(
         smallest <= size <= 2**20 and size % BLOCK == 0,
         f"data.tokenizer = {spec!r}: N, the size of the table, is a multiple of {BLOCK} from {smallest} on, at most {2**20:,}, such as bpe:2048",
     )
-    return size - len(RESERVED)
-
-
-def _whole_words(spec: str) -> tuple[str, ...]:
-    """The words that are one token each in `bpe:N+tasks`; none for `bpe:N`."""
-    _, plus, words = spec.partition("+")
-    require(not plus or words == "tasks", f"data.tokenizer = {spec!r}: unknown {words!r} after the +; known: tasks")
-    return RESERVED_PIECES if plus else ()
+    return size - len(RESERVED), words
 
 
 def vocabulary_of(spec: str) -> Vocabulary | None:
     """The vocabulary if the spec alone determines it (byte, bpe:N, gpt2), otherwise None; raises UserError for a bad spec."""
-    kind, _ = _kind(spec)
-    if kind == "byte":
-        return Vocabulary.above(256)
+    kind, _ = _parsed(spec)
     if kind == "bpe":
-        return Vocabulary.above(_bpe_base(spec))
-    return Vocabulary.above(_GPT2_BASE, _GPT2_END, _GPT2_END) if kind == "gpt2" else None
+        return Vocabulary.above(_bpe_table(spec)[0])
+    return {"byte": Vocabulary.above(256), "gpt2": _GPT2_VOCABULARY}.get(kind)
 
 
 def open_tokenizer(
@@ -296,19 +263,28 @@ def open_tokenizer(
     bpe:N is trained on `texts()` if the cache has none for this corpus. Paths are relative to `data_dir`, or without it to
     the working directory. Raises UserError for a bad spec and for a missing or damaged file.
     """
-    kind, rest = _kind(spec)
+    kind, rest = _parsed(spec)
+    tokenizers_dir = Path(cache_dir) / "tokenizers"
     if kind == "byte":
         return Bytes()
     if kind == "bpe":
-        return _cached_bpe(spec, Path(cache_dir), corpus_fingerprint, texts)
-    folders = {"gpt2": "the folder of vocab.bpe and encoder.json", "run": "the folder of the run"}
-    wanted = folders.get(kind, "the path of its file")
+        base, words = _bpe_table(spec)
+        of_words = f"-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}" if words else ""
+        folder = tokenizers_dir / f"bpe-{base + len(RESERVED)}{of_words}-{corpus_fingerprint[:12]}"
+        if not folder.exists():
+            trained = train_bpe(spec, texts())
+            with sealed_folder(folder) as work:
+                (work / FILE).write_text(trained._library.to_str(), encoding="utf-8")
+        return TrainedBpe(spec, tokenizers.Tokenizer.from_buffer(Sealed(folder).read(FILE)))
+    wanted = {"gpt2": "the folder of vocab.bpe and encoder.json", "run": "the folder of the run"}.get(
+        kind, "the path of its file"
+    )
     remedy = f"; {_GPT2_REMEDY}" if kind == "gpt2" else ""
     require(bool(rest), f"data.tokenizer = {spec!r}: {wanted} is missing, write {kind}:PATH{remedy}")
     path = Path(data_dir or ".") / rest
     if kind == "run":
         return load(path)
-    if path.is_relative_to(Path(cache_dir).absolute() / "tokenizers"):  # a tokenizer that was extracted from a GGUF file
+    if path.is_relative_to(tokenizers_dir.absolute()):  # a tokenizer that was extracted from a GGUF file
         Sealed(path.parent).check()
     return {"gpt2": _open_gpt2, "sentencepiece": _open_sentencepiece, "hf": _open_hf}[kind](spec, path)
 
@@ -326,33 +302,21 @@ def load(folder: Path) -> Tokenizer:
     return loaded
 
 
-def _cached_bpe(spec: str, cache_dir: Path, corpus_fingerprint: str, texts: Callable[[], Iterable[str]]) -> TrainedBpe:
-    base = _bpe_base(spec)
-    words = hashlib.sha256(json.dumps(_whole_words(spec)).encode()).hexdigest()[:8] if _whole_words(spec) else ""
-    folder = cache_dir / "tokenizers" / f"bpe-{base + len(RESERVED)}{words and '-' + words}-{corpus_fingerprint[:12]}"
-    if not folder.exists():
-        trained = train_bpe(spec, texts())
-        with sealed_folder(folder) as work:
-            (work / FILE).write_text(trained._library.to_str(), encoding="utf-8")
-    return TrainedBpe(spec, tokenizers.Tokenizer.from_buffer(Sealed(folder).read(FILE)))
-
-
 def train_bpe(spec: str, texts: Iterable[str]) -> TrainedBpe:
     """Train byte-level BPE on texts, with all 256 bytes in the alphabet and no special tokens. It is deterministic."""
+    base, words = _bpe_table(spec)
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     library.decoder = tokenizers.decoders.ByteLevel()
     terminal = sys.stderr.isatty()
     if not terminal:
         say(f"training tokenizer {spec} (once for this corpus)")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=_bpe_base(spec) - len(_whole_words(spec)),
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[],
-        show_progress=terminal,
+        vocab_size=base - len(words), initial_alphabet=alphabet, special_tokens=[], show_progress=terminal
     )
     library.train_from_iterator(texts, trainer)
-    library.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in _whole_words(spec)])
+    library.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
     return TrainedBpe(spec, library)
 
 
@@ -360,38 +324,33 @@ def _open_gpt2(spec: str, folder: Path) -> Gpt2:
     for name, sha256 in _GPT2_FILES.items():
         found = hashlib.sha256(_read(folder / name, _GPT2_REMEDY)).hexdigest()
         require(found == sha256, f"{folder / name}: sha256 {found[:12]} is not GPT-2's {sha256[:12]}; {_GPT2_REMEDY}")
-    paths = {"vocab_bpe_file": str(folder / "vocab.bpe"), "encoder_json_file": str(folder / "encoder.json")}
-    return Gpt2(spec, data_gym_to_mergeable_bpe_ranks(**paths))
+    return Gpt2(spec, data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json")))
 
 
 def _open_sentencepiece(spec: str, path: Path) -> SentencePiece:
     """The model, with the control tokens that the files beside it declare."""
-    model, said = _read(path, "copy a SentencePiece .model file there, or name another path"), Said(path.parent)
+    model, declared = _read(path, "copy a SentencePiece .model file there, or name another path"), Declared(path.parent)
     try:
         found = SentencePiece(spec, model)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]}); name another file") from None
     ids = {name: found._processor.piece_to_id(name) for name in found.symbols}
-    named = said.control(ids, found.symbols) - found.control.keys()
-    return SentencePiece(spec, model, sorted(named)) if named else found
+    return SentencePiece(spec, model, sorted(declared.control(ids, found.symbols) - found.control.keys()))
 
 
 def _open_hf(spec: str, path: Path) -> HuggingFace:
     """The file, with bos, eos and control tokens from the files beside it if there are any."""
-    library, said = _parse_library(path, "copy a tokenizer.json there, or name another path"), Said(path.parent)
-    ends = [said.roles.get(f"{end}_token") for end in ("bos", "eos")]
-    added = {token.content: token for token in library.get_added_tokens_decoder().values()}
-    named = said.control(library.get_vocab(with_added_tokens=True), added.keys()) - {*ends}
-    shown = {name for name in named & added.keys() if added[name].special or is_marker(name)}  # declared by the file itself
-    return HuggingFace(spec, library, *ends, sorted(named - shown))
-
-
-def _parse_library(path: Path, remedy: str) -> tokenizers.Tokenizer:
-    text = _read(path, remedy)
+    remedy = "copy a tokenizer.json there, or name another path"
+    text, declared = _read(path, remedy), Declared(path.parent)
     try:
-        return tokenizers.Tokenizer.from_buffer(text)
+        library = tokenizers.Tokenizer.from_buffer(text)
     except ValueError as error:
         raise UserError(f"{path}: not a tokenizer of the tokenizers library ({error}); {remedy}") from None
+    bos, eos = declared.roles.get("bos_token"), declared.roles.get("eos_token")
+    added = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    named = declared.control(library.get_vocab(with_added_tokens=True), added.keys()) - {bos, eos}
+    shown = {name for name in named & added.keys() if added[name].special or is_marker(name)}  # declared by the file itself
+    return HuggingFace(spec, library, bos, eos, sorted(named - shown))
 
 
 def _read(path: Path, remedy: str) -> bytes:

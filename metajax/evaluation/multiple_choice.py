@@ -24,9 +24,9 @@ from metajax.core.progress import progress
 from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
-from metajax.data.questions import BETWEEN, COMPLETED, Question, QuestionFile, encode_pair
 from metajax.data.rows import Row, padding_row, stack
 from metajax.distributed.mesh import row_shards
+from metajax.evaluation.questions import BETWEEN, COMPLETED, Question, QuestionFile, encode_pair
 from metajax.evaluation.validation import require_finite, require_rows
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare

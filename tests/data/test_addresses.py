@@ -35,8 +35,21 @@ def test_hosts(url, host):
 
 @pytest.mark.fault(15)
 @pytest.mark.parametrize(
-    "text", ["some words.", "word", "", "3.14", "http://", "http://:80/", "http://[broken", "http://a..b/", "http://256.1.1.1/", "javascript:alert(1)", "Dr. Who/x"]
-)  # fmt: skip
+    "text",
+    [
+        "some words.",
+        "word",
+        "",
+        "3.14",
+        "http://",
+        "http://:80/",
+        "http://[broken",
+        "http://a..b/",
+        "http://256.1.1.1/",
+        "javascript:alert(1)",
+        "Dr. Who/x",
+    ],
+)
 def test_what_is_no_address_has_no_parts(text):
     assert [annotate(f"url|{part}", [text]) for part in ("scheme", "host", "domain", "tld", "path")] == [[None]] * 5
 

@@ -56,10 +56,8 @@ def home(tiny_config, tmp_path_factory):
     for letters in ("abcdefg", "nmlkjih"):
         folder = tmp_path_factory.mktemp(letters)
         write_corpus(folder / "corpus.jsonl", letters)
-        changes = {
-            "data.sources": (f"jsonl:{folder}/corpus.jsonl",), "data.tokenizer": "bpe:320", "data.sequence_length": 64,
-            "metadata": {"template": "{topic}"}, "evaluation.conditions": ("right", "shuffled"),
-        }  # fmt: skip
+        changes = {"data.sources": (f"jsonl:{folder}/corpus.jsonl",), "data.tokenizer": "bpe:320", "data.sequence_length": 64}
+        changes |= {"metadata": {"template": "{topic}"}, "evaluation.conditions": ("right", "shuffled")}
         config = override(tiny_config(), changes)
         made.append((config, folder / "cache", numbers(config, folder / "cache")))
     (config, cache, whole), (_, another, _) = made
@@ -74,10 +72,9 @@ def counterpart(cache, path, another):
 
 def test_every_damage_of_every_file_is_told_or_harmless(home, tmp_path):
     config, cache, another, whole = home
-    assert {path.rpartition("/")[2] for path, _ in cases(cache)} == {
-        "tokens.array_record", "lengths.npy", "bytes.npy", "origins.npy", "crc32.npy", "files.npy", "metadata.parquet", "manifest.json",
-        "ids.npy", "offsets.npy", "present.npy", "pieces.npy", "tokenizer.json", "hashes.json",
-    }  # fmt: skip
+    arrays = {f"{name}.npy" for name in ("lengths", "bytes", "origins", "crc32", "files", "ids", "offsets", "present", "pieces")}
+    others = {"tokens.array_record", "metadata.parquet", "manifest.json", "tokenizer.json", "hashes.json"}
+    assert {path.rpartition("/")[2] for path, _ in cases(cache)} == arrays | others
     harmless, made_again = set(), set()
     for n, (path, name) in enumerate(cases(cache)):
         copy = tmp_path / str(n)

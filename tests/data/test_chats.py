@@ -37,9 +37,13 @@ def chat_config(tiny_config, tmp_path):
     def made(markers, **changes):
         base = {
             "data.sources": (f"jsonl:{tmp_path}/chat.jsonl?text=chosen&origin=id{'&markers=true' * markers}",),
-            "data.tokenizer": f"hf:{tmp_path}/model/tokenizer.json", "data.sequence_length": 192, "data.packing": "best_fit", "evaluation.conditions": ("right",),
-            "metadata": Metadata(template="{prompt}", wrap="plain", keep=1.0), "evaluation.sample_tokens": 4,
-        }  # fmt: skip
+            "data.tokenizer": f"hf:{tmp_path}/model/tokenizer.json",
+            "data.sequence_length": 192,
+            "data.packing": "best_fit",
+            "evaluation.conditions": ("right",),
+            "metadata": Metadata(template="{prompt}", wrap="plain", keep=1.0),
+            "evaluation.sample_tokens": 4,
+        }
         return tiny_config(**(base | changes))
 
     return made

@@ -224,9 +224,8 @@ def chats(tmp_path):
 
 def corpora_of(tiny_config, paths, folders, tmp_path, options):
     source = f"jsonl:{tmp_path}/chat.jsonl?text=response&origin=id{options}"
-    config = tiny_config(**{
-        "data.sources": (source,), "data.tokenizer": f"hf:{folders['chat']}/tokenizer.json", "evaluation.conditions": ("none",)
-    })  # fmt: skip
+    changes = {"data.sources": (source,), "data.tokenizer": f"hf:{folders['chat']}/tokenizer.json"}
+    config = tiny_config(**changes, **{"evaluation.conditions": ("none",)})
     return open_corpora(config, paths)
 
 
@@ -237,7 +236,7 @@ def test_a_source_says_that_its_text_has_markers(tiny_config, paths, folders, tm
     )
     tokenizer = plain.tokenizer
     end = tokenizer.control["<|im_end|>"]
-    assert (plain.caches[0].markers, marked.caches[0].markers) == (False, True)
+    assert [made.caches[0].manifest["tokenizer"]["markers"] for made in (plain, marked)] == [False, True]
     assert plain.caches[0].folder != marked.caches[0].folder, "other ids have another cache"
     assert plain.key != marked.key
     for n, row in enumerate(chats):
@@ -285,8 +284,9 @@ def test_what_a_tokenizer_raises_is_a_bad_record_with_its_place(tmp_path):
         assert [bytes(cache[n].astype(np.uint8)).decode() for n in range(len(cache))] == ["a", "", "c", "d"]
         assert cache.manifest["bad_records_skipped"] == 2
         assert place_of(cache.manifest, "skip", tmp_path, tmp_path, 3).endswith("c.jsonl, line 7"), "the last document"
+    manifest = {"source": {"spec": "s"}, "metadata_fields": ["origin"]}
     no_columns = SimpleNamespace(
-        folder=tmp_path, key="k", markers=False, manifest={"source": {"spec": "s"}}, metadata=lambda: [{}, {"origin": "a"}]
+        folder=tmp_path, key="k", markers=False, manifest=manifest, metadata=lambda: [{}, {"origin": "a"}]
     )
     with pytest.raises(UserError, match=r"s, document 1, metadata\.template = '\{origin\}x'"):
         build_metadata_table(no_columns, Fragile(), "{origin}x")

@@ -101,10 +101,8 @@ def test_a_table_on_ones_own(tmp_path):
     (tmp_path / "experiments" / "__init__.py").touch()  # or the repository's own would be found first
     for name, text in {"a_source": SOURCE, "a_task": TASK, "a_position": POSITION, "runs": EXPERIMENTS}.items():
         (tmp_path / "experiments" / f"{name}.py").write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "metajax", "own"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=500,
-    )  # fmt: skip
+    command, environment = [sys.executable, "-m", "metajax", "own"], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     text, task = (json.loads(next(tmp_path.glob(f"runs/own/{row}/cpu/*/report.json")).read_text()) for row in ("text", "task"))
     assert text["steps"] == task["steps"] == 2

@@ -30,12 +30,18 @@ FAMILIES = {
     "prepend": {"metadata": TOPIC},
     "prepend, inside": {"metadata": Metadata(template="{topic}", keep=1.0, bos_eos="inside", loss_weights=(0.5, 1.0))},
     "append": {"metadata": Metadata(template="{topic}", keep=0.7, position="append")},
-    "append, inside, shuffled": {"metadata": Metadata(template="{topic}", position="append", bos_eos="inside", assigned="shuffled")},
+    "append, inside, shuffled": {
+        "metadata": Metadata(template="{topic}", position="append", bos_eos="inside", assigned="shuffled")
+    },
     "both": {"metadata": Metadata(template="{topic}", position="both", appended="{module}"), "data.packing": "new_document"},
     "both, learnable": {"metadata": Metadata(tokens=3, position="both"), "meta_tokens": MetaTokens()},
     "tasks": {"tasks": replace(TASKS, names=(*TASKS.names, "needle", "mqar")), "data.sequence_length": 192},
-    "tasks, random pauses": {"tasks": replace(TASKS, placement="random"), "data.sequence_length": 192, "meta_tokens": MetaTokens()},
-}  # fmt: skip
+    "tasks, random pauses": {
+        "tasks": replace(TASKS, placement="random"),
+        "data.sequence_length": 192,
+        "meta_tokens": MetaTokens(),
+    },
+}
 
 
 def sample(family, home):

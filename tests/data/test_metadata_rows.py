@@ -102,7 +102,7 @@ def test_the_control_in_training_exchanges_metadata_at_random(tiny_config, paths
         corpora = open_corpora(tiny_config(metadata=recipe, **{"data.sequence_length": 48}), paths)
         [cache] = corpora.caches
         train = cache.documents("train", corpora.config.data.validation_share)
-        side = pipeline._placement(corpora, cache, "training", train, pytest.fail).parts[0].ids
+        side = pipeline._placement(corpora, cache, "training", train, pytest.fail).parts[0][1]
         source[assigned] = [side[int(i)].tobytes() for i in train]
     own, shuffled = source["own"], source["shuffled"]
     assert Counter(own) == Counter(shuffled)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from metajax.config import Metadata
-from metajax.data.metadata import MetadataIds, Placed, Placement, delimiters
+from metajax.data.metadata import MetadataIds, Placement, delimiters
 from metajax.data.packing import pack
 from metajax.data.positions import spots
 from metajax.data.rows import RowSource, finish
@@ -45,7 +45,7 @@ def decoded(packing, recipe):
     tokenizer, recipe = Bytes(), Metadata(**recipe)
     ids = np.array(list("".join(METADATA).encode()), np.int32)
     side = MetadataIds(ids, np.cumsum([0, *map(len, METADATA)]), np.array(owner), *delimiters(recipe, tokenizer))
-    placement = Placement(tuple(Placed(spot.at, side, spot.loss_weight) for spot in spots(recipe)), recipe.bos_eos == "outside")
+    placement = Placement(tuple((spot, side) for spot in spots(recipe)), recipe.bos_eos == "outside")
     documents = np.arange(3)
     index = pack(documents, np.array([len(text) + 1 for text in TEXTS]), placement.overhead(documents), capacity, style)
     rows = RowSource(index, lambda i: np.array(list(TEXTS[i].encode()), np.int32), placement, tokenizer.vocabulary, capacity)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from metajax.config import MetaTokens
 from metajax.data.encoding import Vocabulary
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds, Placed, Placement
+from metajax.data.metadata import MetadataIds, Placement
 from metajax.data.packing import MIN_PIECE, RowIndex, pack
-from metajax.data.positions import after, before
+from metajax.data.positions import Spot, after, before
 from metajax.data.rows import RowSource, finish, padding_row, stack
 
 B, E, P, M, C, D = 90, 91, 92, 93, 94, 95  # bos, eos, pad, meta, context_begin, context_end
@@ -31,7 +31,7 @@ def metadata_ids(strings, owner=None, wrapped=True):
 def source(rows, capacity, metadata=None, bodies=BODIES, loss_weight=0.0):
     """A RowSource whose row n holds exactly the pieces rows[n], with `metadata` in front."""
     index = RowIndex(np.array([p for row in rows for p in row], np.int32).reshape(-1, 3), np.cumsum([0, *map(len, rows)]))
-    placement = Placement(() if metadata is None else (Placed(before, metadata, loss_weight),))
+    placement = Placement(() if metadata is None else ((Spot("", before, loss_weight), metadata),))
     return RowSource(index, lambda i: np.array(bodies[i], np.int32), placement, VOCABULARY, capacity)
 
 
@@ -174,7 +174,7 @@ class Corpus:
 
 def both_sides(corpus, document):
     """(ids before, ids after) of a document."""
-    ids = {part.at: part.ids[document] for part in corpus.metadata.parts}
+    ids = {spot.at: ids[document] for spot, ids in corpus.metadata.parts}
     return tuple(ids.get(at, np.zeros(0, np.int32)) for at in (before, after))
 
 
@@ -191,7 +191,7 @@ def corpora(draw):
         owners = draw(st.lists(owner, min_size=len(bodies), max_size=len(bodies)))
         strings = [list(range(first, first + draw(st.integers(0, 6)))) for _ in bodies]
         wrapped = draw(st.booleans())
-        parts += draw(st.sampled_from([[], [Placed(at, metadata_ids(strings, owners, wrapped), weight)]]))
+        parts += draw(st.sampled_from([[], [(Spot("", at, weight), metadata_ids(strings, owners, wrapped))]]))
     metadata = Placement(tuple(parts), draw(st.booleans()))
     loss = draw(st.sampled_from([None, "skip_meta_targets", "real_only"]))
     meta = None if loss is None else MetaTokens(inject=draw(st.sampled_from(["random", "periodic"])), loss=loss)
@@ -247,7 +247,7 @@ def middle(length):
 def test_metadata_inside_the_body_loses_no_token_of_it(corpus, size):
     """With metadata in the middle of every piece, too: body tokens are predicted once, in order, and the metadata has its weight."""
     strings = metadata_ids([list(range(40, 40 + size))] * len(corpus.bodies))
-    parts = (*corpus.metadata.parts, Placed(middle, strings, 0.25))
+    parts = (*corpus.metadata.parts, (Spot("", middle, 0.25), strings))
     corpus = dataclasses.replace(corpus, metadata=dataclasses.replace(corpus.metadata, parts=parts), capacity=corpus.capacity + 8)
     asked = []
     for pieces, plain, row in assemble(corpus, 0):
@@ -269,7 +269,7 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
     following = {}
     for body in filter(None, corpus.bodies):
         following |= dict(zip(body, [*body[1:], E], strict=True))
-    if any(part.at is after for part in corpus.metadata.parts):  # the last one may be asked for the metadata behind it
+    if any(spot.at is after for spot, _ in corpus.metadata.parts):  # the last one may be asked for the metadata behind it
         following = {token: after for token, after in following.items() if after != E}
     for pieces, _, row in assemble(corpus, seed):
         real = row["tokens"] != M
@@ -285,7 +285,7 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
 @given(corpora(), st.integers(0, 99))
 def test_masks_cover_exactly_the_metadata(corpus, seed):
     """Metadata is what is neither BOS, EOS nor body, whole beside every piece; its labels have their side's weight."""
-    weight_of = {part.at: part.loss_weight for part in corpus.metadata.parts}
+    weight_of = {spot.at: spot.loss_weight for spot, _ in corpus.metadata.parts}
     front_weight, behind_weight = weight_of.get(before, 0.0), weight_of.get(after, 0.0)
     for pieces, plain, row in assemble(corpus, seed):
         tokens = plain["tokens"][plain["segment_ids"] > 0]
@@ -314,7 +314,7 @@ def test_masks_cover_exactly_the_metadata(corpus, seed):
 @given(corpora(), st.integers(0, 99))
 def test_metadata_behind_the_text_changes_nothing_in_front_of_it(corpus, seed):
     """What a body token is asked from is the same with and without metadata behind the text of its piece."""
-    alone = dataclasses.replace(corpus.metadata, parts=tuple(part for part in corpus.metadata.parts if part.at is before))
+    alone = dataclasses.replace(corpus.metadata, parts=tuple(part for part in corpus.metadata.parts if part[0].at is before))
     for pieces, plain, _ in assemble(corpus, seed):
         rows = [tuple(map(int, piece)) for piece in pieces]
         for segment, piece in enumerate(rows, 1):

@@ -99,11 +99,11 @@ def write_sentencepiece(folder, kind="bpe"):
     texts = [
         f"The {a} {b} runs to the {b}; it's {i} o'clock.\n" for i in range(20) for a in ("red", "old") for b in ("fox", "dog")
     ]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=299, byte_fallback=True, minloglevel=2,
-        model_type=kind, pad_id=3, user_defined_symbols=["<|im_start|>", "<|im_end|>", "STOP", "  "],
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
+    spaces = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    options = {"vocab_size": 299, "byte_fallback": True, "minloglevel": 2, "model_type": kind, "pad_id": 3} | spaces
+    options["user_defined_symbols"] = ["<|im_start|>", "<|im_end|>", "STOP", "  "]
+    trainer = sentencepiece.SentencePieceTrainer
+    trainer.train(sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), **options)
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "additional_special_tokens": ["<|im_start|>", "STOP"]}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **roles}))
     return folder

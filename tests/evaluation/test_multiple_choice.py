@@ -11,9 +11,9 @@ import pytest
 
 from metajax.config import Choice, Metadata
 from metajax.core.errors import UserError
-from metajax.data.pipeline import check_evaluation, open_corpora
-from metajax.data.questions import KINDS, Question, QuestionFile, encode_pair
-from metajax.evaluation.multiple_choice import COMPLETION, evaluate_choice, in_front, score, summarise, with_shots
+from metajax.data.pipeline import open_corpora
+from metajax.evaluation.multiple_choice import COMPLETION, check_choice, evaluate_choice, in_front, score, summarise, with_shots
+from metajax.evaluation.questions import KINDS, Question, QuestionFile, encode_pair
 from metajax.experiment import run_experiment
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
@@ -199,6 +199,6 @@ def test_mistakes_in_files_are_named(prepared, tmp_path):
         (tmp_path / "piqa.jsonl").write_text(line)
         _, corpora, _ = prepared([f"piqa:{tmp_path}/piqa.jsonl"])
         with pytest.raises(UserError, match=message):
-            check_evaluation(corpora)
+            check_choice(corpora)
     with pytest.raises(UserError, match="unknown kind 'piqua'; did you mean 'piqa'"):
         QuestionFile.of("piqua:f.jsonl")

@@ -18,8 +18,8 @@ from metajax.core.fields import override
 from metajax.core.progress import shown
 from metajax.data.documents import is_validation
 from metajax.data.pipeline import Paths
-from metajax.data.questions import Question
 from metajax.evaluation.multiple_choice import score
+from metajax.evaluation.questions import Question
 from metajax.experiment import evaluate_run
 from metajax.runs.directory import find_run
 from metajax.training.losses import token_nll

@@ -17,8 +17,8 @@ from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.data.documents import is_validation
 from metajax.data.pipeline import Paths
-from metajax.data.questions import Question
 from metajax.evaluation.multiple_choice import score
+from metajax.evaluation.questions import Question
 from metajax.experiment import evaluate_run
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare

@@ -5,9 +5,9 @@ import pytest
 
 from metajax.config import Metadata, MetaTokens
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import MetadataIds, Placed, Placement, delimiters
+from metajax.data.metadata import MetadataIds, Placement, delimiters
 from metajax.data.packing import pack
-from metajax.data.positions import before
+from metajax.data.positions import Spot, before
 from metajax.data.rows import RowSource, finish
 from metajax.data.tokenizers import Bytes
 from metajax.reporting.rows import for_page, spans, summary
@@ -20,7 +20,7 @@ def source(texts, strings, capacity=40):
     bodies, ids = encoded[: len(texts)], encoded[len(texts) :]
     offsets = np.cumsum([0, *map(len, ids)])
     side = MetadataIds(np.concatenate(ids), offsets, np.arange(len(texts)), *delimiters(Metadata(), TOKENIZER))
-    sides, documents = Placement((Placed(before, side, 0.0),)), np.arange(len(texts))
+    sides, documents = Placement(((Spot("", before, 0.0), side),)), np.arange(len(texts))
     index = pack(documents, np.array([len(b) + 1 for b in bodies]), sides.overhead(documents), capacity, "concat")
     return RowSource(index, bodies.__getitem__, sides, TOKENIZER.vocabulary, capacity)
 

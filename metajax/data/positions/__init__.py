@@ -7,7 +7,7 @@ same in a file of `experiments/`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from metajax.config import Metadata
 from metajax.core.registries import Registry
@@ -23,8 +23,7 @@ def after(length: int) -> int:
     return length
 
 
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """One metadata string in every piece.
 
     template: of the string; "" means the learnable tokens. loss_weight: weight of its tokens in the loss. at: from the number of

@@ -6,6 +6,7 @@ from metajax.config import Metadata
 from metajax.data.positions import Spot, after, before, own_template, position
 
 
+@position("none")  # training shows no metadata; evaluation shows it before the body
 @position("prepend")
 def prepend(recipe: Metadata) -> tuple[Spot, ...]:
     return (Spot(own_template(recipe), before, recipe.loss_weights[0]),)
@@ -19,9 +20,3 @@ def append(recipe: Metadata) -> tuple[Spot, ...]:
 @position("both")
 def both(recipe: Metadata) -> tuple[Spot, ...]:
     return (*prepend(recipe), Spot(recipe.appended or own_template(recipe), after, recipe.loss_weights[1]))
-
-
-@position("none")
-def none(recipe: Metadata) -> tuple[Spot, ...]:
-    """Training shows no metadata; evaluation shows it before the body."""
-    return prepend(recipe)

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from metajax.config import Config, Tasks
-from metajax.core.errors import require
+from metajax.core.errors import UserError, require
 from metajax.data.encoding import Tokenizer
 from metajax.data.rows import Row, finish, joined
 from metajax.data.tasks import Encoded, SyntheticTask, task
@@ -71,7 +71,7 @@ class Examples:
             if example is not None:
                 return example
         low, high = lengths
-        require(False, f"{name} has no {split} example of {low} to {high} tokens; choose greater lengths or sizes in tasks")
+        raise UserError(f"{name} has no {split} example of {low} to {high} tokens; choose greater lengths or sizes in tasks")
 
     @cached_property
     def _tasks(self) -> dict[str, SyntheticTask]:
@@ -112,7 +112,7 @@ class TaskRows:
     examples: Examples
 
     def __call__(self, n: int) -> Row:
-        config, tasks = self.config, self.config.tasks
+        config, tasks = self.config, self.examples.tasks
         length, pauses_left = config.data.sequence_length, tasks.pauses(config.data.sequence_length)
         phase = phase_of(n // config.data.batch_size, config.training.steps, len(tasks.phases))
         rng = np.random.default_rng([self.examples.seed, n])

@@ -7,6 +7,8 @@ random. Nothing here is text: keys are from the lower half of a tokenizer's ordi
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from metajax.config import Tasks
@@ -28,7 +30,9 @@ class Mqar(SyntheticTask):
     def chance(sizes: Tasks) -> float:
         return 0.0  # all values of a row have to be right
 
-    shortest = SHARE
+    @cached_property
+    def shortest(self) -> int:
+        return SHARE
 
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
         low, high = lengths

@@ -176,7 +176,7 @@ class PromptTask(SyntheticTask):
 
     def pick(self, rng: np.random.Generator, pieces: Sequence[str], count: int) -> list[str]:
         """`count` of the pieces, drawn with replacement."""
-        return [pieces[i] for i in rng.integers(len(pieces), size=count).tolist()]
+        return [pieces[int(i)] for i in rng.integers(len(pieces), size=count)]
 
     def named_lists(self, rng: np.random.Generator, room: int, least: int) -> list[tuple[str, list[str]]] | None:
         """Named lists of at least `least` items, with at most `room` tokens including line ends; None if not even one fits.
@@ -195,7 +195,7 @@ class PromptTask(SyntheticTask):
 
     def _repeat(self, rng: np.random.Generator, pieces: Sequence[str], count: int) -> list[str]:
         rounds = [rng.permutation(len(pieces)) for _ in range(-(-count // len(pieces)))]
-        return [pieces[i] for i in np.concatenate(rounds)[:count].tolist()]
+        return [pieces[int(i)] for i in np.concatenate(rounds)[:count]]
 
     def words(self, rng: np.random.Generator, room: int, most: int) -> list[str]:
         """Words of neutral text with at most `room` tokens: as many as fit, up to `most`."""

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from metajax.core import json_lines
-from metajax.core.errors import nearest, require
+from metajax.core.errors import UserError, nearest, require
 from metajax.data.sources.files import find_files
 
 Record = Mapping[str, Any]
@@ -44,65 +44,87 @@ class Question:
         return self.contexts[self.gold] + DELIMITER * self.greedy + self.answers[self.gold]
 
 
-def asked(context: str, choices: Sequence[str], gold: int) -> Question:
+# ------------------------------------------------------------------------------------------------------- kinds
+
+KINDS: dict[str, Callable[[Record], Question]] = {}
+COMPLETED = ("fda", "squad_completion", "swde")  # kinds whose value the model generates; other kinds score given answers
+# {kind: an invented address that fits it}; MeCo puts these before a prompt for conditional inference.
+SITES: dict[str, str] = {}
+
+
+def kind(*names: str, site: str = "") -> Callable[[Callable[[Record], Question]], Callable[[Record], Question]]:
+    """Register a function from a record to its question under some names."""
+
+    def register(read: Callable[[Record], Question]) -> Callable[[Record], Question]:
+        KINDS.update(dict.fromkeys(names, read))
+        SITES.update(dict.fromkeys(names, f"www.{site}.com") if site else {})
+        return read
+
+    return register
+
+
+def _ask(context: str, choices: Sequence[str], gold: int) -> Question:
     """A question with one context and several answers."""
     return Question((context,) * len(choices), tuple(DELIMITER + choice for choice in choices), tuple(choices), int(gold))
 
 
+@kind("arc_easy", "arc_challenge", site="sciencestudyquiz")
 def _arc(record: Record) -> Question:
     choices = record["choices"]
-    return asked(f"Question: {record['question']}\nAnswer:", choices["text"], choices["label"].index(record["answerKey"]))
+    return _ask(f"Question: {record['question']}\nAnswer:", choices["text"], choices["label"].index(record["answerKey"]))
 
 
+@kind("commonsense_qa", site="quizsmart")
 def _commonsense_qa(record: Record) -> Question:
-    texts = record["choices"]["text"]
-    lines = [f"{letter}. {text}" for letter, text in zip("ABCDE", texts, strict=True)]
-    return asked(
-        "\n".join([f"Question: {record['question'].strip()}", *lines, "Answer:"]), "ABCDE", "ABCDE".index(record["answerKey"])
-    )
+    lines = [f"{letter}. {text}" for letter, text in zip("ABCDE", record["choices"]["text"], strict=True)]
+    context = "\n".join([f"Question: {record['question'].strip()}", *lines, "Answer:"])
+    return _ask(context, "ABCDE", "ABCDE".index(record["answerKey"]))
 
 
+@kind("hellaswag", site="wikihowquiz")
 def _hellaswag(record: Record) -> Question:
-    def clean(text: str) -> str:
-        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-        return text.replace("  ", " ")
-
-    context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return asked(
-        clean(f"{record['activity_label']}: {context}"), [clean(ending) for ending in record["endings"]], record["label"]
-    )
+    texts = [f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}", *record["endings"]]
+    texts = [re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ") for text in texts]
+    return _ask(texts[0], texts[1:], record["label"])
 
 
+@kind("lambada")
 def _lambada(record: Record) -> Question:
     before, _, last = record["text"].rpartition(" ")
     return Question((before,), (DELIMITER + last,), (last,), 0, greedy=True)
 
 
+@kind("mmlu_continuation", site="testprepportal")
 def _mmlu(record: Record) -> Question:
-    question = asked(f"Question: {record['question'].strip()}\nAnswer:", record["choices"], record["answer"])
+    question = _ask(f"Question: {record['question'].strip()}\nAnswer:", record["choices"], record["answer"])
     about = record["subject"].replace("_", " ")
     return replace(question, description=f"The following are questions (with answers) about {about}.{BETWEEN}")
 
 
+@kind("openbookqa", site="factquizmaster")
 def _openbookqa(record: Record) -> Question:
     choices = record["choices"]
-    return asked(record["question_stem"], choices["text"], choices["label"].index(record["answerKey"].strip()))
+    return _ask(record["question_stem"], choices["text"], choices["label"].index(record["answerKey"].strip()))
 
 
+@kind(*COMPLETED)
 def _passage(record: Record) -> Question:
     """A passage that ends before the value, which occurs somewhere in it (Arora et al., arXiv 2407.05483)."""
     return Question((record["text"],), (DELIMITER + record["value"],), (record["value"],), 0)
 
 
+@kind("piqa", site="basicknowledgequiz")
 def _piqa(record: Record) -> Question:
-    return asked(f"Question: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], record["label"])
+    return _ask(f"Question: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], record["label"])
 
 
+@kind("social_iqa", site="socialskillsassessment")
 def _social_iqa(record: Record) -> Question:
     answers = [record[f"answer{letter}"] for letter in "ABC"]
-    return asked(f"Q: {record['context']} {record['question']}\nA:", answers, int(record["label"]) - 1)
+    return _ask(f"Q: {record['context']} {record['question']}\nA:", answers, int(record["label"]) - 1)
 
 
+@kind("winogrande", site="testpreppractice")
 def _winogrande(record: Record) -> Question:
     """Each name is put into the blank, and the text after the blank is scored."""
     before, _, after = record["sentence"].partition("_")
@@ -110,18 +132,12 @@ def _winogrande(record: Record) -> Question:
     return Question(contexts, (DELIMITER + after.strip(),) * 2, contexts, int(record["answer"]) - 1)
 
 
-KINDS: dict[str, Callable[[Record], Question]] = {
-    "arc_easy": _arc, "arc_challenge": _arc, "commonsense_qa": _commonsense_qa, "hellaswag": _hellaswag, "lambada": _lambada,
-    "fda": _passage, "squad_completion": _passage, "swde": _passage, "mmlu_continuation": _mmlu, "openbookqa": _openbookqa, "piqa": _piqa, "social_iqa": _social_iqa, "winogrande": _winogrande,
-    "jsonl": lambda record: asked(record["query"], record["choices"], record["gold"]),
-}  # fmt: skip
-COMPLETED = ("fda", "squad_completion", "swde")  # kinds whose value the model generates; other kinds score given answers
-# Invented addresses that fit a task; MeCo puts them before a prompt for conditional inference.
-SITES = {
-    "mmlu_continuation": "testprepportal", "arc_easy": "sciencestudyquiz", "arc_challenge": "sciencestudyquiz", "commonsense_qa": "quizsmart",
-    "hellaswag": "wikihowquiz", "openbookqa": "factquizmaster", "piqa": "basicknowledgequiz", "social_iqa": "socialskillsassessment",
-    "winogrande": "testpreppractice",
-}  # fmt: skip
+@kind("jsonl")
+def _jsonl(record: Record) -> Question:
+    return _ask(record["query"], record["choices"], record["gold"])
+
+
+# ------------------------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
@@ -143,42 +159,35 @@ class QuestionFile:
         """Parse a spec; raises UserError for an unknown kind or option."""
         head, _, query = spec.partition("?")
         kind, _, path = head.partition(":")
-        said = f"evaluation.choice.tasks {spec!r}: "
-        require(kind in KINDS, f"{said}unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
-        require(bool(path), f"{said}a file is missing; write {kind}:FILE")
+        of_spec = f"evaluation.choice.tasks {spec!r}: "
+        require(kind in KINDS, f"{of_spec}unknown kind {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+        require(bool(path), f"{of_spec}a file is missing; write {kind}:FILE")
         options, known = dict(parse_qsl(query)), ("shots_from", "name", "source")
         for option in options:
-            require(option in known, f"{said}unknown option {option!r}{nearest(option, known)}; known: {', '.join(known)}")
-        site = f"www.{SITES[kind]}.com" if kind in SITES else None
-        return cls(kind, path, options.get("name", kind), options.get("source", site), options.get("shots_from", path))
+            require(option in known, f"{of_spec}unknown option {option!r}{nearest(option, known)}; known: {', '.join(known)}")
+        source = options.get("source", SITES.get(kind))
+        return cls(kind, path, options.get("name", kind), source, options.get("shots_from", path))
 
     def read(self, path: str, data_dir: Path | None) -> list[Question]:
         """The questions of a file, in order; raises UserError for a record that lacks a field or has another form."""
-        root = os.fspath(data_dir) if data_dir is not None else os.getcwd()
         found = []
-        for file in find_files(f"{self.kind}:{path}", path, root):
+        for file in find_files(f"{self.kind}:{path}", path, os.fspath(data_dir or os.getcwd())):
             for number, record in json_lines.records(file):
                 where = f"{file}, line {number}: "
                 try:
                     question = KINDS[self.kind](record)
                 except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-                    require(
-                        False,
-                        f"{where}no question of {self.kind} ({type(error).__name__}: {error}); a record has {_fields(record)}",
-                    )
+                    problem = f"no question of {self.kind} ({type(error).__name__}: {error})"
+                    fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
+                    raise UserError(f"{where}{problem}; a record has {fields}") from None
                 require(0 <= question.gold < len(question.answers), f"{where}the right answer is number {question.gold}")
                 found.append(question)
         require(len(found) > 0, f"{path} has no question")
         return found
 
 
-def _fields(record: Any) -> str:
-    return ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
-
-
 def encode_pair(encode: Callable[[str], list[int]], context: str, answer: str) -> tuple[list[int], list[int]]:
     """(ids of the context, ids of the answer) as in the harness. Spaces at the context's end belong to the answer. Both are
     encoded together, and the answer is the ids after those of the context."""
-    kept = context.rstrip()
-    before = encode(kept)
+    before = encode(context.rstrip())
     return before, encode(context + answer)[len(before) :]
