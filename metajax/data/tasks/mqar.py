@@ -13,9 +13,7 @@ from metajax.config import Tasks
 from metajax.data.tasks import Encoded, SyntheticTask, is_test, task
 
 POWER = 0.01
-SHARE = (
-    4  # positions of a row per pair: the pair, and a query with one position of noise; all published sizes have at least as many
-)
+SHARE = 4  # least positions of a row per pair: the pair, and a query with one position of noise; published sizes have enough
 
 
 @task("mqar")
@@ -23,12 +21,11 @@ class Mqar(SyntheticTask):
     """Test rows have the length of their bin and as many pairs as fit; training rows have a random length and number of pairs."""
 
     stream = 5
+    shortest = SHARE
 
     @staticmethod
     def chance(sizes: Tasks) -> float:
         return 0.0  # all values of a row have to be right
-
-    shortest = SHARE
 
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
         low, high = lengths
