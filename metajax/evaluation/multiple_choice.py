@@ -41,21 +41,22 @@ Piece = tuple[list[int], int]  # ids, and the number of the answer's ids at thei
 
 
 def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
-    """{task: {acc, acc_norm, n}, "average": mean acc} for the first context and number of shots; every setting as settings.CONTEXT_SHOTS.
+    """{task: {acc, acc_norm, n}, "average": mean acc} for the first context and number of shots.
 
-    "questions" and "passages" are the mean acc of each sort, if the run has tasks of that sort.
+    "settings" has the same for every setting, CONTEXT_SHOTS. "questions" and "passages" are the mean acc of each sort, if the run
+    has tasks of that sort.
     """
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context in choice.contexts for shots in choice.shots}
     with progress(f"choices of {config.name}", total=len(tasks) * len(found)) as advance:
-        for task, setting, shown, said in _asked(corpora):
+        for task, setting, shown, metadata in _asked(corpora):
             if task.kind in COMPLETED:
-                right = contains(program, corpora, model, shown, said)
+                right = contains(program, corpora, model, shown, metadata)
                 found[setting][task.name] = shares(right, right)
             else:
-                answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, said))
+                answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, metadata))
                 found[setting][task.name] = summarise(shown, answers)
             advance(1)
     sorts: dict[str, list[str]] = {"average": names}
@@ -86,12 +87,12 @@ def _asked(corpora: Corpora) -> Iterator[tuple[QuestionFile, str, list[Question]
             require(all(question.weighed), f"{task.path}: question {number} of {task.name} has an answer without text")
         examples = questions if task.shots_from == task.path else task.read(task.shots_from, corpora.paths.data)
         for context in choice.contexts:
-            said = in_front(config, context, task)
+            metadata = metadata_before(config, context, task)
             if task.kind in COMPLETED:
-                room_for_passage(config, corpora.tokenizer, said)
+                room_for_passage(config, corpora.tokenizer, metadata)
             for shots in choice.shots:
                 shown = [with_shots(q, n, examples, shots, examples is questions) for n, q in enumerate(questions)]
-                yield task, f"{context}_{shots}", shown, said
+                yield task, f"{context}_{shots}", shown, metadata
 
 
 def with_shots(question: Question, number: int, examples: Sequence[Question], shots: int, same_file: bool) -> Question:
@@ -104,7 +105,7 @@ def with_shots(question: Question, number: int, examples: Sequence[Question], sh
     return replace(question, contexts=tuple(before + context for context in question.contexts))
 
 
-def in_front(config: Config, context: str, task: QuestionFile) -> str | None:
+def metadata_before(config: Config, context: str, task: QuestionFile) -> str | None:
     """The metadata before everything: none, the empty pair, or the task's source."""
     if context != "task":
         return None if context == "none" else ""
@@ -113,21 +114,21 @@ def in_front(config: Config, context: str, task: QuestionFile) -> str | None:
     return fill(template, dict.fromkeys(template_fields(template), task.source))
 
 
-def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> int:
+def room_for_passage(config: Config, tokenizer: Tokenizer, metadata: str | None) -> int:
     """Tokens of a passage that fit before its completion; UserError if none fits."""
-    room = room_for_prompt(config, tokenizer, said) - COMPLETION
+    room = room_for_prompt(config, tokenizer, metadata) - COMPLETION
     no_room = f"a row holds no passage and the {COMPLETION} tokens that complete it"
     require(room > 0, f"{no_room}; evaluate with a greater data.sequence_length")
     return room
 
 
-def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:
+def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], metadata: str | None) -> list[bool]:
     """Whether the first line of each greedy continuation contains the answer, ignoring case."""
     config, tokenizer = corpora.config, corpora.tokenizer
-    room = room_for_passage(config, tokenizer, said)
+    room = room_for_passage(config, tokenizer, metadata)
     prompts = [tokenizer.encode(question.contexts[0])[-room:] for question in questions]
     ready, size, texts = prepare(program.whole(model)), config.data.batch_size, []
-    options = {"count": COMPLETION, "context": said, "sampling": Sampling(temperature=0)}
+    options = {"count": COMPLETION, "context": metadata, "sampling": Sampling(temperature=0)}
     for n in range(0, len(prompts), size):
         texts += generate(ready, config, tokenizer, prompts[n : n + size], **options)
     lines = [text.partition("\n")[0].lower() for text in texts]

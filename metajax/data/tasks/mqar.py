@@ -43,7 +43,7 @@ class Mqar(SyntheticTask):
         ids[at] = keys
         targets, asked = np.zeros(length, np.int32), np.zeros(length, bool)
         targets[at], asked[at] = values, True
-        told = " ".join(map(str, ids[: 2 * pairs].tolist()))
-        if is_test(told) != (split == "test"):
+        core = " ".join(map(str, ids[: 2 * pairs].tolist()))
+        if is_test(core) != (split == "test"):
             return None
-        return Encoded(ids.astype(np.int32), targets, asked, asked, told, f"{told} ...")
+        return Encoded(ids.astype(np.int32), targets, asked, asked, core, f"{core} ...")
