@@ -51,8 +51,9 @@ def evaluate_validation(program: Program, corpora: Corpora, model: Any, conditio
       condition: what the model is shown: "none", "right", "empty" or "shuffled" metadata.
 
     Returns:
-      bpb, nats_per_token, perplexity (e to the nats per body token; None if no float holds it), body_tokens, body_bytes, documents,
-      metadata_tokens (positions), metadata_nats_per_token (None if metadata has no loss, or no row in an imported checkpoint).
+      bpb, nats_per_token, perplexity (e to the nats per body token; None if no float holds it), body_tokens, body_bytes,
+      documents, metadata_tokens (positions), metadata_nats_per_token (None if metadata has no loss, or no row in an imported
+      checkpoint).
     """
     data = validation(corpora, condition)
     sums = totals(program, data.batches, partial(program.eval_step, model))

@@ -34,7 +34,7 @@ def test_the_frozen_sample_is_what_the_harness_says_today(tmp_path):
 
 @pytest.mark.parametrize("kind", GOLDENS["tasks"])
 def test_prompts_and_scores_are_those_of_the_harness(kind):
-    """The frozen sample holds records of our own, what the harness asks a model about each, and its metrics for made-up answers."""
+    """The frozen sample holds our own records, what the harness asks a model about each, and its metrics for made-up answers."""
     sample = GOLDENS["tasks"][kind]
     questions = [KINDS[kind](record) for record in sample["records"]]
     asked = [

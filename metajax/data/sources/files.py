@@ -49,7 +49,7 @@ class Columns:
     markers: bool = field(default=False, repr=False)  # changes the tokens, not the files
 
     def check(self, names: Sequence[str], where: str, word: str) -> None:
-        """Raise UserError if the columns of the text and the origin are not among `names`; `word` is what the format calls them."""
+        """Raise UserError unless `names` has the columns of the text and the origin. word: what the format calls a column."""
         for option, name in (("text", self.text), ("origin", self.origin)):
             known = not name or name in names
             require(known, f"{where}: no {word} {name!r} ({option}){nearest(name, names)}; {word}s: {', '.join(names)}")
@@ -106,24 +106,21 @@ class Files(Source):
         """These records of a file."""
 
     @cached_property
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
+        """The first record of every file, and the number of all records."""
         starts = list(itertools.accumulate(map(self._count, self.paths), initial=0))
         require(starts[-1] > 0, f"{', '.join(self.paths)}: no records; {self.kind} data needs at least one")
         return starts
 
     def __len__(self) -> int:
-        return self._starts[-1]
-
-    def by_file(self, records: range) -> Iterator[tuple[int, range]]:
-        """(number of a file, range of its records) in order."""
-        return split(records, self._starts)
+        return self.starts[-1]
 
     def read(self, records: range) -> Iterator[Document | BadRecord]:
-        for file, part in self.by_file(records):
+        for file, part in split(records, self.starts):
             yield from to_documents(self._rows(self.paths[file], part), self.columns, self.tally)
 
     def where(self, record: int) -> str:
-        [(file, part)] = self.by_file(range(record, record + 1))
+        [(file, part)] = split(range(record, record + 1), self.starts)
         [(where, _)] = self._rows(self.paths[file], part)
         return where
 

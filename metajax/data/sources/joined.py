@@ -22,7 +22,7 @@ from metajax.core.errors import nearest, require
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document, Source
-from metajax.data.sources.files import JOINED, Files, Request, file_entry, file_stamps, unreadable
+from metajax.data.sources.files import JOINED, Files, Request, file_entry, file_stamps, split, unreadable
 from metajax.data.sources.values import as_string, cells, flat
 
 Labels = dict[str, dict[str, str]]  # id -> its row
@@ -58,7 +58,7 @@ class Joined(Source):
 
     def read(self, records: range) -> Iterator[Document | BadRecord]:
         documents = self.corpus.read(records)
-        for file, part in self.corpus.by_file(records):
+        for file, part in split(records, self.corpus.starts):
             labels_of = _labels(self.labels[file], self.on)
             for record, document in zip(part, documents, strict=False):
                 where = f"{self.corpus.paths[file]}, record {record}"

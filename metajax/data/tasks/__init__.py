@@ -1,4 +1,4 @@
-"""Synthetic tasks as training and evaluation rows (Language Modeling with Learned Meta-Tokens, section 4; needle and mqar for Hymba).
+"""Synthetic tasks as training and evaluation rows (Learned Meta-Tokens, arXiv 2509.16278, section 4; needle, mqar: Hymba).
 
 A module with `@task(NAME)` defines one task. To add a task, do the same in a file of `experiments/`.
 """
