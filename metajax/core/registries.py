@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from metajax.core.errors import nearest, require
 
 T = TypeVar("T")
+Decorated = TypeVar("Decorated")
 
 
 class Registry(Generic[T]):
@@ -24,16 +25,16 @@ class Registry(Generic[T]):
         self._known: dict[str, T] = {}
         self._modules_of: dict[str, str] = {}
 
-    def __call__(self, name: str) -> Callable[[T], T]:
+    def __call__(self, name: str) -> Callable[[Decorated], Decorated]:
         """The decorator for a name; raises UserError if another module has registered that name."""
 
-        def register(made: T) -> T:
+        def register(made: Decorated) -> Decorated:
             self.add(name, made, made.__module__)
             return made
 
         return register
 
-    def add(self, name: str, made: T, module: str) -> None:
+    def add(self, name: str, made: Any, module: str) -> None:
         """Register an object of a module; raises UserError if another module has registered that name."""
         first = self._modules_of.setdefault(name, module)
         require(first == module, f"{self.kind} {name!r} is registered twice, in {first} and in {module}")

@@ -1,10 +1,11 @@
 """Multiple choice by log-likelihood, scored as the lm-evaluation-harness does.
 
-The chosen answer has the largest sum of log-probabilities after the question (acc), or the largest sum per character of the answer
-(acc_norm). Passages (SQuAD completion, SWDE, FDA) are completed instead: acc is the share of greedy continuations that contain the value.
+The chosen answer has the largest sum of log-probabilities after the question (acc), or the largest sum per character of the
+answer (acc_norm). Passages (SQuAD completion, SWDE, FDA) are completed instead: acc is the share of greedy continuations that
+contain the value.
 
-Questions and their answers are packed as documents of rows. A context that is too long loses its beginning. BOS and metadata before it are
-kept, while the harness would cut them too.
+Questions and their answers are packed as documents of rows. A context that is too long loses its beginning. BOS and metadata
+before it are kept, while the harness would cut them too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from metajax.core.progress import progress
 from metajax.data.encoding import Tokenizer
 from metajax.data.metadata import fill, template_fields
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, row_capacity
-from metajax.data.rows import Row, padding_row, stack
+from metajax.data.rows import Row, joined, padding_row, stack
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.questions import BETWEEN, COMPLETED, Question, QuestionFile, encode_pair
 from metajax.evaluation.validation import require_finite, require_rows
@@ -40,21 +41,22 @@ Piece = tuple[list[int], int]  # ids, and the number of the answer's ids at thei
 
 
 def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
-    """{task: {acc, acc_norm, n}, "average": mean acc} for the first context and number of shots; every setting as settings.CONTEXT_SHOTS.
+    """{task: {acc, acc_norm, n}, "average": mean acc} for the first context and number of shots.
 
-    "questions" and "passages" are the mean acc of each sort, if the run has tasks of that sort.
+    "settings" has the same for every setting, CONTEXT_SHOTS. "questions" and "passages" are the mean acc of each sort, if the run
+    has tasks of that sort.
     """
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
     found: dict[str, dict[str, Any]] = {f"{context}_{shots}": {} for context in choice.contexts for shots in choice.shots}
     with progress(f"choices of {config.name}", total=len(tasks) * len(found)) as advance:
-        for task, setting, shown, said in _asked(corpora):
+        for task, setting, shown, metadata in _asked(corpora):
             if task.kind in COMPLETED:
-                right = contains(program, corpora, model, shown, said)
+                right = contains(program, corpora, model, shown, metadata)
                 found[setting][task.name] = shares(right, right)
             else:
-                answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, said))
+                answers = score(program, corpora, model, shown, opening(config, corpora.tokenizer, metadata))
                 found[setting][task.name] = summarise(shown, answers)
             advance(1)
     sorts: dict[str, list[str]] = {"average": names}
@@ -67,8 +69,9 @@ def evaluate_choice(program: Program, corpora: Corpora, model: Any) -> dict[str,
 
 def check_choice(corpora: Corpora) -> None:
     """UserError before training if the questions cannot be asked as `evaluation.choice` says."""
-    for _ in _asked(corpora) if corpora.config.evaluation.choice is not None else ():
-        pass
+    if corpora.config.evaluation.choice is not None:
+        for _ in _asked(corpora):
+            pass
 
 
 def _asked(corpora: Corpora) -> Iterator[tuple[QuestionFile, str, list[Question], str | None]]:
@@ -76,36 +79,33 @@ def _asked(corpora: Corpora) -> Iterator[tuple[QuestionFile, str, list[Question]
     choice, config = corpora.config.evaluation.choice, corpora.config
     tasks = [QuestionFile.of(spec) for spec in choice.tasks]
     names = [task.name for task in tasks]
-    require(
-        len(set(names)) == len(names),
-        f"evaluation.choice.tasks: two tasks have the same name in {', '.join(names)}; name them with ?name=",
-    )
+    twice = f"evaluation.choice.tasks: two tasks have the same name in {', '.join(names)}; name them with ?name="
+    require(len(set(names)) == len(names), twice)
     for task in tasks:
         questions = task.read(task.path, corpora.paths.data)[: choice.examples]
         for number, question in enumerate(questions, 1):
             require(all(question.weighed), f"{task.path}: question {number} of {task.name} has an answer without text")
         examples = questions if task.shots_from == task.path else task.read(task.shots_from, corpora.paths.data)
         for context in choice.contexts:
-            said = in_front(config, context, task)
+            metadata = metadata_before(config, context, task)
             if task.kind in COMPLETED:
-                room_for_passage(config, corpora.tokenizer, said)
+                room_for_passage(config, corpora.tokenizer, metadata)
             for shots in choice.shots:
                 shown = [with_shots(q, n, examples, shots, examples is questions) for n, q in enumerate(questions)]
-                yield task, f"{context}_{shots}", shown, said
+                yield task, f"{context}_{shots}", shown, metadata
 
 
 def with_shots(question: Question, number: int, examples: Sequence[Question], shots: int, same_file: bool) -> Question:
     """The question after its description and `shots` solved examples, drawn by its number and never the question itself."""
     drawn = np.random.default_rng([EVALUATION_SEED, number]).permutation(len(examples))
     fitting = [examples[i] for i in drawn if examples[i].description == question.description and not (same_file and i == number)]
-    require(
-        shots <= len(fitting), f"{shots} shots, but there are {len(fitting)} examples to draw from; lower evaluation.choice.shots"
-    )
+    too_many = f"{shots} shots, but there are {len(fitting)} examples to draw from; lower evaluation.choice.shots"
+    require(shots <= len(fitting), too_many)
     before = question.description + "".join(example.solved + BETWEEN for example in fitting[:shots])
     return replace(question, contexts=tuple(before + context for context in question.contexts))
 
 
-def in_front(config: Config, context: str, task: QuestionFile) -> str | None:
+def metadata_before(config: Config, context: str, task: QuestionFile) -> str | None:
     """The metadata before everything: none, the empty pair, or the task's source."""
     if context != "task":
         return None if context == "none" else ""
@@ -114,28 +114,25 @@ def in_front(config: Config, context: str, task: QuestionFile) -> str | None:
     return fill(template, dict.fromkeys(template_fields(template), task.source))
 
 
-def room_for_passage(config: Config, tokenizer: Tokenizer, said: str | None) -> int:
+def room_for_passage(config: Config, tokenizer: Tokenizer, metadata: str | None) -> int:
     """Tokens of a passage that fit before its completion; UserError if none fits."""
-    room = room_for_prompt(config, tokenizer, said) - COMPLETION
-    require(
-        room > 0,
-        f"a row holds no passage and the {COMPLETION} tokens that complete it; evaluate with a greater data.sequence_length",
-    )
+    room = room_for_prompt(config, tokenizer, metadata) - COMPLETION
+    no_room = f"a row holds no passage and the {COMPLETION} tokens that complete it"
+    require(room > 0, f"{no_room}; evaluate with a greater data.sequence_length")
     return room
 
 
-def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], said: str | None) -> list[bool]:
+def contains(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], metadata: str | None) -> list[bool]:
     """Whether the first line of each greedy continuation contains the answer, ignoring case."""
     config, tokenizer = corpora.config, corpora.tokenizer
-    room = room_for_passage(config, tokenizer, said)
+    room = room_for_passage(config, tokenizer, metadata)
     prompts = [tokenizer.encode(question.contexts[0])[-room:] for question in questions]
     ready, size, texts = prepare(program.whole(model)), config.data.batch_size, []
-    options = {"count": COMPLETION, "context": said, "sampling": Sampling(temperature=0)}
+    options = {"count": COMPLETION, "context": metadata, "sampling": Sampling(temperature=0)}
     for n in range(0, len(prompts), size):
         texts += generate(ready, config, tokenizer, prompts[n : n + size], **options)
-    return [
-        question.weighed[0].lower() in text.partition("\n")[0].lower() for question, text in zip(questions, texts, strict=True)
-    ]
+    lines = [text.partition("\n")[0].lower() for text in texts]
+    return [question.weighed[0].lower() in line for question, line in zip(questions, lines, strict=True)]
 
 
 def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Question], head: list[int]) -> np.ndarray:
@@ -144,17 +141,12 @@ def score(program: Program, corpora: Corpora, model: Any, questions: Sequence[Qu
     pieces = []
     for question in questions:
         for context, answer in zip(question.contexts, question.answers, strict=True):
-            before, behind = encode_pair(encode, context, answer)
-            require(
-                0 < len(behind) < room,
-                f"the answer {answer!r} has {len(behind)} tokens, and a row holds {room - 1} after its beginning",
-            )
-            opened = head or (
-                [] if before else [corpora.tokenizer.vocabulary.bos]
-            )  # the first token is predicted from one before it
-            pieces.append((opened + (before + behind)[-room:], len(behind)))
-    found = np.zeros((len(pieces), 2))
-    found[:, 1] = 1
+            before, after = encode_pair(encode, context, answer)
+            too_long = f"the answer {answer!r} has {len(after)} tokens, and a row holds {room - 1} after its beginning"
+            require(0 < len(after) < room, too_long)
+            start = head if head or before else [corpora.tokenizer.vocabulary.bos]  # something has to predict the first token
+            pieces.append((start + (before + after)[-room:], len(after)))
+    found = np.stack([np.zeros(len(pieces)), np.ones(len(pieces))], axis=1)
     shards = row_shards(program.mesh)
     size = max(1, corpora.config.data.batch_size // corpora.config.training.accumulation_steps // shards) * shards
     of_tokens = token_scores(program)
@@ -180,54 +172,43 @@ def token_scores(program: Program) -> Callable[[Any, dict[str, jax.Array]], tupl
 
 
 def _batches(corpora: Corpora, pieces: Sequence[Piece], size: int) -> Iterator[Row]:
-    capacity, pad = row_capacity(corpora.config), corpora.tokenizer.vocabulary.pad
-    rows, row, at = [], [], 0
+    """Pieces packed in order as the documents of rows; `piece` is the piece of each position, 0 on padding."""
+    config, vocabulary, capacity = corpora.config, corpora.tokenizer.vocabulary, row_capacity(corpora.config)
+    groups, room = [[]], capacity
     for number, (ids, _) in enumerate(pieces):
-        if at + len(ids) - 1 > capacity:
-            rows.append(row)
-            row, at = [], 0
-        row.append(number)
-        at += len(ids) - 1
-    rows.append(row)
-    made = [
-        complete_row(_row(pieces, row, capacity, pad), np.random.default_rng([EVALUATION_SEED, n]), config=corpora.config,
-                 meta_id=corpora.tokenizer.vocabulary.meta)
-        for n, row in enumerate(rows)
-    ]  # fmt: skip
-    made += [padding_row(made[0], pad)] * (-len(made) % size)
-    for n in range(0, len(made), size):
-        yield stack(made[n : n + size])
+        if len(ids) - 1 > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(number)
+        room -= len(ids) - 1
+    rows = []
+    for n, group in enumerate(groups):
+        row = joined([_document(*pieces[number]) for number in group], capacity, vocabulary.pad)
+        row["piece"] = np.array([0, *group], np.int32)[row["segment_ids"]]
+        rows.append(complete_row(row, np.random.default_rng([EVALUATION_SEED, n]), config=config, meta_id=vocabulary.meta))
+    rows += [padding_row(rows[0], vocabulary.pad)] * (-len(rows) % size)
+    for n in range(0, len(rows), size):
+        yield stack(rows[n : n + size])
 
 
-def _row(pieces: Sequence[Piece], numbers: Sequence[int], capacity: int, pad: int) -> Row:
-    """Pieces as the documents of one row with a loss on their answers alone; `piece` is the piece of each position."""
-    row = {name: np.full(capacity, pad, np.int32) for name in ("tokens", "targets")}
-    row |= {name: np.zeros(capacity, bool) for name in ("is_body", "is_metadata", "asks_metadata")}
-    row |= {"segment_ids": np.zeros(capacity, np.int32), "piece": np.zeros(capacity, np.int32)}
-    at = 0
-    for segment, number in enumerate(numbers, 1):
-        ids, answer = pieces[number]
-        end = at + len(ids) - 1
-        row["tokens"][at:end], row["targets"][at:end] = ids[:-1], ids[1:]
-        row["is_body"][end - answer : end] = True
-        row["segment_ids"][at:end], row["piece"][at:end] = segment, number
-        at = end
-    return row | {"loss_weights": row["is_body"].astype(np.float32)}
+def _document(ids: list[int], answer: int) -> Row:
+    """A piece of a row with a loss on its answer alone, which is the last `answer` ids."""
+    asked = np.arange(len(ids) - 1) >= len(ids) - 1 - answer
+    return {"tokens": np.array(ids[:-1]), "targets": np.array(ids[1:]), "is_body": asked, "loss_weights": asked}
 
 
 def summarise(questions: Sequence[Question], found: np.ndarray) -> dict[str, float]:
     """acc and acc_norm in [0, 1] and their standard errors over n questions, from the scores of all answers in order."""
-    right, right_norm, at = [], [], 0
-    for question in questions:
-        likely, greedy = found[at : at + len(question.answers)].T
-        at += len(question.answers)
+    right, right_norm = [], []
+    ends = np.cumsum([len(question.answers) for question in questions])
+    for question, scores in zip(questions, np.split(found, ends[:-1]), strict=True):
+        likely, greedy = scores.T
         if question.greedy:
             right.append(greedy[question.gold] > 0)
             right_norm.append(right[-1])
         else:
-            lengths = np.array([len(text) for text in question.weighed], np.float64)
             right.append(np.argmax(likely) == question.gold)
-            right_norm.append(np.argmax(likely / lengths) == question.gold)
+            right_norm.append(np.argmax(likely / [len(text) for text in question.weighed]) == question.gold)
     return shares(right, right_norm)
 
 

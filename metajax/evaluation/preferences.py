@@ -9,7 +9,7 @@ import jax
 
 from metajax.data.pipeline import Corpora, validation
 from metajax.evaluation.statistics import share_interval
-from metajax.evaluation.validation import require_finite
+from metajax.evaluation.validation import require_finite, totals
 from metajax.runs.directory import find_run
 from metajax.training.checkpoints import newest_good, read_parameters
 from metajax.training.losses import token_nll
@@ -26,15 +26,13 @@ def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict
     parent, beta = find_run(program.config.init.run, corpora.paths.runs), program.config.dpo.beta
     step = newest_good(parent)
     reference = read_parameters(parent, program.abstract_state().model, step=step)
-    sums_of = jax.jit(partial(_sums, beta=beta))
-    with jax.set_mesh(program.mesh):
-        batches = [program.put(program.local_rows(batch)) for batch in validation(corpora, "training").batches]
-        sums = jax.device_get([sums_of(model, reference, batch) for batch in batches])
-    total = {name: sum(found[name].item() for found in sums) for name in ("pairs", *METRICS)}
+    sums_of = partial(jax.jit(partial(_sums, beta=beta)), model, reference)
+    total = totals(program, validation(corpora, "training").batches, sums_of)
     require_finite(total["margin"], "the validation pairs")
-    low, high = share_interval(round(total["accuracy"]), round(total["pairs"]))
-    counted = {"pairs": round(total["pairs"]), "low": low, "high": high, "reference_step": step}
-    return {name: total[name] / total["pairs"] for name in METRICS} | counted
+    pairs = round(total["pairs"])
+    low, high = share_interval(round(total["accuracy"]), pairs)
+    means = {name: total[name] / total["pairs"] for name in METRICS}
+    return means | {"pairs": pairs, "low": low, "high": high, "reference_step": step}
 
 
 def _sums(model: Any, reference: Any, batch: Batch, *, beta: float) -> dict[str, jax.Array]:

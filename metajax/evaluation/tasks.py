@@ -17,6 +17,7 @@ from metajax.data.pipeline import Corpora, task_batches
 from metajax.data.tasks import task as registered
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.statistics import share_interval
+from metajax.evaluation.validation import totals
 from metajax.training.program import Program
 from metajax.training.step import apply_model
 
@@ -35,15 +36,14 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
     tasks, results = corpora.config.tasks, {}
     with progress(f"evaluating {', '.join(tasks.names)}", total=len(tasks.names) * len(tasks.eval_lengths)) as advance:
         for task in tasks.names:
-            results[task] = {}
+            chance, results[task] = registered.find(task, "tasks.names").chance(tasks), {}
             for length in tasks.eval_lengths:
                 reason = impossible(program.config, length)
                 scored = {"exact": None, "token": None, "n": 0, "reason": reason}
                 if reason is None:
-                    scored = summarise(
-                        _score(program, task_batches(corpora, task, length, row_shards(program.mesh)), model, apply)
-                    )
-                results[task][str(length)] = scored | {"chance": registered.find(task, "tasks.names").chance(tasks)}
+                    batches = task_batches(corpora, task, length, row_shards(program.mesh))
+                    scored = summarise(totals(program, batches, partial(_sums, model, apply=apply)))
+                results[task][str(length)] = scored | {"chance": chance}
                 advance(1)
     return results
 
@@ -66,29 +66,22 @@ def check_bins(config: Config) -> None:
 
 def mean_exact(results: Results) -> float:
     """Exact-match accuracy averaged over all tasks and bins that could be evaluated."""
-    return float(
-        np.mean([scored["exact"] for bins in results.values() for scored in bins.values() if scored["exact"] is not None])
-    )
+    exact = [scored["exact"] for bins in results.values() for scored in bins.values()]
+    return float(np.mean([value for value in exact if value is not None]))
 
 
 def summarise(sums: dict[str, int]) -> dict[str, Any]:
     """Accuracies in [0, 1] with Wilson 95 % intervals.
 
-    exact: every answer token and the end token after them are right. This equals the accuracy of greedy decoding: up to the first mistake
-    both read the same tokens. token: the share of answer tokens that are right given the right ones before. Tokens of one answer are not
-    independent, so both intervals count examples (n), not tokens.
+    exact: every answer token and the end token after them are right. This equals the accuracy of greedy decoding: up to the
+    first mistake both read the same tokens. token: the share of answer tokens that are right given the right ones before.
+    Tokens of one answer are not independent, so both intervals count examples (n), not tokens.
     """
     n, token = sums["examples"], sums["right_tokens"] / sums["tokens"]
     out: dict[str, Any] = {"exact": sums["exact"] / n, "token": token, "n": n, "tokens": sums["tokens"]}
     for name, right in (("exact", sums["exact"]), ("token", round(token * n))):
         out[f"{name}_low"], out[f"{name}_high"] = share_interval(right, n)
     return out
-
-
-def _score(program: Program, batches: list[dict[str, np.ndarray]], model: Any, apply: Apply) -> dict[str, int]:
-    with jax.set_mesh(program.mesh):
-        sums = jax.device_get([_sums(model, program.put(program.local_rows(batch)), apply=apply) for batch in batches])
-    return {name: sum(int(s[name]) for s in sums) for name in sums[0]}
 
 
 @partial(jax.jit, static_argnames="apply")

@@ -1,5 +1,7 @@
-"""Makes tests/goldens/choice_harness.json with the lm-evaluation-harness (pip install lm_eval==0.4.13; no download, no model):
-python tests/evaluation/harness.py. Questions are ours, with the fields of the published data sets; model replies are synthetic.
+"""Makes tests/goldens/choice_harness.json again with the lm-evaluation-harness, from the records in it:
+python tests/evaluation/harness.py (pip install lm_eval==0.4.13; no download, no model).
+
+The records are ours, with the fields of the published data sets. Model replies are synthetic.
 """
 
 import json
@@ -8,62 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-LETTERS = "ABCDE"
-ARC = [("Which of these melts in the sun?", ["ice", "a stone", "sand"], "A"), ("What do plants need?", ["salt", "light and water"], "B"),
-       ("Which one is a planet?", ["the Moon", "Sirius", "Mars", "a comet"], "C")]  # fmt: skip
-
-
-def multiple(question):
-    return [
-        {question: text, "choices": {"text": choices, "label": list(LETTERS[: len(choices)])}, "answerKey": key}
-        for text, choices, key in ARC
-    ]
-
-
-FIVE = ["under a bed", "a shelf", "the sea", "on a tree", "nowhere"]
-RECORDS = {
-    "arc_easy": multiple("question"),
-    "openbookqa": multiple("question_stem"),
-    "commonsense_qa": [
-        {"question": f" Where does one put {what}? ", "choices": {"text": FIVE, "label": list(LETTERS)}, "answerKey": key}
-        for what, key in (("a book", "B"), ("a fish", "C"), ("a nest", "D"))
-    ],
-    "hellaswag": [
-        {"activity_label": "Baking", "ctx_a": "A man opens an oven.", "ctx_b": "he", "label": "1",
-         "endings": ["swims [substeps] away.", "takes out a  loaf.", "sings.", "is a loaf."]},
-        {"activity_label": "Rowing", "ctx_a": "Two boats lie [title] in the harbour.", "ctx_b": "", "label": "0",
-         "endings": ["They are tied to the wall.", "They fly.", "They [x] read.", "One eats the other."]},
-        {"activity_label": "Typing", "ctx_a": "A woman sits at a desk.", "ctx_b": "she", "label": "3",
-         "endings": ["dives.", "melts.", "barks at it.", "begins to type a long letter."]},
-    ],
-    "lambada": [{"text": "they sat down and opened the old book"}, {"text": "one day the rain stopped"}, {"text": "he gave her the letter"}],
-    "mmlu_continuation": [
-        {"question": "What is two and two? ", "choices": ["three", "four", "five", "twenty-two"], "answer": 1, "subject": "anatomy"},
-        {"question": "Which is even?", "choices": ["1", "3", "8", "9"], "answer": 2, "subject": "anatomy"},
-        {"question": "Which is a prime?", "choices": ["4", "6", "8", "13"], "answer": 3, "subject": "anatomy"},
-    ],
-    "piqa": [
-        {"goal": "To dry a shirt,", "sol1": "hang it in the wind.", "sol2": "hang it in the lake.", "label": 0},
-        {"goal": "To cut bread,", "sol1": "use a spoon.", "sol2": "use a knife with teeth.", "label": 1},
-        {"goal": "To keep soup warm,", "sol1": "put a lid on the pot.", "sol2": "pour it out.", "label": 0},
-    ],
-    "social_iqa": [
-        {"context": "Ana lent Bo her bike.", "question": "How does Bo feel?", "answerA": "angry", "answerB": "thankful", "answerC": "cold", "label": "2"},
-        {"context": "Cy lost a game.", "question": "What will Cy do next?", "answerA": "practise", "answerB": "melt", "answerC": "fly", "label": "1"},
-        {"context": "Di told a joke.", "question": "Why?", "answerA": "to sleep", "answerB": "to eat", "answerC": "to make them laugh", "label": "3"},
-    ],
-    "winogrande": [
-        {"sentence": "The cup did not fit the box because _ was too large.", "option1": "the cup", "option2": "the box", "answer": "1"},
-        {"sentence": "Eva thanked Flo, for _ had helped her.", "option1": "Eva", "option2": "Flo", "answer": "2"},
-        {"sentence": "The rope broke under the load since _ was heavy.", "option1": "the rope", "option2": "the load", "answer": "2"},
-    ],
-}  # fmt: skip
-FILES = {  # where the harness keeps its tasks
-    "arc_easy": "arc/arc_easy.yaml", "openbookqa": "openbookqa/openbookqa.yaml", "commonsense_qa": "commonsense_qa/default.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml", "lambada": "lambada/lambada_openai.yaml",
-    "mmlu_continuation": "mmlu/continuation/mmlu_anatomy.yaml", "piqa": "piqa/piqa.yaml", "social_iqa": "siqa/siqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-}  # fmt: skip
+GOLDENS = Path(__file__).parents[1] / "goldens" / "choice_harness.json"
+RECORDS = {kind: sample["records"] for kind, sample in json.loads(GOLDENS.read_text())["tasks"].items()}
+FILES = {kind: f"{kind}/{kind}.yaml" for kind in ("openbookqa", "hellaswag", "piqa")}  # where the harness keeps its tasks
+FILES |= {kind: f"{kind}/default.yaml" for kind in ("commonsense_qa", "winogrande")}
+FILES |= {"arc_easy": "arc/arc_easy.yaml", "lambada": "lambada/lambada_openai.yaml", "social_iqa": "siqa/siqa.yaml"}
+FILES["mmlu_continuation"] = "mmlu/continuation/mmlu_anatomy.yaml"
 WORDS = ["a", "b", " ", " a", " b", "ab", "\n", "a "]
 PAIRS = [("ab", " a"), ("a ", "b"), ("b\n", " ab"), ("a b", " b")]
 
@@ -80,10 +32,9 @@ def harness_task(kind, records, shots, folder):
         path.write_text("".join(json.dumps(record) + "\n" for record in part))
     for name in ("dataset_name", "training_split", "validation_split", "should_decontaminate", "doc_to_decontamination_query"):
         config.pop(name, None)
-    config |= {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {k: str(v) for k, v in paths.items()}}, "test_split": "test",
-        "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": shots,
-    }  # fmt: skip
+    files = {split: str(path) for split, path in paths.items()}
+    config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": shots}
     task = ConfigurableTask(config=config)
     task.build_all_requests(rank=0, world_size=1)
     return task
@@ -143,5 +94,4 @@ def frozen_sample(folder):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         made = frozen_sample(Path(folder))
-    path = Path(__file__).parents[1] / "goldens" / "choice_harness.json"
-    path.write_text(json.dumps(made, indent=1) + "\n")
+    GOLDENS.write_text(json.dumps(made, indent=1) + "\n")

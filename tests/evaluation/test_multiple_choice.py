@@ -12,7 +12,15 @@ import pytest
 from metajax.config import Choice, Metadata
 from metajax.core.errors import UserError
 from metajax.data.pipeline import open_corpora
-from metajax.evaluation.multiple_choice import COMPLETION, check_choice, evaluate_choice, in_front, score, summarise, with_shots
+from metajax.evaluation.multiple_choice import (
+    COMPLETION,
+    check_choice,
+    evaluate_choice,
+    metadata_before,
+    score,
+    summarise,
+    with_shots,
+)
 from metajax.evaluation.questions import KINDS, Question, QuestionFile, encode_pair
 from metajax.experiment import run_experiment
 from metajax.inference.decoding import Sampling
@@ -34,7 +42,7 @@ def test_the_frozen_sample_is_what_the_harness_says_today(tmp_path):
 
 @pytest.mark.parametrize("kind", GOLDENS["tasks"])
 def test_prompts_and_scores_are_those_of_the_harness(kind):
-    """The frozen sample holds records of our own, what the harness asks a model about each, and its metrics for made-up answers."""
+    """The frozen sample holds our own records, what the harness asks a model about each, and its metrics for made-up answers."""
     sample = GOLDENS["tasks"][kind]
     questions = [KINDS[kind](record) for record in sample["records"]]
     asked = [
@@ -51,7 +59,7 @@ def test_prompts_and_scores_are_those_of_the_harness(kind):
 def test_ids_of_a_pair_are_those_of_the_harness():
     table = {word: i for i, word in enumerate(GOLDENS["pairs"]["words"])}
 
-    def encode(text):  # longest first, so that a space belongs to the word behind it
+    def encode(text):  # longest first, so that a space belongs to the word after it
         ids = []
         while text:
             word = max((w for w in table if text.startswith(w)), key=len)
@@ -59,8 +67,8 @@ def test_ids_of_a_pair_are_those_of_the_harness():
             text = text[len(word) :]
         return ids
 
-    for context, answer, before, behind in GOLDENS["pairs"]["cases"]:
-        assert encode_pair(encode, context, answer) == (before, behind)
+    for context, answer, before, after in GOLDENS["pairs"]["cases"]:
+        assert encode_pair(encode, context, answer) == (before, after)
 
 
 RECORDS = [
@@ -127,8 +135,8 @@ def test_passages_are_completed_and_their_first_line_searched_for_the_value(prep
     program, corpora, model = prepared([f"swde:{file}"], **changes)
     room = 72 - 1 - COMPLETION  # beside BOS
     cut, greedy = [text[-room:] for text in texts], Sampling(temperature=0)
-    said = generate(prepare(model), corpora.config, corpora.tokenizer, cut, count=COMPLETION, sampling=greedy)
-    lines = [text.partition("\n")[0] for text in said]
+    written = generate(prepare(model), corpora.config, corpora.tokenizer, cut, count=COMPLETION, sampling=greedy)
+    lines = [text.partition("\n")[0] for text in written]
     assert min(map(len, lines)) > 3 and lines[0] != lines[1]
     values = [lines[0][1:4].swapcase(), lines[1][-3:], lines[2] + "?"]
     records = [{"text": text, "value": value} for text, value in zip(texts, values, strict=True)]
@@ -170,11 +178,11 @@ def test_conditional_inference_names_a_source_where_metadata_stood_in_training(p
     _, corpora, _ = prepared([], metadata=recipe)
     task, tokenizer = QuestionFile.of("openbookqa:f.jsonl"), corpora.tokenizer
     bos = tokenizer.vocabulary.bos
-    head = lambda context: opening(corpora.config, tokenizer, in_front(corpora.config, context, task))  # noqa: E731
+    head = lambda context: opening(corpora.config, tokenizer, metadata_before(corpora.config, context, task))  # noqa: E731
     assert head("task") == [bos, *tokenizer.encode("URL: www.factquizmaster.com\n\n")]
     assert head("empty") == head("none") == [bos]
     with pytest.raises(UserError, match="own has no source to name; give it one with"):
-        in_front(corpora.config, "task", QuestionFile.of("jsonl:f.jsonl?name=own"))
+        metadata_before(corpora.config, "task", QuestionFile.of("jsonl:f.jsonl?name=own"))
 
 
 @pytest.mark.fault(30)

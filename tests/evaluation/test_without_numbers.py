@@ -63,13 +63,14 @@ def validation_sites():
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize(
-    ("empty", "said"), [("held out", "validation documents .* have no text"), ("training", "training documents .* have no text")]
+    ("empty", "message"),
+    [("held out", "validation documents .* have no text"), ("training", "training documents .* have no text")],
 )
-def test_documents_without_text_are_refused_before_training(tiny_config, paths, tmp_path, empty, said):
+def test_documents_without_text_are_refused_before_training(tiny_config, paths, tmp_path, empty, message):
     out = validation_sites()
     assert 0 < len(out) < 10
     source = corpus(tmp_path / "c.jsonl", lambda i: "" if (i % 10 in out) == (empty == "held out") else f"words and words {i}")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run_experiment(tiny_config(**{"data.sources": (source,), "data.validation_share": 0.5}), tmp_path / "run", paths)
     assert not (tmp_path / "run" / "config.json").exists(), REFUSED
 
@@ -83,7 +84,7 @@ def test_one_empty_document_among_others_is_evaluated(tiny_config, paths, tmp_pa
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize(
-    ("choice", "said"),
+    ("choice", "message"),
     [
         ({"tasks": "jsonl:{folder}/three.jsonl", "shots": 5}, "5 shots, but there are 2 examples"),
         ({"tasks": "jsonl:{folder}/three.jsonl", "shots": 0, "contexts": "task"}, "has no source to name"),
@@ -94,7 +95,7 @@ def test_one_empty_document_among_others_is_evaluated(tiny_config, paths, tmp_pa
         ({"tasks": "swde:{folder}/passages.jsonl", "shots": 0}, "a row holds no passage"),
     ],
 )
-def test_questions_that_cannot_be_asked_are_refused_before_training(tiny_config, paths, tmp_path, choice, said):
+def test_questions_that_cannot_be_asked_are_refused_before_training(tiny_config, paths, tmp_path, choice, message):
     question = {"query": "What?", "choices": ["this", "that"], "gold": 0}
     files = {
         "three": [question] * 3,
@@ -105,7 +106,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_training(tiny_config,
     for name, records in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     changes = {f"evaluation.choice.{name}": str(value).format(folder=tmp_path) for name, value in choice.items()}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run_experiment(tiny_config(**changes), tmp_path / "run", paths)
     assert not (tmp_path / "run" / "config.json").exists(), REFUSED
 

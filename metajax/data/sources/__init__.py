@@ -6,54 +6,19 @@ A module with `@source(KIND)` defines one kind. To add a source, do the same in 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from metajax.core.errors import nearest, require
+from metajax.core.errors import UserError, nearest, require
 from metajax.core.registries import Registry
 from metajax.data.cache import read_documents
 from metajax.data.documents import Source
-from metajax.data.sources.files import JOINED, NO_ORIGIN, Columns, find_files
+from metajax.data.sources.files import JOINED, NO_ORIGIN, Columns, Files, Request
+from metajax.data.sources.joined import Joined
 
 _OPTIONS = ("text", "origin", "join", "on", "markers")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A parsed spec and the folders of this machine. PATH is relative to `data_dir`, or without it to the working directory."""
-
-    spec: str
-    kind: str
-    path: str
-    columns: Columns
-    has_options: bool = False
-    cache_dir: Path = Path("cache")
-    data_dir: Path | None = None
-
-    @property
-    def root(self) -> str:
-        """The folder that PATH is relative to, with a trailing slash."""
-        return (os.fspath(self.data_dir) if self.data_dir is not None else os.getcwd()).rstrip("/") + "/"
-
-    def files(self) -> list[str]:
-        """The files of PATH, which may be a glob; raises UserError if there are none."""
-        self.require_path(f"{self.kind}:PATH")
-        return find_files(self.spec, self.path, self.root)
-
-    def require_path(self, form: str) -> None:
-        """Raise UserError if the path is missing; `form` shows how to write one."""
-        require(bool(self.path), f"data source {self.spec!r}: a path is missing; write {form}")
-
-    def refuse_options(self) -> None:
-        """Raise UserError if there are options, for a kind with fixed columns."""
-        require(
-            not self.has_options, f"data source {self.spec!r}: {self.kind} has columns of its own; leave out what follows the ?"
-        )
-
 
 source: Registry[Callable[[Request], Source]] = Registry("kind of source", __name__)
 
@@ -64,9 +29,9 @@ def open_source(spec: str, *, cache_dir: Path, data_dir: Path | None) -> Source:
     corpus = source.find(request.kind, f"data source {spec!r}")(request)
     if not request.columns.join:
         return corpus
-    from metajax.data.sources.joined import Joined  # imported here, because it imports this module
-
-    return Joined(corpus, request.path, request.columns)
+    if not isinstance(corpus, Files):
+        raise UserError(f"data source {spec!r}: join= is for files of documents; leave it out")
+    return Joined(corpus, request)
 
 
 def parse_spec(spec: str, cache_dir: Path = Path("cache"), data_dir: Path | None = None) -> Request:
@@ -75,10 +40,8 @@ def parse_spec(spec: str, cache_dir: Path = Path("cache"), data_dir: Path | None
     kind, _, path = head.partition(":")
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name, value in options.items():
-        require(
-            name in _OPTIONS,
-            f"data source {spec!r}: unknown option {name!r}{nearest(name, _OPTIONS)}; known: {', '.join(_OPTIONS)}",
-        )
+        known = f"{nearest(name, _OPTIONS)}; known: {', '.join(_OPTIONS)}"
+        require(name in _OPTIONS, f"data source {spec!r}: unknown option {name!r}{known}")
         require(bool(value), f"data source {spec!r}: option {name!r} is empty")
     markers = options.pop("markers", "false").lower()
     require(markers in ("true", "false"), f"data source {spec!r}: markers={markers} is neither true nor false")
@@ -98,8 +61,9 @@ def source_notes(spec: str, documents: int, tally: Mapping[str, int], ids: str |
     lines, of = [], f"of {documents:,} documents"
     if tally.get(NO_ORIGIN):
         lines.append(
-            f"{spec}: {tally[NO_ORIGIN]:,} {of} have no origin: no value in a column `origin` or `url`. Each counts as a site of its own, so that "
-            "pages of one site may be on both sides of the split; name the column of the site or its address with ?origin=COLUMN"
+            f"{spec}: {tally[NO_ORIGIN]:,} {of} have no origin: no value in a column `origin` or `url`. Each counts as a site of "
+            "its own, so that pages of one site may be on both sides of the split; name the column of the site or its address "
+            "with ?origin=COLUMN"
         )
     joined = tally.get(JOINED, 0)
     if ids is not None and joined < documents:

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from metajax.core.array_records import ArrayRecords
-from metajax.core.reading import reading
-from metajax.data.documents import BadRecord
-from metajax.data.sources import Request, source
-from metajax.data.sources.files import Columns, Files, parsed
+from metajax.data.sources import source
+from metajax.data.sources.files import Files, Request, Row, attempt
 
 
 @source("arrayrecord")
-def open_arrayrecord(request: Request) -> ArrayRecord:
-    """arrayrecord:PATH, where PATH may be a glob."""
-    return ArrayRecord(request.spec, request.files(), request.root, request.columns)
-
-
 class ArrayRecord(Files):
-    """ArrayRecord files of JSON objects."""
+    """arrayrecord:PATH, where PATH may be a glob: files of JSON objects."""
 
-    kind = "arrayrecord"
-
-    def __init__(self, spec: str, paths: Sequence[str], root: str, columns: Columns):
-        super().__init__(spec, paths, root, columns)
-        self._files = {path: ArrayRecords([(path, 0, None)]) for path in paths}
+    def __init__(self, request: Request):
+        super().__init__(request)
+        self._files = {path: ArrayRecords([(path, 0, None)]) for path in self.paths}
 
     def _count(self, path: str) -> int:
         return len(self._files[path])
 
-    def _rows(self, path: str, records: range) -> Iterator[tuple[str, Mapping[str, Any] | BadRecord]]:
+    def _rows(self, path: str, records: range) -> Iterator[Row]:
         for record in records:
             where = f"{path}, record {record}"
-            try:
-                with reading(path, lambda reason, where=where: BadRecord(f"{where}: cannot be read ({reason})")):
-                    line = self._files[path][record]
-            except BadRecord as error:
-                yield where, error
-            else:
-                yield parsed(line, where, self.columns.text)
+            yield where, attempt(self._files[path].__getitem__, record, path, f"{where}: cannot be read")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from metajax.core.errors import require
 from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data.documents import Document
-from metajax.data.sources.files import Columns, file_entry
+from metajax.data.sources.files import Columns, Request, file_entry
 from metajax.data.sources.parquet import Parquet
 
 _DOCUMENTS, _MANIFEST = "documents.parquet", "manifest.json"
@@ -29,9 +28,10 @@ class BuiltCorpus(Parquet):
     """
 
     def __init__(self, spec: str, folder: Path):
-        self.folder, sealed = folder, Sealed(folder)
+        sealed = Sealed(folder)
         self._manifest = json.loads(sealed.read(_MANIFEST))
-        super().__init__(spec, [str(sealed.path(_DOCUMENTS))], f"{folder}{os.sep}", Columns("text", "origin"))
+        documents = str(sealed.path(_DOCUMENTS))
+        super().__init__(Request(spec, "parquet", documents, Columns("text", "origin")))
 
     def fingerprint(self) -> str:
         """The recipe's fingerprint, from the manifest."""
@@ -55,35 +55,25 @@ def open_or_build(
     if not folder.exists():
         documents, manifest = build()
         require(len(documents) > 0, f"{spec}: no documents with enough words; name other modules or sources")
-        write_corpus(folder, documents, {"kind": kind, "fingerprint": key, **manifest})
+        with sealed_folder(folder) as work:
+            _write(work, documents, {"kind": kind, "fingerprint": key, **manifest})
     return BuiltCorpus(spec, folder)
 
 
-def write_corpus(folder: Path, documents: Sequence[Document], manifest: dict[str, Any]) -> None:
-    """Write documents.parquet and manifest.json (with record count, words and sha256), both or none."""
+def _write(work: Path, documents: Sequence[Document], manifest: dict[str, Any]) -> None:
+    """Write documents.parquet and manifest.json, the latter with record count, words and sha256."""
     names = sorted({name for document in documents for name in document.metadata})
-    columns = {
-        "text": [d.text for d in documents],
-        "origin": [d.origin for d in documents],
-        **{name: [d.metadata.get(name) for d in documents] for name in names},
-    }
+    columns = {"text": [d.text for d in documents], "origin": [d.origin for d in documents]}
+    columns |= {name: [d.metadata.get(name) for d in documents] for name in names}
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    with sealed_folder(folder) as work:
-        path = work / _DOCUMENTS
-        pq.write_table(table, path, row_group_size=_ROWS_IN_GROUP, compression="zstd", write_page_checksum=True)
-        whole = {
-            **manifest,
-            "records": len(documents),
-            "words": sum(len(d.text.split()) for d in documents),
-            "content_sha256": content_sha256(documents),
-            "files": [{**file_entry(str(path)), "path": _DOCUMENTS}],
-        }
-        (work / _MANIFEST).write_text(json.dumps(whole, indent=2) + "\n")
-
-
-def content_sha256(documents: Sequence[Document]) -> str:
-    """sha256 of text, origin and metadata in order. It does not depend on the library version that wrote the file."""
-    digest = hashlib.sha256()
+    path, content = work / _DOCUMENTS, hashlib.sha256()  # of the content: it does not depend on the library that wrote the file
+    pq.write_table(table, path, row_group_size=_ROWS_IN_GROUP, compression="zstd", write_page_checksum=True)
     for d in documents:
-        digest.update(json.dumps([d.text, d.origin, d.metadata], sort_keys=True).encode())
-    return digest.hexdigest()
+        content.update(json.dumps([d.text, d.origin, d.metadata], sort_keys=True).encode())
+    counts = {
+        "records": len(documents),
+        "words": sum(len(d.text.split()) for d in documents),
+        "content_sha256": content.hexdigest(),
+        "files": [{**file_entry(str(path)), "path": _DOCUMENTS}],
+    }
+    (work / _MANIFEST).write_text(json.dumps({**manifest, **counts}, indent=2) + "\n")

@@ -9,6 +9,7 @@ that depend on this one): it measures use, not the quality of the prose.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,23 +54,21 @@ def open_debindex(request: Request) -> BuiltCorpus:
     """
     request.refuse_options()
     require(not request.path, f"data source {request.spec!r}: debindex takes no path; write just debindex")
-    spec, cache_dir = request.spec, request.cache_dir
-    here, release, architecture = debian_release(), PINNED["release"], PINNED["architecture"]
-    if here is not None and not folder_of("debindex", _key(release, architecture), cache_dir).exists():
-        release, architecture = here
+    here, cache_dir, release = debian_release(), Path(request.cache_dir), (PINNED["release"], PINNED["architecture"])
+    if here is not None and not folder_of("debindex", _key(release), cache_dir).exists():
+        release = here
 
     def build() -> tuple[list[Document], dict[str, Any]]:
         require(here is not None, f"debindex: this machine does not run a Debian release with apt; {_REMEDY}")
-        packages, translation = fetch(Path(cache_dir) / "debindex", release, architecture)
-        raw = {"packages": packages, "translation": translation}
+        packages, translation = fetch(cache_dir / "debindex", *release)
         documents = build_documents(packages.decode(), translation.decode())
-        return documents, describe(release, architecture, raw)
+        return documents, describe(*release, {"packages": packages, "translation": translation})
 
-    return open_or_build(spec, "debindex", _key(release, architecture), cache_dir, build)
+    return open_or_build(request.spec, "debindex", _key(release), cache_dir, build)
 
 
-def _key(release: str, architecture: str) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, RECIPE, release, architecture]).encode()).hexdigest()
+def _key(release: tuple[str, str]) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, RECIPE, *release]).encode()).hexdigest()
 
 
 def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[str, Any]:
@@ -77,16 +76,14 @@ def describe(release: str, architecture: str, raw: Mapping[str, bytes]) -> dict[
 
     The fingerprint covers the recipe and the raw files, so another point release is another corpus.
     """
-    found = {"release": release, "architecture": architecture}
-    found |= {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
+    versions = {"release": release, "architecture": architecture}
+    found = versions | {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
     differences = [f"{name} is {found[name]}, pinned {pinned}" for name, pinned in PINNED.items() if found[name] != pinned]
     if differences:
-        warnings.warn(
-            f"debindex differs from the pinned index, counts and losses will too: {'; '.join(differences)}", stacklevel=2
-        )
+        warnings.warn(f"debindex is not the pinned index, so counts and losses differ: {'; '.join(differences)}", stacklevel=2)
     return {
         "recipe": RECIPE,
-        "versions": {"release": release, "architecture": architecture},
+        "versions": versions,
         "raw_files": {name: {"bytes": len(content), "sha256": found[name]} for name, content in raw.items()},
         "pinned": PINNED,
         "differences_from_pinned": differences,
@@ -123,9 +120,9 @@ def fetch(folder: Path, release: str, architecture: str) -> tuple[bytes, bytes]:
     }
     flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     _run(["apt-get", *flags, "update", "-q", "--error-on=any"])
-    lists = folder / "lists"
-    packages = _list_file(lists, f"*_dists_{release}_main_binary-{architecture}_Packages*")
-    return packages, _list_file(lists, f"*_dists_{release}_main_i18n_Translation-en*")
+    patterns = (f"*_dists_{release}_main_{name}*" for name in (f"binary-{architecture}_Packages", "i18n_Translation-en"))
+    packages, translation = (_list_file(folder / "lists", pattern) for pattern in patterns)
+    return packages, translation
 
 
 def _list_file(lists: Path, pattern: str) -> bytes:
@@ -147,20 +144,17 @@ def _run(command: list[str]) -> bytes:
 
 def stanzas(text: str) -> Iterator[Stanza]:
     """Stanzas of a Debian control file; continuation lines keep their leading space after a line feed."""
-    stanza: Stanza = {}
-    field = ""
-    for line in text.split("\n"):
-        if not line:
-            if stanza:
-                yield stanza
-            stanza = {}
-        elif line[0] in " \t":
-            stanza[field] += "\n" + line
-        else:
-            field, _, value = line.partition(":")
-            stanza[field] = value.strip()
-    if stanza:
-        yield stanza
+    for filled, lines in itertools.groupby(text.split("\n"), bool):
+        stanza: Stanza = {}
+        field = ""
+        for line in lines if filled else ():
+            if line[0] in " \t":
+                stanza[field] += "\n" + line
+            else:
+                field, _, value = line.partition(":")
+                stanza[field] = value.strip()
+        if stanza:
+            yield stanza
 
 
 def description(field: str) -> tuple[str, list[str]]:
@@ -168,19 +162,17 @@ def description(field: str) -> tuple[str, list[str]]:
 
     ` .` separates paragraphs. Lines with two or more leading spaces are verbatim (lists, code); the others are joined.
     """
-    synopsis, _, rest = field.partition("\n")
-    paragraphs, parts, verbatim = [], [], False
-    for line in [*rest.split("\n"), " ."]:
-        line = line[1:]
+    synopsis, *lines = field.split("\n")
+    paragraphs, verbatim = [""], False
+    for line in (line[1:] for line in lines):
         if line.strip() == ".":
-            paragraphs.append("".join(parts))
-            parts = []
+            paragraphs.append("")
             continue
         was_verbatim, verbatim = verbatim, line.startswith(" ")
-        if parts:
-            parts.append("\n" if verbatim or was_verbatim else " ")
-        parts.append(line.rstrip() if verbatim else line.strip())
-    return synopsis.strip(), [p for p in paragraphs if p.strip()]
+        if paragraphs[-1]:
+            paragraphs[-1] += "\n" if verbatim or was_verbatim else " "
+        paragraphs[-1] += line.rstrip() if verbatim else line.strip()
+    return synopsis.strip(), [paragraph for paragraph in paragraphs if paragraph.strip()]
 
 
 def package_names(field: str) -> set[str]:
@@ -191,35 +183,30 @@ def package_names(field: str) -> set[str]:
 def reverse_dependencies(packages: Iterable[Stanza]) -> Counter[str]:
     """How many packages depend on, pre-depend on or recommend each package, by its name or by a name that it provides."""
     packages = list(packages)
-    providers: dict[str, set[str]] = {}
+    providers: dict[str, set[str]] = defaultdict(set)
     for package in packages:
         for virtual in package_names(package.get("Provides", "")):
-            providers.setdefault(virtual, set()).add(package["Package"])
+            providers[virtual].add(package["Package"])
     counts: Counter[str] = Counter()
     for package in packages:
-        fields = [package.get(name, "") for name in ("Depends", "Pre-Depends", "Recommends")]
-        names = package_names(",".join(field for field in fields if field))
-        needed = names.union(*(providers.get(name, ()) for name in names))
-        counts.update(needed - {package["Package"]})
+        names = package_names(",".join(package.get(name, "") for name in ("Depends", "Pre-Depends", "Recommends")))
+        counts.update(names.union(*(providers.get(name, ()) for name in names)) - {package["Package"]})
     return counts
 
 
 def build_documents(packages: str, translation: str) -> list[Document]:
     """Documents in the order of package names: synopsis, then paragraphs that no earlier package had, if these have 20 words."""
-    texts = {s["Description-md5"]: s["Description-en"] for s in stanzas(translation)}
-    index = sorted(stanzas(packages), key=lambda s: s["Package"])
+    texts = {stanza["Description-md5"]: stanza["Description-en"] for stanza in stanzas(translation)}
+    index = sorted(stanzas(packages), key=lambda stanza: stanza["Package"])
     users = reverse_dependencies(index)
-    seen: set[str] = set()
-    documents = []
+    documents, seen = [], set()
     for stanza in index:
-        if stanza.get("Description-md5") not in texts:
-            continue
-        synopsis, paragraphs = description(texts[stanza["Description-md5"]])
+        synopsis, paragraphs = description(texts.get(stanza.get("Description-md5", ""), ""))
         fresh = []
         for paragraph in paragraphs:
-            normal = " ".join(paragraph.split())
-            if normal not in seen:
-                seen.add(normal)
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                seen.add(words)
                 fresh.append(paragraph)
         if sum(len(paragraph.split()) for paragraph in fresh) >= MIN_WORDS:
             documents.append(_document(stanza, "\n\n".join([synopsis, *fresh]), users[stanza["Package"]]))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+Name = tuple[str, str]  # module, name in it
 
 
-@dataclass(frozen=True)
-class Docstring:
+class Docstring(NamedTuple):
     """One docstring. `name` is qualified within the module, and '' for the module itself."""
 
     module: str
@@ -20,13 +20,12 @@ class Docstring:
     local: bool = False  # defined inside a function, so it has no address
 
 
-@dataclass(frozen=True)
-class Module:
+class Module(NamedTuple):
     """The docstrings of one file, and (source module, name or '*', alias) of each `from ... import`."""
 
     name: str
-    docstrings: tuple[Docstring, ...]
-    imports: tuple[tuple[str, str, str], ...]
+    docstrings: list[Docstring]
+    imports: list[tuple[str, str, str]]
 
 
 def read_module(path: str, name: str, is_package: bool) -> Module:
@@ -36,62 +35,58 @@ def read_module(path: str, name: str, is_package: bool) -> Module:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return Module(name, (), ())
-    found = [Docstring(name, "", "module", ast.get_docstring(tree) or "")]
-    _visit(tree, name, "", False, found)
-    return Module(name, tuple(d for d in found if d.text), tuple(_imports(tree, name, is_package)))
+        return Module(name, [], [])
+    found = [Docstring(name, "", "module", ast.get_docstring(tree) or ""), *_definitions(tree, name)]
+    return Module(name, [docstring for docstring in found if docstring.text], list(_imports(tree, name, is_package)))
 
 
-def _visit(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, module, prefix, local, found) -> None:
-    """Collect definitions directly in a body. Those under `if` and `try` are skipped: they are variants of the same name."""
+def _definitions(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, module: str, prefix: str = "", local: bool = False
+) -> Iterator[Docstring]:
+    """Definitions directly in a body. Those under `if` and `try` are skipped: they are variants of the same name."""
     for child in node.body:
-        if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        is_class = isinstance(child, ast.ClassDef)
-        name = f"{prefix}{child.name}"
-        kind = "class" if is_class else "function"
-        found.append(Docstring(module, name, kind, ast.get_docstring(child) or "", local))
-        _visit(child, module, f"{name}.", local or not is_class, found)
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            kind, name = "class" if isinstance(child, ast.ClassDef) else "function", f"{prefix}{child.name}"
+            yield Docstring(module, name, kind, ast.get_docstring(child) or "", local)
+            yield from _definitions(child, module, f"{name}.", local or kind == "function")
 
 
-def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterable[tuple[str, str, str]]:
+def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[str, str, str]]:
     parts = module.split(".")
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
-            up = node.level - is_package
-            base = parts[: len(parts) - up] if node.level else []
+            base = parts[: len(parts) - node.level + is_package] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 yield source, alias.name, alias.asname or alias.name
 
 
-def public_names(modules: Iterable[Module]) -> dict[tuple[str, str], str]:
+def public_names(modules: Iterable[Module]) -> dict[Name, str]:
     """(module, top-level name) -> its shortest address through public modules only, found by following re-exports.
 
     `jax._src.numpy.lax_numpy.add` becomes `jax.numpy.add`. Names that no public module exports are absent.
     """
     modules = list(modules)
-    onward: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    onward: dict[Name, list[Name]] = defaultdict(list)
     for module in modules:
         for source, name, alias in module.imports:
             onward[source, name].append((module.name, alias))
-    found = {}
-    for module, name in {(d.module, d.name.split(".")[0]) for m in modules for d in m.docstrings if d.name}:
-        if address := _shortest(module, name, onward):
-            found[module, name] = address
-    return found
+    names = {(d.module, d.name.split(".")[0]) for m in modules for d in m.docstrings if d.name}
+    return {name: address for name in names if (address := _shortest(name, onward))}
 
 
-def _shortest(module: str, name: str, onward: dict[tuple[str, str], list[tuple[str, str]]]) -> str:
-    reached, waiting = {(module, name)}, [(module, name)]
+def _shortest(start: Name, onward: dict[Name, list[Name]]) -> str:
+    reached, waiting = {start}, [start]
     while waiting:
-        here, known_as = waiting.pop()
-        starred = [(there, known_as) for there, _ in onward.get((here, "*"), ()) if not known_as.startswith("_")]
-        for step in itertools.chain(onward.get((here, known_as), ()), starred):
-            if step not in reached:
-                reached.add(step)
-                waiting.append(step)
-    public = [f"{m}.{n}" for m, n in reached if is_public(f"{m}.{n}") and m.split(".")[0] == module.split(".")[0]]
+        module, name = waiting.pop()
+        steps = list(onward.get((module, name), ()))
+        if not name.startswith("_"):
+            steps += [(importer, name) for importer, _ in onward.get((module, "*"), ())]
+        fresh = set(steps) - reached
+        reached |= fresh
+        waiting += fresh
+    package = start[0].split(".")[0]
+    public = [f"{module}.{name}" for module, name in reached if module.split(".")[0] == package and is_public(f"{module}.{name}")]
     return min(public, key=lambda address: (address.count("."), address), default="")
 
 

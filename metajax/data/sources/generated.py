@@ -64,24 +64,17 @@ def best_nats(sources: np.ndarray, symbols: np.ndarray, known: str) -> np.ndarra
 
 
 @source("generated")
-def open_generated(request: Request) -> Generated:
-    """generated[:DOCUMENTS]."""
-    request.refuse_options()
-    return Generated(request.spec, request.path)
-
-
 class Generated(Source):
-    """Generated documents. Text: letters a to p; `source` is a capital letter, `group` a digit. With bytes, each is one token.
+    """generated[:DOCUMENTS]. Text: letters a to p; `source` is a capital letter, `group` a digit. With bytes, each is one token.
 
     Every document is a separate origin, so that validation documents come from the same sources as the others.
     """
 
-    def __init__(self, spec: str, count: str):
-        require(
-            not count or (count.isdecimal() and int(count) > 0),
-            f"data source {spec!r}: the number of documents, such as generated:{DOCUMENTS}",
-        )
-        self.spec, self.count = spec, int(count or DOCUMENTS)
+    def __init__(self, request: Request):
+        request.refuse_options()
+        self.spec, count = request.spec, request.path or str(DOCUMENTS)
+        require(count.isdecimal() and int(count) > 0, f"data source {self.spec!r}: write a number, such as generated:{DOCUMENTS}")
+        self.count = int(count)
 
     def __len__(self) -> int:
         return self.count
@@ -98,7 +91,6 @@ class Generated(Source):
 
     def manifest(self) -> dict[str, Any]:
         """Kind, recipe, records, and the optimal nats per symbol given nothing, the group or the source."""
-        drawn = [draw(i) for i in range(_MEASURED)]
-        sources, symbols = (np.array(part) for part in zip(*drawn, strict=True))
+        sources, symbols = (np.array(part) for part in zip(*map(draw, range(_MEASURED)), strict=True))
         best = {known: float(best_nats(sources, symbols, known).mean()) for known in ("nothing", "group", "source")}
         return super().manifest() | {"recipe": RECIPE, f"best_nats_a_symbol_of_{_MEASURED}_documents": best}

@@ -22,7 +22,7 @@ from metajax.core.errors import nearest, require
 from metajax.core.reading import reading
 from metajax.data.cache import read_documents
 from metajax.data.documents import BadRecord, Document, Source
-from metajax.data.sources.files import JOINED, Columns, Files, file_entry, file_stamps, unreadable
+from metajax.data.sources.files import JOINED, Files, Request, file_entry, file_stamps, split, unreadable
 from metajax.data.sources.values import as_string, cells, flat
 
 Labels = dict[str, dict[str, str]]  # id -> its row
@@ -39,14 +39,14 @@ class Joined(Source):
     or with a column that the labels have too, is a bad record.
     """
 
-    def __init__(self, corpus: Files, path: str, columns: Columns):
-        """path: of the spec. A corpus file's path after the glob-free start of `path` is that of its labels in `columns.join`."""
-        self.corpus, self.spec, self.on, self.tally = corpus, corpus.spec, columns.on, corpus.tally
-        is_one = list(corpus.paths) == [os.path.join(corpus.root, path)]
-        fixed = "/".join(itertools.takewhile(lambda part: is_one or not glob.has_magic(part), path.split("/")[:-1]))
-        start, folder = os.path.join(corpus.root, fixed, ""), os.path.join(corpus.root, columns.join)
+    def __init__(self, corpus: Files, request: Request):
+        """A corpus file's path after the glob-free start of the request's path is that of its labels in `join`."""
+        self.corpus, self.spec, self.on, self.tally = corpus, corpus.spec, request.columns.on, corpus.tally
+        is_one = corpus.paths == [os.path.join(corpus.root, request.path)]
+        fixed = "/".join(itertools.takewhile(lambda part: is_one or not glob.has_magic(part), request.path.split("/")[:-1]))
+        start, folder = os.path.join(corpus.root, fixed, ""), os.path.join(corpus.root, request.columns.join)
         names = [re.sub(_ENDINGS, ".parquet", path.removeprefix(start), count=1) for path in corpus.paths]
-        self.labels = tuple(os.path.join(folder, name) for name in names)
+        self.labels = [os.path.join(folder, name) for name in names]
         for path, labels in zip(corpus.paths, self.labels, strict=True):
             require(epath.Path(labels).exists(), f"{labels}: no such file; {self.spec!r} looks for the labels of {path} there")
 
@@ -58,11 +58,9 @@ class Joined(Source):
 
     def read(self, records: range) -> Iterator[Document | BadRecord]:
         documents = self.corpus.read(records)
-        for file, part in self.corpus.by_file(records):
-            labels_of = None
+        for file, part in split(records, self.corpus.starts):
+            labels_of = _labels(self.labels[file], self.on)
             for record, document in zip(part, documents, strict=False):
-                if labels_of is None:
-                    labels_of = _labels(self.labels[file], self.on)
                 where = f"{self.corpus.paths[file]}, record {record}"
                 yield document if isinstance(document, BadRecord) else self._joined(document, labels_of, where)
 
@@ -89,15 +87,14 @@ class Joined(Source):
     def ids(self) -> str:
         """A sentence with an example id of the documents and one of the labels."""
         keys = (found.metadata.get(self.on) for _, found in read_documents(self.corpus, "skip") if found is not None)
-        rows = _read(self.labels[0], self.on)
-        return f"documents have {self.on} = {next(keys, None)!r}, labels {next(iter(rows), None)!r}"
+        return f"documents have {self.on} = {next(keys, None)!r}, labels {next(iter(_read(self.labels[0], self.on)), None)!r}"
 
 
 def _labels(path: str, on: str) -> Callable[[str], dict[str, str] | None]:
     """A function from an id to its row in a label file; None if there is no row."""
     rows = _read(path, on)
-    values = Counter(map(_value, rows))
-    by_value = {value: rows[k] for k in rows if values[value := _value(k)] == 1}
+    counts = Counter(map(_value, rows))
+    by_value = {_value(key): row for key, row in rows.items() if counts[_value(key)] == 1}
     return lambda key: rows[key] if key in rows else by_value.get(_value(key))
 
 

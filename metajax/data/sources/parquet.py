@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from metajax.core.errors import UserError, nearest, require
-from metajax.core.reading import first_line, reading
+from metajax.core.reading import reading
 from metajax.data.documents import BadRecord
-from metajax.data.sources import Request, source
-from metajax.data.sources.files import Files, unreadable
-from metajax.data.sources.values import cells, flat, leaves
+from metajax.data.sources import source
+from metajax.data.sources.files import Files, Row, attempt, split, unreadable
+from metajax.data.sources.values import cells, flat
 
 
 @source("parquet")
-def open_parquet(request: Request) -> Parquet:
-    """parquet:PATH, where PATH may be a glob."""
-    return Parquet(request.spec, request.files(), request.root, request.columns)
+class Parquet(Files):
+    """parquet:PATH, where PATH may be a glob: files of flat or nested columns."""
+
+    def _count(self, path: str) -> int:
+        with _opened(path) as reader:
+            names, rows = flat(reader.schema_arrow.empty_table()).column_names, reader.metadata.num_rows
+        self.columns.check(names, path, "column")
+        return rows
+
+    def _rows(self, path: str, records: range) -> Iterator[Row]:
+        with _opened(path) as reader:
+            columns = list(dict.fromkeys(field.name for field in reader.schema_arrow if _has_text(field.type)))
+            sizes = [reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups)]
+            starts = list(itertools.accumulate(sizes, initial=0))
+
+            def table_of(group: int) -> pa.Table:
+                return flat(reader.read_row_group(group, columns=columns))
+
+            for group, part in split(records, starts):
+                table = attempt(table_of, group, path, f"{path}, row group {group}: cannot be decoded")
+                for row in part:
+                    where = f"{path}, record {starts[group] + row}"
+                    yield where, table if isinstance(table, BadRecord) else cells(table, row)
 
 
 @contextmanager
@@ -34,40 +51,6 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
             yield reader
 
 
-class Parquet(Files):
-    """Parquet files of flat or nested columns."""
-
-    kind = "parquet"
-
-    def _count(self, path: str) -> int:
-        with _opened(path) as reader:
-            names, rows = leaves(reader.schema_arrow), reader.metadata.num_rows
-        for option, name in (("text", self.columns.text), ("origin", self.columns.origin)):
-            require(
-                not name or name in names,
-                f"{path}: no column {name!r} ({option}){nearest(name, names)}; columns: {', '.join(names)}",
-            )
-        return rows
-
-    def _rows(self, path: str, records: range) -> Iterator[tuple[str, Mapping[str, Any] | BadRecord]]:
-        with _opened(path) as reader:
-            metadata, columns = reader.metadata, list(dict.fromkeys(leaves(reader.schema_arrow).values()))
-            sizes = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-            starts = list(itertools.accumulate(sizes, initial=0))
-            held, table = None, None
-            for record in records:
-                group = bisect.bisect_right(starts, record) - 1
-                if group != held:
-                    held, table = group, _table(reader, path, group, columns)
-                where = f"{path}, record {record}"
-                yield where, table if isinstance(table, BadRecord) else cells(table, record - starts[group])
-
-
-def _table(reader: pq.ParquetFile, path: str, group: int, columns: list[str]) -> pa.Table | BadRecord:
-    try:
-        with reading(path, lambda reason: BadRecord(f"{path}, row group {group}: cannot be decoded ({reason})")):
-            return flat(reader.read_row_group(group, columns=columns))
-    except pa.ArrowNotImplementedError as error:
-        raise UserError(f"{path}: {first_line(error)}; write it again in a form that pyarrow reads") from None
-    except BadRecord as error:
-        return error
+def _has_text(kind: pa.DataType) -> bool:
+    """Whether a column is read: lists are not, structs are if one of their fields is."""
+    return any(_has_text(field.type) for field in kind) if pa.types.is_struct(kind) else not pa.types.is_nested(kind)

@@ -13,11 +13,10 @@ import os
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.machinery import PathFinder
-from typing import Any
+from typing import Any, NamedTuple
 
 from metajax.core.errors import UserError, nearest
 from metajax.core.progress import progress, say
@@ -34,12 +33,10 @@ DEFAULT_PARTS = (STDLIB, "numpy", "scipy", "jax")
 RECIPE = 1  # raise when a change below changes the documents
 MIN_WORDS = 20
 _FILES_FOR_POOL = 400  # below this, starting processes costs more than it saves
-_SITE_FOLDERS = ("site-packages", "dist-packages")
-_LEFT_OUT = ("idle_test", "lib2to3")  # besides test*: the tests of IDLE, and a parser that Python 3.13 removed
+_LEFT_OUT = ("site-packages", "dist-packages", "idle_test", "lib2to3")  # Python 3.13 removed lib2to3
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A Python file of a part, and its module."""
 
     part: str
@@ -59,47 +56,37 @@ def open_pydocs(request: Request) -> BuiltCorpus:
     files = [file for part in parts for file in python_files(part)]
     versions = {"python": platform.python_version(), **_versions(parts, files)}
     key = hashlib.sha256(json.dumps([FORMAT, RECIPE, parts, versions]).encode()).hexdigest()
-
-    def build() -> tuple[list[Document], dict[str, Any]]:
-        return build_documents(files, versions)
-
-    return open_or_build(request.spec, "pydocs", key, request.cache_dir, build)
+    return open_or_build(request.spec, "pydocs", key, request.cache_dir, lambda: build_documents(files, versions))
 
 
 def python_files(part: str) -> list[File]:
     """The .py files of a part in path order, without test folders; raises UserError if the part is not installed."""
     library = sysconfig.get_path("stdlib")
     if part == STDLIB:
-        return sorted(_walk(part, library, library), key=lambda file: file.path)
+        return _walk(part, library, library)
     found = PathFinder.find_spec(part) if part.isidentifier() else None
-    compiled = part in sys.builtin_module_names or (found is not None and str(found.origin).endswith((".so", ".pyd")))
-    if compiled:
+    origin = str(found.origin) if found is not None else ""
+    if part in sys.builtin_module_names or origin.endswith((".so", ".pyd")):
         raise UserError(f"pydocs: {part!r} is compiled, so its docstrings cannot be read without importing it; leave it out")
     if found is None:
-        known = sorted(sys.stdlib_module_names) + list(DEFAULT_PARTS)
-        raise UserError(
-            f"pydocs: {part!r} is not an installed top-level module{nearest(part, known)}; install it or leave it out"
-        )
-    if found.submodule_search_locations:
-        root = next(iter(found.submodule_search_locations))
-        return sorted(_walk(part, root, os.path.dirname(root)), key=lambda file: file.path)
-    return [File(part, found.origin, part, False)]
+        hint = nearest(part, [*sorted(sys.stdlib_module_names), *DEFAULT_PARTS])
+        raise UserError(f"pydocs: {part!r} is not an installed top-level module{hint}; install it or leave it out")
+    for root in found.submodule_search_locations or ():
+        return _walk(part, root, os.path.dirname(root))
+    return [File(part, origin, part, False)]
 
 
-def _walk(part: str, root: str, base: str) -> Iterator[File]:
+def _walk(part: str, root: str, base: str) -> list[File]:
+    files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if not _left_out(f) and f not in _SITE_FOLDERS]
+        folders[:] = [f for f in folders if f not in _LEFT_OUT and (f == "testing" or not f.startswith("test"))]
         for name in names:
             if name.endswith(".py"):
                 path = os.path.join(folder, name)
-                relative = os.path.relpath(path, base).removesuffix(".py").split(os.sep)
-                is_package = relative[-1] == "__init__"
-                yield File(part, path, ".".join(relative[:-1] if is_package else relative), is_package)
-
-
-def _left_out(folder: str) -> bool:
-    """Whether a folder is left out: mostly tests. `testing` is a public module of numpy, so it stays."""
-    return (folder.startswith("test") and folder != "testing") or folder in _LEFT_OUT
+                module = os.path.relpath(path, base).removesuffix(".py").split(os.sep)
+                is_package = module[-1] == "__init__"
+                files.append(File(part, path, ".".join(module[:-1] if is_package else module), is_package))
+    return sorted(files, key=lambda file: file.path)
 
 
 def _versions(parts: Sequence[str], files: Sequence[File]) -> dict[str, str]:
@@ -117,30 +104,24 @@ def _versions(parts: Sequence[str], files: Sequence[File]) -> dict[str, str]:
     return versions
 
 
-def _read(file: File) -> Module:
-    return read_module(file.path, file.module, file.is_package)
-
-
 def _read_all(files: Sequence[File]) -> list[Module]:
     if len(files) < _FILES_FOR_POOL:
-        return [_read(file) for file in files]
-    title = f"pydocs: reading docstrings of {len(files)} Python files (once)"
-    say(title)
-    with process_pool(os.cpu_count() or 1) as pool:
-        results = []
-        with progress("pydocs", len(files), plain_lines=False) as advance:
-            for module in pool.map(_read, files, chunksize=32):
-                results.append(module)
-                advance(1)
-        return results
+        return [read_module(*file[1:]) for file in files]
+    say(f"pydocs: reading docstrings of {len(files)} Python files (once)")
+    _, *columns = zip(*files, strict=True)
+    modules = []
+    with process_pool(os.cpu_count() or 1) as pool, progress("pydocs", len(files), plain_lines=False) as advance:
+        for module in pool.map(read_module, *columns, chunksize=32):
+            modules.append(module)
+            advance(1)
+    return modules
 
 
-def build_documents(files: Sequence[File], versions: dict[str, str]) -> tuple[list[Document], dict[str, Any]]:
+def build_documents(files: Sequence[File], versions: Mapping[str, str]) -> tuple[list[Document], dict[str, Any]]:
     """Documents in order, each text once, and the manifest's versions, recipe and counts by part."""
     modules = _read_all(files)
     addresses = public_names(modules)
-    seen: set[str] = set()
-    documents, parts = [], {file.part: {"documents": 0, "words": 0} for file in files}
+    documents, seen, parts = [], set(), {file.part: {"documents": 0, "words": 0} for file in files}
     for file, module in zip(files, modules, strict=True):
         for docstring in module.docstrings:
             words = len(docstring.text.split())
@@ -149,25 +130,26 @@ def build_documents(files: Sequence[File], versions: dict[str, str]) -> tuple[li
             seen.add(docstring.text)
             parts[file.part]["documents"] += 1
             parts[file.part]["words"] += words
-            documents.append(_document(docstring, addresses, versions))
+            documents.append(_document(docstring, derived_url(docstring, addresses, versions)))
     return documents, {"versions": versions, "recipe": RECIPE, "parts": parts}
 
 
-def _document(docstring: Docstring, addresses: dict[tuple[str, str], str], versions: dict[str, str]) -> Document:
-    module, name = docstring.module, docstring.name
+def _document(docstring: Docstring, url: str) -> Document:
+    module, path = docstring.module, docstring.module.split(".")
+    name = f"{module}.{docstring.name}" if docstring.name else module
     fields = {
-        "package": module.split(".")[0],
+        "package": path[0],
         "module": module,
-        "topic": ".".join(module.split(".")[:2]),
-        "name": f"{module}.{name}" if name else module,
+        "topic": ".".join(path[:2]),
+        "name": name,
         "kind": docstring.kind,
-        "visibility": "public" if is_public(f"{module}.{name}" if name else module) else "private",
-        "url": derived_url(docstring, addresses, versions),
+        "visibility": "public" if is_public(name) else "private",
+        "url": url,
     }
     return Document(docstring.text, {k: v for k, v in fields.items() if v}, module)
 
 
-def derived_url(docstring: Docstring, addresses: dict[tuple[str, str], str], versions: dict[str, str]) -> str:
+def derived_url(docstring: Docstring, addresses: Mapping[tuple[str, str], str], versions: Mapping[str, str]) -> str:
     """The address of the documentation page; '' if none can be derived.
 
     It follows the naming rules of the sites, from the shortest public name. Nothing checks that the page exists.
@@ -177,15 +159,16 @@ def derived_url(docstring: Docstring, addresses: dict[tuple[str, str], str], ver
     if docstring.local or not is_public(name):
         return ""
     if package in sys.stdlib_module_names:
-        page = f"https://docs.python.org/{'.'.join(versions['python'].split('.')[:2])}/library/{module}.html"
+        page = f"https://docs.python.org/{_series(versions['python'])}/library/{module}.html"
         return "" if not is_public(module) else f"{page}#{module}.{name}" if name else page
-    address = addresses.get((module, top), "") + name.removeprefix(top)
-    if not name or not address.startswith(package):
-        return ""
-    numpy_series = ".".join(versions.get("numpy", "").split(".")[:2])
     pages = {
-        "numpy": f"https://numpy.org/doc/{numpy_series}/reference/generated/",
+        "numpy": f"https://numpy.org/doc/{_series(versions.get('numpy', ''))}/reference/generated/",
         "scipy": f"https://docs.scipy.org/doc/scipy-{versions.get('scipy')}/reference/generated/",
         "jax": "https://docs.jax.dev/en/latest/_autosummary/",
     }
-    return f"{pages[package]}{address}.html" if package in pages else ""
+    address = addresses.get((module, top), "") + name.removeprefix(top)
+    return f"{pages[package]}{address}.html" if name and package in pages and address.startswith(package) else ""
+
+
+def _series(version: str) -> str:
+    return ".".join(version.split(".")[:2])

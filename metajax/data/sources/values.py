@@ -23,7 +23,7 @@ def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
     while queue:
         prefix, fields = queue.popleft()
         for name, value in fields.items():
-            if isinstance(value, dict):
+            if hasattr(value, "items"):
                 queue.append((f"{prefix}{name}.", value))
             else:
                 flat.setdefault(prefix + name, value)
@@ -35,12 +35,12 @@ def as_string(value: Any) -> str:
 
     Numbers have the fewest digits that round-trip in their type and no exponent; zero has no sign.
     """
-    if isinstance(value, (str, bytes)):
-        return as_text(value)
-    if isinstance(value, np.generic) and not isinstance(value, np.floating):
-        value = value.item()
     if isinstance(value, (float, np.floating)):
         return np.format_float_positional(value + 0, trim="0") if math.isfinite(value) else ""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (str, bytes)):
+        return as_text(value)
     if value is None or isinstance(value, (Mapping, Sequence, np.ndarray)):
         return ""
     if isinstance(value, bool):
@@ -52,29 +52,14 @@ def as_string(value: Any) -> str:
 
 def as_text(value: str | bytes) -> str:
     """A str; raises UnicodeError for invalid UTF-8 and for lone surrogates, which JSON can spell but no tokenizer can encode."""
-    text = value.decode() if isinstance(value, bytes) else value
-    text.encode()
-    return text
-
-
-def why(error: UnicodeError) -> str:
-    """The reason why a value cannot be text."""
-    if isinstance(error, UnicodeEncodeError):
-        return f"holds half of a surrogate pair at character {error.start}"
-    return f"is not UTF-8 at byte {error.start}"
-
-
-def leaves(schema: pa.Schema) -> dict[str, str]:
-    """{name of a column of `flat`: the file's column that it is read from}."""
-    found: dict[str, str] = {}
-    queue = deque((field.name, field.type, field.name) for field in schema)
-    while queue:
-        name, kind, column = queue.popleft()
-        if pa.types.is_struct(kind):
-            queue.extend((f"{name}.{field.name}", field.type, column) for field in kind)
-        elif not pa.types.is_nested(kind):
-            found.setdefault(name, column)
-    return found
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        text.encode()
+        return text
+    except UnicodeDecodeError as error:
+        raise UnicodeError(f"is not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise UnicodeError(f"holds half of a surrogate pair at character {error.start}") from None
 
 
 def flat(table: pa.Table) -> pa.Table:

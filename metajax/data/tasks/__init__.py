@@ -1,4 +1,4 @@
-"""Synthetic tasks as training and evaluation rows (Language Modeling with Learned Meta-Tokens, section 4; needle and mqar for Hymba).
+"""Synthetic tasks as training and evaluation rows (Learned Meta-Tokens, arXiv 2509.16278, section 4; needle, mqar: Hymba).
 
 A module with `@task(NAME)` defines one task. To add a task, do the same in a file of `experiments/`.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -21,8 +19,7 @@ task: Registry[type[SyntheticTask]] = Registry("task", __name__)
 TEST_SHARE = 10  # one in ten is a test example, as in the paper (90,000 and 10,000)
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """An example as ids: input tokens, targets, the targets that carry loss, and those that are the answer.
 
     ids, targets: int32 [n]; asked (carries loss), answers: bool [n], `answers` without the end of the text; core: the content
@@ -41,6 +38,7 @@ class SyntheticTask(ABC):
     """One task with the sizes of a config, for one tokenizer."""
 
     stream: ClassVar[int | None] = None  # number of its random stream; None: a hash of its name
+    shortest: int  # tokens of the smallest example, including BOS
 
     def __init__(self, sizes: Tasks, tokenizer: Tokenizer):
         self.sizes, self.tokenizer = sizes, tokenizer
@@ -49,11 +47,6 @@ class SyntheticTask(ABC):
     @abstractmethod
     def chance(sizes: Tasks) -> float:
         """Exact-match accuracy of the best guess from the question only."""
-
-    @cached_property
-    @abstractmethod
-    def shortest(self) -> int:
-        """Tokens of the smallest example, including BOS."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:

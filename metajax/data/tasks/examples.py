@@ -7,7 +7,7 @@ The core is the lists, bits or text to copy, with question and answer. Only for 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -51,34 +51,24 @@ class Examples:
 
     def check(self) -> None:
         """Raise UserError if a task has no example of a length in the config."""
-        for name in self.tasks.names:
-            for field, length in (
-                ("train_length", self.tasks.train_length),
-                *(("eval_lengths", n) for n in self.tasks.eval_lengths),
-            ):
-                require(
-                    self.shortest(name) <= length,
-                    f"tasks.{field} = {length}: the shortest example of {name} takes {self.shortest(name)} tokens with "
-                    f"{self.tokenizer.spec}; choose a greater length",
-                )
+        lengths = [("train_length", self.tasks.train_length), *(("eval_lengths", n) for n in self.tasks.eval_lengths)]
+        for name, shortest in ((name, self.shortest(name)) for name in self.tasks.names):
+            for setting, length in lengths:
+                takes = f"the shortest example of {name} takes {shortest} tokens with {self.tokenizer.spec}"
+                require(shortest <= length, f"tasks.{setting} = {length}: {takes}; choose a greater length")
 
     def _draw(self, name: str, split: str, part: int, n: int, lengths: tuple[int, int]) -> Encoded:
-        drawn = self._tasks[name]
+        drawn, (low, high) = self._tasks[name], lengths
         stream = zlib.crc32(name.encode()) if drawn.stream is None else drawn.stream
         rng = np.random.default_rng([self.seed, stream, split == "test", part, n])
         for _ in range(ATTEMPTS):
-            example = drawn.draw(rng, split, lengths)
-            if example is not None:
+            if (example := drawn.draw(rng, split, lengths)) is not None:
                 return example
-        low, high = lengths
         raise UserError(f"{name} has no {split} example of {low} to {high} tokens; choose greater lengths or sizes in tasks")
 
     @cached_property
     def _tasks(self) -> dict[str, SyntheticTask]:
         return {name: task.find(name, "tasks.names")(self.tasks, self.tokenizer) for name in self.tasks.names}
-
-
-# ---------------------------------------------------------------------------------------------------------- rows
 
 
 def phase_of(step: int, steps: int, phases: int) -> int:
@@ -91,8 +81,7 @@ def assemble(examples: list[Encoded], length: int, tokenizer: Tokenizer, meta_po
 
     meta_positions: M, the number of meta-tokens that the row can list; unused entries are `length`. None: the row lists none.
     """
-    names = {"tokens": "ids", "targets": "targets", "loss_weights": "asked", "is_body": "answers"}
-    pieces = [{name: getattr(example, ours) for name, ours in names.items()} for example in examples]
+    pieces = [{"tokens": e.ids, "targets": e.targets, "loss_weights": e.asked, "is_body": e.answers} for e in examples]
     row = joined(pieces, length, tokenizer.vocabulary.pad)
     if meta_positions is not None:
         used = np.flatnonzero(row["tokens"] == tokenizer.vocabulary.meta)
@@ -110,35 +99,31 @@ class TaskRows:
 
     config: Config
     examples: Examples
+    pools: dict[int, dict[tuple[str, int], Encoded]] = field(default_factory=dict, compare=False)  # drawn examples, by phase
 
     def __call__(self, n: int) -> Row:
-        config, tasks = self.config, self.examples.tasks
-        length, pauses_left = config.data.sequence_length, tasks.pauses(config.data.sequence_length)
+        config, tasks, tokenizer = self.config, self.examples.tasks, self.examples.tokenizer
+        left, pauses_left = config.data.sequence_length, tasks.pauses(config.data.sequence_length)
         phase = phase_of(n // config.data.batch_size, config.training.steps, len(tasks.phases))
         rng = np.random.default_rng([self.examples.seed, n])
         pool = -(-tasks.train_examples // len(tasks.phases))
-        packed, left, misses = [], length, 0
+        packed, misses = [], 0
         while misses < MISSES:
             name = tasks.names[int(rng.integers(len(tasks.names)))]
-            example, pauses = self._example(name, phase, int(rng.integers(pool)))
+            example = self._example(name, phase, int(rng.integers(pool)))
+            pauses = np.count_nonzero(example.ids == tokenizer.vocabulary.meta)
             if len(example.ids) > left or pauses > pauses_left:
                 misses += 1
                 continue
             packed.append(example)
             left, pauses_left = left - len(example.ids), pauses_left - pauses
         meta_positions = config.row_meta_tokens if config.meta_tokens is not None else None
-        return assemble(packed, length, self.examples.tokenizer, meta_positions)
+        return assemble(packed, config.data.sequence_length, tokenizer, meta_positions)
 
-    def _example(self, name: str, phase: int, n: int) -> tuple[Encoded, int]:
-        """Training example n of a phase and its pauses. Drawn once and kept, because rows read the pool of their phase often."""
-        pool = self._pools.setdefault(phase, {})
+    def _example(self, name: str, phase: int, n: int) -> Encoded:
+        """Training example n of a phase, drawn once and kept, because rows read the pool of their phase often."""
+        pool = self.pools.setdefault(phase, {})
         if (name, n) not in pool:
-            self._pools.pop(phase - 2, None)  # threads read ahead by less than a phase
-            drawn = self.examples.training(name, phase, n)
-            pauses = int((drawn.ids == self.examples.tokenizer.vocabulary.meta).sum())
-            pool[name, n] = replace(drawn, core="", text=""), pauses  # a row needs only the arrays
+            self.pools.pop(phase - 2, None)  # threads read ahead by less than a phase
+            pool[name, n] = self.examples.training(name, phase, n)._replace(core="", text="")  # a row needs only the arrays
         return pool[name, n]
-
-    @cached_property
-    def _pools(self) -> dict[int, dict[tuple[str, int], tuple[Encoded, int]]]:
-        return {}

@@ -7,17 +7,13 @@ random. Nothing here is text: keys are from the lower half of a tokenizer's ordi
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from metajax.config import Tasks
 from metajax.data.tasks import Encoded, SyntheticTask, is_test, task
 
 POWER = 0.01
-SHARE = (
-    4  # positions of a row per pair: the pair, and a query with one position of noise; all published sizes have at least as many
-)
+SHARE = 4  # least positions of a row per pair: the pair, and a query with one position of noise; published sizes have enough
 
 
 @task("mqar")
@@ -25,14 +21,11 @@ class Mqar(SyntheticTask):
     """Test rows have the length of their bin and as many pairs as fit; training rows have a random length and number of pairs."""
 
     stream = 5
+    shortest = SHARE
 
     @staticmethod
     def chance(sizes: Tasks) -> float:
         return 0.0  # all values of a row have to be right
-
-    @cached_property
-    def shortest(self) -> int:
-        return SHARE
 
     def draw(self, rng: np.random.Generator, split: str, lengths: tuple[int, int]) -> Encoded | None:
         low, high = lengths
@@ -50,7 +43,7 @@ class Mqar(SyntheticTask):
         ids[at] = keys
         targets, asked = np.zeros(length, np.int32), np.zeros(length, bool)
         targets[at], asked[at] = values, True
-        told = " ".join(map(str, ids[: 2 * pairs].tolist()))
-        if is_test(told) != (split == "test"):
+        core = " ".join(map(str, ids[: 2 * pairs].tolist()))
+        if is_test(core) != (split == "test"):
             return None
-        return Encoded(ids.astype(np.int32), targets, asked, asked, told, f"{told} ...")
+        return Encoded(ids.astype(np.int32), targets, asked, asked, core, f"{core} ...")

@@ -21,9 +21,9 @@ class Needle(PromptTask):
         return 1 / len(LISTS[NAMES[0]])
 
     def write(self, rng: np.random.Generator, room: int) -> Example | None:
-        name = NAMES[int(rng.integers(len(NAMES)))]
-        item = ITEMS[name][int(rng.integers(len(ITEMS[name])))]
-        costliest = self.costliest
-        if room < self.costs(RECALL, ASK, " 1") + costliest["head"] + costliest["of"] + 2 * costliest["item"]:
+        [name] = self.pick(rng, NAMES, 1)
+        [item] = self.pick(rng, ITEMS[name], 1)
+        longest = self.costliest
+        if room < self.costs(RECALL, ASK, " 1") + longest["head"] + longest["of"] + 2 * longest["item"]:
             return None
         return Example(((f"{name}:", item),), (RECALL, " 1", f" of {name}", ASK), (item,))

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,13 +33,11 @@ LISTS = {
     "Metals": ("copper", "silver", "iron", "nickel", "cobalt", "bronze", "titanium", "zinc"),
     "Trees": ("maple", "willow", "cedar", "birch", "spruce", "poplar", "walnut", "juniper"),
 }
-TEXT = (
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "iota",
-    "kappa", "lambda", "sigma", "omega", "omicron", "upsilon", "aleph", "gimel",
-)  # fmt: skip
-NAMES = tuple(LISTS)
+TEXT = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "iota")
+TEXT += ("kappa", "lambda", "sigma", "omega", "omicron", "upsilon", "aleph", "gimel")
 TEXT_LINE = 12  # words per line of neutral text, at most
 
+NAMES = tuple(LISTS)
 ITEMS = {name: tuple(f" {word}" for word in words) for name, words in LISTS.items()}
 WORDS = tuple(f" {word}" for word in TEXT)
 BITS = (" 0", " 1")
@@ -47,15 +45,13 @@ TEXT_HEAD, BITS_HEAD, OPEN, CLOSE, LINE = "Text:", "Bits:", " [", "]", "\n"
 RECALL, COUNT, BETWEEN, ASK = "\nQ: item", "\nQ: how many", " between pauses? A:", "? A:"
 PARITY, COPY = "\nQ: xor before pause? A:", "\nQ: copy the span. A:"
 
-# Pieces that are one token each in a bpe:N+tasks tokenizer.
-RESERVED_PIECES = (
-    *(f"{name}:" for name in NAMES), *(f" of {name}" for name in NAMES), *(word for name in NAMES for word in ITEMS[name]), *WORDS,
-    *(f" {digit}" for digit in range(10)), TEXT_HEAD, BITS_HEAD, OPEN, RECALL, COUNT, BETWEEN, ASK, PARITY, COPY, MARK,
-)  # fmt: skip
+# Pieces that are one token each in a bpe:N+tasks tokenizer. Their order decides the ids.
+RESERVED_PIECES = (*(f"{name}:" for name in NAMES), *(f" of {name}" for name in NAMES))
+RESERVED_PIECES += (*(item for items in ITEMS.values() for item in items), *WORDS, *(f" {digit}" for digit in range(10)))
+RESERVED_PIECES += (TEXT_HEAD, BITS_HEAD, OPEN, RECALL, COUNT, BETWEEN, ASK, PARITY, COPY, MARK)
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One example as pieces: strings that are tokenised one by one, so that its length is the sum of theirs."""
 
     lines: tuple[tuple[str, ...], ...]
@@ -63,23 +59,14 @@ class Example:
     answer: tuple[str, ...]
 
     @property
-    def prompt(self) -> tuple[str, ...]:
+    def prompt(self) -> list[str]:
         """Lines and question, including line ends."""
-        first, *rest = self.lines
-        return (*first, *(piece for line in rest for piece in (LINE, *line)), *self.question)
+        return [piece for line in self.lines for piece in (LINE, *line)][1:] + list(self.question)
 
     @property
     def text(self) -> str:
         """Prompt and answer as readable text."""
         return "".join(f" {PAUSE}" if piece == PAUSE else piece for piece in (*self.prompt, *self.answer))
-
-
-def prompted(ids: list[int], answer: int, end: int, core: Example, text: str) -> Encoded:
-    """An example from the ids of BOS, prompt and answer. The loss is taken on the last `answer` ids and on `end` after them."""
-    index = np.arange(len(ids))
-    asked = index >= len(ids) - answer - 1  # the last token of the prompt predicts the first of the answer
-    targets = np.array([*ids[1:], end], np.int32)
-    return Encoded(np.array(ids, np.int32), targets, asked, asked & (index < len(ids) - 1), core, text)
 
 
 class PromptTask(SyntheticTask):
@@ -109,22 +96,22 @@ class PromptTask(SyntheticTask):
             core = self.fill(core, rng, room)
         if core is None or is_test(core) != (split == "test"):
             return None
-        example = self.fill(core, rng, room)
-        pieces = [*self._placed(example, rng), *example.answer]
-        ids = [self.tokenizer.vocabulary.bos, *(i for piece in pieces for i in self.ids(piece))]
+        example, special = self.fill(core, rng, room), self.tokenizer.vocabulary
+        ids = [special.bos, *(i for piece in (*self._placed(example, rng), *example.answer) for i in self.ids(piece))]
         if not low <= len(ids) <= high:
             return None
-        answer = sum(map(self.cost, example.answer))
-        return prompted(ids, answer, self.tokenizer.vocabulary.eos, core, example.text)
+        index, answer = np.arange(len(ids)), self.costs(*example.answer)
+        asked = index >= len(ids) - answer - 1  # the last token of the prompt predicts the first of the answer
+        targets = np.array([*ids[1:], special.eos], np.int32)
+        return Encoded(np.array(ids, np.int32), targets, asked, asked & (index < len(ids) - 1), core, example.text)
 
     def _placed(self, example: Example, rng: np.random.Generator) -> list[str]:
         """The prompt with pauses placed by `tasks.placement`; random ones are neither first nor last."""
-        prompt = list(example.prompt)
         if self.sizes.placement == "deliberate":
-            return prompt
-        marked = [MARK if piece == PAUSE else piece for piece in prompt]
+            return example.prompt
+        marked = [MARK if piece == PAUSE else piece for piece in example.prompt]
         if self.sizes.placement == "random":
-            for at in sorted(rng.integers(1, len(marked), size=prompt.count(PAUSE)).tolist(), reverse=True):
+            for at in sorted(rng.integers(1, len(marked), size=example.prompt.count(PAUSE)).tolist(), reverse=True):
                 marked.insert(at, PAUSE)
         return marked
 
@@ -135,7 +122,7 @@ class PromptTask(SyntheticTask):
         while words := self.words(rng, left - head, TEXT_LINE):
             lines.insert(int(rng.integers(len(lines) + 1)), (TEXT_HEAD, *words))
             left -= head + self.costs(*words)
-        return replace(example, lines=tuple(lines))
+        return example._replace(lines=tuple(lines))
 
     # ------------------------------------------------------------------------------------------------------ tokens
 
@@ -159,7 +146,7 @@ class PromptTask(SyntheticTask):
         """Tokens of all pieces."""
         return sum(map(self.cost, pieces))
 
-    # ------------------------------------------------------------------------------------------------------ parts
+    # ------------------------------------------------------------------------------------------------------- parts
 
     @cached_property
     def costliest(self) -> dict[str, int]:
@@ -190,12 +177,11 @@ class PromptTask(SyntheticTask):
         count = int(rng.integers(1, most + 1))
         longest = min(self.sizes.items, (room // count - head) // item)
         sizes = rng.integers(least, longest + 1, size=count).tolist()
-        names = [NAMES[i] for i in rng.permutation(len(NAMES))[:count].tolist()]
-        return [(name, self._repeat(rng, ITEMS[name], size)) for name, size in zip(names, sizes, strict=True)]
-
-    def _repeat(self, rng: np.random.Generator, pieces: Sequence[str], count: int) -> list[str]:
-        rounds = [rng.permutation(len(pieces)) for _ in range(-(-count // len(pieces)))]
-        return [pieces[int(i)] for i in np.concatenate(rounds)[:count]]
+        found = []
+        for name, size in zip(rng.permutation(NAMES)[:count].tolist(), sizes, strict=True):
+            rounds = [rng.permutation(ITEMS[name]) for _ in range(-(-size // len(ITEMS[name])))]
+            found.append((name, np.concatenate(rounds)[:size].tolist()))
+        return found
 
     def words(self, rng: np.random.Generator, room: int, most: int) -> list[str]:
         """Words of neutral text with at most `room` tokens: as many as fit, up to `most`."""

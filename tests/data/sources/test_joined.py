@@ -155,7 +155,7 @@ def test_labels_without_an_id_or_a_value_are_missing(files, opened, tmp_path):
         (LABELS, {"id": None}, BadRecord, r"web/0\.jsonl, record 0: no value in column 'id'"),
         (LABELS, {"topic": "mine"}, BadRecord, "column 'topic' is in the labels, too"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_said(labels, row, error, message, files, opened):
     files(**{"web/0.jsonl": [texts("d0")[0] | row]} | ({"wo/0.parquet": labels} if labels else {}))
     with pytest.raises(error, match=message):

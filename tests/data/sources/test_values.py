@@ -37,16 +37,15 @@ def test_words_are_text(text):
     assert as_string(text) == as_string(text.encode()) == text
 
 
+NUMBERS = [(3.3, "3.3"), (np.float32(3.3), "3.3"), (np.float16(3.3), "3.3"), (1.0, "1.0"), (-0.0, "0.0")]
+NUMBERS += [(np.float32(-0.0), "0.0"), (1e22, "1" + "0" * 22 + ".0"), (1e-7, "0.0000001"), (5e-324, "0." + "0" * 323 + "5")]
+NUMBERS += [(2**70, str(2**70)), (np.int64(3), "3"), (True, "true"), (np.bool_(False), "false")]
+NUMBERS += [(decimal.Decimal(digits), text) for digits, text in (("1E+3", "1000"), ("-0.0", "0.0"), ("3.30", "3.30"))]
+NUMBERS += [(decimal.Decimal("1e999999999"), "1E+999999999")]
+
+
 @pytest.mark.fault(15)
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (3.3, "3.3"), (np.float32(3.3), "3.3"), (np.float16(3.3), "3.3"), (1.0, "1.0"), (-0.0, "0.0"), (np.float32(-0.0), "0.0"),
-        (1e22, "1" + "0" * 22 + ".0"), (1e-7, "0.0000001"), (5e-324, "0." + "0" * 323 + "5"), (2**70, str(2**70)), (np.int64(3), "3"),
-        (True, "true"), (np.bool_(False), "false"), (decimal.Decimal("1E+3"), "1000"), (decimal.Decimal("-0.0"), "0.0"),
-        (decimal.Decimal("3.30"), "3.30"), (decimal.Decimal("1e999999999"), "1E+999999999"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("value", "text"), NUMBERS)
 def test_numbers_are_their_digits(value, text):
     assert as_string(value) == text
 
@@ -54,11 +53,9 @@ def test_numbers_are_their_digits(value, text):
 @pytest.mark.fault(13)
 def test_nothing_is_there_in_any_format(opened, tmp_path):
     """Coverage of every column is one of two rows, whatever says that a value is not there."""
-    columns = {
-        "text": ["a", "b"], "f": pa.array([1.5, math.nan]), "h": pa.array([1.5, math.nan], pa.float32()), "i": [1, None], "s": ["x", ""],
-        "n": ["nan", None], "d": pa.array([datetime.date(2024, 5, 1), None]), "z": pa.array([None, None]),
-        "in": [{"f": 1.5}, {"f": math.nan}], "out": [{"f": 1.5}, None],
-    }  # fmt: skip
+    columns = {"text": ["a", "b"], "f": pa.array([1.5, math.nan]), "h": pa.array([1.5, math.nan], pa.float32()), "i": [1, None]}
+    columns |= {"s": ["x", ""], "n": ["nan", None], "d": pa.array([datetime.date(2024, 5, 1), None]), "z": pa.array([None, None])}
+    columns |= {"in": [{"f": 1.5}, {"f": math.nan}], "out": [{"f": 1.5}, None]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text(
         '{"text": "a", "f": 1.5, "s": "x", "n": "nan", "in": {"f": 1.5}}\n'
@@ -171,20 +168,22 @@ def test_any_name_of_a_column(opened, tmp_path):
 
 
 def test_types_of_parquet(opened, tmp_path):
-    columns = {
-        "text": pa.array(["é"], pa.large_string()), "dictionary": pa.array(["d"]).dictionary_encode(),
-        "decimal": pa.array([decimal.Decimal("12.50")], pa.decimal128(9, 2)), "binary": pa.array([b"b"], pa.large_binary()),
-        "zone": pa.array([datetime.datetime(2024, 5, 1, tzinfo=datetime.UTC)]), "bool": [True], "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
-        "list": [[1.5]], "big": pa.array([2**63], pa.uint64()), "struct": [{"when": datetime.date(2024, 5, 1), "half": np.float32(3.3)}],
-    }  # fmt: skip
-    table = pa.table(columns).set_column(
-        9, "struct", pa.array(columns["struct"], pa.struct([("when", pa.date32()), ("half", pa.float32())]))
-    )
-    pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=False)
-    assert opened("parquet:a.parquet")[0].metadata == {
-        "dictionary": "d", "decimal": "12.50", "binary": "b", "zone": "2024-05-01 00:00:00.000000Z", "bool": "true", "big": str(2**63),
-        "struct.when": "2024-05-01", "struct.half": "3.3",
-    }  # fmt: skip
+    day = datetime.datetime(2024, 5, 1, tzinfo=datetime.UTC)
+    columns = {"text": pa.array(["é"], pa.large_string()), "dictionary": pa.array(["d"]).dictionary_encode(), "bool": [True]}
+    columns |= {
+        "decimal": pa.array([decimal.Decimal("12.50")], pa.decimal128(9, 2)),
+        "binary": pa.array([b"b"], pa.large_binary()),
+    }
+    columns |= {"map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), "list": [[1.5]], "zone": pa.array([day])}
+    struct = pa.struct([("when", pa.date32()), ("half", pa.float32())])
+    columns |= {
+        "big": pa.array([2**63], pa.uint64()),
+        "struct": pa.array([{"when": day.date(), "half": np.float32(3.3)}], struct),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", use_deprecated_int96_timestamps=False)
+    found = {"dictionary": "d", "decimal": "12.50", "binary": "b", "zone": "2024-05-01 00:00:00.000000Z", "bool": "true"}
+    found |= {"big": str(2**63), "struct.when": "2024-05-01", "struct.half": "3.3"}
+    assert opened("parquet:a.parquet")[0].metadata == found
     times = pa.table({"text": ["a"], "time": pa.array([1_600_000_000_123_456_789], pa.timestamp("ns"))})
     pq.write_table(times, tmp_path / "b.parquet", use_deprecated_int96_timestamps=True)
     assert opened("parquet:b.parquet")[0].metadata == {"time": "2020-09-13 12:26:40.123456789"}
