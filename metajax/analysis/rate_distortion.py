@@ -181,7 +181,7 @@ def _curve(heads: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {"gap": float(np.mean(objective[..., -2] - objective[..., -1]))}
     for beta, of_beta in zip(BETAS, heads[:, :, -1], strict=True):
         point: dict[str, Any] = {"seeds": heads.shape[1]}
-        for i, prefix in enumerate(("", "held_out_")):
+        for i, prefix in enumerate(("", "validation_")):
             for j, quantity in enumerate(("rate", "distortion")):
                 summary = summarize(of_beta[:, i, j].tolist())
                 point |= {f"{prefix}{quantity}": summary.mean, f"{prefix}{quantity}_half": summary.half}
@@ -213,7 +213,7 @@ def figures(result: Numbers) -> Figures:
         curves = {source: [n for key, n in of.items() if key != "gap"] for source, of in result[budget].items()}
         right = max(20.0, 1.1 * max(n["validation_rate"] for points in curves.values() for n in points))
         figure, axes_of = panels(2, 1, 2.5)
-        for axes, prefix, words in zip(axes_of, ("", "held_out_"), ("training", "validation"), strict=True):
+        for axes, prefix, words in zip(axes_of, ("", "validation_"), ("training", "validation"), strict=True):
             for number, (source, points) in enumerate(curves.items()):
                 x, y, x_half, y_half = (
                     [n[prefix + key] for n in points] for key in ("rate", "distortion", "rate_half", "distortion_half")
