@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metajax.core.errors import UserError, nearest, require
+from metajax.core.errors import UserError, require
 from metajax.core.registries import Registry
 from metajax.runs.files import find_readable, write_json
 
@@ -26,21 +26,17 @@ Figures = list[tuple[Any, str]]  # (matplotlib Figure, caption)
 
 @dataclass
 class Analysis:
-    """One analysis; calling it measures a study. Its result is plain data, and only figures read `result["details"]`."""
+    """One analysis. Its result is plain data, and only figures read `result["details"]`."""
 
     name: str
     measure: Measure
     title: str
     about: str  # what it measures, and what the paper reports
-    fits: Callable[[Any], bool]  # whether `analyze` makes it when no analysis is named
-    needs: Callable[[Any], None]  # raises UserError for a study that it cannot measure
-    on_prompts: bool  # whether its numbers come from the study's own rows
+    fits: Callable[[Any], bool] = lambda study: False  # whether `analyze` makes it when no analysis is named
+    needs: Callable[[Any], None] = lambda study: None  # raises UserError for a study that it cannot measure
+    on_prompts: bool = True  # whether its numbers come from the study's own rows
     lines: Callable[[Numbers], list[str]] = lambda numbers: []
     draw: Callable[[Numbers], Figures] = lambda result: []
-
-    def __call__(self, study: Any) -> dict[str, Any]:
-        self.check(study)
-        return self.measure(study)
 
     def check(self, study: Any) -> None:
         """Raise UserError if the study lacks inputs of the analysis."""
@@ -78,18 +74,15 @@ class Analyses(Registry[Analysis]):
     An instance is also the decorator that registers an analysis: `@analysis("sharpening", title="Sharpening")`.
     """
 
-    def __call__(
-        self, name: str, *, title: str, fits: Callable[[Any], bool] = lambda study: False,
-        needs: Callable[[Any], None] = lambda study: None, on_prompts: bool = True,
-    ) -> Callable[[Measure], Analysis]:  # fmt: skip
-        """Decorator of the function that measures: `study -> result`."""
+    def __call__(self, name: str, **options: Any) -> Callable[[Measure], Analysis]:
+        """Decorator of the function that measures: `study -> result`; options: the fields of Analysis."""
 
         def register(measure: Measure) -> Analysis:
             own = measure.__module__ == f"{self.package}.{name}"
             require(own or name not in self._files(), f"analysis {name!r}: {self.package} has one of that name")
             paragraphs = (sys.modules[measure.__module__].__doc__ or "").split("\n\n")
-            about = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
-            made = Analysis(name, measure, title, about, fits, needs, on_prompts)
+            about = " ".join(paragraphs[:2][-1].split())
+            made = Analysis(name, measure, about=about, **options)
             self.add(name, made, measure.__module__)
             return made
 
@@ -125,12 +118,6 @@ class Analyses(Registry[Analysis]):
         """The saved analyses of a run as sections of a page."""
         saved = {name: find_readable(workdir / FOLDER / f"{name}.json") for name in self.names()}
         return [self[name].section(found) for name, found in saved.items() if found]
-
-
-def check_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """UserError for a name that is not known; `what` says where it was given."""
-    for name in names:
-        require(name in known, f"{what}: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
 analysis = Analyses("analysis", __name__)

@@ -17,47 +17,31 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, is_parallel, mean_over_rows
+from metajax.analysis.common.numbers import mean_over_rows
+from metajax.analysis.common.study import Arrays, Study, capture, is_parallel, layers_of
 from metajax.analysis.mixing_maps import MIXERS
 from metajax.core.errors import require
-from metajax.models.layer import Joined
+from metajax.models.layer import Layer
 from metajax.models.layers import Norm
 from metajax.models.lm import LM
 from metajax.reporting.panels import by_layer, panels
 from metajax.training.losses import token_nll, weighed
 from metajax.training.step import apply_model
 
-BRANCHES = ("attention", "ssm")
 
-
-def branch_norm(joined: Joined, branch: str) -> Norm:
+def branch_norm(layer: Layer, branch: str) -> Norm:
     """The norm of a branch of a layer; "ssm" is the mixer beside attention, of any kind."""
-    name = next(name for name in joined.names if (name == "attention") == (branch == "attention"))
-    return getattr(joined, f"{name}_norm")
+    name = next(name for name in layer.mixer.names if (name == "attention") == (branch == "attention"))
+    return getattr(layer.mixer, f"{name}_norm")
 
 
 def without_branch(model: LM, layer: int, branch: str) -> LM:
     """The model with the scale of one branch of one layer at zero."""
     changed = jax.tree.map(lambda leaf: leaf, model)  # a new object that shares the arrays
-    first = 0
-    for run in changed.blocks:
-        group = len(run)
-        count = group * len(run[0].mixer.output.w[...])
-        if layer < first + count:
-            scale = branch_norm(run[(layer - first) % group].mixer, branch).scale
-            scale[...] = scale[...].at[(layer - first) // group].set(0.0)
-            return changed
-        first += count
-    raise IndexError(f"layer {layer} of {first}")
-
-
-def scales(model: LM, branch: str) -> list[float]:
-    """The mean absolute scale of a branch, by layer."""
-    found = []
-    for run in model.blocks:
-        of_run = [np.abs(branch_norm(layer.mixer, branch).scale[...]).mean(axis=-1) for layer in run]
-        found += np.stack(of_run, axis=1).ravel().tolist()
-    return found
+    stacked, index = list(layers_of(changed))[layer]
+    scale = branch_norm(stacked, branch).scale
+    scale[...] = scale[...].at[index].set(0.0)
+    return changed
 
 
 def magnitudes(model: LM, batch: Arrays) -> dict[str, Float[Array, "B L"]]:
@@ -81,37 +65,33 @@ def _needs(study: Study) -> None:
 
 
 @analysis(
-    "branches", title="Attention beside Mamba", fits=lambda study: is_parallel(study) and not has_meta_tokens(study), needs=_needs
+    "branches", title="Attention beside Mamba", fits=lambda study: is_parallel(study) and study.model.meta is None, needs=_needs
 )
 def branches(study: Study) -> dict[str, Any]:
     """For attention and ssm: rms and scale by layer, and knock_out {mean, half, layers}: the rise of the rows' nats per token
     without the branch, its mean over layers with a 95 % interval over rows."""
-    sizes = study.over_prompts("branches", magnitudes, study.model)
-    whole = study.over_prompts("the whole model", nats, study.model)["nats"]
+    sizes = study.over_prompts("branches", magnitudes)
+    whole = study.over_prompts("the whole model", nats)["nats"]
     found: dict[str, Any] = {"nats": float(whole.mean())}
-    for branch in BRANCHES:
-        layers = range(study.model.cfg.layers)
-        gains = [
-            study.over_prompts(f"layer {layer + 1} without {branch}", nats, without_branch(study.model, layer, branch))["nats"]
-            - whole
-            for layer in layers
-        ]
-        found[branch] = {
-            "rms": sizes[f"{branch}_branch"].mean(axis=0).tolist(),
-            "scale": scales(study.model, branch),
-            "knock_out": mean_over_rows(np.mean(gains, axis=0)) | {"layers": np.mean(gains, axis=1).tolist()},
-        }
+    for branch in MIXERS:
+        scales, gains = [], []
+        for number, (layer, index) in enumerate(layers_of(study.model)):
+            scales.append(float(np.abs(branch_norm(layer, branch).scale[...][index]).mean()))
+            without = without_branch(study.model, number, branch)
+            gains.append(study.over_prompts(f"layer {number + 1} without {branch}", nats, without)["nats"] - whole)
+        knock_out = mean_over_rows(np.mean(gains, axis=0)) | {"layers": np.mean(gains, axis=1).tolist()}
+        found[branch] = {"rms": sizes[f"{branch}_branch"].mean(axis=0).tolist(), "scale": scales, "knock_out": knock_out}
     return found
 
 
 @branches.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    return [
-        f"without {words} in one layer: {n['mean']:+.4f} ± {n['half']:.4f} nats a token, mean of the layers; {max(n['layers']):+.4f} in "
-        f"layer {1 + n['layers'].index(max(n['layers']))}"
-        for branch, words in MIXERS.items()
-        for n in (numbers[branch]["knock_out"],)
-    ]
+    lines = []
+    for branch, words in MIXERS.items():
+        n = numbers[branch]["knock_out"]
+        mean, most = f"{n['mean']:+.4f} ± {n['half']:.4f} nats a token, mean of the layers", max(n["layers"])
+        lines.append(f"without {words} in one layer: {mean}; {most:+.4f} in layer {1 + n['layers'].index(most)}")
+    return lines
 
 
 @branches.figures
@@ -124,5 +104,4 @@ def figures(result: Numbers) -> Figures:
         axes.set_ylabel(label)
     axes_of[0].legend(fontsize=8.5)
     axes_of[-1].set_xlabel("layer")
-    caption = "Root mean square and mean absolute scale; loss on the rows without the branch, minus with it."
-    return [(figure, caption)]
+    return [(figure, "Root mean square and mean absolute scale; loss on the rows without the branch, minus with it.")]

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.labels import some_documents
-from metajax.analysis.common.study import Study
+from metajax.analysis.common.study import Study, documents_of
 from metajax.core.errors import require
 from metajax.data.pipeline import Corpora, validation
 from metajax.data.rows import Row
@@ -45,7 +44,7 @@ def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
     source, for a reader who knows that a share `metadata.keep` of the documents have it there.
     """
     recipe = corpora.config.metadata
-    documents = some_documents(corpora, "validation", 1, corpora.config.evaluation.documents)
+    documents = documents_of(corpora, "validation", 1)[: corpora.config.evaluation.documents]
     drawn = tuple(np.array(part) for part in zip(*map(draw, documents.tolist()), strict=True))
     nats = {known: best_nats(*drawn, known) for known in ("nothing", "group", "source")}
     parts = {"mean": slice(None), "first": slice(FIRST), "last": slice(-(-2 * LENGTH // 3), None)}
@@ -57,49 +56,41 @@ def best_possible(corpora: Corpora) -> dict[str, dict[str, float]]:
     return out
 
 
-def _needs(study: Study) -> None:
-    require(study.corpora.config.metadata is not None, "this run has no metadata (metadata is null)")
-
-
 @analysis(
     "by_position",
     title="Where in a document",
     fits=lambda study: study.corpora.config.metadata is not None and study.model.meta is None,
-    needs=_needs,
+    needs=lambda study: require(study.corpora.config.metadata is not None, "this run has no metadata (metadata is null)"),
     on_prompts=False,
 )
 def by_position(study: Study) -> dict[str, Any]:
-    """Nats per body token of validation documents at the beginning, middle and end, with training's metadata ("own") and without.
-
-    best: only of a generated corpus.
-    """
-    recipe, out = study.corpora.config.metadata, {}
-    own = "none" if recipe.position == "none" else "right" if recipe.keep else "empty"
+    """Nats per body token of validation documents in each of PARTS, with training's metadata ("own") and without. best: as from
+    `best_possible`, only of a generated corpus."""
+    program, corpora, recipe, out = study.program, study.corpora, study.corpora.config.metadata, {}
+    own, scores = "none" if recipe.position == "none" else "right" if recipe.keep else "empty", token_scores(program)
     for name, condition in {"own": own, "none": "none"}.items():
         sums, counts = np.zeros(3), np.zeros(3)
-        scores = token_scores(study.program)
-        with jax.set_mesh(study.program.mesh):
-            for batch in validation(study.corpora, condition).batches:
-                nll, _ = jax.device_get(scores(study.model, study.program.put(study.program.local_rows(batch))))
-                for part, at in enumerate(places(batch) == i for i in range(3)):
-                    sums[part] += nll[at].sum(dtype=np.float64)
-                    counts[part] += at.sum()
-        out[name] = {part: float(total / max(n, 1)) for part, total, n in zip(PARTS, sums, counts, strict=True)}
-    if [parse_spec(spec).kind for spec in study.corpora.config.data.sources] == ["generated"]:
-        out["best"] = best_possible(study.corpora)
+        with jax.set_mesh(program.mesh):
+            for batch in validation(corpora, condition).batches:
+                nll, _ = jax.device_get(scores(study.model, program.put(program.local_rows(batch))))
+                parts = [nll[places(batch) == number] for number in range(3)]
+                sums += [part.sum(dtype=np.float64) for part in parts]
+                counts += [len(part) for part in parts]
+        out[name] = dict(zip(PARTS, (sums / np.maximum(counts, 1)).tolist(), strict=True))
+    if [parse_spec(spec).kind for spec in corpora.config.data.sources] == ["generated"]:
+        out["best"] = best_possible(corpora)
     return out
 
 
 @by_position.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    lines = [
-        f"{words}: {numbers['own'][part]:.3f} nats a token with the metadata of training, {numbers['none'][part]:.3f} without"
-        for part, words in PARTS.items()
-    ]
-    return lines + [
-        f"best possible for a reader who knows {known}: {best['first']:.3f} at the first 8 tokens, {best['last']:.3f} in the last third"
-        for known, best in numbers.get("best", {}).items()
-    ]
+    own, none, lines = numbers["own"], numbers["none"], []
+    for part, words in PARTS.items():
+        lines.append(f"{words}: {own[part]:.3f} nats a token with the metadata of training, {none[part]:.3f} without")
+    for known, best in numbers.get("best", {}).items():
+        nats = f"{best['first']:.3f} at the first 8 tokens, {best['last']:.3f} in the last third"
+        lines.append(f"best possible for a reader who knows {known}: {nats}")
+    return lines
 
 
 @by_position.figures

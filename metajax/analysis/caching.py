@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import stdtrit
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_positions, capture, cluster_mean, rounded
+from metajax.analysis.common.numbers import cluster_mean, rounded
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_last_meta, capture
 from metajax.models.lm import LM
 from metajax.reporting.panels import centred_heat, panels, token_ticks
 
@@ -31,25 +31,17 @@ def cosine(a: Float[Array, "*#batch width"], b: Float[Array, "*#batch width"]) -
     return jnp.sum(a * b, axis=-1) / jnp.where(lengths > 0, lengths, 1.0)
 
 
-def resemblance(model: LM, batch: Arrays) -> dict[str, jax.Array]:
-    """Cosines of the last meta-token's residual vector with those of all tokens, and with their embeddings, [B, L, T] each.
-
-    Layer l is the input of block l.
-    """
+def resemblance(model: LM, batch: Arrays) -> Arrays:
+    """Cosines of the last meta-token's input of every block with that of all tokens, and with their embeddings, [B, L, T] each."""
     residual = capture(model, batch, "residual")["residual"].astype(jnp.float32)
-    length = residual.shape[2]
-    last = jnp.max(jnp.where(batch["meta_positions"] < length, batch["meta_positions"], 0), axis=1)
-    anchor = at_positions(residual, last, 2)[:, :, None]
+    anchor = at_last_meta(residual, batch, 2)[:, :, None]
     return {"same_layer": cosine(anchor, residual), "embedding": cosine(anchor, model.embedding[...][batch["tokens"]][:, None])}
 
 
 def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean [L, D], half width of its 95 % interval over prompts [L, D], prompts [D]) at 1 .. D tokens before `anchors` [N].
-
-    The half width is NaN if only one prompt is that long.
-    """
-    longest = int(anchors.max())
-    source = anchors[:, None] - np.arange(1, longest + 1)
+    The half width is NaN if only one prompt is that long."""
+    source = anchors[:, None] - np.arange(1, anchors.max() + 1)
     shifted = np.take_along_axis(values, np.maximum(source, 0)[:, None], axis=2)
     there = source >= 0
     n = there.sum(axis=0)
@@ -63,23 +55,21 @@ def by_distance(values: Float[np.ndarray, "N L T"], anchors: np.ndarray) -> tupl
 @analysis("caching", title="Caching", **META_TOKENS)
 def caching(study: Study) -> dict[str, Any]:
     """For each reading: near and far, the mean cosine over all layers and prompts, with the half width of its interval over prompts.
-
-    `details`: the heat-map, layers x distance, and one prompt's, layers x tokens.
-    """
-    cosines = study.over_prompts("residual vectors", resemblance, study.model)
-    distance = study.last_meta[:, None] - np.arange(study.rows["tokens"].shape[1])
-    found: dict[str, Any] = {"details": {"labels": study.labels(0)[: study.last_meta[0]]}}
+    `details`: the heat-map, layers x distance, and one prompt's, layers x tokens."""
+    cosines, end = study.over_prompts("residual vectors", resemblance), study.last_meta[0]
+    distance = (study.last_meta[:, None] - np.arange(study.length))[:, None]
+    parts = {"near": (distance > 0) & (distance <= NEAR), "far": distance > FAR}
+    found: dict[str, Any] = {"details": {"labels": study.labels(0)[:end]}}
     for name in READINGS:
-        values = cosines[name]
-        mean, half, n = by_distance(values, study.last_meta)
-        found[name] = {"prompts": study.count}
-        for part, chosen in (("near", (distance > 0) & (distance <= NEAR)), ("far", distance > FAR)):
-            chosen = np.broadcast_to(chosen[:, None], values.shape)
+        values, found[name] = cosines[name], {"prompts": study.count}
+        for part, at in parts.items():
+            chosen = np.broadcast_to(at, values.shape)
             if chosen.any():
                 centre, spread = cluster_mean(values, chosen)
                 found[name][part] = {"mean": centre, "half": spread, "values": int(chosen.sum())}
-        one = values[0, :, : study.last_meta[0]]
-        found["details"][name] = {"mean": rounded(mean), "half": rounded(half), "prompts": n.tolist(), "example": rounded(one)}
+        mean, half, n = by_distance(values, study.last_meta)
+        shown = {"mean": rounded(mean), "half": rounded(half), "prompts": n.tolist(), "example": rounded(values[0, :, :end])}
+        found["details"][name] = shown
     return found
 
 
@@ -98,17 +88,16 @@ def figures(result: Numbers) -> Figures:
     drawn = []
     for name, words in READINGS.items():
         found = result["details"][name]
-        mean, n = np.array(found["mean"], float), np.array(found["prompts"])
+        mean, half, n = (np.array(found[key], float) for key in ("mean", "half", "prompts"))
         kept = n >= max(2, n.max() // 20)
         figure, (axes,) = panels(1, 1, 1.3 + 0.2 * len(mean))
         centred_heat(figure, axes, mean[:, kept])
         shown = np.unique(np.linspace(0, kept.sum() - 1, 8).astype(int))
         axes.set_xticks(shown, (np.flatnonzero(kept) + 1)[shown].tolist())
         axes.set_xlabel("tokens before the meta-token")
-        halves = np.array(found["half"], float)[:, kept]
         caption = (
-            f"Mean cosine with the {words}, over {n[kept].min():,} to {n.max():,} prompts a distance; layer 1 is the input of the first block. "
-            f"The half widths of the 95 % intervals reach {np.nanmax(halves):.3f}."
+            f"Mean cosine with the {words}, over {n[kept].min():,.0f} to {n.max():,.0f} prompts a distance; layer 1 is the input of the first "
+            f"block. The half widths of the 95 % intervals reach {np.nanmax(half[:, kept]):.3f}."
         )
         drawn.append((figure, caption))
     example = np.array(result["details"]["same_layer"]["example"], float)

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common import labels
-from metajax.analysis.common.study import Study
+from metajax.analysis.common.numbers import key_of, values_of
+from metajax.analysis.common.study import Study, descent, documents_of
 from metajax.core.errors import require
 from metajax.data.cache import build_metadata_table
 from metajax.evaluation.multiple_choice import score
@@ -39,10 +40,7 @@ BUCKETS, STEPS = 4_096, 200  # buckets of token ids; steps of the classifier's t
 
 def counts_of(bodies: list[np.ndarray]) -> Float[np.ndarray, "N buckets"]:
     """log(1 + count) of each token among the first TOKENS, ids modulo BUCKETS, L2-normalised."""
-    counts = np.zeros((len(bodies), BUCKETS), np.float32)
-    for row, ids in zip(counts, bodies, strict=True):
-        np.add.at(row, ids[:TOKENS] % BUCKETS, 1)
-    counts = np.log1p(counts)
+    counts = np.log1p(np.stack([np.bincount(ids[:TOKENS] % BUCKETS, minlength=BUCKETS) for ids in bodies]), dtype=np.float32)
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-6)
 
 
@@ -51,27 +49,17 @@ def train_classifier(
 ) -> Float[np.ndarray, "buckets classes"]:
     """Multinomial logistic regression by full-batch AdamW."""
     tx, x, y = optax.adamw(5e-2, weight_decay=1e-3), jnp.asarray(x), jnp.asarray(y)
-
-    def loss(w: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(x @ w, y).mean()
-
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        w, state = carry
-        updates, state = tx.update(jax.grad(loss)(w), state, w)
-        return (optax.apply_updates(w, updates), state), None
-
+    update = descent(lambda w: optax.softmax_cross_entropy_with_integer_labels(x @ w, y).mean(), tx)
     start = jnp.zeros((x.shape[1], classes))
-    return np.asarray(jax.jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), None, length=STEPS)[0][0])(start))
+    return np.asarray(jax.jit(lambda w: jax.lax.scan(update, (w, tx.init(w)), None, length=STEPS)[0][0])(start))
 
 
 def _topics(study: Study, split: str, count: int, names: list[str] | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(documents of the most frequent topics, equally many of each; their topics; the topics' names)."""
-    documents = labels.some_documents(study.corpora, split, TOKENS // 2, count)
+    documents = documents_of(study.corpora, split, TOKENS // 2)[:count]
     texts = labels.texts_of(study.corpora, study.corpora.config.evaluation.labels[0], documents)
-    if names is None:
-        names = labels.classes_of(texts, 2)[1][:CLASSES]
-    numbers = {name: i for i, name in enumerate(names)}
-    classes = np.array([numbers.get(text, -1) for text in texts])
+    names = labels.classes_of(texts, 2)[1][:CLASSES] if names is None else names
+    classes = labels.numbers_of(texts, names)
     kept = labels.matched(classes, np.zeros(len(classes)), 1, np.random.default_rng(0))
     return documents[kept], classes[kept], names
 
@@ -79,8 +67,8 @@ def _topics(study: Study, split: str, count: int, names: list[str] | None) -> tu
 def _needs(study: Study) -> None:
     recipe = study.corpora.config.metadata
     labels.check_labels(study)
-    says = recipe is not None and recipe.position != "append" and not recipe.tokens
-    require(says, "needs metadata with text, before the document (metadata.position, metadata.tokens)")
+    has_text = recipe is not None and recipe.position != "append" and not recipe.tokens
+    require(has_text, "needs metadata with text, before the document (metadata.position, metadata.tokens)")
 
 
 @analysis(
@@ -98,62 +86,52 @@ def guidance(study: Study) -> dict[str, Any]:
     documents, topics, names = _topics(study, "train", LEARNED, None)
     require(len(names) >= 2, f"guidance: {corpora.config.evaluation.labels[0]} has no two topics")
     weights = train_classifier(counts_of([cache[d] for d in documents.tolist()]), topics, len(names))
+
+    def topics_of(bodies: list[np.ndarray]) -> np.ndarray:
+        return (counts_of(bodies) @ weights).argmax(1)
+
     documents, topics, _ = _topics(study, "validation", TESTED, names)
     require(len(documents) > 0, "guidance: a topic has no validation document; name one with fewer values in evaluation.labels")
-    real = counts_of([cache[d] for d in documents.tolist()])
+    real = {"accuracy": float(np.mean(topics_of([cache[d] for d in documents.tolist()]) == topics)), "documents": len(topics)}
     table = build_metadata_table(cache, tokenizer, recipe.template)
-    said = np.array([table[d] is not None for d in documents.tolist()])
-    order = np.concatenate([np.flatnonzero(said & (topics == c))[: TEXTS // len(names)] for c in range(len(names))])
+    described = np.array([table[d] is not None for d in documents.tolist()])
+    order = np.concatenate([np.flatnonzero(described & (topics == c))[: TEXTS // len(names)] for c in range(len(names))])
     require(len(order) > 0, "guidance: no validation document of these topics has metadata")
-    contexts = [table[d].tolist() for d in documents[order].tolist()]
-    out = {
-        "topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS,
-        "real": {"accuracy": float(np.mean((real @ weights).argmax(1) == topics)), "documents": len(topics)},
-    }  # fmt: skip
+    contexts, wanted = [table[d].tolist() for d in documents[order].tolist()], topics[order]
+    out = {"topics": names, "texts": len(order), "chance": 1 / len(names), "tokens": TOKENS, "real": real}
     ready, head = prepare(study.model), labels.opening(corpora, () if recipe.prepended else None)[0]
+    options = {"count": TOKENS, "context": contexts, "sampling": Sampling(1.0)}
     for strength in STRENGTHS:
-        texts = generate(
-            ready, corpora.config, tokenizer, [""] * len(order), count=TOKENS, context=contexts, guidance=strength, sampling=Sampling(1.0)
-        )  # fmt: skip
+        texts = generate(ready, corpora.config, tokenizer, [""] * len(order), guidance=strength, **options)
         ids = [np.array(tokenizer.encode(text), np.int64) for text in texts]
-        right = (counts_of(ids) @ weights).argmax(1) == topics[order]
-        written = [text for text in texts if text]
-        likely = score(study.program, corpora, study.model, [Question(("",), (text,), (text,), 0) for text in written], head)
-        tokens = sum(len(tokenizer.encode(text)) for text in written)
-        share = float(right.mean())
-        out[f"g_{strength:g}".replace(".", "_")] = {
-            "accuracy": share, "half": 1.96 * float(np.sqrt(share * (1 - share) / len(order))), "nats": float(-likely[:, 0].sum() / max(tokens, 1)),
-            "example": {"topic": names[topics[order][0]], "context": tokenizer.decode(contexts[0]), "text": texts[0]},
-        }  # fmt: skip
+        questions = [Question(("",), (text,), (text,), 0) for text in texts if text]
+        likely = score(study.program, corpora, study.model, questions, head)
+        share = float((topics_of(ids) == wanted).mean())
+        nats = float(-likely[:, 0].sum() / max(sum(map(len, ids)), 1))
+        example = {"topic": names[wanted[0]], "context": tokenizer.decode(contexts[0]), "text": texts[0]}
+        half = 1.96 * float(np.sqrt(share * (1 - share) / len(order)))
+        out[key_of("g", strength)] = {"accuracy": share, "half": half, "nats": nats, "example": example}
     return out
-
-
-def _strengths(numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name.removeprefix("g_").replace("_", "."): found for name, found in numbers.items() if name.startswith("g_")}
 
 
 @guidance.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    found, real = _strengths(numbers), numbers["real"]
-    return [
-        *(
-            f"g = {g}: {n['accuracy']:.1%} ± {n['half']:.1%} of {numbers['texts']} texts have the topic of their metadata, "
-            f"{n['nats']:.2f} nats a token"
-            for g, n in found.items()
-        ),
-        f"the classifier on {real['documents']:,} real texts: {real['accuracy']:.1%}; chance {numbers['chance']:.1%}",
-        *(f"g = {g}, after {n['example']['context']!r}: {n['example']['text']!r}" for g, n in found.items()),
-    ]
+    found, real = values_of("g", numbers), numbers["real"]
+    lines = []
+    for g, n in found.items():
+        share = f"{n['accuracy']:.1%} ± {n['half']:.1%} of {numbers['texts']} texts have the topic of their metadata"
+        lines.append(f"g = {g}: {share}, {n['nats']:.2f} nats a token")
+    lines.append(f"the classifier on {real['documents']:,} real texts: {real['accuracy']:.1%}; chance {numbers['chance']:.1%}")
+    return lines + [f"g = {g}, after {n['example']['context']!r}: {n['example']['text']!r}" for g, n in found.items()]
 
 
 @guidance.figures
 def figures(result: Numbers) -> Figures:
-    found = _strengths(result)
+    found = values_of("g", result)
     figure, (axes,) = panels(1, 1, 2.6)
     accuracy, half = ([n[key] for n in found.values()] for key in ("accuracy", "half"))
     axes.errorbar([float(g) for g in found], accuracy, yerr=half, fmt="o-", color=look(0)[0], capsize=2)
     axes.axhline(result["chance"], color=GREY, linewidth=1)
     axes.axhline(result["real"]["accuracy"], color=GREY, linewidth=1, linestyle="--")
     axes.set(xlabel="g", ylabel="texts with their topic")
-    caption = "With 95 % intervals over texts; grey: chance, and (dashed) the classifier on real texts."
-    return [(figure, caption)]
+    return [(figure, "With 95 % intervals over texts; grey: chance, and (dashed) the classifier on real texts.")]

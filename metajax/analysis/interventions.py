@@ -19,26 +19,19 @@ from metajax.evaluation.tasks import evaluate_tasks
 from metajax.models.lm import LM, with_intervention
 from metajax.reporting.panels import name_rows, panels, point
 
-INTERVENTIONS: dict[str, dict[str, str]] = {
-    "none": {},
-    "zero_position": {"zero_position": "both"},
-    "zero_position_causal": {"zero_position": "causal"},  # only in causal attention; the paper does not state the scope
-    "zero_position_meta": {"zero_position": "meta"},
-    "zero_token": {"embedding": "zero"},  # the position stays
-}
-WORDS = {
-    "none": "as trained",
-    "zero_position": "no position",
-    "zero_position_causal": "no position in causal attention",
-    "zero_position_meta": "no position in meta-attention",
-    "zero_token": "no token embedding",
+INTERVENTIONS = {  # name: (words, changes to `MetaTokens`). The paper does not state where positions are zeroed.
+    "none": ("as trained", {}),
+    "zero_position": ("no position", {"zero_position": "both"}),
+    "zero_position_causal": ("no position in causal attention", {"zero_position": "causal"}),
+    "zero_position_meta": ("no position in meta-attention", {"zero_position": "meta"}),
+    "zero_token": ("no token embedding", {"embedding": "zero"}),  # the position stays
 }
 
 
 def intervene(model: LM) -> dict[str, LM]:
     """{name: the model under that intervention}, for the interventions that the model's position scheme allows."""
     found = {}
-    for name, changes in INTERVENTIONS.items():
+    for name, (_, changes) in INTERVENTIONS.items():
         try:
             found[name] = with_intervention(model, **changes)
         except UserError:
@@ -57,33 +50,33 @@ def interventions(study: Study) -> dict[str, Any]:
 def headlines(numbers: Numbers) -> list[str]:
     lines = []
     for task, length, found in _bins(numbers):
-        shown = ", ".join(
-            f"{WORDS[k]} {n['exact']:.1%} ({n['exact_low']:.1%} to {n['exact_high']:.1%})" for k, n in found.items()
-        )
-        lines.append(f"{task.replace('_', ' ')}, {length} tokens, n = {found['none']['n']:,}: exact match {shown}")
+        shown = [f"{words} {n['exact']:.1%} ({n['exact_low']:.1%} to {n['exact_high']:.1%})" for words, n in found.items()]
+        count = next(iter(found.values()))["n"]
+        lines.append(f"{task.replace('_', ' ')}, {length} tokens, n = {count:,}: exact match {', '.join(shown)}")
     return lines
 
 
 @interventions.figures
 def figures(result: Numbers) -> Figures:
+    words = [words for words, _ in INTERVENTIONS.values()]
     by_task: dict[str, list[tuple[str, str, dict[str, Any]]]] = {task: [] for task in result["none"]}
     for task, length, found in _bins(result):
         by_task[task] += [(length, name, scored) for name, scored in found.items()]
     figure, axes_of = panels(len(by_task), 1, 0.55 + 0.34 * max(map(len, by_task.values())))
     for axes, (task, rows) in zip(axes_of, by_task.items(), strict=True):
         for y, (_, name, n) in enumerate(rows):
-            point(axes, y, n["exact_low"], n["exact"], n["exact_high"], list(WORDS).index(name))
-        name_rows(axes, [f"{length}: {WORDS[name]}" for length, name, _ in rows], "")
+            point(axes, y, n["exact_low"], n["exact"], n["exact_high"], words.index(name))
+        name_rows(axes, [f"{length}: {name}" for length, name, _ in rows], "")
         axes.set_xlim(-0.03, 1.03)
         axes.set_title(task.replace("_", " "), fontweight="bold")
     figure.supxlabel("exact match", fontsize=10.5)
     return [(figure, "Exact match by length and intervention, with 95 % intervals over examples.")]
 
 
-def _bins(numbers: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(task, length, {intervention: accuracy}) for every length with examples."""
-    names = [name for name in WORDS if name in numbers]
+def _bins(numbers: Numbers) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(task, length, {words of the intervention: accuracy}) for every length with examples."""
     for task, bins in numbers["none"].items():
         for length, whole in bins.items():
             if whole["exact"] is not None:
-                yield task, length, {name: numbers[name][task][length] for name in names}
+                made = {words: numbers[name][task][length] for name, (words, _) in INTERVENTIONS.items() if name in numbers}
+                yield task, length, made

@@ -17,14 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common import labels
-from metajax.analysis.common.study import Arrays, Study, capture, cluster_mean, rounded
+from metajax.analysis.common.numbers import cluster_mean, rounded
+from metajax.analysis.common.study import Arrays, Study, capture, documents_of
 from metajax.core.errors import require
 from metajax.data.addresses import split_url
 from metajax.data.cache import build_metadata_table
 from metajax.models.lm import LM
 from metajax.reporting.panels import by_layer, heat, panels
 
-DOCUMENTS, TOKENS, FIRST = 400, 256, 100
+DOCUMENTS, TOKENS, FIRST = 400, 256, 100  # documents; positions of a row; first tokens of a document
 LEAST = 10  # least documents of a class whose distances are computed
 
 
@@ -40,17 +41,19 @@ def parts_of(study: Study, ids: list[int], url: bool) -> list[str]:
     return ["scheme" if at < len(scheme) else "host" if at < len(scheme) + len(host) else "path" for at in starts]
 
 
-def shares(model: LM, batch: Arrays, *, first: int) -> dict[str, Array]:
-    """Mean attention of a row's body tokens to every position: `heads` by layer and head, `early` of the first tokens in the last layer."""
+def shares(model: LM, batch: Arrays) -> Arrays:
+    """Mean attention of a row's body tokens to every position: `heads` by layer and head, `early` of FIRST tokens in the last layer,
+    `uniform` if every token attended equally to all earlier ones."""
     attention = capture(model, batch, "attention_probabilities")["attention_probabilities"]  # [B, L, H, T, T]
     body = batch["is_body"].astype(jnp.float32)
-    early = body * (jnp.cumsum(body, axis=1) <= first)
-    mean = lambda weights, x: jnp.einsum("blhqk,bq->blhk", x, weights) / jnp.maximum(weights.sum(1), 1)[:, None, None, None]  # noqa: E731
-    uniform = 1 / (1 + jnp.arange(body.shape[1], dtype=jnp.float32))  # weight of each earlier key in uniform attention
-    flat = (
-        jnp.einsum("bq,q,qk->bk", body, uniform, jnp.tril(jnp.ones((body.shape[1],) * 2))) / jnp.maximum(body.sum(1), 1)[:, None]
-    )
-    return {"heads": mean(body, attention), "early": mean(early, attention[:, -1:])[:, 0].mean(1), "uniform": flat}
+    early = body * (jnp.cumsum(body, axis=1) <= FIRST)
+    equal = jnp.tril(jnp.ones((body.shape[1],) * 2)) / (1 + jnp.arange(body.shape[1], dtype=jnp.float32))[:, None]
+
+    def mean(maps: Float[Array, "B L H T T"], weights: Float[Array, "B T"]) -> Float[Array, "B L H T"]:
+        return jnp.einsum("blhqk,bq->blhk", maps, weights) / jnp.maximum(weights.sum(1), 1)[:, None, None, None]
+
+    uniform = jnp.einsum("bq,qk->bk", body, equal) / jnp.maximum(body.sum(1), 1)[:, None]
+    return {"heads": mean(attention, body), "early": mean(attention[:, -1:], early)[:, 0].mean(1), "uniform": uniform}
 
 
 def _needs(study: Study) -> None:
@@ -66,12 +69,10 @@ def _needs(study: Study) -> None:
     on_prompts=False,
 )
 def metadata_attention(study: Study) -> dict[str, Any]:
-    """Share of body tokens' attention by part of the preceding positions, and the share under uniform attention.
-
-    clusters, for learnable tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label.
-    """
+    """Share of body tokens' attention by part of the preceding positions, and the share under uniform attention. clusters, for learnable
+    tokens: mean Euclidean distance of documents' vectors of attention within and between classes of each label."""
     corpora, recipe, templates = study.corpora, study.corpora.config.metadata, study.corpora.config.evaluation.labels
-    documents = labels.some_documents(corpora, "validation", 16, 2 * DOCUMENTS)
+    documents = documents_of(corpora, "validation", 16)[: 2 * DOCUMENTS]
     if recipe.tokens:
         metadata = [list(corpora.tokenizer.vocabulary.spare[: recipe.tokens])] * len(documents)
     else:
@@ -80,76 +81,51 @@ def metadata_attention(study: Study) -> dict[str, Any]:
         metadata = [table[d].tolist() for d in documents.tolist()]
     documents, metadata = documents[:DOCUMENTS], metadata[:DOCUMENTS]
     openings = [labels.opening(corpora, ids) for ids in metadata]
-    url = recipe.template in ("{url}", "URL: {url}\n\n")
     rows = labels.with_rows(study, [ids for ids, _ in openings], documents, TOKENS)
-    found = rows.over_prompts("attention to metadata", lambda model, batch: shares(model, batch, first=FIRST), study.model)
-    names, place = _places(study, openings, metadata, rows.rows["tokens"].shape[1], url)
+    found = rows.over_prompts("attention to metadata", shares)
+    names = np.full((len(documents), rows.length), "text", object)
+    for row, (_, opening), ids in zip(names, openings, metadata, strict=True):
+        parts = iter(parts_of(study, ids, recipe.template in ("{url}", "URL: {url}\n\n")))
+        row[: len(opening)] = [next(parts) if part == "metadata" else part for part in opening][: rows.length]
+    part_of = {name: names == name for name in dict.fromkeys(["bos", "begin", "end", "text", *names.ravel()])}
     out: dict[str, Any] = {"documents": len(documents), "parts": {}}
-    for number, name in enumerate(names):
-        at = place == number
+    for name, at in part_of.items():
         share = np.einsum("blhk,bk->blh", found["heads"], at)
         mean, half = cluster_mean(share, np.ones(share.shape, bool))
-        out["parts"][name] = {
-            "mean": mean, "half": half, "uniform": float((found["uniform"] * at).sum(1).mean()), "tokens": float(at.sum(1).mean()),
-            "layers": rounded(share.mean((0, 2))), "heads": rounded(share.mean(0)),
-        }  # fmt: skip
+        part = {"mean": mean, "half": half, "uniform": float((found["uniform"] * at).sum(1).mean())}
+        part |= {"tokens": float(at.sum(1).mean()), "layers": rounded(share.mean((0, 2))), "heads": rounded(share.mean(0))}
+        out["parts"][name] = part
     if recipe.tokens:
-        vectors = np.stack(
-            [(found["early"] * (place == names.index(f"token_{i + 1}"))).sum(1) for i in range(recipe.tokens)], axis=-1
-        )
+        tokens = [part_of[f"token_{i + 1}"] for i in range(recipe.tokens)]
+        vectors = np.stack([(found["early"] * at).sum(1) for at in tokens], axis=-1)
         out["clusters"] = {f"label_{i}": _distances(study, t, documents, vectors) for i, t in enumerate(templates)}
     return out
 
 
-def _places(
-    study: Study, openings: list[tuple[list[int], list[int]]], metadata: list[list[int]], width: int, url: bool
-) -> tuple[list[str], Int[np.ndarray, "N T"]]:
-    """(names of the parts, the part of each position); positions after the opening are "text"."""
-    names = ["bos", "begin", "end", "text"]
-    place = np.full((len(openings), width), 3)
-    for row, (_, kinds), ids in zip(place, openings, metadata, strict=True):
-        inside = iter(parts_of(study, ids, url))
-        for position, kind in enumerate(kinds[:width]):
-            name = {0: "bos", 1: "begin", 3: "end"}.get(kind) or next(inside)
-            if name not in names:
-                names.append(name)
-            row[position] = names.index(name)
-    return names, place
-
-
 def _distances(
-    study: Study, template: str, documents: Int[np.ndarray, " N"], vectors: Float[np.ndarray, "N tokens"]
+    study: Study, template: str, documents: Int[np.ndarray, " N"], vectors: Float[np.ndarray, "N K"]
 ) -> dict[str, Any]:
     classes, names = labels.classes_of(labels.texts_of(study.corpora, template, documents), LEAST)
-    kept = classes >= 0
     if len(names) < 2:
         return {"template": template, "reason": "no two classes of enough documents"}
-    distance = np.linalg.norm(vectors[kept][:, None] - vectors[kept][None], axis=-1)
-    same, other = classes[kept][:, None] == classes[kept][None], ~np.eye(int(kept.sum()), dtype=bool)
-    within, between = float(distance[same & other].mean()), float(distance[~same].mean())
-    means = {name: rounded(vectors[classes == i].mean(0), 5) for i, name in enumerate(names)}
-    return {
-        "template": template,
-        "within": within,
-        "between": between,
-        "ratio": between / within if within else None,
-        "documents": int(kept.sum()),
-        "means": means,
-    }
+    x, y = vectors[classes >= 0], classes[classes >= 0]
+    distance, same = np.linalg.norm(x[:, None] - x[None], axis=-1), y[:, None] == y[None]
+    within, between = float(distance[same & ~np.eye(len(y), dtype=bool)].mean()), float(distance[~same].mean())
+    found = {"template": template, "within": within, "between": between, "ratio": between / within if within else None}
+    return found | {"documents": len(y), "means": {name: rounded(x[y == i].mean(0), 5) for i, name in enumerate(names)}}
 
 
 @metadata_attention.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    lines = [
-        f"{name.replace('_', ' ')}: {part['mean']:.1%} ± {part['half']:.1%} of attention, equal shares {part['uniform']:.1%} "
-        f"({part['tokens']:.1f} tokens)"
-        for name, part in numbers["parts"].items()
-    ]
-    for found in numbers.get("clusters", {}).values():
-        said = found.get("reason") or (
-            f"{found['documents']:,} documents: {found['within']:.4f} within classes, {found['between']:.4f} between them"
+    lines = []
+    for name, n in numbers["parts"].items():
+        share = f"{n['mean']:.1%} ± {n['half']:.1%} of attention, equal shares {n['uniform']:.1%} ({n['tokens']:.1f} tokens)"
+        lines.append(f"{name.replace('_', ' ')}: {share}")
+    for n in numbers.get("clusters", {}).values():
+        distances = n.get("reason") or "{documents:,} documents: {within:.4f} within classes, {between:.4f} between them".format(
+            **n
         )
-        lines.append(f"distances of attention to the learnable tokens by {found['template']}, {said}")
+        lines.append(f"distances of attention to the learnable tokens by {n['template']}, {distances}")
     return lines
 
 

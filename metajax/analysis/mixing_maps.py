@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import Arrays, Study, capture, has_meta_tokens, mean_over_rows, rounded
+from metajax.analysis.common.numbers import mean_over_rows, rounded
+from metajax.analysis.common.study import Arrays, Study, capture, layers_of
 from metajax.analysis.sharpening import entropy
 from metajax.models.lm import LM
 from metajax.reporting.figures import look
@@ -30,12 +31,14 @@ CATEGORIES = {"meta": "meta tokens", "first": "first token", "self": "itself", "
 CHANNELS = 16  # evenly spaced channels of Mamba whose maps are computed
 
 
+def attention_maps(model: LM, batch: Arrays) -> Float[Array, "B L H T P"]:
+    """The attention maps, with the learned prefix among the keys."""
+    return capture(model, batch, "attention_probabilities")["attention_probabilities"]
+
+
 def ssm_rates(model: LM) -> Float[Array, "L C N"]:
     """The parameter A of every Mamba, in the order of the layers."""
-    found = []
-    for run in model.blocks:
-        of_run = [layer.mixer.mamba.A_log[...] for layer in run if "mamba" in layer.mixer.names]
-        found += [rate[i] for i in range(len(of_run[0]) if of_run else 0) for rate in of_run]
+    found = [layer.mixer.mamba.A_log[...][index] for layer, index in layers_of(model) if "mamba" in layer.mixer.names]
     return -jnp.exp(jnp.stack(found))
 
 
@@ -53,85 +56,67 @@ def ssm_map(
     return weights / jnp.where(total > 0, total, 1.0)
 
 
-def ssm_maps(model: LM, batch: Arrays) -> Float[Array, "L B channels T P"]:
+def ssm_maps(model: LM, batch: Arrays) -> Float[Array, "B L channels T P"]:
     """The maps of CHANNELS channels of every Mamba, P = M + T."""
     names = [f"{prefix}ssm_{name}" for prefix in ("prefix_", "") for name in ("step", "b", "c")]
     found = {name: jnp.moveaxis(x, 0, 1) for name, x in capture(model, batch, *names).items()}  # layers first again
     if model.cfg.prefix_tokens:
-        rows = batch["tokens"].shape[0]
-        spread = lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))  # noqa: E731
-        found = {n: jnp.concatenate([spread(found[f"prefix_{n}"]), found[n]], axis=2) for n in names[3:]}
-    chosen = np.linspace(0, found["ssm_step"].shape[-1] - 1, min(CHANNELS, found["ssm_step"].shape[-1])).astype(int)
+        for name in names[3:]:
+            prefix = found[f"prefix_{name}"]
+            prefix = jnp.broadcast_to(prefix, (*found[name].shape[:2], *prefix.shape[2:]))
+            found[name] = jnp.concatenate([prefix, found[name]], axis=2)
+    channels = found["ssm_step"].shape[-1]
+    chosen = np.linspace(0, channels - 1, min(CHANNELS, channels)).astype(int)
 
     def of_layer(layer: tuple[Array, ...]) -> Array:
         steps, b, c, rates = layer
         b, c = b.astype(jnp.float32), c.astype(jnp.float32)
-        one = lambda channel: ssm_map(channel[0], b, c, channel[1])  # noqa: E731
-        return jnp.moveaxis(jax.lax.map(one, (jnp.moveaxis(steps[..., chosen], -1, 0), rates[chosen])), 0, 1)
+        maps = jax.lax.map(lambda one: ssm_map(one[0], b, c, one[1]), (jnp.moveaxis(steps[..., chosen], -1, 0), rates[chosen]))
+        return jnp.moveaxis(maps, 0, 1)
 
-    maps = jax.lax.map(of_layer, (found["ssm_step"], found["ssm_b"], found["ssm_c"], ssm_rates(model)))
-    return maps[:, :, :, model.cfg.prefix_tokens :]
+    maps = jax.lax.map(of_layer, (*(found[name] for name in names[3:]), ssm_rates(model)))
+    return jnp.moveaxis(maps, 0, 1)[..., model.cfg.prefix_tokens :, :]
 
 
-def describe(maps: Float[Array, "L B H T P"]) -> dict[str, Array]:
-    """Per layer and row, [B, L] each: entropy in nats, shares of CATEGORIES (all queries but the first), reach of the last query.
-
-    reach: sum over tokens of map x distance, without meta tokens.
-    """
+def describe(maps: Float[Array, "B L H T P"]) -> dict[str, Float[Array, "B L"]]:
+    """Entropy in nats and shares of CATEGORIES (all queries but the first); reach of the last query, the sum over tokens of map x
+    distance, without meta tokens."""
     length, metas = maps.shape[-2], maps.shape[-1] - maps.shape[-2]
     index = jnp.arange(length)
     real = jnp.mean(maps[..., metas:], axis=2)  # over heads
-    later = index >= 1
-    own = jnp.diagonal(real, axis1=-2, axis2=-1)
-    average = lambda x: jnp.sum(jnp.where(later, x, 0.0), axis=-1) / jnp.sum(later)  # noqa: E731
+
+    def average(of_queries: Float[Array, "B L T"]) -> Float[Array, "B L"]:
+        return jnp.sum(jnp.where(index >= 1, of_queries, 0.0), axis=-1) / (length - 1)
+
     shares = {
         "meta": average(jnp.sum(jnp.mean(maps[..., :metas], axis=2), axis=-1)),
         "first": average(real[..., 0]),
-        "self": average(own),
+        "self": average(jnp.diagonal(real, axis1=-2, axis2=-1)),
     }
     shares["cross"] = 1 - sum(shares.values())
-    found = shares | {
-        "entropy": average(jnp.mean(entropy(maps), axis=2)),
-        "reach": jnp.sum(real[..., -1, :] * (length - 1 - index), axis=-1),
-    }
-    return {name: jnp.moveaxis(value, 1, 0) for name, value in found.items()}
+    reach = jnp.sum(real[..., -1, :] * (length - 1 - index), axis=-1)
+    return shares | {"entropy": average(jnp.mean(entropy(maps), axis=2)), "reach": reach}
 
 
-def attention_map(model: LM, batch: Arrays) -> dict[str, Array]:
-    """`describe` of the attention maps."""
-    return describe(
-        jnp.moveaxis(capture(model, batch, "attention_probabilities")["attention_probabilities"], 0, 1).astype(jnp.float32)
-    )
-
-
-def mamba_map(model: LM, batch: Arrays) -> dict[str, Array]:
-    """`describe` of Mamba's maps."""
-    return describe(ssm_maps(model, batch))
-
-
-@analysis("mixing_maps", title="Where tokens look", fits=lambda study: not has_meta_tokens(study))
+@analysis("mixing_maps", title="Where tokens look", fits=lambda study: study.model.meta is None)
 def mixing_maps(study: Study) -> dict[str, Any]:
     """For attention and ssm, if the model has them: {entropy, meta, first, self, cross, reach: {mean, half, layers}}.
 
-    reach is the effective receptive field: the sum over layers n = 1 .. N of 2 (N - n + 1) / (N (N + 1)) x the last query's reach, in
-    tokens; all others are means over layers. half: half width of the 95 % interval over rows.
+    reach is the effective receptive field in tokens: the sum over layers n = 1 .. N of 2 (N - n + 1) / (N (N + 1)) x the last query's
+    reach. All others are means over layers. half: half width of the 95 % interval over rows.
     """
     hybrid, found = study.model.cfg.hybrid, {}
-    if hybrid is None or hybrid.fusion != "mamba":
-        found["attention"] = _pool(study.over_prompts("attention maps", attention_map, study.model))
-    if hybrid is not None and hybrid.fusion != "attention" and hybrid.ssm == "mamba":
-        found["ssm"] = _pool(study.over_prompts("maps of Mamba", mamba_map, study.model))
+    fits = {"attention": hybrid is None or hybrid.fusion != "mamba"}
+    fits["ssm"] = hybrid is not None and hybrid.fusion != "attention" and hybrid.ssm == "mamba"
+    for kind, maps_of in {"attention": attention_maps, "ssm": ssm_maps}.items():
+        if not fits[kind]:
+            continue
+        values = study.over_prompts(f"maps of {MIXERS[kind]}", lambda *args, maps_of=maps_of: describe(maps_of(*args)))
+        layers = values["reach"].shape[1]
+        decreasing = 2 * np.arange(layers, 0, -1) / (layers * (layers + 1))
+        rows = {name: of @ decreasing if name == "reach" else of.mean(axis=1) for name, of in values.items()}
+        found[kind] = {name: mean_over_rows(rows[name]) | {"layers": rounded(of.mean(axis=0))} for name, of in values.items()}
     return found
-
-
-def _pool(values: dict[str, np.ndarray]) -> dict[str, Any]:
-    layers = next(iter(values.values())).shape[1]
-    decreasing = 2 * np.arange(layers, 0, -1) / (layers * (layers + 1))
-    pooled = {}
-    for name, value in values.items():
-        rows = value @ decreasing if name == "reach" else value.mean(axis=1)
-        pooled[name] = mean_over_rows(rows) | {"layers": rounded(value.mean(axis=0))}
-    return pooled
 
 
 @mixing_maps.headlines
@@ -160,5 +145,4 @@ def figures(result: Numbers) -> Figures:
         axes.set_ylim(0, 1)
     axes_of[0].set_ylabel("share of the map")
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CATEGORIES), fontsize=8.5)
-    caption = "Mean over rows, queries and heads (for Mamba: some of its channels)."
-    return [(figure, caption)]
+    return [(figure, "Mean over rows, queries and heads (for Mamba: some of its channels).")]

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import Arrays, Study, has_meta_tokens, open_study
+from metajax.analysis.common.study import Arrays, Study, open_study
 from metajax.core.errors import require
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
@@ -40,40 +40,37 @@ def _needs(study: Study) -> None:
     require(tasks is not None and "needle" in tasks.names, "the run has no task of that name; set tasks.names=needle")
 
 
-@analysis("needle", title="The needle", fits=lambda study: study.task == "needle" and not has_meta_tokens(study), needs=_needs)
+@analysis("needle", title="The needle", fits=lambda study: study.task == "needle" and study.model.meta is None, needs=_needs)
 def needle(study: Study) -> dict[str, Any]:
     """{length: {exact, n, depths: [{exact, n}, ...]}} over the test examples of every length that the model can read."""
     tasks, found = study.corpora.config.tasks, {}
-    for length in tasks.eval_lengths:
-        if impossible(study.program.config, length) is not None:
-            continue
+    for length in (length for length in tasks.eval_lengths if impossible(study.program.config, length) is None):
         part = open_study(study.program, study.corpora, study.model, task="needle", length=length, prompts=tasks.eval_examples)
-        right = part.over_prompts(f"needles in {length} tokens", is_right, part.model)["right"]
-        answers = part.rows["targets"][np.arange(part.count), part.asked]
-        depths = [depth_of(*row) for row in zip(part.rows["tokens"], part.asked.tolist(), answers.tolist(), strict=True)]
-        bins = np.minimum((np.array(depths) * DEPTHS).astype(int), DEPTHS - 1)
-        cells = [
-            {"exact": float(right[bins == d].mean()) if (bins == d).any() else None, "n": int((bins == d).sum())}
-            for d in range(DEPTHS)
-        ]
+        right = part.over_prompts(f"needles in {length} tokens", is_right)["right"]
+        prompts = zip(part.rows["tokens"], part.asked.tolist(), part.answers.tolist(), strict=True)
+        bins = np.minimum((np.array([depth_of(*prompt) for prompt in prompts]) * DEPTHS).astype(int), DEPTHS - 1)
+        parts = [right[bins == depth] for depth in range(DEPTHS)]
+        cells = [{"exact": float(cell.mean()) if len(cell) else None, "n": len(cell)} for cell in parts]
         found[str(length)] = {"exact": float(right.mean()), "n": len(right), "depths": cells}
     return found
 
 
 @needle.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    found = {length: n for length, n in numbers.items() if length.isdigit()}
-    return [f"{length} tokens: {n['exact']:.1%} of {n['n']:,} needles found" for length, n in found.items()]
+    return [f"{length} tokens: {n['exact']:.1%} of {n['n']:,} needles found" for length, n in _by_length(numbers).items()]
 
 
 @needle.figures
 def figures(result: Numbers) -> Figures:
-    lengths = [length for length in result if length.isdigit()]
-    values = np.array([[cell["exact"] for cell in result[n]["depths"]] for n in lengths], float)  # None becomes NaN
-    figure, (axes,) = panels(1, 1, 0.9 + 0.45 * len(lengths))
+    found = _by_length(result)
+    values = np.array([[cell["exact"] for cell in n["depths"]] for n in found.values()], float)  # None becomes NaN
+    figure, (axes,) = panels(1, 1, 0.9 + 0.45 * len(found))
     heat(figure, axes, values, vmin=0, vmax=1)
-    axes.set_yticks(range(len(lengths)), lengths)
-    axes.set_ylabel("tokens")
+    axes.set_yticks(range(len(found)), list(found))
     axes.set_xticks(range(DEPTHS), [f"{100 * d // DEPTHS} %" for d in range(DEPTHS)], fontsize=8.5)
-    axes.set_xlabel("depth of the needle, from")
+    axes.set(xlabel="depth of the needle, from", ylabel="tokens")
     return [(figure, "Exact match; a white cell has no example.")]
+
+
+def _by_length(numbers: Numbers) -> dict[str, Any]:
+    return {length: n for length, n in numbers.items() if length.isdigit()}  # a report adds `made_on`

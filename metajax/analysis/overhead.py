@@ -10,150 +10,134 @@ hybrid block and each of its branches alone, and the whole model beside attentio
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import Study, is_parallel
-from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
+from metajax.analysis.common.study import Study, is_parallel, text_row
+from metajax.analysis.common.timing import ratio_panel, step_words, time_steps
 from metajax.config import Config, Evaluation, Init, MetaTokens
 from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import progress
 from metajax.data.encoding import Vocabulary
 from metajax.data.meta_tokens import inject
-from metajax.data.metadata import Placement
-from metajax.data.packing import pack
-from metajax.data.rows import Row, RowSource, finish, stack
+from metajax.data.rows import Row, finish, stack
 from metajax.inference.speed import generation_speed
 from metajax.reporting.figures import look
 from metajax.reporting.panels import name_rows, panels
 from metajax.training.program import Program, abstract_model
 
-# Twins of equal row length. The others are compared with the first, which has meta-tokens but no meta-attention.
-OF_META_TOKENS: dict[str, dict[str, Any]] = {
-    "none": {"meta_tokens.attention": "none"},
-    "gathered": {"meta_tokens.attention": "gathered"},
-    "dense": {"meta_tokens.attention": "dense"},
-    "causal": {"meta_tokens.attention": "causal"},
-    "plain": {"meta_tokens": None},
+# name: (words, changes). Twins of equal row length; the others are compared with the first, which has no meta-attention.
+OF_META_TOKENS = {
+    "none": ("meta-tokens without meta-attention", {"meta_tokens.attention": "none"}),
+    "gathered": ("gathered meta-attention", {"meta_tokens.attention": "gathered"}),
+    "dense": ("its dense twin", {"meta_tokens.attention": "dense"}),
+    "causal": ("a second causal attention", {"meta_tokens.attention": "causal"}),
+    "plain": ("no meta-tokens", {"meta_tokens": None}),
 }
 ATTENTION = {"model.hybrid.fusion": "attention"}
 MAMBA = {"model.hybrid.fusion": "mamba", "model.window": None, "model.hybrid.full_layers": (), "model.hybrid.kv_groups": ()}
 BLOCK = {"model.mlp_width": 0}  # only the mixers
+OF_HYBRIDS = {
+    "block": ("hybrid blocks without feed-forward networks", BLOCK),
+    "attention": ("their attention alone", ATTENTION | BLOCK),
+    "ssm": ("their Mamba alone", MAMBA | BLOCK),
+    "whole": ("the whole model", {}),
+    "attention_as_large": ("attention alone, as many parameters", ATTENTION),
+}
 RATE = 0.1  # the paper's rate of meta-tokens
 ROUNDS = 40  # each has one step of every twin
-WORDS = {
-    "none": "meta-tokens without meta-attention",
-    "gathered": "gathered meta-attention",
-    "dense": "its dense twin",
-    "causal": "a second causal attention",
-    "plain": "no meta-tokens",
-    "block": "hybrid blocks without feed-forward networks",
-    "attention": "their attention alone",
-    "ssm": "their Mamba alone",
-    "whole": "the whole model",
-    "attention_as_large": "attention alone, as many parameters",
-}
 
 
 def twins(config: Config, vocab_size: int) -> dict[str, Config]:
     """The run's config on text, and the same without its meta-attention or without a branch of its hybrid block."""
     text = replace(config, tasks=None, dpo=None, imported=None, init=Init(), evaluation=Evaluation())
     if config.meta_tokens is not None:
-        meta = replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none")
-        return {name: override(replace(text, meta_tokens=meta), changes) for name, changes in OF_META_TOKENS.items()}
-    as_large = as_many_parameters(override(text, ATTENTION), text, vocab_size)
-    blocks = {"block": {}, "attention": ATTENTION, "ssm": MAMBA}
-    return {name: override(text, changes | BLOCK) for name, changes in blocks.items()} | {
-        "whole": text,
-        "attention_as_large": as_large,
-    }
+        text = replace(text, meta_tokens=replace(config.meta_tokens, inject="random", rate=RATE, zero_position="none"))
+        return {name: override(text, changes) for name, (_, changes) in OF_META_TOKENS.items()}
+    found = {name: override(text, changes) for name, (_, changes) in OF_HYBRIDS.items()}
+    return found | {"attention_as_large": as_many_parameters(found["attention_as_large"], text, vocab_size)}
 
 
 def as_many_parameters(config: Config, goal: Config, vocab_size: int) -> Config:
     """The config with feed-forward networks widened to the number of parameters of `goal`, to the nearest width."""
-    size = lambda c: sum(x.size for x in jax.tree.leaves(abstract_model(c, vocab_size)))  # noqa: E731
-    wider = override(config, {"model.mlp_width": config.model.mlp_width + 1})
-    return override(
-        config, {"model.mlp_width": config.model.mlp_width + round((size(goal) - size(config)) / (size(wider) - size(config)))}
-    )
+    width = config.model.mlp_width
+    wider = override(config, {"model.mlp_width": width + 1})
+    size, larger, wanted = (_size(abstract_model(c, vocab_size)) for c in (config, wider, goal))
+    return override(config, {"model.mlp_width": width + round((wanted - size) / (larger - size))})
+
+
+def _size(model: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(model))
 
 
 def random_batch(config: Config, vocabulary: Vocabulary) -> Row:
     """A batch of random tokens, one document to a row, with the meta-tokens of the config between them."""
-    rng, meta = np.random.default_rng(0), config.meta_tokens or MetaTokens(inject="none", rate=0.0)
-    count, documents = meta.count(config.data.sequence_length), np.arange(config.data.batch_size)
+    rng, meta = np.random.default_rng(0), config.meta_tokens
+    count = meta.count(config.data.sequence_length) if meta else 0
     length = config.row_positions - count
-    bodies = rng.integers(vocabulary.base, size=(len(documents), length - 1), dtype=np.int32)
-    index = pack(documents, np.full(len(documents), length), np.zeros(len(documents), int), length, "concat")
-    source = RowSource(index, bodies.__getitem__, Placement(), vocabulary, length)
-    rows = [source[n] for n in range(len(source))]
-    if count:
-        rows = [inject(row, rng, meta=meta, count=count, meta_id=vocabulary.meta) for row in rows]
-    return stack([finish(row, attend_across_documents=False) for row in rows])
+    rows = []
+    for ids in rng.integers(vocabulary.base, size=(config.data.batch_size, length + 1)).tolist():
+        row = text_row(ids, length, 0, vocabulary.pad) | {"asks_metadata": np.zeros(length, bool)}
+        row = inject(row, rng, meta=meta, count=count, meta_id=vocabulary.meta) if meta else row
+        rows.append(finish(row, attend_across_documents=False))
+    return stack(rows)
 
 
-def compiled_steps(configs: dict[str, Config], vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({twin: its train step, state -> state}, {twin: its first state}) on a batch of random tokens."""
-    steps, states = {}, {}
-    with progress("compiling train steps", total=len(configs)) as advance:
-        for name, config in configs.items():
-            program = Program.build(config, vocabulary.size)
-            states[name], batch = program.create_state(), program.put(random_batch(config, vocabulary))
-            steps[name] = partial(_step, program.mesh, program.compile_step(states[name], batch), batch)
+def compiled_steps(programs: dict[str, Program], vocabulary: Vocabulary) -> dict[str, tuple[Any, ...]]:
+    """{twin: (its train step, its first state, a batch of random tokens)}."""
+    steps = {}
+    with progress("compiling train steps", total=len(programs)) as advance:
+        for name, program in programs.items():
+            state, batch = program.create_state(), program.put(random_batch(program.config, vocabulary))
+            steps[name] = (program.compile_step(state, batch), state, batch)
             advance(1)
-    return steps, states
+    return steps
 
 
-def _step(mesh: Any, step: Any, batch: Any, state: Any) -> Any:
-    with jax.set_mesh(mesh):
-        return step(state, batch)[0]
+def _has_parts(study: Study) -> bool:
+    return study.model.meta is not None or is_parallel(study)
 
 
 def _needs(study: Study) -> None:
-    can = study.model.meta is not None or is_parallel(study)
-    require(can, "compares models with and without meta-attention or a branch of a hybrid block; this one has neither")
+    compared = "models with and without meta-attention or a branch of a hybrid block"
+    require(_has_parts(study), f"compares {compared}; this one has neither")
 
 
-@analysis("overhead", title="Overhead", fits=lambda study: study.model.meta is not None or is_parallel(study), needs=_needs)
+@analysis("overhead", title="Overhead", fits=_has_parts, needs=_needs)
 def overhead(study: Study) -> dict[str, Any]:
-    """For each twin: step, as from `against_first`; generation {ttft_ms, tokens_per_second}, as from `generation_speed`; parameters."""
+    """For each twin: step, as from `time_steps`; generation {ttft_ms, tokens_per_second}, as from `generation_speed`; parameters."""
     vocabulary, shape = study.corpora.tokenizer.vocabulary, study.program.config.data
     configs = twins(study.program.config, vocabulary.size)
-    steps = against_first(step_seconds(*compiled_steps(configs, vocabulary), ROUNDS))
+    programs = {name: Program.build(config, vocabulary.size) for name, config in configs.items()}
+    steps = compiled_steps(programs, vocabulary)
+    with jax.set_mesh(next(iter(programs.values())).mesh):
+        times = time_steps(steps, ROUNDS)
     count = MetaTokens(rate=RATE).count(shape.sequence_length) if study.model.meta is not None else 0
     room = min(shape.sequence_length - count, 2 * (shape.sequence_length // 3))
-    models = {}
-    for name, config in configs.items():
-        program = Program.build(config, vocabulary.size)
-        models[name] = (program.create_state().model, config)
+    models = {name: (program.create_state().model, program.config) for name, program in programs.items()}
     generated = generation_speed(models, vocabulary, prompt=room // 2, count=room // 2)
-    found: dict[str, Any] = {
-        "rounds": ROUNDS, "rows": shape.batch_size, "sequence_length": shape.sequence_length, "prompt": room // 2,
-        "device": jax.devices()[0].device_kind,
-    }  # fmt: skip
-    for name in configs:
-        size = sum(x.size for x in jax.tree.leaves(models[name][0]))
-        found[name] = {"step": steps[name], "generation": generated[name], "parameters": size}
+    sizes = {"rows": shape.batch_size, "sequence_length": shape.sequence_length, "prompt": room // 2}
+    found: dict[str, Any] = {"rounds": ROUNDS, **sizes, "device": jax.devices()[0].device_kind}
+    for name, (model, _) in models.items():
+        found[name] = {"step": times[name], "generation": generated[name], "parameters": _size(model)}
     return found
 
 
-def _twins_in(numbers: dict[str, Any]) -> dict[str, str]:
+def _twins_in(numbers: Numbers) -> dict[str, str]:
     """Names of the twins and what they are; the others are compared with the first."""
-    return {name: words for name, words in WORDS.items() if name in numbers}
+    return {name: words for name, (words, _) in (OF_META_TOKENS | OF_HYBRIDS).items() if name in numbers}
 
 
 @overhead.headlines
 def headlines(numbers: Numbers) -> list[str]:
     names = _twins_in(numbers)
     base = numbers[next(iter(names))]["generation"]["tokens_per_second"]
-    lines = [
-        f"rows of {numbers['sequence_length']}, {numbers['rows']} a step, on {numbers['device']}; medians of {numbers['rounds']} rounds"
-    ]
+    rows = f"rows of {numbers['sequence_length']}, {numbers['rows']} a step"
+    lines = [f"{rows}, on {numbers['device']}; medians of {numbers['rounds']} rounds"]
     for name, words in names.items():
         generated = numbers[name]["generation"]
         speed = f"{generated['tokens_per_second']:,.0f} tokens per second ({generated['tokens_per_second'] / base:.2f}x)"
@@ -172,5 +156,4 @@ def figures(result: Numbers) -> Figures:
     for y, name in enumerate(names):
         speed.barh(y, result[name]["generation"]["tokens_per_second"], color=look(y)[0], alpha=0.75)
     name_rows(speed, list(names.values()), "tokens generated per second")
-    caption = f"Medians of {result['rounds']} rounds with one step of every twin; whiskers are quartiles."
-    return [(figure, caption)]
+    return [(figure, f"Medians of {result['rounds']} rounds with one step of every twin; whiskers are quartiles.")]

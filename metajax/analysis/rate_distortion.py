@@ -13,7 +13,6 @@ first token), the layer (the last, after the final norm), the number of seeds, h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from scipy.special import entr
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import META_TOKENS, Arrays, Study, capture
+from metajax.analysis.common.numbers import key_of, mean_over_rows, values_of
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, capture, descent
 from metajax.analysis.interventions import intervene
 from metajax.core.progress import progress
-from metajax.evaluation.statistics import summarize
 from metajax.models.lm import LM
 from metajax.reporting.figures import look
 from metajax.reporting.panels import GREY, panels
@@ -38,12 +38,13 @@ PARTS = 5  # parts of a head's training; it is measured after each to check conv
 SEEDS = 5
 SAMPLES = 16  # samples of z for each example when a head is measured
 SOURCES = {"meta": "meta-token", "last": "last token", "meta_zero_position": "meta-token, no position"}
+BUDGETS = {"stated": "The paper's budget: batch 1, 5 epochs.", "converged": "A longer training of the same heads, ours."}
+KEYS = ("rate", "distortion", "validation_rate", "validation_distortion")  # nats, on training and on other examples
 TICKS = (0, 5, 10, 15, 20, 50, 100, 200, 500, 1000, 2000)  # ticks of the rate's axis, which is linear up to 20
 Head = dict[str, Array]
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """Training of a head by Adam: the first `examples` prompts in a new order each epoch, `updates` (a multiple of PARTS) of `batch`."""
 
     examples: int
@@ -63,18 +64,20 @@ class Chance(NamedTuple):
 
 def draw(seed: int, budget: Budget, count: int, width: int, vocab_size: int) -> Chance:
     """The random numbers of a seed: weights and biases uniform within 1 / sqrt(inputs), examples in a new order each epoch."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
-    linear = lambda inputs, *shape: ((2 * rng.random(shape, np.float32) - 1) / np.sqrt(inputs)).astype(np.float32)  # noqa: E731
-    head = {
-        "encoder": linear(width, width, 2 * WIDTH), "encoder_bias": linear(width, 2 * WIDTH),
-        "decoder": linear(WIDTH, WIDTH, vocab_size), "decoder_bias": linear(WIDTH, vocab_size),
-    }  # fmt: skip
+    rng, head = np.random.default_rng(seed), {}
+    for name, inputs, outputs in (("encoder", width, 2 * WIDTH), ("decoder", WIDTH, vocab_size)):
+        for key, shape in ((name, (inputs, outputs)), (f"{name}_bias", (outputs,))):
+            head[key] = ((2 * rng.random(shape, np.float32) - 1) / np.sqrt(inputs)).astype(np.float32)
     epochs = -(-budget.updates * budget.batch // budget.examples)
     order = np.concatenate([rng.permutation(budget.examples) for _ in range(epochs)])[: budget.updates * budget.batch]
     chosen = order.reshape(budget.updates, budget.batch)
-    made = Chance(head, chosen, normal(*chosen.shape, WIDTH), normal(SAMPLES, count, WIDTH))
-    return jax.tree.map(jnp.asarray, made)
+    noise, measured = (rng.standard_normal((*shape, WIDTH), np.float32) for shape in (chosen.shape, (SAMPLES, count)))
+    return jax.tree.map(jnp.asarray, Chance(head, chosen, noise, measured))
+
+
+def draws_of(seeds: int, *shape: Any) -> Chance:
+    """`draw` for the seeds 0 .. seeds - 1, stacked."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *(draw(seed, *shape) for seed in range(seeds)))
 
 
 def rate_and_distortion(
@@ -91,28 +94,22 @@ def train_head(
     beta: Float[Array, ""], chance: Chance, h: Float[Array, "N width"], labels: Int[Array, " N"], *, budget: Budget
 ) -> Float[Array, "parts 2 2"]:
     """[training, other examples][rate, distortion] in nats after each of PARTS equal parts of the training."""
-    optimizer = optax.adam(budget.learning_rate)
+    optimizer, sides = optax.adam(budget.learning_rate), (slice(None, budget.examples), slice(budget.examples, None))
 
     def loss(head: Head, chosen: Array, noise: Array) -> Array:
         rate, distortion = rate_and_distortion(head, h[chosen], labels[chosen], noise)
         return distortion + beta * rate
 
-    def update(carry: tuple[Head, Any], draws: tuple[Array, Array]) -> tuple[tuple[Head, Any], None]:
-        head, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(head, *draws), state)
-        return (optax.apply_updates(head, updates), state), None
-
-    def measure(head: Head, part: slice) -> Array:
-        one = lambda noise: jnp.stack(rate_and_distortion(head, h[part], labels[part], noise))  # noqa: E731
-        return jnp.mean(jax.lax.map(one, chance.measured[:, part]), axis=0)
+    def measure(head: Head, side: slice) -> Array:
+        one = lambda noise: jnp.stack(rate_and_distortion(head, h[side], labels[side], noise))  # noqa: E731
+        return jnp.mean(jax.lax.map(one, chance.measured[:, side]), axis=0)
 
     def train_part(carry: tuple[Head, Any], draws: tuple[Array, Array]) -> tuple[tuple[Head, Any], Array]:
-        carry, _ = jax.lax.scan(update, carry, draws)
-        parts = (slice(None, budget.examples), slice(budget.examples, None))
-        return carry, jnp.stack([measure(carry[0], part) for part in parts])
+        carry, _ = jax.lax.scan(descent(loss, optimizer), carry, draws)
+        return carry, jnp.stack([measure(carry[0], side) for side in sides])
 
-    draws = [x.reshape(PARTS, -1, *x.shape[1:]) for x in (chance.chosen, chance.noise)]
-    return jax.lax.scan(train_part, (chance.head, optimizer.init(chance.head)), tuple(draws))[1]
+    draws = tuple(x.reshape(PARTS, -1, *x.shape[1:]) for x in (chance.chosen, chance.noise))
+    return jax.lax.scan(train_part, (chance.head, optimizer.init(chance.head)), draws)[1]
 
 
 @partial(jax.jit, static_argnames="budget")
@@ -124,27 +121,21 @@ def train_heads(
     return jax.vmap(jax.vmap(one, (None, 0, None, None)), (0, None, None, None))(betas, chances, h, labels)
 
 
-def draws_of(seeds: int, *shape: Any) -> Chance:
-    """`draw` for the seeds 0 .. seeds - 1, stacked."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *(draw(seed, *shape) for seed in range(seeds)))
-
-
 # ------------------------------------------------------------------------------------------------- on a trained model
 
 
-def hidden_states(model: LM, batch: Arrays) -> dict[str, jax.Array]:
-    """The residual stream after the final norm, float32[B, T, width]."""
-    return {"final": capture(model, batch, "final")["final"].astype(jnp.float32)}
-
-
-def sources(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
+def final_states(study: Study) -> dict[str, Float[np.ndarray, "N width"]]:
     """Encoded states: of the last meta-token, of the prompt's last token (control), of the meta-token with position zeroed."""
-    rows, models = np.arange(study.count), intervene(study.model)
-    whole = study.over_prompts("hidden states", hidden_states, study.model)["final"]
+
+    def final(model: LM, batch: Arrays) -> Arrays:
+        return {"final": capture(model, batch, "final")["final"].astype(jnp.float32)}
+
+    rows, whole = np.arange(study.count), study.over_prompts("hidden states", final)["final"]
     found = {"meta": whole[rows, study.last_meta], "last": whole[rows, study.asked]}
-    if "zero_position" in models:
-        zeroed = study.over_prompts("hidden states, position zeroed", hidden_states, models["zero_position"])["final"]
-        found["meta_zero_position"] = zeroed[rows, study.last_meta]
+    zeroed = intervene(study.model).get("zero_position")
+    if zeroed is not None:
+        states = study.over_prompts("hidden states, position zeroed", final, zeroed)["final"]
+        found["meta_zero_position"] = states[rows, study.last_meta]
     return found
 
 
@@ -155,15 +146,13 @@ def rate_distortion(study: Study) -> dict[str, Any]:
     The intervals (*_half) are over seeds of the heads; the examples and the model are the same. `gap` is by how much the objective still
     fell in the last fifth of training, averaged over betas and seeds.
     """
-    labels = study.rows["targets"][np.arange(study.count), study.asked]
-    half = study.count // 2
-    budgets = {"stated": Budget(min(50, half), 1, 5 * min(50, half)), "converged": Budget(half, min(25, half), 1000, 5e-3)}
-    states, vocab_size = sources(study), study.program.vocab_size
-    shares = np.bincount(labels) / len(labels)
-    found: dict[str, Any] = {
-        "uniform": float(np.log(vocab_size)), "label_entropy": float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0]))),
-        "examples": {name: {"training": b.examples, "validation": study.count - b.examples} for name, b in budgets.items()},
-    }  # fmt: skip
+    labels, half, vocab_size = study.answers, study.count // 2, study.program.vocab_size
+    few = min(50, half)
+    budgets = {"stated": Budget(few, 1, 5 * few), "converged": Budget(half, min(25, half), 1000, 5e-3)}
+    entropy = float(np.sum(entr(np.bincount(labels) / len(labels))))
+    sizes = {name: {"training": b.examples, "validation": study.count - b.examples} for name, b in budgets.items()}
+    found: dict[str, Any] = {"uniform": float(np.log(vocab_size)), "label_entropy": entropy, "examples": sizes}
+    states = final_states(study)
     with progress("information bottlenecks", total=len(budgets) * len(states)) as advance:
         for name, budget in budgets.items():
             found[name] = {}
@@ -181,58 +170,56 @@ def _curve(heads: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {"gap": float(np.mean(objective[..., -2] - objective[..., -1]))}
     for beta, of_beta in zip(BETAS, heads[:, :, -1], strict=True):
         point: dict[str, Any] = {"seeds": heads.shape[1]}
-        for i, prefix in enumerate(("", "held_out_")):
-            for j, quantity in enumerate(("rate", "distortion")):
-                summary = summarize(of_beta[:, i, j].tolist())
-                point |= {f"{prefix}{quantity}": summary.mean, f"{prefix}{quantity}_half": summary.half}
-        found[f"beta_{beta:g}".replace(".", "_")] = point
+        for key, values in zip(KEYS, of_beta.reshape(heads.shape[1], -1).T, strict=True):
+            summary = mean_over_rows(values)
+            point |= {key: summary["mean"], f"{key}_half": summary["half"]}
+        found[key_of("beta", beta)] = point
     return found
 
 
 @rate_distortion.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    lines = [
-        f"a uniform guess has {numbers['uniform']:.2f} nats; guessing by the frequency of each answer {numbers['label_entropy']:.2f}"
-    ]
+    frequency = f"guessing by the frequency of each answer {numbers['label_entropy']:.2f}"
+    lines = [f"a uniform guess has {numbers['uniform']:.2f} nats; {frequency}"]
     for budget, sizes in numbers["examples"].items():
         for source, curve in numbers[budget].items():
             n = curve["beta_0_1"]
-            lines.append(
-                f"{budget} budget, {SOURCES[source]}, beta 0.1: rate {n['rate']:.1f} ± {n['rate_half']:.1f} nats, distortion {n['distortion']:.2f} ± "
-                f"{n['distortion_half']:.2f} nats on the {sizes['training']} training examples and {n['validation_distortion']:.2f} ± "
-                f"{n['validation_distortion_half']:.2f} on {sizes['validation']} others ({n['seeds']} seeds)"
+            rate = f"{n['rate']:.1f} ± {n['rate_half']:.1f} nats"
+            training, validation = (f"{n[key]:.2f} ± {n[f'{key}_half']:.2f}" for key in KEYS[1::2])
+            distortion = (
+                f"{training} nats on the {sizes['training']} training examples and {validation} on {sizes['validation']} others"
             )
+            start = f"{budget} budget, {SOURCES[source]}, beta 0.1"
+            lines.append(f"{start}: rate {rate}, distortion {distortion} ({n['seeds']} seeds)")
     return lines
 
 
 @rate_distortion.figures
 def figures(result: Numbers) -> Figures:
-    first = {"stated": "The paper's budget: batch 1, 5 epochs.", "converged": "A longer training of the same heads, ours."}
     drawn = []
     for budget, sizes in result["examples"].items():
-        curves = {source: [n for key, n in of.items() if key != "gap"] for source, of in result[budget].items()}
+        curves = {source: list(values_of("beta", of).values()) for source, of in result[budget].items()}
         right = max(20.0, 1.1 * max(n["validation_rate"] for points in curves.values() for n in points))
+        ticks = [n for n in TICKS if n <= right]
         figure, axes_of = panels(2, 1, 2.5)
-        for axes, prefix, words in zip(axes_of, ("", "held_out_"), ("training", "validation"), strict=True):
+        for axes, words, (rate, distortion) in zip(axes_of, sizes, (KEYS[:2], KEYS[2:]), strict=True):
             for number, (source, points) in enumerate(curves.items()):
-                x, y, x_half, y_half = (
-                    [n[prefix + key] for n in points] for key in ("rate", "distortion", "rate_half", "distortion_half")
-                )
+                x, y, xerr, yerr = ([n[key] for n in points] for key in (rate, distortion, f"{rate}_half", f"{distortion}_half"))
                 style = {"color": look(number)[0], "linestyle": look(number)[1], "marker": "o", "markersize": 4, "linewidth": 1.5}
-                axes.errorbar(x, y, xerr=x_half, yerr=y_half, capsize=2, label=SOURCES[source], **style)
+                axes.errorbar(x, y, xerr=xerr, yerr=yerr, capsize=2, label=SOURCES[source], **style)
             axes.axhline(result["uniform"], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
             axes.set_xscale("symlog", linthresh=20)
             axes.set_xlim(0, right)
-            axes.set_xticks(ticks := [n for n in TICKS if n <= right], map(str, ticks))
+            axes.set_xticks(ticks, map(str, ticks))
             axes.xaxis.minorticks_off()
-            axes.set_title(f"{sizes[words]} {words.replace('_', '-')} examples", fontweight="bold")
+            axes.set_title(f"{sizes[words]} {words} examples", fontweight="bold")
             axes.set_ylabel("distortion (nats)")
         axes_of[1].set_xlabel("rate (nats), linear below 20")
         figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
         gaps = ", ".join(f"{SOURCES[source]} {of['gap']:.3f}" for source, of in result[budget].items())
         caption = (
-            f"{first[budget]} A point for each beta from 0.01 to 1, mean over {curves['meta'][-1]['seeds']} seeds of the head with 95 % intervals; "
-            f"dashed: a uniform guess. In the last fifth of training the objective still fell by (nats): {gaps}."
+            f"{BUDGETS[budget]} A point for each beta from 0.01 to 1, mean over {curves['meta'][-1]['seeds']} seeds of the head with 95 % "
+            f"intervals; dashed: a uniform guess. In the last fifth of training the objective still fell by (nats): {gaps}."
         )
         drawn.append((figure, caption))
     return drawn

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from scipy.special import entr, softmax, xlogy
 
 from metajax.analysis import Figures, Numbers, analysis
-from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_positions, capture, cluster_mean, rounded
+from metajax.analysis.common.numbers import cluster_mean, key_of, rounded, values_of
+from metajax.analysis.common.study import META_TOKENS, Arrays, Study, at_last_meta, capture
 from metajax.analysis.sharpening import entropy
 from metajax.models.lm import LM, with_intervention
 from metajax.reporting.figures import look
@@ -63,12 +62,10 @@ def kappa(p: Values, entropy: Values, delta: float) -> Values:
     return 0.5 * delta * np.tensordot(weights, xlogy(at, at) + at * boosted_entropy(p, entropy, times), axes=1)
 
 
-def meta_rows(model: LM, batch: Arrays) -> dict[str, jax.Array]:
+def meta_rows(model: LM, batch: Arrays) -> Arrays:
     """p (probability of the last meta-token's key) and entropy of every causal attention row, float32[B, L, H, T]."""
     probabilities = capture(model, batch, "attention_probabilities")["attention_probabilities"]
-    length = probabilities.shape[-1]
-    last = jnp.max(jnp.where(batch["meta_positions"] < length, batch["meta_positions"], 0), axis=1)
-    return {"p": at_positions(probabilities, last, 4), "entropy": entropy(probabilities)}
+    return {"p": at_last_meta(probabilities, batch, 4), "entropy": entropy(probabilities)}
 
 
 @analysis("theory", title="The entropy theorem", **META_TOKENS)
@@ -77,26 +74,20 @@ def theory(study: Study) -> dict[str, Any]:
     boosting its logit (`delta_*`). `observed`: entropy drop from the zeroed to the learned embedding, in rows that without it
     meet the condition and in the others. It does not test the theorem: an embedding changes more than one logit.
     """
-    index = np.arange(study.rows["tokens"].shape[1])
-    after = (index > study.last_meta[:, None]) & (index <= study.asked[:, None])
-    whole = study.over_prompts("attention rows", meta_rows, study.model)
+    whole = study.over_prompts("attention rows", meta_rows)
     without = study.over_prompts("attention rows, embedding zeroed", meta_rows, with_intervention(study.model, embedding="zero"))
-    chosen = np.broadcast_to(after[:, None, None], whole["p"].shape)
-    p, h = whole["p"].astype(np.float64), whole["entropy"].astype(np.float64)
-    holds = margin(p, h) > 0
+    (p, h), (base_p, base_h) = ([rows[name].astype(np.float64) for name in ("p", "entropy")] for rows in (whole, without))
+    chosen = np.broadcast_to(study.queries_after(study.last_meta)[:, None, None], p.shape)
+    drops, holds = {delta: h - boosted_entropy(p, h, delta) for delta in DELTAS}, margin(p, h) > 0
     share, half = cluster_mean(holds.astype(np.float64), chosen)
     found: dict[str, Any] = {"margin": {"share": share, "half": half, "values": int(chosen.sum()), "prompts": study.count}}
-    for delta in DELTAS:
-        drop = h - boosted_entropy(p, h, delta)
-        found[f"delta_{delta:g}".replace(".", "_")] = _by_condition(drop, holds, chosen)
-    found["quadrature_error"] = float(np.abs(kappa(p[chosen], h[chosen], 1.0) - (h - boosted_entropy(p, h, 1.0))[chosen]).max())
+    found |= {key_of("delta", delta): _by_condition(drop, holds, chosen) for delta, drop in drops.items()}
+    found["quadrature_error"] = float(np.abs(kappa(p[chosen], h[chosen], 1.0) - drops[1.0][chosen]).max())
     found["counter_example"] = counter_example()
-    base_p, base_h = without["p"].astype(np.float64), without["entropy"].astype(np.float64)
     found["observed"] = _by_condition(base_h - h, margin(base_p, base_h) > 0, chosen)
     shown = np.random.default_rng(0).permutation(int(chosen.sum()))[:SHOWN]
-    drops = h[chosen] - boosted_entropy(p[chosen], h[chosen], 1.0)
-    found["details"] = {"margin": rounded(margin(p, h)[chosen][shown]), "drop": rounded(drops[shown]), "delta": 1.0}
-    return found
+    details = {"margin": margin(p, h), "drop": drops[1.0]}
+    return found | {"details": {name: rounded(values[chosen][shown]) for name, values in details.items()} | {"delta": 1.0}}
 
 
 def _by_condition(drop: np.ndarray, holds: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
@@ -119,12 +110,9 @@ def counter_example() -> dict[str, float]:
 @theory.headlines
 def headlines(numbers: Numbers) -> list[str]:
     n, example = numbers["margin"], numbers["counter_example"]
-    deltas = {
-        name.removeprefix("delta_").replace("_", "."): found for name, found in numbers.items() if name.startswith("delta_")
-    }
     return [
         f"the condition holds for the last meta-token's key in {n['share']:.1%} ± {n['half']:.1%} of {n['values']:,} rows of {n['prompts']:,} prompts",
-        *(f"a boost of {delta} lowers entropy {_both(found)}" for delta, found in deltas.items()),
+        *(f"a boost of {delta} lowers entropy {_both(found)}" for delta, found in values_of("delta", numbers).items()),
         "from the zeroed to the learned embedding, which changes more scores than one and so does not test the theorem, entropy is lower "
         + _both(numbers["observed"]),
         f"counter-example, scores (0, 5, 0, 0), the first one boosted by 5: {example['before']:.3f} to {example['after']:.3f} nats; greatest error "

@@ -9,10 +9,8 @@ from metajax.config import MetaTokens, Tasks
 from metajax.experiment import run_experiment
 
 TASKS = Tasks(names=("copying",), train_length=48, eval_lengths=(32,), eval_examples=12, span=3)
-RUN = {
-    "tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.sequence_length": 64, "training.steps": 2, "model.layers": 1, "evaluation.documents": 0,
-    "meta_tokens": MetaTokens(),
-}  # fmt: skip
+RUN = {"tasks": TASKS, "meta_tokens": MetaTokens(), "evaluation.documents": 0, "training.steps": 2, "model.layers": 1}
+RUN |= {"data.tokenizer": "bpe:512+tasks", "data.sequence_length": 64}
 
 
 def look_up(value, path):
@@ -41,12 +39,10 @@ def test_at_the_end_of_a_run_and_from_the_command_line(tiny_config, paths, tmp_p
     assert saved["analyses"].keys() == set(names)
     assert look_up(saved, "analyses.interventions.none.copying.32.exact") == look_up(saved, "eval.tasks.copying.32.exact")
     assert look_up(saved, "analyses.interventions.zero_token.copying.32.n") == 12
-    for path in (
-        "sharpening.boost.mean",
-        "sharpening.drop.layers.layer_1.half",
-        "caching.same_layer.near.mean",
-        "theory.delta_0_5.met.rows",
-    ):
+    paths_of_numbers = (
+        "sharpening.boost.mean sharpening.drop.layers.layer_1.half caching.same_layer.near.mean theory.delta_0_5.met.rows"
+    )
+    for path in paths_of_numbers.split():
         assert isinstance(look_up(report, f"analyses.{path}"), float | int)
     assert not any("details" in numbers for numbers in saved["analyses"].values())
     page = (tmp_path / "run" / "report.html").read_text()

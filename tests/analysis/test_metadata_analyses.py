@@ -26,12 +26,8 @@ from metajax.training.program import Program
 @pytest.fixture
 def study(tiny_config, paths):
     def build(**changes):
-        generated = {
-            "data.sources": ("generated:300",),
-            "data.sequence_length": 48,
-            "data.validation_share": 0.4,
-            "evaluation.documents": 8,
-        }
+        generated = {"data.sources": ("generated:300",), "data.sequence_length": 48}
+        generated |= {"data.validation_share": 0.4, "evaluation.documents": 8}
         labels = {"evaluation.labels": ("{group}", "{source}"), "metadata": Metadata(template="{source}")}
         config = tiny_config(**generated | labels | changes)
         corpora = open_corpora(config, paths)
@@ -41,47 +37,46 @@ def study(tiny_config, paths):
     return build
 
 
-def test_a_probe_tells_what_is_there_and_guesses_where_nothing_is():
+def test_a_probe_finds_what_is_there_and_guesses_where_nothing_is():
     rng = np.random.default_rng(0)
     y = rng.integers(3, size=240)
     x = rng.normal(size=(2, 240, 6)).astype(np.float32)
     x[0, :, 0] += 6 * (y == 1)
     x[0, :, 1] += 6 * (y == 2)
-    told, noise = accuracies(x, y, np.arange(240) % 2 == 0, "linear").mean(0)
-    assert told > 0.95 and noise < 0.5
+    separable, noise = accuracies(x, y, np.arange(240) % 2 == 0, "linear").mean(0)
+    assert separable > 0.95 and noise < 0.5
 
 
 def test_documents_of_equal_lengths_in_every_class():
     rng = np.random.default_rng(0)
     classes = rng.integers(-1, 3, size=600)
-    lengths = rng.normal(size=600) + classes  # the class could be told by length
+    lengths = rng.normal(size=600) + classes  # length alone would reveal the class
     chosen = matched(classes, lengths, 6, rng)
     edges = np.quantile(lengths[classes >= 0], np.linspace(0, 1, 7)[1:-1])
     counts = Counter(zip(np.searchsorted(edges, lengths[chosen]).tolist(), classes[chosen].tolist(), strict=True))
     for at in range(6):
         assert len({counts[at, c] for c in range(3)}) == 1
     assert chosen.sum() > 100 and not chosen[classes < 0].any()
-    assert classes_of(["a", None, "b", "b", "c"], 1)[1] == ["b", "a", "c"] and classes_of(["a", None, "b", "b"], 2)[
-        0
-    ].tolist() == [-1, -1, 0, 0]
+    assert classes_of(["a", None, "b", "b", "c"], 1)[1] == ["b", "a", "c"]
+    assert classes_of(["a", None, "b", "b"], 2)[0].tolist() == [-1, -1, 0, 0]
 
 
-def test_states_and_shares_of_attention_are_those_of_the_body_alone(study):
+def test_states_and_shares_of_attention_are_those_of_the_body_alone(study, monkeypatch):
+    monkeypatch.setattr("metajax.analysis.metadata_attention.FIRST", 5)
     made = study()
     documents = made.corpora.caches[0].documents("validation", 0.4)[:3]
-    head, kinds = opening(made.corpora, [65])
-    assert kinds == [0, 1, 2, 3] and head[2] == 65
+    head, parts = opening(made.corpora, [65])
+    assert parts == ["bos", "begin", "metadata", "end"] and head[2] == 65
     rows = with_rows(made, [head, head, head[:1]], documents, 40)
     batch = {name: jnp.asarray(v) for name, v in rows.rows.items()}
     body = rows.rows["is_body"]
     assert body.sum(1).tolist() == [31, 31, 31] and not body[:2, :4].any()  # the last symbol is asked for, not read
-    both = jax.jit(
-        lambda model, batch: (
-            states(model, batch),
-            shares(model, batch, first=5),
-            capture(model, batch, "residual", "attention_probabilities"),
-        )
-    )
+
+    @jax.jit
+    def both(model, batch):
+        captured = capture(model, batch, "residual", "attention_probabilities")
+        return states(model, batch), shares(model, batch), captured
+
     averaged, shared, captured = jax.device_get(both(made.model, batch))
     by_hand = np.stack([captured["residual"][i][:, body[i]].mean(1) for i in range(3)])
     np.testing.assert_allclose(averaged["states"][:, :-1], by_hand, rtol=2e-4, atol=1e-5)
@@ -120,7 +115,9 @@ def test_the_best_possible_is_of_the_documents_that_are_evaluated(study):
     assert [found["source"][part] for part in ("mean", "first", "last")] == pytest.approx(
         [nats.mean(), nats[:, :8].mean(), nats[:, -10:].mean()]
     )
-    assert found["source"]["metadata"] == pytest.approx(np.log(2), abs=0.01), "the text says its source, not that it is told"
+    assert found["source"]["metadata"] == pytest.approx(np.log(2), abs=0.01), (
+        "the text reveals its source, but not whether its metadata is kept"
+    )
     assert "metadata" not in found["nothing"] and "metadata" not in best_possible(study().corpora)["source"]
 
 
@@ -152,10 +149,10 @@ def test_all_of_them_reach_the_page(study, monkeypatch, tmp_path):
     assert all(section["lines"] and section["figures"] for section in shown)
 
 
-def test_what_an_analysis_needs_is_said(study, tmp_path):
-    behind = study(metadata=Metadata(position="append", template="{source}"))
+def test_an_analysis_names_what_it_needs(study, tmp_path):
+    appended = study(metadata=Metadata(position="append", template="{source}"))
     for name, message in (("metadata_attention", "no metadata before"), ("guidance", "needs metadata with text")):
         with pytest.raises(UserError, match=message):
-            list(analysis.run(behind, [name], tmp_path))
+            list(analysis.run(appended, [name], tmp_path))
     with pytest.raises(UserError, match=r"evaluation\.labels names no template"):
         list(analysis.run(study(**{"evaluation.labels": None}), ["probes"], tmp_path))

@@ -19,11 +19,9 @@ from metajax.training.program import Program, abstract_model
 
 METAS, LENGTH = 3, 24
 HYBRID = Hybrid(prefix_tokens=METAS, full_layers=(0,), kv_groups=(1, 2), state=4)
-RUN = {
-    "model.layers": 3, "model.window": 6, "model.norm": "rmsnorm", "model.hybrid": HYBRID, "runtime.unroll": 1,
-    "tasks": Tasks(names=("needle",), train_length=48, eval_lengths=(32,), eval_examples=12), "data.tokenizer": "bpe:512+tasks",
-    "data.sequence_length": 64, "evaluation.documents": 0,
-}  # fmt: skip
+TASKS = Tasks(names=("needle",), train_length=48, eval_lengths=(32,), eval_examples=12)
+RUN = {"tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.sequence_length": 64, "evaluation.documents": 0}
+RUN |= {"model.layers": 3, "model.window": 6, "model.norm": "rmsnorm", "model.hybrid": HYBRID, "runtime.unroll": 1}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def test_maps_have_meta_tokens_in_front_and_every_layers_rates(opened, text):
     model = opened[2]
     batch = {name: jnp.asarray(value) for name, value in text.rows.items()}
     maps = np.asarray(jax.jit(ssm_maps)(model, batch))
-    assert maps.shape[:2] == (3, 4) and maps.shape[3:] == (LENGTH, METAS + LENGTH)
+    assert maps.shape[:2] == (4, 3) and maps.shape[3:] == (LENGTH, METAS + LENGTH)
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
     rates = ssm_rates(model)
     last = model.blocks[1][1].mixer.mamba.A_log[...]
@@ -82,16 +80,16 @@ def test_maps_have_meta_tokens_in_front_and_every_layers_rates(opened, text):
 
 
 def test_shares_entropy_and_reach_by_hand():
-    maps = jax.random.dirichlet(jax.random.key(1), jnp.ones(7), (2, 3, 2, 5))  # layers, rows, heads, queries; 2 metas, 5 tokens
+    maps = jax.random.dirichlet(jax.random.key(1), jnp.ones(7), (3, 2, 2, 5))  # rows, layers, heads, queries; 2 metas, 5 tokens
     found = {name: np.asarray(value) for name, value in describe(maps).items()}
     maps = np.asarray(maps)
     assert found["meta"].shape == (3, 2)
-    np.testing.assert_allclose(found["meta"][1, 0], maps[0, 1, :, 1:, :2].sum(-1).mean(), rtol=1e-6)
-    np.testing.assert_allclose(found["first"][1, 0], maps[0, 1, :, 1:, 2].mean(), rtol=1e-6)
-    np.testing.assert_allclose(found["self"][1, 0], np.mean([maps[0, 1, :, i, 2 + i] for i in range(1, 5)]), rtol=1e-6)
+    np.testing.assert_allclose(found["meta"][1, 0], maps[1, 0, :, 1:, :2].sum(-1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(found["first"][1, 0], maps[1, 0, :, 1:, 2].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found["self"][1, 0], np.mean([maps[1, 0, :, i, 2 + i] for i in range(1, 5)]), rtol=1e-6)
     np.testing.assert_allclose(sum(found[name] for name in ("meta", "first", "self", "cross")), 1, rtol=1e-6)
-    np.testing.assert_allclose(found["entropy"][1, 0], entr(maps[0, 1, :, 1:]).sum(-1).mean(), rtol=1e-5)
-    np.testing.assert_allclose(found["reach"][1, 0], (maps[0, 1, :, 4, 2:] * [4, 3, 2, 1, 0]).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["entropy"][1, 0], entr(maps[1, 0, :, 1:]).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["reach"][1, 0], (maps[1, 0, :, 4, 2:] * [4, 3, 2, 1, 0]).sum(-1).mean(), rtol=1e-5)
 
 
 mixer_out = jax.jit(lambda model, batch: capture(model, batch, "mixer_out")["mixer_out"])
@@ -114,7 +112,7 @@ def test_a_branch_that_is_off_says_nothing(opened, text, layer, branch):
 
 def test_needles_stand_where_the_depth_says(opened):
     assert depth_of(np.array([5, 7, 9, 7]), 3, 7) == 1 / 3
-    found = needle(open_study(*opened, task="needle", prompts=2))
+    found = needle.measure(open_study(*opened, task="needle", prompts=2))
     assert found.keys() == {"32"} and all(n["n"] == 12 == sum(cell["n"] for cell in n["depths"]) for n in found.values())
 
 

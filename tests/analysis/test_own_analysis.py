@@ -60,19 +60,17 @@ def test_one_file_is_a_whole_analysis(package, tiny_config, paths, tmp_path, cap
     where = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(paths.cache)]
     code = main(["analyze", str(workdir), "--what", "letters", "--examples", "3", "--length", "8", *where], packages=(package,))
     numbers = json.loads((workdir / "analysis" / "letters.json").read_text())["result"]
-    said = f"{numbers['distinct']} distinct tokens"
-    assert code == 0 and 1 < numbers["distinct"] <= 24 and said in capsys.readouterr().out
+    line = f"{numbers['distinct']} distinct tokens"
+    assert code == 0 and 1 < numbers["distinct"] <= 24 and line in capsys.readouterr().out
     for page in (workdir / "report.html", workdir / "analysis" / "analysis.html"):
         text = page.read_text()
-        assert "Letters of the prompts" in text and "How many distinct tokens" in text and said in text and "Lengths." in text
+        assert "Letters of the prompts" in text and "How many distinct tokens" in text and line in text and "Lengths." in text
 
 
 def test_names_are_known_where_they_are_given(package):
     registry.load(package)
-    assert {"letters", "sharpening", "theory"} <= set(analysis.names()) and set(image_analysis.names()) == {
-        "attention",
-        "overhead",
-    }
+    assert {"letters", "sharpening", "theory"} <= set(analysis.names())
+    assert set(image_analysis.names()) == {"attention", "overhead"}
     with pytest.raises(UserError, match="unknown 'leters'; did you mean 'letters'"):
         check_analyses("table mine", ("leters",))
     with pytest.raises(UserError, match="has one of that name"):

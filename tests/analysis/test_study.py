@@ -10,7 +10,8 @@ from scipy.special import entr, softmax, stdtrit
 
 from metajax.analysis.attention import maps
 from metajax.analysis.caching import by_distance, caching, cosine, resemblance
-from metajax.analysis.common.study import open_study, pooled
+from metajax.analysis.common.numbers import pooled
+from metajax.analysis.common.study import open_study
 from metajax.analysis.interventions import intervene, interventions
 from metajax.analysis.overhead import OF_META_TOKENS, overhead, random_batch, twins
 from metajax.analysis.sharpening import sharpness
@@ -25,13 +26,8 @@ from metajax.training.step import MODEL_INPUTS
 from metajax.vision.analyses import check_analyses
 
 TASKS = Tasks(names=("copying", "list_recall"), train_length=48, eval_lengths=(32, 64), eval_examples=6, span=3)
-RUN = {
-    "tasks": TASKS,
-    "data.tokenizer": "bpe:512+tasks",
-    "data.sequence_length": 64,
-    "evaluation.documents": 0,
-    "meta_tokens": MetaTokens(),
-}
+RUN = {"tasks": TASKS, "meta_tokens": MetaTokens(), "evaluation.documents": 0}
+RUN |= {"data.tokenizer": "bpe:512+tasks", "data.sequence_length": 64}
 
 
 @pytest.fixture
@@ -64,7 +60,7 @@ def test_rows_know_their_meta_tokens_and_their_question(opened):
         assert (study.first_meta[n], study.last_meta[n]) == (meta_positions[0], meta_positions[-1]) and len(meta_positions) == 2
         text = study.labels(n)
         assert text[meta_positions[0]] == text[meta_positions[1]] == "_PAUSE_" and "".join(text).endswith("A:")
-        assert study.queries[n].sum() == len(text) - meta_positions[0] - 1
+        assert study.queries_after(study.first_meta)[n].sum() == len(text) - meta_positions[0] - 1
     assert open_study(*opened(), prompts=5).task == "list_recall"
 
 
@@ -139,7 +135,7 @@ def test_interventions_are_those_that_the_positions_know(opened, monkeypatch):
     monkeypatch.setattr("metajax.analysis.interventions.evaluate_tasks", lambda program, corpora, model: logits(model))
     inputs = {k: jnp.asarray(v) for k, v in study.rows.items() if k in MODEL_INPUTS}
     logits = jax.jit(lambda model: model(inputs["tokens"], **{k: inputs[k] for k in MODEL_INPUTS[1:]}))
-    found = interventions(study)
+    found = interventions.measure(study)
     assert list(found) == ["none", "zero_position", "zero_position_causal", "zero_position_meta", "zero_token"]
     np.testing.assert_array_equal(found["none"], logits(model))
     for name, other in itertools.combinations(found, 2):
@@ -162,7 +158,7 @@ def test_batches_of_the_twins_differ_in_their_meta_tokens_alone(opened):
 @pytest.mark.slow
 def test_overhead_gives_every_twin_its_turn(opened, monkeypatch):
     monkeypatch.setattr("metajax.analysis.overhead.ROUNDS", 2)
-    found = overhead(open_study(*opened(), task="copying", prompts=2))
+    found = overhead.measure(open_study(*opened(), task="copying", prompts=2))
     assert found["none"]["step"]["ratio"] == 1 and (found["rows"], found["sequence_length"]) == (4, 64)
     for name in OF_META_TOKENS:
         assert found[name]["step"]["ms"] > 0 and found[name]["generation"]["tokens_per_second"] > 0, name
@@ -193,7 +189,7 @@ def test_mistakes_are_named(opened):
         ({"tasks.placement": "none"}, r"tasks.placement = 'none'"),
     ):
         with pytest.raises(UserError, match=f"caching: .*{message}"):
-            caching(open_study(*opened(**changes)))
+            caching.check(open_study(*opened(**changes)))
     with pytest.raises(UserError, match=r"raise model.max_positions"):
         open_study(*opened(**{"model.position": "learned"}), length=80)
     with pytest.raises(UserError, match=r"--what: unknown 'cachin'; did you mean 'caching'"):

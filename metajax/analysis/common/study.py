@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -10,18 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Bool, Float, Int
-from scipy.special import stdtrit
 
 from metajax.core.errors import nearest, require
 from metajax.core.progress import progress
 from metajax.data.metadata import uniform_hash
 from metajax.data.pipeline import EVALUATION_SEED, Corpora, task_examples
-from metajax.data.rows import Row, finish, padding_row, stack
+from metajax.data.rows import Row, finish, stack
 from metajax.data.tasks.examples import PAUSES, assemble
 from metajax.distributed.mesh import row_shards
-from metajax.evaluation.statistics import summarize
 from metajax.evaluation.tasks import impossible
+from metajax.models.layer import Layer
 from metajax.models.lm import LM
 from metajax.training.program import Program
 from metajax.training.step import MODEL_INPUTS
@@ -48,14 +48,23 @@ class Study:
         return len(self.rows["tokens"])
 
     @property
+    def length(self) -> int:
+        return self.rows["tokens"].shape[1]
+
+    @property
     def made_on(self) -> dict[str, Any]:
         """Task, length and number of the prompts, for the record."""
-        return {"task": self.task, "length": self.rows["tokens"].shape[1], "prompts": self.count}
+        return {"task": self.task, "length": self.length, "prompts": self.count}
 
     @cached_property
     def asked(self) -> Int[np.ndarray, " N"]:
         """The position of each prompt's last token, whose target is the first token of the answer."""
         return np.argmax(self.rows["loss_weights"] > 0, axis=1)
+
+    @cached_property
+    def answers(self) -> Int[np.ndarray, " N"]:
+        """The first token of each prompt's answer."""
+        return self.rows["targets"][np.arange(self.count), self.asked]
 
     @cached_property
     def first_meta(self) -> Int[np.ndarray, " N"]:
@@ -66,13 +75,12 @@ class Study:
     def last_meta(self) -> Int[np.ndarray, " N"]:
         """The position of each prompt's last meta-token: "Meta Token #2" in tasks that place two."""
         meta_positions = self.rows["meta_positions"]
-        return np.where(meta_positions < self.rows["tokens"].shape[1], meta_positions, -1).max(axis=1)
+        return np.where(meta_positions < self.length, meta_positions, -1).max(axis=1)
 
-    @cached_property
-    def queries(self) -> Bool[np.ndarray, "N T"]:
-        """The tokens of each prompt after its first meta-token."""
-        index = np.arange(self.rows["tokens"].shape[1])
-        return (index > self.first_meta[:, None]) & (index <= self.asked[:, None])
+    def queries_after(self, start: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N T"]:
+        """The tokens of each prompt after the position `start`."""
+        index = np.arange(self.length)
+        return (index > start[:, None]) & (index <= self.asked[:, None])
 
     def labels(self, prompt: int) -> list[str]:
         """The tokens of one prompt as text."""
@@ -80,22 +88,19 @@ class Study:
         meta = self.corpora.tokenizer.vocabulary.meta
         return ["_PAUSE_" if i == meta else self.corpora.tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
 
-    def over_prompts(self, title: str, function: Callable[..., dict[str, jax.Array]], *models: LM) -> dict[str, np.ndarray]:
-        """`function(*models, batch)`, a dict of arrays with a leading axis of prompts, over all prompts; jitted."""
-        cfg, (count, length) = self.model.cfg, self.rows["tokens"].shape
-        shards = row_shards(self.program.mesh)
-        fits = max(1, BATCH_FLOATS // (cfg.layers * cfg.heads * length**2)) * shards
-        size = min(fits, -(-count // shards) * shards)
-        padding = padding_row({name: values[0] for name, values in self.rows.items()}, self.corpora.tokenizer.vocabulary.pad)
-        fill = stack([padding] * (-count % size)) if count % size else None
-        whole = {name: np.concatenate([v, fill[name]]) if fill else v for name, v in self.rows.items()}
+    def over_prompts(self, title: str, function: Callable[..., Arrays], model: LM | None = None) -> dict[str, np.ndarray]:
+        """`function(model, batch)`, a dict of arrays with a leading axis of prompts, over all prompts; jitted."""
+        cfg, shards = self.model.cfg, row_shards(self.program.mesh)
+        fits = max(1, BATCH_FLOATS // (cfg.layers * cfg.heads * self.length**2)) * shards
+        size = min(fits, -(-self.count // shards) * shards)
         compiled, found = jax.jit(function), []
-        with progress(title, total=count) as advance, jax.set_mesh(self.program.mesh):
-            for at in range(0, count, size):
-                batch = {name: values[at : at + size] for name, values in whole.items()}
-                found.append(jax.device_get(compiled(*models, self.program.put(batch))))
-                advance(min(size, count - at))
-        return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
+        with progress(title, total=self.count) as advance, jax.set_mesh(self.program.mesh):
+            for at in range(0, self.count, size):
+                chosen = np.minimum(np.arange(at, at + size), self.count - 1)  # the last prompt fills the last batch
+                batch = self.program.put({name: values[chosen] for name, values in self.rows.items()})
+                found.append(jax.device_get(compiled(model or self.model, batch)))
+                advance(min(size, self.count - at))
+        return {name: np.concatenate([part[name] for part in found])[: self.count] for name in found[0]}
 
 
 def open_study(
@@ -121,39 +126,52 @@ def open_study(
     require(prompts is None or prompts >= 2, f"{prompts} prompts have no spread; at least 2")
     if task == TEXT or tasks is None:
         return Study(program, corpora, model, TEXT, _text_rows(corpora, length, prompts or PIECES))
-    prompts = prompts or PROMPTS
     if task is None:
         task = "list_recall" if "list_recall" in tasks.names else tasks.names[0]
     require(task in tasks.names, f"unknown task {task!r}{nearest(task, tasks.names)}; the run has {', '.join(tasks.names)}")
-    within = [n for n in tasks.eval_lengths if n <= tasks.train_length]
-    length = length or max(within, default=tasks.train_length)
+    length = length or max((n for n in tasks.eval_lengths if n <= tasks.train_length), default=tasks.train_length)
     reason = impossible(program.config, length)
     require(reason is None, f"prompts of {length} tokens: {reason}")
-    examples = task_examples(corpora)
-    pauses = PAUSES if model.meta is not None else None
-    rows = [assemble([examples.test(task, length, n)], length, corpora.tokenizer, pauses) for n in range(prompts)]
-    return Study(program, corpora, model, task, stack(rows))
+    examples, pauses = task_examples(corpora), PAUSES if model.meta is not None else None
+    drawn = ([examples.test(task, length, n)] for n in range(prompts or PROMPTS))
+    return Study(program, corpora, model, task, stack([assemble(one, length, corpora.tokenizer, pauses) for one in drawn]))
+
+
+def documents_of(corpora: Corpora, split: str, least: int) -> Int[np.ndarray, " N"]:
+    """Documents of the first source with at least `least` body tokens, in an order fixed by the corpus."""
+    data, cache = corpora.config.data, corpora.caches[0]
+    found = cache.documents(split, data.validation_share, data.min_bytes)
+    found = found[cache.lengths[found] >= least]
+    return found[uniform_hash(EVALUATION_SEED, found).argsort()]
+
+
+def text_row(ids: list[int], width: int, first_body: int, pad: int) -> Row:
+    """The first `width` + 1 of `ids` as a row of `width` positions, whose body begins at `first_body`; only the body has a loss."""
+    read = np.array(ids[: width + 1], np.int32)
+    empty = [pad] * (width + 1 - len(read))
+    index = np.arange(width)
+    there, body = index < len(read) - 1, index >= first_body
+    row = {"tokens": np.array([*read[:-1], *empty], np.int32), "targets": np.array([*read[1:], *empty], np.int32)}
+    row |= {"is_body": there & body, "is_metadata": there & ~body, "segment_ids": there.astype(np.int32)}
+    return finish(row | {"loss_weights": (there & body).astype(np.float32)}, attend_across_documents=False)
 
 
 def _text_rows(corpora: Corpora, length: int | None, count: int) -> Row:
     """BOS and the first `length` - 1 tokens of at most `count` validation documents that are longer."""
     cache, vocabulary, data = corpora.caches[0], corpora.tokenizer.vocabulary, corpora.config.data
-    documents = cache.documents("validation", data.validation_share, data.min_bytes)
     if length is None:
-        length = min([data.sequence_length, *np.sort(cache.lengths[documents])[-2:].tolist()])
-    documents = documents[cache.lengths[documents] >= length]
+        lengths = np.sort(cache.lengths[documents_of(corpora, "validation", 0)])
+        length = min([data.sequence_length, *lengths[-2:].tolist()])
+    documents = documents_of(corpora, "validation", length)
     require(
         len(documents) >= 2 and length >= 2,
         f"{data.sources[0]} has {len(documents)} validation documents of {length} tokens; analyze fewer with --length",
     )
-    rows = []
-    for document in documents[uniform_hash(EVALUATION_SEED, documents).argsort()][:count].tolist():
-        tokens = np.array([vocabulary.bos, *cache[document][:length]], np.int32)
-        whole = np.ones(length, bool)
-        row = {"tokens": tokens[:-1], "targets": tokens[1:], "loss_weights": whole.astype(np.float32), "is_body": whole}
-        row |= {"is_metadata": ~whole, "segment_ids": whole.astype(np.int32)}
-        rows.append(finish(row, attend_across_documents=False))
-    return stack(rows)
+    openings = ([vocabulary.bos, *cache[document][:length].tolist()] for document in documents[:count].tolist())
+    return stack([text_row(ids, length, 0, vocabulary.pad) for ids in openings])
+
+
+# ----------------------------------------------------------------------------------------------------- in the model
 
 
 def capture(model: LM, batch: Arrays, *names: str) -> dict[str, jax.Array]:
@@ -163,56 +181,42 @@ def capture(model: LM, batch: Arrays, *names: str) -> dict[str, jax.Array]:
     return {name: value if name == "final" else jnp.moveaxis(value, 1, 0) for name, value in captured.items()}
 
 
-def at_positions(x: Float[jax.Array, "B ..."], meta_positions: Int[jax.Array, " B"], axis: int) -> Float[jax.Array, "B ..."]:
-    """x at one index of `axis` for each prompt; the axis is removed."""
-    return jax.vmap(partial(jnp.take, axis=axis - 1))(x, meta_positions)
+def at_last_meta(x: Float[jax.Array, "B ..."], batch: Arrays, axis: int) -> Float[jax.Array, "B ..."]:
+    """x at the last meta-token of each prompt; `axis`, that of the positions, is removed."""
+    meta_positions = batch["meta_positions"]
+    last = jnp.max(jnp.where(meta_positions < x.shape[axis], meta_positions, 0), axis=1)
+    return jax.vmap(partial(jnp.take, axis=axis - 1))(x, last)
 
 
-# -------------------------------------------------------------------------------------------------------- statistics
+def layers_of(model: LM) -> Iterator[tuple[Layer, int]]:
+    """Every layer in order, as (the layer with the arrays of its run stacked, its index in them)."""
+    for run in model.blocks:
+        for index in range(len(jax.tree.leaves(run)[0])):
+            for layer in run:
+                yield layer, index
 
 
-def pooled(values: Float[np.ndarray, "N ..."], chosen: Bool[np.ndarray, "N ..."]) -> dict[str, Any]:
-    """Mean, median and share above 0 of the chosen values, pooled over prompts, in the unit of the values.
+def descent(loss: Callable[..., jax.Array], optimizer: optax.GradientTransformation) -> Callable[[Any, Any], tuple[Any, None]]:
+    """One update of (parameters, optimizer state) by the gradient of `loss(parameters, *draws)`, for `jax.lax.scan` over draws."""
 
-    half, positive_half: half widths of 95 % intervals. The values of one prompt are not independent, so prompts (N of them) are the
-    clusters of a cluster-robust standard error: sqrt(N / (N - 1) sum_i (sum of residuals of prompt i)^2) / number of values.
-    """
-    flat = values[chosen]
-    mean, half = cluster_mean(values, chosen)
-    positive, positive_half = cluster_mean((values > 0).astype(np.float64), chosen)
-    return {
-        "mean": mean, "half": half, "median": float(np.median(flat)), "positive": positive, "positive_half": positive_half,
-        "values": int(chosen.sum()), "prompts": len(values),
-    }  # fmt: skip
+    def update(carry: tuple[Any, Any], draws: tuple[Any, ...] | None) -> tuple[Any, None]:
+        parameters, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(parameters, *(draws or ())), state, parameters)
+        return (optax.apply_updates(parameters, updates), state), None
+
+    return update
 
 
-def cluster_mean(values: Float[np.ndarray, "N ..."], chosen: Bool[np.ndarray, "N ..."]) -> tuple[float, float]:
-    """(mean of the chosen values, half width of its 95 % interval over prompts)."""
-    n, total = len(values), int(chosen.sum())
-    mean = float(values[chosen].mean(dtype=np.float64))
-    residuals = np.where(chosen, values - mean, 0.0).reshape(n, -1).sum(axis=1, dtype=np.float64)
-    error = np.sqrt(n / (n - 1) * np.square(residuals).sum()) / total
-    return mean, float(stdtrit(n - 1, 0.975) * error)
-
-
-def mean_over_rows(values: Float[np.ndarray, " N"]) -> dict[str, float]:
-    """{mean, half}: the mean over rows, and the half width of its 95 % interval (Student t)."""
-    found = summarize(values.tolist())
-    return {"mean": found.mean, "half": found.half}
+# ---------------------------------------------------------------------------------------- which runs an analysis fits
 
 
 def meta_tokens_in_prompts(study: Study) -> None:
     """Raise UserError unless the model has meta-tokens and the study's prompts contain them."""
-    tasks, said = study.corpora.config.tasks, "needs meta-tokens in prompts of the tasks, but "
-    require(study.model.meta is not None, f"{said}this run has none (meta_tokens is null)")
+    tasks, needs = study.corpora.config.tasks, "needs meta-tokens in prompts of the tasks, but "
+    require(study.model.meta is not None, f"{needs}this run has none (meta_tokens is null)")
     on_task = tasks is not None and study.task in tasks.names
-    require(on_task, f"{said}these rows are text; name a task with --task, such as list_recall")
-    require(tasks.placement != "none", f"{said}tasks.placement = 'none'")
-
-
-def has_meta_tokens(study: Study) -> bool:
-    """Whether the model has meta-tokens; if so, only analyses of meta-tokens are made by default."""
-    return study.model.meta is not None
+    require(on_task, f"{needs}these rows are text; name a task with --task, such as list_recall")
+    require(tasks.placement != "none", f"{needs}tasks.placement = 'none'")
 
 
 def is_parallel(study: Study) -> bool:
@@ -220,11 +224,5 @@ def is_parallel(study: Study) -> bool:
     return study.model.cfg.hybrid is not None and study.model.cfg.hybrid.is_parallel
 
 
-META_TOKENS = {"fits": has_meta_tokens, "needs": meta_tokens_in_prompts}  # arguments of the analyses of meta-tokens
-
-
-def rounded(values: np.ndarray, digits: int = 4) -> list[Any]:
-    """An array as lists of short numbers, NaN as None, for JSON."""
-    if values.ndim > 1:
-        return [rounded(row, digits) for row in values]
-    return [None if np.isnan(v) else round(v, digits) for v in values.astype(np.float64).tolist()]
+# Arguments of the analyses of meta-tokens. If a model has meta-tokens, only these are made by default.
+META_TOKENS = {"fits": lambda study: study.model.meta is not None, "needs": meta_tokens_in_prompts}

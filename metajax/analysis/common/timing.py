@@ -1,9 +1,9 @@
-"""Train steps that are timed in turns in one process: seconds, ratios to the first, their sentence and their figure."""
+"""Train steps that are timed in turns in one process: ratios to the first, their sentence and their figure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,25 +14,24 @@ from metajax.core.progress import progress
 from metajax.reporting.panels import GREY, name_rows, point
 
 
-def step_seconds(steps: Mapping[str, Callable[[Any], Any]], states: Mapping[str, Any], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each step, `state -> state`, in each of `rounds`; an extra first round is not counted."""
-    states, taken = dict(states), {name: [] for name in steps}
+def time_steps(steps: Mapping[str, tuple[Any, ...]], rounds: int) -> dict[str, dict[str, float]]:
+    """{name: {ms, ratio, ratio_low, ratio_high}} of {name: (step, state, *inputs)}, with step(state, *inputs) -> (state, metrics).
+
+    The median time, and median and quartiles of the ratio to the first step in the same round. An extra first round is not counted.
+    """
+    states, taken = {name: of[1] for name, of in steps.items()}, {name: [] for name in steps}
     with progress("timing train steps", total=rounds + 1) as advance:
         for _ in range(rounds + 1):
-            for name, step in steps.items():
+            for name, (step, _, *inputs) in steps.items():
                 began = time.perf_counter()
-                states[name] = jax.block_until_ready(step(states[name]))
+                states[name] = jax.block_until_ready(step(states[name], *inputs)[0])
                 taken[name].append(time.perf_counter() - began)
             advance(1)
-    return {name: np.array(seconds[1:]) for name, seconds in taken.items()}
-
-
-def against_first(seconds: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """{name: {ms, ratio, ratio_low, ratio_high}}: median time, and median and quartiles of the ratio to the first in the same round."""
-    first, found = next(iter(seconds.values())), {}
-    for name, taken in seconds.items():
-        low, ratio, high = np.quantile(taken / first, (0.25, 0.5, 0.75)).tolist()
-        found[name] = {"ms": 1e3 * float(np.median(taken)), "ratio": ratio, "ratio_low": low, "ratio_high": high}
+    seconds, found = {name: np.array(of_rounds[1:]) for name, of_rounds in taken.items()}, {}
+    first = next(iter(seconds.values()))
+    for name, of_step in seconds.items():
+        low, ratio, high = np.quantile(of_step / first, (0.25, 0.5, 0.75)).tolist()
+        found[name] = {"ms": 1e3 * float(np.median(of_step)), "ratio": ratio, "ratio_low": low, "ratio_high": high}
     return found
 
 

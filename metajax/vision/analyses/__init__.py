@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from metajax.analysis import Analyses, analysis, check_names
+from metajax.analysis import Analyses, analysis
+from metajax.core.errors import nearest, require
 
 image_analysis = Analyses("analysis", __name__)
 
 
 def check_analyses(what: str, names: Iterable[str]) -> None:
     """UserError for an analysis that neither text nor images have; `what` says where it was named."""
-    check_names(what, names, sorted({*analysis.names(), *image_analysis.names()}))
+    known = sorted({*analysis.names(), *image_analysis.names()})
+    for name in names:
+        require(name in known, f"{what}: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")

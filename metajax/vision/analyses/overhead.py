@@ -7,14 +7,13 @@ takes no time.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from metajax.analysis import Figures, Numbers
-from metajax.analysis.common.timing import against_first, ratio_panel, step_seconds, step_words
+from metajax.analysis.common.timing import ratio_panel, step_words, time_steps
 from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import progress
@@ -33,26 +32,21 @@ TWINS = {  # one image per step, as published for CoCoOp and AAPL; the others ar
 WORDS = {"cocoop": "CoCoOp", "coop": "CoOp", "cocoop_augmented": "CoCoOp, augmented", "aapl": "AAPL"}
 
 
-def compiled_steps(study: ImageStudy) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({twin: its train step, state -> state}, {twin: its first state}) on images in memory."""
+def compiled_steps(study: ImageStudy) -> dict[str, tuple[Any, ...]]:
+    """{twin: (its train step, its first state, its inputs)} on images in memory."""
     bare = replace(study.config.prompts, condition="none", alpha=0.0, augment=0.0, batch=1, class_position="end")
     config = replace(study.config, prompts=bare, images=replace(study.config.images, view="crop"))
-    frozen, classes = Frozen.of(config, study.model, study.texts, None), len(study.texts.end)
-    steps, states = {}, {}
+    frozen, classes, steps = Frozen.of(config, study.model, study.texts, None), len(study.texts.end), {}
     with progress("compiling train steps", total=len(TWINS)) as advance:
         for name, changes in TWINS.items():
             twin = override(config, changes)
             program = prompt_program(twin, study.model.cfg, frozen, classes, 1)
-            states[name], held = program.create_state(), program.put_everywhere(frozen)
+            state, held = program.create_state(), program.put_everywhere(frozen)
             batch = {"index": np.zeros(1, np.int32), "label": np.zeros(1, np.int32)}
             batch = program.put(batch | {"pixels": study.pixels[None, : 1 + twin.prompts.paired]})
-            steps[name] = partial(_step, program.compile_step(states[name], batch), (batch, held))
+            steps[name] = (program.compile_step(state, batch), state, batch, held)
             advance(1)
-    return steps, states
-
-
-def _step(step: Any, arguments: tuple[Any, ...], state: Any) -> Any:
-    return step(state, *arguments)[0]
+    return steps
 
 
 def _needs(study: ImageStudy) -> None:
@@ -61,9 +55,9 @@ def _needs(study: ImageStudy) -> None:
 
 @image_analysis("overhead", title="Time of a step", fits=lambda study: study.texts is not None, needs=_needs, on_prompts=False)
 def overhead(study: ImageStudy) -> dict[str, Any]:
-    """For each of TWINS: step, as from `against_first`."""
+    """For each of TWINS: step, as from `time_steps`."""
     classes, tokens, _ = study.texts.embedded.shape
-    steps = against_first(step_seconds(*compiled_steps(study), ROUNDS))
+    steps = time_steps(compiled_steps(study), ROUNDS)
     found = {"rounds": ROUNDS, "classes": classes, "tokens": tokens, "device": jax.devices()[0].device_kind}
     return found | {name: {"step": step} for name, step in steps.items()}
 
