@@ -33,9 +33,7 @@ def head(report: Mapping[str, Any]) -> dict[str, Any]:
         "title": f"{report['name']} (seed {report['seed']})",
         "eyebrow": f"Run report · scale {report['scale']} · seed {report['seed']} · config {report['hash']}",
         "heading": report["name"],
-        "notes": [page.group("warning", page.lines(warnings, ""), title=page.plural(len(warnings), "warning"))]
-        if warnings
-        else [],
+        "notes": [page.group("warning", page.lines(warnings, ""), title=page.plural(len(warnings), "warning"))],
         "files": FILES,
     }
 
@@ -43,26 +41,16 @@ def head(report: Mapping[str, Any]) -> dict[str, Any]:
 def foundation(workdir: Path, config: AnyConfig, sources: list[Part], *more: Part) -> list[Part]:
     """The last sections of a run's page: differences to the baseline, sources, config, environment."""
     found = against(config)
-    rows = [[page.code(name), page.code(here), page.code(there)] for name, here, there in found["fields"]] if found else []
-    differs = (
-        page.table(("field", "here", "there"), rows, "words")
-        if rows
-        else page.text("Nothing: every field that can change a number is the same.")
-    )
+    sections = []
+    if found:
+        rows = [[page.code(text) for text in field] for field in found["fields"]]
+        same = page.text("Nothing: every field that can change a number is the same.")
+        differs = page.table(("field", "here", "there"), rows, "words") if rows else same
+        sections.append(page.section(f"Differences from {found['name']}", differs))
     fields = [[page.code(name), page.code(page.as_set(value))] for name, value in flatten(config).items()]
-    return [
-        page.section(f"Differences from {found['name']}", differs) if found else None,
-        page.section(
-            "What this rests on",
-            page.group("card", *sources),
-            page.details("Resolved config", page.table((), fields, "words")),
-            page.details("Environment", page.facts(environment_facts(find_readable(workdir / "environment.json")))),
-            *more,
-        ),
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------ curves
+    resolved = page.details("Resolved config", page.table((), fields, "words"))
+    environment = page.details("Environment", page.facts(environment_facts(find_readable(workdir / "environment.json"))))
+    return [*sections, page.section("What this rests on", page.group("card", *sources), resolved, environment, *more)]
 
 
 def metrics(workdir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -76,8 +64,8 @@ def metrics(workdir: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def curve_of(found: list[dict[str, Any]], *names: str) -> Curve:
     """(steps, values) of the first of these metrics that the lines have."""
-    pairs = [(line["step"], line[name]) for line in found for name in [next((n for n in names if n in line), None)] if name]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    having = [(line, next((name for name in names if name in line), None)) for line in found]
+    return [line["step"] for line, name in having if name], [line[name] for line, name in having if name]
 
 
 def curves(workdir: Path, report: Mapping[str, Any]) -> tuple[Curve, Curve]:
@@ -91,9 +79,6 @@ def curve_unit(config: AnyConfig) -> str:
     if not isinstance(config, Config):
         return "loss"
     return "bits per byte" if config.tasks is None else "nats per answer token"
-
-
-# ----------------------------------------------------------------------------------------------------- baseline
 
 
 def against(config: AnyConfig) -> dict[str, Any] | None:
@@ -125,9 +110,6 @@ def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
     return experiment.build(scale)
 
 
-# -------------------------------------------------------------------------------------------------------- facts
-
-
 def sources(report: Mapping[str, Any]) -> list[Part]:
     """The corpora or image sets of a run, with attribution for images, and the documents of its evaluation."""
     shown = []
@@ -140,10 +122,10 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
             counts = f"{found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens"
             shown.append(f"{found['source']['spec']}: {counts} with {found['tokenizer']['spec']}{bad}.")
     for result in list(conditions(report["eval"]).values())[:1]:  # all conditions share their documents
-        counts = (
-            f"{result['documents']:,} validation documents: {result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
+        size = f"{result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
+        shown.append(
+            f"Evaluated on {result['documents']:,} validation documents: {size}. Each module, package or site is held out whole; no part of it is trained on."
         )
-        shown.append(f"Evaluated on {counts}. Each module, package or site is held out whole; no part of it is trained on.")
     return [page.text(line) for line in shown]
 
 
@@ -160,19 +142,15 @@ def budget(name: str, counts: Mapping[str, float], config: Config) -> dict[str, 
 
 def time_facts(report: Mapping[str, Any]) -> Pairs:
     """The first facts of a run's time, for both families."""
-    return [
-        (words, page.seconds_text(report["time"][key]))
-        for words, key in (("whole run, this process", "total_seconds"), ("training", "train_seconds"))
-    ]
+    names = {"whole run, this process": "total_seconds", "training": "train_seconds"}
+    return [(words, page.seconds_text(report["time"][key])) for words, key in names.items()]
 
 
 def parameter_facts(parameters: Mapping[str, int]) -> Pairs:
     total = parameters["total"]
     parts = sorted(((k, v) for k, v in parameters.items() if k != "total"), key=lambda item: -item[1])
-    return [
-        *((name.replace("_", " "), f"{count:,} ({count / total:.1%})") for name, count in parts),
-        ("total", f"{total:,}" if total else "none"),
-    ]
+    shares = [(name.replace("_", " "), f"{count:,} ({count / total:.1%})") for name, count in parts]
+    return [*shares, ("total", f"{total:,}" if total else "none")]
 
 
 def environment_facts(found: Mapping[str, Any] | None) -> Pairs:

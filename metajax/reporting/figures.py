@@ -28,17 +28,11 @@ MARKERS = ("o", "s", "^", "D")
 WIDTH = 5.4  # inches; with the font sizes below, text stays readable when the page scales the figure down to a phone
 RAW_POINTS = 600  # points of a raw curve, so that the page of a long run stays small
 STYLE = {
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
+    **dict.fromkeys(("font.size", "axes.titlesize"), 10.5),
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a8f98",
-    "axes.labelcolor": "#30343b",
-    "xtick.color": "#8a8f98",
-    "ytick.color": "#8a8f98",
-    "xtick.labelcolor": "#30343b",
-    "ytick.labelcolor": "#30343b",
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#8a8f98"),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#30343b"),
     "text.color": "#14171c",
     "text.parse_math": False,  # a row may have a dollar sign in its name
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
@@ -80,7 +74,7 @@ def loss_curves(
         lines, points, handles = [], [], []
         for number, (name, curves) in enumerate(series.items()):
             colour, stroke = look(number)
-            lines += _draw_row(axes, [_finite(c) for c in curves], colour, stroke)
+            lines += _draw_row(axes, curves, colour, stroke)
             for steps, values in (validation or {}).get(name, ()):
                 axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="#14171c", zorder=4)
                 points += list(values)
@@ -113,16 +107,8 @@ def seed_spread(columns: Sequence[SpreadColumn], baseline: str | None = None) ->
     return drawn
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
-
-
 def look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], STROKES[number // len(COLOURS) % len(STROKES)]
-
-
-def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = (np.asarray(part, np.float64) for part in curve)
-    return steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -138,9 +124,11 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return steps[chosen], values[chosen]
 
 
-def _draw_row(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, stroke: str) -> list[np.ndarray]:
-    """Draw the seeds of one row and return the smoothed curves."""
-    curves = [curve for curve in curves if len(curve[0])]
+def _draw_row(axes: Axes, curves: Sequence[Curve], colour: str, stroke: str) -> list[np.ndarray]:
+    """Draw the finite values of the seeds of one row and return the smoothed curves."""
+    arrays = ([np.asarray(part, np.float64) for part in curve] for curve in curves)
+    finite = ((steps[np.isfinite(values)], values[np.isfinite(values)]) for steps, values in arrays)
+    curves = [curve for curve in finite if len(curve[0])]
     smooth = [_smooth(values) for _, values in curves]
     if len(curves) == 1:
         axes.plot(*_thin(*curves[0]), color=colour, alpha=0.22, linewidth=0.9)
@@ -186,15 +174,9 @@ def _draw_spread(axes: Axes, column: SpreadColumn, baseline: str | None) -> None
     for y, (name, values) in enumerate(column.values.items()):
         colour, half = look(y)[0], column.halves[name]
         if half is not None:
-            axes.plot(
-                [np.mean(values) - half, np.mean(values) + half],
-                [y, y],
-                color=colour,
-                linewidth=6,
-                alpha=0.25,
-                solid_capstyle="butt",
-            )
-            axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
+            mean, bar = np.mean(values), {"linewidth": 6, "alpha": 0.25, "solid_capstyle": "butt"}
+            axes.plot([mean - half, mean + half], [y, y], color=colour, **bar)
+            axes.plot([mean], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
         marker = MARKERS[y // len(COLOURS) % len(MARKERS)]
         axes.plot(values, [y] * len(values), marker, color=colour, markersize=5.5, alpha=0.85, markeredgecolor="white")
     axes.set_yticks(range(len(column.values)), [textwrap.fill(name, 28) for name in column.values])

@@ -25,6 +25,18 @@ CONDITIONS = {  # condition of the evaluation: title, what the model was shown
     "shuffled": ("Shuffled metadata", "Each document comes with another document's metadata."),
 }
 PHASES = {"data": "open data", "init": "build model", "first_step": "first step"}
+ACCURACY = (
+    "Share of test examples whose whole answer is right, with its 95 % interval. Dashed: chance; the vertical line is the longest example "
+    "in training."
+)
+LIKELIHOOD = "By the likelihood of the answers: of their tokens together (acc), per character (acc_norm); ± is one standard error over questions."
+PREFERENCES = (
+    "In {accuracy:.1%} ({low:.1%} to {high:.1%}) of {pairs} validation pairs the chosen answer gains on the rejected one, relative to the "
+    "reference; mean margin {margin:.3f}, reward of the chosen answer {chosen_reward:.3f}."
+)
+LOWER = (
+    "Lower is better. Only body text counts; metadata and meta-tokens are context. One run has no spread, so it ranks nothing."
+)
 LOOKS = {"metadata": "context", "meta-token": "meta", "": ""}  # kind of a piece of a row: its look
 
 
@@ -39,11 +51,8 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
     """
     report = read_json(workdir / "report.json")
     config = from_dict(Config, report["config"])
-    happened = (
-        _startup(report["startup"]),
-        page.facts(_time_facts(report, config), "Time"),
-        page.facts(facts.parameter_facts(report["parameters"]), "Parameters"),
-    )
+    time = page.facts(_time_facts(report, config), "Time")
+    parameters = page.facts(facts.parameter_facts(report["parameters"]), "Parameters")
     manifest = page.text(json.dumps(report["corpora"], indent=1, ensure_ascii=False), "text")
     return page.write_page(
         workdir / "report.html",
@@ -53,7 +62,7 @@ def write_run_report(workdir: Path, analyses: Sequence[Mapping[str, Any]] = ()) 
             *_results(report["eval"], config),
             *map(page.analysis_section, analyses),
             _training(workdir, report, config),
-            page.section("What happened", page.group("wide-cards", *happened)),
+            page.section("What happened", page.group("wide-cards", _startup(report["startup"]), time, parameters)),
             _sample(report["sample"]),
             _rows(report),
             *facts.foundation(workdir, config, facts.sources(report), page.details("Corpus manifest", manifest)),
@@ -83,12 +92,11 @@ def _sentence(report: Mapping[str, Any], config: Config) -> str:
         extras.append(f"{config.meta_tokens.count(data.sequence_length)} meta-tokens in each row")
     if config.metadata is not None and config.metadata.position != "none":
         extras.append(_metadata_words(config.metadata))
-    learned = ", ".join(map(title, config.tasks.names)) if config.tasks else ", ".join(data.sources)
-    return (
-        f"A decoder of {model.layers} layers, width {model.width} and {page.short_count(report['parameters']['total'])} parameters, trained for "
-        f"{report['steps']:,} steps of {data.batch_size} rows of {config.row_positions} positions on {learned}"
-        f"{', with ' + ' and '.join(extras) if extras else ''}{_switch_words(config.data.switch)}."
-    )
+    learned = ", ".join(map(title, config.tasks.names) if config.tasks else data.sources)
+    size = f"{model.layers} layers, width {model.width} and {page.short_count(report['parameters']['total'])} parameters"
+    steps = f"{report['steps']:,} steps of {data.batch_size} rows of {config.row_positions} positions"
+    more = ", with " * bool(extras) + " and ".join(extras) + _switch_words(data.switch)
+    return f"A decoder of {size}, trained for {steps} on {learned}{more}."
 
 
 def _metadata_words(recipe: Metadata) -> str:
@@ -106,49 +114,29 @@ def _switch_words(switch: Switch | None) -> str:
     return f"; from step {switch.step:,} on {', '.join(changes) or 'as before'}"
 
 
-# ----------------------------------------------------------------------------------------------------- sections
-
-
 def _results(results: Mapping[str, Any], config: Config) -> list[Part]:
     """Accuracy on tasks, multiple choice, preferences and bits per byte, if they were evaluated."""
     tasks, choice, pairs = (results.get(name) for name in ("tasks", "choice", "preferences"))
     shown: list[Part] = []
     if tasks:
-        caption = (
-            "Share of test examples whose whole answer is right, with its 95 % interval. Dashed: chance; the vertical line is the longest example "
-            "in training."
-        )
-        both = page.group(
-            "wide-cards", page.figure(accuracy_figure(tasks, config.tasks), caption), page.table(HEAD, table_rows(tasks))
-        )
+        drawn = page.figure(accuracy_figure(tasks, config.tasks), ACCURACY)
+        both = page.group("wide-cards", drawn, page.table(HEAD, table_rows(tasks)))
         shown.append(page.section("Accuracy on the tasks", both))
     if choice:
-        remark = "By the likelihood of the answers: of their tokens together (acc), per character (acc_norm); ± is one standard error over questions."
-        shown.append(
-            page.section("Multiple choice", page.table(CHOICE_HEAD, choice_rows(choice)), page.text(remark, "soft small"))
-        )
+        scored = page.table(CHOICE_HEAD, choice_rows(choice))
+        shown.append(page.section("Multiple choice", scored, page.text(LIKELIHOOD, "soft small")))
     if pairs:
-        words = (
-            f"In {pairs['accuracy']:.1%} ({pairs['low']:.1%} to {pairs['high']:.1%}) of {pairs['pairs']} validation pairs the chosen answer gains on "
-            f"the rejected one, relative to the reference; mean margin {pairs['margin']:.3f}, reward of the chosen answer {pairs['chosen_reward']:.3f}."
-        )
-        shown.append(page.section("Preferences", page.text(words)))
-    found = conditions(results)
-    if found:
-        remark = "Lower is better. Only body text counts; metadata and meta-tokens are context. One run has no spread, so it ranks nothing."
-        shown.append(
-            page.section(
-                "Validation bits per byte", page.group("cards", *map(_condition, found.items())), page.text(remark, "soft small")
-            )
-        )
+        shown.append(page.section("Preferences", page.text(PREFERENCES.format(**pairs))))
+    cards = []
+    for name, result in conditions(results).items():
+        words, meaning = CONDITIONS.get(name, (name, ""))
+        number = Markup('{:.3f} <span class="unit">bits/byte</span>').format(result["bpb"])
+        parts = page.text(words, "eyebrow"), page.text(number, "number"), page.text(meaning, "soft small")
+        cards.append(page.group("card", *parts))
+    if cards:
+        remark = page.text(LOWER, "soft small")
+        shown.append(page.section("Validation bits per byte", page.group("cards", *cards), remark))
     return shown
-
-
-def _condition(found: tuple[str, Mapping[str, Any]]) -> Part:
-    name, result = found
-    words, meaning = CONDITIONS.get(name, (name, ""))
-    number = Markup('{:.3f} <span class="unit">bits/byte</span>').format(result["bpb"])
-    return page.group("card", page.text(words, "eyebrow"), page.text(number, "number"), page.text(meaning, "soft small"))
 
 
 def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
@@ -158,16 +146,12 @@ def _training(workdir: Path, report: Mapping[str, Any], config: Config) -> Part:
         f"{unit.capitalize()} of each training batch (faint) and their moving average. Training text, so not exactly comparable with the "
         "validation numbers."
     )
-    labels = {
-        "positions": "positions",
-        "loss_tokens": "tokens in the loss",
-        **{key: label for key, label, _ in facts.PARTS_OF_ROWS},
-    }
+    labels = {"positions": "positions", "loss_tokens": "tokens in the loss"}
+    labels |= {key: label for key, label, _ in facts.PARTS_OF_ROWS}
     tokens = [(label, f"{counts[key]:,}") for key, label in labels.items()]
     tokens += [("bytes a body token", f"{report['bytes_per_token']:.2f}"), ("operations", f"{counts['flops']:.2e}")]
-    used = page.group(
-        "card", page.bars([facts.budget("all", counts, config)]), {"kind": "facts", "pairs": tokens}, title="Use of the positions"
-    )
+    shares = page.bars([facts.budget("all", counts, config)])
+    used = page.group("card", shares, {"kind": "facts", "pairs": tokens}, title="Use of the positions")
     return page.section("Training", page.group("wide-cards", page.figure(loss_curves(training, validation, unit), caption), used))
 
 
@@ -180,9 +164,8 @@ def _startup(startup: Mapping[str, float]) -> Part:
             parts = [{"name": "", "css": css, "percent": f"{part:.1f}"} for css, part in (("", before), ("p1", share))]
             rows.append({"name": PHASES.get(name, name), "total": page.seconds_text(seconds), "parts": parts})
             before += share
-    return page.group(
-        "card", page.bars(rows, keys=False), title=f"From command to first step: {page.seconds_text(startup['total'])}"
-    )
+    title = f"From command to first step: {page.seconds_text(startup['total'])}"
+    return page.group("card", page.bars(rows, keys=False), title=title)
 
 
 def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
@@ -191,33 +174,22 @@ def _time_facts(report: Mapping[str, Any], config: Config) -> facts.Pairs:
         step = (clock["train_seconds"] - report["startup"].get("first_step", 0.0)) / (clock["steps_here"] - 1)
         found.append(("a step, all included", page.seconds_text(step)))
         found.append(("positions a second", f"{config.data.batch_size * config.row_positions / step:,.0f}"))
-    return [
-        *found,
+    resumed = f"resumed at step {restarted:,} of {report['steps']:,}" if restarted else "none: one process ran every step"
+    found += [
         ("waiting for data", f"{clock['data_wait_share']:.1%} of training"),
         ("blocked by checkpoints", f"{clock['checkpoint_blocking_share']:.1%} of training"),
-        (
-            "restarts",
-            f"resumed at step {restarted:,} of {report['steps']:,}" if restarted else "none: one process ran every step",
-        ),
-        *_goodput_facts(report),
-        ("parameters from", report["parent"] or "a fresh start"),
-        ("warnings", str(len(report["warnings"])) if report["warnings"] else "none"),
+        ("restarts", resumed),
     ]
-
-
-def _goodput_facts(report: Mapping[str, Any]) -> facts.Pairs:
-    """Use of the time of all starts, and peak memory of the devices; older runs have neither."""
-    goodput, memory, found = report.get("goodput"), report.get("memory"), []
-    if goodput:
-        apart = sorted(
-            ((k, v) for k, v in goodput.items() if k not in ("productive", "seconds", "starts")), key=lambda item: -item[1]
-        )
+    if goodput := report.get("goodput"):  # of all starts; older runs have neither goodput nor memory
+        shares = {kind: share for kind, share in goodput.items() if kind not in ("productive", "seconds", "starts")}
+        apart = sorted(shares.items(), key=lambda item: -item[1])
         spent = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in apart if share >= 0.0005)
-        words = f"{goodput['productive']:.1%} of {page.seconds_text(goodput['seconds'])} in {page.plural(goodput['starts'], 'start')} ({spent})"
-        found.append(("goodput", words))
-    if memory:
+        time = f"{page.seconds_text(goodput['seconds'])} in {page.plural(goodput['starts'], 'start')}"
+        found.append(("goodput", f"{goodput['productive']:.1%} of {time} ({spent})"))
+    if memory := report.get("memory"):
         found.append(("peak device memory", f"{memory['hbm_gib']:.2f} GiB ({memory['hbm_share']:.0%})"))
-    return found
+    found.append(("parameters from", report["parent"] or "a fresh start"))
+    return [*found, ("warnings", str(len(report["warnings"]) or "none"))]
 
 
 def sample_pieces(sample: Mapping[str, Any]) -> Part:
@@ -234,25 +206,19 @@ def document_pieces(sample: Mapping[str, Any]) -> Part:
 def _sample(sample: Mapping[str, Any] | None) -> Part:
     if not sample:
         return None
-    shown = " Its metadata (coloured) comes first, as in training." if sample["context"] else ""
-    return page.section(
-        "A text sample",
-        page.text(
-            f"The beginning of a validation document (grey), continued by the model (marked) and by its author.{shown}",
-            "soft small",
-        ),
-        page.group(
-            "wide-cards",
-            page.group("card", sample_pieces(sample), title="The model"),
-            page.group("card", document_pieces(sample), title="The document"),
-        ),
-    )
+    remark = "The beginning of a validation document (grey), continued by the model (marked) and by its author."
+    remark += " Its metadata (coloured) comes first, as in training." if sample["context"] else ""
+    model = page.group("card", sample_pieces(sample), title="The model")
+    document = page.group("card", document_pieces(sample), title="The document")
+    return page.section("A text sample", page.text(remark, "soft small"), page.group("wide-cards", model, document))
 
 
 def _rows(report: Mapping[str, Any]) -> Part:
     """The first training rows, decoded."""
+    if not report.get("rows"):
+        return None
     cards = []
-    for row in report.get("rows") or ():
+    for row in report["rows"]:
         spans = ([(text, f"{LOOKS.get(kind, '')} {'given' * silent}") for text, kind, silent in one["pieces"]] for one in row)
         cards.append(page.group("card", *(page.pieces(of_document, "document") for of_document in spans)))
     look = '<span class="text"><span class="{}">{}</span></span>'
@@ -260,6 +226,4 @@ def _rows(report: Mapping[str, Any]) -> Part:
         f"The beginning of the first rows of training, decoded: {look.format('context', 'metadata')}, {look.format('meta', 'meta-tokens')}, and "
         f"{look.format('given', 'grey')} at positions without loss. A line separates documents. All of a row: {{}}."
     ).format(page.code(f"show {report['name']} --rows 2"))
-    return (
-        page.section("What the model saw", page.text(legend, "soft small"), page.group("wide-cards", *cards)) if cards else None
-    )
+    return page.section("What the model saw", page.text(legend, "soft small"), page.group("wide-cards", *cards))

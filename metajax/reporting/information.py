@@ -87,8 +87,9 @@ def survey(source: Source, more: Sequence[str] = ()) -> Survey:
     for template in dict.fromkeys([*templates, *more]):
         values = render(template, columns)
         name = template[1:-1] if f"{{{template_fields(template)[0]}}}" == template else template
-        numbers[name] = number_values(values)
-        fields.append(_field(name, values, numbers[name], words))
+        known, numbers[name] = Counter(value for value in values if value is not None), number_values(values)
+        bits = words.bits_saved(numbers[name])
+        fields.append(Field(name, known.total(), len(known), entropy(numbers[name]), known.most_common(3), bits))
     paired = [f.name for f in fields if 1 < f.distinct <= f.documents / 2][:_PAIRS]
     pairs = [[mutual_information(numbers[a], numbers[b]) for b in paired] for a in paired]
     sizes = np.array([len(d.text.encode()) for d in documents])
@@ -106,11 +107,9 @@ def _readable(source: Source, records: range) -> tuple[list[Document], list[str]
     notes = [f"{bad:,} of {len(records):,} records cannot be read, first {first}"] if bad else []
     tally = Counter(source.tally)
     notes += source_notes(source.spec, len(documents), tally, source.ids() if isinstance(source, Joined) else None)
-    left_out = {name: count for name, count in tally.items() if name.startswith(NO_TEXT) and count}
-    return documents, notes + [
-        f"column {name.removeprefix(NO_TEXT)!r}: {count:,} values cannot be text and are left out"
-        for name, count in left_out.items()
-    ]
+    left_out = {name.removeprefix(NO_TEXT): count for name, count in tally.items() if name.startswith(NO_TEXT) and count}
+    notes += [f"column {name!r}: {count:,} values cannot be text and are left out" for name, count in left_out.items()]
+    return documents, notes
 
 
 def _is_url(column: Column) -> bool:
@@ -122,11 +121,6 @@ def number_values(values: Column) -> np.ndarray:
     """int64 [D]: equal numbers for equal values, -1 for a missing value."""
     numbers: dict[str | None, int] = {None: -1}
     return np.array([numbers.setdefault(value, len(numbers) - 1) for value in values], np.int64)
-
-
-def _field(name: str, values: Column, numbers: np.ndarray, words: Words) -> Field:
-    counter = Counter(value for value in values if value is not None)
-    return Field(name, counter.total(), len(counter), entropy(numbers), counter.most_common(3), words.bits_saved(numbers))
 
 
 def entropy(numbers: np.ndarray) -> float:
@@ -156,8 +150,7 @@ class Words:
     def bits_saved(self, values: np.ndarray) -> float | None:
         """Bits per word saved by knowing `values` (int64 [D], -1 for none) on documents that were not counted."""
         value, part = values[self.document], self.part[self.document]
-        counted = (value >= 0) & (part == _COUNTED)
-        measured = (value >= 0) & (part == _MEASURED)
+        counted, choosing, measured = ((value >= 0) & (part == one) for one in (_COUNTED, _CHOOSING, _MEASURED))
         if not counted.any() or not measured.any():
             return None
         counts = np.bincount(self.words[counted], minlength=self.distinct)
@@ -174,6 +167,5 @@ class Words:
             plain = np.maximum(everywhere[words[chosen]], 1 / counted.sum())  # if no rare word was counted, assume one
             return float(np.log2((count / plain + shrink) / (of_value[value[chosen]] + shrink)).sum())
 
-        choosing = (value >= 0) & (part == _CHOOSING)
         best = max(_SHRINK, key=lambda shrink: saved(choosing, shrink))
         return saved(measured, best) / int(measured.sum())

@@ -22,17 +22,17 @@ templates = Environment(
 
 
 def write_page(
-    path: Path, *, title: str, eyebrow: str, heading: str, sentence: str, sections: Sequence[Part], notes: Sequence[Part] = (),
-    files: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
-    """Write a page and return its path. `files`: files in the same folder, with a remark for each."""
-    page = {"title": title, "eyebrow": eyebrow, "heading": heading, "sentence": sentence, "files": files or {}}
-    shown = {"sections": filter(None, sections), "notes": filter(None, notes)}
-    write_text(path, templates.get_template("page.html").render(**page, **shown))
+    path: Path, *, sections: Sequence[Part], notes: Sequence[Part] = (), files: Mapping[str, str] | None = None, **words: str
+) -> Path:
+    """Write a page and return its path.
+
+    Args:
+      files: files in the same folder, with a remark for each.
+      words: title, eyebrow (the line above the heading), heading and sentence.
+    """
+    shown = {"sections": filter(None, sections), "notes": filter(None, notes), "files": files or {}}
+    write_text(path, templates.get_template("page.html").render(**shown, **words))
     return path
-
-
-# ------------------------------------------------------------------------------------------------------- parts
 
 
 def section(title: str, *parts: Part) -> Part:
@@ -98,9 +98,6 @@ def analysis_section(found: Mapping[str, Any]) -> Part:
     return section(found["title"], text(found["text"], "soft small"), lines(found["lines"]), figures(found["figures"]))
 
 
-# ------------------------------------------------------------------------------------------------------- words
-
-
 def code(words: str) -> Markup:
     """Text as code."""
     return Markup("<code>{}</code>").format(words)
@@ -108,9 +105,8 @@ def code(words: str) -> Markup:
 
 def link(address: str | None, label: str) -> Markup:
     """A link, or grey text if there is no address."""
-    return (
-        Markup('<a href="{}">{}</a>').format(address, label) if address else Markup('<span class="soft">{}</span>').format(label)
-    )
+    linked, plain = Markup('<a href="{}">{}</a>'), Markup('<span class="soft">{}</span>')
+    return linked.format(address, label) if address else plain.format(label)
 
 
 def with_code(words: str) -> Markup:

@@ -9,6 +9,13 @@ from metajax.reporting import page
 from metajax.reporting.page import Part
 
 GIB = 2**30
+TIMES = {
+    "operations": "operations at the chips' peak",
+    "kernels": "kernels as scheduled, all else at the peak",
+    "state": "the state, read and written once",
+    "links": "links between chips",
+    "network": "network between slices",
+}
 
 
 def write_plan_page(path: Path, plan: dict[str, Any]) -> None:
@@ -46,17 +53,56 @@ def _memory(plan: dict[str, Any], measured: list[tuple[str, str, list[tuple[str,
 
 
 def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, unit, names and values) of all facts of a plan that fits. Memory comes first; its last line is the total."""
-    memory = [(name, f"{size / GIB:.3f}") for name, size in memory_kinds(plan).items()]
-    total = ("total", f"{plan['memory']['total'] / GIB:.3f} of {plan['memory']['limit'] / GIB:g}")
-    return [
-        ("Memory of a chip", "GiB", [*memory, total]),
-        ("Time of a step, at least", "", time_facts(plan)),
-        ("By the compiler's estimate", "", estimate_facts(plan)),
-        ("Operations", "", operation_facts(plan)),
-        ("Pallas kernels found", "", kernel_facts(plan)),
-        ("Between chips, in a step", "", link_facts(plan)),
-    ]
+    """(title, unit, names and values) of all facts of a plan that fits. Memory comes first; its last line is the total.
+
+    The times of a step are lower bounds, of which the largest applies. The compiler's estimate without waiting is not a bound.
+    """
+    memory, bound, estimate, known = plan["memory"], plan["bound"], plan["estimate"], "schedules" in plan
+    names = TIMES if known else {name: words for name, words in TIMES.items() if name != "kernels"}
+    together = [("together", _ms(estimate["step"])), ("MFU", f"{estimate['mfu']:.1%}")] if known else []
+    count, unit, flops, parts = plan["reads"]["count"], plan["reads"]["unit"], plan["flops"], plan["flops_by_part"]
+    total = f"{memory['total'] / GIB:.3f} of {memory['limit'] / GIB:g}"
+    sections = {
+        ("Memory of a chip", "GiB"): [
+            *((name, f"{size / GIB:.3f}") for name, size in memory_kinds(plan).items()),
+            ("total", total),
+        ],
+        ("Time of a step, at least", ""): [
+            *((words, _ms(bound[name])) for name, words in names.items()),
+            ("a step, at least", _ms(bound["step"])),
+            ("MFU, at most", f"{bound['mfu']:.1%}"),
+        ],
+        ("By the compiler's estimate", ""): [
+            ("kernels as scheduled", _ms(estimate["kernels"]) if known else "not asked for (--schedules)"),
+            ("all else, by XLA's model", _ms(estimate["xla"])),
+            *together,
+        ],
+        ("Operations", ""): [
+            (f"{count:,} {unit} of a step", f"{flops:.3e}"),
+            (f"each of the {unit}", f"{flops / count:.3e}"),
+            *((part, f"{cost:.3e}, {cost / sum(parts.values()):.1%}") for part, cost in parts.items()),
+        ],
+        ("Pallas kernels found", ""): _kernels(plan) or [("none", "XLA alone")],
+        ("Between chips, in a step", ""): [
+            (kind, f"{n['count']:,} times, {n['bytes'] / 1e6:,.1f} MB, {1e3 * n['seconds']:.3f} ms at least")
+            for kind, n in plan["collectives"].items()
+        ]
+        or [("nothing", "one chip, or nothing to tell each other")],
+    }
+    return [(title, unit, facts) for (title, unit), facts in sections.items()]
+
+
+def _kernels(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Calls of each kernel in a step, and the cycles of each of its forms if they were asked for."""
+    if "schedules" not in plan:
+        return [(name, f"{times:,} calls") for name, times in plan["kernels"].items()]
+    calls = []
+    for kernel in plan["schedules"]:
+        text = f"{kernel['times']:,} calls of {kernel['cycles']:,} cycles, {_ms(kernel['seconds'])}"
+        if "unread" in kernel:
+            text = f"{kernel['times']:,} calls, whose schedule cannot be read: {kernel['unread']}"
+        calls.append((f"{kernel['name']} of {max(kernel['operands'], key=len)}", text))
+    return calls
 
 
 def buffer_text(buffer: dict[str, Any]) -> str:
@@ -81,55 +127,6 @@ def memory_kinds(plan: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def time_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lower bounds of a step's time; the largest one applies."""
-    names = {
-        "operations": "operations at the chips' peak",
-        "kernels": "kernels as scheduled, all else at the peak",
-        "state": "the state, read and written once",
-        "links": "links between chips",
-        "network": "network between slices",
-    }
-    bound = plan["bound"]
-    counted = [name for name in names if name != "kernels" or "schedules" in plan]
-    times = [(names[name], _ms(bound[name])) for name in counted]
-    return [*times, ("a step, at least", _ms(bound["step"])), ("MFU, at most", f"{bound['mfu']:.1%}")]
-
-
-def estimate_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """The compiler's estimate of a step without waiting; it is not a bound."""
-    estimate, known = plan["estimate"], "schedules" in plan
-    facts = [("kernels as scheduled", _ms(estimate["kernels"]) if known else "not asked for (--schedules)")]
-    facts += [("all else, by XLA's model", _ms(estimate["xla"]))]
-    return facts + ([("together", _ms(estimate["step"])), ("MFU", f"{estimate['mfu']:.1%}")] if known else [])
-
-
-def operation_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Operations of a step, in total and by part."""
-    count, unit = plan["reads"]["count"], plan["reads"]["unit"]
-    facts = [(f"{count:,} {unit} of a step", f"{plan['flops']:.3e}"), (f"each of the {unit}", f"{plan['flops'] / count:.3e}")]
-    parts = plan["flops_by_part"]
-    return facts + [(part, f"{cost:.3e}, {cost / sum(parts.values()):.1%}") for part, cost in parts.items()]
-
-
-def kernel_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Calls of each kernel in a step, and the cycles of each of its forms if they were asked for."""
-    calls = [(name, f"{times:,} calls") for name, times in plan["kernels"].items() if "schedules" not in plan]
-    for kernel in plan.get("schedules", ()):
-        text = f"{kernel['times']:,} calls of {kernel['cycles']:,} cycles, {_ms(kernel['seconds'])}"
-        unread = f"{kernel['times']:,} calls, whose schedule cannot be read: {kernel.get('unread')}"
-        calls.append((f"{kernel['name']} of {max(kernel['operands'], key=len)}", unread if "unread" in kernel else text))
-    return calls or [("none", "XLA alone")]
-
-
-def link_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """Transfers between chips in a step."""
-    return [
-        (kind, f"{n['count']:,} times, {n['bytes'] / 1e6:,.1f} MB, {1e3 * n['seconds']:.3f} ms at least")
-        for kind, n in plan["collectives"].items()
-    ] or [("nothing", "one chip, or nothing to tell each other")]
-
-
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms"
 
@@ -138,13 +135,11 @@ def advice_lines(plan: dict[str, Any]) -> list[str]:
     """The changes tried if the plan does not fit, and the largest batch if it was asked for."""
     lines = []
     if not plan["fits"]:
-        advice = plan["advice"]
-        words = advice and " ".join(f"--set {field}={value}" for field, value in advice["changes"].items())
-        lines.append(
-            f"It fits with {words}: {advice['total'] / GIB:.2f} GiB. This was compiled too."
-            if advice
-            else "Recomputing activations and accumulating over the smallest micro-batches do not make it fit: take a larger slice, or a smaller model."
-        )
+        line = "Recomputing activations and accumulating over the smallest micro-batches do not make it fit: take a larger slice, or a smaller model."
+        if advice := plan["advice"]:
+            words = " ".join(f"--set {field}={value}" for field, value in advice["changes"].items())
+            line = f"It fits with {words}: {advice['total'] / GIB:.2f} GiB. This was compiled too."
+        lines.append(line)
     if "largest_batch" in plan:
         lines.append("The largest batch that fits: {field}={size}.".format(**plan["largest_batch"]))
     return lines

@@ -47,9 +47,8 @@ class Span:
     @property
     def text(self) -> Text:
         """The span as text for the terminal."""
-        return Text.assemble(
-            *((shown(text), f"{COLOURS[kind]} dim" if silent else COLOURS[kind]) for text, kind, silent in self.pieces)
-        )
+        looks = ((text, COLOURS[kind] + " dim" * silent) for text, kind, silent in self.pieces)
+        return Text.assemble(*((shown(text), look) for text, look in looks))
 
     def __str__(self) -> str:
         return f"{self.document} {self.holds:8} | {self.asked:12} | {self.text.plain}"
@@ -69,9 +68,8 @@ def spans(row: Row, tokenizer: Tokenizer) -> list[Span]:
         positions = np.array(list(group))
         counts = Counter(asked[positions].tolist())
         words = asked[positions[0]] if len(counts) == 1 else ", ".join(f"{n} {what}" for what, n in counts.items())
-        found.append(
-            Span(int(documents[positions[0]]), str(holds[positions[0]]), str(words), _pieces(row, positions, is_meta, tokenizer))
-        )
+        document, what = int(documents[positions[0]]), str(holds[positions[0]])
+        found.append(Span(document, what, str(words), _pieces(row, positions, is_meta, tokenizer)))
     return found
 
 

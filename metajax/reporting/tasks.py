@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from metajax.config import Tasks
@@ -57,10 +58,8 @@ def accuracy_figure(results: TaskResults, tasks: Tasks) -> str:
         for axes, (task, bins) in zip(figure.axes, results.items(), strict=False):
             known = {int(length): scored for length, scored in bins.items() if scored["exact"] is not None}
             exact = [scored["exact"] for scored in known.values()]
-            spread = [
-                [s["exact"] - s["exact_low"] for s in known.values()],
-                [s["exact_high"] - s["exact"] for s in known.values()],
-            ]
+            low, high = ([scored[key] for scored in known.values()] for key in ("exact_low", "exact_high"))
+            spread = np.subtract([exact, high], [low, exact])
             axes.errorbar(list(known), exact, yerr=spread, color=look(0)[0], marker="o", markersize=4, linewidth=1.6, capsize=2)
             axes.axhline(next(iter(bins.values()))["chance"], color="#9aa0a8", linewidth=1, linestyle=(0, (4, 3)))
             axes.axvline(tasks.train_length, color="#d6d9de", linewidth=1)

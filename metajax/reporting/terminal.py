@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from metajax import registry
-from metajax.config import AnyConfig, Config, ImageConfig, config_hash, difference
+from metajax.config import AnyConfig, Config, config_hash, difference
 from metajax.core.errors import require
 from metajax.core.fields import flatten
 from metajax.core.progress import PROGRAM, Terminal, echo, plain, shown
@@ -20,21 +20,25 @@ from metajax.runs.directory import conditions, list_runs, read_config, read_repo
 from metajax.runs.files import read_lines
 
 console = Terminal()
+BITS_A_WORD = (
+    "entropy in bits; bits/word: saved in coding the words of documents from other origins by the frequencies of words under the same "
+    "value, a lower estimate of the information of the field about a word; a value not met before saves nothing"
+)
 
 
-class _Grid(Grid):
-    """A rich table whose cells are single lines of text."""
-
-    def add_row(self, *cells: str) -> None:
-        super().add_row(*(Text(shown(cell, keep="")) for cell in cells))
-
-
-def grid_of(*titles: str) -> _Grid:
-    """A plain table whose first column and names of experiments never wrap, so that they can be copied."""
-    grid = _Grid(box=None, pad_edge=False, header_style="bold")
+def grid_of(titles: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Grid:
+    """A plain table of single lines. Its first column and names of experiments never wrap, so that they can be copied."""
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
         grid.add_column(title, overflow="fold", no_wrap=i == 0 or title == "experiment")
+    for cells in rows:
+        grid.add_row(*(cell if isinstance(cell, Text) else Text(shown(cell, keep="")) for cell in cells))
     return grid
+
+
+def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Print a table of text."""
+    console.print(grid_of(titles, rows))
 
 
 def line_of(bold: str, rest: str = "", style: str = "bold") -> Text:
@@ -50,47 +54,43 @@ def duration(minutes: float) -> str:
 
 def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:
     """Print resolved config, parameters by part, FLOPs per token, time estimate and published values."""
+    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
+    from metajax.training.optimizers import unread_by_optimizer
+
+    unread = {*config.unread(), *unread_by_optimizer(config)}
+    fields = ((name, value) for name, value in flatten(config).items() if name not in unread)
+    print_grid(("field", "value"), ((name.rstrip("_"), "-" if value in (None, "") else str(value)) for name, value in fields))
+    if isinstance(config, Config) and not _print_size(config):
+        return
+    row = experiment.row
+    published = {key: row.paper(key) for key in row.published} if row else {}
+    said = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
+    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {said or 'nothing for this row'}")
+
+
+def _print_size(config: Config) -> bool:
+    """Print parameters, FLOPs and the size of the cache; False if the size of the vocabulary is not known."""
     from metajax.data.tokenizers import vocabulary_of
     from metajax.models.cache_bytes import cache_bytes
     from metajax.models.flops import flops_per_token
     from metajax.models.lm import param_count
-    from metajax.training.optimizers import unread_by_optimizer
     from metajax.training.program import abstract_model
 
-    unread = {*config.unread(), *unread_by_optimizer(config)}
-    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
-    grid = grid_of("field", "value")
-    for name, value in flatten(config).items():
-        if name not in unread:
-            grid.add_row(name.rstrip("_"), "-" if value is None or value == "" else str(value))
-    console.print(grid)
-    if isinstance(config, ImageConfig):
-        console.print(_expected(experiment, config.scale))
-        return
     vocabulary = vocabulary_of(config.data.tokenizer)
     if vocabulary is None:
         console.print(f"the tokenizer {config.data.tokenizer} is a file of yours: parameters and FLOPs follow once it is read")
-        return
+        return False
     counts, flops = param_count(abstract_model(config, vocabulary.size)), flops_per_token(config, vocabulary.size)
-    numbers = grid_of("part", "parameters", "training FLOPs a position")
-    for part in sorted(counts.keys() | flops.keys() - {"total"}):
-        numbers.add_row(part, f"{counts[part]:,}" if part in counts else "-", f"{flops[part]:,.0f}" if part in flops else "-")
-    console.print(numbers)
+    parts = sorted(counts.keys() | flops.keys() - {"total"})
+    texts = [(f"{counts[part]:,}" if part in counts else "-", f"{flops[part]:,.0f}" if part in flops else "-") for part in parts]
+    print_grid(("part", "parameters", "training FLOPs a position"), zip(parts, *zip(*texts, strict=True), strict=True))
     count = config.training.steps * config.data.batch_size * config.row_positions
     console.print(f"{count:,} positions in {config.training.steps:,} steps, {sum(flops.values()) * count:.2e} training FLOPs")
     if config.model.hybrid is not None:
         kept = {part: size for part, size in cache_bytes(config.model, config.row_positions).items() if size}
         shares = ", ".join(f"{part} {size:,}" for part, size in kept.items())
         console.print(f"generation keeps {sum(kept.values()):,} bytes of a whole row: {shares}")
-    console.print(_expected(experiment, config.scale))
-
-
-def _expected(experiment: registry.Experiment, scale: str) -> str:
-    """Print expected minutes and the paper's values of the row."""
-    row = experiment.row
-    published = {key: row.paper(key) for key in row.published} if row else {}
-    said = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
-    return f"about {experiment.minutes[scale]:g} minutes; the paper reports: {said or 'nothing for this row'}"
+    return True
 
 
 def print_plan(found: dict[str, Any]) -> None:
@@ -108,14 +108,6 @@ def print_plan(found: dict[str, Any]) -> None:
         console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state:.2f} GiB of each chip")
     for line in (*(f"  {buffer_text(buffer)}" for buffer in found["largest_buffers"]), *advice_lines(found)):
         console.print(line, soft_wrap=True)
-
-
-def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of text."""
-    grid = grid_of(*titles)
-    for cells in rows:
-        grid.add_row(*cells)
-    console.print(grid)
 
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:
@@ -156,12 +148,13 @@ def print_curriculum(config: Config, paths: Any) -> None:
     from metajax.data.pipeline import open_corpora, task_examples
 
     examples, tasks = task_examples(open_corpora(config, paths)), config.tasks
-    grid = grid_of("task", *(f"phase {phase + 1}" for phase in range(len(tasks.phases))), "evaluated at")
-    for task in tasks.names:
-        ranges = (f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in range(len(tasks.phases)))
-        grid.add_row(task, *ranges, ", ".join(map(str, tasks.eval_lengths)))
+    phases, lengths = range(len(tasks.phases)), ", ".join(map(str, tasks.eval_lengths))
+    ranges = {task: [f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in phases] for task in tasks.names}
     console.print(plain(f"tokens of an example; a phase is {config.training.steps / len(tasks.phases):,.0f} steps", "bold"))
-    console.print(grid)
+    print_grid(
+        ("task", *(f"phase {phase + 1}" for phase in phases), "evaluated at"),
+        ((task, *cells, lengths) for task, cells in ranges.items()),
+    )
     for task in tasks.names:
         console.print(plain(examples.test(task, min(tasks.eval_lengths), 0).text, "italic"))
 
@@ -179,17 +172,11 @@ def print_rows(config: Config, paths: Any, count: int) -> None:
     for n in range(count):
         row = rows[n]
         used, lost = int((row["segment_ids"] > 0).sum()), row["loss_weights"] > 0
-        console.print(
-            plain(
-                f"row {n}: {used} of {len(lost)} positions, {int(lost.sum())} with loss, {int(row['is_body'].sum())} of them for body text, "
-                f"{int((lost & row['asks_metadata']).sum())} for metadata",
-                "bold",
-            )
-        )
-        grid = Grid("document", "holds", "asked for", "text", box=None, pad_edge=False, header_style="bold")
-        for span in spans(row, corpora.tokenizer):
-            grid.add_row(str(span.document), span.holds, span.asked, span.text)
-        console.print(grid)
+        body, metadata = int(row["is_body"].sum()), int((lost & row["asks_metadata"]).sum())
+        counts = f"{int(lost.sum())} with loss, {body} of them for body text, {metadata} for metadata"
+        console.print(plain(f"row {n}: {used} of {len(lost)} positions, {counts}", "bold"))
+        cells = ((str(span.document), span.holds, span.asked, span.text) for span in spans(row, corpora.tokenizer))
+        print_grid(("document", "holds", "asked for", "text"), cells)
     console.print(plain(LEGEND, "italic"))
 
 
@@ -205,22 +192,17 @@ def print_corpus(spec: str, paths: Any, count: int, more: Sequence[str] = ()) ->
     console.print(line_of(spec, f": {len(source):,} documents, {bytes_}, {found.origins:,} origins{sample}"))
     for note in found.notes:
         console.print(plain(note, "yellow"))
-    grid = grid_of("field", "has it", "distinct", "entropy", "bits/word", "most frequent")
-    grid.expand, last = True, grid.columns[-1]  # the last column gets the remaining width
-    last.ratio, last.no_wrap, last.overflow = 1, True, "ellipsis"
+    rows = []
     for field in found.fields:
         common = ", ".join(f"{value[:30]} ({n})" for value, n in field.common)
         saved = "-" if field.bits_a_word is None else f"{field.bits_a_word:.3f}"
         share = f"{field.documents / len(sizes):.1%}"
-        grid.add_row(field.name, share, f"{field.distinct:,}", f"{field.entropy:.2f}", saved, common)
+        rows.append((field.name, share, f"{field.distinct:,}", f"{field.entropy:.2f}", saved, common))
+    grid = grid_of(("field", "has it", "distinct", "entropy", "bits/word", "most frequent"), rows)
+    grid.expand, last = True, grid.columns[-1]  # the last column gets the remaining width
+    last.ratio, last.no_wrap, last.overflow = 1, True, "ellipsis"
     console.print(grid)
-    console.print(
-        plain(
-            "entropy in bits; bits/word: saved in coding the words of documents from other origins by the frequencies of words under the "
-            "same value, an estimate from below of what the field says about a word; a value not met before saves nothing",
-            "italic",
-        )
-    )
+    console.print(plain(BITS_A_WORD, "italic"))
     if len(found.paired) > 1:
         numbers = range(1, len(found.paired) + 1)
         names = (f"{n} {name}" for n, name in zip(numbers, found.paired, strict=True))
@@ -240,22 +222,21 @@ def print_cache(cache: Any) -> None:
     manifest = cache.manifest
     skipped = f", {manifest['bad_records_skipped']:,} bad records skipped" if manifest["bad_records_skipped"] else ""
     size = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens of the body, {manifest['bytes']:,} bytes{skipped}"
-    echo(
-        "\n  ".join([f"{manifest['source']['spec']}: {size}; sha256 {manifest['sha256'][:12]}", str(cache.folder), *notes(cache)])
-    )
+    head = f"{manifest['source']['spec']}: {size}; sha256 {manifest['sha256'][:12]}"
+    echo("\n  ".join([head, str(cache.folder), *notes(cache)]))
 
 
 def print_runs(root: Path) -> None:
     """Print every run under `root`, oldest first."""
-    grid = grid_of("run", "experiment", "scale", "seed", "state", "validation bits/byte")
-    for run, cells in readable(list_runs(root), _run_cells):
-        grid.add_row(run.name, *cells)
-    console.print(grid if grid.row_count else f"no runs under {root}; start with: {PROGRAM} quickstart")
+    rows = [(run.name, *cells) for run, cells in readable(list_runs(root), _run_cells)]
+    grid = grid_of(("run", "experiment", "scale", "seed", "state", "validation bits/byte"), rows)
+    console.print(grid if rows else f"no runs under {root}; start with: {PROGRAM} quickstart")
 
 
 def _run_cells(run: Path) -> list[str]:
     config, report = read_config(run), read_report(run)
-    state = "complete" if report else f"step {_last_step(run)} of {config.training.steps}"
+    lines = [] if report else read_lines(run / "metrics.jsonl")
+    state = "complete" if report else f"step {lines[-1]['step'] if lines else 0} of {config.training.steps}"
     scores = ", ".join(f"{k} {v['bpb']:.4f}" for k, v in conditions(report["eval"]).items()) if report else "-"
     return [config.name, config.scale, str(config.seed), state, scores]
 
@@ -265,17 +246,15 @@ def print_comparison(runs: list[Path]) -> None:
     found = readable(runs, lambda run: (read_config(run), read_report(run)))
     require(len(found) >= 2, "less than two of these runs can be read")
     configs, reports = [config for _, (config, _) in found], [report for _, (_, report) in found]
-    grid = grid_of("", *(run.name for run, _ in found))
-    grid.add_row("experiment", *(c.name for c in configs))
-    grid.add_row("seed", *(str(c.seed) for c in configs))
+    rows = [("experiment", *(c.name for c in configs)), ("seed", *(str(c.seed) for c in configs))]
     for field in sorted({field for c in configs[1:] for field in difference(configs[0], c)} - {"name", "seed"}):
-        grid.add_row(field, *(str(flatten(c).get(field, "-")) for c in configs))
+        rows.append((field, *(str(flatten(c).get(field, "-")) for c in configs)))
     if None in reports:
-        grid.add_row("state", *("complete" if report else "not complete" for report in reports))
+        rows.append(("state", *("complete" if report else "not complete" for report in reports)))
     scores = [_scores(report) if report else {} for report in reports]
     for title in dict.fromkeys(title for of_run in scores for title in of_run):
-        grid.add_row(title, *(of_run.get(title, "-") for of_run in scores))
-    console.print(grid)
+        rows.append((title, *(of_run.get(title, "-") for of_run in scores)))
+    print_grid(("", *(run.name for run, _ in found)), rows)
 
 
 def _scores(report: dict[str, Any]) -> dict[str, str]:
@@ -287,27 +266,19 @@ def _scores(report: dict[str, Any]) -> dict[str, str]:
     shown |= {f"accuracy, {k}": f"{v['accuracy']:.1%}" for k, v in results.items() if isinstance(v, dict) and "accuracy" in v}
     if "choice" in results:
         shown["multiple choice, mean"] = f"{results['choice']['average']:.1%}"
-    counts = {
-        "parameters": report["parameters"]["total"],
-        **{k: report["counts"].get(k) for k in ("body", "positions", "images")},
-    }
-    titles = {"body": "body tokens", "positions": "positions"}
-    return shown | {titles.get(k, k): f"{count:,}" for k, count in counts.items() if count is not None}
-
-
-def _last_step(run: Path) -> int:
-    lines = read_lines(run / "metrics.jsonl")
-    return lines[-1]["step"] if lines else 0
+    counts = {"parameters": report["parameters"]["total"], "body tokens": report["counts"].get("body")}
+    counts |= {key: report["counts"].get(key) for key in ("positions", "images")}
+    return shown | {title: f"{count:,}" for title, count in counts.items() if count is not None}
 
 
 def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
     """Print the findings of a sample of all tables, and the tables that it did not reach."""
+    if not lines:
+        console.print("no line of any table fits the time; give it more with --budget")
     rows = [
         (line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), ", ".join(line["empty"]) or "-")
         for line in lines
     ]
-    if not lines:
-        console.print("no line of any table fits the time; give it more with --budget")
     print_grid(("table", "lines", "minutes", "failed", "columns without a number"), rows)
     for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
         console.print(plain(f"failed: {failure}", "red"), soft_wrap=True)

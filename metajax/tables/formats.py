@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -24,9 +24,6 @@ COSTS = {
 }
 STAR = " *"
 DELTA, PLUS_MINUS, MINUS = "\N{GREEK CAPITAL LETTER DELTA}", "\N{PLUS-MINUS SIGN}", "\N{MINUS SIGN}"
-
-
-# ------------------------------------------------------------------------------------------------------- cells
 
 
 def cell(row: Line, column: Line, result: Result) -> dict[str, str]:
@@ -64,21 +61,19 @@ def state_of(row: Line, column: Line) -> str:
 
 
 def label(row: Line, result: Result) -> str:
-    """The row's name, with a star if one of its runs was made by other code than the first run of `_basis`."""
-    codes = {r["name"]: [(run["git"]["commit"], run["git"]["dirty"]) for run in r["runs"] if run["git"]] for r in result["rows"]}
-    basis = codes.get(_basis(result), [])
-    return row["name"] + STAR * any(code != basis[0] for code in codes[row["name"]] if basis)
+    """The row's name, with a star if one of its runs was made by other code than the first run of the row `_basis`."""
+    codes = {r["name"]: [run["git"] for run in r["runs"] if run["git"]] for r in result["rows"]}
+    basis = codes.get(_basis(result))
+    return row["name"] + STAR * bool(basis and any(code != basis[0] for code in codes[row["name"]]))
 
 
 def _basis(result: Result) -> str:
     """The row whose code the others are compared with: the baseline, or else the first row with runs; "" if no row has runs."""
-    made = [row["name"] for row in result["rows"] if any(run["git"] for run in row["runs"])]
-    return result["baseline"] or next(iter(made), "")
+    return result["baseline"] or next((row["name"] for row in result["rows"] if any(run["git"] for run in row["runs"])), "")
 
 
-def run_name(row: Line, run: Mapping[str, Any]) -> str:
-    """The row's name, with the part that the run belongs to."""
-    return f"{row['name']}/{run['part']}" if run["part"] else row["name"]
+def _run_name(row: Line, run: Mapping[str, Any]) -> str:
+    return f"{row['name']}/{run['part']}".strip("/")
 
 
 def cost_of_baseline(result: Result) -> Mapping[str, float] | None:
@@ -114,9 +109,6 @@ def has_difference(result: Result) -> bool:
     return result["baseline"] is not None and len(result["rows"]) > 1
 
 
-# ------------------------------------------------------------------------------------------------------ remarks
-
-
 def remarks(result: Result) -> list[str]:
     """The remarks below the table, after its own notes: seeds, scale, sources, code, power."""
     said = [seed_note(result)]
@@ -126,10 +118,10 @@ def remarks(result: Result) -> list[str]:
         )
     said += [f"[{i}] {note}" for i, note in enumerate(paper_notes(result), 1)]
     said += [f"{row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
-    for lacks in dict.fromkeys(row["lacks"] for row in result["rows"] if row["lacks"]):
-        said.append(
-            f"Not here, for want of {lacks}: {', '.join(row['name'] for row in result['rows'] if row['lacks'] == lacks)}."
-        )
+    absent: dict[str, list[str]] = {}
+    for row in (row for row in result["rows"] if row["lacks"]):
+        absent.setdefault(row["lacks"], []).append(row["name"])
+    said += [f"Not here, for want of {lacks}: {', '.join(names)}." for lacks, names in absent.items()]
     return [*said, *_code_remarks(result), *_power_remarks(result)]
 
 
@@ -155,8 +147,8 @@ def paper_notes(result: Result) -> list[str]:
 
 def failures(result: Result) -> list[dict[str, Any]]:
     """Runs that failed: row, seed, reason, folder."""
-    failed = [(row, run) for row in result["rows"] for run in row["runs"] if run["state"] == FAILED]
-    return [{"row": run_name(*pair)} | {key: pair[1][key] for key in ("seed", "reason", "folder")} for pair in failed]
+    failed = [(_run_name(row, run), run) for row in result["rows"] for run in row["runs"] if run["state"] == FAILED]
+    return [{"row": name} | {key: run[key] for key in ("seed", "reason", "folder")} for name, run in failed]
 
 
 def missing(result: Result) -> Iterator[str]:
@@ -172,37 +164,29 @@ def missing(result: Result) -> Iterator[str]:
 def _code_remarks(result: Result) -> Iterator[str]:
     if len(result["code"]) < 2:
         return
-    names = {run["folder"]: f"{run_name(row, run)} (seed {run['seed']})" for row in result["rows"] for run in row["runs"]}
+    names = {run["folder"]: f"{_run_name(row, run)} (seed {run['seed']})" for row in result["rows"] for run in row["runs"]}
     parts = []
     for code in result["code"]:
         runs = [names[folder] for folder in code["runs"]]
         more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
         commit = f"commit {code['commit'][:9]}" if code["commit"] else "no git checkout"
-        parts.append(f"{commit}{' with uncommitted changes' if code['dirty'] else ''}: {', '.join(runs[:4])}{more}")
+        parts.append(f"{commit}{' with uncommitted changes' * bool(code['dirty'])}: {', '.join(runs[:4])}{more}")
     yield f"The runs were not all made by the same code; rows with{STAR} differ from {_basis(result)}. " + "; ".join(parts) + "."
 
 
 def _power_remarks(result: Result) -> Iterator[str]:
     found = []
     for column in result["columns"]:
-        cells = {row["name"]: row["cells"][column["key"]] for row in result["rows"]}
-        needs = [
-            f"{name} {one['seeds_needed'] or 'over 1000'}"
-            for name, one in cells.items()
-            if one["published"]
-            and one["published"]["difference"] is not None
-            and one["difference"]
-            and one["difference"]["n"] > 1
-        ]
+        needs = []
+        for row in result["rows"]:
+            cell = row["cells"][column["key"]]
+            published, ours = cell["published"] or {}, cell["difference"] or {"n": 0}
+            if published.get("difference") is not None and ours["n"] > 1:
+                needs.append(f"{row['name']} {cell['seeds_needed'] or 'over 1000'}")
         found += [f"{column['title']}: {', '.join(needs)}"] if needs else []
     if found:
-        yield (
-            "Seeds needed to detect an effect of the paper's size with a power of 80 %, given the spread between the seeds here: "
-            f"{'; '.join(found)}."
-        )
-
-
-# -------------------------------------------------------------------------------------------------------- forms
+        effect = "an effect of the paper's size with a power of 80 %, given the spread between the seeds here"
+        yield f"Seeds needed to detect {effect}: {'; '.join(found)}."
 
 
 def head_and_body(result: Result, heading: str = "{}") -> tuple[list[str], list[list[str]]]:
@@ -216,20 +200,16 @@ def head_and_body(result: Result, heading: str = "{}") -> tuple[list[str], list[
         if row["group"] and row["group"] != group:
             body.append([heading.format(row["group"]), *[""] * (len(head) - 1)])
         group = row["group"]
-        body.append(_cells(row, result))
+        cells = [label(row, result)]
+        for column in result["columns"]:
+            texts = cell(row, column, result)
+            cells.append(texts["ours"])
+            if has_difference(result):
+                cells.append("baseline" if row["name"] == result["baseline"] else texts["difference"] or "-")
+            if has_paper(result, column):
+                cells.append(texts["paper"] + f" ({texts['paper_difference']})" * bool(texts["paper_difference"]))
+        body.append(cells)
     return head, body
-
-
-def _cells(row: Line, result: Result) -> list[str]:
-    cells = [label(row, result)]
-    for column in result["columns"]:
-        texts = cell(row, column, result)
-        cells.append(texts["ours"])
-        if has_difference(result):
-            cells.append("baseline" if row["name"] == result["baseline"] else texts["difference"] or "-")
-        if has_paper(result, column):
-            cells.append(texts["paper"] + f" ({texts['paper_difference']})" * bool(texts["paper_difference"]))
-    return cells
 
 
 def markdown(result: Result) -> str:
@@ -238,13 +218,9 @@ def markdown(result: Result) -> str:
     if result["changes"]:
         lines += ["With " + ", ".join(f"{k} = {v}" for k, v in result["changes"].items()) + ".", ""]
     for head, rows in (head_and_body(result, "**{}**"), costs(result)):
-        lines += [_grid(head, rows), ""] if rows else []
+        titles, *cells = ([text.replace("|", "\\|") for text in texts] for texts in (head, *rows))
+        lines += [tabulate(cells, titles, "github", disable_numparse=True), ""] if rows else []
     return "\n".join([*lines, *(f"- {note}" for note in [*result["notes"], *remarks(result), *missing(result)])]) + "\n"
-
-
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head, *rows = ([text.replace("|", "\\|") for text in cells] for cells in (head, *rows))
-    return tabulate(rows, head, "github", disable_numparse=True)
 
 
 def csv_text(result: Result) -> str:
@@ -259,22 +235,26 @@ def csv_text(result: Result) -> str:
 
 def _numbers(row: Line, column: Line, result: Result) -> dict[str, Any]:
     found = row["cells"][column["key"]]
-    said, ours, difference = found["published"] or {}, _bounds(found["ours"]), _bounds(found["difference"])
-    return {
-        "row": row["name"], "group": row["group"], "column": column["title"], "path": column["key"], "better": column["better"],
-        "n": ours[0], "mean": ours[1], "low": ours[2], "high": ours[3],
-        "difference": difference[1], "difference_low": difference[2], "difference_high": difference[3], "difference_n": difference[0],
-        "paper": said.get("value"), "paper_difference": said.get("difference"), "paper_note": said.get("note"),
-        **{f"seed_{seed}": value for seed, value in zip(result["seeds"], found["values"], strict=True)},
-    }  # fmt: skip
+    said, line = found["published"] or {}, {"row": row["name"], "group": row["group"], "column": column["title"]}
+    line |= {"path": column["key"], "better": column["better"]}
+    line |= zip(("n", "mean", "low", "high"), _bounds(found["ours"]), strict=True)
+    n, *difference = _bounds(found["difference"])
+    line |= zip(("difference", "difference_low", "difference_high"), difference, strict=True)
+    line |= {
+        "difference_n": n,
+        "paper": said.get("value"),
+        "paper_difference": said.get("difference"),
+        "paper_note": said.get("note"),
+    }
+    return line | {f"seed_{seed}": value for seed, value in zip(result["seeds"], found["values"], strict=True)}
 
 
-def _bounds(summary: Mapping[str, Any] | None) -> list[Any]:
+def _bounds(summary: Mapping[str, Any] | None) -> tuple[Any, ...]:
     """n, mean, and both ends of the interval."""
     if summary is None:
-        return [0, None, None, None]
-    mean, half = summary["mean"], summary["half"]
-    return [summary["n"], mean, *((None, None) if half is None else (mean - half, mean + half))]
+        return 0, None, None, None
+    n, mean, half = (summary[key] for key in ("n", "mean", "half"))
+    return (n, mean, None, None) if half is None else (n, mean, mean - half, mean + half)
 
 
 def latex(result: Result) -> str:
@@ -283,6 +263,5 @@ def latex(result: Result) -> str:
     text = tabulate(rows, head, "latex_booktabs", disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)])
     for sign, command in ((PLUS_MINUS, r"$\pm$"), (DELTA, r"$\Delta$"), (MINUS, "$-$")):
         text = text.replace(sign, command)
-    return (
-        f"% {result['name']} at scale {result['scale']}, {len(result['seeds'])} seeds; needs \\usepackage{{booktabs}}\n{text}\n"
-    )
+    title = f"{result['name']} at scale {result['scale']}, {len(result['seeds'])} seeds"
+    return f"% {title}; needs \\usepackage{{booktabs}}\n{text}\n"

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from metajax import registry
 from metajax.config import config_hash
 from metajax.core.progress import PROGRAM, plain
-from metajax.reporting.terminal import console, duration, grid_of, line_of
+from metajax.reporting.terminal import console, duration, line_of, print_grid
 from metajax.tables.run import TablePlan, choose_rows, expected_minutes
 
 
@@ -20,11 +20,8 @@ def print_list(pattern: str) -> None:
     tables = [t for t in registry.tables().values() if pattern in t.name]
     single = [e for e in registry.experiments().values() if pattern in e.name and (e.table is None or e.table not in tables)]
     for table in tables:
-        _entry(
-            table.name,
-            f"three seeds: {', '.join(f'{scale} {_table_time(table, scale)}' for scale in table.scales)}",
-            table.summary,
-        )
+        times = (f"{scale} {_table_time(table, scale)}" for scale in table.scales)
+        _entry(table.name, f"three seeds: {', '.join(times)}", table.summary)
         _entry_line("rows", f"{table.name}/", [row.name for row in table.rows])
         if table.parts:
             _entry_line("each with", "/", table.parts)
@@ -43,7 +40,7 @@ def print_list(pattern: str) -> None:
 
 def _print_coverage(tables: Iterable[registry.Table]) -> None:
     """Print for each paper how many rows of its tables and figures are listed; a row in two tables counts twice."""
-    here, in_print, printed = Counter[str](), Counter[str](), Counter[str]()
+    here, in_print, printed = Counter(), Counter(), Counter()
     for table in (table for table in tables if table.coverage):
         paper = table.paper.partition(")")[0] + ")"
         here[paper] += table.paper_rows_here
@@ -86,23 +83,18 @@ def print_table_plan(plan: TablePlan) -> None:
     console.print(line_of(table.name, f" at scale {scale}: {table.summary}"))
     if table.coverage:
         console.print(plain(f"{table.coverage} of {table.paper}"))
-    grid = grid_of("row", "what changes", "starts from", "the paper says", "hash")
+    grid = []
     for row in plan.rows:
         lacks = table.lacks(row, scale)
         of_row = [] if lacks else [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
-        differs = (
-            (lacks and f"not here, for want of {lacks}")
-            or ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
-            or (row.of and f"the runs of {row.of}")
-            or "-"
-        )
+        changes = ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
+        differs = f"not here, for want of {lacks}" if lacks else changes or (row.of and f"the runs of {row.of}") or "-"
         said = [(column.title, row.paper(column.key)) for column in table.columns_at(scale)]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in said if p)
         starts = dict.fromkeys(parents[-1].config.name if parents else run.config.init.from_ for run, parents in of_row)
         name = f"{row.name} (baseline)" if row.name == table.baseline else row.name
         hashes = ", ".join(config_hash(run.config) for run, _ in of_row)
-        grid.add_row(name, differs, ", ".join(filter(None, starts)) or "-", published or "-", hashes or "-")
-    console.print(grid)
-    console.print(
-        f"{len(plan.runs())} runs a seed, about {duration(expected_minutes(table, scale))}; run it: {PROGRAM} {table.name}"
-    )
+        grid.append((name, differs, ", ".join(filter(None, starts)) or "-", published or "-", hashes or "-"))
+    print_grid(("row", "what changes", "starts from", "the paper says", "hash"), grid)
+    time = duration(expected_minutes(table, scale))
+    console.print(f"{len(plan.runs())} runs a seed, about {time}; run it: {PROGRAM} {table.name}")

@@ -32,7 +32,8 @@ def write_table_page(folder: Path, result: Result, root: Path) -> Path:
       result: from `metajax.tables.results.gather`; runs that are not complete are shown with their state.
       root: folder to which the result's run folders are relative.
     """
-    first = {row["name"]: read_json(root / run["folder"] / "report.json") for row in result["rows"] if (run := _complete(row))}
+    complete = {row["name"]: run for row in result["rows"] for run in reversed(row["runs"]) if run["state"] == COMPLETE}
+    first = {name: read_json(root / run["folder"] / "report.json") for name, run in complete.items()}
     basis = result["baseline"] if result["baseline"] in first else next(iter(first), None)
     paper = f"{result['coverage']} of {result['paper']}" if result["coverage"] else result["paper"]
     seeds = f"{page.plural(len(result['seeds']), 'seed')} ({', '.join(map(str, result['seeds']))})"
@@ -51,14 +52,10 @@ def write_table_page(folder: Path, result: Result, root: Path) -> Path:
             _differences(folder, root, result, first),
             _budgets(first),
             _samples(first),
-            _foundation(root, result, basis, first),
+            _foundation(root / complete[basis]["folder"], first[basis]) if basis else None,
         ],
         files=FILES,
     )
-
-
-def _complete(row: Line) -> Mapping[str, Any] | None:
-    return next((run for run in row["runs"] if run["state"] == COMPLETE), None)
 
 
 def _href(folder: Path, target: Path) -> str:
@@ -70,10 +67,8 @@ def _sentence(result: Result, report: Mapping[str, Any] | None) -> str:
     said = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
     if report is None or result["baseline"] is None:
         return said
-    return (
-        f"{said} The baseline {result['baseline']} has {page.short_count(report['parameters']['total'])} parameters and {report['steps']:,} "
-        "training steps; the changes of every other row are listed below."
-    )
+    size = f"{page.short_count(report['parameters']['total'])} parameters and {report['steps']:,} training steps"
+    return f"{said} The baseline {result['baseline']} has {size}; the changes of every other row are listed below."
 
 
 def _progress(result: Result) -> Part:
@@ -86,44 +81,32 @@ def _progress(result: Result) -> Part:
 
 
 def _failures(folder: Path, root: Path, result: Result) -> Part:
-    failed = formats.failures(result)
-    said = [
-        Markup("{}, seed {}: {} ({})").format(
-            run["row"], run["seed"], run["reason"], page.link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
-        )
-        for run in failed
-    ]
-    title = f"{page.plural(len(failed), 'run')} failed. The same command tries again."
+    said = []
+    for run in formats.failures(result):
+        log = page.link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
+        said.append(Markup("{row}, seed {seed}: {reason} ({log})").format(**run, log=log))
+    title = f"{page.plural(len(said), 'run')} failed. The same command tries again."
     return page.group("warning", page.lines(said, ""), title=title)
-
-
-# ------------------------------------------------------------------------------------------------------- cells
 
 
 def _results(result: Result) -> Part:
     """The main table: ours, its spread and difference to the baseline, and the paper's value."""
     arrows = {"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}", "": ""}
-    columns = [
-        {key: column[key] for key in ("title", "better")}
-        | {"arrow": arrows[column["better"]], "paper": formats.has_paper(result, column)}
-        for column in result["columns"]
-    ]
-    rows, heading = [], ""
+    columns = []
+    for column in result["columns"]:
+        better, paper = column["better"], formats.has_paper(result, column)
+        columns.append({"title": column["title"], "better": better, "arrow": arrows[better], "paper": paper})
+    rows, group = [], ""
     for row in result["rows"]:
-        cells = [_cell(row, column, result) for column in result["columns"]]
-        new = row["group"] if row["group"] != heading else ""
-        heading = row["group"]
-        rows.append(
-            {"heading": new, "name": formats.label(row, result), "baseline": row["name"] == result["baseline"], "cells": cells}
-        )
+        cells = []
+        for column in result["columns"]:
+            shown = formats.cell(row, column, result)
+            shown["ours"], _, shown["spread"] = shown["ours"].partition(f" {formats.PLUS_MINUS} ")
+            cells.append(shown | {"verdict": _verdict(row["cells"][column["key"]]["difference"], column["better"])})
+        heading, group = row["group"] if row["group"] != group else "", row["group"]
+        is_baseline = row["name"] == result["baseline"]
+        rows.append({"heading": heading, "name": formats.label(row, result), "baseline": is_baseline, "cells": cells})
     return {"kind": "results", "scale": result["scale"], "columns": columns, "rows": rows}
-
-
-def _cell(row: Line, column: Line, result: Result) -> dict[str, Any]:
-    found = formats.cell(row, column, result)
-    found["ours"], _, found["spread"] = found["ours"].partition(f" {formats.PLUS_MINUS} ")
-    verdict = _verdict(row["cells"][column["key"]]["difference"], column["better"])
-    return found | {"verdict": verdict, "has_paper": formats.has_paper(result, column)}
 
 
 def _verdict(found: Mapping[str, Any] | None, better: str) -> str:
@@ -139,31 +122,20 @@ def _costs(result: Result) -> Part:
         return None
     remark = "A position is one of a row as the model sees it; training FLOPs are counted from the masks."
     remark += f" In brackets: against {result['baseline']}." if result["baseline"] else ""
-    return page.section(
-        "What it costs",
-        page.table(head, [[name, *map(_two_lines, cells)] for name, *cells in rows], "pinned"),
-        page.text(remark, "soft small"),
-    )
-
-
-def _two_lines(words: str) -> Markup:
-    """A number, and the share after it on a second line."""
-    number, _, share = words.partition(" ")
-    return Markup("{}").format(number) + (Markup('<span class="range">{}</span>').format(share) if share else "")
-
-
-# ------------------------------------------------------------------------------------------------- what differs
+    lines = []
+    for name, *costs in rows:
+        parts = (cost.partition(" ") for cost in costs)
+        share_below = Markup('{}<span class="range">{}</span>')
+        lines.append([name, *(share_below.format(number, share) if share else number for number, _, share in parts)])
+    return page.section("What it costs", page.table(head, lines, "pinned"), page.text(remark, "soft small"))
 
 
 def _differences(folder: Path, root: Path, result: Result, first: Reports) -> Part:
     """A card for each row: its difference to the baseline, and links to its runs' reports."""
     compared = f"{result['baseline']}'s" if result["baseline"] in first else "the table's base"
     cards = [_row_card(folder, root, row, result, first) for row in result["rows"]]
-    return page.section(
-        "What differs",
-        page.text(f"The config against {compared}, and each run's own report.", "soft small"),
-        page.group("texts", *cards),
-    )
+    remark = page.text(f"The config against {compared}, and each run's own report.", "soft small")
+    return page.section("What differs", remark, page.group("texts", *cards))
 
 
 def _row_card(folder: Path, root: Path, row: Line, result: Result, first: Reports) -> Part:
@@ -212,11 +184,9 @@ def _parameters(row: Line, result: Result) -> str:
 def _budgets(first: Reports) -> Part:
     rows = [facts.budget(name, r["counts"], config_from(r["config"])) for name, r in first.items() if "positions" in r["counts"]]
     remark = "Training positions of the first seed. Positions of metadata and meta-tokens hold no text that the row reads."
-    return (
-        page.section("Use of the positions", page.group("card", page.bars(rows), page.text(remark, "soft small")))
-        if rows
-        else None
-    )
+    if not rows:
+        return None
+    return page.section("Use of the positions", page.group("card", page.bars(rows), page.text(remark, "soft small")))
 
 
 def _samples(first: Reports) -> Part:
@@ -229,24 +199,17 @@ def _samples(first: Reports) -> Part:
     )
     original = page.group("card", document_pieces(next(iter(samples.values()))), title="The document itself")
     made = (page.group("card", sample_pieces(sample), title=name) for name, sample in samples.items())
-    return page.section(
-        "The same document, continued by each row", page.text(remark, "soft small"), page.group("texts", original, *made)
-    )
+    texts = page.group("texts", original, *made)
+    return page.section("The same document, continued by each row", page.text(remark, "soft small"), texts)
 
 
-def _foundation(root: Path, result: Result, basis: str | None, first: Reports) -> Part:
-    """Sources and machine of the baseline's first run."""
-    if basis is None:
-        return None
-    run = _complete(next(row for row in result["rows"] if row["name"] == basis))
-    machine = dict(facts.environment_facts(find_readable(root / run["folder"] / "environment.json")))
+def _foundation(workdir: Path, report: Mapping[str, Any]) -> Part:
+    """Sources and machine of a run."""
+    machine = dict(facts.environment_facts(find_readable(workdir / "environment.json")))
     said = "not known: the file of the run is missing or damaged"
     if machine:
         said = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
-    return page.section("What this rests on", page.group("card", *facts.sources(first[basis]), page.text(f"Run on {said}.")))
-
-
-# ------------------------------------------------------------------------------------------------------ figures
+    return page.section("What this rests on", page.group("card", *facts.sources(report), page.text(f"Run on {said}.")))
 
 
 def _curves_and_spread(result: Result, root: Path) -> Part:
@@ -254,17 +217,11 @@ def _curves_and_spread(result: Result, root: Path) -> Part:
     columns = [column for column in result["columns"] if any(row["cells"][column["key"]]["ours"] for row in result["rows"])]
     spreads = seed_spread([_spread(result, column) for column in columns], result["baseline"])
     drawn = [*_curve_figures(result, root), *((svg, "") for svg in spreads)]
+    if not drawn:
+        return None
     numbers = page.group("wide-cards", *(_seed_values(result, column) for column in columns))
-    return (
-        page.section(
-            "Curves and spread",
-            page.figures(drawn),
-            page.text(_spread_caption(result), "soft small"),
-            page.details("Every seed's number", numbers),
-        )
-        if drawn
-        else None
-    )
+    caption = page.text(_spread_caption(result), "soft small")
+    return page.section("Curves and spread", page.figures(drawn), caption, page.details("Every seed's number", numbers))
 
 
 def _seed_values(result: Result, column: Line) -> Part:
@@ -278,22 +235,19 @@ def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:
     found: dict[tuple[str, str], dict[str, list]] = {}
     complete = [(row["name"], run) for row in result["rows"] for run in row["runs"] if run["state"] == COMPLETE]
     for name, run in complete:
-        pair = facts.curves(root / run["folder"], read_json(root / run["folder"] / "report.json"))
-        if len(pair[0][0]):
-            part = run["part"], facts.curve_unit(read_config(root / run["folder"]))
+        folder = root / run["folder"]
+        pair = facts.curves(folder, read_json(folder / "report.json"))
+        if pair[0][0]:
+            part = run["part"], facts.curve_unit(read_config(folder))
             found.setdefault(part, {}).setdefault(name, []).append(pair)
-    drawn = []
+    seeds, drawn = len(result["seeds"]), []
     for (part, unit), of_rows in found.items():
         series = ({name: [pair[i] for pair in of_row] for name, of_row in of_rows.items()} for i in (0, 1))
-        caption = _curve_caption(len(result["seeds"]), unit)
+        caption = f"Moving averages of the training batches' {unit}: each of {seeds} seeds thin, their mean thick."
+        if seeds == 1:
+            caption = f"{unit.capitalize()} of each training batch (faint) and their moving average."
         drawn.append((loss_curves(*series, unit), f"{part}: {caption}" if part else caption))
     return drawn
-
-
-def _curve_caption(seeds: int, unit: str) -> str:
-    if seeds == 1:
-        return f"{unit.capitalize()} of each training batch (faint) and their moving average."
-    return f"Moving averages of the training batches' {unit}: each of {seeds} seeds thin, their mean thick."
 
 
 def _spread(result: Result, column: Line) -> SpreadColumn:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,9 @@ from metajax.registry import Column, Row, Table, at_scale
 from metajax.runs.directory import FAILURE_LOG
 from metajax.runs.files import find_readable
 
+PlannedRow = Mapping[str, Sequence["PlannedRun"]]  # part -> its run for each seed
 COMPLETE, FAILED, UNFINISHED, NOT_RUN = "complete", "failed", "not finished", "not run yet"
+Report = Mapping[str, Any] | None  # None if the run is not complete
 
 
 @dataclass(frozen=True)
@@ -31,59 +35,43 @@ class PlannedRun:
 
 
 def gather(
-    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path,
-    rows: Mapping[str, Mapping[str, Sequence[PlannedRun]]],
-) -> dict[str, Any]:  # fmt: skip
+    table: Table, scale: str, seeds: Sequence[int], changes: Mapping[str, Any], root: Path, rows: Mapping[str, PlannedRow]
+) -> dict[str, Any]:
     """The table as plain data: every number of every seed, statistics, published values, costs, and the state of each run.
 
     Args:
-      rows: row name -> part -> its run for each of `seeds`.
+      rows: row name -> its runs.
 
     Numbers are in the column's unit. Lists over seeds have None if a run is not complete or has no such number.
     """
-    reports = {
-        name: {p: [find_readable(run.workdir / "report.json") for run in part] for p, part in of_row.items()}
-        for name, of_row in rows.items()
-    }
-    runs = {
-        name: [_run_state(*pair, root, table.analyses) for p in of_row for pair in zip(of_row[p], reports[name][p], strict=True)]
-        for name, of_row in rows.items()
-    }
+    reports, runs = {}, {}
+    for name, parts in rows.items():
+        reports[name] = {part: [find_readable(run.workdir / "report.json") for run in of_part] for part, of_part in parts.items()}
+        pairs = zip(itertools.chain(*parts.values()), itertools.chain(*reports[name].values()), strict=True)
+        runs[name] = [_run_state(run, report, root, table.analyses) for run, report in pairs]
     chosen = [row for row in table.rows if row.name in rows]
     basis = next((row for row in chosen if row.name == table.baseline), None)
     columns, compared = table.columns_at(scale), reports[basis.name] if basis else {}
-    values = {
-        row.name: {
-            c.key: [
-                _number(of_seed, table.filled(row, scale), c, base)
-                for of_seed, base in zip(
-                    _read_by(c, reports[row.name], len(seeds)), _read_by(c, compared, len(seeds)), strict=True
-                )
-            ]
-            for c in columns
-        }
-        for row in chosen
-    }
+    values: dict[str, dict[str, Values]] = {row.name: {} for row in chosen}
+    for row, column in itertools.product(chosen, columns):
+        pairs = zip(*(_read_by(column, found, len(seeds)) for found in (reports[row.name], compared)), strict=True)
+        fill = table.filled(row, scale)
+        values[row.name][column.key] = [_number(of_seed, fill, column, baseline) for of_seed, baseline in pairs]
+    names = {"name": table.name, "scale": scale, "seeds": list(seeds)}
+    words = {"summary": table.summary, "paper": table.paper, "coverage": table.coverage, "notes": list(table.notes)}
     return {
-        "name": table.name,
-        "scale": scale,
-        "seeds": list(seeds),
-        "summary": table.summary,
-        "paper": table.paper,
-        "coverage": table.coverage,
-        "notes": list(table.notes),
+        **names,
+        **words,
         "changes": {k: str(v) for k, v in changes.items()},
         "baseline": basis.name if basis else None,
         "columns": [dataclasses.asdict(c) | {"key": c.key, "scales": list(c.scales)} for c in columns],
         "rows": [
             {
-                "name": row.name,
-                "group": row.group,
-                "note": row.note,
+                **{key: getattr(row, key) for key in ("name", "group", "note")},
                 "lacks": table.lacks(row, scale),
                 "changes": {k: str(v) for k, v in at_scale(row.changes, scale).items()} | ({"of": row.of} if row.of else {}),
                 "runs": runs[row.name],
-                "cost": _cost(next((r for part in reports[row.name].values() for r in part if r), None)),
+                "cost": _cost(next(filter(None, itertools.chain(*reports[row.name].values())), None)),
                 "cells": {c.key: _cell(c.key, row, basis, values) for c in columns},
             }
             for row in chosen
@@ -116,30 +104,25 @@ def _as_dict(summary: Summary | None) -> dict[str, Any] | None:
     return dataclasses.asdict(summary) | {"clear_of_zero": summary.clear_of_zero} if summary else None
 
 
-def _read_by(column: Column, reports: Mapping[str, Sequence[Any]], seeds: int) -> list[list[Mapping[str, Any] | None]]:
+def _read_by(column: Column, reports: Mapping[str, Sequence[Any]], seeds: int) -> list[list[Report]]:
     """The reports that a column reads for each seed: the report of its part, or of all parts."""
     if column.part == "*" and reports:
         return [list(of_seed) for of_seed in zip(*reports.values(), strict=True)]
     return [[report] for report in reports.get(column.part, [None] * seeds)]
 
 
-def _number(
-    reports: Sequence[Mapping[str, Any] | None],
-    fill: Mapping[str, str],
-    column: Column,
-    baseline: Sequence[Mapping[str, Any] | None],
-) -> float | None:
+def _number(reports: Sequence[Report], fill: Mapping[str, str], column: Column, baseline: Sequence[Report]) -> float | None:
     """A column's number for one seed: the mean of each path over the reports, both paths combined; None if one is missing."""
     if column.match is not None:
-        curve, target = (None if r is None else _find(r, column.path, fill) for r in (reports[0], baseline[0]))
+        curve, target = (_find(report, column.path, fill) for report in (reports[0], baseline[0]))
         share = share_to_match(curve, target[-1][1], column.match) if curve and target else None
         return None if share is None else column.factor * share
     means = []
     for path in column.paths:
-        found = [None if report is None else _look_up(report, path, fill) for report in reports]
-        if any(value is None for value in found):
+        found = [_find(report, path, fill) for report in reports]
+        if any(value is None or not math.isfinite(value) for value in found):
             return None
-        means.append(sum(found) / len(found))
+        means.append(sum(map(float, found)) / len(found))
     if column.harmonic:
         first, second = means
         return column.factor * (2 * first * second / (first + second) if first and second else 0.0)
@@ -165,7 +148,8 @@ def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: fl
     return None
 
 
-def _find(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> Any:
+def _find(report: Report, path: str, fill: Mapping[str, str]) -> Any:
+    """The value at a path of keys and indices; None if the report or the value is missing."""
     value: Any = report
     for key in path.format_map(fill).split("."):
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
@@ -177,12 +161,7 @@ def _find(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> Any:
     return value
 
 
-def _look_up(report: Mapping[str, Any], path: str, fill: Mapping[str, str]) -> float | None:
-    value = _find(report, path, fill)
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
+def _cost(report: Report) -> dict[str, float] | None:
     """The size and the budget of a run, from the first complete seed; seeds differ by only a few tokens."""
     if report is None:
         return None
@@ -190,10 +169,7 @@ def _cost(report: Mapping[str, Any] | None) -> dict[str, float] | None:
     return size | dict(report["counts"])
 
 
-# ---------------------------------------------------------------------------------------------- the state of a run
-
-
-def _run_state(run: PlannedRun, report: Mapping[str, Any] | None, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
+def _run_state(run: PlannedRun, report: Report, root: Path, analyses: Sequence[str]) -> dict[str, Any]:
     """The state of a run in a table; a complete run has the table's analyses too."""
     reason = last_failure(run.workdir)
     if report is not None and all(name in report["analyses"] for name in analyses):
@@ -223,17 +199,19 @@ def _code(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"commit": commit, "dirty": dirty, "runs": folders} for (commit, dirty), folders in made.items()]
 
 
-# ---------------------------------------------------------------------------------------------- failures of a run
-
-
-def record_failure(workdir: Path, time: str, reason: str, details: str) -> None:
+def record_failure(workdir: Path, reason: str, details: str) -> None:
     """Add a failure, with its traceback, to the log in the run's folder."""
-    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} failed: {reason}\n{details}\n")
+    _record(workdir, f"failed: {reason}\n{details}")
 
 
-def record_retry(workdir: Path, time: str) -> None:
+def record_retry(workdir: Path) -> None:
     """Record in the log of a failed run that it is tried again."""
-    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} tried again\n")
+    _record(workdir, "tried again")
+
+
+def _record(workdir: Path, words: str) -> None:
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_text(workdir / FAILURE_LOG, f"{_log(workdir)}=== {time} {words}\n")
 
 
 def last_failure(workdir: Path) -> str | None:

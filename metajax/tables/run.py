@@ -6,7 +6,6 @@ A table may be stopped at any time. Its runs are ordinary runs, and the table is
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import traceback
@@ -49,10 +48,9 @@ class TablePlan:
     def folder(self) -> Path:
         """ROOT/NAME/SCALE; for changes or fewer rows the sibling folder SCALE-core or SCALE-HASH8."""
         home = self.root / self.table.name
-        if not self.changes and self.rows == self.table.rows:
-            return home / self.scale
-        if not self.changes and self.rows == choose_rows(self.table, "core"):
-            return home / f"{self.scale}-core"
+        for words, suffix in ((None, ""), ("core", "-core")):
+            if not self.changes and self.rows == choose_rows(self.table, words):
+                return home / f"{self.scale}{suffix}"
         variant = json.dumps([{k: str(v) for k, v in self.changes.items()}, [row.name for row in self.rows]], sort_keys=True)
         return home / f"{self.scale}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
 
@@ -66,8 +64,8 @@ class TablePlan:
 
     def _lines(self) -> list[tuple[Row, str]]:
         """Every row whose fields exist in this scale's corpus, with each of its parts."""
-        there = [row for row in self.rows if not self.table.lacks(row, self.scale)]
-        return [(row, part) for row in there for part in self.table.parts_of(row, self.scale)]
+        present = [row for row in self.rows if not self.table.lacks(row, self.scale)]
+        return [(row, part) for row in present for part in self.table.parts_of(row, self.scale)]
 
     def runs(self) -> list[PlannedRun]:
         """All runs, each once, after those that it starts from; all rows of one seed before the next seed."""
@@ -82,16 +80,13 @@ class TablePlan:
     def result(self) -> dict[str, Any]:
         """The table from the files on disk. Seeds of earlier commands are shown if one of their runs is complete."""
         earlier = (find_readable(self.folder / "table.json") or {"seeds": []})["seeds"]
-        found = {
-            (row.name, part, seed): self.run_of(row, seed, part)[0]
-            for row, part in self._lines()
-            for seed in {*self.seeds, *earlier}
-        }
-        made = {seed for (_, _, seed), run in found.items() if (run.workdir / "report.json").exists()}
-        seeds = sorted({*self.seeds, *made})
+        asked = sorted({*self.seeds, *earlier})
+        found = {(row.name, part): [self.run_of(row, seed, part)[0] for seed in asked] for row, part in self._lines()}
+        made = {run.config.seed for runs in found.values() for run in runs if (run.workdir / "report.json").exists()}
+        seeds = [seed for seed in asked if seed in made or seed in self.seeds]
         rows: dict[str, dict[str, list[PlannedRun]]] = {row.name: {} for row in self.rows}
-        for row, part in self._lines():
-            rows[row.name][part] = [found[row.name, part, seed] for seed in seeds]
+        for (name, part), runs in found.items():
+            rows[name][part] = [run for run in runs if run.config.seed in seeds]
         return gather(self.table, self.scale, seeds, self.changes, self.root, rows)
 
     def write(self) -> dict[str, Any]:
@@ -178,10 +173,10 @@ def attempt(run: PlannedRun, run_one: RunOne, analyses: Sequence[str], failures:
     parent = next((p for p in run.parents if p in failures), None)
     if parent is not None:
         reason = f"the run it starts from failed ({failures[parent]})"
-        record_failure(run.workdir, _now(), reason, f"see {parent / FAILURE_LOG}")
+        record_failure(run.workdir, reason, f"see {parent / FAILURE_LOG}")
         return reason, False
     if last_failure(run.workdir) is not None:
-        record_retry(run.workdir, _now())
+        record_retry(run.workdir)
     report = run.workdir / "report.json"
     before = report.stat().st_mtime_ns if report.exists() else None
     try:
@@ -190,13 +185,9 @@ def attempt(run: PlannedRun, run_one: RunOne, analyses: Sequence[str], failures:
         raise
     except Exception as error:  # any error: the other rows do not depend on it, and the log has the traceback
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-        record_failure(run.workdir, _now(), reason, traceback.format_exc())
+        record_failure(run.workdir, reason, traceback.format_exc())
         return reason, False
     return None, report.stat().st_mtime_ns != before
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def has_runs(result: Mapping[str, Any]) -> bool:

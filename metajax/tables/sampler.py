@@ -85,8 +85,6 @@ def summary(made: Sequence[Sampled]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(one.table for one in made):
         own = [one for one in made if one.table == name]
         failed = [f"{one.row}{one.part and '/' + one.part}: {one.reason}" for one in own if one.reason]
-        empty = sorted({title for one in own for title in one.empty})
-        found.append(
-            {"table": name, "lines": len(own), "minutes": sum(one.minutes for one in own), "failed": failed, "empty": empty}
-        )
+        counts = {"lines": len(own), "minutes": sum(one.minutes for one in own)}
+        found.append({"table": name} | counts | {"failed": failed, "empty": sorted({c for one in own for c in one.empty})})
     return found

@@ -31,8 +31,8 @@ def swept(*axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     require(count <= MOST_ROWS, f"a sweep of {count:,} rows: at most {MOST_ROWS:,}")
     steps = [[dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)] for axis in axes]
     made = [{field: value for step in chosen for field, value in step.items()} for chosen in itertools.product(*steps)]
-    named = lambda changes: "_".join(f"{field.rpartition('.')[2]}_{value}" for field, value in changes.items())  # noqa: E731
-    return [Row(re.sub(r"[^\w.+-]+", "-", named(changes)), changes) for changes in made]
+    names = ["_".join(f"{field.rpartition('.')[2]}_{value}" for field, value in changes.items()) for changes in made]
+    return [Row(re.sub(r"[^\w.+-]+", "-", name), changes) for name, changes in zip(names, made, strict=True)]
 
 
 def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, changes: Mapping[str, Any]) -> Table:
@@ -53,7 +53,7 @@ def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, change
         require(field not in changes, f"--sweep {field}: it is set with --set too; leave one of them out")
     fill = {**experiment.table.fill, **experiment.row.fill} if experiment.table else {}
     rows = [
-        replace(row, name=" ".join(f"{field}={value}" for field, value in row.changes.items()), of=experiment.name, fill=fill)
+        Row(" ".join(f"{k}={v}" for k, v in row.changes.items()), row.changes, of=experiment.name, fill=fill)
         for row in swept(*axes)
     ]
     own = apply_changes(experiment.build(scale), changes)
@@ -76,30 +76,20 @@ def _axis(word: str) -> tuple[str, list[str]]:
     field, equals, values = word.partition("=")
     found = [value for value in values.split(",") if value]
     require(bool(equals and field and found), f"--sweep {word}: expected FIELD=VALUE,VALUE, such as --sweep model.layers=2,4,8")
-    require(
-        field not in ("seed", "scale", "name", "init.from"), f"--sweep {field}: not a field to sweep; see --seeds and --scale"
-    )
+    own = ("seed", "scale", "name", "init.from")
+    require(field not in own, f"--sweep {field}: not a field to sweep; see --seeds and --scale")
     return field, found
 
 
 def _columns(config: AnyConfig) -> tuple[Column, ...]:
     """Columns of an experiment without a table: exact match by task and length, bits per byte by condition, image accuracy."""
     if isinstance(config, ImageConfig):
-        named = (
-            ("base", "new")
-            if config.prompts and config.images.classes == "base"
-            else ("all",)
-            if config.prompts
-            else config.images.sources
-        )
-        return tuple(Column(f"{name}, %", f"eval.{name}.accuracy", 1, "higher", 100) for name in named)
+        names = config.images.sources
+        if config.prompts:
+            names = ("base", "new") if config.images.classes == "base" else ("all",)
+        return tuple(Column(f"{name}, %", f"eval.{name}.accuracy", 1, "higher", 100) for name in names)
     tasks = config.tasks
     scored = [(task, length) for task in tasks.names for length in tasks.eval_lengths] if tasks else []
+    shares = [Column(f"{task}, {n} tokens, %", f"eval.tasks.{task}.{n}.exact", 1, "higher", 100) for task, n in scored]
     conditions = config.evaluation.conditions if config.evaluation.documents else ()
-    return (
-        *(
-            Column(f"{task}, {length} tokens, %", f"eval.tasks.{task}.{length}.exact", 1, "higher", 100)
-            for task, length in scored
-        ),
-        *(Column(f"bits/byte, {c} metadata", f"eval.{c}.bpb") for c in conditions),
-    )
+    return (*shares, *(Column(f"bits/byte, {c} metadata", f"eval.{c}.bpb") for c in conditions))

@@ -47,9 +47,7 @@ def test_text_on_standard_output(capfd):
 def test_tables_texts_and_bars(is_terminal, monkeypatch):
     file = io.StringIO()
     console = Terminal(file=file, force_terminal=is_terminal, width=200, color_system=None, legacy_windows=False)
-    grid = grid_of("name\x1b[2J", "value")
-    grid.add_row(f"{NASTY}\nnext [bold]", "[/x]")
-    console.print(grid)
+    console.print(grid_of(("name\x1b[2J", "value"), [(f"{NASTY}\nnext [bold]", "[/x]")]))
     console.print(NASTY)
     console.print(plain(NASTY))
     monkeypatch.setattr(progress, "console", console)

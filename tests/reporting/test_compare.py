@@ -22,9 +22,8 @@ def test_runs_on_images_text_and_unfinished_ones(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("metajax.reporting.terminal.console", Console(width=200))
     registry.load()
     images = {"eval": {"base": {"accuracy": 0.25}}, "parameters": {"total": 12}, "counts": {"images": 320}}
-    text = {
-        "eval": {"none": {"bpb": 1.5}, "choice": {"average": 0.5}}, "parameters": {"total": 1000}, "counts": {"positions": 400, "body": 380},
-    }  # fmt: skip
+    text = {"eval": {"none": {"bpb": 1.5}, "choice": {"average": 0.5}}, "parameters": {"total": 1000}}
+    text["counts"] = {"positions": 400, "body": 380}
     runs = [
         made(tmp_path / "a-s0", "prompt_learning/base_to_new/cocoop/emoji", images),
         made(tmp_path / "b-s0", "prompt_learning/base_to_new/aapl/emoji", images | {"eval": {"base": {"accuracy": 0.75}}}),

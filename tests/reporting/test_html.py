@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -60,49 +61,27 @@ def fake_run(config, workdir, analyses):
     report = {**REPORT, "name": config.name, "seed": config.seed, "hash": config_hash(config), "config": to_dict(config)}
     noise = rng.normal(0, 0.008, 3)
     report["eval"] = {
-        c: {"bpb": LEVEL[row] + 0.1 * i + float(noise[i]), "nats_per_token": 4.1, "body_tokens": 40_123, "body_bytes": 160_456,
-            "documents": 240, "metadata_tokens": 0 if c == "none" else 1_900}
+        c: RESULT | {"bpb": LEVEL[row] + 0.1 * i + float(noise[i]), "metadata_tokens": 0 if c == "none" else 1_900}
         for i, c in enumerate(CONDITIONS)
-    }  # fmt: skip
+    }
     if row == "meta_tokens":
         report["parameters"] = REPORT["parameters"] | {"meta_attention": 262_272, "total": 1_311_360}
     meta, metadata = 5_000 * 8 * (row == "meta_tokens"), 39_000 * (row == "metadata")
-    counts = {
-        "positions": 409_600,
-        "loss_tokens": 380_000,
-        "metadata": metadata,
-        "meta_tokens": meta,
-        "padding": 0,
-        "flops": 3.1e12,
-    }
-    report["counts"] = counts | {"body": 403_000 - meta - metadata}
+    counts = {"positions": 409_600, "loss_tokens": 380_000, "padding": 0, "flops": 3.1e12}
+    report["counts"] = counts | {"metadata": metadata, "meta_tokens": meta, "body": 403_000 - meta - metadata}
     report["sample"] = REPORT["sample"] | {"context": f"numpy {HOSTILE}" if row == "metadata" else None}
     write_json(workdir / "report.json", report)
     write_run_report(workdir)
     return report
 
 
-ENVIRONMENT = {
-    "python": "3.11.2", "platform": "Linux-6.1-x86_64", "libraries": {"jax": "0.10.2", "flax": "0.12.8"},
-    "devices": {"kind": "cpu", "count": 1, "hosts": 1}, "cpu_count": 2, "git": {"commit": "0123abc", "dirty": True},
-    "command": ["run.py", "lab", "--set", HOSTILE], "started": "2025-06-01T12:00:00+00:00",
-}  # fmt: skip
-REPORT = {
-    "scale": "cpu", "steps": 200, "flops_per_token": {"attention": 1.0}, "bytes_per_token": 3.98,
-    "parameters": {"embedding": 262_144, "attention": 262_144, "mlp": 524_288, "attention_norm": 512, "total": 1_049_088},
-    "sample": {
-        "prompt": "Return the eigenvalues of a matrix" + HOSTILE, "continuation": " which is\n    the value of" + HOSTILE,
-        "document": " in ascending order.\n\n    Parameters\n    ----------\n    a : array_like" + HOSTILE,
-    },
-    "rows": [[{"document": 1, "pieces": [["numpy " + HOSTILE, "metadata", True], ["Return the", "", False], ["<|meta|>", "meta-token", True]]}]],
-    "startup": {"imports": 3.1, "data": 1.2, "init": 0.8, "compile": 6.4, "first_step": 0.15, "total": 11.65},
-    "time": {"train_seconds": 41.2, "steps_here": 150, "data_wait_share": 0.013, "checkpoint_blocking_share": 0.021, "total_seconds": 58.0},
-    "restarted_from": 50, "parent": None, "warnings": ["the newest checkpoint was damaged " + HOSTILE],
-    "corpora": [{
-        "source": {"kind": "pydocs", "spec": "pydocs", "versions": {"numpy": "2.4"}}, "tokenizer": {"spec": "bpe:2048", "fingerprint": "ab"},
-        "documents": 21_345, "tokens": 2_100_000, "bytes": 8_358_000, "bad_records_skipped": 2, "sha256": "cd", "folder": "pydocs-1",
-    }],
-}  # fmt: skip
+ENVIRONMENT = json.loads((Path(__file__).parent / "environment.json").read_text())
+ENVIRONMENT["command"].append(HOSTILE)
+REPORT = json.loads((Path(__file__).parent / "report.json").read_text())
+REPORT["warnings"][0] += HOSTILE
+REPORT["sample"] = {key: text + HOSTILE for key, text in REPORT["sample"].items()}
+REPORT["rows"][0][0]["pieces"][0][0] += HOSTILE
+RESULT = {"nats_per_token": 4.1, "body_tokens": 40_123, "body_bytes": 160_456, "documents": 240}
 
 
 class Page(HTMLParser):
@@ -191,16 +170,9 @@ def test_ids_are_unique(pages):
 def test_run_page_says_what_happened(pages):
     text = Page(pages[0]).text
     assert Page(pages[0]).tags.count("svg") == 1
-    for expected in (
-        "2.2",
-        "240 validation documents",
-        "160,456 bytes",
-        "resumed at step 50",
-        "1.3% of training",
-        "compile",
-        "0123abc",
-    ):
+    for expected in ("2.2", "240 validation documents", "160,456 bytes", "resumed at step 50", "1.3% of training", "0123abc"):
         assert expected in text
+    assert "compile" in text
     assert "276 ms" in text  # (41.2 - 0.15) / 149
 
 

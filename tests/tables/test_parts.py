@@ -15,20 +15,19 @@ pytestmark = pytest.mark.usefixtures("own_registry")
 
 @pytest.fixture
 def table(own_registry):
-    return registry.table(
-        "lab_parts", summary="by data set", rows=[Row("a"), Row("b", {"training.steps": 60}), Row("seen", of="lab_parts/a")],
-        columns=[
-            Column("average base", "eval.base", 1, "higher", 100, part="*"),
-            Column("average H", "eval.base", 1, "higher", 100, harmonic="eval.new", part="*"),
-            Column("small H", "eval.base", 1, "higher", 100, harmonic="eval.new", part="small"),
-            Column("large base", "eval.base", part="large"),
-            Column("in print", "in_print.mean", part="*", scales=("paper",)),
-        ],
-        baseline=None, minutes={"cpu": 1, "paper": 60},
-        parts={
-            "small": {"training.steps": 50}, "mid": ByScale(cpu={"training.steps": 51}), "large": ByScale(paper={"training.steps": 52}),
-        },
-    )(lambda scale: Config(name="lab", training=Training(steps=100)))  # fmt: skip
+    rows = [Row("a"), Row("b", {"training.steps": 60}), Row("seen", of="lab_parts/a")]
+    columns = [
+        Column("average base", "eval.base", 1, "higher", 100, part="*"),
+        Column("average H", "eval.base", 1, "higher", 100, harmonic="eval.new", part="*"),
+        Column("small H", "eval.base", 1, "higher", 100, harmonic="eval.new", part="small"),
+        Column("large base", "eval.base", part="large"),
+        Column("in print", "in_print.mean", part="*", scales=("paper",)),
+    ]
+    small, mid, large = ({"training.steps": steps} for steps in (50, 51, 52))
+    parts = {"small": small, "mid": ByScale(cpu=mid), "large": ByScale(paper=large)}
+    made = {"summary": "by data set", "rows": rows, "columns": columns, "baseline": None, "parts": parts}
+    registered = registry.table("lab_parts", minutes={"cpu": 1, "paper": 60}, **made)
+    return registered(lambda scale: Config(name="lab", training=Training(steps=100)))
 
 
 def test_a_part_is_where_it_is_said_to_be(table, tmp_path):
@@ -49,15 +48,8 @@ def test_columns_over_parts_are_made_of_their_means(table, tmp_path):
     plan = plan_table(table, "cpu", (0,), {}, tmp_path, table.rows)
     for run in plan.runs():
         base, new = numbers[run.part]
-        report = {
-            "eval": {"base": base, "new": new},
-            "analyses": {},
-            "warnings": [],
-            "counts": {},
-            "flops_per_token": {},
-            "parameters": {"total": 1},
-        }
-        write_json(run.workdir / "report.json", report)
+        report = {"analyses": {}, "warnings": [], "counts": {}, "flops_per_token": {}, "parameters": {"total": 1}}
+        write_json(run.workdir / "report.json", report | {"eval": {"base": base, "new": new}})
     cells = plan.result()["rows"][2]["cells"]
     found = {key: cell["ours"]["mean"] for key, cell in cells.items()}
     assert found["*: eval.base"] == pytest.approx(70)

@@ -13,10 +13,9 @@ from metajax.tables.results import share_to_match
 from metajax.tables.run import plan_table
 
 pytestmark = pytest.mark.usefixtures("own_registry")
-REPORT = {
-    "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0}, "warnings": [], "analyses": {}, "eval": {"none": {"bpb": 2.0}},
-    "counts": {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "flops": 1.5e6},
-}  # fmt: skip
+REPORT = {"parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0}, "warnings": [], "analyses": {}}
+REPORT["counts"] = {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "flops": 1.5e6}
+REPORT["eval"] = {"none": {"bpb": 2.0}}
 
 
 def plan_of(rows, columns, root):

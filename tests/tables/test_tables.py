@@ -32,11 +32,12 @@ COLUMNS = (
     Column("bits/byte", "eval.right.bpb"),
 )
 LOSS = f"{SCORE} - eval.tasks.recall.no_position"
+IN_PRINT = {SCORE: Published(98.7, "read off figure 1"), LOSS: -11.1}
 ROWS = (
     Row("plain", {"init.from": "lab_base/plain"}, {SCORE: 3.6, "eval.right.bpb": None}, group="models"),
-    Row("meta", {"init.from": "lab_base/plain", "model.layers": 6}, {SCORE: Published(98.7, "read off figure 1"), LOSS: -11.1}, group="models"),
+    Row("meta", {"init.from": "lab_base/plain", "model.layers": 6}, IN_PRINT, group="models"),
     Row("scratch", {"training.steps": 50}, core=False, group="controls", note="no pre-training"),
-)  # fmt: skip
+)
 
 
 pytestmark = pytest.mark.usefixtures("own_registry")
@@ -84,24 +85,21 @@ class Runs:
         write_json(workdir / "environment.json", ENVIRONMENT)
         score = {"plain": 0.25, "meta": 0.5, "scratch": 0.125}.get(config.name.split("/")[-1], 0.0) + config.seed / 64
         report = REPORT | {"name": config.name, "seed": config.seed, "steps": config.training.steps, "config": to_dict(config)}
-        report["eval"] = {
-            "none": HELD_OUT,
-            "tasks": {"recall": {"exact": score, "no_position": score + 0.125 + config.seed / 128}},
-        }
+        tasks = {"recall": {"exact": score, "no_position": score + 0.125 + config.seed / 128}}
+        report["eval"] = {"none": HELD_OUT, "tasks": tasks}
         write_json(workdir / "report.json", report)
         (workdir / "report.html").write_text("a page")
         return report
 
 
-REPORT = {
-    "parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0, "attention": 20.0}, "sample": None, "corpora": [], "warnings": [], "analyses": {},
-    "counts": {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "padding": 0, "flops": 1.5e6, "loss_tokens": 380},
-}  # fmt: skip
+REPORT = {"parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0, "attention": 20.0}}
+REPORT |= {"sample": None, "corpora": [], "warnings": [], "analyses": {}}
+COUNTS = {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "padding": 0, "loss_tokens": 380}
+REPORT["counts"] = COUNTS | {"flops": 1.5e6}
 HELD_OUT = {"bpb": 2.0, "documents": 9, "body_bytes": 90, "body_tokens": 30}
-ENVIRONMENT = {
-    "python": "3.11", "platform": "Linux", "libraries": {"jax": "0"}, "devices": {"kind": "cpu", "count": 1, "hosts": 1}, "cpu_count": 2,
-    "git": {"commit": "a" * 40, "dirty": False}, "command": ["run.py"], "started": "2025-06-01T12:00:00+00:00",
-}  # fmt: skip
+ENVIRONMENT = {"python": "3.11", "platform": "Linux", "libraries": {"jax": "0"}, "cpu_count": 2, "command": ["run.py"]}
+ENVIRONMENT |= {"devices": {"kind": "cpu", "count": 1, "hosts": 1}, "git": {"commit": "a" * 40, "dirty": False}}
+ENVIRONMENT["started"] = "2025-06-01T12:00:00+00:00"
 
 
 def plan_of(table, root, seeds=(0, 1, 2), changes=None, rows=None):
@@ -261,21 +259,16 @@ def test_several_at_a_time_come_behind_what_they_start_from(table, tmp_path):
 
 @pytest.mark.slow
 def test_processes_make_the_runs_of_one_process(tmp_path, tiny_corpus):
-    words = [
-        "run.py", "quickstart/plain", "--sweep", "model.layers=1,2", "--set", f"data.sources=jsonl:{tiny_corpus}?origin=module", "--set", "data.tokenizer=byte",
-        "--set", "data.validation_share=0.2", "--set", "training.steps=3", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=4", "--cache-dir", str(tmp_path / "cache"),
-    ]  # fmt: skip
+    words = f"""run.py quickstart/plain --sweep model.layers=1,2 --set data.sources=jsonl:{tiny_corpus}?origin=module
+        --set data.tokenizer=byte --set data.validation_share=0.2 --set training.steps=3 --set optimizer.warmup_steps=1
+        --set evaluation.documents=4 --cache-dir {tmp_path / "cache"}""".split()
     for jobs in (1, 2):
-        done = subprocess.run(
-            [sys.executable, *words, "--jobs", str(jobs), "--runs-dir", str(tmp_path / str(jobs))],
-            cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        command = [sys.executable, *words, "--jobs", str(jobs), "--runs-dir", str(tmp_path / str(jobs))]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+    reports = {path: json.loads(path.read_text()) for path in tmp_path.rglob("report.json")}
     one, two = (
-        {
-            p.relative_to(tmp_path / n): json.loads(p.read_text())["eval"]["none"]["bpb"]
-            for p in (tmp_path / n).rglob("report.json")
-        }
+        {p.relative_to(tmp_path / n): r["eval"]["none"]["bpb"] for p, r in reports.items() if p.is_relative_to(tmp_path / n)}
         for n in "12"
     )
     assert two == pytest.approx(one, rel=1e-4) and len(two) == 2  # sums over several cores are in another order
@@ -335,7 +328,8 @@ def test_a_column_may_be_the_difference_of_two_numbers(table, tmp_path):
 
 def test_rows_may_read_one_run_in_several_ways(table, tmp_path):
     rows = [Row(way, of="lab_table/meta", fill={"way": way}) for way in ("exact", "no_position")]
-    made = registry.table("lab_ways", summary="s", rows=rows, columns=[Column("share", "eval.tasks.recall.{way}")], baseline=None, minutes={"cpu": 2})(base)  # fmt: skip
+    columns = [Column("share", "eval.tasks.recall.{way}")]
+    made = registry.table("lab_ways", summary="s", rows=rows, columns=columns, baseline=None, minutes={"cpu": 2})(base)
     runs = Runs()
     result = run_table(plan_of(made, tmp_path, [0]), runs)
     assert runs.made == [("lab_base/plain", 0), ("lab_table/meta", 0)], "the run of the other table, made once"
@@ -356,7 +350,8 @@ def test_a_tables_analyses_are_made_of_its_rows_alone(table, tmp_path):
 
 
 def test_a_run_whose_analysis_breaks_down_is_shown_as_failed_until_it_is_made(tmp_path):
-    made = registry.table("lab_seen", summary="s", rows=[Row("plain")], columns=COLUMNS[2:], baseline=None, minutes={"cpu": 2}, analyses=["theory"])(base)  # fmt: skip
+    shape = {"rows": [Row("plain")], "columns": COLUMNS[2:], "baseline": None, "minutes": {"cpu": 2}}
+    made = registry.table("lab_seen", summary="s", analyses=["theory"], **shape)(base)
     trained, broken = Runs(), [True]
 
     def run_one(config, workdir, analyses):
@@ -407,9 +402,8 @@ def test_a_row_may_have_a_run_for_each_part(tmp_path, page):
     table = registry.table(
         "lab_parts", summary="two lengths", rows=rows, columns=columns, baseline="plain", minutes={"cpu": 2}, parts=steps
     )(base)
-    assert [n for n in registry.experiments() if n.startswith("lab_parts")] == [
-        "lab_parts/meta/long", "lab_parts/plain/long", "lab_parts/plain/short"
-    ]  # fmt: skip
+    names = [n for n in registry.experiments() if n.startswith("lab_parts")]
+    assert names == ["lab_parts/meta/long", "lab_parts/plain/long", "lab_parts/plain/short"]
     plan = plan_of(table, tmp_path)
     plan.write()
     [meta] = [line.split("|") for line in (plan.folder / "table.md").read_text().splitlines() if line.startswith("| meta ")][:1]
