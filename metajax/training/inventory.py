@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metajax.core.storage import files, hashes_of, home, remove, steps_of
+from metajax.core.storage import files, hashes_of, home, steps_of
 from metajax.training.checkpoints import another_runs, verify
 
 
@@ -56,5 +56,5 @@ def prune(workdir: Path, keep: int) -> list[Path]:
                 path.unlink()
     gone += [there / "damaged"] if kept and (there / "damaged").exists() else []
     for folder in gone:
-        remove(folder)
+        folder.rmtree()
     return gone

@@ -53,12 +53,13 @@ def from_arrays(like: Any, arrays: dict[str, Any], what: str) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
     paths = [_leaf_path(path) for path, _ in leaves]
+    origin = "it was made by another model configuration, or by an earlier version of metajax"
     for path in paths:
         if path not in arrays:
-            raise UserError(f"{what} lacks {path}; it was made by another model configuration")
+            raise UserError(f"{what} lacks {path}; {origin}")
     extra = sorted(set(arrays) - set(paths))
     if extra:
-        raise UserError(f"{what} has {extra[0]}, which this model does not have; it was made by another model configuration")
+        raise UserError(f"{what} has {extra[0]}, which this model does not have; {origin}")
     for path, (_, leaf) in zip(paths, leaves, strict=True):
         if np.shape(arrays[path]) != leaf.shape:
             raise UserError(f"{what}: {path} has shape {np.shape(arrays[path])}, this model needs {leaf.shape}")
