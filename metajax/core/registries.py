@@ -25,7 +25,7 @@ class Registry(Generic[T]):
         self._modules_of: dict[str, str] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
-        """The decorator for a name; raises UserError if another module has registered that name."""
+        """The decorator for a name; see `add`."""
 
         def register(made: T) -> T:
             self.add(name, made, made.__module__)
