@@ -12,23 +12,23 @@ from metajax.core.fields import CountOrZero, Range, Seed, convert, describe
 from metajax.core.storage import SCHEME, storage
 
 Jobs = Annotated[int, Range(1, 1024)]
+RUN = "workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
 
 
 def add_number(
-    parser: Any, name: str, hint: Any, default: Any, text: str, said: str = "", metavar: str = "N", **more: Any
+    parser: Any, name: str, hint: Any, default: Any, text: str, shown: str = "", metavar: str = "N", dest: str | None = None
 ) -> None:
     """Add an option with one number, or a list of numbers, within the range of `hint`; the help states range and default.
 
-    Args:
-      said: text for a default that is not a number.
+    shown: the text for a default that is not a number.
     """
 
     def read(word: str) -> Any:
         require(bool(word.strip()), f"{name} is empty: expected {describe(hint)}")
         return convert(word, hint, name)
 
-    more |= {"metavar": metavar, "help": f"{text}: {describe(hint)} ({said or default})"}
-    parser.add_argument(name, type=read, default=default, **more)
+    text = f"{text}: {describe(hint)} ({shown or default})"
+    parser.add_argument(name, type=read, default=default, metavar=metavar, help=text, dest=dest)
 
 
 def word(text: str) -> str:
@@ -73,41 +73,26 @@ def new_file(text: str) -> Path:
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs-dir", type=folder, default=Path("runs"), metavar="DIR", help="root of the run directories (runs)")
-    parser.add_argument(
-        "--cache-dir", type=folder, default=Path("cache"), metavar="DIR", help="tokenised corpora and compiled programs (cache)"
-    )  # fmt: skip
-    parser.add_argument(
-        "--data-dir", type=data_folder, default=None, metavar="DIR",
-        help="where relative data paths start, also gs://... (here)",
-    )  # fmt: skip
+    runs, cache = "root of the run directories (runs)", "tokenised corpora and compiled programs (cache)"
+    parser.add_argument("--runs-dir", type=folder, default=Path("runs"), metavar="DIR", help=runs)
+    parser.add_argument("--cache-dir", type=folder, default=Path("cache"), metavar="DIR", help=cache)
+    data = "where relative data paths start, also gs://... (here)"
+    parser.add_argument("--data-dir", type=data_folder, metavar="DIR", help=data)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", default="cpu", metavar="SCALE", help="cpu, gpu or paper (cpu)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="changes",
-        help="set a field, such as model.layers=8; in runs that come first as init.from too, but for evaluation",
-    )
+    text = "set a field, such as model.layers=8; runs named in init.from get it too, except evaluation.*"
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help=text)
     add_number(parser, "--seed", Seed, 0, "seed of the run")
 
 
 def add_run_word(parser: argparse.ArgumentParser) -> None:
-    text = "workdir (also gs://...), its prefix, or an experiment's name (its newest run)"
-    parser.add_argument("run", type=word, metavar="RUN", help=text)
+    parser.add_argument("run", type=word, metavar="RUN", help=RUN)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--coordinator",
-        type=word,
-        default=None,
-        metavar="HOST:PORT",
-        help="of process 0, where several processes make one run and no launcher says so",
-    )
-    add_number(parser, "--processes", Processes, None, "how many there are", "the launcher's")
-    add_number(parser, "--process-id", CountOrZero, None, "which of them this is", "the launcher's", "I")
+    text = "address of process 0, if several processes make one run without a launcher"
+    parser.add_argument("--coordinator", type=word, metavar="HOST:PORT", help=text)
+    add_number(parser, "--processes", Processes, None, "number of processes", "the launcher's")
+    add_number(parser, "--process-id", CountOrZero, None, "number of this process", "the launcher's", "I")

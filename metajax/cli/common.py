@@ -36,7 +36,7 @@ def start_jax(cache: Path) -> None:
     from metajax.core.compat import keep_programs
     from metajax.distributed.hosts import has_tpu
 
-    # Without a chip, an installed TPU compiler would cost seconds and many warnings.
+    # Without a chip, an installed TPU compiler would cost seconds and print many warnings.
     chips = has_tpu() or any(Path("/dev").glob("nvidia[0-9]*"))
     if not chips and find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")

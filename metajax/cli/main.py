@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import inspect
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +39,7 @@ EXAMPLES = """examples:
   python run.py analyze RUN --what sharpening       the papers' analyses
   python run.py compare RUN RUN                     two runs side by side
 """
-GO_ON = "; make room or restore the access, then give the same command again: it continues from what has been saved"
+REMEDY = "; make room or restore the access, then give the same command again: it continues from what has been saved"
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
         except OSError as error:
             if error.filename is None and error.errno not in STORAGE:
                 raise
-            fail(f"{error.filename or 'storage'}: {error.strerror}{GO_ON * (error.errno in STORAGE)}")
+            fail(f"{error.filename or 'storage'}: {error.strerror}{REMEDY * (error.errno in STORAGE)}")
             return 2
         except KeyboardInterrupt:
             echo("interrupted; the same command continues from what has been saved", stream=sys.stderr)
@@ -93,26 +95,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if first in names:
         return build_parser().parse_args(["run", *arguments])
     known = verbs()
-    require(
-        first.startswith("-") or first in known,
-        f"unknown command or experiment {first!r}{nearest(first, [*known, *names])}{registry.left_out(first)}; `{PROGRAM}` shows all",
-    )
+    close = nearest(first, [*known, *names])
+    is_known = first.startswith("-") or first in known
+    require(is_known, f"unknown command or experiment {first!r}{close}{registry.left_out(first)}; `{PROGRAM}` shows all")
     return build_parser().parse_args(arguments or [first])
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    top = _Parser(
-        prog=PROGRAM, description="metajax: experiments by name", epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
-    )
+    top = _Parser(prog=PROGRAM, description="metajax: experiments by name", epilog=EXAMPLES)
     sub = top.add_subparsers(dest="verb", required=True, metavar="NAME | VERB")
-    for name, one in verbs().items():
-        parser = sub.add_parser(
-            name, help=one.summary, description=one.summary, epilog=one.examples, formatter_class=argparse.RawTextHelpFormatter
-        )
-        for add in one.add:
+    for name, (act, adds) in verbs().items():
+        summary, _, examples = inspect.getdoc(act).partition(".\n\n")
+        summary, examples = summary[0].lower() + summary[1:], "examples:\n" + textwrap.indent(examples, "  ")
+        parser = sub.add_parser(name, help=summary, description=summary, epilog=examples)
+        for add in adds:
             add(parser)
-        parser.set_defaults(act=one.act)
+        parser.set_defaults(act=act)
     for parser in (top, *sub.choices.values()):
         parser.epilog = parser.epilog.replace("python run.py", PROGRAM)
+        parser.formatter_class = argparse.RawTextHelpFormatter
     return top

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from metajax import registry
-from metajax.cli.survey import SLICES, programs
-from metajax.config import AnyConfig, ImageConfig
+from metajax.config import AnyConfig, ImageConfig, Prompts
 from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import echo, say
@@ -26,6 +26,11 @@ from metajax.reporting.plan_page import write_plan_page
 from metajax.reporting.terminal import print_plan, print_survey
 from metajax.runs.files import write_json
 from metajax.runs.parents import resolve_parents
+from metajax.vision.data.published import CLASSES
+
+SLICES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")  # tried in this order
+# Fields of a prompt learner that change only numbers in its step, not shapes.
+_RATES = ("context_init", "beta", "margin", "epochs", "learning_rate", "warmup_rate", "weight_decay")
 
 
 def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
@@ -93,6 +98,34 @@ def _on_first(config: AnyConfig, slices: Sequence[str], plan_one: Callable[[AnyC
     return found
 
 
+def programs(configs: Iterable[AnyConfig]) -> list[list[AnyConfig]]:
+    """The configs grouped by program, without zero-shot configs; the first of each group has the most classes."""
+    groups: dict[Hashable, list[AnyConfig]] = {}
+    for config in configs:
+        if not isinstance(config, ImageConfig) or config.prompts is None or config.prompts.context:
+            groups.setdefault(_program_of(config), []).append(config)
+    return [sorted(group, key=_classes, reverse=True) for group in groups.values()]
+
+
+def _program_of(config: AnyConfig) -> Hashable:
+    """The key of a train step's program: model, batch sizes, meta-tokens and runtime; not data, seed and rates."""
+    runtime = config.runtime
+    how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation, config.optimizer.name)
+    how = (*how, config.training.accumulation_steps, config.training.objective)
+    if not isinstance(config, ImageConfig):
+        batch = (config.row_positions, config.data.batch_size, config.row_meta_tokens)
+        return config.model, config.meta_tokens, batch, config.data.tokenizer, how
+    learner = config.prompts
+    if learner is not None:
+        plain = {name: getattr(Prompts(), name) for name in _RATES}
+        learner = replace(learner, **plain, alpha=float(learner.alpha > 0), augment=float(learner.augment > 0))
+    return config.clip, config.weights, learner, config.images.classes, config.images.batch, how
+
+
+def _classes(config: AnyConfig) -> int:
+    return CLASSES.get(config.images.sources[0], 0) if isinstance(config, ImageConfig) else 0
+
+
 def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
     """The function that lowers the train step of a config for some devices."""
     if isinstance(config, ImageConfig):
@@ -105,7 +138,6 @@ def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabul
         known = Vocabulary.above(registry.vocabularies[tokenizer])
     size = vocabulary or (known.size if known is not None else None)
     require(
-        size is not None,
-        f"the tokenizer {config.data.tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N",
+        size is not None, f"the tokenizer {tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N"
     )
     return functools.partial(text_step, vocab_size=size)

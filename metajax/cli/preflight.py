@@ -12,24 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metajax.core.errors import Stopped, UserError, require
 from metajax.core.progress import echo
-from metajax.core.storage import outages
-
-SECONDS = 10.0  # for each check
-
-
-class Finding(NamedTuple):
-    """The result of a check."""
-
-    check: str
-    good: bool
-    text: str  # the finding, or the error and how to fix it
-
+from metajax.core.storage import SCHEME, outages, require_bucket
 
 REMEDIES = {  # remedy for a check that does not return
     "place": "ask the launcher: outside Cloud TPU, GKE and Slurm give --coordinator, --processes and --process-id",
@@ -40,32 +29,38 @@ REMEDIES = {  # remedy for a check that does not return
 }
 
 
-def preflight(arguments: dict[str, Any], seconds: float = SECONDS) -> list[Finding]:
+def preflight(arguments: dict[str, Any], seconds: float) -> list[tuple[str, bool, str]]:
     """Run all checks in order; each reads the findings of the earlier ones.
 
     Args:
       arguments: coordinator, processes, process (None: from the environment), workdir, sources, data_dir, cache_dir, and `facts`
         that must agree on all hosts, such as the hash of the configuration.
+      seconds: the time limit of each check.
+
+    Returns:
+      (check, whether it passed, the finding or the error with its remedy) of each check.
     """
     findings = []
     for check in CHECKS:
         good, text, found = _bounded(check, arguments, seconds)
         arguments = {**arguments, **found, "facts": {**arguments["facts"], **found.get("facts", {})}}
-        findings.append(Finding(check, good, text))
+        findings.append((check, good, text))
     return findings
 
 
 def _bounded(check: str, arguments: dict[str, Any], seconds: float) -> tuple[bool, str, dict[str, Any]]:
+    """Whether a check passed, its text, and what it found for the later ones."""
     command = [sys.executable, "-m", "metajax.cli.preflight", check, json.dumps({**arguments, "seconds": seconds})]
+    here, remedy = socket.gethostname(), REMEDIES[check]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return False, f"{socket.gethostname()}: no answer within {seconds:g} s; {REMEDIES[check]}", {}
+        return False, f"{here}: no answer within {seconds:g} s; {remedy}", {}
     if done.returncode == 0:
         answer = json.loads(done.stdout.splitlines()[-1])
         return True, answer.pop("text"), answer
     last = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-    return False, last if done.returncode == 2 else f"{socket.gethostname()}: {last}; {REMEDIES[check]}", {}
+    return False, last if done.returncode == 2 else f"{here}: {last}; {remedy}", {}
 
 
 # ----------------------------------------------------------------------------------------------------- checks
@@ -77,8 +72,8 @@ def _place(arguments: dict[str, Any]) -> dict[str, Any]:
     place = find_place(arguments["coordinator"], arguments["processes"], arguments["process"])
     if place is None or place.processes == 1:
         return {"text": "one process", "coordinator": None, "processes": 1, "process": 0}
-    text = f"process {place.process} of {place.processes}, coordinator {place.coordinator}"
-    return {"text": text, "coordinator": place.coordinator, "processes": place.processes, "process": place.process}
+    found = {"coordinator": place.coordinator, "processes": place.processes, "process": place.process}
+    return {"text": f"process {place.process} of {place.processes}, coordinator {place.coordinator}"} | found
 
 
 def _data(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -96,34 +91,47 @@ def _data(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hosts(arguments: dict[str, Any]) -> dict[str, Any]:
-    count, me = arguments["processes"], arguments["process"]
-    facts = {**arguments["facts"], "host": socket.gethostname()}
+    count, me, address = arguments["processes"], arguments["process"], arguments["coordinator"]
     if count == 1:
         return {"text": "no others"}
-    deadline = time.monotonic() + arguments["seconds"] - 2.0
-    meet = _collect if me == 0 else _report
-    everyone = meet(arguments["coordinator"], count, me, facts, deadline)
-    missing = [str(i) for i, other in enumerate(everyone) if other is None]
-    require(
-        not missing,
-        f"of {count} processes {', '.join(missing)} did not come to {arguments['coordinator']}; start the same command there, and look whether "
-        "these machines are up",
-    )
+    facts = {**arguments["facts"], "host": socket.gethostname()}
+    everyone = _meet(address, count, me, facts, time.monotonic() + arguments["seconds"] - 2.0)
+    missing = ", ".join(str(i) for i, other in enumerate(everyone) if other is None)
+    remedy = "start the same command there, and check that these machines are up"
+    require(not missing, f"of {count} processes {missing} did not come to {address}; {remedy}")
     first = everyone[0]
     for i, other in enumerate(everyone):
+        here, there = f"process {i} ({other['host']})", f"process 0 ({first['host']})"
+        remedy = f"install the same code, requirements and data on {other['host']}, and give the same command"
         for name in first:
-            require(
-                name == "host" or other[name] == first[name],
-                f"process {i} ({other['host']}) has {name} {other[name]}, process 0 ({first['host']}) {first[name]}; install the same "
-                f"code, requirements and data on {other['host']}, and give the same command",
-            )
+            alike = name == "host" or other[name] == first[name]
+            require(alike, f"{here} has {name} {other[name]}, {there} {first[name]}; {remedy}")
     return {"text": f"all {count} are there: " + ", ".join(other["host"] for other in everyone)}
 
 
-def _collect(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
-    """Process 0: collect the facts of all processes that report in time, and send them to these processes."""
+def _meet(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
+    """The facts of all processes; None for those that did not report to process 0 before the deadline."""
+    host, _, port = address.rpartition(":")
+    if me == 0:
+        return _collect(int(port), count, facts, deadline)
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=max(0.1, deadline - time.monotonic())) as line:
+                line.settimeout(max(0.1, deadline + 1.0 - time.monotonic()))
+                line.sendall(json.dumps([me, facts]).encode() + b"\n")
+                return json.loads(line.makefile().readline())
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                remedy = "start the command on process 0 too, and open that port between the hosts"
+                where = f"process {me} ({facts['host']})"
+                raise UserError(f"{where} does not reach the coordinator {address} ({error}); {remedy}") from None
+            time.sleep(0.1)
+
+
+def _collect(port: int, count: int, facts: dict[str, Any], deadline: float) -> list[Any]:
+    """On process 0: collect the facts of all processes that report in time, and send all facts to these processes."""
     everyone, guests = [facts, *[None] * (count - 1)], []
-    with socket.create_server(("", int(address.rpartition(":")[2])), backlog=count) as server:
+    with socket.create_server(("", port), backlog=count) as server:
         while None in everyone and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
@@ -131,58 +139,33 @@ def _collect(address: str, count: int, me: int, facts: dict[str, Any], deadline:
             except TimeoutError:
                 break
             guest.settimeout(max(0.1, deadline - time.monotonic()))
-            lines = guest.makefile("rw")
-            number, everyone_else = json.loads(lines.readline())
-            require(0 < number < count, f"a process says that it is number {number} of {count}; give each its own --process-id")
-            everyone[number] = everyone_else
-            guests.append((guest, lines))
-        for guest, lines in guests:
-            lines.write(json.dumps(everyone) + "\n")
-            lines.flush()
-            guest.close()
+            number, its_facts = json.loads(guest.makefile().readline())
+            require(0 < number < count, f"a process has number {number} of {count}; give each process its own --process-id")
+            everyone[number] = its_facts
+            guests.append(guest)
+        for guest in guests:
+            with guest:
+                guest.sendall(json.dumps(everyone).encode() + b"\n")
     return everyone
-
-
-def _report(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
-    """Every other process: send facts to process 0 and receive the collected facts."""
-    host, _, port = address.rpartition(":")
-    while True:
-        try:
-            with socket.create_connection((host, int(port)), timeout=max(0.1, deadline - time.monotonic())) as line:
-                line.settimeout(max(0.1, deadline + 1.0 - time.monotonic()))
-                lines = line.makefile("rw")
-                lines.write(json.dumps([me, facts]) + "\n")
-                lines.flush()
-                return json.loads(lines.readline())
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"process {me} ({facts['host']}) does not reach the coordinator {address} ({error}); start the command on process 0 too, "
-                    "and open that port between the hosts"
-                ) from None
-            time.sleep(0.1)
 
 
 def _storage(arguments: dict[str, Any]) -> dict[str, Any]:
     from etils import epath
 
-    from metajax.core.storage import SCHEME, require_bucket
-
-    began, said = time.monotonic(), secrets.token_hex(8)
-    probe, on_bucket = epath.Path(arguments["workdir"]) / f".probe-{said}", arguments["workdir"].startswith(SCHEME)
-    if on_bucket:
-        require_bucket(arguments["workdir"])
+    began, content, here = time.monotonic(), secrets.token_hex(8), socket.gethostname()
+    probe, on_bucket = epath.Path(arguments["workdir"]) / f".probe-{content}", arguments["workdir"].startswith(SCHEME)
     try:
-        if not on_bucket:
+        if on_bucket:
+            require_bucket(arguments["workdir"])
+        else:
             probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text(said)
-        heard = _read_as_checkpoints(probe) if on_bucket else probe.read_text()
+        probe.write_text(content)
+        found = _read_as_checkpoints(probe) if on_bucket else probe.read_text()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{socket.gethostname()}: {probe.parent} cannot be written ({error}); free space or permissions there, or another --workdir"
-        ) from None
-    require(heard == said, f"{socket.gethostname()}: {probe} reads back as something else; use another --workdir")
+        remedy = "free space or permissions there, or another --workdir"
+        raise UserError(f"{here}: {probe.parent} cannot be written ({error}); {remedy}") from None
+    require(found == content, f"{here}: {probe} reads back as something else; use another --workdir")
     return {"text": f"{probe.parent}: written, read back and deleted in {time.monotonic() - began:.2f} s"}
 
 
@@ -200,7 +183,7 @@ def _collective(arguments: dict[str, Any]) -> dict[str, Any]:
 
     if arguments["processes"] > 1:
         place = Place(arguments["coordinator"], arguments["processes"], arguments["process"])
-        connect(place, max(1, int(arguments["seconds"]) - 2))
+        connect(place, seconds=max(1, int(arguments["seconds"]) - 2))
     gather("compile")
     began = time.monotonic()
     gather("go")
@@ -209,13 +192,7 @@ def _collective(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"text": f"{devices}, a gather over all in {1000 * took:.1f} ms"}
 
 
-CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "place": _place,
-    "data": _data,
-    "hosts": _hosts,
-    "storage": _storage,
-    "collective": _collective,
-}
+CHECKS = {"place": _place, "data": _data, "hosts": _hosts, "storage": _storage, "collective": _collective}
 
 
 def main(words: Sequence[str]) -> int:

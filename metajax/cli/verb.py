@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
-import pkgutil
-import textwrap
 from collections.abc import Callable
-from typing import NamedTuple
+
+from metajax.core.registries import Registry
 
 Add = Callable[[argparse.ArgumentParser], None]
 Act = Callable[[argparse.Namespace, float], int | None]  # (parsed options, start time of the command) -> exit code
-
-
-class Verb(NamedTuple):
-    """A verb: its function, and the function that adds its arguments. `--help` shows the docstring: a summary, then examples."""
-
-    act: Act
-    add: tuple[Add, ...]
-
-    @property
-    def summary(self) -> str:
-        """The first line of the docstring, which `--help` lists."""
-        line = inspect.getdoc(self.act).partition("\n")[0].rstrip(".")
-        return line[0].lower() + line[1:]
-
-    @property
-    def examples(self) -> str:
-        """The rest of the docstring."""
-        return "examples:\n" + textwrap.indent(inspect.getdoc(self.act).partition("\n\n")[2], "  ")
-
-
-_verbs: dict[str, Verb] = {}
+_verbs: Registry[tuple[Act, tuple[Add, ...]]] = Registry("verb", "metajax.cli.verbs")
 
 
 def verb(name: str, *add: Add) -> Callable[[Act], Act]:
-    """Register a function of a module of `metajax.cli.verbs` as a verb."""
+    """Register a function of a module of `metajax.cli.verbs` as a verb. `add` adds its arguments to a parser.
+
+    `--help` shows the function's docstring: a summary, then examples.
+    """
 
     def register(act: Act) -> Act:
-        _verbs[name] = Verb(act, add)
+        _verbs.add(name, (act, add), act.__module__)
         return act
 
     return register
 
 
-def verbs() -> dict[str, Verb]:
-    """All verbs by name."""
-    from metajax.cli import verbs as package
-
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_verbs.items()))
+def verbs() -> dict[str, tuple[Act, tuple[Add, ...]]]:
+    """{name: (function, functions that add its arguments)} of all verbs."""
+    return {name: _verbs[name] for name in _verbs.names()}

@@ -16,12 +16,6 @@ from typing import Any
 from metajax.core.errors import require
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-REFUSED = (*FULL, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM)
-
-
-def system_error(error: Exception) -> int:
-    """The errno of an error, or the one that a library's error message names; 0 if the operating system refused nothing."""
-    return getattr(error, "errno", None) or next((n for n in REFUSED if os.strerror(n) in str(error)), 0)
 
 
 @contextlib.contextmanager
@@ -30,7 +24,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        number = system_error(error)
+        number = getattr(error, "errno", None) or next((n for n in FULL if os.strerror(n) in str(error)), 0)
         if number not in FULL or getattr(error, "filename", None):
             raise
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
@@ -79,9 +73,7 @@ def whole_folder(folder: Path, last: str = "") -> Iterator[Path]:
             yield Path(filled)
             copy_files(Path(filled), folder, last)
         return
-    work = (
-        Path(folder.parent) / f".making-{secrets.token_hex(4)}"
-    )  # not by tempfile, whose folders stay unreadable for every other user
+    work = Path(folder.parent) / f".making-{secrets.token_hex(4)}"  # tempfile's folders stay unreadable for other users
     work.mkdir(parents=True)
     try:
         with storage_errors(folder):

@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from metajax.core.errors import UserError, nearest, require
@@ -40,8 +40,7 @@ class Range:
 class OnlyWith:
     """The condition under which a field is read, as in `Annotated[Share, OnlyWith("schedule", "wsd")]`.
 
-    `field` is a field or property of the same dataclass. It must be one of `values`, or, without `values`, be truthy.
-    `why` replaces the default reason in an error.
+    `field` of the same dataclass must be one of `values`, or truthy if there are no values. `why` replaces the default reason.
     """
 
     def __init__(self, field: str, *values: Any, why: str = ""):
@@ -60,9 +59,8 @@ class Except(OnlyWith):
     """The opposite condition: the field is read unless `field` is one of `values`."""
 
     def reason(self, part: Any, prefix: str) -> str:
-        """The reason why nothing reads the field in this part of a config; "" if something reads it."""
         value = getattr(part, self.field)
-        return "" if value not in self.values else self.why or f"it is not read where {prefix}{self.field} is {value}"
+        return f"it is not read where {prefix}{self.field} is {value}" if value in self.values else ""
 
 
 # Counts and positions fit 32 bits, and real numbers fit float32.
@@ -95,10 +93,8 @@ class Part:
         cls.renamed = dict(renamed or {})
 
         def convert_all(self: Any) -> None:
-            for name, hint, fits in _checks(cls):
-                value = getattr(self, name)
-                if not fits(value):
-                    object.__setattr__(self, name, convert(value, hint, f"{path}.{name}".strip("._")))
+            for name, hint in field_types(cls).items():
+                object.__setattr__(self, name, convert(getattr(self, name), hint, f"{path}.{name}".strip("._")))
             agree(self)
 
         cls.__post_init__ = convert_all
@@ -121,23 +117,6 @@ def _shape(hint: Any) -> tuple[Any, Range, bool]:
     return inner, limits, optional
 
 
-@functools.cache
-def _checks(cls: type) -> list[tuple[str, Any, Callable[[Any], bool]]]:
-    """(name, type, test whether a value needs no conversion) of each field. Fast, for a table makes thousands of configs."""
-
-    def quick(hint: Any) -> Callable[[Any], bool]:
-        inner, limits, optional = _shape(hint)
-        if inner in (int, float):
-            return lambda value: type(value) is inner and value in limits
-        if inner is str:
-            return lambda value: type(value) is str and is_text(value)
-        if typing.get_origin(inner) is Literal:
-            return lambda value: value in typing.get_args(inner)
-        return lambda value: type(value) is inner or (optional and value is None)
-
-    return [(name, hint, quick(hint)) for name, hint in field_types(cls).items()]
-
-
 def describe(hint: Any) -> str:
     """What a field or an argument accepts, such as `a whole number from 1 to 8`."""
     inner, limits, optional = _shape(hint)
@@ -154,32 +133,50 @@ def describe(hint: Any) -> str:
 
 def convert(value: Any, hint: Any, path: str) -> Any:
     """Convert a value from JSON, the command line or Python to the field's type; raises UserError if it does not fit."""
-    inner, _, optional = _shape(hint)
+    kind, limits, optional = _shape(hint)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
-    if dataclasses.is_dataclass(inner):
-        if isinstance(value, inner):
-            return value
+    if dataclasses.is_dataclass(kind):
         value = _loads(value, path) if isinstance(value, str) else value
-        if not isinstance(value, Mapping):
+        if not isinstance(value, (kind, Mapping)):
             raise _wrong(value, hint, path, " as a mapping of its fields")
-        return from_dict(inner, value, path)
-    if typing.get_origin(inner) is tuple:
+        return value if isinstance(value, kind) else from_dict(kind, value, path)
+    if typing.get_origin(kind) is tuple:
         items = [item for item in value.split(",") if item] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             raise _wrong(value, hint, path)
-        args = typing.get_args(inner)
-        require(
-            args[-1] is Ellipsis or len(items) == len(args),
-            f"{path} = {str(value)[:200]!r}: expected {len(args)} comma-separated values",
-        )
-        hints = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        hints = typing.get_args(kind)
+        if hints[-1] is Ellipsis:
+            hints = [hints[0]] * len(items)
+        require(len(items) == len(hints), f"{path} = {str(value)[:200]!r}: expected {len(hints)} comma-separated values")
         return tuple(convert(item, h, path) for item, h in zip(items, hints, strict=True))
-    if typing.get_origin(inner) is Literal:
-        if value not in typing.get_args(inner):
-            raise _wrong(value, hint, path, nearest(str(value), map(str, typing.get_args(inner))))
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise _wrong(value, hint, path, nearest(str(value), map(str, typing.get_args(kind))))
         return value
-    return _convert_scalar(value, hint, path)
+    if kind is str and isinstance(value, str):
+        require(is_text(value), f"{path} = {value[:200]!r}: expected text in UTF-8 without NUL")
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    number = _number(value, kind) if kind in (int, float) else None
+    if number is None or number not in limits:
+        raise _wrong(value, hint, path)
+    return number
+
+
+def _number(value: Any, kind: type) -> float | None:
+    """The value as a whole or real number; None if it is not one."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        number = float(value)
+        if kind is float:
+            return number
+        exact = isinstance(value, int) or str(value).lstrip("+-").isdigit()
+        return int(value if exact else number) if number.is_integer() else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _wrong(value: Any, hint: Any, path: str, more: str = "") -> UserError:
@@ -194,28 +191,6 @@ def _loads(text: str, path: str) -> Any:
         raise UserError(f"{path} = {text[:200]!r}: expected JSON such as '{{\"field\": value}}' ({error})") from None
 
 
-def _convert_scalar(value: Any, hint: Any, path: str) -> Any:
-    kind, limits, _ = _shape(hint)
-    if kind is str and isinstance(value, str):
-        require(is_text(value), f"{path} = {value[:200]!r}: expected text in UTF-8 without NUL")
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    try:
-        if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise ValueError
-        number = float(value)
-        if kind is int and not number.is_integer():
-            raise ValueError
-        if kind is int:
-            number = int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
-        if number not in limits:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise _wrong(value, hint, path) from None
-    return number
-
-
 def is_text(value: str) -> bool:
     """Whether text can be encoded as UTF-8 and be part of a path: no lone surrogates, no NUL."""
     return "\0" not in value and (value.isascii() or value.encode(errors="ignore").decode() == value)
@@ -228,13 +203,13 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     values = {cls.renamed.get(key, key): value for key, value in values.items()}
     for key in values:
         require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _default(f) is dataclasses.MISSING]
     require(not missing, f"{path or cls.__name__} needs {', '.join(missing)}")
     return cls(**{name: convert(value, hints[name], prefix + name) for name, value in values.items()})
 
 
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -242,15 +217,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def override(config: Any, changes: Mapping[str, Any]) -> Any:
+def override(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
     """A copy with dotted fields replaced: {"model.layers": "8", "meta_tokens": MetaTokens()}.
 
     All changes of one sub-config are applied at once, so that two fields that must agree can change together.
+    `path` is the prefix of the config's fields in errors.
     """
-    return _override(config, changes, "")
-
-
-def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
     hints = field_types(type(config))
     whole: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
@@ -264,72 +236,62 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
         else:
             whole[name] = convert(value, hints[name], path + head)
     for name, inner in nested.items():
-        part, hint = whole.get(name, getattr(config, name)), _shape(hints[name])[0]
-        require(
-            dataclasses.is_dataclass(hint), f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set"
-        )
-        if part is None:
-            whole[name] = convert({k: v for k, v in inner.items()}, hints[name], path + name)
-        else:
-            whole[name] = _override(part, inner, f"{path}{name}.")
+        is_part = dataclasses.is_dataclass(_shape(hints[name])[0])
+        require(is_part, f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set")
+        part = whole.get(name, getattr(config, name))
+        whole[name] = convert(inner, hints[name], path + name) if part is None else override(part, inner, f"{path}{name}.")
     return dataclasses.replace(config, **whole)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every reachable field by dotted path. A null sub-config is one entry; a null field marked `filled_in` is left out."""
-    flat: dict[str, Any] = {}
+def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field, Any]]:
+    """(dotted path, dataclass that holds the field, field, value) of every reachable field, each before those in it."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        yield prefix + f.name, config, f, value
         if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{f.name}."))
-        elif value is not None or not f.metadata.get("filled_in"):
-            flat[prefix + f.name] = value
-    return flat
+            yield from _walk(value, f"{prefix}{f.name}.")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Every reachable field by dotted path. A null sub-config is one entry; a null field marked `filled_in` is left out."""
+    found = {path: (f, value) for path, _, f, value in _walk(config) if not dataclasses.is_dataclass(value)}
+    return {path: value for path, (f, value) in found.items() if value is not None or not f.metadata.get("filled_in")}
 
 
 # ---------------------------------------------------------------------------------------- defaults and ignored fields
-
-
-def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def defaults(cls: type, prefix: str = "") -> dict[str, Any]:
     """{dotted field: default} of a config and all its sub-configs, also of those that are null by default. No required fields."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        part = _shape(field_types(cls)[f.name])[0]
+        part, default = _shape(field_types(cls)[f.name])[0], _default(f)
         if dataclasses.is_dataclass(part):
             found |= defaults(part, f"{prefix}{f.name}.")
-        if not _required(f) and not dataclasses.is_dataclass(_default(f)):
-            found[prefix + f.name] = _default(f)
+        if default is not dataclasses.MISSING and not dataclasses.is_dataclass(default):
+            found[prefix + f.name] = default
     return found
 
 
-def changed(config: Any, prefix: str = "") -> dict[str, Any]:
+def changed(config: Any) -> dict[str, Any]:
     """{dotted field: value} of the fields that differ from their defaults; True for a set sub-config that is null by default."""
     found: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value, path = getattr(config, f.name), prefix + f.name
-        if dataclasses.is_dataclass(value):
-            if _required(f) or _default(f) is None:
-                found[path] = True
-            found |= changed(value, f"{path}.")
-        elif _required(f) or value != _default(f):
+    for path, _, f, value in _walk(config):
+        default = _default(f)
+        if not dataclasses.is_dataclass(value) and value != default:
             found[path] = value
+        elif dataclasses.is_dataclass(value) and (default is None or default is dataclasses.MISSING):
+            found[path] = True
     return found
 
 
-def unread(config: Any, prefix: str = "") -> dict[str, str]:
+def unread(config: Any) -> dict[str, str]:
     """{dotted field: why nothing reads it}, from the `OnlyWith` annotations of the fields."""
     found: dict[str, str] = {}
-    for name, hint in field_types(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
-            found |= unread(value, f"{prefix}{name}.")
-        for rule in (note for note in getattr(hint, "__metadata__", ()) if isinstance(note, OnlyWith)):
-            if why := rule.reason(config, prefix):
-                found[prefix + name] = why
+    for path, part, f, _ in _walk(config):
+        for rule in getattr(field_types(type(part))[f.name], "__metadata__", ()):
+            if isinstance(rule, OnlyWith) and (why := rule.reason(part, path.removesuffix(f.name))):
+                found[path] = why
     return found
 
 

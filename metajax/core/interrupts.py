@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from types import FrameType
 from typing import NoReturn
 
 from metajax.core.errors import Stopped
@@ -38,7 +37,8 @@ def interruptible() -> Iterator[None]:
         return
     heard, told = os.pipe()
     os.set_blocking(told, False)  # required by set_wakeup_fd
-    handler, wakeup = signal.signal(signal.SIGINT, _interrupt), signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_count, args=(heard,), name="interrupts", daemon=True).start()
     try:
         yield
@@ -48,16 +48,12 @@ def interruptible() -> Iterator[None]:
         os.close(told)  # which ends the thread
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _count(heard: int) -> None:
     """Read the numbers of the signals that arrive; end the process at the second SIGINT."""
     count, hinted = 0, False
     while True:
         if count == 1 and not hinted and not select.select([heard], [], [], HINT_SECONDS)[0]:
-            os.write(2, b"ending in good order; Ctrl-C again ends at once\n")
+            os.write(2, b"ending cleanly; a second Ctrl-C ends at once\n")
             hinted = True
         numbers = os.read(heard, 64)
         if not numbers:

@@ -32,15 +32,12 @@ REWRITE = "its window is larger than the 128 MiB that are read here; rewrite it:
 
 
 def parse(line: bytes) -> Any:
-    """The value of a line; raises ValueError with the reason in one line. Numbers too large for a float become Decimals."""
+    """The value of a line; raises ValueError with the reason in one line.
+
+    Real numbers too large for a float and integers of thousands of digits become Decimals.
+    """
     try:
-        text = line.removeprefix(codecs.BOM_UTF8).decode()
-        try:
-            return _DECODER.decode(text)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:  # an integer of thousands of digits
-            return _LONG_INTEGERS.decode(text)
+        return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -54,8 +51,14 @@ def _float(digits: str) -> float | Decimal:
     return value if math.isfinite(value) else Decimal(digits)
 
 
-_DECODER = json.JSONDecoder(parse_float=_float)
-_LONG_INTEGERS = json.JSONDecoder(parse_float=_float, parse_int=Decimal)
+def _int(digits: str) -> int | Decimal:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python's limit for integers
+        return Decimal(digits)
+
+
+_DECODER = json.JSONDecoder(parse_float=_float, parse_int=_int)
 
 
 def records(path: str) -> Iterator[tuple[int, Any]]:
@@ -111,11 +114,10 @@ def _plain(path: str, file: BinaryIO) -> io.BufferedIOBase:
         return io.BufferedReader(file, 1 << 20)
     start = file.read(4)
     file.seek(0)
-    require(bool(start), f"{path}: empty, not even a {suffix} file without content; fetch or write it again")
+    require(bool(start), f"{path}: empty, which no {suffix} file is; fetch or write it again")
     other = next((known for known, magic in MAGIC.items() if start.startswith(magic)), ".jsonl for plain lines")
-    require(
-        start.startswith(MAGIC[suffix]), f"{path}: not {suffix}, though its name ends so; rename it after its content ({other})"
-    )
+    is_it = start.startswith(MAGIC[suffix])
+    require(is_it, f"{path}: not {suffix}, though its name ends so; rename it after its content ({other})")
     if suffix == ".zst":
         import pyarrow as pa
 

@@ -118,14 +118,9 @@ def warn(message: str) -> None:
 def progress(description: str, total: int, plain_lines: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` units; yields advance(units). Without a terminal, `plain_lines` prints a line now and then."""
     if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
+        words = TextColumn("{task.description}", markup=False)
+        numbers = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(words, BarColumn(), *numbers, console=console) as bar:
             task = bar.add_task(shown(description, keep=""), total=total)
             yield lambda units: bar.advance(task, units)
         return

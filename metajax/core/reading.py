@@ -52,9 +52,8 @@ def _kept(opener: Callable[[str], Any], path: str, key: str) -> Any:
 def reading(path: str, damaged: Callable[[str], UserError]) -> Iterator[None]:
     """Turn the error of a library that reads `path` into damaged(reason), unless the machine caused it.
 
-    Raises:
-      UserError: the process or machine ran out of a resource, or cannot reach the file. This never counts as a damaged record.
-      OSError: a bucket cannot be reached. This is the unchanged error of its library.
+    Raises another UserError if the process or machine ran out of a resource or cannot reach the file, which never counts as a
+    damaged record. An OSError of a bucket that cannot be reached passes unchanged.
     """
     try:
         yield
@@ -64,7 +63,7 @@ def reading(path: str, damaged: Callable[[str], UserError]) -> Iterator[None]:
         fault = _fault(error)
         if fault is None:
             raise damaged(first_line(error)) from None
-        remedy = REMEDIES.get(fault, "mend that").format(limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        remedy = REMEDIES.get(fault, "repair that").format(limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         raise UserError(f"{path}: {os.strerror(fault)}; {remedy}, and give the same command again") from None
 
 

@@ -26,7 +26,7 @@ class Registry(Generic[T]):
         self._modules_of: dict[str, str] = {}
 
     def __call__(self, name: str) -> Callable[[Decorated], Decorated]:
-        """The decorator for a name; raises UserError if another module has registered that name."""
+        """The decorator for a name; see `add`."""
 
         def register(made: Decorated) -> Decorated:
             self.add(name, made, made.__module__)

@@ -53,17 +53,17 @@ class Sealed:
     """The files of a sealed folder. If a file was changed, every method raises UserError that names the folder to delete."""
 
     def __init__(self, folder: Path):
-        """Check that every file exists with its size; files that were added later are ignored."""
+        """Check that every file exists with its size. Files that were added later are ignored."""
         self.folder = Path(folder)
         try:
-            whole = json.loads(self._bytes(HASHES))
-            files, seal = whole["files"], whole["sha256"]
-        except (ValueError, TypeError, KeyError):
+            whole = json.loads((self.folder / HASHES).read_bytes())
+            self.files: dict[str, dict[str, Any]] = whole["files"]
+            seal = whole["sha256"]
+        except (ValueError, TypeError, KeyError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise self.damaged(HASHES) from None
-        if seal != _seal(self.folder, files):
+        if seal != _seal(self.folder, self.files):
             raise self.damaged(HASHES)
-        self.files: dict[str, dict[str, Any]] = files
-        for name, entry in files.items():
+        for name, entry in self.files.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 raise self.damaged(name)
@@ -94,12 +94,6 @@ class Sealed:
     def array(self, name: str) -> np.ndarray:
         """An array that `save_array` wrote, memory-mapped, after its whole content has been checked."""
         return np.asarray(np.load(self.path(name), mmap_mode="r"))
-
-    def _bytes(self, name: str) -> bytes:
-        try:
-            return (self.folder / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise self.damaged(name) from None
 
 
 class Blocks:

@@ -1,11 +1,9 @@
 """Runs on a bucket, `--workdir gs://BUCKET/PATH`.
 
 Checkpoints, their hashes and replay bundles are written to the bucket directly. All other files of a run are small: they are
-written to a local folder, the stage, and process 0 copies them to the bucket.
-
-The bucket is the source of truth. On start, the stage is synced from it. Before a checkpoint is marked complete (its hashes are written),
-the stage is uploaded. So a run can resume on any machine, with the metrics up to the step of its checkpoint. Every object on the
-bucket is complete; config.json is uploaded first.
+written to a local folder, the stage, and process 0 copies them to the bucket. The bucket is the source of truth: the stage is
+synced from it on start, and uploaded before a checkpoint counts as complete. So a run can resume on any machine, with the metrics
+up to the step of its checkpoint. Every object on the bucket is complete; config.json is uploaded first.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -27,7 +24,7 @@ from metajax.core.errors import Stopped, UserError, require
 
 SCHEME = "gs://"
 MARK = ".bucket"  # a file in a stage with the URL of the run
-THERE_ALONE = ("checkpoints", "hashes", "damaged", "replay-step-")  # prefixes of names that are only on the bucket
+ONLY_ON_BUCKET = ("checkpoints", "hashes", "damaged", "replay-step-")  # prefixes of names that are only on the bucket
 PATTERNS = "[]*?#"  # characters that gcsfs or GCS takes for a pattern or a version
 SIGN_IN = "gcloud auth application-default login, or give this machine's service account roles/storage.admin on the bucket"
 
@@ -62,21 +59,10 @@ def files(folder: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def remove(folder: Any) -> None:
-    """Delete a folder with all its content."""
-    if _on_bucket(folder):
-        system, root = storage(folder)
-        system.rm(root, recursive=True)
-    else:
-        shutil.rmtree(folder)
-
-
 def move(source: Any, target: Any) -> None:
     """Move a file or folder; on a bucket, object by object."""
     if _on_bucket(source):
-        system, _ = storage(source)
-        system.copy(os.fspath(source), os.fspath(target), recursive=True)
-        system.rm(os.fspath(source), recursive=True)
+        storage(source)[0].mv(os.fspath(source), os.fspath(target), recursive=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
@@ -89,10 +75,8 @@ def stage(url: str, runs: Path) -> Path:
     """The local folder of a run on a bucket, RUNS/gs/BUCKET/PATH. It may hold files of an earlier use, see `fill`."""
     where = url.rstrip("/")
     require(len(where.removeprefix(SCHEME).split("/")) > 1, f"{url}: a run needs a path in the bucket, gs://BUCKET/PATH")
-    require(
-        not set(PATTERNS) & set(where),
-        f"{url}: {' '.join(PATTERNS)} in the path of a bucket are taken for patterns; name another",
-    )
+    is_plain = not set(PATTERNS) & set(where)
+    require(is_plain, f"{url}: {' '.join(PATTERNS)} in the path of a bucket are taken for patterns; name another")
     folder = runs / "gs" / where.removeprefix(SCHEME)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MARK).exists():
@@ -118,20 +102,13 @@ def _literal() -> type:
 
 
 def literal(path: Path) -> Any:
-    """A local path for Orbax, absolute.
-
-    Raises:
-      UserError: a name that Orbax or TensorStore takes for something else.
-    """
+    """A local path for Orbax, absolute. Raises UserError for a name that Orbax or TensorStore takes for something else."""
     where = Path(path).absolute()
     require(
-        "\\" not in str(where),
-        f"{where}: a backslash in a path is taken for a slash by TensorStore, which writes checkpoints; name another",
+        "\\" not in str(where), f"{where}: TensorStore, which writes checkpoints, takes a backslash for a slash; name another"
     )
-    require(
-        where.parts[1:2] not in (("gs",), ("s3",), ("az",), ("hf",)),
-        f"{where}: Orbax takes {where.parts[1]} for a bucket; name another folder",
-    )
+    scheme = where.parts[1] if len(where.parts) > 1 else ""
+    require(scheme not in ("gs", "s3", "az", "hf"), f"{where}: Orbax takes {scheme} for a bucket; name another folder")
     return _literal()(where)
 
 
@@ -143,9 +120,8 @@ def home(workdir: Path) -> Any:
     if not mark.exists():
         return literal(workdir)
     where = mark.read_text(errors="replace")
-    require(
-        where.startswith(SCHEME), f"{mark} does not name a bucket; delete that file, and name the run as gs://BUCKET/PATH again"
-    )
+    remedy = "delete that file, and name the run as gs://BUCKET/PATH again"
+    require(where.startswith(SCHEME), f"{mark} does not name a bucket; {remedy}")
     storage(where)
     return epath.Path(where)
 
@@ -167,8 +143,7 @@ def hashes_of(workdir: Path, step: int | None = None) -> list[Path]:
 def fill(workdir: Path) -> None:
     """Sync a stage from its bucket, or empty it if the bucket has no run. A workdir that is no stage is left alone.
 
-    Raises:
-      UserError: the bucket does not exist.
+    Raises UserError if the bucket does not exist.
     """
     if not (workdir / MARK).exists():
         return
@@ -199,7 +174,7 @@ def publish(workdir: Path) -> None:
 def _kept(there: Any) -> dict[str, str]:
     """{name: MD5 in base64, as buckets give it} of the files on the bucket that the stage has too."""
     system, root = storage(there)
-    tops = [path.name for path in there.iterdir() if not path.name.startswith(THERE_ALONE)] if there.exists() else []
+    tops = [path.name for path in there.iterdir() if not path.name.startswith(ONLY_ON_BUCKET)] if there.exists() else []
     found = [item for top in tops for item in system.find(f"{root}/{top}", detail=True).items()]
     return {name.removeprefix(f"{root}/"): info.get("md5Hash", "") for name, info in found}
 
@@ -218,12 +193,7 @@ def _digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def outages() -> Iterator[None]:
-    """Turn errors of a bucket into errors that end a run. The libraries have already retried for a while.
-
-    Raises:
-      Stopped: the bucket does not answer now; a later try may work.
-      UserError: the bucket denies access.
-    """
+    """Raise Stopped if a bucket does not answer now, and UserError if it denies access. The libraries have retried before."""
     try:
         yield
     except Exception as error:
@@ -233,10 +203,10 @@ def outages() -> Iterator[None]:
         from google.api_core.exceptions import GoogleAPIError, RetryError, ServerError
         from google.auth.exceptions import GoogleAuthError
 
-        said = f"the bucket: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        problem = f"the bucket: {(str(error).splitlines() or [type(error).__name__])[0]}"
         if is_retriable(error) or isinstance(error, (RetryError, ServerError)):
-            raise Stopped(f"{said}; the same command goes on") from error
-        forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # as gcsfs says it
+            raise Stopped(f"{problem}; the same command continues") from error
+        forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # the wording of gcsfs
         if forbidden or isinstance(error, (HttpError, GoogleAPIError, GoogleAuthError)):
-            raise UserError(f"{said}; {SIGN_IN}") from error
+            raise UserError(f"{problem}; {SIGN_IN}") from error
         raise

@@ -1,6 +1,6 @@
-"""The run directory: the files of a run, its lock, and finding runs.
+"""The folder of a run and its lock, and finding runs.
 
-config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json, report.html;
+It holds config.json (resolved, with its hash), environment.json, data.json, metrics.jsonl, checkpoints/, report.json and report.html;
 failure.log if the run failed in a table.
 """
 
@@ -32,9 +32,7 @@ T = TypeVar("T")
 LOCK = ".lock"  # the file of a process that has ended locks nothing
 RUN_LOG = "run.log"  # output of a run that is made beside others
 FAILURE_LOG = "failure.log"  # of a row that failed in a table; it may exist before the run does
-ORIGIN = (
-    "imported.json"  # of an imported run: its original config.json, rows, ids that end a text, and whether its head was tied
-)
+ORIGIN = "imported.json"  # of an imported run: its original config.json, rows, ids that end a text, whether its head was tied
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -44,11 +42,7 @@ def default_workdir(config: AnyConfig, root: Path) -> Path:
 
 
 def read_config(workdir: Path) -> AnyConfig:
-    """Read the config of a workdir.
-
-    Raises:
-      UserError: no readable config.json there.
-    """
+    """The config of a workdir; raises UserError if it has no readable config.json."""
     path = workdir / CONFIG
     require(path.exists(), f"{workdir} is not a run: it has no {CONFIG}")
     saved = read_json(path)
@@ -56,7 +50,7 @@ def read_config(workdir: Path) -> AnyConfig:
     try:
         return config_from(saved["config"])
     except UserError as error:
-        raise UserError(f"{path}: {error}; another version of metajax wrote it, which can read this run") from None
+        raise UserError(f"{path}: {error}; another version of metajax wrote it and can read this run") from None
 
 
 def read_report(workdir: Path) -> dict[str, Any] | None:
@@ -93,21 +87,20 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code, and whether there are uncommitted changes."""
-
-    def git(*arguments: str) -> str | None:
+    """The commit of the code, and whether there are uncommitted changes; None if git cannot tell."""
+    found: list[str | None] = []
+    for words in (("rev-parse", "HEAD"), ("status", "--porcelain")):
         try:
-            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            found.append(done.stdout.strip() if done.returncode == 0 else None)
         except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    status = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+            found.append(None)
+    commit, status = found
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
 def _is_first() -> bool:
-    from metajax.distributed.hosts import is_first  # imports JAX, which finding runs does not need
+    from metajax.distributed.hosts import is_first  # slow to import, and not needed for finding runs
 
     return is_first()
 
@@ -129,8 +122,7 @@ class RunDirectory:
     def open(cls, path: Path, config: AnyConfig) -> RunDirectory:
         """Create the workdir or open an existing one. With several processes only the first does so and writes there.
 
-        Raises:
-          UserError: it holds another experiment or other files, or another process is still running in it.
+        Raises UserError if it holds another experiment or other files, or another process is still running in it.
         """
         if not _is_first():
             return cls(path, config)
@@ -165,19 +157,20 @@ class RunDirectory:
         self.data = {"key": key, "tokenizer": tokenizer}
         if not _is_first():
             return
-        found = recall(self.path / "data.json", self.warn, "what the checkpoints say of the data counts")
-        if found is not None:
-            require_data(found, self.data, self.path)
+        found = recall(self.path / "data.json", self.warn, "the checkpoints show which data it was")
+        require_data(found or {}, self.data, self.path)
         self.write_config()
-        here, before = environment(), recall(self.path / "environment.json", self.warn, "changed versions are not told")
-        if before is not None and before["libraries"] != here["libraries"]:
-            then, now = before["libraries"], here["libraries"]
-            changed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
-            self.warn(f"taken up with other versions ({changed}): numbers may differ from those of an undisturbed run")
-        if before is not None and before["git"]["commit"] != here["git"]["commit"]:
-            then, now = (str(found["git"]["commit"])[:9] for found in (before, here))
-            self.warn(f"taken up with other code (commit {then} -> {now}): numbers may differ from those of an undisturbed run")
-        self.write("environment.json", here)
+        now = environment()
+        then = recall(self.path / "environment.json", self.warn, "a change of versions is not reported")
+        if then is not None:
+            old, new = then["libraries"], now["libraries"]
+            versions = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name])
+            old, new = then["git"]["commit"], now["git"]["commit"]
+            code = f"commit {old!s:.9} -> {new!s:.9}" if old != new else ""
+            for kind, change in (("versions", versions), ("code", code)):
+                if change:
+                    self.warn(f"resumed with other {kind} ({change}): numbers may differ from those of an undisturbed run")
+        self.write("environment.json", now)
         if found is None:
             self.write("data.json", self.data)
         publish(self.path)
@@ -192,18 +185,18 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write config.json, without which a folder is not taken for a run."""
-        made = {"hash": self.hash, "version": _version(self.path)}
-        self.write(CONFIG, {"id": self.id, **made, "config": to_dict(self.config)})
+        hash_, version_ = _hash_and_version(self.path, self.config)
+        self.write(CONFIG, {"id": self.id, "hash": hash_, "version": version_, "config": to_dict(self.config)})
 
     @property
     def identity(self) -> dict[str, Any]:
         """The identity that every checkpoint of this run stores; see `require_same_run`."""
-        return _identity(self.config, self.hash) | self.data
+        return _identity(self.path, self.config) | self.data
 
     @property
     def hash(self) -> str:
-        """See `hash_of`."""
-        return hash_of(self.path, self.config)
+        """The hash of the config, under the config version that the run began with."""
+        return _hash_and_version(self.path, self.config)[0]
 
     def close(self) -> None:
         """Upload the files of a staging folder, and release the lock."""
@@ -274,25 +267,22 @@ def require_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path
     )
 
 
-def _identity(config: AnyConfig, hash_: str) -> dict[str, Any]:
-    return {"name": config.name, "scale": config.scale, "seed": config.seed, "hash": hash_}
-
-
-def hash_of(workdir: Path, config: AnyConfig) -> str:
-    """The hash of a run. That of an earlier config version is kept as it was saved, because it cannot be computed any more."""
-    return config_hash(config) if _version(workdir) == CONFIG_VERSION else find_json(workdir / CONFIG)["hash"]
-
-
-def _version(workdir: Path) -> int:
-    """The config version under which the hash of a run was computed; 0: before there were versions."""
+def _hash_and_version(workdir: Path, config: AnyConfig) -> tuple[str, int]:
+    """The hash of a run and its config version (0: before there were versions). The hash of an earlier version is kept as saved,
+    because it cannot be computed any more."""
     saved = find_json(workdir / CONFIG) or {}
-    return saved.get("version", 0) if "hash" in saved else CONFIG_VERSION
+    version_ = saved.get("version", 0) if "hash" in saved else CONFIG_VERSION
+    return config_hash(config) if version_ == CONFIG_VERSION else saved["hash"], version_
+
+
+def _identity(workdir: Path, config: AnyConfig) -> dict[str, Any]:
+    hash_, _ = _hash_and_version(workdir, config)
+    return {"name": config.name, "scale": config.scale, "seed": config.seed, "hash": hash_}
 
 
 def identity_of(workdir: Path) -> dict[str, Any]:
     """`RunDirectory.identity` of a run that is not open."""
-    config = read_config(workdir)
-    return _identity(config, hash_of(workdir, config)) | (find_json(workdir / "data.json") or {})
+    return _identity(workdir, read_config(workdir)) | (find_json(workdir / "data.json") or {})
 
 
 def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: str, workdir: Path) -> None:
@@ -300,28 +290,21 @@ def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], what: st
     earlier versions store only the hash, which is then compared, or nothing."""
     names = [name for name in ("name", "scale", "seed", "hash") if name in saved]
     differing = [name for name in names if saved[name] != mine[name]]
+    kind = "configuration" if differing == ["hash"] else "run"
     theirs, ours = (", ".join(f"{name} {found[name]}" for name in names) for found in (saved, mine))
-    require(
-        not differing,
-        f"{what} belongs to another {'configuration' if differing == ['hash'] else 'run'} ({theirs}; this run: {ours}); move it away, and the one "
-        "before is used, or put this run's own back",
-    )
+    remedy = "move it away to use the one before, or put back that of this run"
+    require(not differing, f"{what} belongs to another {kind} ({theirs}; this run: {ours}); {remedy}")
     require_data(saved, mine, workdir)
 
 
 def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
-    if (saved.name, saved.scale, saved.seed) != (config.name, config.scale, config.seed):
-        raise UserError(
-            f"{path} holds {saved.name} at scale {saved.scale} with seed {saved.seed}, "
-            f"not {config.name} at {config.scale} with seed {config.seed}; choose another --workdir"
-        )
+    there, now = (f"{one.name} at scale {one.scale} with seed {one.seed}" for one in (saved, config))
+    require(there == now, f"{path} holds {there}, not {now}; choose another --workdir")
     if config_hash(saved) != config_hash(config):
         changed = {k: v for k, v in difference(saved, config).items() if not k.startswith("runtime.")}
-        name, (then, now) = next(iter(changed.items()))
-        raise UserError(
-            f"{path} holds another configuration of {config.name} ({len(changed)} fields differ, first {name}: {then!r} there, {now!r} now); "
-            "choose another --workdir"
-        )
+        name, (old, new) = next(iter(changed.items()))
+        fields = f"{len(changed)} fields differ, first {name}: {old!r} there, {new!r} now"
+        raise UserError(f"{path} holds another configuration of {config.name} ({fields}); choose another --workdir")
 
 
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -334,40 +317,35 @@ def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def list_runs(root: Path) -> list[Path]:
     """Workdirs below `root`, oldest first."""
+
+    def tell(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # no run yet, or a folder deleted during the search
+            warn(f"left out: {error.filename}: {error.strerror}")
+
     found = []
-    for folder, folders, files in os.walk(root, onerror=_tell):
-        is_run = CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders)
-        found += [Path(folder)] if is_run else []
+    for folder, folders, files in os.walk(root, onerror=tell):
+        if CONFIG in (*folders, *files) or {"checkpoints", "hashes"} <= set(folders):
+            found.append(Path(folder))
         # Checkpoints of a running process may vanish during this search. Files that were set aside are not runs.
         folders[:] = [name for name in folders if name not in ("checkpoints", "damaged", CONFIG)]
     runs = [run for run, _ in readable(found, read_config)]
-    return sorted(runs, key=lambda p: (p / "environment.json").stat().st_mtime if (p / "environment.json").exists() else 0.0)
-
-
-def _tell(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # no run yet, or a folder deleted during the search
-        warn(f"left out: {error.filename}: {error.strerror}")
-
-
-def _find_on_bucket(url: str, root: Path) -> Path:
-    folder = stage(url, root)
-    lock = _lock(folder)
-    if lock is not None:  # otherwise it runs on this machine, and its staging folder is newer
-        with lock:
-            fill(folder)
-    require((folder / CONFIG).exists(), f"{url} is not a run: it has no config.json")
-    return folder
+    starts = {run: path.stat().st_mtime for run in runs if (path := run / "environment.json").exists()}
+    return sorted(runs, key=lambda run: starts.get(run, 0.0))
 
 
 def find_run(word: str, root: Path) -> Path:
-    """Find the workdir named by `word`: a path (relative to `root` or the current folder), a unique prefix of HASH-sSEED, the
-    name of an experiment (its newest run), or gs://BUCKET/PATH, whose staging folder is then updated.
+    """Find the workdir named by `word`; raises UserError if there is none, or more than one.
 
-    Raises:
-      UserError: no such run, or more than one.
+    `word` is a path (relative to `root` or the current folder), a unique prefix of HASH-sSEED, the name of an experiment (its
+    newest run), or gs://BUCKET/PATH, whose staging folder is then updated.
     """
     if word.startswith(SCHEME):
-        return _find_on_bucket(word, root)
+        folder = stage(word, root)
+        if (lock := _lock(folder)) is not None:  # otherwise it runs on this machine, and its staging folder is newer
+            with lock:
+                fill(folder)
+        require((folder / CONFIG).exists(), f"{word} is not a run: it has no {CONFIG}")
+        return folder
     for folder in (root / word, Path(word)):
         if (folder / CONFIG).exists():
             return folder
@@ -376,11 +354,9 @@ def find_run(word: str, root: Path) -> Path:
     if by_name:
         return by_name[-1]
     matches = [run for run in runs if run.name.startswith(word) or str(run.relative_to(root)).startswith(word)]
-    require(
-        len(matches) < 2,
-        f"{word!r} is the start of {len(matches)} runs: {', '.join(str(m) for m in matches[:4])}; give more of it",
-    )
     if not matches:
         names = [read_config(run).name for run in runs] + [run.name for run in runs]
-        raise UserError(f"no run {word!r} under {root}{nearest(word, names)}; `runs` lists what there is")
+        raise UserError(f"no run {word!r} under {root}{nearest(word, names)}; `runs` lists all")
+    some = ", ".join(str(match) for match in matches[:4])
+    require(len(matches) == 1, f"{word!r} is the start of {len(matches)} runs: {some}; give more of it")
     return matches[0]

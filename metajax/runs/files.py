@@ -21,51 +21,46 @@ from metajax.core.errors import UserError, require
 from metajax.core.progress import warn
 
 CONFIG, DIGEST = "config.json", "sha256"
-NULL = type(None)
-NUMBER = (int, float)
+NULL, NUMBER = type(None), (int, float)
 AGAIN = "give the command of the run again, and it is made again from the checkpoints"
 REMEDIES = {
     CONFIG: "restore it from a copy, or choose another --workdir",
     "report.json": AGAIN,
-    "environment.json": "delete it; all but the description of the machine is there without it",
-    "data.json": "delete it; the checkpoints hold what it says",
-    "metrics.jsonl": "delete it; curves are missing then, but no result",
+    "environment.json": "delete it; only the description of the machine is lost",
+    "data.json": "delete it; the checkpoints hold the same facts",
+    "metrics.jsonl": "delete it; only the curves are lost",
     "imported.json": "import the model again",
     "words.json": "delete report.json, give the command of the run again, and both are made again",
     "table.json": "it is made again; seeds of earlier commands are shown when they are asked for",
 }
-LISTS = {
-    "words.json": "words",
-    "warnings.json": "warnings",
-    "time.json": "starts",
-}  # may be lists: the first is one, the others were in earlier versions
-RESULT = {"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}
+LISTS = {"words.json": "words", "warnings.json": "warnings", "time.json": "starts"}  # may be lists, as in earlier versions
 BIN = {"exact": (*NUMBER, NULL), "*": object}
-SPENT = (
-    "from",
-    "steps",
-    "lost",
-    "startup",
-    "compile",
-    "data_wait",
-    "checkpoint",
-    "evaluation",
-)  # seconds of one start, which began at a step
+EVAL = {
+    "?choice": {"average": NUMBER, "*": object},
+    "?tasks": {"*": {"*": (BIN, *NUMBER)}},
+    "*": ({"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}, NULL, *NUMBER),
+}
+SPENT = "from steps lost startup compile data_wait checkpoint evaluation".split()  # seconds of one start, from a step on
 # Shape of a file: a type, one of several shapes, an object's keys (`?`: optional, `*`: all others), or [shape of each item].
 SHAPES: dict[str, Any] = {
     CONFIG: {"?config": dict, "?id": str, "?hash": str},
     "environment.json": {
-        "libraries": {"*": (str, NULL)}, "git": {"commit": (str, NULL), "dirty": (bool, NULL)}, "command": [str], "started": str,
-        "devices": {"kind": str, "count": int, "hosts": int}, "cpu_count": (int, NULL), "python": str, "platform": str,
+        **dict.fromkeys(("python", "platform", "started"), str),
+        "libraries": {"*": (str, NULL)},
+        "git": {"commit": (str, NULL), "dirty": (bool, NULL)},
+        "command": [str],
+        "devices": {"kind": str, "count": int, "hosts": int},
+        "cpu_count": (int, NULL),
     },
     "data.json": {"key": str, "tokenizer": str},
     "warnings.json": {"warnings": [str]},
     "time.json": {"starts": [{"saves": [[NUMBER]], **dict.fromkeys(SPENT, NUMBER), "*": NUMBER}]},
     "report.json": {
-        "eval": {"?choice": {"average": NUMBER, "*": object}, "?tasks": {"*": {"*": (BIN, *NUMBER)}}, "*": (RESULT, NULL, *NUMBER)},
+        "eval": EVAL,
         "parameters": {"total": NUMBER, "*": NUMBER},
-        "counts": {"*": NUMBER}, "?flops_per_token": {"*": NUMBER}, "?warnings": [str], "?analyses": dict, "?config": dict,
-        "?corpora": [dict], "?metrics": {"lines": int, "bytes": int, DIGEST: str},
+        "counts": {"*": NUMBER},
+        **{"?flops_per_token": {"*": NUMBER}, "?warnings": [str], "?analyses": dict, "?config": dict, "?corpora": [dict]},
+        "?metrics": {"lines": int, "bytes": int, DIGEST: str},
     },
     "table.json": {"seeds": [int]},
     "imported.json": {"family": str, "config": dict},
@@ -74,12 +69,9 @@ SHAPES: dict[str, Any] = {
     "delta_tokens.json": dict,
     "words.json": {"words": [str]},
     "wandb.json": {"id": str, "folder": str},
-}  # fmt: skip
-METRICS = {
-    "step": int,
-    **dict.fromkeys(("?loss", "?bpb", "?body_nll", "?validation_bpb"), NUMBER),
-    "*": (str, bool, NULL, *NUMBER),
-}  # shape of one line
+}
+# Shape of one line of metrics.jsonl.
+METRICS = {"step": int, "*": (str, bool, NULL, *NUMBER)} | dict.fromkeys("?loss ?bpb ?body_nll ?validation_bpb".split(), NUMBER)
 Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl at some step
 
 
@@ -105,19 +97,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run, without its digest.
-
-    Raises:
-      Damaged: the file is not what the run wrote.
-      UserError: the file is missing, or there is no permission to read it.
-    """
+    """Like `find_json`, but raises UserError for a missing file."""
     value = find_json(path)
     require(value is not None, f"{path} is missing; {REMEDIES.get(path.name, 'restore it from a copy')}")
     return value
 
 
 def find_json(path: Path) -> dict[str, Any] | None:
-    """Like `read_json`, but None for a missing file."""
+    """A JSON file of a run, without its digest; None if it is missing.
+
+    Raises Damaged if it is not what the run wrote, and UserError if there is no permission to read it.
+    """
     data = _read(path)
     if data is None:
         return None
@@ -190,25 +180,30 @@ def _digest(path: Path, value: Mapping[str, Any]) -> str | None:
 
 def _misfit(value: Any, shape: Any, at: str = "") -> str:
     """Where a value does not match a shape of SHAPES; "" if it matches."""
+    where, prefix = at or "it", f"{at}." if at else ""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            return f"{at or 'it'} is no object"
-        missing = [key for key in shape if not key.startswith(("?", "*")) and key not in value]
-        if missing:
-            return f"{at and at + '.'}{missing[0]} is missing"
-        known = {key: shape.get(key, shape.get(f"?{key}", shape.get("*", object))) for key in value if at or key != DIGEST}
-        return next(filter(None, (_misfit(value[key], inner, f"{at and at + '.'}{key}") for key, inner in known.items())), "")
-    if isinstance(shape, list):
+            return f"{where} is no object"
+        for key in shape:
+            if not key.startswith(("?", "*")) and key not in value:
+                return f"{prefix}{key} is missing"
+        rules = {key: shape.get(key, shape.get(f"?{key}", shape.get("*", object))) for key in value if at or key != DIGEST}
+        items = [(value[key], rule, prefix + key) for key, rule in rules.items()]
+    elif isinstance(shape, list):
         if not isinstance(value, list):
-            return f"{at or 'it'} is no list"
-        return next(filter(None, (_misfit(item, shape[0], f"{at}[{n}]") for n, item in enumerate(value))), "")
-    shapes = shape if isinstance(shape, tuple) else (shape,)
-    if any(not _misfit(value, one, at) if isinstance(one, dict) else _is_a(value, one) for one in shapes):
-        return ""
-    return f"{at or 'it'} is {'no object' if shape is dict else f'a wrong value: {value!r:.40}'}"
+            return f"{where} is no list"
+        items = [(item, shape[0], f"{at}[{n}]") for n, item in enumerate(value)]
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        if any(_is_a(value, kind, at) for kind in kinds):
+            return ""
+        return f"{where} is {'no object' if shape is dict else f'a wrong value: {value!r:.40}'}"
+    return next(filter(None, (_misfit(*item) for item in items)), "")
 
 
-def _is_a(value: Any, kind: type) -> bool:
+def _is_a(value: Any, kind: Any, at: str) -> bool:
+    if isinstance(kind, dict):
+        return not _misfit(value, kind, at)
     return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
 
 
@@ -223,8 +218,7 @@ def mark_of(data: bytes) -> Mark:
 def read_lines(path: Path, mark: Mark | None = None) -> list[dict[str, Any]]:
     """Records of a metrics file, none if it is missing; a last line cut off by a kill is left out.
 
-    Raises:
-      Damaged: a line is not a record, or the content differs from `mark`.
+    Raises Damaged if a line is not a record, or the content differs from `mark`.
     """
     data = _read(path) or b""
     if mark is not None and mark_of(data[: mark["bytes"]]) != mark:

@@ -23,16 +23,14 @@ SAVES = 16  # saves remembered for one start
 class Goodput:
     """The time account of one start, added to those of earlier starts.
 
-    Args:
-      path: time.json of the run; None: this process does not write it.
-      age: seconds since the command began.
-      run: the run. It gets a warning about lost records of earlier starts, and is checked before each write.
+    `path` is time.json of the run (None: this process does not write it), and `age` the seconds since the command began. `run`
+    gets a warning about lost records of earlier starts, and its folder is checked before each write.
     """
 
     def __init__(self, path: Path | None, age: float = 0.0, run: RunDirectory | None = None):
         self._path, self._began, self._run = path, time.monotonic() - age, run
         self._warn = run.warn if run is not None else warn
-        found = recall(path, self._warn, "another is begun") if path is not None else None
+        found = recall(path, self._warn, "a new one is begun") if path is not None else None
         self._earlier: list[dict[str, Any]] = (found or {"starts": []})["starts"]
         self.apart = dict.fromkeys(APART, 0.0)  # seconds of this start that are not steps
         self._startup = 0.0

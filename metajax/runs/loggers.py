@@ -20,7 +20,7 @@ def check_loggers(names: Iterable[str]) -> None:
     require(find_spec("wandb") is not None, "runtime.loggers names wandb, which is not installed; pip install wandb")
     remedy = "wandb login, or WANDB_API_KEY; WANDB_MODE=offline needs none"
     try:
-        ready = _is_offline() or _has_key()
+        ready = _settings("mode") in ("offline", "dryrun", "disabled") or _has_key()
     except (OSError, configparser.Error, netrc.NetrcParseError) as error:
         raise UserError(f"runtime.loggers names wandb, whose settings cannot be read ({error}): {remedy}") from None
     require(ready, f"runtime.loggers names wandb, but there is no key: {remedy}")
@@ -34,10 +34,6 @@ def _settings(name: str) -> str:
     found = configparser.ConfigParser(interpolation=None)
     found.read([home / "settings", Path("wandb", "settings")])
     return found.get("default", name, fallback="")
-
-
-def _is_offline() -> bool:
-    return _settings("mode") in ("offline", "dryrun", "disabled")
 
 
 def _has_key() -> bool:

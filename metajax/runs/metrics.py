@@ -17,17 +17,13 @@ from metajax.core.storage import home
 from metajax.config import AnyConfig
 from metajax.core.fields import to_dict
 from metajax.core.progress import shown, warn
-from metajax.runs.files import DIGEST, Mark, mark_of, parse_lines, read_json, read_lines, recall, set_aside, write_json
-
-__all__ = ["Loggers", "MetricsFile", "Nowhere", "memory_use", "read_lines"]
+from metajax.runs.files import DIGEST, Mark, mark_of, parse_lines, read_json, recall, set_aside, write_json
 
 
 class MetricsFile:
     """metrics.jsonl, one JSON object per line. Opening it at step s drops the lines after s, which training writes again.
 
-    Args:
-      mark: the mark in the checkpoint of step s of the lines up to s; None: a checkpoint of an earlier version, without a mark.
-      on_warning: called with a message about lost lines.
+    `mark` is that of the lines up to s in the checkpoint; None if an earlier version wrote it. `on_warning` reports lost lines.
     """
 
     def __init__(self, path: Path, start_step: int, mark: Mark | None = None, on_warning: Callable[[str], None] = warn):
@@ -65,10 +61,9 @@ def _lines_until(path: Path, step: int, mark: Mark | None, on_warning: Callable[
     if mark is not None or not whole:
         if path.exists():
             set_aside(path)
-        on_warning(
-            f"{path} is not what was written until step {step}: {step - len(trained)} of these steps are missing, {len(unread)} lines cannot be read; "
-            f"curves show what is left. The file as it was is in {path.parent / 'damaged'}"
-        )
+        lost = f"{step - len(trained)} of these steps are missing, {len(unread)} lines cannot be read"
+        where = f"curves show what is left; the file is kept in {path.parent / 'damaged'}"
+        on_warning(f"{path} is not what was written until step {step}: {lost}; {where}")
     return kept
 
 
@@ -84,17 +79,16 @@ class Loggers:
         if "wandb" in config.runtime.loggers:
             import wandb
 
-            self._wandb = wandb.init(
-                project="metajax", name=shown(f"{config.name}-s{config.seed}", keep=""), dir=str(workdir), config=to_dict(config), resume="allow",
-                id=logger_id(workdir),
-            )  # fmt: skip
+            name, folder = shown(f"{config.name}-s{config.seed}", keep=""), str(workdir)
+            which = {"project": "metajax", "name": name, "id": logger_id(workdir), "resume": "allow"}
+            self._wandb = wandb.init(**which, dir=folder, config=to_dict(config))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(shown(name, keep=""), value, step)
+        scalars = {shown(name, keep=""): value for name, value in scalars.items()}
+        for name, value in scalars.items() if self._tensorboard is not None else ():
+            self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({shown(name, keep=""): value for name, value in scalars.items()}, step=step)
+            self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
         if self._tensorboard is not None:

@@ -27,7 +27,7 @@ def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
         field, equals, value = pair.partition("=")
         require(bool(field and equals), f"--set {pair}: expected FIELD=VALUE, such as --set model.layers=8")
         if changes.get(field, value) != value:
-            say(f"--set {field} is there twice; the last one, {value}, holds")
+            say(f"--set {field} is given twice; the last one, {value}, is used")
         changes[field] = value
     for field, instead in (("seed", "--seed N"), ("scale", "--scale SCALE"), ("name", "another entry in experiments/")):
         require(field not in changes, f"--set {field}=...: use {instead}")
@@ -65,14 +65,10 @@ def find_parent(text: str, runs: Path) -> str:
 
 
 def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -> tuple[AnyConfig, tuple[AnyConfig, ...]]:
-    """Return the config with `init.from` replaced by a run, and the configs of the runs it needs, oldest first.
+    """The config with `init.from` replaced by a run below `root`, and the configs of the runs it needs, oldest first.
 
-    Args:
-      changes: changes of the command (`--set`), already in `config`; parents get them too (see `inherited`).
-      root: folder of the runs; `init.from` may also be a run there, or the folder of a run.
-
-    Raises:
-      UserError: no such experiment or run, experiments that start from each other, or a field that the run would ignore.
+    `changes` are those of the command (`--set`), already in `config`; parents get them too (see `inherited`). Raises UserError if
+    there is no such experiment or run, experiments start from each other, or the run would ignore a field.
     """
     config = _without_those_of_its_parent(config, inherited(changes))
     require_all_read(config)
@@ -105,7 +101,7 @@ def _without_those_of_its_parent(config: AnyConfig, changes: Mapping[str, Any]) 
     read = flatten(parent).keys() - parent.unread().keys() if parent is not None else ()
     ours = [field for field in ignored(config) if field in changes and field in read]
     for field in ours:
-        say(f"{config.name} does not read {field}: --set is for {config.init.run}, which comes first")
+        say(f"{config.name} does not read {field}: --set is for {config.init.run}, which runs first")
     return override(config, {field: defaults(type(config))[field] for field in ours})
 
 
@@ -123,7 +119,9 @@ def _resolve(
         folder = find_run(word, root)
         return _with_imported(config, read_config(folder), folder), ()
     circle = " -> ".join((*chain, word))
-    require(word not in chain, f"init.from goes round in a circle: {circle}; one of them has to start afresh (init.from empty)")
+    require(
+        word not in chain, f"init.from goes round in a circle: {circle}; one of them has to start afresh, with an empty init.from"
+    )
     parent = replace(apply_changes(registry.find_experiment(word).build(config.scale), changes), seed=config.seed)
     parent, older = _resolve(parent, changes, root, (*chain, word))
     child = override(config, {"init.from": "?".join([default_workdir(parent, Path()).as_posix(), *parts])})

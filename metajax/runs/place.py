@@ -30,8 +30,7 @@ class Place:
         except OSError:
             there = False
         if not there:
-            gone = f"{self.path} was moved, deleted or replaced while the run went on"
-            raise Gone(f"{gone}; put it back and give the same command again")
+            raise Gone(f"{self.path} was moved, deleted or replaced during the run; put it back and give the same command again")
 
     @contextlib.contextmanager
     def while_there(self) -> Iterator[None]:
@@ -42,5 +41,5 @@ class Place:
             self.require_there()
             if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
                 which = error.filename2 or error.filename or self.path
-                raise Gone(f"{which}: {error.strerror}; put back what was there, and give the same command again") from error
+                raise Gone(f"{which}: {error.strerror}; restore it, and give the same command again") from error
             raise

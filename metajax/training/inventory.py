@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metajax.core.storage import files, hashes_of, home, remove, steps_of
+from metajax.core.storage import files, hashes_of, home, steps_of
 from metajax.training.checkpoints import another_runs, folder_of, verify
 
 
@@ -57,5 +57,5 @@ def prune(workdir: Path, keep: int) -> list[Path]:
         path.unlink()
     gone = [folder_of(workdir, step) for step in others] + ([damaged] if damaged.exists() else [])
     for folder in gone:
-        remove(folder)
+        folder.rmtree()
     return gone

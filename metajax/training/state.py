@@ -33,7 +33,7 @@ def to_arrays(tree: Any) -> dict[str, Any]:
 def from_arrays(like: Any, arrays: dict[str, Any], what: str) -> Any:
     """The pytree `like` with its leaves taken from {path: array}; UserError names `what`, the source of the arrays, and a path that
     is missing, left over or of another shape."""
-    leaves, made = to_arrays(like), "it was made by another model configuration"
+    leaves, made = to_arrays(like), "it was made by another model configuration, or by an earlier version of metajax"
     for path in leaves:
         require(path in arrays, f"{what} lacks {path}; {made}")
     extra = min(arrays.keys() - leaves.keys(), default=None)

@@ -1,6 +1,7 @@
 """The command line as users see it: names, verbs, and one clear line with exit code 2 for every mistake."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,12 +15,13 @@ from metajax.cli.main import build_parser, main
 from metajax.cli.verb import verbs
 from metajax.runs.files import write_json
 
-SMALL = [
-    "--set", "data.tokenizer=byte", "--set", "data.sequence_length=64", "--set", "data.batch_size=4", "--set", "data.validation_share=0.2",
-    "--set", "model.layers=2", "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.mlp_width=32",
-    "--set", "training.steps=4", "--set", "optimizer.warmup_steps=1", "--set", "evaluation.documents=5",
-    "--set", "evaluation.sample_tokens=4", "--set", "runtime.log_every=2", "--set", "runtime.save_every=2",
-]  # fmt: skip
+ROOT = Path(__file__).parents[2]
+CHANGES = (
+    "data.tokenizer=byte data.sequence_length=64 data.batch_size=4 data.validation_share=0.2 model.layers=2 model.width=16 "
+    "model.heads=2 model.mlp_width=32 training.steps=4 optimizer.warmup_steps=1 evaluation.documents=5 "
+    "evaluation.sample_tokens=4 runtime.log_every=2 runtime.save_every=2"
+)
+SMALL = [f"--set={change}" for change in CHANGES.split()]
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_bare_command_lists_what_there_is(command):
     quick = (
         "import sys; from metajax.cli.main import main; main([]); assert not {'jax', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "quickstart/plain" in done.stdout, done.stderr
 
 
@@ -184,7 +186,7 @@ def test_an_experiment_that_starts_from_another_runs_it_first(command, pair, tmp
     code, out, _ = command("show", "pair/short", small=True)
     assert code == 0 and "pair_base/cpu/" in out and not (tmp_path / "runs").exists(), "to look takes no run"
     code, _, err = command("pair/short", "--seed", "1", small=True)
-    assert code == 0 and "pair/short starts from pair_base (seed 1), which comes first" in err
+    assert code == 0 and "pair/short starts from pair_base (seed 1), which runs first" in err
     [parent], [child] = ((tmp_path / f"runs/{name}/cpu").iterdir() for name in ("pair_base", "pair/short"))
     assert parent.name.endswith("-s1") and json.loads((parent / "report.json").read_text())["steps"] == 4
     assert json.loads((child / "report.json").read_text())["parent"] == f"pair_base/cpu/{parent.name}"
@@ -192,7 +194,7 @@ def test_an_experiment_that_starts_from_another_runs_it_first(command, pair, tmp
 
 
 def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(command, pair, tmp_path):
-    assert "nothing of pair has been run" in one_error_line(command("pair", "--render", small=True))
+    assert "no row of pair has been run" in one_error_line(command("pair", "--render", small=True))
     code, out, err = command("pair", small=True)
     assert code == 1 and "failed: NonFinite: step" in err and re.search(r"\| broken +\| failed ", out)
     assert err.count("pair_base, seed 0, from which rows start") == 1
@@ -214,12 +216,7 @@ def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(comman
     [
         (["quikstart"], "unknown command or experiment 'quikstart'; did you mean 'quickstart'?"),
         (["quickstart/plain", "--scale", "gpuu"], "unknown scale 'gpuu'; did you mean 'gpu'?"),
-        (["quickstart/plain", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
         (["quickstart", "--set", "model.layrs=3"], "unknown field model.layrs; did you mean 'layers'?"),
-        (["quickstart/plain", "--set", "model.layers=three"], "model.layers = 'three': expected a whole number"),
-        (["quickstart/plain", "--set", "model.norm=rmsnrm"], "did you mean 'rmsnorm'?"),
-        (["quickstart/plain", "--set", "model.heads=3"], "model.width = 128 does not divide by model.heads = 3"),
-        (["quickstart/plain", "--set", "model.layers"], "expected FIELD=VALUE"),
         (["quickstart/plain", "--seeds", "3"], "--seeds, --rows, --jobs and --render are for tables"),
         (["quickstart", "--sweep", "model.layers=1,2"], "--sweep is for one experiment, such as quickstart/plain"),
         (["quickstart/plain", "--sweep", "model.layers"], "expected FIELD=VALUE,VALUE"),
@@ -241,8 +238,6 @@ def test_a_table_with_a_failed_row_exits_with_1_and_can_be_rendered_again(comman
         (["lits"], "did you mean 'list'?"),
         (["evl", "quickstart/plain"], "did you mean 'eval'?"),
         (["quickstart", "--rows", "metadta"], "did you mean 'metadata'?"),
-        (["quickstart/plain", "--set", "seed=7"], "use --seed N"),
-        (["quickstart/plain", "--set", "scale=gpu"], "use --scale"),
         (["show", "quickstart", "--set", "model.layrs=3"], "unknown field model.layrs"),
         (["quickstart/plain", "--runs-dir", "gs://bucket/runs"], "local folder"),
         (["quickstart", "--workdir", "gs://bucket/run"], "a bucket is for one experiment"),
@@ -375,34 +370,19 @@ def test_a_table_wide_change_passes_by_rows_without_that_part(command, tmp_path)
 
 def test_reader_processes(command, tmp_path):
     """In a process of its own, as a user's run: reader processes need a main module that can be imported again."""
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    changes = [
-        *SMALL,
-        "--set",
-        "data.sources=pydocs:email+json",
-        "--set",
-        "evaluation.conditions=none",
-        "--set",
-        "runtime.workers=1",
-    ]
-    done = subprocess.run(
-        [sys.executable, "run.py", "quickstart/plain", *changes, "--runs-dir", str(tmp_path / "r"), "--cache-dir", str(tmp_path / "c")],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=240,
-    )  # fmt: skip
+    changes = ("data.sources=pydocs:email+json", "evaluation.conditions=none", "runtime.workers=1")
+    places = ("--runs-dir", str(tmp_path / "r"), "--cache-dir", str(tmp_path / "c"))
+    words = [sys.executable, "run.py", "quickstart/plain", *SMALL, *(f"--set={change}" for change in changes), *places]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert any((tmp_path / "c" / "jax").iterdir()), "compiled programs are kept by default"
 
 
 def test_the_readmes_example_registers_a_table(own_registry):
-    from pathlib import Path
-
     from metajax import registry
 
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
     assert 0 < len(code.strip().splitlines()) <= 6
     exec(code, {})
@@ -412,5 +392,5 @@ def test_the_readmes_example_registers_a_table(own_registry):
 
 def test_a_python_without_the_packages_is_told_how_to_get_them():
     bare = [sys.executable, "-S", "-E", "run.py", "list"]  # -S: no site-packages
-    done = subprocess.run(bare, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(bare, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "make quickstart" in done.stderr and "Traceback" not in done.stderr

@@ -115,10 +115,10 @@ def start_pool(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(BEGINS + POOL)
     (tmp_path / "marks").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "marks")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, str(script), str(tmp_path / "marks")]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
     assert process.stdout.readline() == "ready\n"
     return process
 

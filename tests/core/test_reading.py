@@ -91,7 +91,7 @@ def test_no_handle_left_is_no_bad_record(kind, suffix, tmp_path, open_files):
         (RuntimeError("open() failed: Too many open files in system"), "Too many open files in system; this machine"),
         (MemoryError(), "Cannot allocate memory; free some"),
         (pa.ArrowMemoryError("malloc"), "Cannot allocate memory; free some"),
-        (OSError(errno.EXDEV, "x"), "Invalid cross-device link; mend that"),
+        (OSError(errno.EXDEV, "x"), "Invalid cross-device link; repair that"),
     ],
 )
 def test_what_the_machine_refuses_is_never_damage(error, said):

@@ -9,7 +9,8 @@ from tests.damage import DAMAGES
 NAMES = ("config.json", "data.json", "environment.json", "metrics.jsonl", "time.json", "tokenizer.json")
 RUN = [(name, damage) for name in (*NAMES, "warnings.json") for damage in ("flip", "missing", "others", "folder")]
 COMPLETE = [(name, damage) for name in (*NAMES, "report.json") for damage in DAMAGES]
-LATER = [("checkpoints/{}/_CHECKPOINT_METADATA", "others"), ("checkpoints/{}/state/manifest.ocdbt", "flip"), ("hashes/{}-p0.json", "cut"), ("hashes/{}-p0.json", "others")]  # fmt: skip
+LATER = [("checkpoints/{}/_CHECKPOINT_METADATA", "others"), ("checkpoints/{}/state/manifest.ocdbt", "flip")]
+LATER += [("hashes/{}-p0.json", "cut"), ("hashes/{}-p0.json", "others")]
 
 
 def damaged(copy, run, another, name, damage):
@@ -52,5 +53,7 @@ def test_what_reads_a_complete_run(runs, here, copy, name, damage):
     code, said = here.eval(workdir)
     assert any(bpb in line for line in said) or told(code, said)
     code, said = here.train(workdir)
-    assert code == 2 or json.loads((workdir / "report.json").read_text())["eval"]["none"]["bpb"] == pytest.approx(float(bpb), abs=1e-4)
+    assert code == 2 or json.loads((workdir / "report.json").read_text())["eval"]["none"]["bpb"] == pytest.approx(
+        float(bpb), abs=1e-4
+    )
     told(code, said)

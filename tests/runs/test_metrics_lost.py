@@ -47,7 +47,11 @@ def test_what_is_lost_before_the_step_is_recorded(tmp_path, damage):
     steps = [line["step"] for line in read_lines(path)]
     assert steps[-1] == 7 and len(set(steps)) == len(steps), "what is left stays, each step once"
     assert damage == "deleted" or any((tmp_path / "damaged").iterdir()), "the file as it was is kept"
-    assert file.mark()["lines"] == len(steps) and set(path.read_bytes().splitlines(keepends=True)[:-1]) <= set(whole) or damage == "another number"
+    assert (
+        file.mark()["lines"] == len(steps)
+        and set(path.read_bytes().splitlines(keepends=True)[:-1]) <= set(whole)
+        or damage == "another number"
+    )
     file.close()
     said.clear()
     MetricsFile(path, 7, file._mark | {"sha256": file._hash.hexdigest()}, said.append).close()
@@ -71,7 +75,12 @@ def test_what_follows_the_step_is_dropped_without_a_word(tmp_path):
 @pytest.mark.fault(9)
 def test_a_checkpoint_of_an_earlier_version_says_nothing_of_the_lines(tmp_path):
     path, said = tmp_path / "metrics.jsonl", []
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "left_out": "spike"}, {"step": 2, "validation_bpb": 3.0}, {"step": 3, "loss": 1.0}]
+    lines = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "left_out": "spike"},
+        {"step": 2, "validation_bpb": 3.0},
+        {"step": 3, "loss": 1.0},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     MetricsFile(path, 2, None, said.append).close()
     assert read_lines(path) == lines[:3] and not said

@@ -18,7 +18,8 @@ from metajax.training.state import State
 from tests.runs.conftest import train_command
 
 ODD = ["lr=[1e-3]", "a*b", "what?", "{a,b}", "two words", "100%", "a#b", "ünï", "a\nb", "a::b", "~", "[!x]", "%2e%2e", "-x"]
-FOREIGN = [".DS_Store", "._state", "Thumbs.db", "desktop.ini", "manifest.ocdbt~", "#x#", ".nfs0000000000a1b2c3", "notes (1).txt", "commit_success.txt.bak", "process_0~", "process_0 copy"]  # fmt: skip
+FOREIGN = [".DS_Store", "._state", "Thumbs.db", "desktop.ini", "manifest.ocdbt~", "#x#", ".nfs0000000000a1b2c3"]
+FOREIGN += ["notes (1).txt", "commit_success.txt.bak", "process_0~", "process_0 copy"]
 
 
 def state(value):
@@ -80,7 +81,12 @@ def test_a_pattern_in_the_path_of_a_bucket_is_refused(tmp_path):
 @pytest.mark.fault(22)
 def test_what_is_not_the_runs_is_left_alone(tmp_path, abstract, capsys):
     workdir, said = saved(tmp_path / "w"), []
-    places = [workdir, workdir / "checkpoints", workdir / "hashes", *(p for p in (workdir / "checkpoints" / "2").rglob("*") if p.is_dir())]
+    places = [
+        workdir,
+        workdir / "checkpoints",
+        workdir / "hashes",
+        *(p for p in (workdir / "checkpoints" / "2").rglob("*") if p.is_dir()),
+    ]
     for folder in [*places, workdir / "checkpoints" / "2"]:
         for name in FOREIGN:
             (folder / name).write_bytes(b"\0\1")
@@ -88,7 +94,9 @@ def test_what_is_not_the_runs_is_left_alone(tmp_path, abstract, capsys):
     (workdir / "hashes" / "2-p0 copy.json").write_text("{")
     (workdir / "checkpoints" / "3").write_text("no folder")
     shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "1 copy")
-    assert verify(buckets.home(workdir) / "checkpoints" / "2", buckets.hashes_of(workdir, 2)) is None and newest_good(workdir) == 2
+    assert (
+        verify(buckets.home(workdir) / "checkpoints" / "2", buckets.hashes_of(workdir, 2)) is None and newest_good(workdir) == 2
+    )
     assert capsys.readouterr().err.count("is not of the checkpoint") == 1, "told once"
     checkpoints = Checkpoints(workdir, 2, said.append)
     restored, meta = checkpoints.restore(abstract)
@@ -138,7 +146,9 @@ def replace(folder):
 
 
 @pytest.mark.fault(38)
-@pytest.mark.parametrize(("goes", "how"), [("", remove), ("", move), ("", replace), ("..", move), ("checkpoints", move), ("cache", move)])
+@pytest.mark.parametrize(
+    ("goes", "how"), [("", remove), ("", move), ("", replace), ("..", move), ("checkpoints", move), ("cache", move)]
+)
 def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatch, goes, how):
     workdir, write, gone = tmp_path / "a" / "w", MetricsFile.write, []
     shutil.copytree(runs.cut_one, workdir)
@@ -152,10 +162,15 @@ def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatc
 
     monkeypatch.setattr(MetricsFile, "write", watched)
     code, said = here(*train_command(runs.home, workdir), "--cache-dir", tmp_path / "cache")
-    assert gone and (code == 2 and sum(line.startswith("error: ") for line in said) == 1 or code == 0 and goes in ("cache", "checkpoints"))
+    assert gone and (
+        code == 2 and sum(line.startswith("error: ") for line in said) == 1 or code == 0 and goes in ("cache", "checkpoints")
+    )
     assert code == 0 or str(gone[0]) in [line for line in said if line.startswith("error: ")][0]
     if code == 0:
-        assert json.loads((workdir / "report.json").read_text())["eval"] == json.loads((runs.one / "report.json").read_text())["eval"]
+        assert (
+            json.loads((workdir / "report.json").read_text())["eval"]
+            == json.loads((runs.one / "report.json").read_text())["eval"]
+        )
 
 
 @pytest.mark.fault(38)

@@ -8,15 +8,19 @@ import pytest
 
 from metajax.core.errors import UserError
 from metajax.runs.directory import read_config
-from metajax.runs.files import write_json
-from metajax.runs.files import Damaged, find_json, parse_lines, read_json, read_lines, recall
+from metajax.runs.files import Damaged, find_json, parse_lines, read_json, read_lines, recall, write_json
 
 REPORT = {"eval": {"none": {"bpb": 1.5}}, "parameters": {"total": 3}, "counts": {"positions": 8}}
 BROKEN = [b"", b"\0" * 40, b'{"eval": \xff}', b'{"eval"', b"[" * 100_000, b"1" * 5000, b"null", b"3", b'"text"', b"[]", b"{}"]
-MISFITS = [
-    {"eval": []}, {**REPORT, "eval": {"none": {"bpb": "1.5"}}}, {**REPORT, "eval": {"tasks": {"parity": {"64": {}}}}},
-    {**REPORT, "parameters": {}}, {**REPORT, "counts": {"positions": None}}, {**REPORT, "warnings": "none"}, {**REPORT, "metrics": {"lines": 1}},
-]  # fmt: skip
+CHANGES = [
+    {"eval": {"none": {"bpb": "1.5"}}},
+    {"eval": {"tasks": {"parity": {"64": {}}}}},
+    {"parameters": {}},
+    {"counts": {"positions": None}},
+    {"warnings": "none"},
+    {"metrics": {"lines": 1}},
+]
+MISFITS = [{"eval": []}, *({**REPORT, **change} for change in CHANGES)]
 
 
 @pytest.fixture
@@ -54,7 +58,9 @@ def test_every_flipped_bit_of_a_number_or_a_name_is_noticed(folder):
     for place in range(len(written)):
         path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
         try:
-            assert find_json(path) in (REPORT, REPORT | {"sha257": json.loads(written)["sha256"]}) or "sha256" not in find_json(path)
+            assert find_json(path) in (REPORT, REPORT | {"sha257": json.loads(written)["sha256"]}) or "sha256" not in find_json(
+                path
+            )
         except Damaged:
             continue
     path.write_bytes(written)
@@ -94,7 +100,16 @@ def test_a_run_goes_on_without_a_damaged_file_and_keeps_it(folder):
 @pytest.mark.fault(25)
 def test_lines_that_are_no_metrics(tmp_path):
     good = b'{"step": 1, "loss": 2.5}\n'
-    bad = [b"\0\0\n", b"\xff\n", b"[]\n", b"\n", b'{"loss": 1}\n', b'{"step": "1"}\n', b'{"step": true}\n', b'{"step": 2, "loss": null}\n']
+    bad = [
+        b"\0\0\n",
+        b"\xff\n",
+        b"[]\n",
+        b"\n",
+        b'{"loss": 1}\n',
+        b'{"step": "1"}\n',
+        b'{"step": true}\n',
+        b'{"step": 2, "loss": null}\n',
+    ]
     assert parse_lines(good + b"".join(bad) + good + b'{"step": 3') == ([{"step": 1, "loss": 2.5}] * 2, list(range(2, 10)))
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(good + b'{"step": 2, "lo')

@@ -21,10 +21,9 @@ from metajax.core.storage import publish
 def add_analyze(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
     known = ",".join(analysis.names())
-    parser.add_argument("--what", type=checked.word, default=None, metavar="LIST", help=f"some of {known} (all that fit the run)")
-    parser.add_argument(
-        "--task", type=checked.word, default=None, metavar="TASK", help="whose prompts are read (list_recall, or the run's first task)"
-    )  # fmt: skip
+    parser.add_argument("--what", type=checked.word, metavar="LIST", help=f"some of {known} (all that fit the run)")
+    text = "whose prompts are read (list_recall, or the run's first task)"
+    parser.add_argument("--task", type=checked.word, metavar="TASK", help=text)
     longest = "the run's longest bin within training"
     add_number(parser, "--length", Annotated[int, Range(2, 2**20)], None, "positions of a prompt's row", longest)
     text = "prompts, and examples in a bin of the interventions"
@@ -46,8 +45,9 @@ def analyze(options: argparse.Namespace, started: float) -> int:
     from metajax.runs.directory import find_run, read_config
 
     workdir = find_run(options.run, options.runs_dir)
-    if isinstance(read_config(workdir), ImageConfig):
-        analyses, study = image_analysis, _image_study(workdir, options)
+    config = read_config(workdir)
+    if isinstance(config, ImageConfig):
+        analyses, study = image_analysis, _image_study(workdir, config, options)
     else:
         analyses, study = analysis, _text_study(options)
     from metajax.experiment import write_report
@@ -82,14 +82,11 @@ def _text_study(options: argparse.Namespace) -> Any:
     return study
 
 
-def _image_study(workdir: Path, options: argparse.Namespace) -> Any:
+def _image_study(workdir: Path, config: ImageConfig, options: argparse.Namespace) -> Any:
     """The run's CLIP and some test images."""
-    require(
-        options.task is None and options.length is None and options.examples is None,
-        f"{workdir} is a run on images; --task, --length and --examples choose prompts of text",
-    )
+    given = [value for value in (options.task, options.length, options.examples) if value is not None]
+    require(not given, f"{workdir} is a run on images; --task, --length and --examples choose prompts of text")
     common.start_jax(options.cache_dir)
-    from metajax.runs.directory import read_config
     from metajax.vision.study import open_image_study
 
-    return open_image_study(workdir, read_config(workdir), common.paths_of(options))
+    return open_image_study(workdir, config, common.paths_of(options))

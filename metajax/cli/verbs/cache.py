@@ -17,9 +17,9 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="experiment, whose data.sources and data.tokenizer count")
     makers = parser.add_mutually_exclusive_group()
     add_number(makers, "--workers", Jobs, os.cpu_count(), "processes", "one for each core")
-    beam_help = "by Apache Beam instead, with the options of its runner, which are all that follows: docs/data.md"
-    makers.add_argument("--beam", nargs=argparse.REMAINDER, default=None, metavar="OPTION", help=beam_help)
-    parser.add_argument("--measure", action="store_true", help="how fast one core reads it, alone and as rows, and tokenises")
+    beam_help = "use Apache Beam instead; all that follows are options of its runner: docs/data.md"
+    makers.add_argument("--beam", nargs=argparse.REMAINDER, metavar="OPTION", help=beam_help)
+    parser.add_argument("--measure", action="store_true", help="measure how fast one core reads, makes rows and tokenises")
     add_config(parser)
     add_place(parser)
 
@@ -39,7 +39,8 @@ def cache(options: argparse.Namespace, started: float) -> int:
     local = functools.partial(tokenising.in_processes, workers=options.workers)
     make = local if options.beam is None else functools.partial(beam.on_beam, options=options.beam)
     config, _ = common.config_of(registry.find_experiment(options.name), options)
-    for found in (corpora := open_corpora(config, common.paths_of(options), make)).caches:
+    corpora = open_corpora(config, common.paths_of(options), make)
+    for found in corpora.caches:
         print_cache(found)
     if options.measure:
         echo("one core: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in feeding(corpora).items()))

@@ -13,11 +13,10 @@ from metajax.core.progress import echo
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
-    parser.add_argument(
-        "--verify", action="store_true", help="read every file and hold it against its hash; 1 when one is damaged"
+    parser.add_argument("--verify", action="store_true", help="check every file against its hash; exit code 1 if one is damaged")
+    add_number(
+        parser, "--prune", Count, None, "newest checkpoints to keep; delete the others and the damaged ones", "delete none"
     )
-    text = "delete all but so many of the newest, those set aside as damaged too"
-    add_number(parser, "--prune", Count, None, text, "delete none")
     add_place(parser)
 
 

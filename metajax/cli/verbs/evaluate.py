@@ -14,26 +14,17 @@ from metajax.core.fields import field_types, override
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
-    as_there = "as in the run"
-    add_number(parser, "--documents", field_types(Evaluation)["documents"], None, "validation documents", as_there)
-    parser.add_argument(
-        "--task", default=None, metavar="LIST", help="tasks such as list_recall,parity, or a run without (as in the run)"
-    )
-    add_number(parser, "--lengths", field_types(Tasks)["eval_lengths"], None, "length bins of the tasks", as_there, "LIST")
-    parser.add_argument("--conditions", default=None, metavar="LIST", help="none, right, empty, shuffled (as in the run)")
-    parser.add_argument(
-        "--choice",
-        default=None,
-        metavar="LIST",
-        help="multiple choice, KIND:FILE such as arc_easy:arc_easy/test.jsonl (as in the run)",
-    )
-    add_number(parser, "--shots", field_types(Choice)["shots"], None, "solved examples before each question", as_there, "LIST")
-    parser.add_argument(
-        "--contexts",
-        default=None,
-        metavar="LIST",
-        help="metadata before the questions: none, empty, task (a fitting source)",
-    )
+    same = "as in the run"
+    add_number(parser, "--documents", field_types(Evaluation)["documents"], None, "validation documents", same)
+    add_number(parser, "--lengths", field_types(Tasks)["eval_lengths"], None, "length bins of the tasks", same, "LIST")
+    add_number(parser, "--shots", field_types(Choice)["shots"], None, "solved examples before each question", same, "LIST")
+    for name, text in (
+        ("--task", "tasks such as list_recall,parity, also for a run without tasks"),
+        ("--conditions", "none, right, empty, shuffled"),
+        ("--choice", "multiple choice, KIND:FILE such as arc_easy:arc_easy/test.jsonl"),
+        ("--contexts", "metadata before the questions: none, empty, or task for a fitting source"),
+    ):
+        parser.add_argument(name, metavar="LIST", help=f"{text} ({same})")
     add_place(parser)
 
 
@@ -44,24 +35,23 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
     python run.py eval RUN --conditions none,right,shuffled  validation bits per byte with and without metadata
     python run.py eval RUN --task parity --lengths 64,128    a synthetic task by length
     """
-    config, changes = common.config_of_run(options), {}
-    if options.documents is not None:
-        changes["evaluation.documents"] = options.documents
-    if options.conditions is not None:
-        changes["evaluation.conditions"] = options.conditions
-    for field, words in (("tasks", options.choice), ("shots", options.shots), ("contexts", options.contexts)):
-        if words is not None:
-            require(
-                options.choice is not None or config.evaluation.choice is not None,
-                f"--{field}: the run has no multiple choice; name its files with --choice KIND:FILE",
-            )
-            changes[f"evaluation.choice.{field}"] = words
-    if options.task is not None:
-        changes["tasks.names"] = options.task
-    if options.lengths is not None:
-        changes["tasks.eval_lengths"] = options.lengths
+    config = common.config_of_run(options)
+    has_choice = options.choice is not None or config.evaluation.choice is not None
+    for option in ("shots", "contexts"):
+        remedy = "the run has no multiple choice; name its files with --choice KIND:FILE"
+        require(has_choice or getattr(options, option) is None, f"--{option}: {remedy}")
+    asked = {
+        "evaluation.documents": options.documents,
+        "evaluation.conditions": options.conditions,
+        "evaluation.choice.tasks": options.choice,
+        "evaluation.choice.shots": options.shots,
+        "evaluation.choice.contexts": options.contexts,
+        "tasks.names": options.task,
+        "tasks.eval_lengths": options.lengths,
+    }
+    changes = {field: value for field, value in asked.items() if value is not None}
     if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and config.tasks is None:
-        changes["tasks.train_length"] = config.data.sequence_length  # what it was trained on is text
+        changes["tasks.train_length"] = config.data.sequence_length  # the model was trained on text
     config = override(config, changes)
     opened = common.open_run(options, options.run)
     from metajax.experiment import evaluate_run

@@ -16,20 +16,18 @@ from metajax.core.progress import echo
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from")
-    parser.add_argument("--context", default=None, metavar="TEXT", help="metadata put between the context delimiters in front")
-    marker_help = (
-        "read control tokens that the prompt or the context spells, such as a chat's turn markers, as those tokens (as text)"
-    )
-    parser.add_argument("--markers", action="store_true", help=marker_help)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--context", metavar="TEXT", help="metadata before the prompt, between the context delimiters")
+    markers = "read control tokens in prompt and context, such as a chat's turn markers, as tokens (as text)"
+    parser.add_argument("--markers", action="store_true", help=markers)
     text = "with --context: 0 draws as without the context, 1 as with it, more than 1 goes further"
     add_number(parser, "--guidance", Guidance, None, text, "none", "G")
     add_number(parser, "--tokens", Annotated[int, Range(1, 2**20)], 64, "length of the continuation")
     add_number(parser, "--temperature", Temperature, 0.8, "0 takes the most likely token", metavar="T")
     add_number(parser, "--top-k", TopK, 0, "draw from so many most likely tokens; 0: from all")
     add_number(parser, "--top-p", TopP, 1.0, "draw from the fewest tokens that have this probability together", metavar="P")
-    decode_help = "newest keys that a drawn token sees in a window: W+1 as in training, W as in Hymba's released code (W+1)"
-    parser.add_argument("--decode-window", choices=["W+1", "W"], default="W+1", help=decode_help)
+    window = "newest keys that a drawn token sees in a window: W+1 as in training, W as in Hymba's released code (W+1)"
+    parser.add_argument("--decode-window", choices=["W+1", "W"], default="W+1", help=window)
     add_number(parser, "--seed", Seed, 0, "of the sampling")
     add_place(parser)
 
@@ -48,11 +46,19 @@ def generate(options: argparse.Namespace, started: float) -> int:
     from metajax.inference.generation import stream
 
     opened = common.open_run(options, options.run)
+    model, config = prepare(opened.model, options.decode_window), opened.config
     pieces = stream(
-        prepare(opened.model, options.decode_window), opened.config, opened.tokenizer.marked() if options.markers else opened.tokenizer,
-        [options.prompt], count=options.tokens, context=options.context, guidance=options.guidance, sampling=Sampling(options.temperature, options.top_k, options.top_p), seed=options.seed,
-        stride=1 if sys.stdout.isatty() else opened.config.row_positions,
-    )  # fmt: skip
+        model,
+        config,
+        opened.tokenizer.marked() if options.markers else opened.tokenizer,
+        [options.prompt],
+        count=options.tokens,
+        context=options.context,
+        guidance=options.guidance,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p),
+        seed=options.seed,
+        stride=1 if sys.stdout.isatty() else config.row_positions,
+    )
     echo(options.prompt, end="")
     for (piece,) in pieces:
         echo(piece, end="")

@@ -17,12 +17,9 @@ from metajax.core.progress import echo
 
 
 def add_preflight(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name", nargs="?", default=None, metavar="NAME", help="the experiment, whose configuration and data are compared"
-    )
-    parser.add_argument(
-        "--workdir", type=checked.workdir, default=None, metavar="DIR", help="where it will run: written and read back (--runs-dir)"
-    )  # fmt: skip
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the experiment, whose configuration and data are compared")
+    where = "where it will run: written and read back (--runs-dir)"
+    parser.add_argument("--workdir", type=checked.workdir, metavar="DIR", help=where)
     add_number(parser, "--seconds", Annotated[float, Range(0.1, 86_400)], 10.0, "for each check", metavar="S")
     add_config(parser)
     add_processes(parser)
@@ -50,11 +47,16 @@ def preflight(options: argparse.Namespace, started: float) -> int:
         config, _ = common.config_of(registry.find_experiment(options.name), options)
         facts["configuration"], sources = config_hash(config), config.data.sources
     arguments = {
-        "coordinator": options.coordinator, "processes": options.processes, "process": options.process_id, "workdir": str(options.workdir or options.runs_dir),
-        "sources": sources, "data_dir": options.data_dir and str(options.data_dir),
-        "cache_dir": str(options.cache_dir), "facts": facts,
-    }  # fmt: skip
+        "coordinator": options.coordinator,
+        "processes": options.processes,
+        "process": options.process_id,
+        "workdir": str(options.workdir or options.runs_dir),
+        "sources": sources,
+        "data_dir": options.data_dir and str(options.data_dir),
+        "cache_dir": str(options.cache_dir),
+        "facts": facts,
+    }
     findings = check_all(arguments, options.seconds)
-    for finding in findings:
-        echo(f"{'ok    ' if finding.good else 'FAILED'}  {finding.check:<11} {finding.text}")
-    return 0 if all(finding.good for finding in findings) else 1
+    for check, good, text in findings:
+        echo(f"{'ok    ' if good else 'FAILED'}  {check:<11} {text}")
+    return 0 if all(good for _, good, _ in findings) else 1

@@ -25,30 +25,21 @@ from metajax.core.storage import stage
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="experiment or table")
-    parser.add_argument(
-        "--all", action="store_true", help="a sample of all tables instead, a row of each in turn; --seed chooses"
-    )
-    parser.add_argument("--budget", type=_budget, default=None, metavar="TIME", help="of --all, such as 30m or 2h (60m)")
+    sample_help = "a sample of all tables instead, a row of each in turn; --seed chooses"
+    parser.add_argument("--all", action="store_true", help=sample_help)
+    parser.add_argument("--budget", type=_budget, metavar="TIME", help="of --all, such as 30m or 2h (60m)")
     add_config(parser)
-    parser.add_argument(
-        "--workdir",
-        type=checked.workdir,
-        default=None,
-        metavar="DIR",
-        help="run here instead of RUNS/NAME/SCALE/HASH-sSEED, also gs://BUCKET/PATH; for a table the same as --runs-dir",
-    )
-    add_number(parser, "--seeds", Jobs, 1, "a table or a sweep: seeds from --seed on")
-    parser.add_argument(
-        "--rows", type=checked.word, default=None, metavar="ROWS", help="a table: `core`, or row names separated by commas"
-    )
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps",
-        help="an experiment: a table over these values, such as model.layers=2,4,8; several make a product, several in one "
-        "word ('model.layers=2,4 model.width=64,128') go in step",
-    )  # fmt: skip
+    place = "run here instead of RUNS/NAME/SCALE/HASH-sSEED, also gs://BUCKET/PATH; for a table the same as --runs-dir"
+    parser.add_argument("--workdir", type=checked.workdir, metavar="DIR", help=place)
+    add_number(parser, "--seeds", Jobs, 1, "a table or a sweep: number of seeds, starting with --seed")
+    rows = "a table: `core`, or row names separated by commas"
+    parser.add_argument("--rows", type=checked.word, metavar="ROWS", help=rows)
+    sweep = "an experiment: a table over these values, such as model.layers=2,4,8; several make a product, several in one word"
+    sweep += " ('model.layers=2,4 model.width=64,128') change together"
+    parser.add_argument("--sweep", action="append", default=[], metavar="FIELD=VALUES", dest="sweeps", help=sweep)
     add_number(parser, "--jobs", Jobs, 1, "a table: runs at a time, each on its share of the cores")
     add_processes(parser)
-    parser.add_argument("--render", action="store_true", help="a table: write it again from what has been run, and run nothing")
+    parser.add_argument("--render", action="store_true", help="a table: write it from existing runs, and run nothing")
     add_place(parser)
 
 
@@ -71,22 +62,21 @@ def run(options: argparse.Namespace, started: float) -> int:
     python run.py quickstart/plain --sweep model.layers=2,4,8 --seeds 3
         run a sweep as a table
     """
-    require(options.all == (options.name is None), "name an experiment or a table, or say --all")
-    require(options.all or options.budget is None, "--budget goes with --all")
+    require(options.all == (options.name is None), "name an experiment or a table, or give --all")
+    require(options.all or options.budget is None, "--budget is for --all")
     target = None if options.all else registry.find(options.name)
     single = isinstance(target, registry.Experiment) and not options.sweeps
     require(single or not isinstance(options.workdir, str), f"{options.workdir}: a bucket is for one experiment; name a folder")
     last = options.seed + options.seeds - 1
     convert(last, Seed, f"--seed {options.seed} --seeds {options.seeds}: the last seed")
-    startup = iter([{"started": started, "imports_seconds": 0.0}])  # the command's first run pays for starting
+    is_first = [True]  # the first run of the command counts the time of its start
 
     def run_one(config: AnyConfig, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
         from metajax.experiment import run_experiment
 
-        first = next(startup, {})
-        if first:
-            first["imports_seconds"] = time.monotonic() - started
-        return run_experiment(config, workdir, common.paths_of(options), analyses=analyses, **first)
+        startup = {"started": started, "imports_seconds": time.monotonic() - started} if is_first else {}
+        is_first.clear()
+        return run_experiment(config, workdir, common.paths_of(options), analyses=analyses, **startup)
 
     if target is None:
         return _run_sample(options, run_one)
@@ -95,10 +85,8 @@ def run(options: argparse.Namespace, started: float) -> int:
 
 def _run_single(experiment: registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
     """Run one experiment, and before it the runs that it starts from."""
-    require(
-        options.seeds == 1 and options.rows is None and not options.render and options.jobs == 1,
-        f"{experiment.name} is one experiment; --seeds, --rows, --jobs and --render are for tables and sweeps",
-    )
+    alone = options.seeds == 1 and options.rows is None and not options.render and options.jobs == 1
+    require(alone, f"{experiment.name} is one experiment; --seeds, --rows, --jobs and --render are for tables and sweeps")
     config, parents = common.config_of(experiment, options)
     say(f"{options.name} at scale {options.scale}")
     common.connect(options)
@@ -109,7 +97,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
 
     try:
         for parent in parents:
-            say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which comes first")
+            say(f"{experiment.name} starts from {parent.name} (seed {parent.seed}), which runs first")
             run_one(parent, default_workdir(parent, options.runs_dir))
         workdir = options.workdir or default_workdir(config, options.runs_dir)
         if isinstance(workdir, str):
@@ -125,7 +113,7 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
 
 
 def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
-    """Run a table or a sweep, or render it from what there is; 1 when a run of it failed."""
+    """Run a table or a sweep, or render it from existing runs; returns 1 if a run failed."""
     from metajax.runs.parents import parse_changes
     from metajax.tables.formats import failures, markdown
     from metajax.tables.run import choose_rows, has_runs, plan_table
@@ -143,18 +131,15 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
     say(f"{options.name} at scale {options.scale}")
     if options.render:
         result = plan.result()
-        require(has_runs(result), f"nothing of {table.name} has been run under {options.runs_dir}; leave --render out to run it")
+        require(has_runs(result), f"no row of {table.name} has been run under {options.runs_dir}; leave out --render to run it")
         plan.write()
     else:
         from metajax.distributed.hosts import find_place
         from metajax.runs.loggers import check_loggers
 
-        require(
-            find_place(options.coordinator, options.processes, options.process_id) is None,
-            f"{options.name} is a table, which runs in one process; several processes run one experiment, such as a row of it",
-        )
-        for logger in {logger for one in plan.runs() for logger in one.config.runtime.loggers}:
-            check_loggers([logger])
+        alone = find_place(options.coordinator, options.processes, options.process_id) is None
+        require(alone, f"{options.name} is a table and runs in one process; run one experiment, such as a row of it, in several")
+        check_loggers({logger for one in plan.runs() for logger in one.config.runtime.loggers})
         result = _run_jobs(plan, options, run_one)
     echo(markdown(result))
     say(f"report: {plan.folder / 'report.html'}")
@@ -162,28 +147,26 @@ def _run_table(target: registry.Table | registry.Experiment, options: argparse.N
 
 
 def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
-    """Make a sample of all tables; 1 when something in it failed."""
-    given = {
-        "--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--seeds": options.seeds > 1,
-        "--jobs": options.jobs > 1, "--render": options.render,
-    }  # fmt: skip
-    for flag in (flag for flag, value in given.items() if value):
-        raise UserError(
-            f"{flag} does not go with --all, which takes rows of all tables as they are; name a table, or leave it out"
+    """Run a sample of all tables; returns 1 if a run failed."""
+    given = {"--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--render": options.render}
+    given |= {"--seeds": options.seeds > 1, "--jobs": options.jobs > 1}
+    for flag, value in given.items():
+        require(
+            not value, f"{flag} does not go with --all, which runs rows of all tables unchanged; name a table, or leave it out"
         )
     from metajax.reporting.terminal import print_sample
     from metajax.tables.sampler import sample, summary
 
     common.start_jax(options.cache_dir)
     root = options.workdir or options.runs_dir
-    made = sample(registry.tables().values(), options.scale, options.budget or 3600.0, options.seed, root, run_one)
-    there = [table.name for table in registry.tables().values() if table.runs_at(options.scale)]
-    print_sample(summary(made), there)
+    tables = registry.tables().values()
+    made = sample(tables, options.scale, options.budget or 3600.0, options.seed, root, run_one)
+    print_sample(summary(made), [table.name for table in tables if table.runs_at(options.scale)])
     return 1 if any(one.reason for one in made) else 0
 
 
 def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str, Any]:
-    """The runs of a table, one by one here or several at a time in processes that write to the log of each run."""
+    """Run the rows of a table one by one here, or several at a time in processes that write to the log of each run."""
     from metajax.core.workers import workers
     from metajax.distributed.hosts import has_tpu
     from metajax.runs.directory import RUN_LOG
@@ -193,22 +176,18 @@ def _run_jobs(plan: Any, options: argparse.Namespace, run_one: Any) -> dict[str,
     if options.jobs == 1:
         start()
         return run_table(plan, run_one)
-    require(
-        not has_tpu() or os.environ.get("JAX_PLATFORMS") == "cpu",
-        f"--jobs {options.jobs}: a TPU serves one process; leave it out, or compute on the cores with JAX_PLATFORMS=cpu",
-    )
-    say(f"{options.jobs} runs at a time; each writes what it says to {RUN_LOG} in its folder")
+    free = not has_tpu() or os.environ.get("JAX_PLATFORMS") == "cpu"
+    require(free, f"--jobs {options.jobs}: a TPU serves one process; leave it out, or use the cores with JAX_PLATFORMS=cpu")
+    say(f"{options.jobs} runs at a time; each writes its messages to {RUN_LOG} in its folder")
     try:
         with workers(options.jobs, start) as executor:
             return run_table(plan, functools.partial(_run_and_log, common.paths_of(options)), executor, options.jobs)
     except BrokenProcessPool:
-        raise UserError(
-            "a run's process was killed, for want of memory perhaps; the same command goes on, with fewer --jobs"
-        ) from None
+        raise UserError("the process of a run was killed, perhaps for lack of memory; continue with fewer --jobs") from None
 
 
 def _run_and_log(paths: Any, config: Config, workdir: Path, analyses: Sequence[str]) -> dict[str, Any]:
-    """Make a run in a process of its own; its progress goes to its folder."""
+    """Run in a separate process; messages go to the run's folder."""
     from metajax.experiment import run_experiment
     from metajax.runs.directory import RUN_LOG
 

@@ -17,10 +17,8 @@ from metajax.core.fields import CountOrZero
 def add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME|CORPUS", help="experiment, table row, or a source such as pydocs or jsonl:FILE")
     add_number(parser, "--rows", CountOrZero, 0, "decode so many training rows, with their masks in colour", dest="count")
-    parser.add_argument(
-        "--field", type=checked.word, action="append", default=[], metavar="TEMPLATE", dest="fields",
-        help="a corpus: look at this beside its columns, such as '{url|host|top100}' or '{section}, {role|or_unknown}'",
-    )  # fmt: skip
+    text = "a corpus: show this beside its columns, such as '{url|host|top100}' or '{section}, {role|or_unknown}'"
+    parser.add_argument("--field", type=checked.word, action="append", default=[], metavar="TEMPLATE", dest="fields", help=text)
     add_config(parser)
     add_place(parser)
 
@@ -35,13 +33,14 @@ def show(options: argparse.Namespace, started: float) -> int:
     from metajax.data.sources import source
     from metajax.reporting import terminal
 
-    if options.name.partition(":")[0].partition("?")[0] in source.names():
+    corpora = source.names()
+    if options.name.partition(":")[0].partition("?")[0] in corpora:
         terminal.print_corpus(options.name, common.paths_of(options), options.count, options.fields)
         return 0
     try:
         target = registry.find(options.name)
     except UserError as error:
-        raise UserError(f"{error}; corpora: {', '.join(source.names())}{nearest(options.name, source.names())}") from None
+        raise UserError(f"{error}; corpora: {', '.join(corpora)}{nearest(options.name, corpora)}") from None
     if isinstance(target, registry.Table):
         require(not options.count, f"{target.name} is a table; --rows shows rows of one experiment, such as {target.example}")
         from metajax.runs.parents import parse_changes

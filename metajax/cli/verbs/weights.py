@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Annotated
 
-from metajax.cli import arguments as checked
 from metajax.cli import common
-from metajax.cli.arguments import add_number, add_place
+from metajax.cli.arguments import add_number, add_place, add_run_word
 from metajax.cli.verb import verb
 from metajax.core.fields import Range
 from metajax.core.progress import say
@@ -45,9 +44,7 @@ def import_model(options: argparse.Namespace, started: float) -> int:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", choices=FAMILIES, help="whose layout to write; what has no place in it is refused by name")
-    parser.add_argument(
-        "run", type=checked.word, metavar="RUN", help="workdir, its prefix, or an experiment's name (its newest run)"
-    )
+    add_run_word(parser)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder: config.json, safetensors, tokenizer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights (float32)")
     size = Annotated[float, Range(1e-6, 1e6)]
@@ -65,8 +62,7 @@ def export_model(options: argparse.Namespace, started: float) -> int:
     """
     from metajax.interop.exports import export_run
 
-    export_run(
-        common.open_run(options, options.run), options.family, options.folder, options.dtype, round(options.shard_gb * 1e9)
-    )
+    opened = common.open_run(options, options.run)
+    export_run(opened, options.family, options.folder, options.dtype, round(options.shard_gb * 1e9))
     say(f"exported to {options.folder}")
     return 0
