@@ -80,7 +80,7 @@ class _Cursor:
         found: dict[str, Any] = {}
         for name, value in self._list(count, least, lambda: (self.text(), item())):
             if name in found:
-                raise self.fail(f"{shown(name)} is there twice")
+                raise self.fail(f"{shown(name)} appears twice")
             found[name] = value
         return found
 

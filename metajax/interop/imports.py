@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -56,11 +57,13 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
     values, tensors, fields = open_gguf(path)
     folder = None
     if not tokenizer:
-        folder = cache.absolute() / "tokenizers" / f"gguf2-{_digest(fields)}"
+        own = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
+        digest = hashlib.sha256(json.dumps([FORMAT, own], sort_keys=True).encode()).hexdigest()
+        folder = cache.absolute() / "tokenizers" / f"gguf2-{digest[:12]}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
-    kept = read_kept(folder)
+    kept = read_kept(folder) if folder else {}
     workdir = import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
     write_json(workdir / KEPT, kept)
     return workdir
@@ -68,15 +71,10 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
 
 def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids in `eos_token_id` of a config.json or generation_config.json, which is a number, a list or absent."""
-    said = values.get("eos_token_id")
-    ids = tuple(said) if isinstance(said, list) else () if said is None else (said,)
-    require(all(type(i) is int for i in ids), f"eos_token_id = {said!r}: it has to be a number, a list of numbers or null")
+    found = values.get("eos_token_id")
+    ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    require(all(type(i) is int for i in ids), f"eos_token_id = {found!r}: it has to be a number, a list of numbers or null")
     return ids
-
-
-def _digest(fields: Mapping[str, Any]) -> str:
-    own = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
-    return hashlib.sha256(json.dumps([FORMAT, own], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def import_weights(
@@ -96,38 +94,25 @@ def import_weights(
     length = model.max_positions or int(values.get(kind.length) or 2048)
     named = values.get("vocab_size") or rows
     require(named == rows, f"config.json: vocab_size = {shown(repr(named))}, but {kind.layout.embedding} has {rows} rows")
-    require(
-        words.vocabulary.base <= 2 * rows + 1024,
-        f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: name the checkpoint's own with --tokenizer",
-    )
+    sizes = f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}"
+    require(words.vocabulary.base <= 2 * rows + 1024, f"{sizes}: name the checkpoint's own with --tokenizer")
     ends = [i for i in dict.fromkeys(ends) if 0 <= i < rows]
     words = _with_ends(words, values.get("bos_token_id"), ends[0] if ends else None)
     if words.vocabulary.eos < rows:
         ends = dict.fromkeys([*ends, words.vocabulary.eos])
     imported = Imported(rows, ends=tuple(ends), opens=_puts_bos(words))
     config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, sequence_length=length), model=model, imported=imported)
-    mesh, size = make_mesh(Runtime.mesh), imported.table(words.vocabulary.size)
-    weights = load_model(
-        tensors, model, kind.layout, vocab_size=size, max_length=length, runtime=config.runtime,
-        shardings=lambda abstract: param_shardings(abstract, mesh),
-    )  # fmt: skip
+    spread = functools.partial(param_shardings, mesh=make_mesh(Runtime.mesh))
+    options = {"vocab_size": imported.table(words.vocabulary.size), "max_length": length, "runtime": config.runtime}
+    weights = load_model(tensors, model, kind.layout, **options, shardings=spread)
     for table in filter(None, (weights.embedding, weights.unembedding)):
         table.set_value(_fill_up(table[...], rows))
     if words.vocabulary.base > rows:
-        warn(
-            f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: text with those from {rows} on has no loss"
-        )
+        warn(f"{sizes}: text with those from {rows} on has no loss")
     if words.vocabulary.bos >= rows:
-        warn(
-            f"neither config.json nor tokenizer {spec} names a token that begins or ends a text: an untrained vector is used for it"
-        )
-    origin = {
-        "family": family,
-        "config": dict(values),
-        "rows": rows,
-        "ends": list(ends),
-        "tied_head": model.tied and HEAD in tensors,
-    }
+        warn(f"config.json and tokenizer {spec} name no token that begins or ends a text: an untrained vector is used for it")
+    origin = {"family": family, "config": dict(values), "rows": rows, "ends": list(ends)}
+    origin["tied_head"] = model.tied and HEAD in tensors
     return _write(config, words, weights, origin, workdir or default_workdir(config, runs))
 
 
@@ -167,7 +152,7 @@ def _fill_up(table: jax.Array, rows: int) -> jax.Array:
 
 
 def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, Any], workdir: Path) -> Path:
-    require(not (workdir / "config.json").exists(), f"{workdir} is there already; delete it, or choose another --runs-dir")
+    require(not (workdir / "config.json").exists(), f"{workdir} already exists; delete it, or choose another --runs-dir")
     run = RunDirectory.open(workdir, config)
     try:
         run.data = {"tokenizer": tokenizer.fingerprint()}

@@ -249,7 +249,7 @@ def test_all_parts_of_a_split_file_are_read(tmp_path):
     counts = {"split.count": ("u16", 2)}
     one, two = (tmp_path / f"model-0000{n}-of-00002.gguf" for n in (1, 2))
     one.write_bytes(gguf_bytes(gguf_fields(**counts, **{"split.no": ("u16", 0)}), first))
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.gguf is not beside it"):
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.gguf"):
         open_gguf(one)
     two.write_bytes(gguf_bytes(counts | {"split.no": ("u16", 1)}, second))
     assert {name: value.shape for name, value in open_gguf(one)[1].items()}.keys() == tensors("llama", llama_config()).keys()
