@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from metajax.core.errors import UserError, require
 from metajax.core.sealed import sealed_folder
 from metajax.interop.files import joined
-from metajax.interop.gguf_header import Lying, read_header
+from metajax.interop.gguf_header import Packed, read_header
 from metajax.interop.layouts import HEAD, Tensor
 from metajax.interop.settings import MOST_LAYERS, Settings, few, shown
 
@@ -41,15 +41,15 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 class _Quantised:
     """A tensor of the file, dequantised when indexed. `rows`: the file's rows in Hugging Face's order (None: the same order)."""
 
-    def __init__(self, lying: Lying, rows: np.ndarray | None):
-        self._lying, self._rows, self.shape = lying, rows, lying.shape
-        self.dtype = lying.kind.name if lying.kind.name[0] in "IF" and lying.kind.name[:2] != "IQ" else "float32"
+    def __init__(self, packed: Packed, rows: np.ndarray | None):
+        self._packed, self._rows, self.shape = packed, rows, packed.shape
+        self.dtype = packed.kind.name if packed.kind.name[0] in "IF" and packed.kind.name[:2] != "IQ" else "float32"
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         from gguf.quants import dequantize
 
         rows, *others = index if len(self.shape) > 1 else (slice(None), *index)
-        data, kind = self._lying.data.reshape(-1, self._lying.data.shape[-1]), self._lying.kind
+        data, kind = self._packed.data.reshape(-1, self._packed.data.shape[-1]), self._packed.kind
         data = data[rows if self._rows is None else self._rows[rows]]
         try:
             values = data.view(np.float64) if kind.name == "F64" else dequantize(data, kind)
@@ -68,12 +68,12 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, 
     """
     require(find_spec("gguf") is not None, "GGUF files need the gguf library: pip install gguf==0.19.0")
     require(path.exists(), f"{path}: no such file; name a .gguf file")
-    fields, lying = read_header(path)
+    fields, packed = read_header(path)
     for part in _other_parts(path, fields):
-        lying = joined(lying, read_header(part)[1], part)
+        packed = joined(packed, read_header(part)[1], part)
     values = _values(fields, path)
     tensors: dict[str, Tensor] = {}
-    for stored_name, tensor in lying.items():
+    for stored_name, tensor in packed.items():
         name = _name(stored_name)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2:][0])
         rows = None

@@ -1,7 +1,6 @@
-"""GPT-2 in the names and layouts of nanoGPT and Hugging Face, and conversion of Hugging Face's config.json in both directions.
+"""GPT-2 in Hugging Face's names and layout: its tensors, and conversion of config.json in both directions.
 
-nanoGPT stores linear maps as [out, in] and uses the exact (erf) GELU. Hugging Face stores them as [in, out] and has both forms.
-Both fuse query, key and value, in this order.
+Linear maps are stored as [in, out], with query, key and value fused in this order.
 """
 
 from __future__ import annotations
@@ -12,20 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metajax.config import Model, Runtime
 from metajax.core.errors import require
-from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, pairs, require_fields, tensors_of
+from metajax.interop.layouts import HEAD, Layout, Tensor, pairs, require_fields
 from metajax.interop.settings import MOST, MOST_LAYERS, Settings
 from metajax.models.lm import LM, named_params
 
-_FIELDS = {"hybrid": (None,), "window": (None,), "norm": ("layernorm",), "norm_position": ("pre",), "position": ("learned",)}
-_TENSORS: dict[str, Any] = {
-    "whole": {"transformer.wte.weight": "embedding", "transformer.wpe.weight": "positions"}
+LAYOUT = Layout(
+    family="GPT-2",
+    whole={"transformer.wte.weight": "embedding", "transformer.wpe.weight": "positions"}
     | pairs({"transformer.ln_f": "final_norm"})
     | {HEAD: "unembedding"},
-    "layer": pairs(
+    layer=pairs(
         {
             "ln_1": "mixer_norm",
             "attn.c_attn": "mixer.attention.query mixer.attention.key mixer.attention.value",
@@ -35,14 +33,18 @@ _TENSORS: dict[str, Any] = {
             "mlp.c_proj": "mlp.down",
         }
     ),
-    "prefix": "transformer.h.{}.",
-    "buffers": (".attn.bias", ".attn.masked_bias"),
-}
-LAYOUT = Layout("GPT-2", **_TENSORS, turned=(), fields=_FIELDS | {"activation": ("gelu_tanh", "gelu", "relu")})
-LAYOUTS = {
-    "nanogpt": Layout("nanoGPT", **_TENSORS, fields=_FIELDS | {"activation": ("gelu",), "tied": (True,)}),
-    "huggingface": LAYOUT,
-}
+    prefix="transformer.h.{}.",
+    turned=(),
+    buffers=(".attn.bias", ".attn.masked_bias"),
+    fields={
+        "hybrid": (None,),
+        "window": (None,),
+        "activation": ("gelu_tanh", "gelu", "relu"),
+        "norm": ("layernorm",),
+        "norm_position": ("pre",),
+        "position": ("learned",),
+    },
+)
 # Hugging Face's name -> ours. The first of several names is written.
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu"}
@@ -82,21 +84,12 @@ def model_config(values: Mapping[str, Any]) -> Model:
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
     """The values of config.json for a model with `length` positions. UserError for fields that GPT-2 lacks."""
-    _layout(cfg, "huggingface")
+    require_fields(cfg, LAYOUT)
+    require(cfg.num_kv_heads == cfg.heads, f"model.num_kv_heads is {cfg.num_kv_heads}, but GPT-2 has {cfg.heads} alone")
     values = {name: getattr(cfg, ours) for name, ours in _SIZES.items()}
     values |= {"n_ctx": length, "n_positions": length, "n_inner": cfg.mlp_width, "layer_norm_epsilon": cfg.norm_eps}
     values["activation_function"] = next(name for name, ours in _ACTIVATIONS.items() if ours == cfg.activation)
     return _FIXED | _REST | values | {"initializer_range": cfg.init_std, "tie_word_embeddings": cfg.tied}
-
-
-def _layout(cfg: Model, name: str) -> Layout:
-    """The layout of that name; UserError if there is none or the model is not of its family."""
-    require(name in LAYOUTS, f"layout = {name!r}; known: {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[name]
-    require_fields(cfg, layout)
-    heads, kv_heads = cfg.heads, cfg.num_kv_heads
-    require(kv_heads == heads, f"model.num_kv_heads is {kv_heads}, but {layout.family} has {heads} alone")
-    return layout
 
 
 def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -119,20 +112,3 @@ def with_biases(model: LM) -> LM:
         params[path][...] if path in params else jnp.zeros(leaf.shape, jnp.float32) for path, leaf in named_params(biased).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(biased), leaves)
-
-
-def from_gpt2(state: Mapping[str, Tensor], cfg: Model, layout: str, *, runtime: Runtime | None = None) -> LM:
-    """An LM with the weights of a GPT-2 state dict in one of `LAYOUTS`. The dict decides the number of rows and positions.
-
-    Accepts names with or without "transformer.", the prefix of compiled nanoGPT models, Hugging Face's causal-mask buffers
-    and a tied "lm_head.weight". Raises UserError naming a missing, extra or misshapen tensor, or a field of `cfg` that
-    GPT-2 does not support.
-    """
-    found, state = _layout(cfg, layout), names(state)
-    require("transformer.wpe.weight" in state, "the checkpoint lacks transformer.wpe.weight")
-    return load_model(state, cfg, found, max_length=state["transformer.wpe.weight"].shape[0], runtime=runtime)
-
-
-def to_gpt2(model: LM, layout: str) -> dict[str, np.ndarray]:
-    """The state dict of an LM in a layout's names and shapes, without the tied head; UserError if it is not a GPT-2."""
-    return dict(tensors_of(model, _layout(model.cfg, layout)))

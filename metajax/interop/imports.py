@@ -47,9 +47,7 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
     generation, kept = folder / "generation_config.json", read_kept(folder)
     ends = (*end_ids(values), *(end_ids(read_json(generation)) if generation.exists() else ()))
     spec, name = tokenizer or _tokenizer_spec(folder), folder.resolve().name
-    workdir = import_weights(family, name, values, tensors, runs, spec, ends, workdir)
-    write_json(workdir / KEPT, kept)
-    return workdir
+    return _import_weights(family, name, values, tensors, runs, spec, ends, kept, workdir)
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
@@ -64,9 +62,7 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
     kept = read_kept(folder) if folder else {}
-    workdir = import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
-    write_json(workdir / KEPT, kept)
-    return workdir
+    return _import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values), kept)
 
 
 def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
@@ -77,17 +73,18 @@ def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
     return ids
 
 
-def import_weights(
+def _import_weights(
     family: str,
     name: str,
     values: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     runs: Path,
     spec: str,
-    ends: Sequence[int] = (),
+    ends: Sequence[int],
+    kept: Mapping[str, str],
     workdir: Path | None = None,
 ) -> Path:
-    """`import_directory` from config.json values and named tensors. `ends`: ids that end a text besides the tokenizer's EOS."""
+    """`import_directory` from config.json values and named tensors. ends: ids that end a text besides the tokenizer's EOS."""
     words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
     kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors, values)
     model, rows = kind.model_config(values), table_rows(tensors, kind.layout)
@@ -113,7 +110,10 @@ def import_weights(
         warn(f"config.json and tokenizer {spec} name no token that begins or ends a text: an untrained vector is used for it")
     origin = {"family": family, "config": dict(values), "rows": rows, "ends": list(ends)}
     origin["tied_head"] = model.tied and HEAD in tensors
-    return _write(config, words, weights, origin, workdir or default_workdir(config, runs))
+    workdir = workdir or default_workdir(config, runs)
+    _write(config, words, weights, origin, workdir)
+    write_json(workdir / KEPT, kept)
+    return workdir
 
 
 def _with_ends(words: Tokenizer, bos: int | None, eos: int | None) -> Tokenizer:
@@ -151,7 +151,7 @@ def _fill_up(table: jax.Array, rows: int) -> jax.Array:
     return jax.jit(fill, donate_argnums=0, out_shardings=table.sharding)(table) if len(table) > rows else table
 
 
-def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, Any], workdir: Path) -> Path:
+def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, Any], workdir: Path) -> None:
     require(not (workdir / "config.json").exists(), f"{workdir} already exists; delete it, or choose another --runs-dir")
     run = RunDirectory.open(workdir, config)
     try:
@@ -165,7 +165,6 @@ def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, A
         checkpoints.close()
     finally:
         run.close()
-    return workdir
 
 
 def _tokenizer_spec(folder: Path) -> str:
