@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from metajax.config import Config
 from metajax.core.atomic import whole_folder
 from metajax.core.errors import require
 from metajax.core.progress import warn
-from metajax.data.encoding import Vocabulary
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.interop.families import FAMILIES, Family
 from metajax.interop.files import DTYPES, write_kept, write_tensors
 from metajax.interop.layouts import HEAD, stored, tensors_of
 from metajax.interop.tokenizer_files import write_tokenizer
-from metajax.models.lm import LM
 from metajax.runs.directory import ORIGIN, read_config
 from metajax.runs.files import find_json
 from metajax.training.opened import OpenedRun
@@ -42,15 +39,20 @@ def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float
     _require_plain(config, kind)
     (origin, came_from), imported = _origin(opened, family), config.imported
     rows, length = words.size if imported is None else imported.last, max(config.row_positions, config.model.max_positions)
-    values = _config_values(kind.hub_config(config.model, length), origin) | _ids(words, origin) | {"vocab_size": rows}
+    ids = origin["config"] if origin else dict(zip(_IDS, (words.bos, words.eos, words.pad), strict=True))
+    values = _config_values(kind.hub_config(config.model, length), origin) | {name: ids[name] for name in _IDS if name in ids}
+    values["vocab_size"] = rows
     values |= {"dtype" if "dtype" in values else "torch_dtype": dtype}
     model, head = kind.fit(opened.model), bool(origin.get("tied_head"))
     shapes = {name: tensor.shape for name, tensor in stored(model, kind.layout, rows).items()}
-    shapes |= {HEAD: shapes[kind.layout.embedding]} if head else {}
-    zeros = kind.zeros(model)
+    zeros, tensors = kind.zeros(model), tensors_of(model, kind.layout, rows)
+    if head:
+        shapes[HEAD] = shapes[kind.layout.embedding]
+        tensors = itertools.chain(tensors, [(HEAD, np.asarray(model.embedding[...][:rows], np.float32))])
     values |= dict.fromkeys(zeros, False)
-    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(tuple(itertools.chain(*zeros.values())))}
-    tensors = ((name, value) for name, value in _with_head(model, kind, rows, head) if name in shapes)
+    omitted = tuple(itertools.chain(*zeros.values()))
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(omitted)}
+    tensors = ((name, value) for name, value in tensors if name in shapes)
     with whole_folder(folder) as work:
         write_tensors(work, shapes, tensors, dtype, shard_bytes)
         write_tokenizer(opened.tokenizer, work, rows, length)
@@ -62,14 +64,12 @@ def export_run(opened: OpenedRun, family: str, folder: Path, dtype: str = "float
 def _require_plain(config: Config, kind: Family) -> None:
     """UserError if the run has something besides its model's fields that the layout cannot represent."""
     meta = config.meta_tokens
+    if meta is None:
+        return
+    lacks = f"{kind.layout.family} has no meta-attention and no vectors for meta-tokens: this run cannot be exported"
     for name, plain in (("attention", "none"), ("embedding", "learned"), ("zero_position", "none")):
-        found = plain if meta is None else getattr(meta, name)
-        require(
-            found == plain,
-            f"meta_tokens.{name} is {found!r}, but {kind.layout.family} has no meta-attention and no positions or vectors of their own for "
-            "meta-tokens: this run cannot be exported",
-        )
-    if meta is not None and meta.rate:
+        require(getattr(meta, name) == plain, f"meta_tokens.{name} is {getattr(meta, name)!r}, but {lacks}")
+    if meta.rate:
         warn(f"training put meta-tokens into the text (meta_tokens.rate = {meta.rate}); programs that read the export will not")
 
 
@@ -80,9 +80,7 @@ def _origin(opened: OpenedRun, family: str) -> tuple[dict[str, Any], Path]:
         parents = [above / config.init.run for above in folder.parents]
         folder = next((parent for parent in parents if (parent / "config.json").exists()), None)
         if folder is None:
-            warn(
-                f"init.from: {config.init.run} is gone; a chat template and other files that it may have had are not in the export"
-            )
+            warn(f"init.from: {config.init.run} is gone; the export lacks its chat template and other files, if it had any")
             return {}, opened.workdir
         config = read_config(folder)
     origin = find_json(folder / ORIGIN) or {}
@@ -97,15 +95,3 @@ def _config_values(ours: dict[str, Any], origin: dict[str, Any]) -> dict[str, An
     constant = {name: came[name] for name in kept if came.get(name) is not None}
     rotary = {"rope_theta": ours.get("rope_theta"), **(ours.get("rope_scaling") or {"rope_type": "default"})}
     return came | ours | constant | ({"rope_parameters": rotary, "rope_scaling": None} if came.get("rope_parameters") else {})
-
-
-def _ids(words: Vocabulary, origin: dict[str, Any]) -> dict[str, Any]:
-    if origin:
-        return {name: origin["config"][name] for name in _IDS if name in origin["config"]}
-    return dict(zip(_IDS, (words.bos, words.eos, words.pad), strict=True))
-
-
-def _with_head(model: LM, kind: Family, rows: int, head: bool) -> Iterator[tuple[str, np.ndarray]]:
-    yield from tensors_of(model, kind.layout, rows)
-    if head:
-        yield HEAD, np.asarray(model.embedding[...][:rows], np.float32)

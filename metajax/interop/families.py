@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from metajax.config import Model
 from metajax.interop import gpt2, hymba, llama
@@ -12,12 +11,7 @@ from metajax.interop.layouts import Layout, Tensor
 from metajax.models.lm import LM
 
 
-def _same(value: Any, values: Mapping[str, Any] | None = None) -> Any:
-    return value
-
-
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """What is specific to one model family."""
 
     layout: Layout
@@ -25,16 +19,15 @@ class Family:
     hub_config: Callable[[Model, int], dict[str, Any]]  # (model, sequence length) -> values of config.json
     length: str  # config.json's name for the sequence length
     # (tensors of a checkpoint, config.json) -> tensors under the names of the layout.
-    names: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = _same
-    fit: Callable[[LM], LM] = _same  # the same function, with every parameter that the layout requires
+    names: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = lambda tensors, values: tensors
+    fit: Callable[[LM], LM] = lambda model: model  # the same function, with every parameter that the layout requires
     # {setting: name suffixes} of a model's all-zero tensors, which a file omits if the setting is false.
     zeros: Callable[[LM], dict[str, tuple[str, ...]]] = lambda model: {}
 
 
+_LENGTH = "max_position_embeddings"
 FAMILIES = {
-    "hymba": Family(hymba.LAYOUT, hymba.model_config, hymba.hub_config, "max_position_embeddings"),
+    "hymba": Family(hymba.LAYOUT, hymba.model_config, hymba.hub_config, _LENGTH),
     "gpt2": Family(gpt2.LAYOUT, gpt2.model_config, gpt2.hub_config, "n_positions", gpt2.names, gpt2.with_biases),
-    "llama": Family(
-        llama.LAYOUT, llama.model_config, llama.hub_config, "max_position_embeddings", llama.names, zeros=llama.zero_biases
-    ),
+    "llama": Family(llama.LAYOUT, llama.model_config, llama.hub_config, _LENGTH, llama.names, zeros=llama.zero_biases),
 }

@@ -18,14 +18,13 @@ from safetensors import SafetensorError, safe_open
 from metajax.core.errors import UserError, require
 from metajax.core.sealed import HASHES
 from metajax.interop.layouts import Tensor
-from metajax.interop.settings import shown
+from metajax.interop.settings import few, shown
 from metajax.runs.files import find_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = "imported_files.json"  # in an imported run: {name: text} of the other files in the source folder
 # The files that are kept: settings, templates, vocabularies, the authors' code, model card and licence.
-_KEPT_ENDS = (".jinja", ".json", ".md", ".model", ".py", ".tiktoken", ".txt")
-_KEPT_NAMES = re.compile("(LICEN[CS]E|NOTICE|USE_POLICY)", re.IGNORECASE)
+_KEPT_NAMES = re.compile(r".*\.(jinja|json|md|model|py|tiktoken|txt)|(?i:LICEN[CS]E|NOTICE|USE_POLICY).*", re.DOTALL)
 _KEPT_BYTES = 1 << 26
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _BASE64 = "\x00base64:"
@@ -71,25 +70,22 @@ def open_directory(folder: Path, model_type: str, spare: tuple[str, ...] = ()) -
     require(isinstance(weight_map, dict), f"{index}: weight_map is not a JSON object; fetch it again")
     for name, shard in weight_map.items():
         inside = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
-        require(
-            inside,
-            f"{index}: {shown(name)} is in {shown(repr(shard))}, which is no name of a file in this folder; fetch it again",
-        )
+        require(inside, f"{index}: {shown(name)} is in {shown(repr(shard))}, not a file of this folder; fetch it again")
     for shard in sorted(set(weight_map.values())):
-        require((folder / shard).exists(), f"{folder} lacks the shard {shard} that {INDEX} names")
-        held = open_tensors(folder / shard)
-        lost = sorted(
-            name for name, file in weight_map.items() if file == shard and name not in held and not name.endswith(spare)
-        )
-        require(
-            not lost, f"{folder / shard} lacks {', '.join(map(shown, lost[:5]))}, which {INDEX} says it holds; fetch it again"
-        )
-        twice = sorted(tensors.keys() & held.keys())
-        require(
-            not twice, f"{folder / shard} has {', '.join(map(shown, twice[:5]))}, which another shard has too; fetch both again"
-        )
-        tensors |= held
+        file = folder / shard
+        require(file.exists(), f"{folder} lacks the shard {shard} that {INDEX} names")
+        held = open_tensors(file)
+        lost = {name for name, place in weight_map.items() if place == shard and not name.endswith(spare)} - held.keys()
+        require(not lost, f"{file} lacks {few(lost)}, which {INDEX} lists; fetch it again")
+        tensors = joined(tensors, held, file)
     return config, tensors
+
+
+def joined(tensors: Mapping[str, Any], more: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Tensors of one checkpoint with those of a further file; UserError if both have one of the same name."""
+    twice = tensors.keys() & more.keys()
+    require(not twice, f"{file} has {few(twice)}, which another part has too; fetch both again")
+    return {**tensors, **more}
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
@@ -113,12 +109,12 @@ def read_json(path: Path) -> Values:
     return Values(found)
 
 
-def read_kept(folder: Path | None) -> dict[str, str]:
+def read_kept(folder: Path) -> dict[str, str]:
     """{name: text} of a model directory's files other than weights and config.json; base64 if a file is not UTF-8."""
     kept = {}
-    for path in sorted(folder.iterdir()) if folder else []:
-        wanted = path.name.endswith(_KEPT_ENDS) or _KEPT_NAMES.match(path.name)
-        if wanted and path.is_file() and path.name not in ("config.json", INDEX, HASHES) and path.stat().st_size <= _KEPT_BYTES:
+    for path in sorted(folder.iterdir()):
+        wanted = _KEPT_NAMES.fullmatch(path.name) and path.name not in ("config.json", INDEX, HASHES)
+        if wanted and path.is_file() and path.stat().st_size <= _KEPT_BYTES:
             content = path.read_bytes()
             try:
                 kept[path.name] = content.decode()
@@ -131,10 +127,8 @@ def write_kept(workdir: Path, folder: Path) -> None:
     """Write the files that a run has kept into a folder, byte for byte."""
     kept = find_json(workdir / KEPT) or {}
     for name, text in kept.items():
-        require(
-            Path(name).name == name and isinstance(text, str),
-            f"{workdir / KEPT} is damaged; delete it, and export without these files",
-        )
+        sound = Path(name).name == name and isinstance(text, str)
+        require(sound, f"{workdir / KEPT} is damaged; delete it, and export without these files")
         content = base64.b64decode(text.removeprefix(_BASE64)) if text.startswith(_BASE64) else text.encode()
         (folder / name).write_bytes(content)
 
@@ -143,15 +137,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(name)} is there twice")
+        raise ValueError(f"{shown(name)} appears twice")
     return found
 
 
 def _line(error: Exception) -> str:
     return shown((str(error).splitlines() or [type(error).__name__])[0])
-
-
-# --------------------------------------------------------------------------------------------------- writing
 
 
 def write_tensors(
@@ -190,7 +181,5 @@ def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iter
         file.write(len(text).to_bytes(8, "little") + text)
         for expected, shape in shapes.items():
             name, value = next(tensors)
-            require(
-                (name, value.shape) == (expected, shape), f"{name} {value.shape} came where {expected} {shape} was to be written"
-            )
+            assert (name, value.shape) == (expected, shape), f"{name} {value.shape} instead of {expected} {shape}"
             file.write(np.ascontiguousarray(value, kind).reshape(-1).view(np.uint8).data)

@@ -20,7 +20,7 @@ _TEXT, _ARRAY = 8, 9
 VERSIONS = (2, 3)
 
 
-class Lying(NamedTuple):
+class Packed(NamedTuple):
     """A tensor as it is stored in its file."""
 
     shape: tuple[int, ...]
@@ -38,12 +38,11 @@ class _Cursor:
             raise UserError(f"{path} is not a GGUF file ({error}); name a .gguf file") from None
         self.path, self.at = path, 0
 
-    def fail(self, why: str) -> UserError:
-        return UserError(f"{self.path} is not a whole GGUF file ({why}); fetch it again")
+    def check(self, sound: bool, why: str) -> None:
+        require(sound, f"{self.path} is not a whole GGUF file ({why}); fetch it again")
 
     def take(self, count: int) -> np.ndarray:
-        if count > len(self.bytes) - self.at:
-            raise self.fail(f"{count} bytes are missing at byte {self.at} of {len(self.bytes)}")
+        self.check(count <= len(self.bytes) - self.at, f"{count} bytes are missing at byte {self.at} of {len(self.bytes)}")
         self.at += count
         return self.bytes[self.at - count : self.at]
 
@@ -51,72 +50,68 @@ class _Cursor:
         return self.take(np.dtype(kind).itemsize).view(kind)[0].item()
 
     def text(self) -> str:
+        content = self.take(self.number()).tobytes()
         try:
-            return self.take(self.number()).tobytes().decode()
+            return content.decode()
         except UnicodeDecodeError:
-            raise self.fail(f"a text that is not UTF-8 before byte {self.at}") from None
+            raise UserError(f"{self.path} has a text that is not UTF-8 before byte {self.at}; fetch it again") from None
 
     def value(self, kind: int) -> Any:
-        if kind == _TEXT:
-            return self.text()
-        if kind == _ARRAY:
-            of, count = self.number("<u4"), self.number()
-            if of in _SCALARS:
-                return self.take(count * np.dtype(_SCALARS[of]).itemsize).view(_SCALARS[of]).tolist()
-            return self._list(count, 8, self.text) if of == _TEXT else self._unknown(of)
-        return self.number(_SCALARS[kind]) if kind in _SCALARS else self._unknown(kind)
+        of = self.number("<u4") if kind == _ARRAY else kind
+        self.check(of in _SCALARS or of == _TEXT, f"a value of the unknown kind {of} at byte {self.at}")
+        if kind != _ARRAY:
+            return self.text() if kind == _TEXT else self.number(_SCALARS[kind])
+        count = self.number()
+        if of == _TEXT:
+            return self.items(count, 8, self.text)
+        return self.take(count * np.dtype(_SCALARS[of]).itemsize).view(_SCALARS[of]).tolist()
 
-    def _list(self, count: int, least: int, item: Callable[[], Any]) -> list[Any]:
+    def items(self, count: int, least: int, item: Callable[[], Any]) -> list[Any]:
         """`count` items of at least `least` bytes each."""
-        if count * least > len(self.bytes) - self.at:
-            raise self.fail(f"{count} items cannot follow byte {self.at} of {len(self.bytes)}")
+        room = len(self.bytes) - self.at
+        self.check(count * least <= room, f"{count} items cannot follow byte {self.at} of {len(self.bytes)}")
         return [item() for _ in range(count)]
 
-    def _unknown(self, kind: int) -> Any:
-        raise self.fail(f"a value of the unknown kind {kind} at byte {self.at}")
-
-    def pairs(self, count: int, least: int, item: Callable[[], Any]) -> dict[str, Any]:
-        """Named items; each name must be unique."""
+    def named(self, count: int, least: int, item: Callable[[], Any]) -> dict[str, Any]:
+        """Items by name; each name must be unique."""
         found: dict[str, Any] = {}
-        for name, value in self._list(count, least, lambda: (self.text(), item())):
-            if name in found:
-                raise self.fail(f"{shown(name)} is there twice")
+        for name, value in self.items(count, least, lambda: (self.text(), item())):
+            self.check(name not in found, f"{shown(name)} appears twice")
             found[name] = value
         return found
 
+    def place(self) -> tuple[list[int], int, int]:
+        """(sizes, kind, offset) of a tensor."""
+        dimensions = self.number("<u4")
+        self.check(dimensions <= 4, f"a tensor of {dimensions} dimensions")
+        return [self.number() for _ in range(dimensions)], self.number("<u4"), self.number()
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Lying]]:
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Packed]]:
     """(fields by name, tensors by name). UserError for a file that is truncated, damaged or of another version."""
     cursor = _Cursor(path)
     magic, version = cursor.take(4).tobytes(), cursor.number("<u4")
     require(magic == b"GGUF", f"{path} is not a whole GGUF file (it begins with {magic!r}); name a .gguf file")
     require(version in VERSIONS, f"{path}: GGUF version {version} (or another byte order), but only {VERSIONS} can be read")
     tensors, fields = cursor.number(), cursor.number()
-    found = cursor.pairs(fields, 13, lambda: cursor.value(cursor.number("<u4")))
-    places = cursor.pairs(tensors, 24, lambda: _place(cursor))
+    found = cursor.named(fields, 13, lambda: cursor.value(cursor.number("<u4")))
+    places = cursor.named(tensors, 24, cursor.place)
     step = found.get("general.alignment", 32)
-    if type(step) is not int or not 8 <= step <= 1 << 20 or step & (step - 1):
-        raise cursor.fail(f"general.alignment is {shown(repr(step))}")
+    sound = type(step) is int and 8 <= step <= 1 << 20 and not step & (step - 1)
+    cursor.check(sound, f"general.alignment is {shown(repr(step))}")
     start = -(-cursor.at // step) * step
-    return found, {name: _lying(cursor, name, start, *place) for name, place in places.items()}
+    return found, {name: _packed(cursor, name, start, *place) for name, place in places.items()}
 
 
-def _place(cursor: _Cursor) -> tuple[list[int], int, int]:
-    dimensions = cursor.number("<u4")
-    if dimensions > 4:
-        raise cursor.fail(f"a tensor of {dimensions} dimensions")
-    return [cursor.number() for _ in range(dimensions)], cursor.number("<u4"), cursor.number()
+def _packed(cursor: _Cursor, name: str, start: int, sizes: list[int], kind: int, offset: int) -> Packed:
+    from gguf.constants import GGML_QUANT_SIZES
 
-
-def _lying(cursor: _Cursor, name: str, start: int, sizes: list[int], kind: int, offset: int) -> Lying:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if kind not in {known.value for known in GGML_QUANT_SIZES}:
-        raise cursor.fail(f"{shown(name)} has numbers of the unknown kind {kind}")
-    block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    if not sizes or min(sizes) < 1 or sizes[0] % block or offset % 4:
-        raise cursor.fail(f"{shown(name)} has the shape {sizes[::-1]}")
+    known = {kind.value: kind for kind in GGML_QUANT_SIZES}
+    cursor.check(kind in known, f"{shown(name)} has numbers of the unknown kind {kind}")
+    block, width = GGML_QUANT_SIZES[known[kind]]
+    sound = sizes and min(sizes) >= 1 and sizes[0] % block == 0 and offset % 4 == 0
+    cursor.check(bool(sound), f"{shown(name)} has the shape {sizes[::-1]}")
     row, shape = sizes[0] // block * width, tuple(sizes[::-1])
     cursor.at = start + offset
     data = cursor.take(math.prod(shape[:-1]) * row)
-    return Lying(shape, GGMLQuantizationType(kind), data.reshape(*shape[:-1], row))
+    return Packed(shape, known[kind], data.reshape(*shape[:-1], row))

@@ -1,7 +1,6 @@
-"""GPT-2 in the names and layouts of nanoGPT and Hugging Face, and conversion of Hugging Face's config.json in both directions.
+"""GPT-2 in Hugging Face's names and layout: its tensors, and conversion of config.json in both directions.
 
-nanoGPT stores linear maps as [out, in] and uses the exact (erf) GELU. Hugging Face stores them as [in, out] and has both forms.
-Both fuse query, key and value, in this order.
+Linear maps are stored as [in, out], with query, key and value fused in this order.
 """
 
 from __future__ import annotations
@@ -12,67 +11,56 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metajax.config import Model, Runtime
 from metajax.core.errors import require
-from metajax.interop.layouts import HEAD, Layout, Tensor, load_model, require_fields, tensors_of
+from metajax.interop.layouts import HEAD, Layout, Tensor, pairs, require_fields
 from metajax.interop.settings import MOST, MOST_LAYERS, Settings
 from metajax.models.lm import LM, named_params
 
-_ATTENTION = "mixer.attention"
-_TABLE: dict[str, Any] = {
-    "whole": {
-        "transformer.wte.weight": "embedding",
-        "transformer.wpe.weight": "positions",
-        "transformer.ln_f.weight": "final_norm.scale",
-        "transformer.ln_f.bias": "final_norm.bias",
-        HEAD: "unembedding",
+LAYOUT = Layout(
+    family="GPT-2",
+    whole={"transformer.wte.weight": "embedding", "transformer.wpe.weight": "positions"}
+    | pairs({"transformer.ln_f": "final_norm"})
+    | {HEAD: "unembedding"},
+    layer=pairs(
+        {
+            "ln_1": "mixer_norm",
+            "attn.c_attn": "mixer.attention.query mixer.attention.key mixer.attention.value",
+            "attn.c_proj": "mixer.output",
+            "ln_2": "mlp_norm",
+            "mlp.c_fc": "mlp.up",
+            "mlp.c_proj": "mlp.down",
+        }
+    ),
+    prefix="transformer.h.{}.",
+    turned=(),
+    buffers=(".attn.bias", ".attn.masked_bias"),
+    fields={
+        "hybrid": (None,),
+        "window": (None,),
+        "activation": ("gelu_tanh", "gelu", "relu"),
+        "norm": ("layernorm",),
+        "norm_position": ("pre",),
+        "position": ("learned",),
     },
-    "layer": {
-        "ln_1.weight": ("mixer_norm.scale",),
-        "ln_1.bias": ("mixer_norm.bias",),
-        "attn.c_attn.weight": tuple(f"{_ATTENTION}.{part}.w" for part in ("query", "key", "value")),
-        "attn.c_attn.bias": tuple(f"{_ATTENTION}.{part}.b" for part in ("query", "key", "value")),
-        "attn.c_proj.weight": ("mixer.output.w",),
-        "attn.c_proj.bias": ("mixer.output.b",),
-        "ln_2.weight": ("mlp_norm.scale",),
-        "ln_2.bias": ("mlp_norm.bias",),
-        "mlp.c_fc.weight": ("mlp.up.w",),
-        "mlp.c_fc.bias": ("mlp.up.b",),
-        "mlp.c_proj.weight": ("mlp.down.w",),
-        "mlp.c_proj.bias": ("mlp.down.b",),
-    },
-    "prefix": "transformer.h.{}.",
-    "buffers": (".attn.bias", ".attn.masked_bias"),
-}
-LAYOUT = Layout(family="GPT-2", turned=(), **_TABLE)
-LAYOUTS = {"nanogpt": Layout(family="nanoGPT", **_TABLE), "huggingface": LAYOUT}
-# Hugging Face's name -> ours.
-_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu",
-}  # fmt: skip
+)
+# Hugging Face's name -> ours. The first of several names is written.
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu"}
 _FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 # The last one sets the dtype of products, which are float32 here.
-_HARMLESS = (
-    "attn_pdrop", "embd_pdrop", "n_ctx", "n_special", "predict_special_tokens", "resid_pdrop", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn",
-)  # fmt: skip
+_HARMLESS = """
+    attn_pdrop embd_pdrop n_ctx n_special predict_special_tokens resid_pdrop summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj reorder_and_upcast_attn
+""".split()
+_SIZES = {"n_embd": "width", "n_head": "heads", "n_layer": "layers", "n_positions": "max_positions"}
 # Names that Hugging Face accepts as synonyms.
-_OTHER_NAMES = {
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "n_layer": "num_hidden_layers",
-    "n_positions": "max_position_embeddings",
-}
-_REST = {
-    "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "model_type": "gpt2", "resid_pdrop": 0.0, "use_cache": True,
-}  # fmt: skip
-# Values of our model's fields that GPT-2 supports.
-_KNOWN: dict[str, tuple[Any, ...]] = {
-    "hybrid": (None,), "window": (None,), "activation": ("gelu_tanh", "gelu", "relu"), "norm": ("layernorm",), "norm_position": ("pre",),
-    "position": ("learned",),
-}  # fmt: skip
+_OTHER_NAMES = dict(
+    zip(_SIZES, ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"), strict=True)
+)
+_REST = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "use_cache": True}
+_REST |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
@@ -84,28 +72,24 @@ def model_config(values: Mapping[str, Any]) -> Model:
     }
     for name, value in (_FIXED | {other: sizes[name] for name, other in _OTHER_NAMES.items()}).items():
         read.fixed(name, value)
-    activation = read.choice("activation_function", "gelu_new", _ACTIVATIONS)
-    return read.model(
-        _HARMLESS, layers=sizes["n_layer"], width=sizes["n_embd"], heads=sizes["n_head"], mlp_width=read.size("n_inner", 4 * sizes["n_embd"], most=4 * MOST),
-        activation=_ACTIVATIONS[activation], norm="layernorm", norm_eps=read.number("layer_norm_epsilon", 1e-5), bias=True,
-        tied=read.flag("tie_word_embeddings", True), position="learned", max_positions=sizes["n_positions"],
-        init_std=read.number("initializer_range", 0.02),
-    )  # fmt: skip
+    fields = {ours: sizes[name] for name, ours in _SIZES.items()}
+    fields["mlp_width"] = read.size("n_inner", 4 * sizes["n_embd"], most=4 * MOST)
+    fields["activation"] = _ACTIVATIONS[read.choice("activation_function", "gelu_new", _ACTIVATIONS)]
+    fields["norm_eps"] = read.number("layer_norm_epsilon", 1e-5)
+    fields["tied"] = read.flag("tie_word_embeddings", True)
+    fields["init_std"] = read.number("initializer_range", 0.02)
+    read.check_rest(_HARMLESS)
+    return read.build(Model, norm="layernorm", bias=True, position="learned", **fields)
 
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
     """The values of config.json for a model with `length` positions. UserError for fields that GPT-2 lacks."""
-    _require_gpt2(cfg, "GPT-2")
-    name = next(name for name, ours in _ACTIVATIONS.items() if ours == cfg.activation)
-    return _FIXED | _REST | {
-        "activation_function": name, "initializer_range": cfg.init_std, "layer_norm_epsilon": cfg.norm_eps, "n_ctx": length,
-        "n_embd": cfg.width, "n_head": cfg.heads, "n_inner": cfg.mlp_width, "n_layer": cfg.layers, "n_positions": length,
-        "tie_word_embeddings": cfg.tied,
-    }  # fmt: skip
-
-
-def _require_gpt2(cfg: Model, what: str) -> None:
-    require_fields(cfg, _KNOWN | {"num_kv_heads": (cfg.heads,)}, what)
+    require_fields(cfg, LAYOUT)
+    require(cfg.num_kv_heads == cfg.heads, f"model.num_kv_heads is {cfg.num_kv_heads}, but GPT-2 has {cfg.heads} alone")
+    values = {name: getattr(cfg, ours) for name, ours in _SIZES.items()}
+    values |= {"n_ctx": length, "n_positions": length, "n_inner": cfg.mlp_width, "layer_norm_epsilon": cfg.norm_eps}
+    values["activation_function"] = next(name for name, ours in _ACTIVATIONS.items() if ours == cfg.activation)
+    return _FIXED | _REST | values | {"initializer_range": cfg.init_std, "tie_word_embeddings": cfg.tied}
 
 
 def names(state: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -128,30 +112,3 @@ def with_biases(model: LM) -> LM:
         params[path][...] if path in params else jnp.zeros(leaf.shape, jnp.float32) for path, leaf in named_params(biased).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(biased), leaves)
-
-
-def from_gpt2(state: Mapping[str, Tensor], cfg: Model, layout: str, *, runtime: Runtime | None = None) -> LM:
-    """An LM with the weights of a GPT-2 state dict in one of `LAYOUTS`. The dict decides the number of rows and positions.
-
-    Accepts names with or without "transformer.", the prefix of compiled nanoGPT models, Hugging Face's causal-mask buffers
-    and a tied "lm_head.weight". Raises UserError naming a missing, extra or misshapen tensor, or a field of `cfg` that
-    GPT-2 does not support.
-    """
-    _check_layout(cfg, layout)
-    state = names(state)
-    require("transformer.wpe.weight" in state, "the checkpoint lacks transformer.wpe.weight")
-    length = state["transformer.wpe.weight"].shape[0]
-    return load_model(state, cfg, LAYOUTS[layout], max_length=length, runtime=runtime)
-
-
-def to_gpt2(model: LM, layout: str) -> dict[str, np.ndarray]:
-    """The state dict of an LM in a layout's names and shapes, without the tied head; UserError if it is not a GPT-2."""
-    _check_layout(model.cfg, layout)
-    return dict(tensors_of(model, LAYOUTS[layout]))
-
-
-def _check_layout(cfg: Model, layout: str) -> None:
-    require(layout in LAYOUTS, f"layout = {layout!r}; known: {', '.join(LAYOUTS)}")
-    _require_gpt2(cfg, LAYOUTS[layout].family)
-    if layout == "nanogpt":
-        require_fields(cfg, {"activation": ("gelu",), "tied": (True,)}, LAYOUTS[layout].family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,7 @@ def import_directory(family: str, folder: Path, runs: Path, tokenizer: str, work
     generation, kept = folder / "generation_config.json", read_kept(folder)
     ends = (*end_ids(values), *(end_ids(read_json(generation)) if generation.exists() else ()))
     spec, name = tokenizer or _tokenizer_spec(folder), folder.resolve().name
-    workdir = import_weights(family, name, values, tensors, runs, spec, ends, workdir)
-    write_json(workdir / KEPT, kept)
-    return workdir
+    return _import_weights(family, name, values, tensors, runs, spec, ends, kept, workdir)
 
 
 def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
@@ -56,79 +55,65 @@ def import_gguf(path: Path, runs: Path, cache: Path, tokenizer: str) -> Path:
     values, tensors, fields = open_gguf(path)
     folder = None
     if not tokenizer:
-        folder = cache.absolute() / "tokenizers" / f"gguf2-{_digest(fields)}"
+        own = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
+        digest = hashlib.sha256(json.dumps([FORMAT, own], sort_keys=True).encode()).hexdigest()
+        folder = cache.absolute() / "tokenizers" / f"gguf2-{digest[:12]}"
         if not folder.exists():
             write_gguf_tokenizer(fields, folder)
         tokenizer = f"hf:{Sealed(folder).check().folder / 'tokenizer.json'}"
-    kept = read_kept(folder)
-    workdir = import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values))
-    write_json(workdir / KEPT, kept)
-    return workdir
+    kept = read_kept(folder) if folder else {}
+    return _import_weights("llama", path.stem, values, tensors, runs, tokenizer, end_ids(values), kept)
 
 
 def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids in `eos_token_id` of a config.json or generation_config.json, which is a number, a list or absent."""
-    said = values.get("eos_token_id")
-    ids = tuple(said) if isinstance(said, list) else () if said is None else (said,)
-    require(all(type(i) is int for i in ids), f"eos_token_id = {said!r}: it has to be a number, a list of numbers or null")
+    found = values.get("eos_token_id")
+    ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    require(all(type(i) is int for i in ids), f"eos_token_id = {found!r}: it has to be a number, a list of numbers or null")
     return ids
 
 
-def _digest(fields: Mapping[str, Any]) -> str:
-    own = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
-    return hashlib.sha256(json.dumps([FORMAT, own], sort_keys=True).encode()).hexdigest()[:12]
-
-
-def import_weights(
+def _import_weights(
     family: str,
     name: str,
     values: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     runs: Path,
     spec: str,
-    ends: Sequence[int] = (),
+    ends: Sequence[int],
+    kept: Mapping[str, str],
     workdir: Path | None = None,
 ) -> Path:
-    """`import_directory` from config.json values and named tensors. `ends`: ids that end a text besides the tokenizer's EOS."""
+    """`import_directory` from config.json values and named tensors. ends: ids that end a text besides the tokenizer's EOS."""
     words = open_tokenizer(spec, cache_dir=runs, data_dir=None, corpus_fingerprint="", texts=_no_texts)
     kind, tensors = FAMILIES[family], FAMILIES[family].names(tensors, values)
     model, rows = kind.model_config(values), table_rows(tensors, kind.layout)
     length = model.max_positions or int(values.get(kind.length) or 2048)
     named = values.get("vocab_size") or rows
     require(named == rows, f"config.json: vocab_size = {shown(repr(named))}, but {kind.layout.embedding} has {rows} rows")
-    require(
-        words.vocabulary.base <= 2 * rows + 1024,
-        f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: name the checkpoint's own with --tokenizer",
-    )
+    sizes = f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}"
+    require(words.vocabulary.base <= 2 * rows + 1024, f"{sizes}: name the checkpoint's own with --tokenizer")
     ends = [i for i in dict.fromkeys(ends) if 0 <= i < rows]
     words = _with_ends(words, values.get("bos_token_id"), ends[0] if ends else None)
     if words.vocabulary.eos < rows:
         ends = dict.fromkeys([*ends, words.vocabulary.eos])
     imported = Imported(rows, ends=tuple(ends), opens=_puts_bos(words))
     config = Config(name=f"imported/{name}", data=Data(tokenizer=spec, sequence_length=length), model=model, imported=imported)
-    mesh, size = make_mesh(Runtime.mesh), imported.table(words.vocabulary.size)
-    weights = load_model(
-        tensors, model, kind.layout, vocab_size=size, max_length=length, runtime=config.runtime,
-        shardings=lambda abstract: param_shardings(abstract, mesh),
-    )  # fmt: skip
+    spread = functools.partial(param_shardings, mesh=make_mesh(Runtime.mesh))
+    options = {"vocab_size": imported.table(words.vocabulary.size), "max_length": length, "runtime": config.runtime}
+    weights = load_model(tensors, model, kind.layout, **options, shardings=spread)
     for table in filter(None, (weights.embedding, weights.unembedding)):
         table.set_value(_fill_up(table[...], rows))
     if words.vocabulary.base > rows:
-        warn(
-            f"tokenizer {spec} has {words.vocabulary.base} tokens, the checkpoint {rows}: text with those from {rows} on has no loss"
-        )
+        warn(f"{sizes}: text with those from {rows} on has no loss")
     if words.vocabulary.bos >= rows:
-        warn(
-            f"neither config.json nor tokenizer {spec} names a token that begins or ends a text: an untrained vector is used for it"
-        )
-    origin = {
-        "family": family,
-        "config": dict(values),
-        "rows": rows,
-        "ends": list(ends),
-        "tied_head": model.tied and HEAD in tensors,
-    }
-    return _write(config, words, weights, origin, workdir or default_workdir(config, runs))
+        warn(f"config.json and tokenizer {spec} name no token that begins or ends a text: an untrained vector is used for it")
+    origin = {"family": family, "config": dict(values), "rows": rows, "ends": list(ends)}
+    origin["tied_head"] = model.tied and HEAD in tensors
+    workdir = workdir or default_workdir(config, runs)
+    _write(config, words, weights, origin, workdir)
+    write_json(workdir / KEPT, kept)
+    return workdir
 
 
 def _with_ends(words: Tokenizer, bos: int | None, eos: int | None) -> Tokenizer:
@@ -166,8 +151,8 @@ def _fill_up(table: jax.Array, rows: int) -> jax.Array:
     return jax.jit(fill, donate_argnums=0, out_shardings=table.sharding)(table) if len(table) > rows else table
 
 
-def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, Any], workdir: Path) -> Path:
-    require(not (workdir / "config.json").exists(), f"{workdir} is there already; delete it, or choose another --runs-dir")
+def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, Any], workdir: Path) -> None:
+    require(not (workdir / "config.json").exists(), f"{workdir} already exists; delete it, or choose another --runs-dir")
     run = RunDirectory.open(workdir, config)
     try:
         run.data = {"tokenizer": tokenizer.fingerprint()}
@@ -180,7 +165,6 @@ def _write(config: Config, tokenizer: Tokenizer, model: Any, origin: dict[str, A
         checkpoints.close()
     finally:
         run.close()
-    return workdir
 
 
 def _tokenizer_spec(folder: Path) -> str:

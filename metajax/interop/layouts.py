@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from metajax.config import Imported, Model, Runtime
 from metajax.core.errors import require
-from metajax.interop.settings import shown
+from metajax.interop.settings import few
 from metajax.models.lm import LM, named_params
 from metajax.models.specs import layer_runs
 
@@ -30,7 +30,6 @@ HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 NUMBERS_AT_ONCE = 1 << 18  # numbers of a tensor that are read at once: whole rows, at least one
 Filled = TypeVar("Filled")  # a module
-_ROWS_OF_WORDS = ("embedding", "unembedding")
 
 
 class Tensor(Protocol):
@@ -48,14 +47,24 @@ class Layout:
 
     family: str
     whole: Mapping[str, str]  # tensor -> our parameter; contains "embedding"
-    layer: Mapping[str, tuple[str, ...]]  # tensor of a layer -> our parameters in it, concatenated along their last axis
+    layer: Mapping[str, str]  # tensor of a layer -> our parameters in it, concatenated along their last axis
     prefix: str  # of the tensor names of layer {}
     turned: tuple[str, ...] = (".w",)  # path suffixes of our matrices that the file stores as [out, in]
     buffers: tuple[str, ...] = ()  # name suffixes of tensors that are not parameters
+    fields: Mapping[str, Collection[Any]] = field(default_factory=dict)  # of our model -> the values that the family supports
 
     @property
     def embedding(self) -> str:
         return next(name for name, path in self.whole.items() if path == "embedding")
+
+
+def pairs(parts: Mapping[str, str]) -> dict[str, str]:
+    """{tensor: our parameters} of the weight and bias of each part, given {part: our paths}; paths of norms end with "norm"."""
+    found = {}
+    for part, ours in parts.items():
+        ends = {"weight": "scale", "bias": "bias"} if ours.endswith("norm") else {"weight": "w", "bias": "b"}
+        found |= {f"{part}.{theirs}": " ".join(f"{path}.{end}" for path in ours.split()) for theirs, end in ends.items()}
+    return found
 
 
 class Part(NamedTuple):
@@ -75,11 +84,12 @@ class Stored(NamedTuple):
 
 def stored(model: LM, layout: Layout, rows: int | None = None) -> dict[str, Stored]:
     """Every tensor of a (possibly abstract) model with `rows` of the vocabulary (None: all). UserError if one has no place."""
-    layers = [(layout.prefix.format(number), *place) for number, place in enumerate(_layers(model.cfg))]
-    found = stored_of(model, layout, layers)
-    if rows is not None:
-        words = {name: tensor for name, tensor in found.items() if tensor.parts[0].path in _ROWS_OF_WORDS}
-        found |= {name: Stored((rows, *tensor.shape[1:]), tensor.parts) for name, tensor in words.items()}
+    runs = enumerate(layer_runs(model.cfg))
+    places = [(f"blocks.{run}.{i}.", n) for run, (group, count) in runs for n in range(count) for i in range(len(group))]
+    found = stored_of(model, layout, [(layout.prefix.format(number), *place) for number, place in enumerate(places)])
+    for name, tensor in found.items():
+        if rows is not None and tensor.parts[0].path in ("embedding", "unembedding"):
+            found[name] = tensor._replace(shape=(rows, *tensor.shape[1:]))
     return found
 
 
@@ -89,18 +99,12 @@ def stored_of(model: Any, layout: Layout, layers: Iterable[tuple[str, str, int]]
     found = {name: _stored([(path, ours[path])], None, layout) for name, path in layout.whole.items() if path in ours}
     for start, prefix, place in layers:
         for tensor, paths in layout.layer.items():
-            present = [(prefix + path, ours[prefix + path][1:]) for path in paths if prefix + path in ours]
+            present = [(path, ours[path][1:]) for path in (prefix + end for end in paths.split()) if path in ours]
             if present:
                 found[start + tensor] = _stored(present, place, layout)
     left_out = sorted(ours.keys() - {part.path for tensor in found.values() for part in tensor.parts})
     require(not left_out, f"the layout of {layout.family} has no place for {', '.join(left_out[:3])}: this is another model")
     return found
-
-
-def _layers(cfg: Model) -> list[tuple[str, int]]:
-    """(prefix of our paths, index in the stack) of every layer in order."""
-    runs = enumerate(layer_runs(cfg))
-    return [(f"blocks.{run}.{i}.", n) for run, (group, count) in runs for n in range(count) for i in range(len(group))]
 
 
 def _stored(present: list[tuple[str, tuple[int, ...]]], layer: int | None, layout: Layout) -> Stored:
@@ -155,18 +159,13 @@ def load_model(
     """
     rows = table_rows(state, layout)
     require(vocab_size is None or vocab_size >= rows, f"{layout.embedding} has {rows} rows, more than a table of {vocab_size}")
-    layers = {
-        int(found[1])
-        for found in map(re.compile(re.escape(layout.prefix).replace(r"\{\}", r"(\d{1,6})\b")).match, state)
-        if found
-    }
+    prefix = re.compile(re.escape(layout.prefix).replace(r"\{\}", r"(\d{1,6})\b"))
+    layers = {int(found[1]) for found in map(prefix.match, state) if found}
     lacking = next(
         (layer for layer in range(cfg.layers) if layer not in layers), None
-    )  # one message, instead of a list of tensors of every layer
-    require(
-        lacking is None,
-        f"the checkpoint lacks {layout.prefix.format(lacking)}*: its configuration has {cfg.layers} layers, its tensors {len(layers)}",
-    )
+    )  # one message for the tensors of all layers
+    found = f"its configuration has {cfg.layers} layers, its tensors {len(layers)}"
+    require(lacking is None, f"the checkpoint lacks {layout.prefix.format(lacking)}*: {found}")
     imported = None if vocab_size in (None, rows) else Imported(rows)
     options = {"max_length": max_length, "meta": None, "runtime": runtime or Runtime(), "imported": imported}
     model = jax.eval_shape(lambda: LM(cfg, vocab_size=vocab_size or rows, key=jax.random.key(0), **options))
@@ -209,33 +208,30 @@ Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 def _single(read: Read, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
-    return jax.make_array_from_callback(shape, sharding, lambda index: read(_filled(index, shape)))
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return read(tuple(slice(*along.indices(size)[:2]) for along, size in zip(index, shape, strict=True)))
+
+    return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def _stack(reads: list[Read], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
     """Copy layers one by one into the stacked parameter, already sharded, so that no device ever holds it whole."""
     if len(reads) == 1:
-        return jax.make_array_from_callback(shape, sharding, lambda index: reads[0](_filled(index, shape)[1:])[None])
+        return _single(lambda index: reads[0](index[1:])[None], shape, sharding)
     spread = isinstance(sharding, NamedSharding)
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if spread else sharding  # layers are not sharded
     stack = jnp.zeros(shape, jnp.float32, device=sharding)
     for n, read in enumerate(reads):
         place = jax.device_put(np.int32(n))  # after a transfer JAX frees the last layer's copy on the host
-        stack = jax.block_until_ready(
-            _put(sharding)(stack, _single(read, shape[1:], of_layer), place)
-        )  # otherwise reading would run ahead
+        stack = _put(sharding)(stack, _single(read, shape[1:], of_layer), place)
+        stack.block_until_ready()  # otherwise reading would run ahead
     return stack
 
 
 @functools.cache
 def _put(sharding: Sharding) -> Any:
-    return jax.jit(
-        lambda stack, layer, n: jax.lax.dynamic_update_index_in_dim(stack, layer, n, 0), donate_argnums=0, out_shardings=sharding
-    )
-
-
-def _filled(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def read_part(state: Mapping[str, Tensor], layout: Layout, name: str, part: Part, index: tuple[slice, ...]) -> np.ndarray:
@@ -255,9 +251,8 @@ def _finite(name: str, values: np.ndarray) -> np.ndarray:
     """Values of a tensor as float32; UserError if one is not finite."""
     with np.errstate(over="ignore"):
         values = np.asarray(values, np.float32)
-    require(
-        bool(np.isfinite(values).all()), f"{name} has numbers that are NaN or infinite in float32; fetch the checkpoint again"
-    )
+    finite = bool(np.isfinite(values).all())
+    require(finite, f"{name} has numbers that are NaN or infinite in float32; fetch the checkpoint again")
     return values
 
 
@@ -275,32 +270,22 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], layout: L
         expected[HEAD] = expected[layout.embedding]
     found = {name for name in state if not name.endswith(layout.buffers)}
     present = sorted(expected.keys() & found)
-    kinds = {str(state[name].dtype) for name in present} - set(FLOATS)
-    problems = [
-        ("the checkpoint lacks {}", sorted(expected.keys() - found)),
-        ("the checkpoint has tensors that its configuration does not: {}", sorted(found - expected.keys())),
-        *(
-            (
-                f"{kind} numbers, where floating-point ones are needed, are in {{}}",
-                [name for name in present if str(state[name].dtype) == kind],
-            )
-            for kind in sorted(kinds)
-        ),
-        *(
-            (f"{{}} has shape {tuple(state[name].shape)}, but {expected[name]} is needed by its configuration", [name])
-            for name in present
-            if tuple(state[name].shape) != expected[name]
-        ),
-    ]
-    told = [text.format(", ".join(map(shown, names[:5])) + " ..." * (len(names) > 5)) for text, names in problems if names]
+    problems = {
+        "the checkpoint lacks {}": sorted(expected.keys() - found),
+        "the checkpoint has tensors that its configuration does not: {}": sorted(found - expected.keys()),
+    }
+    for kind in sorted({str(state[name].dtype) for name in present} - set(FLOATS)):
+        text = f"{kind} numbers, where floating-point ones are needed, are in {{}}"
+        problems[text] = [name for name in present if str(state[name].dtype) == kind]
+    told = [text.format(few(names)) for text, names in problems.items() if names]
+    for name in present:
+        if tuple(state[name].shape) != expected[name]:
+            told.append(f"{name} has shape {tuple(state[name].shape)}, but {expected[name]} is needed by its configuration")
     require(not told, "; ".join(told[:8]) + f"; and {len(told) - 8} more" * (len(told) > 8))
     if tied:
-        head, embedding = state[HEAD], state[layout.embedding]
-        rows = _blocks(0, *expected[HEAD])
-        same = all(
-            np.array_equal(_finite(HEAD, head[block, :]), _finite(layout.embedding, embedding[block, :])) for block in rows
-        )
-        require(same, f"{HEAD} differs from {layout.embedding}, but the embedding is tied")
+        for block in _blocks(0, *expected[HEAD]):
+            head, embedding = (_finite(name, state[name][block, :]) for name in (HEAD, layout.embedding))
+            require(np.array_equal(head, embedding), f"{HEAD} differs from {layout.embedding}, but the embedding is tied")
 
 
 # -------------------------------------------------------------------------------------------------------- out
@@ -321,9 +306,9 @@ def values_of(model: Any, tensors: Mapping[str, Stored], layout: Layout) -> Iter
         yield name, _as_stored(layout, tensor.parts[0].path, whole)[tuple(slice(size) for size in tensor.shape)]
 
 
-def require_fields(cfg: Model, wanted: Mapping[str, Collection[Any]], what: str) -> None:
-    """UserError for the first field of a model whose value is not among the `wanted` values, those that `what` supports."""
-    for name, known in wanted.items():
+def require_fields(cfg: Model, layout: Layout) -> None:
+    """UserError for the first field of a model whose value the family does not support."""
+    for name, known in layout.fields.items():
         found = functools.reduce(getattr, name.split("."), cfg)
         shown = "set" if dataclasses.is_dataclass(found) else repr(found)
-        require(found in known, f"model.{name} is {shown}, but {what} has {' or '.join(repr(value) for value in known)} alone")
+        require(found in known, f"model.{name} is {shown}, but {layout.family} has {' or '.join(map(repr, known))} alone")

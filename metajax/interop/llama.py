@@ -8,66 +8,49 @@ from typing import Any
 import numpy as np
 
 from metajax.config import Model
-from metajax.interop.layouts import HEAD, Layout, Tensor, require_fields
-from metajax.interop.settings import MOST_LAYERS, Settings
+from metajax.interop.layouts import HEAD, Layout, Tensor, pairs, require_fields
+from metajax.interop.settings import Settings, shared_fields, shared_values
 from metajax.models.lm import LM, named_params
 from metajax.models.rotary import HIGH_TURNS, LOW_TURNS, yarn_magnitude
 
-_ATTENTION = "mixer.attention"
 _MAPS = {
-    "self_attn.q_proj": f"{_ATTENTION}.query",
-    "self_attn.k_proj": f"{_ATTENTION}.key",
-    "self_attn.v_proj": f"{_ATTENTION}.value",
+    "self_attn.q_proj": "mixer.attention.query",
+    "self_attn.k_proj": "mixer.attention.key",
+    "self_attn.v_proj": "mixer.attention.value",
     "self_attn.o_proj": "mixer.output",
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
 }
+_FIELDS = {"hybrid": (None,), "window": (None,), "activation": ("swiglu",), "norm": ("rmsnorm",), "norm_position": ("pre",)}
 LAYOUT = Layout(
     family="Llama",
     whole={"model.embed_tokens.weight": "embedding", "model.norm.weight": "final_norm.scale", HEAD: "unembedding"},
-    layer={
-        "input_layernorm.weight": ("mixer_norm.scale",),
-        "post_attention_layernorm.weight": ("mlp_norm.scale",),
-        **{f"{name}.weight": (f"{path}.w",) for name, path in _MAPS.items()},
-        **{f"{name}.bias": (f"{path}.b",) for name, path in _MAPS.items()},
-    },
+    layer=pairs({"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"} | _MAPS),
     prefix="model.layers.{}.",
     buffers=("rotary_emb.inv_freq",),
+    fields=_FIELDS | {"position": ("rope", "linear", "llama3", "yarn")},
 )
-_HARMLESS = ("pretraining_tp", "use_sliding_window", "is_llama_config")
-_REST = {
-    "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "model_type": "llama", "use_cache": True,
-}  # fmt: skip
-# Values of our model's fields that Llama supports.
-_KNOWN: dict[str, tuple[Any, ...]] = {
-    "hybrid": (None,), "window": (None,), "activation": ("swiglu",), "norm": ("rmsnorm",), "norm_position": ("pre",),
-    "position": ("rope", "linear", "llama3", "yarn"),
-}  # fmt: skip
+_HARMLESS = ("is_llama_config", "max_window_layers", "original_max_position_embeddings", "pretraining_tp", "sliding_window")
+_REST = {"architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "model_type": "llama"}
 
 
 def model_config(values: Mapping[str, Any]) -> Model:
     """The model of a config.json. UserError lists every setting that this model does not support."""
     read = Settings(values)
-    width, heads, length = read.size("hidden_size"), read.size("num_attention_heads"), read.size("max_position_embeddings", 2048)
+    fields, length = shared_fields(read), read.size("max_position_embeddings", 2048)
     read.choice("hidden_act", "silu", ("silu", "swish"))
-    read.fixed("head_dim", width // heads)
+    read.fixed("head_dim", fields["width"] // fields["heads"])
     read.fixed("partial_rotary_factor", 1)
-    kinds = read.get("layer_types", [])
+    kinds, window = read.get("layer_types", []), read.get("sliding_window")
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         read.fixed("layer_types")
-    if read.get("use_sliding_window") is not False:
-        read.fixed(
-            "sliding_window", *(window for window in [read.get("sliding_window")] if type(window) is int and window >= length)
-        )
+    if read.get("use_sliding_window") is not False and not (type(window) is int and window >= length):
+        read.fixed("sliding_window")
     bias = read.flag("attention_bias", False), read.flag("mlp_bias", False)
-    return read.model(
-        (*_HARMLESS, "original_max_position_embeddings", "sliding_window", "max_window_layers"),
-        layers=read.size("num_hidden_layers", most=MOST_LAYERS), width=width, heads=heads, kv_heads=read.size("num_key_value_heads", heads),
-        mlp_width=read.size("intermediate_size"), activation="swiglu", norm="rmsnorm", norm_eps=read.number("rms_norm_eps", 1e-6),
-        bias=any(bias), tied=read.flag("tie_word_embeddings", False), init_std=read.number("initializer_range", 0.02),
-        **_positions(read, length),
-    )  # fmt: skip
+    fields |= _positions(read, length)
+    read.check_rest(_HARMLESS)
+    return read.build(Model, bias=any(bias), **fields)
 
 
 def _positions(read: Settings, length: int) -> dict[str, Any]:
@@ -126,14 +109,11 @@ def zero_biases(model: LM) -> dict[str, tuple[str, ...]]:
 
 def hub_config(cfg: Model, length: int) -> dict[str, Any]:
     """The values of config.json for a model with sequences of `length` tokens. UserError for fields that Llama lacks."""
-    require_fields(cfg, _KNOWN, "Llama")
+    require_fields(cfg, LAYOUT)
     scaling = None
     if cfg.position != "rope":
         original = {"original_max_position_embeddings": cfg.rope_original_length} if cfg.position != "linear" else {}
         scaling = {"rope_type": cfg.position, "factor": cfg.rope_factor} | original | _fixed_parts(cfg.position, cfg.rope_factor)
-    return _REST | {
-        "attention_bias": cfg.bias, "head_dim": cfg.head_dim, "hidden_size": cfg.width, "initializer_range": cfg.init_std,
-        "intermediate_size": cfg.mlp_width, "max_position_embeddings": length, "mlp_bias": cfg.bias, "num_attention_heads": cfg.heads,
-        "num_hidden_layers": cfg.layers, "num_key_value_heads": cfg.num_kv_heads, "rms_norm_eps": cfg.norm_eps, "rope_scaling": scaling,
-        "rope_theta": cfg.rope_theta, "tie_word_embeddings": cfg.tied,
-    }  # fmt: skip
+    values = {"attention_bias": cfg.bias, "mlp_bias": cfg.bias, "head_dim": cfg.head_dim, "max_position_embeddings": length}
+    values |= {"rope_scaling": scaling, "rope_theta": cfg.rope_theta, "use_cache": True}
+    return _REST | shared_values(cfg) | values

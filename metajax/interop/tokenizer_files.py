@@ -96,6 +96,5 @@ def _reserve(library: tokenizers.Tokenizer, base: int) -> None:
     names = [*(f"<|unused{i}|>" for i in range(size, base)), *RESERVED]
     library.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     found = [library.token_to_id(name) for name in RESERVED]
-    require(
-        found == list(range(base, base + len(RESERVED))), f"the tokenizer's ids below {base} have gaps: it cannot be exported"
-    )
+    wanted = list(range(base, base + len(RESERVED)))
+    require(found == wanted, f"the tokenizer's ids below {base} have gaps: it cannot be exported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -44,14 +45,13 @@ def temporaries(dump: Path) -> dict[str, int]:
     gradients (of activations and parameters), other. {} if the dump does not say."""
     ranges = {(name, index): (int(start), int(end)) for name, index, start, end in _RANGE.findall(_last(dump, "-live-range"))}
     live = [(*ranges[value.name, value.index], value) for value in _values(dump) if (value.name, value.index) in ranges]
-    steps: Counter[int] = Counter()
+    changes: Counter[int] = Counter()
     for start, end, value in live:
-        steps[start] += value.size
-        steps[end + 1] -= value.size
-    total = most = fullest = 0
-    for step in sorted(steps):
-        total += steps[step]
-        most, fullest = max((most, fullest), (total, step))
+        changes[start] += value.size
+        changes[end + 1] -= value.size
+    steps = sorted(changes)
+    totals = itertools.accumulate(changes[step] for step in steps)
+    fullest = max(zip(totals, steps, strict=True), default=(0, 0))[1]
     operations = dict(_OPERATION.findall(_last(dump, "")))
     kinds = dict.fromkeys(("activations", "gradients", "other"), 0) if live else {}
     for start, end, value in live:

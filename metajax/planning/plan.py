@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -31,25 +32,20 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _MESH_AXES, _MESH_GROUP = re.compile(r"'(\w+)'=(\d+)"), re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 _BETWEEN = re.compile(r"= \((.*?), u32\[\], .* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
-_ARRAY = re.compile(r"\b([a-z]+)(\d+)?\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b[a-z]+(\d+)?\[([\d,]*)\]")
 _IN_KERNELS = ("attention_pairs", "meta_attention", "conv", "scan")  # parts of `flops_per_token` that kernels may compute
 
 
 def whole_batch(config: Config) -> dict[str, np.ndarray]:
     """A batch of full rows, one document each, as the step reads it. The values do not matter."""
-    rows, positions = config.data.batch_size, config.row_positions
-    batch = {
-        "tokens": np.zeros((rows, positions), np.int32),
-        "positions": np.tile(np.arange(positions, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones((rows, positions), np.int32),
-        "targets": np.zeros((rows, positions), np.int32),
-        "loss_weights": np.ones((rows, positions), np.float32),
-        "is_body": np.ones((rows, positions), bool),
-        "asks_metadata": np.zeros((rows, positions), bool),
-    }
+    shape = rows, positions = config.data.batch_size, config.row_positions
+    zeros, ones = np.zeros(shape, np.int32), np.ones(shape, np.int32)
+    batch = {"tokens": zeros, "targets": zeros, "segment_ids": ones, "loss_weights": ones.astype(np.float32)}
+    batch |= {"is_body": ones.astype(bool), "asks_metadata": zeros.astype(bool)}
+    batch["positions"] = np.tile(np.arange(positions, dtype=np.int32), (rows, 1))
     if config.meta_tokens is not None:
-        count = config.row_meta_tokens
-        batch["meta_positions"] = np.tile(np.linspace(1, positions - 1, count).astype(np.int32), (rows, 1))
+        places = np.linspace(1, positions - 1, config.row_meta_tokens).astype(np.int32)
+        batch["meta_positions"] = np.tile(places, (rows, 1))
     return batch
 
 
@@ -70,14 +66,10 @@ def text_step(config: Config, devices: list[jax.Device], *, vocab_size: int) -> 
     return Planned(program, program.abstract_batch(batch), count, (batch["tokens"].size, "tokens"), parts)
 
 
-def plan(
-    config: AnyConfig,
-    step: Callable[[AnyConfig, list[jax.Device]], Planned],
-    topology: str,
-    dump: Path | None = None,
-    *,
-    schedules: bool = False,
-) -> dict[str, Any]:
+Step = Callable[[AnyConfig, list[jax.Device]], Planned]
+
+
+def plan(config: AnyConfig, step: Step, topology: str, dump: Path | None = None, *, schedules: bool = False) -> dict[str, Any]:
     """The plan of one config as plain data: see `memory`, `collectives`, `scheduled`, `bound`, `estimate`.
 
     Args:
@@ -92,20 +84,12 @@ def plan(
     planned = step(config, devices)
     (reads, unit), program = planned.reads, planned.program
     state, frozen = program.abstract_state(), program.place(program.frozen)
-    parts = program.mesh.shape["context"]
-    require(not schedules or parts == 1, "--schedules reads kernels on whole rows; leave it out, or context out of runtime.mesh")
-    found: dict[str, Any] = {
-        "name": config.name,
-        "scale": config.scale,
-        "hash": config_hash(config),
-        "topology": topology,
-        "chips": len(devices),
-        "mesh": dict(program.mesh.shape),
-        "flops": planned.flops,
-        "flops_by_part": dict(planned.parts),
-        "reads": {"count": reads, "unit": unit},
-        "state": {"parameters": _bytes_of(state.model), "optimizer": _bytes_of(state.opt_state)},
-    }
+    whole = not schedules or program.mesh.shape["context"] == 1
+    require(whole, "--schedules reads kernels on whole rows; leave it out, or context out of runtime.mesh")
+    found: dict[str, Any] = {"name": config.name, "scale": config.scale, "hash": config_hash(config), "topology": topology}
+    found |= {"chips": len(devices), "mesh": dict(program.mesh.shape), "flops": planned.flops}
+    found |= {"flops_by_part": dict(planned.parts), "reads": {"count": reads, "unit": unit}}
+    found["state"] = {"parameters": _bytes_of(state.model), "optimizer": _bytes_of(state.opt_state)}
     if frozen:
         found["state"]["frozen"] = _bytes_of(frozen)
     began = time.monotonic()
@@ -116,13 +100,13 @@ def plan(
             raise
         found |= {"fits": False, "reason": str(error).splitlines()[0], "compile_seconds": time.monotonic() - began}
         return found | {"largest_buffers": largest_buffers(dump) if dump else []}
-    hlo = compiled.as_text()
     found |= {"fits": True, "compile_seconds": time.monotonic() - began, "memory": memory(compiled, chip)}
     found |= {"temporaries": temporaries(dump) if dump else {}, "largest_buffers": largest_buffers(dump) if dump else []}
+    hlo, kernels = compiled.as_text(), Counter()
     calls = kernel_calls(hlo)
-    found |= {"collectives": collectives(hlo, chip), "kernels": {}, "xla_cycles": xla_cycles(hlo)}
     for call, times in calls.items():
-        found["kernels"][call.name] = found["kernels"].get(call.name, 0) + times
+        kernels[call.name] += times
+    found |= {"collectives": collectives(hlo, chip), "kernels": dict(kernels), "xla_cycles": xla_cycles(hlo)}
     if schedules:
         found["schedules"] = scheduled(calls, config, parse_topology(topology)[1])
     return found | bounds(found, chip)
@@ -130,9 +114,8 @@ def plan(
 
 def _bytes_of(tree: Any) -> int:
     """Bytes of a sharded tree on one chip."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "sharding")
-    )
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding"))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def memory(compiled: Any, chip: Chip) -> dict[str, float]:
@@ -191,9 +174,8 @@ def _group_size(line: str) -> int:
     return int(listed.group(2) or len(listed.group(1).split(","))) if listed else 1
 
 
-def _array_bytes(kind: str, bits: str, sizes: str) -> int:
-    width = {"pred": 8}.get(kind) or int(bits or 8)
-    return math.prod(int(n) for n in sizes.split(",") if n) * width // 8
+def _array_bytes(bits: str, sizes: str) -> int:
+    return math.prod(int(n) for n in sizes.split(",") if n) * int(bits or 8) // 8  # pred: a byte
 
 
 def bounds(found: Mapping[str, Any], chip: Chip) -> dict[str, dict[str, float]]:

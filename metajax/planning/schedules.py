@@ -73,27 +73,19 @@ def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
     model, operands = config.model, call.operands
     if call.name.startswith("prefix_window_attention"):
         (kv_heads, group, key_width, queries), value_width = operands[4][1], operands[6][1][2]
-        length, rows = _rows(queries, operands[1][1][0] - 1, (config.row_positions, _metas(config)))
-        windows, metas = _windows(config), model.prefix_tokens
-        if length != config.row_positions:  # meta-attention
-            windows, metas = [None], 0
+        lengths = (config.row_positions, model.prefix_tokens or config.row_meta_tokens)
+        length, rows = _rows(queries, operands[1][1][0] - 1, lengths)
+        windows, metas = [None], 0  # of meta-attention
+        if length == config.row_positions:
+            specs, metas = layer_specs(model, config.meta_tokens), model.prefix_tokens
+            windows = [spec.window for spec in specs if "attention" in spec.mixers]
+            windows += [None for spec in specs[:1] if spec.meta_attention == "causal"]
         rest = (metas, kv_heads * group, kv_heads, key_width, value_width, 1, _DTYPES[operands[4][0]])
         shapes = [(length, window, *rest) for window in windows]
         return [attention.ours("attention", json.dumps(s), attention.Shape(*s), "both") for s in shapes], rows
     dtype, (rows, length, channels) = operands[1]
     op, shape = call.name.rpartition("_")[0], (length, channels, model.hybrid.state, 1, _DTYPES[dtype])
     return [scan.ours(op, json.dumps(shape), scan.Shape(*shape), "both")], rows
-
-
-def _windows(config: Config) -> list[int | None]:
-    """The window of each attention layer to the row's own tokens."""
-    specs = layer_specs(config.model, config.meta_tokens)
-    second = [None for spec in specs[:1] if spec.meta_attention == "causal"]
-    return [spec.window for spec in specs if "attention" in spec.mixers] + second
-
-
-def _metas(config: Config) -> int:
-    return config.model.prefix_tokens or config.row_meta_tokens
 
 
 def _rows(queries: int, visits: int, lengths: Sequence[int]) -> tuple[int, int]:

@@ -42,9 +42,8 @@ def parse_topology(topology: str) -> tuple[int, str, str]:
     require(found is not None, f"--topology {topology}: expected KIND:SIZE, such as v5e:4x4, or 2xv5e:4x4 for two slices of it")
     count, kind, size = found.groups()
     require(kind in PEAKS, f"--topology {topology}: unknown kind {kind!r}{nearest(kind, PEAKS)}; known: {', '.join(PEAKS)}")
-    sizes = [
-        convert(part, Annotated[int, Range(1, 65_536)], f"--topology {topology}") for part in (count or "1", *size.split("x"))
-    ]
+    side = Annotated[int, Range(1, 65_536)]
+    sizes = [convert(part, side, f"--topology {topology}") for part in (count or "1", *size.split("x"))]
     require(math.prod(sizes) <= 2**17, f"--topology {topology}: more chips than any slice has")
     return sizes[0], kind, "x".join(map(str, sizes[1:]))
 
@@ -79,7 +78,5 @@ def slice_devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(f"{kind}:{size}", "tpu", **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--topology {topology}: {reason}; the TPU compiler comes with requirements-dev.txt (libtpu, Linux x86-64)"
-        ) from None
+        reason, remedy = str(error).splitlines()[0], "the TPU compiler comes with requirements-dev.txt (libtpu, Linux x86-64)"
+        raise UserError(f"--topology {topology}: {reason}; {remedy}") from None

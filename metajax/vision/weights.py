@@ -6,7 +6,7 @@ open_clip keeps OpenAI's names. OpenAI's own files are TorchScript archives, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,34 +19,24 @@ from metajax.config import PIXEL_MEAN, PIXEL_STD, Clip, Runtime
 from metajax.core.errors import require
 from metajax.core.progress import warn
 from metajax.interop.files import WHOLE, open_directory, open_tensors, read_json
-from metajax.interop.layouts import Layout, Stored, Tensor, fill, stored_of
+from metajax.interop.layouts import Layout, Stored, Tensor, fill, pairs, stored_of
+from metajax.interop.settings import MOST_LAYERS, Settings
 from metajax.vision.clip.model import CLIP
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", WHOLE)
 
 
-def _linear(tensor: str, path: str) -> dict[str, str]:
-    return {f"{tensor}.weight": f"{path}.w", f"{tensor}.bias": f"{path}.b"}
-
-
-def _norm(tensor: str, path: str) -> dict[str, str]:
-    return {f"{tensor}.weight": f"{path}.scale", f"{tensor}.bias": f"{path}.bias"}
-
-
-def _of_layer(*tables: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    return {tensor: (path,) for table in tables for tensor, path in table.items()}
-
-
 def _conv_norm(conv: str, norm: str, path: str) -> dict[str, str]:
     statistics = {f"{norm}.running_mean": f"{path}.norm.mean", f"{norm}.running_var": f"{path}.norm.var"}
-    return {f"{conv}.weight": f"{path}.conv.kernel"} | _norm(norm, f"{path}.norm") | statistics
+    return {f"{conv}.weight": f"{path}.conv.kernel"} | pairs({norm: f"{path}.norm"}) | statistics
 
 
 def _resnet(blocks: tuple[int, ...]) -> dict[str, str]:
     """OpenAI's names of the convolutional tower; `blocks`: number of blocks in each stage."""
     table = {"visual.attnpool.positional_embedding": "visual.pool.positions"}
-    for theirs, ours in {"q": "query", "k": "key", "v": "value", "c": "output"}.items():
-        table |= _linear(f"visual.attnpool.{theirs}_proj", f"visual.pool.{ours}")
+    for part in ("query", "key", "value"):
+        table |= pairs({f"visual.attnpool.{part[0]}_proj": f"visual.pool.{part}"})
+    table |= pairs({"visual.attnpool.c_proj": "visual.pool.output"})
     for n in range(3):
         table |= _conv_norm(f"visual.conv{n + 1}", f"visual.bn{n + 1}", f"visual.stem.{n}")
     for stage, count in enumerate(blocks):
@@ -58,12 +48,9 @@ def _resnet(blocks: tuple[int, ...]) -> dict[str, str]:
     return table
 
 
-_FUSED = {
-    f"attn.in_proj_{theirs}": tuple(f"attention.{part}.{ours}" for part in ("query", "key", "value"))
-    for theirs, ours in {"weight": "w", "bias": "b"}.items()
-}
-_OPENAI: dict[str, Any] = {
-    "whole": {
+_OPENAI = Layout(
+    family="OpenAI's CLIP",
+    whole={
         "token_embedding.weight": "text.embedding",
         "positional_embedding": "text.positions",
         "text_projection": "text.projection",
@@ -74,17 +61,16 @@ _OPENAI: dict[str, Any] = {
         "visual.positional_embedding": "visual.positions",
         "visual.proj": "visual.projection",
     }
-    | _norm("ln_final", "text.final_norm")
-    | _norm("visual.ln_pre", "visual.pre_norm")
-    | _norm("visual.ln_post", "visual.final_norm"),
-    "layer": _FUSED
-    | _of_layer(
-        _linear("attn.out_proj", "attention.output"), _linear("mlp.c_fc", "mlp.up"), _linear("mlp.c_proj", "mlp.down"),
-        _norm("ln_1", "attention_norm"), _norm("ln_2", "mlp_norm"),
-    ),
-    "prefix": "{tower}transformer.resblocks.{layer}.",
-    "buffers": ("num_batches_tracked", "input_resolution", "context_length", "vocab_size", "attn_mask"),
-}  # fmt: skip
+    | pairs({"ln_final": "text.final_norm", "visual.ln_pre": "visual.pre_norm", "visual.ln_post": "visual.final_norm"}),
+    layer={
+        "attn.in_proj_weight": "attention.query.w attention.key.w attention.value.w",
+        "attn.in_proj_bias": "attention.query.b attention.key.b attention.value.b",
+    }
+    | pairs({"attn.out_proj": "attention.output", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"})
+    | pairs({"ln_1": "attention_norm", "ln_2": "mlp_norm"}),
+    prefix="{tower}transformer.resblocks.{layer}.",
+    buffers=("num_batches_tracked", "input_resolution", "context_length", "vocab_size", "attn_mask"),
+)
 _HUGGINGFACE = Layout(
     family="Hugging Face's CLIP",
     whole={
@@ -97,18 +83,15 @@ _HUGGINGFACE = Layout(
         "vision_model.embeddings.position_embedding.weight": "visual.positions",
         "visual_projection.weight": "visual.projection",
     }
-    | _norm("text_model.final_layer_norm", "text.final_norm")
-    | _norm("vision_model.pre_layrnorm", "visual.pre_norm")  # spelled so in Hugging Face's files
-    | _norm("vision_model.post_layernorm", "visual.final_norm"),
-    layer=_of_layer(
-        *(_linear(f"self_attn.{part[0]}_proj", f"attention.{part}") for part in ("query", "key", "value")),
-        _linear("self_attn.out_proj", "attention.output"), _linear("mlp.fc1", "mlp.up"), _linear("mlp.fc2", "mlp.down"),
-        _norm("layer_norm1", "attention_norm"), _norm("layer_norm2", "mlp_norm"),
-    ),
+    | pairs({"text_model.final_layer_norm": "text.final_norm", "vision_model.post_layernorm": "visual.final_norm"})
+    | pairs({"vision_model.pre_layrnorm": "visual.pre_norm"}),  # spelled so in Hugging Face's files
+    layer=pairs({f"self_attn.{part[0]}_proj": f"attention.{part}" for part in ("query", "key", "value")})
+    | pairs({"self_attn.out_proj": "attention.output", "mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"})
+    | pairs({"layer_norm1": "attention_norm", "layer_norm2": "mlp_norm"}),
     prefix="{tower}_model.encoder.layers.{layer}.",
     turned=(".w", ".projection"),
     buffers=("position_ids",),
-)  # fmt: skip
+)
 # The layout's names of the towers.
 _TOWERS = {"openai": {"visual": "visual.", "text": ""}, "huggingface": {"visual": "vision", "text": "text"}}
 
@@ -117,8 +100,7 @@ def layout_of(cfg: Clip, kind: str) -> Layout:
     """The layout "openai" or "huggingface" of a CLIP."""
     if kind == "huggingface":
         return _HUGGINGFACE
-    resnet = {} if cfg.patch else _resnet(cfg.vision_layers)
-    return Layout(family="OpenAI's CLIP", **{**_OPENAI, "whole": _OPENAI["whole"] | resnet})
+    return _OPENAI if cfg.patch else replace(_OPENAI, whole=_OPENAI.whole | _resnet(cfg.vision_layers))
 
 
 def clip_tensors(model: CLIP, kind: str) -> dict[str, Stored]:
@@ -155,9 +137,7 @@ def _open_published(folder: Path) -> tuple[Mapping[str, Tensor], Clip, str]:
     if (folder / OPEN_CLIP_CONFIG).exists():
         weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).exists()), None)
         require(weights is not None, f"{folder} has no {' and no '.join(OPEN_CLIP_WEIGHTS)}; fetch the weights as safetensors")
-        values = read_json(folder / OPEN_CLIP_CONFIG)
-        cfg = open_clip_config(values["model_cfg"])
-        return open_tensors(weights), open_clip_pixels(values.get("preprocess_cfg", {}), cfg), "openai"
+        return open_tensors(weights), open_clip_config(read_json(folder / OPEN_CLIP_CONFIG)), "openai"
     values, tensors = open_directory(folder, "clip")
     return tensors, huggingface_pixels(_image_processor(folder), huggingface_config(values)), "huggingface"
 
@@ -178,98 +158,65 @@ def openai_config(state: Mapping[str, Tensor]) -> Clip:
     wanted = ("visual.conv1.weight", "token_embedding.weight", "text_projection", "positional_embedding")
     missing = [name for name in wanted if name not in state]
     require(not missing, f"the checkpoint lacks {', '.join(missing)}: not OpenAI's CLIP")
-    names, (vocab, text_width) = state.keys(), state["token_embedding.weight"].shape
+
+    def count(prefix: str) -> int:
+        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
+    vocab, text_width = state["token_embedding.weight"].shape
     if "visual.proj" in state:
         width, _, _, patch = state["visual.conv1.weight"].shape
-        side = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-        image = {
-            "vision_layers": (_count(names, "visual.transformer.resblocks."),),
-            "vision_width": width,
-            "vision_heads": width // 64,
-        }
-        image |= {"patch": patch, "image_size": side * patch}
+        layers, heads = (count("visual.transformer.resblocks."),), width // 64
+        size = patch * math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
     else:
-        stages = tuple(_count(names, f"visual.layer{stage}.") for stage in range(1, 5))
-        width, side = (
-            state["visual.layer1.0.conv1.weight"].shape[0],
-            math.isqrt(state["visual.attnpool.positional_embedding"].shape[0]),
-        )
-        image = {"vision_layers": stages, "vision_width": width, "vision_heads": width // 2, "image_size": 32 * side}
+        width, patch = state["visual.layer1.0.conv1.weight"].shape[0], 0
+        layers, heads = tuple(count(f"visual.layer{stage}.") for stage in range(1, 5)), width // 2
+        size = 32 * math.isqrt(state["visual.attnpool.positional_embedding"].shape[0])
+    image = {"vision_layers": layers, "vision_width": width, "vision_heads": heads, "patch": patch, "image_size": size}
+    text = {"text_layers": count("transformer.resblocks."), "text_width": text_width, "text_heads": text_width // 64}
     return Clip(
-        **image, text_width=text_width, text_heads=text_width // 64, embed=state["text_projection"].shape[1], vocab=vocab,
-        text_layers=_count(names, "transformer.resblocks."), context=state["positional_embedding"].shape[0],
-    )  # fmt: skip
-
-
-def _count(names: Collection[str], prefix: str) -> int:
-    """The number of layers whose tensors have that prefix."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+        **image, **text, embed=state["text_projection"].shape[1], vocab=vocab, context=state["positional_embedding"].shape[0]
+    )
 
 
 def open_clip_config(values: Mapping[str, Any]) -> Clip:
-    """The model of an open_clip_config.json's `model_cfg`. UserError for a setting that is not supported."""
-    image, text = values["vision_cfg"], values["text_cfg"]
-    _only("vision_cfg", image, {"image_size", "layers", "width", "patch_size", "head_width"})
-    _only("text_cfg", text, {"context_length", "vocab_size", "width", "heads", "layers"})
-    _only("model_cfg", values, {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias", "init_logit_scale"})
-    layers, patch = image["layers"], image.get("patch_size")
+    """The model of an open_clip_config.json. UserError lists every setting that is not supported."""
+    whole = Settings(values, OPEN_CLIP_CONFIG)
+    read, see = whole.inside("model_cfg"), whole.inside("preprocess_cfg")
+    image, text = read.inside("vision_cfg"), read.inside("text_cfg")
+    width, size, layers = image.size("width"), image.size("image_size"), image.get("layers")
     convolutional = isinstance(layers, list)
-    sizes = {f"vision_cfg.{name}": image[name] for name in ("width", "image_size")} | {
-        "vision_cfg.head_width": image.get("head_width", 64)
-    }
-    sizes |= {f"vision_cfg.layers[{n}]": count for n, count in enumerate(layers if convolutional else [layers])}
-    sizes |= {f"text_cfg.{name}": text[name] for name in ("context_length", "vocab_size", "width", "heads", "layers")}
-    _sizes(
-        OPEN_CLIP_CONFIG, sizes | {"embed_dim": values["embed_dim"]} | ({} if convolutional else {"vision_cfg.patch_size": patch})
-    )
+    if convolutional:
+        stages = Settings({f"layers[{n}]": count for n, count in enumerate(layers)}, problems=whole.problems)
+        counts, patch = tuple(stages.size(name, most=MOST_LAYERS) for name in stages.values), 0
+        image.fixed("patch_size")
+    else:
+        counts, patch = (image.size("layers", most=MOST_LAYERS),), image.size("patch_size")
     # A ResNet's attention pool is 32 times as wide as its first stage.
-    heads = image["width"] * (32 if convolutional else 1) // image.get("head_width", 64)
-    return Clip(
-        vision_layers=tuple(layers) if convolutional else (layers,), vision_width=image["width"], vision_heads=heads,
-        text_width=text["width"], text_heads=text["heads"], embed=values["embed_dim"], patch=patch or 0,
-        image_size=image["image_size"], text_layers=text["layers"], context=text["context_length"], vocab=text["vocab_size"],
-        activation="quick_gelu" if values.get("quick_gelu", False) else "gelu",
-        loss="sigmoid" if "init_logit_bias" in values else "softmax",
-    )  # fmt: skip
+    heads = width * (32 if convolutional else 1) // image.size("head_width", 64)
+    vision = {"vision_layers": counts, "vision_width": width, "vision_heads": heads, "patch": patch, "image_size": size}
+    language = {"text_layers": text.size("layers", most=MOST_LAYERS), "text_width": text.size("width")}
+    language |= {"text_heads": text.size("heads"), "context": text.size("context_length"), "vocab": text.size("vocab_size")}
+    kinds = {"activation": "quick_gelu" if read.flag("quick_gelu", False) else "gelu", "embed": read.size("embed_dim")}
+    kinds["loss"] = "sigmoid" if read.get("init_logit_bias") is not None else "softmax"
+    read.get("init_logit_scale")
+    for name, value in {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}.items():
+        see.fixed(name, value)
+    see.fixed("size", size, [size, size])
+    see.get("fill_color")  # nothing is filled if the short side fits
+    kinds |= {"pixel_mean": _channels(see, "mean", PIXEL_MEAN), "pixel_std": _channels(see, "std", PIXEL_STD)}
+    for part in (read, image, text, see):
+        part.refuse_rest(neutral=False)
+    return read.build(Clip, **vision, **language, **kinds)
 
 
-def _sizes(file: str, sizes: Mapping[str, Any]) -> None:
-    """Raise UserError for a size that is not an integer, or too large for any CLIP."""
-    for name, size in sizes.items():
-        fits = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= (1_000 if "layers" in name else 10_000_000)
-        require(fits, f"{file}: {name} = {size!r} is not a size that a CLIP can have; fetch the file again")
-
-
-def _only(what: str, values: Mapping[str, Any], known: set[str]) -> None:
-    other = sorted(values.keys() - known)
-    require(not other, f"{OPEN_CLIP_CONFIG}: {what} has {', '.join(other)}, which this CLIP cannot follow")
-
-
-def open_clip_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
-    """The model with the normalisation of an open_clip_config.json's `preprocess_cfg`. UserError for other preprocessing."""
-    same = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB", "size": cfg.image_size}
-    for name, value in values.items():
-        if name in same:
-            sides = [value] if name != "size" or isinstance(value, int) else value
-            require(
-                all(side == same[name] for side in sides),
-                f"{OPEN_CLIP_CONFIG}: preprocess_cfg.{name} = {value!r}, but only {same[name]!r} is supported here",
-            )
-    _only("preprocess_cfg", values, {*same, "mean", "std", "fill_color"})  # nothing is filled if the short side fits
-    return _with_pixels(f"{OPEN_CLIP_CONFIG}: preprocess_cfg", cfg, values.get("mean"), values.get("std"))
-
-
-def _with_pixels(what: str, cfg: Clip, mean: Any, std: Any) -> Clip:
-    """The model with this mean and deviation of pixels; None: OpenAI's."""
-    for name, numbers in (("mean", mean), ("std", std)):
-        fits = numbers is None or (
-            isinstance(numbers, list)
-            and len(numbers) == 3
-            and all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
-        )
-        require(fits, f"{what}: {name} = {numbers!r} is not a number for each of three channels")
-    mean, std = (None if numbers is None else tuple(map(float, numbers)) for numbers in (mean, std))
-    return replace(cfg, pixel_mean=None if mean == PIXEL_MEAN else mean, pixel_std=None if std == PIXEL_STD else std)
+def _channels(read: Settings, name: str, usual: tuple[float, ...]) -> tuple[float, ...] | None:
+    """A number for each channel; None for OpenAI's usual numbers."""
+    found = read.get(name)
+    three = isinstance(found, list) and len(found) == 3
+    if found is not None and not (three and all(isinstance(x, int | float) and math.isfinite(x) for x in found)):
+        return read.refuse(name, found, "a number for each of three channels is needed")
+    numbers = None if found is None else tuple(map(float, found))
+    return None if numbers == usual else numbers
 
 
 def _image_processor(folder: Path) -> Mapping[str, Any]:
@@ -284,83 +231,60 @@ def _image_processor(folder: Path) -> Mapping[str, Any]:
 
 
 def huggingface_pixels(values: Mapping[str, Any], cfg: Clip) -> Clip:
-    """The model with the normalisation of a preprocessor_config.json. UserError for other preprocessing."""
-    size, sides = cfg.image_size, {"shortest_edge": cfg.image_size}
-    square = {"height": size, "width": size}
-    # The supported value of each setting, as files write it; 3 is bicubic.
-    known: dict[str, tuple[Any, ...]] = {
-        "do_resize": (True,), "size": (size, sides), "resample": (3,), "do_center_crop": (True,), "crop_size": (size, square),
-        "do_rescale": (True,), "do_normalize": (True,), "do_convert_rgb": (True, None), "do_pad": (False, None),
-    }  # fmt: skip
-    for name, ways in known.items():
-        found = values.get(name, ways[0])
-        require(found in ways, f"preprocessor_config.json: {name} = {found!r}, but only {ways[0]!r} is supported here")
-    factor = values.get("rescale_factor", 1 / 255)
-    require(
-        isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-6),
-        f"preprocessor_config.json: rescale_factor = {factor!r}, but only 1/255 is supported here",
-    )
-    told = values.keys() - known.keys() - {"rescale_factor", "image_mean", "image_std", *_TOLD}
-    if told:
-        warn(f"preprocessor_config.json: {', '.join(sorted(told))} not known here, and left out of account")
-    return _with_pixels("preprocessor_config.json", cfg, values.get("image_mean"), values.get("image_std"))
+    """The model with the normalisation of a preprocessor_config.json. UserError lists every other preprocessing."""
+    read, size = Settings(values, "preprocessor_config.json"), cfg.image_size
+    # The supported values of each setting, as files write it; 3 is bicubic. Null turns most of them off.
+    known = {name: (True,) for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
+    known |= {"size": (size, {"shortest_edge": size}), "crop_size": (size, {"height": size, "width": size}), "resample": (3,)}
+    for name, ways in (known | {"do_convert_rgb": (True, None), "do_pad": (False, None)}).items():
+        read.get(name)
+        if values.get(name, ways[0]) not in ways:
+            read.refuse(name, values[name], f"only {ways[0]!r} is supported here")
+    if not math.isclose(read.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        read.refuse("rescale_factor", values["rescale_factor"], "only 1/255 is supported here")
+    mean, std = _channels(read, "image_mean", PIXEL_MEAN), _channels(read, "image_std", PIXEL_STD)
+    read.check_rest(_NOT_OF_PIXELS)
+    return read.build(lambda: replace(cfg, pixel_mean=mean, pixel_std=std))
 
 
-# Entries of a preprocessor_config.json that change no pixel.
-_TOLD = (
-    "image_processor_type",
-    "feature_extractor_type",
-    "processor_class",
-    "data_format",
-    "input_data_format",
-    "device",
-    "return_tensors",
-)
+# Settings of a preprocessor_config.json that change no pixel.
+_NOT_OF_PIXELS = """
+    image_processor_type feature_extractor_type processor_class data_format input_data_format device return_tensors
+""".split()
+# Settings of a config.json that change no feature of a CLIP.
+_HARMLESS = ("dropout", "initializer_factor", "logit_scale_init_value", "projection_dim", "tie_word_embeddings")
 # Hugging Face leaves out settings that equal these defaults.
-_COMMON = {
-    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12, "attention_dropout": 0.0, "initializer_factor": 1.0,
-    "initializer_range": 0.02, "projection_dim": 512,
-}  # fmt: skip
-_TEXT = _COMMON | {
-    "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49_408,
-    "bos_token_id": 49_406, "eos_token_id": 49_407, "pad_token_id": 1,
-}  # fmt: skip
-_VISION = _COMMON | {
-    "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "num_channels": 3,
-}  # fmt: skip
+_COMMON = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+_TEXT = _COMMON | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77}
+_TEXT |= {"vocab_size": 49_408, "bos_token_id": 49_406, "eos_token_id": 49_407, "pad_token_id": 1}
+_VISION = _COMMON | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224}
+_VISION |= {"patch_size": 32, "num_channels": 3}
 
 
-def _tower(values: Mapping[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+def _tower(read: Settings, name: str, defaults: dict[str, Any]) -> Settings:
     """A tower's settings. An older `NAME_dict` and its defaults override NAME, as in the transformers library."""
-    own, older = values.get(name) or {}, values.get(f"{name}_dict")
-    for what, found in ((name, own), (f"{name}_dict", older or {})):
-        require(isinstance(found, dict), f"config.json: {what} is {type(found).__name__}, not a JSON object")
-    return defaults | own | ({} if older is None else defaults | older)
+    own, older = read.inside(name).values, read.inside(f"{name}_dict").values
+    values = defaults | own | ({} if read.get(f"{name}_dict") is None else defaults | older)
+    return Settings(values, read.where, f"{name}.", read.problems)
 
 
 def huggingface_config(values: Mapping[str, Any]) -> Clip:
-    """The model of a config.json. UserError for a setting that is not supported."""
-    text, image = _tower(values, "text_config", _TEXT), _tower(values, "vision_config", _VISION)
-    for what, part in {"text_config": text, "vision_config": image}.items():
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        names += ("max_position_embeddings", "vocab_size") if part is text else ("image_size", "patch_size")
-        _sizes("config.json", {f"{what}.{name}": part[name] for name in names})
-        wanted = {"intermediate_size": 4 * part["hidden_size"], "layer_norm_eps": 1e-5, "hidden_act": text["hidden_act"]}
-        for name, value in wanted.items():
-            require(part[name] == value, f"config.json: {what}.{name} = {part[name]!r}, but only {value!r} is supported here")
-    require(image["num_channels"] == 3, f"config.json: vision_config.num_channels = {image['num_channels']!r}, but images have 3")
+    """The model of a config.json. UserError lists every setting that is not supported."""
+    read = Settings(values)
+    text, image = _tower(read, "text_config", _TEXT), _tower(read, "vision_config", _VISION)
+    activation = text.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu"))
+    fields = {"embed": read.size("projection_dim", 512), "activation": activation}
+    for name, part in {"text": text, "vision": image}.items():
+        width, layers = part.size("hidden_size"), part.size("num_hidden_layers", most=MOST_LAYERS)
+        fields |= {f"{name}_width": width, f"{name}_heads": part.size("num_attention_heads")}
+        fields[f"{name}_layers"] = layers if name == "text" else (layers,)
+        for setting, value in {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5, "hidden_act": activation}.items():
+            part.fixed(setting, value)
+    image.fixed("num_channels", 3)
+    fields |= {"patch": image.size("patch_size"), "image_size": image.size("image_size")}
+    fields |= {"context": text.size("max_position_embeddings"), "vocab": text.size("vocab_size")}
     # The features of a text are those of its end token: the largest id if the setting is 2 (an older default), else that id.
-    last = text["vocab_size"] - 1
-    require(
-        text["eos_token_id"] in (2, last, 49_407),
-        f"config.json: text_config.eos_token_id = {text['eos_token_id']!r}, but only the largest id, {last}, is supported here",
-    )
-    known = ("quick_gelu", "gelu")
-    require(text["hidden_act"] in known, f"config.json: hidden_act = {text['hidden_act']!r}; supported: {', '.join(known)}")
-    _sizes("config.json", {"projection_dim": values.get("projection_dim", 512)})
-    return Clip(
-        vision_layers=(image["num_hidden_layers"],), vision_width=image["hidden_size"], vision_heads=image["num_attention_heads"],
-        text_width=text["hidden_size"], text_heads=text["num_attention_heads"], embed=values.get("projection_dim", 512),
-        patch=image["patch_size"], image_size=image["image_size"], text_layers=text["num_hidden_layers"],
-        context=text["max_position_embeddings"], vocab=text["vocab_size"], activation=text["hidden_act"],
-    )  # fmt: skip
+    text.fixed("eos_token_id", fields["vocab"] - 1, 2, 49_407)
+    for part in (read, text, image):
+        part.check_rest(_HARMLESS)
+    return read.build(Clip, **fields)

@@ -13,7 +13,8 @@ from metajax.config import Hybrid, Model, Runtime
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.inference.forward import prefill, prepare, step
-from metajax.interop.hymba import from_hymba, model_config
+from metajax.interop.hymba import LAYOUT, model_config
+from metajax.interop.layouts import load_model
 from metajax.models.cache_bytes import cache_bytes
 from metajax.models.lm import LM
 
@@ -108,8 +109,11 @@ def test_on_a_tpu_the_prompt_goes_through_the_kernels_and_single_tokens_do_not()
 def golden(name):
     z = np.load(GOLDENS / f"{name}.npz")
     state = {k.removeprefix("sd/"): v for k, v in z.items() if k.startswith("sd/")}
-    return z, from_hymba(
-        state, model_config(json.loads(str(z["config_json"]))), runtime=Runtime(unroll=1, implementation=IMPLEMENTATIONS[name])
+    return z, load_model(
+        state,
+        model_config(json.loads(str(z["config_json"]))),
+        LAYOUT,
+        runtime=Runtime(unroll=1, implementation=IMPLEMENTATIONS[name]),
     )
 
 

@@ -30,15 +30,14 @@ from metajax.models.lm import named_params
 from metajax.training.opened import open_run
 
 SECONDS, BYTES = 20, 2 << 30  # that one import may take
-JUNK = [
-    None, -1, 0, 1, 3, 7, 10**9, 2**60, 10**30, 1.5, -0.5, 1e308, math.nan, math.inf, -math.inf, "32", "", "nan", "\x1b[2J", "\n", [], [1], [-1],
-    {}, {"a": 1}, True, False, [[[1]]], ["h", "x"], "x" * 5000, {"rope_type": "linear"}, {"rope_type": ["a"], "factor": "b"}, [None], 2**31, 2**32,
-]  # fmt: skip
-NEW_KEYS = (
-    "logit_scale", "sliding_window", "quantization_config", "rope_scaling", "rope_parameters", "head_dim", "attention_multiplier", "layer_types",
-    "tie_word_embeddings", "mlp_bias", "attention_bias", "partial_rotary_factor", "torch_dtype", "eos_token_id", "pad_token_id", "vocab_size",
-    "max_position_embeddings", "colour", "n_inner", "model_type", "hidden_act", "activation_function", "initializer_range", "rms_norm_eps",
-)  # fmt: skip
+JUNK = [None, -1, 0, 1, 3, 7, 10**9, 2**60, 10**30, 2**31, 2**32, 1.5, -0.5, 1e308, math.nan, math.inf, -math.inf, True, False]
+JUNK += ["32", "", "nan", "\x1b[2J", "\n", "x" * 5000, [], [1], [-1], [None], [[[1]]], ["h", "x"]]
+JUNK += [{}, {"a": 1}, {"rope_type": "linear"}, {"rope_type": ["a"], "factor": "b"}]
+NEW_KEYS = """
+    logit_scale sliding_window quantization_config rope_scaling rope_parameters head_dim attention_multiplier layer_types
+    tie_word_embeddings mlp_bias attention_bias partial_rotary_factor torch_dtype eos_token_id pad_token_id vocab_size
+    max_position_embeddings colour n_inner model_type hidden_act activation_function initializer_range rms_norm_eps
+""".split()
 
 
 # ----------------------------------------------------------------------------------------------------------- damage
@@ -46,16 +45,20 @@ NEW_KEYS = (
 
 def _damage_bytes(draw, path):
     """Damage that any file can have."""
-    content, how = (
-        path.read_bytes(),
-        draw.choice(["empty", "cut", "head", "middle", "tail", "noise", "folder", "gone", "latin", "more"]),
-    )
+    content = path.read_bytes()
+    how = draw.choice("empty cut head middle tail noise folder gone latin more".split())
     at = draw.randrange(max(1, len(content)))
     junk = bytes(draw.randrange(256) for _ in range(8))
     changed = {
-        "empty": b"", "cut": content[:at], "head": junk + content[8:], "middle": content[:at] + junk + content[at + 8 :], "tail": content[:-8] + junk,
-        "noise": bytes(draw.randrange(256) for _ in range(200)), "latin": b'{"a": "\xe9\xff"}', "more": content + junk,
-    }  # fmt: skip
+        "empty": b"",
+        "cut": content[:at],
+        "head": junk + content[8:],
+        "middle": content[:at] + junk + content[at + 8 :],
+        "tail": content[:-8] + junk,
+        "noise": bytes(draw.randrange(256) for _ in range(200)),
+        "latin": b'{"a": "\xe9\xff"}',
+        "more": content + junk,
+    }
     path.unlink()
     if how == "folder":
         path.mkdir()
@@ -71,9 +74,11 @@ def _damage_config(draw, folder, name="config.json"):
     key = draw.choice([*config] or ["a"]) if how != "new" else draw.choice(NEW_KEYS)
     value = draw.choice(JUNK)
     text = {
-        "drop": lambda: json.dumps({k: v for k, v in config.items() if k != key}), "list": lambda: json.dumps([config]),
-        "twice": lambda: json.dumps(config)[:-1] + f", {json.dumps(key)}: {json.dumps(value)}}}", "deep": lambda: "[" * 100_000,
-    }.get(how, lambda: json.dumps(config | {key: value}))  # fmt: skip
+        "drop": lambda: json.dumps({k: v for k, v in config.items() if k != key}),
+        "list": lambda: json.dumps([config]),
+        "twice": lambda: json.dumps(config)[:-1] + f", {json.dumps(key)}: {json.dumps(value)}}}",
+        "deep": lambda: "[" * 100_000,
+    }.get(how, lambda: json.dumps(config | {key: value}))
     path.write_text(text())
     return f"{name}: {how} {key} = {value!r:.40}"
 
@@ -83,43 +88,25 @@ def _damage_tensors(draw, folder, family):
     state = tensors(family, config)
     name = draw.choice([*state])
     value = state[name]
-    kinds = [
-        np.float16,
-        np.float64,
-        ml_dtypes.bfloat16,
-        np.int32,
-        np.uint8,
-        np.bool_,
-        ml_dtypes.float8_e4m3fn,
-        ml_dtypes.float8_e5m2,
-        np.int64,
-    ]
+    kinds = [np.float16, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+    kinds += [np.int32, np.uint8, np.bool_, np.int64]
     poison = value.copy()
     poison.reshape(-1)[draw.randrange(value.size)] = draw.choice([np.nan, np.inf, -np.inf])
     huge = value.astype(np.float64)
     huge.reshape(-1)[0] = 1e300
-    how = draw.choice(
-        [
-            "drop",
-            "extra",
-            "turned",
-            "short",
-            "longer",
-            "flat",
-            "scalar",
-            "none",
-            "kind",
-            "kind",
-            "kind",
-            "poison",
-            "poison",
-            "huge",
-        ]
-    )
+    ways = "drop extra turned short longer flat scalar none kind kind kind poison poison huge"
+    how = draw.choice(ways.split())
     changed = {
-        "turned": value.T, "short": value[:-1], "longer": np.concatenate([value, value]), "flat": value.reshape(-1), "scalar": value.reshape(-1)[0],
-        "none": value[:0], "kind": value.astype(draw.choice(kinds)), "poison": poison, "huge": huge,
-    }  # fmt: skip
+        "turned": value.T,
+        "short": value[:-1],
+        "longer": np.concatenate([value, value]),
+        "flat": value.reshape(-1),
+        "scalar": value.reshape(-1)[0],
+        "none": value[:0],
+        "kind": value.astype(draw.choice(kinds)),
+        "poison": poison,
+        "huge": huge,
+    }
     if how == "drop":
         del state[name]
     else:
@@ -141,10 +128,14 @@ def _damage_header(draw, folder):
         path.write_bytes(struct.pack("<Q", draw.choice([0, 1, 2**40, 2**63, size - 1, size + 1])) + content[8:])
         return "header: length"
     entry |= {
-        "dtype": {"dtype": draw.choice(["F3", "", "F8_E4M3", "F4", "I4"])}, "shape": {"shape": draw.choice([[0], [], [2**40], ["a"], None])},
-        "offsets": {"data_offsets": [0, 4]}, "huge": {"data_offsets": [0, 2**50]}, "negative": {"shape": [-1, 3]}, "twice": {},
+        "dtype": {"dtype": draw.choice(["F3", "", "F8_E4M3", "F4", "I4"])},
+        "shape": {"shape": draw.choice([[0], [], [2**40], ["a"], None])},
+        "offsets": {"data_offsets": [0, 4]},
+        "huge": {"data_offsets": [0, 2**50]},
+        "negative": {"shape": [-1, 3]},
+        "twice": {},
         "strange": {"shape": [1.5], "more": 1},
-    }[how]  # fmt: skip
+    }[how]
     text = json.dumps(header)
     text = text[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}" if how == "twice" else text
     path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + content[8 + size :])
@@ -160,20 +151,8 @@ def _damage_index(draw, folder, family):
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     weights = {name: file for file, held in parts.items() for name in held}
     one, index = draw.choice(names), {"metadata": {"total_size": 1}, "weight_map": weights}
-    wrong = [
-        "../outside.safetensors",
-        "c.safetensors",
-        "/etc/passwd",
-        3,
-        None,
-        "",
-        ".",
-        "a\0b",
-        "a\nb",
-        ["a"],
-        "x/../a.safetensors",
-        "config.json",
-    ]
+    wrong = ["../outside.safetensors", "c.safetensors", "/etc/passwd", "x/../a.safetensors", "config.json"]
+    wrong += [3, None, "", ".", "a\0b", "a\nb", ["a"]]
     how = draw.choice(["place", "place", "place", "other", "lost", "head", "more", "none", "list", "text", "moved"])
     match how:
         case "place":
@@ -238,22 +217,33 @@ def damage_folder(draw, folder, family):
     return _damage_config(draw, folder, draw.choice(["tokenizer_config.json", "generation_config.json"]))
 
 
-_NEW_FIELDS = (
-    "llama.rope.scale_linear", "llama.rope.scaling.factor", "llama.rope.scaling.type", "llama.logit_scale", "llama.attention.sliding_window",
-    "llama.rope.dimension_count", "llama.attention.key_length", "llama.rope.freq_base", "llama.expert_count", "llama.vocab_size", "llama.colour",
-    "llama.attention.causal", "llama.attention.scale", "split.count", "split.no", "general.alignment", "general.type",
-    "tokenizer.ggml.eot_token_id",
-)  # fmt: skip
-_FIELD_JUNK = [
-    ("u32", 0), ("u32", 1), ("u32", 3), ("u32", 2**32 - 1), ("f32", math.nan), ("f32", -1.0), ("f32", 0.5), ("f32", math.inf), ("text", ""),
-    ("text", "x"), ("text", "\x1b[2J"), ("list of u32", []), ("list of u32", [2, 2]), ("list of u32", [1, 2]), ("bool", True), ("u64", 2**60),
-    ("i32", -1), ("list of text", ["a"]), ("f64", 1e300),
-]  # fmt: skip
-_TENSOR_LIES = [  # of (sizes, kind, offset)
-    lambda sizes, kind, at: [[], kind, at], lambda sizes, kind, at: [[0], kind, at], lambda sizes, kind, at: [[2**40] * 2, kind, at],
-    lambda sizes, kind, at: [sizes, 99, at], lambda sizes, kind, at: [sizes, 26, at], lambda sizes, kind, at: [sizes, 8, at],
-    lambda sizes, kind, at: [sizes, kind, 2**62], lambda sizes, kind, at: [sizes, kind, at + 3], lambda sizes, kind, at: [sizes * 5, kind, at],
-]  # fmt: skip
+_NEW_FIELDS = """
+    llama.rope.scale_linear llama.rope.scaling.factor llama.rope.scaling.type llama.logit_scale llama.attention.sliding_window
+    llama.rope.dimension_count llama.attention.key_length llama.rope.freq_base llama.expert_count llama.vocab_size llama.colour
+    llama.attention.causal llama.attention.scale split.count split.no general.alignment general.type tokenizer.ggml.eot_token_id
+""".split()
+_FIELD_JUNK = {
+    "u32": [0, 1, 3, 2**32 - 1],
+    "u64": [2**60],
+    "i32": [-1],
+    "f32": [math.nan, -1.0, 0.5, math.inf],
+    "f64": [1e300],
+    "bool": [True],
+    "text": ["", "x", "\x1b[2J"],
+    "list of u32": [[], [2, 2], [1, 2]],
+    "list of text": [["a"]],
+}
+_TENSOR_LIES = [  # (sizes, kind, offset) from the true ones
+    lambda sizes, kind, at: [[], kind, at],
+    lambda sizes, kind, at: [[0], kind, at],
+    lambda sizes, kind, at: [[2**40] * 2, kind, at],
+    lambda sizes, kind, at: [sizes, 99, at],
+    lambda sizes, kind, at: [sizes, 26, at],
+    lambda sizes, kind, at: [sizes, 8, at],
+    lambda sizes, kind, at: [sizes, kind, 2**62],
+    lambda sizes, kind, at: [sizes, kind, at + 3],
+    lambda sizes, kind, at: [sizes * 5, kind, at],
+]
 
 
 def _lying_gguf(draw, how):
@@ -263,7 +253,7 @@ def _lying_gguf(draw, how):
     n, m = len(arrays), len(fields)
     match how:
         case "field" | "new":
-            fields[key] = draw.choice(_FIELD_JUNK)
+            fields[key] = draw.choice([(kind, value) for kind, values in _FIELD_JUNK.items() for value in values])
         case "drop":
             del fields[key]
         case "counts":

@@ -15,9 +15,9 @@ from metajax.core.errors import UserError
 from metajax.data.tokenizers import Bytes
 from metajax.interop.exports import export_run
 from metajax.interop.files import open_directory
-from metajax.interop.hymba import LAYOUT, from_hymba, hub_config, model_config, to_hymba
+from metajax.interop.hymba import LAYOUT, hub_config, model_config
 from metajax.interop.imports import import_directory
-from metajax.interop.layouts import read_part, stored
+from metajax.interop.layouts import load_model, read_part, stored, tensors_of
 from metajax.models.lm import LM, named_params
 from metajax.models.presets import hymba_1_5b, hymba_cpu
 from metajax.training.opened import OpenedRun, open_run
@@ -45,7 +45,7 @@ def test_the_released_tensors_have_their_names_and_shapes():
 
 
 def test_weights_there_and_back():
-    back = to_hymba(from_hymba(STATE, MODEL))
+    back = dict(tensors_of(load_model(STATE, MODEL, LAYOUT), LAYOUT))
     assert back.keys() == STATE.keys() and all(np.array_equal(back[name], STATE[name]) for name in STATE)
 
 
@@ -59,7 +59,7 @@ def test_shards_and_a_tied_head(tmp_path):
         weight_map |= dict.fromkeys([*held, *head], file)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    assert equal(from_hymba(open_directory(tmp_path, "hymba")[1], MODEL), from_hymba(STATE, MODEL))
+    assert equal(load_model(open_directory(tmp_path, "hymba")[1], MODEL, LAYOUT), load_model(STATE, MODEL, LAYOUT))
     index.write_text(json.dumps({"weight_map": weight_map | {"lost": "a.safetensors"}}))
     with pytest.raises(UserError, match=r"a\.safetensors lacks lost"):
         open_directory(tmp_path, "hymba")
@@ -84,7 +84,7 @@ class Watched:
 @pytest.mark.parametrize("axis", [0, -1])
 def test_each_device_reads_its_own_part(axis):
     """Halves of every layer's parameter, side by side, are the parameter; a half is read without the other."""
-    whole = from_hymba(STATE, MODEL)
+    whole = load_model(STATE, MODEL, LAYOUT)
     params = named_params(whole)
     for name, tensor in stored(whole, LAYOUT).items():
         for part in tensor.parts:
@@ -116,7 +116,7 @@ def test_each_device_reads_its_own_part(axis):
 def test_tensors_that_do_not_fit_are_named(change, message):
     state = {name: value for name, value in (STATE | change).items() if value is not None}
     with pytest.raises(UserError, match=message):
-        from_hymba(state, MODEL)
+        load_model(state, MODEL, LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_what_the_released_code_cannot_be_told_is_named(change, message):
 
 
 def test_rows_of_the_embedding_are_filled_up_with_zeros():
-    model = from_hymba(STATE, MODEL, vocab_size=64)
+    model = load_model(STATE, MODEL, LAYOUT, vocab_size=64)
     assert np.array_equal(model.embedding[:61], STATE[EMBEDDING]) and not np.any(model.embedding[61:])
     with pytest.raises(UserError, match="61 rows"):
-        from_hymba(STATE, MODEL, vocab_size=60)
+        load_model(STATE, MODEL, LAYOUT, vocab_size=60)
 
 
 @pytest.mark.parametrize(("hub", "dtype"), [("hymba_b_hf", "float32"), ("hymba_b_hf_bf16", "bfloat16")])
@@ -168,7 +168,7 @@ def test_a_directory_comes_back_as_it_was(tmp_path, hub, dtype):
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert value.dtype == after[name].dtype and np.array_equal(value, after[name]), name
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "byte")
     with pytest.raises(UserError, match="--tokenizer"):
         import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "")
@@ -187,7 +187,7 @@ def test_a_hybrid_trained_here_comes_back(tmp_path):
     values, state = open_directory(tmp_path / "out", "hymba")
     assert values.keys() == CONFIG.keys() and values["vocab_size"] == tokenizer.vocabulary.size
     again = model_config(values)
-    assert equal(from_hymba(state, again), model)
+    assert equal(load_model(state, again, LAYOUT), model)
     resolved = replace(hymba_cpu(), hybrid=replace(hymba_cpu().hybrid, dt_rank=hymba_cpu().dt_rank))
     assert again == resolved
 
@@ -206,4 +206,4 @@ def test_a_tied_head_comes_back_where_it_was(tmp_path):
     assert all(sum(value.nbytes for value in held.values()) <= 100_000 for held in files.values())
     back = {name: files[file][name] for name, file in index["weight_map"].items()}
     assert back.keys() == STATE.keys() | {"lm_head.weight"} and all(np.array_equal(back[name], STATE[name]) for name in STATE)
-    assert equal(from_hymba(open_directory(tmp_path / "out", "hymba")[1], MODEL), from_hymba(STATE, MODEL))
+    assert equal(load_model(open_directory(tmp_path / "out", "hymba")[1], MODEL, LAYOUT), load_model(STATE, MODEL, LAYOUT))

@@ -23,10 +23,15 @@ TOKENS = {
     "extra": [1],
 }
 FILES = {
-    "tokenizer_config.json": json.dumps(TOKENS), "generation_config.json": json.dumps({"eos_token_id": [259, 66], "temperature": 0.6}),
-    "special_tokens_map.json": json.dumps({"pad_token": "<|endoftext|>"}), "added_tokens.json": json.dumps({"<|endoftext|>": 259}),
-    "chat_template.jinja": TEMPLATE, "LICENSE": "free\r\n", "modeling_own.py": "pass\n", "README.md": "a model\n",
-}  # fmt: skip
+    "tokenizer_config.json": json.dumps(TOKENS),
+    "generation_config.json": json.dumps({"eos_token_id": [259, 66], "temperature": 0.6}),
+    "special_tokens_map.json": json.dumps({"pad_token": "<|endoftext|>"}),
+    "added_tokens.json": json.dumps({"<|endoftext|>": 259}),
+    "chat_template.jinja": TEMPLATE,
+    "LICENSE": "free\r\n",
+    "modeling_own.py": "pass\n",
+    "README.md": "a model\n",
+}
 
 
 def chat(folder, family, config, state):
@@ -40,13 +45,23 @@ def chat(folder, family, config, state):
 
 
 CASES = {
-    "llama": ("llama", {"pretraining_tp": 1, "eos_token_id": [259, 66], "pad_token_id": 259, "colour": "red", "_name_or_path": "x", "torch_dtype": "float32"}),
+    "llama": (
+        "llama",
+        {
+            "pretraining_tp": 1,
+            "eos_token_id": [259, 66],
+            "pad_token_id": 259,
+            "colour": "red",
+            "_name_or_path": "x",
+            "torch_dtype": "float32",
+        },
+    ),
     "llama3": ("llama", {"rope_scaling": LLAMA3, "dtype": "float32"}),
     "new form": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "rope_theta": None}),
     "attention_bias": ("llama", {"attention_bias": True}),
     "gpt2": ("gpt2", {"summary_type": "cls_index", "task_specific_params": {"a": 1}, "tie_word_embeddings": False}),
     "hymba": ("hymba", {"mamba_d_conv": 3, "tie_word_embeddings": False, "mamba_dt_rank": "auto"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.fault(19)

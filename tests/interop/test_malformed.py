@@ -20,7 +20,7 @@ from sound_checkpoints import (
     run,
     tensors,
     write_folder,
-)  # fmt: skip
+)
 
 from metajax.cli.main import main
 from metajax.core.errors import UserError
@@ -104,9 +104,14 @@ def test_sizes_are_held_against_the_files_before_anything_is_allocated(tmp_path)
     """A configuration that asks for petabytes is refused at once."""
     folder, most = write_folder(tmp_path / "model", "llama", CONFIG, STATE), 10**8
     for change in (
-        {"num_hidden_layers": 10_000}, {"num_hidden_layers": 10**9}, {"hidden_size": most, "head_dim": most // 4}, {"intermediate_size": most},
-        {"hidden_size": 2**62}, {"vocab_size": most}, {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 2},
-    ):  # fmt: skip
+        {"num_hidden_layers": 10_000},
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": most, "head_dim": most // 4},
+        {"intermediate_size": most},
+        {"hidden_size": 2**62},
+        {"vocab_size": most},
+        {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 2},
+    ):
         (folder / "config.json").write_text(json.dumps(CONFIG | change))
         tracemalloc.start()
         with pytest.raises(UserError):
@@ -214,9 +219,14 @@ def test_a_gguf_that_lies_about_its_lengths_ends_at_once(tmp_path):
 def test_a_vocabulary_of_a_gguf_that_does_not_fit_is_refused(tmp_path):
     sound = {name: value for name, (_, value) in gguf_fields().items()}
     for change in (
-        {"tokenizer.ggml.tokens": None}, {"tokenizer.ggml.tokens": 3}, {"tokenizer.ggml.tokens": ["a", "a"]}, {"tokenizer.ggml.merges": ["q"]},
-        {"tokenizer.ggml.merges": ["never seen"]}, {"tokenizer.ggml.token_type": [1]}, {"tokenizer.ggml.pre": ["a"]},
-    ):  # fmt: skip
+        {"tokenizer.ggml.tokens": None},
+        {"tokenizer.ggml.tokens": 3},
+        {"tokenizer.ggml.tokens": ["a", "a"]},
+        {"tokenizer.ggml.merges": ["q"]},
+        {"tokenizer.ggml.merges": ["never seen"]},
+        {"tokenizer.ggml.token_type": [1]},
+        {"tokenizer.ggml.pre": ["a"]},
+    ):
         with pytest.raises(UserError):
             write_gguf_tokenizer(sound | change, tmp_path / "words")
 

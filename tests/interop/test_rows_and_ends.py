@@ -309,7 +309,7 @@ def test_ends_that_mean_nothing(home, capsys):
     workdir = import_directory("gpt2", folder, home / "runs", "")
     opened = open_run(workdir)
     assert opened.config.imported.ends == (), "none of them has a row"
-    assert "names a token that begins or ends a text" in capsys.readouterr().err
+    assert "name no token that begins or ends a text" in capsys.readouterr().err
     assert max(greedy(opened)) < ROWS
     saved = read_json(workdir / "config.json")
     del saved["config"]["imported"]

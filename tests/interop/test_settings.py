@@ -20,7 +20,7 @@ from sound_checkpoints import (
     tensors,
     theirs,
     write_folder,
-)  # fmt: skip
+)
 
 from metajax.core.errors import UserError
 from metajax.interop.families import FAMILIES
@@ -33,8 +33,14 @@ FOLLOWED = {
     "llama3": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
     "llama3, new form": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
     "yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}),
-    "yarn, factor from lengths": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 8}}),
-    "yarn, length outside": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 16}),
+    "yarn, factor from lengths": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 8}},
+    ),
+    "yarn, length outside": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 16},
+    ),
     "theta outside": ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500000.0}),
     "theta inside": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "rope_theta": None}),
     "older form counts": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 3.0}}),
@@ -46,7 +52,7 @@ FOLLOWED = {
     "gpt2": ("gpt2", {"n_inner": 24, "activation_function": "relu", "layer_norm_epsilon": 0.1}),
     "gpt2, own head": ("gpt2", {"tie_word_embeddings": False, "reorder_and_upcast_attn": True}),
     "gpt2, other names": ("gpt2", {"n_embd": None, "hidden_size": 16, "activation_function": "gelu_fast"}),
-}  # fmt: skip
+}
 
 
 def without_nulls(config):
@@ -75,7 +81,11 @@ def test_what_is_followed_gives_the_numbers_of_transformers(tmp_path, name):
 
 REFUSED = [
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_scaling.rope_type = 'dynamic'"]),
-    ("llama", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, ["rope_type = 'longrope'"]),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        ["rope_type = 'longrope'"],
+    ),
     ("llama", {"rope_scaling": {"factor": 4.0}}, ["rope_scaling.factor = 4.0"]),
     ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 8.0}}, ["rope_scaling.high_freq_factor = 8.0"]),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}}, ["rope_scaling.beta_fast = 16"]),
@@ -87,24 +97,56 @@ REFUSED = [
     ("llama", {"sliding_window": 8}, ["sliding_window = 8"]),
     ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, ["layer_types"]),
     ("llama", {"logit_scale": 0.5}, ["logit_scale = 0.5"]),
-    ("llama", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.2}, ["logits_scaling", "embedding_multiplier", "residual_mul"]),
-    ("llama", {"attention_multiplier": 0.1, "final_logit_softcapping": 30.0}, ["attention_multiplier", "final_logit_softcapping"]),
+    (
+        "llama",
+        {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.2},
+        ["logits_scaling", "embedding_multiplier", "residual_mul"],
+    ),
+    (
+        "llama",
+        {"attention_multiplier": 0.1, "final_logit_softcapping": 30.0},
+        ["attention_multiplier", "final_logit_softcapping"],
+    ),
     ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
     ("llama", {"num_local_experts": 8, "use_qk_norm": True, "clip_qkv": 8.0}, ["num_local_experts", "use_qk_norm", "clip_qkv"]),
     ("llama", {"hidden_act": "gelu", "head_dim": 8}, ["hidden_act = 'gelu'", "head_dim = 8, but only 4"]),
     ("llama", {"num_attention_heads": 5}, ["width", "heads"]),
-    ("llama", {"hidden_size": True, "num_hidden_layers": 10**9, "rms_norm_eps": float("nan"), "rope_theta": "1e4"}, ["hidden_size = True", "num_hidden_layers", "rms_norm_eps = nan", "rope_theta = '1e4'"]),
+    (
+        "llama",
+        {"hidden_size": True, "num_hidden_layers": 10**9, "rms_norm_eps": float("nan"), "rope_theta": "1e4"},
+        ["hidden_size = True", "num_hidden_layers", "rms_norm_eps = nan", "rope_theta = '1e4'"],
+    ),
     ("llama", {"pruned_heads": {"0": [1]}, "eos_token_id": "</s>"}, ["pruned_heads", "eos_token_id = '</s>'"]),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}}, ["mscale = 1.0"]),
-    ("llama", {"attention_multiplier": 1.0, "query_pre_attn_scalar": 1, "layer_types": 3}, ["attention_multiplier", "query_pre_attn_scalar", "layer_types = 3"]),
+    (
+        "llama",
+        {"attention_multiplier": 1.0, "query_pre_attn_scalar": 1, "layer_types": 3},
+        ["attention_multiplier", "query_pre_attn_scalar", "layer_types = 3"],
+    ),
     ("llama", {"bos_token_id": 2**60, "pad_token_id": -7}, ["bos_token_id", "pad_token_id = -7"]),
-    ("gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}, ["scale_attn_weights = False", "scale_attn_by_inverse_layer_idx"]),
+    (
+        "gpt2",
+        {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+        ["scale_attn_weights = False", "scale_attn_by_inverse_layer_idx"],
+    ),
     ("gpt2", {"activation_function": "silu", "n_inner": 0}, ["activation_function = 'silu'", "n_inner = 0"]),
     ("gpt2", {"hidden_size": 32, "rope_theta": 10000.0}, ["hidden_size = 32", "rope_theta"]),
-    ("hymba", {"mamba_d_conv": 5, "kq_norm": "rms", "num_experts": 4, "rope_type": "dynamic_ntk", "kv_reuse_group": [[0, 2]]}, ["mamba_d_conv = 5", "kq_norm = 'rms'", "num_experts = 4", "rope_type = 'dynamic_ntk'", "kv_reuse_group"]),
-    ("hymba", {"layer_type": ["h", "a", "h"], "global_attn_idx": [7], "mamba_conv_bias": False}, ["layer_type", "global_attn_idx = [7]", "mamba_conv_bias"]),
-    ("hymba", {"attention_bias": True, "logit_scale": 2.0, "kv_reuse_group": [[0, 1], [1, 2]]}, ["attention_bias", "logit_scale", "two groups"]),
-]  # fmt: skip
+    (
+        "hymba",
+        {"mamba_d_conv": 5, "kq_norm": "rms", "num_experts": 4, "rope_type": "dynamic_ntk", "kv_reuse_group": [[0, 2]]},
+        ["mamba_d_conv = 5", "kq_norm = 'rms'", "num_experts = 4", "rope_type = 'dynamic_ntk'", "kv_reuse_group"],
+    ),
+    (
+        "hymba",
+        {"layer_type": ["h", "a", "h"], "global_attn_idx": [7], "mamba_conv_bias": False},
+        ["layer_type", "global_attn_idx = [7]", "mamba_conv_bias"],
+    ),
+    (
+        "hymba",
+        {"attention_bias": True, "logit_scale": 2.0, "kv_reuse_group": [[0, 1], [1, 2]]},
+        ["attention_bias", "logit_scale", "two groups"],
+    ),
+]
 
 
 @pytest.mark.fault(6)
@@ -119,10 +161,58 @@ def test_what_is_not_followed_is_refused_by_name_in_one_message(family, changes,
 
 
 PUBLISHED = [  # as published folders say them: nothing to tell
-    ("llama", {"_name_or_path": "x", "pretraining_tp": 1, "use_cache": True, "attention_dropout": 0.0, "transformers_version": "4.40", "torch_dtype": "bfloat16", "architectures": ["LlamaForCausalLM"], "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": -1, "hidden_act": "silu", "head_dim": 4, "max_sequence_length": 32}),
-    ("llama", {"rope_interleaved": False, "is_llama_config": True, "partial_rotary_factor": 1.0, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 2, "layer_types": ["full_attention"] * 2, "num_experts": 0, "logit_scale": 1.0, "embedding_multiplier": 1}),
-    ("gpt2", {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "n_ctx": 32, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "n_inner": None, "gradient_checkpointing": False}),
-]  # fmt: skip
+    (
+        "llama",
+        {
+            "_name_or_path": "x",
+            "pretraining_tp": 1,
+            "use_cache": True,
+            "attention_dropout": 0.0,
+            "transformers_version": "4.40",
+            "torch_dtype": "bfloat16",
+            "architectures": ["LlamaForCausalLM"],
+            "initializer_range": 0.02,
+            "bos_token_id": 1,
+            "eos_token_id": [2, 3],
+            "pad_token_id": -1,
+            "hidden_act": "silu",
+            "head_dim": 4,
+            "max_sequence_length": 32,
+        },
+    ),
+    (
+        "llama",
+        {
+            "rope_interleaved": False,
+            "is_llama_config": True,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "max_window_layers": 2,
+            "layer_types": ["full_attention"] * 2,
+            "num_experts": 0,
+            "logit_scale": 1.0,
+            "embedding_multiplier": 1,
+        },
+    ),
+    (
+        "gpt2",
+        {
+            "attn_pdrop": 0.1,
+            "resid_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "n_ctx": 32,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "n_inner": None,
+            "gradient_checkpointing": False,
+        },
+    ),
+]
 
 
 @pytest.mark.parametrize(("family", "changes"), PUBLISHED)
@@ -249,7 +339,7 @@ def test_all_parts_of_a_split_file_are_read(tmp_path):
     counts = {"split.count": ("u16", 2)}
     one, two = (tmp_path / f"model-0000{n}-of-00002.gguf" for n in (1, 2))
     one.write_bytes(gguf_bytes(gguf_fields(**counts, **{"split.no": ("u16", 0)}), first))
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.gguf is not beside it"):
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.gguf"):
         open_gguf(one)
     two.write_bytes(gguf_bytes(counts | {"split.no": ("u16", 1)}, second))
     assert {name: value.shape for name, value in open_gguf(one)[1].items()}.keys() == tensors("llama", llama_config()).keys()

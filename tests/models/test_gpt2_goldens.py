@@ -10,9 +10,9 @@ import pytest
 
 from metajax.config import Runtime
 from metajax.core.errors import UserError
-from metajax.interop.gpt2 import from_gpt2, to_gpt2
 from metajax.models.lm import LM
 from metajax.models.presets import gpt2, gpt2_small
+from tests.gpt2_weights import from_gpt2, to_gpt2
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 LAYOUTS = {"nanogpt_a": "nanogpt", "nanogpt_b": "nanogpt", "hfgpt2_a": "huggingface"}

@@ -12,7 +12,8 @@ import pytest
 
 from metajax.config import Runtime
 from metajax.interop.files import open_directory
-from metajax.interop.hymba import from_hymba, model_config, to_hymba
+from metajax.interop.hymba import LAYOUT, model_config
+from metajax.interop.layouts import load_model, tensors_of
 from metajax.models.lm import named_params
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -26,7 +27,7 @@ def tensors(name, prefix):
 
 def load(name, implementation="auto"):
     cfg = model_config(json.loads(str(FILES[name]["config_json"])))
-    return from_hymba(tensors(name, "sd/"), cfg, runtime=Runtime(implementation=implementation, unroll=1))
+    return load_model(tensors(name, "sd/"), cfg, LAYOUT, runtime=Runtime(implementation=implementation, unroll=1))
 
 
 def inputs(ids):
@@ -90,7 +91,7 @@ def test_gradients():
 
     loss, gradient = loss_and_gradient(load("hymba_b", "reference"))
     assert abs(float(loss) - float(FILES["hymba_b_grads"]["loss"])) < 1e-5
-    golden, found = tensors("hymba_b_grads", "grad/"), to_hymba(gradient)
+    golden, found = tensors("hymba_b_grads", "grad/"), dict(tensors_of(gradient, LAYOUT))
     assert found.keys() == golden.keys()
     for name, value in golden.items():
         assert far(found[name], value) < 5e-4 * np.abs(value).max(), name
@@ -101,7 +102,7 @@ def test_gradients():
 )
 def test_hub_directories(folder, golden):
     config, state = open_directory(GOLDENS / folder, "hymba")
-    model = from_hymba(state, model_config(config), runtime=Runtime(unroll=1))
+    model = load_model(state, model_config(config), LAYOUT, runtime=Runtime(unroll=1))
     assert all(param.dtype == jnp.float32 for param in named_params(model).values())
     ids = jnp.asarray(FILES["hymba_b_bf16"]["input_ids"])
     assert far(run(model, ids)[0], FILES["hymba_b_bf16"][golden]) < 3e-4
@@ -113,6 +114,6 @@ def test_bfloat16_arithmetic_stays_near():
     cfg = replace(model_config(config), compute_dtype="bfloat16")
     ids = jnp.asarray(FILES["hymba_b_bf16"]["input_ids"])
     golden = FILES["hymba_b_bf16"]["logits_bf16weights_fp32compute"]
-    model = from_hymba(state, cfg, runtime=Runtime(unroll=1, implementation="reference"))
+    model = load_model(state, cfg, LAYOUT, runtime=Runtime(unroll=1, implementation="reference"))
     logits = np.asarray(run(model, ids)[0])
     assert np.linalg.norm(logits - golden) < 0.15 * np.linalg.norm(golden)

@@ -64,8 +64,12 @@ def dump(tmp_path):
 def test_the_largest_buffers_are_read_off_the_dump(dump, tmp_path_factory):
     first, second, third = largest_buffers(dump)
     assert first == {
-        "bytes": 20000, "shape": "s32[50,100]{1,0:T(8,128)}", "name": "sort.6", "operation": "jit(step)/transpose(jvp())/sort", "source": "/x/models/lm.py:73",
-    }  # fmt: skip
+        "bytes": 20000,
+        "shape": "s32[50,100]{1,0:T(8,128)}",
+        "name": "sort.6",
+        "operation": "jit(step)/transpose(jvp())/sort",
+        "source": "/x/models/lm.py:73",
+    }
     assert (second["bytes"], second["name"], second["source"]) == (10000, "fusion.2", None)
     assert third["bytes"] == 8, "arguments, results, other memories and what shares a place are left out"
     assert largest_buffers(tmp_path_factory.mktemp("empty")) == [] and temporaries(tmp_path_factory.mktemp("none")) == {}
@@ -85,9 +89,11 @@ def test_what_is_computed_again_is_no_gradient():
 def test_the_first_change_that_fits_is_advised(tiny_config):
     config = tiny_config(**{"data.batch_size": 16})
     assert list(candidates(config, shards=4)) == [
-        {"runtime.remat": "dots"}, {"runtime.remat": "full"}, {"runtime.remat": "full", "training.accumulation_steps": 2},
+        {"runtime.remat": "dots"},
+        {"runtime.remat": "full"},
+        {"runtime.remat": "full", "training.accumulation_steps": 2},
         {"runtime.remat": "full", "training.accumulation_steps": 4},
-    ]  # fmt: skip
+    ]
     tried = []
 
     def plan(changed):
@@ -113,16 +119,22 @@ def test_the_largest_batch_is_found_by_bisection():
 
 def test_the_page_of_a_plan(tmp_path, dump):
     gib = 2**30
-    plan = {
-        "largest_buffers": [], "name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 1, "fsdp": 4}, "fits": True, "compile_seconds": 3.0, "flops": 1e12,
-        "reads": {"count": 8192, "unit": "tokens"},
-        "state": {"parameters": gib, "optimizer": gib, "frozen": gib}, "kernels": {"causal_conv_forward": 24}, "flops_by_part": {"mlp": 3e7, "head": 1e7},
-        "memory": {"arguments": 4 * gib, "outputs": 0, "temporaries": 8 * gib, "program": gib, "total": 13 * gib, "limit": 16 * gib},
-        "collectives": {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}},
-        "temporaries": {"activations": 5 * gib, "gradients": 2 * gib, "other": gib // 2},
-        "bound": {"operations": 0.1, "kernels": 0.2, "state": 0.003, "links": 0.01, "network": 0.0, "step": 0.2, "mfu": 0.5},
-        "estimate": {"kernels": 0.15, "xla": 0.5, "step": 0.65, "mfu": 0.154},
-    }  # fmt: skip
+    plan = {"name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 1, "fsdp": 4}, "flops": 1e12}
+    plan |= {"fits": True, "compile_seconds": 3.0, "largest_buffers": [], "reads": {"count": 8192, "unit": "tokens"}}
+    plan |= {"kernels": {"causal_conv_forward": 24}, "flops_by_part": {"mlp": 3e7, "head": 1e7}}
+    plan |= {"state": {"parameters": gib, "optimizer": gib, "frozen": gib}}
+    plan["memory"] = {
+        "arguments": 4 * gib,
+        "outputs": 0,
+        "temporaries": 8 * gib,
+        "program": gib,
+        "total": 13 * gib,
+        "limit": 16 * gib,
+    }
+    plan["collectives"] = {"all-gather": {"count": 3, "bytes": 5e6, "seconds": 1e-3}}
+    plan["temporaries"] = {"activations": 5 * gib, "gradients": 2 * gib, "other": gib // 2}
+    plan["bound"] = {"operations": 0.1, "kernels": 0.2, "state": 0.003, "links": 0.01, "network": 0.0, "step": 0.2, "mfu": 0.5}
+    plan["estimate"] = {"kernels": 0.15, "xla": 0.5, "step": 0.65, "mfu": 0.154}
     write_plan_page(tmp_path / "plan.html", plan)
     page = (tmp_path / "plan.html").read_text()
     assert "13.000 GiB" in page and "of 16 GiB" in page and "3 times, 5.0 MB" in page
@@ -133,13 +145,8 @@ def test_the_page_of_a_plan(tmp_path, dump):
     )
     assert "4 chips, fsdp 4" in page
     assert "as scheduled, all else at the peak" not in page, "nobody asked for schedules"
-    call = {
-        "name": "causal_conv_forward",
-        "operands": ["s32[1]", "bf16[2, 256, 640]"],
-        "times": 24,
-        "cycles": 8000,
-        "seconds": 0.15,
-    }
+    call = {"name": "causal_conv_forward", "operands": ["s32[1]", "bf16[2, 256, 640]"]}
+    call |= {"times": 24, "cycles": 8000, "seconds": 0.15}
     write_plan_page(tmp_path / "plan.html", plan | {"schedules": [call]})
     page = (tmp_path / "plan.html").read_text()
     assert (

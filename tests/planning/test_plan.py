@@ -83,15 +83,25 @@ def test_no_bound_is_above_what_is_possible():
 
     chip = chip_of("v5e:2x2")
     found = {
-        "chips": 4, "flops": 4 * 1970e9, "flops_by_part": {"mlp": 500e9, "attention_pairs": 1470e9}, "reads": {"count": 4, "unit": "tokens"},
-        "state": {"parameters": 819_000_000, "optimizer": 0}, "xla_cycles": 15e9, "schedules": [{"seconds": 0.3}],
+        "chips": 4,
+        "flops": 4 * 1970e9,
+        "flops_by_part": {"mlp": 500e9, "attention_pairs": 1470e9},
+        "reads": {"count": 4, "unit": "tokens"},
+        "state": {"parameters": 819_000_000, "optimizer": 0},
+        "xla_cycles": 15e9,
+        "schedules": [{"seconds": 0.3}],
         "collectives": {"all-gather": {"seconds": 0.01}, "all-reduce between slices": {"seconds": 0.02}},
-    }  # fmt: skip
+    }
     bound = bounds(found, chip)["bound"]
     assert bound == {
-        "operations": pytest.approx(0.01), "kernels": pytest.approx(0.3 + 0.0025380711), "state": pytest.approx(0.002), "links": 0.01,
-        "network": 0.02, "step": bound["kernels"], "mfu": pytest.approx(0.01 / bound["kernels"]),
-    }  # fmt: skip
+        "operations": pytest.approx(0.01),
+        "kernels": pytest.approx(0.3 + 0.0025380711),
+        "state": pytest.approx(0.002),
+        "links": 0.01,
+        "network": 0.02,
+        "step": bound["kernels"],
+        "mfu": pytest.approx(0.01 / bound["kernels"]),
+    }
     estimate = bounds(found, chip)["estimate"]
     assert estimate == {"kernels": 0.3, "xla": 10.0, "step": 10.3, "mfu": pytest.approx(0.01 / 10.3)}
 
@@ -154,9 +164,21 @@ def test_memory_agrees_with_the_step_that_runs(tiny_config):
 @needs_compiler
 def test_a_tiny_step_is_planned():
     found = plan(
-        "learned_meta_tokens/pretrain/meta_rope", "--topology", "v5e:2x2", "--set", "data.tokenizer=byte", "--set", "model.layers=1",
-        "--set", "data.sequence_length=512", "--set", "model.max_positions=0", "--set", "runtime.unroll=1", "--schedules",
-    )  # fmt: skip
+        "learned_meta_tokens/pretrain/meta_rope",
+        "--topology",
+        "v5e:2x2",
+        "--set",
+        "data.tokenizer=byte",
+        "--set",
+        "model.layers=1",
+        "--set",
+        "data.sequence_length=512",
+        "--set",
+        "model.max_positions=0",
+        "--set",
+        "runtime.unroll=1",
+        "--schedules",
+    )
     assert found["fits"] and found["chips"] == 4 and found["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     assert found["kernels"].keys() == {f"prefix_window_attention_{part}" for part in ("backward_kv", "backward_q", "forward")}
     memory = found["memory"]
@@ -177,8 +199,14 @@ def test_a_tiny_step_is_planned():
 @needs_compiler
 def test_a_step_on_images_is_planned_by_the_same_code():
     found = plan(
-        "prompt_learning/base_to_new/aapl/digits", "--topology", "v5e:2x2", "--set", "prompts.batch=4", "--set", "prompts.augmentations=crop,grayscale",
-    )  # fmt: skip
+        "prompt_learning/base_to_new/aapl/digits",
+        "--topology",
+        "v5e:2x2",
+        "--set",
+        "prompts.batch=4",
+        "--set",
+        "prompts.augmentations=crop,grayscale",
+    )
     assert (
         found["fits"]
         and found["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}

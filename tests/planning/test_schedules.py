@@ -39,8 +39,9 @@ def test_rows_of_tokens_and_of_meta_tokens_are_told_apart_by_their_visits(spawne
     calls = Counter({attention_call("forward", 2, 2048, 28): 24, attention_call("forward", 2, 1024, 10): 12})
     among, rows = scheduled(calls, config, "v5e")
     assert {program.shape for program in spawned} == {
-        '[409, null, 0, 2, 2, 64, 64, 1, "bfloat16"]', '[1024, null, 0, 2, 2, 64, 64, 1, "bfloat16"]',
-    }  # fmt: skip
+        '[409, null, 0, 2, 2, 64, 64, 1, "bfloat16"]',
+        '[1024, null, 0, 2, 2, 64, 64, 1, "bfloat16"]',
+    }
     assert (rows["times"], rows["cycles"]) == (24, 2 * (4 + 4 + 6 + 4)), "starts, ends, whole blocks and those on the diagonal"
     assert (among["times"], among["cycles"]) == (12, 2 * (2 + 2 + 3))
     assert rows["seconds"] == pytest.approx(24 * 36 / 1.5e9)
@@ -66,9 +67,11 @@ def test_layers_of_a_hybrid_share_a_kernel_and_differ_in_visits(spawned, tiny_co
     prefix = Call("selective_scan_forward", (("s32", (1, 1, 1, 4)), ("f32", (1, 128, 256))))
     found = scheduled(Counter({attention_call("forward", 2, 1024, 14, 128): 6, scan: 3, prefix: 3}), config, "v5p")
     assert {program.shape for program in spawned} == {
-        '[1024, null, 128, 2, 2, 64, 64, 1, "bfloat16"]', '[1024, 256, 128, 2, 2, 64, 64, 1, "bfloat16"]',
-        '[1024, 256, 8, 1, "bfloat16"]', '[128, 256, 8, 1, "float32"]',
-    }  # fmt: skip
+        '[1024, null, 128, 2, 2, 64, 64, 1, "bfloat16"]',
+        '[1024, 256, 128, 2, 2, 64, 64, 1, "bfloat16"]',
+        '[1024, 256, 8, 1, "bfloat16"]',
+        '[128, 256, 8, 1, "float32"]',
+    }
     attention = next(kernel for kernel in found if "attention" in kernel["name"])
     assert attention["cycles"] == round((18 + 2 * (4 + 4 + 7)) / 3 / 2)
     of_scan = {kernel["operands"][1]: kernel["cycles"] for kernel in found if "scan" in kernel["name"]}

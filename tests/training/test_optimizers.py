@@ -17,7 +17,6 @@ from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.distributed.rules import param_shardings
 from metajax.experiment import run_experiment
-from metajax.interop.gpt2 import from_gpt2, to_gpt2
 from metajax.models.lm import decay_mask
 from metajax.models.presets import gpt2
 from metajax.runs.files import read_lines
@@ -26,6 +25,7 @@ from metajax.training.optimizers import make_optimizer, optimizer, optimizers, s
 from metajax.training.program import Program
 from metajax.training.state import State, to_arrays
 from metajax.training.step import train_step
+from tests.gpt2_weights import from_gpt2, to_gpt2
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 

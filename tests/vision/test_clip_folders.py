@@ -135,13 +135,22 @@ def test_openai_archives(tmp_path):
 
 
 def test_open_clip_settings():
-    cfg = open_clip_config(OPEN_CLIP | {"quick_gelu": False, "init_logit_bias": -10})
+    cfg = open_clip_config({"model_cfg": OPEN_CLIP | {"quick_gelu": False, "init_logit_bias": -10}})
     assert (cfg.activation, cfg.loss, cfg.vision_heads) == ("gelu", "sigmoid", 4)
     resnet = {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None}
     text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
-    assert open_clip_config({"embed_dim": 1024, "quick_gelu": True, "vision_cfg": resnet, "text_cfg": text}) == preset("RN50")
-    with pytest.raises(UserError, match="vision_cfg has pool_type, which this CLIP cannot follow"):
-        open_clip_config(OPEN_CLIP | {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"pool_type": "tok"}})
+    model = {"embed_dim": 1024, "quick_gelu": True, "vision_cfg": resnet, "text_cfg": text}
+    assert open_clip_config({"model_cfg": model}) == preset("RN50")
+    changed = {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"pool_type": "none", "layers": 2.5}, "custom_text": True}
+    with pytest.raises(UserError) as caught:
+        open_clip_config({"model_cfg": OPEN_CLIP | changed, "preprocess_cfg": [1]})
+    for part in (
+        "vision_cfg.pool_type = 'none'",
+        "vision_cfg.layers = 2.5",
+        "model_cfg.custom_text = True",
+        "preprocess_cfg = [1]",
+    ):
+        assert part in str(caught.value)
 
 
 PROCESSOR = {
@@ -223,14 +232,33 @@ def test_an_older_config_dict_goes_before_the_config(tmp_path):
         load_clip(hugging_face_folder(tmp_path, defaults, PROCESSOR))
 
 
+@pytest.mark.fault(7)
+def test_every_setting_that_is_not_supported_is_named_at_once(tmp_path):
+    """Settings inside a tower's object too; what published files say besides is harmless."""
+    towers = {
+        name: CONFIG[name] | {"dropout": 0.0, "initializer_factor": 1.0, "pruned_heads": {}}
+        for name in ("text_config", "vision_config")
+    }
+    load_clip(
+        hugging_face_folder(tmp_path, CONFIG | towers | {"logit_scale_init_value": 2.6592, "text_config_dict": None}, PROCESSOR)
+    )
+    towers["vision_config"] |= {"num_channels": 4, "qkv_bias": False, "window_size": 7}
+    with pytest.raises(UserError) as caught:
+        load_clip(hugging_face_folder(tmp_path, CONFIG | towers | {"attention_multiplier": 2.0}, PROCESSOR))
+    for part in ("vision_config.num_channels = 4, but only 3", "vision_config.window_size = 7", "attention_multiplier = 2.0"):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match=r"crop_size = 16.*resample = 2"):
+        load_clip(hugging_face_folder(tmp_path, processor=PROCESSOR | {"resample": 2, "crop_size": 16}))
+
+
 @pytest.mark.fault(33)
 @pytest.mark.parametrize("size", [0, -1, 10**12, "32", None, True, 1.5])
 def test_a_size_that_no_clip_has_is_refused(tmp_path, size):
     changed = CONFIG | {"vision_config": CONFIG["vision_config"] | {"num_hidden_layers": size}}
-    with pytest.raises(UserError, match=r"config\.json: vision_config\.num_hidden_layers = .* is not a size"):
+    with pytest.raises(UserError, match=r"config\.json: .*vision_config\.num_hidden_layers"):
         load_clip(hugging_face_folder(tmp_path, changed, PROCESSOR))
-    with pytest.raises(UserError, match=r"open_clip_config\.json: text_cfg\.width = .* is not a size"):
-        open_clip_config(OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | {"width": size}})
+    with pytest.raises(UserError, match=r"open_clip_config\.json: .*text_cfg\.width"):
+        open_clip_config({"model_cfg": OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | {"width": size}}})
 
 
 @pytest.mark.peers
