@@ -155,7 +155,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"\b(?:calls|to_apply)=%([\w.\-]+)")
 _WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
-_TRIPS = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_NUMBER = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -176,7 +176,7 @@ def xla_cycles(hlo: str) -> int:
 def operations(hlo: str, called: bool = False) -> Iterator[Operation]:
     """The operations of an optimised program, with those of loops once per iteration. `called`: include fusions and calls.
 
-    The iterations of a `while` are those that XLA states with it, else the only integer constant of its condition.
+    The iterations of a `while` are those that XLA states with it, else `_trips` counts them.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -192,14 +192,27 @@ def operations(hlo: str, called: bool = False) -> Iterator[Operation]:
         for line in bodies[name]:
             loop = _WHILE.search(line)
             if loop:
-                trips = _KNOWN_TRIPS.findall(line) or [n for text in bodies[loop.group(1)] for n in _TRIPS.findall(text)]
-                if len(trips) != 1:
-                    condition = "; ".join(text.strip() for text in bodies[loop.group(1)])
-                    raise ValueError(f"the loop {loop.group(2)} has no single constant number of trips: {trips} in {condition}")
-                yield from walk(loop.group(2), times * int(trips[0]), inside)
+                stated = _KNOWN_TRIPS.search(line)
+                trips = int(stated.group(1)) if stated else _trips(bodies[loop.group(1)], bodies[loop.group(2)])
+                yield from walk(loop.group(2), times * trips, inside)
                 continue
             yield Operation(line, times, name, inside)
             for inner in _CALLED.findall(line) if called else ():
                 yield from walk(inner, times, True)
 
     return walk(entry, 1)
+
+
+def _trips(condition: list[str], body: list[str]) -> int:
+    """Iterations of a loop: the constant of its condition over the constant that its body adds to the counter, which starts at 0."""
+    lines = {name: line for line in body for name in re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = ", line)}
+    limits = [int(n) for line in condition for n in _NUMBER.findall(line)]
+    counters = [int(n) for line in condition for n in re.findall(r" get-tuple-element\(.*\), index=(\d+)", line)]
+    results = [re.findall(r"%([\w.\-]+)", line.partition(" tuple(")[2]) for line in body if "ROOT " in line]
+    if len(limits) == len(counters) == len(results) == 1:
+        added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", lines[results[0][counters[0]]])
+        steps = [int(n) for name in added.groups() for n in _NUMBER.findall(lines[name])] if added else []
+        if len(steps) == 1:
+            return -(-limits[0] // steps[0])
+    shown = "; ".join(line.strip() for line in condition)
+    raise ValueError(f"a loop has no single constant number of trips: {shown}")

@@ -1,13 +1,18 @@
 """The selective scan in chunks, for any platform. The backward pass keeps the state before each chunk and recomputes the rest.
 
 The backward pass holds T / chunk states plus the [chunk, C, N] arrays of one chunk, never [T, C, N]. Inside a chunk, tokens are
-processed in sequence on a CPU (least work), and as a tree elsewhere (log2(chunk) launches instead of chunk).
+processed in sequence on a CPU (least work), and as a tree elsewhere (log2(chunk) launches instead of chunk). The chunks of a CPU
+are short, so that the states of one stay in its caches.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.selective_scan.reference import (
@@ -34,10 +39,10 @@ def selective_scan_xla(
     reset_state: Float[Array, "C N"] | None = None,
     reset: Bool[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     within: str = "auto",
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B C N"]]:
-    """Same contract as `selective_scan_reference`, computed `chunk` tokens at a time.
+    """Same contract as `selective_scan_reference`, computed `chunk` tokens at a time (None: 16 in sequence, 128 as a tree).
 
     `within`: "sequential" or "associative" inside a chunk; "auto" is sequential if the program is lowered for a CPU.
     """
@@ -47,14 +52,25 @@ def selective_scan_xla(
     reset = resolve_resets(reset, segment_ids)
     if reset is None:
         reset = jnp.zeros(u.shape[:2], bool)
-    chunk = min(chunk, u.shape[1])
+    ways = {"sequential": (_sequential, chunk or 16), "associative": (_associative, chunk or 128)}
+    operands = u, dt, A, B, C, D, dt_bias, z, initial_state, reset_state, reset
+    if within == "auto":
+        sequential, tree = (functools.partial(_in_chunks, *way) for way in ways.values())
+        return jax.lax.platform_dependent(*operands, cpu=sequential, default=tree)
+    return _in_chunks(*ways[within], *operands)
+
+
+def _in_chunks(run: Callable, chunk: int, *operands: Array | None) -> tuple[Array, Array]:
+    """`selective_scan_xla` of arrays whose states and resets are given, with `run` inside a chunk."""
+    u, dt, A, B, C, D, dt_bias, z, initial_state, reset_state, reset = operands
+    dtype, chunk = A.dtype, min(chunk, u.shape[1])
 
     @jax.checkpoint
     def step(h: Array, tokens: tuple[Array | None, ...]) -> tuple[Array, Array]:
         u, dt, b, c, z, reset = tokens  # time is the first axis
         u, b, c = (x.astype(dtype) for x in (u, b, c))
         s = jax.nn.softplus(dt.astype(dtype) + dt_bias)
-        y, h = _run(within, h, s, s * u, b, c, reset, A, reset_state)
+        y, h = run(h, s, s * u, b, c, reset, A, reset_state)
         y = y + D * u
         return h, (y if z is None else y * jax.nn.silu(z.astype(dtype))).astype(tokens[0].dtype)
 
@@ -70,30 +86,61 @@ def selective_scan_xla(
     return jnp.moveaxis(y, 0, 1), h
 
 
-def _run(within: str, *operands: Array) -> tuple[Array, Array]:
-    """One chunk, sequential or as a tree: (y [t, B, C] before skip and gate, state after the chunk)."""
-    if within == "auto":
-        return jax.lax.platform_dependent(*operands, cpu=_sequential, default=_associative)
-    return {"sequential": _sequential, "associative": _associative}[within](*operands)
-
-
+@jax.custom_vjp
 def _sequential(
     h: Array, s: Array, su: Array, b: Array, c: Array, reset: Array, A: Array, reset_state: Array
 ) -> tuple[Array, Array]:
-    """h [B,C,N]; s = step size and su = s u, [t,B,C]; b, c [t,B,N]; reset [t,B].
+    """(y [t,B,C] before skip and gate, state after the chunk), one token at a time.
 
-    Inside, channels are the last axis, where they fill vector registers, because N is small. Unrolling only slows compilation.
+    h [B,C,N]; s = step size and su = s u, [t,B,C]; b, c [t,B,N]; reset [t,B].
     """
-    rates, reset_state = A.T, reset_state.T
+    return _sequential_forward(h, s, su, b, c, reset, A, reset_state, keep=False)[0]
 
-    def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+
+def _sequential_forward(
+    h: Array, s: Array, su: Array, b: Array, c: Array, reset: Array, A: Array, reset_state: Array, keep: bool = True
+) -> tuple[tuple[Array, Array], tuple]:
+    """Channels are the last axis, where they fill vector registers, because N is small. Unrolling only slows compilation."""
+    rates, to_state = A.T, reset_state.T
+
+    def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array | None]]:
         s, su, b, c, start = token
-        h = jnp.where(start[:, None, None], reset_state, h)
+        h = jnp.where(start[:, None, None], to_state, h)
         h = jnp.exp(s[:, None, :] * rates) * h + su[:, None, :] * b[:, :, None]
-        return h, jnp.sum(h * c[:, :, None], axis=1)
+        return h, (jnp.sum(h * c[:, :, None], axis=1), h if keep else None)
 
-    h, y = jax.lax.scan(step, h.swapaxes(1, 2), (s, su, b, c, reset))
-    return y, h.swapaxes(1, 2)
+    first = h.swapaxes(1, 2)
+    last, (y, states) = jax.lax.scan(step, first, (s, su, b, c, reset))
+    return (y, last.swapaxes(1, 2)), (s, su, b, c, reset, rates, to_state, first, states)
+
+
+def _sequential_backward(saved: tuple, gradients: tuple[Array, Array]) -> tuple:
+    """The recurrence in reverse; `g` is the gradient of a token's state."""
+    s, su, b, c, reset, rates, to_state, first, states = saved
+    dy, dh = gradients
+    before = jnp.concatenate([first[None], states[:-1]])
+
+    def step(carry: tuple[Array, Array, Array], token: tuple[Array, ...]) -> tuple[tuple[Array, Array, Array], tuple]:
+        later, dA, dreset = carry
+        s, b, c, start, before, dy = token
+        start = start[:, None, None]
+        g = dy[:, None, :] * c[:, :, None] + later
+        earlier = jnp.exp(s[:, None, :] * rates) * g
+        of_rate = earlier * jnp.where(start, to_state, before)
+        dA, dreset = dA + jnp.sum(of_rate * s[:, None, :], axis=0), dreset + jnp.sum(jnp.where(start, earlier, 0.0), axis=0)
+        return (jnp.where(start, 0.0, earlier), dA, dreset), (
+            g,
+            jnp.sum(g * b[:, :, None], axis=1),
+            jnp.sum(of_rate * rates, axis=1),
+        )
+
+    carry = dh.swapaxes(1, 2), jnp.zeros_like(rates), jnp.zeros_like(rates)
+    (dh, dA, dreset), (g, dsu, ds) = jax.lax.scan(step, carry, (s, b, c, reset, before, dy), reverse=True)
+    db, dc = jnp.einsum("tbnc,tbc->tbn", g, su), jnp.einsum("tbnc,tbc->tbn", states, dy)
+    return dh.swapaxes(1, 2), ds, dsu, db, dc, np.zeros(reset.shape, jax.dtypes.float0), dA.T, dreset.T
+
+
+_sequential.defvjp(_sequential_forward, _sequential_backward)
 
 
 def _associative(

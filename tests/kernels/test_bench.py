@@ -61,11 +61,17 @@ def test_visits_of_another_program_are_refused(tmp_path):
 HLO = """HloModule jit_f
 
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %constant.3 = s32[]{:T(128)} constant(1)
+  %get-tuple-element.4 = s32[] get-tuple-element(%p), index=0
+  %add.5 = s32[] add(%get-tuple-element.4, %constant.3), metadata={op_name="jit(f)/add"}
   %fusion.2 = f32[8] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"70","x":[]}
+  ROOT %tuple.6 = (s32[], f32[8]) tuple(%add.5, %fusion.2)
 }
 
 %condition.1 (p: (s32[], f32[8])) -> pred[] {
   %constant.9 = s32[]{:T(128)} constant(32)
+  %get-tuple-element.7 = s32[] get-tuple-element(%p), index=0
+  ROOT %lt.8 = pred[] compare(%get-tuple-element.7, %constant.9), direction=LT
 }
 
 ENTRY %main.5 (a: f32[8]) -> f32[8] {
@@ -77,11 +83,15 @@ ENTRY %main.5 (a: f32[8]) -> f32[8] {
 
 def test_estimates_of_a_loop_count_for_each_trip():
     assert xla_cycles(HLO) == 500 + 32 * 70
-    assert xla_cycles(HLO.replace("s32[]{:T", "u32[]{:T")) == 500 + 32 * 70  # of a product taken in windows, over chips
+    assert xla_cycles(HLO.replace("s32[]{:T", "u32[]{:T")) == 500 + 32 * 70
+    assert xla_cycles(HLO.replace("constant(1)", "constant(2)")) == 500 + 16 * 70  # of a product taken in windows, over chips
+    assert xla_cycles(HLO.replace("constant(1)", "constant(5)")) == 500 + 7 * 70
     stated = 'body=%body.1, backend_config={"known_trip_count":{"n":"31"}}'
     assert xla_cycles(HLO.replace("body=%body.1", stated)) == 500 + 31 * 70
     with pytest.raises(ValueError, match="no single constant number of trips"):
         xla_cycles(HLO.replace("constant(32)", "parameter(0)"))
+    with pytest.raises(ValueError, match="no single constant number of trips"):
+        xla_cycles(HLO.replace("constant(1)", "parameter(0)"))
 
 
 def test_the_bound_takes_the_larger_of_schedule_and_memory():

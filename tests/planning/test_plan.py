@@ -32,10 +32,15 @@ HLO = """HloModule jit_step
   %ag-done = bf16[8,128]{1,0} fusion(%ag), kind=kCustom, calls=%fused.2
   %passed = (bf16[16,128]{1,0}, bf16[16,128]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   %causal_conv_forward.3 = bf16[2,256,640]{2,1,0} custom-call(%words, %rows), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[2,1,1,16]{3,2,1,0}, bf16[2,256,640]{2,1,0}}, frontend_attributes={}
+  %constant.3 = s32[]{:T(128)} constant(1)
+  %get-tuple-element.4 = s32[] get-tuple-element(%p), index=0
+  %add.5 = s32[] add(%get-tuple-element.4, %constant.3)
+  ROOT %tuple.6 = (s32[], f32[8]) tuple(%add.5, %ag)
 }
 
 %condition.1 (p: (s32[], f32[8])) -> pred[] {
   %constant.9 = s32[]{:T(128)} constant(3)
+  %get-tuple-element.7 = s32[] get-tuple-element(%p), index=0
 }
 
 %called.1 (p: f32[100]) -> f32[25] {
