@@ -1,7 +1,9 @@
 """A user's analysis: one file in a package of experiments, run from the command line."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,32 +14,6 @@ from metajax.core.errors import UserError
 from metajax.experiment import run_experiment
 from metajax.vision.analyses import check_analyses, image_analysis
 
-LETTERS = """'''Letters.
-
-How many distinct tokens the prompts have.
-'''
-from metajax.analysis import analysis
-
-
-@analysis("letters", title="Letters of the prompts", fits=lambda study: True)
-def letters(study):
-    return {"distinct": len(set(study.rows["tokens"].ravel().tolist())), "details": {"lengths": [1.0, 3.0, 2.0]}}
-
-
-@letters.headlines
-def headlines(numbers):
-    return [f"{numbers['distinct']} distinct tokens"]
-
-
-@letters.figures
-def figures(result):
-    from metajax.reporting.panels import panels
-
-    figure, (axes,) = panels(1, 1, 2.0)
-    axes.plot(result["details"]["lengths"])
-    return [(figure, "Lengths.")]
-"""
-
 
 @pytest.fixture
 def package(own_registry, tmp_path, monkeypatch):
@@ -45,7 +21,7 @@ def package(own_registry, tmp_path, monkeypatch):
     folder = tmp_path / "of_mine"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    (folder / "letters.py").write_text(LETTERS)
+    shutil.copy(Path(__file__).parents[1] / "own" / "letters.py", folder)
     monkeypatch.syspath_prepend(tmp_path)
     for held in ("_known", "_modules_of"):
         monkeypatch.setattr(analysis, held, dict(getattr(analysis, held)))

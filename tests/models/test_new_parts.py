@@ -1,6 +1,8 @@
 """A mixer and a position scheme in a user's file: named in a config, trained, counted and decoded without other changes."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,71 +23,23 @@ from metajax.models.rotary import SCHEMES
 from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
 
-FILE = '''
-import jax.numpy as jnp
-import numpy as np
-
-from metajax.config import Hybrid
-from metajax.core.fields import override
-from metajax.models.layers import Linear
-from metajax.models.mixers import Mixer, mixer
-from metajax.models.rotary import position
-from metajax.registry import base, experiment
-
-
-@position("slow")
-def slow(cfg):
-    """Half the speed of RoPE at every frequency."""
-    return (0.5 * cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)).astype(np.float32), 1.0
-
-
-@mixer("shift")
-class Shift(Mixer):
-    """Each token reads the one before it in its document; a document starts after the last prefix token."""
-
-    def __init__(self, cfg, spec, implementation, key):
-        self.w = Linear(key, (cfg.width, cfg.width), std=cfg.init_std, bias=False, axes=("embed", "ssm"))
-
-    def __call__(self, h, inputs, cache, captures):
-        x, ids = self.w(h), inputs.segment_ids
-        (reset,) = cache.prefix.get("shift", (jnp.zeros_like(x[:1, 0]),))
-        (last,) = cache.past.get("shift", (reset,))
-        last = jnp.broadcast_to(last, x[:, 0].shape)[:, None]
-        starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))[..., None]
-        return jnp.where(starts, reset[:, None], jnp.concatenate([last, x[:, :-1]], axis=1)), (x[:, -1],)
-
-    @staticmethod
-    def channels(cfg):
-        return cfg.width
-
-    @staticmethod
-    def token_flops(cfg, spec):
-        return {"shift": 2 * cfg.width**2}
-
-    @staticmethod
-    def cache_bytes(cfg, spec, tokens):
-        return {"state": 4 * cfg.width}
-
-
-@experiment("shifted", summary="own parts", minutes={"cpu": 1})
-def shifted(scale):
-    hybrid = Hybrid(ssm="shift", prefix_tokens=3)
-    small = {"layers": 3, "width": 16, "heads": 2, "mlp_width": 24, "bias": False, "position": "slow", "hybrid": hybrid}
-    return override(base("quickstart")(scale), {"name": "shifted", "meta_tokens": None, **{f"model.{k}": v for k, v in small.items()}})
-'''
+OWN = Path(__file__).parents[1] / "own"
 B, T, VOCAB = 2, 12, 32
 
 
 @pytest.fixture
 def config(own_registry, tmp_path, monkeypatch):
     (tmp_path / "own_parts").mkdir()
-    (tmp_path / "own_parts" / "shifted.py").write_text(FILE)
+    for name in ("shift", "slow"):
+        shutil.copy(OWN / f"{name}.py", tmp_path / "own_parts")
     monkeypatch.syspath_prepend(tmp_path)
     registry.load("own_parts")
-    yield registry.find_experiment("shifted").build("cpu")
+    hybrid = Hybrid(ssm="shift", prefix_tokens=3)
+    model = Model(3, 16, 2, mlp_width=24, bias=False, position="slow", hybrid=hybrid)
+    yield override(registry.base("quickstart")("cpu"), {"meta_tokens": None, "model": model})
     del MIXERS._known["shift"], SCHEMES["slow"]
-    for module in ("own_parts", "own_parts.shifted"):
-        sys.modules.pop(module, None)
+    for module in [module for module in sys.modules if module.partition(".")[0] == "own_parts"]:
+        del sys.modules[module]
 
 
 def test_own_parts_are_trained_counted_and_decoded(config):

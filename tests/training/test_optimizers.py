@@ -20,8 +20,8 @@ from metajax.experiment import run_experiment
 from metajax.models.lm import decay_mask
 from metajax.models.presets import gpt2
 from metajax.runs.files import read_lines
-from metajax.training.objectives import objective, objectives
-from metajax.training.optimizers import make_optimizer, optimizer, optimizers, schedule
+from metajax.training.objectives import objectives
+from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.program import Program
 from metajax.training.state import State, to_arrays
 from metajax.training.step import train_step
@@ -211,23 +211,3 @@ def test_an_unknown_name_is_refused_with_the_nearest(tiny_config, field):
     near = {"optimizer.name": "mun", "training.objective": "language_modl"}[field]
     with pytest.raises(UserError, match=rf"{field}.*did you mean '(muon|language_model)'"):
         Program.build(tiny_config(**{field: near}), 64, jax.devices()[:1])
-
-
-def test_a_new_optimizer_and_a_new_objective_are_found_by_their_decorators(tiny_config, paths, tmp_path, monkeypatch):
-    for known in (optimizers, objectives):
-        monkeypatch.setattr(known, "_known", dict(known._known))
-
-    @optimizer("signs")
-    def signs(cfg, rate, model):
-        return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate))
-
-    @objective("doubled")
-    def doubled(config, model, batch):
-        found = objectives["language_model"].loss(config, model, batch)
-        total, weight = found["loss"]
-        return {**found, "loss": (2 * total, weight)}
-
-    config = tiny_config(**{"optimizer.name": "signs", "training.objective": "doubled"})
-    run_experiment(config, tmp_path, paths)
-    for line in read_lines(tmp_path / "metrics.jsonl"):
-        assert line["loss"] == pytest.approx(2 * line["nll"], rel=1e-6)
