@@ -40,7 +40,8 @@ BUCKETS, STEPS = 4_096, 200  # buckets of token ids; steps of the classifier's t
 
 def counts_of(bodies: list[np.ndarray]) -> Float[np.ndarray, "N buckets"]:
     """log(1 + count) of each token among the first TOKENS, ids modulo BUCKETS, L2-normalised."""
-    counts = np.log1p(np.stack([np.bincount(ids[:TOKENS] % BUCKETS, minlength=BUCKETS) for ids in bodies]), dtype=np.float32)
+    counts = np.stack([np.bincount(ids[:TOKENS] % BUCKETS, minlength=BUCKETS).astype(np.float32) for ids in bodies])
+    counts = np.log1p(counts)
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-6)
 
 
