@@ -71,7 +71,8 @@ def python_files(part: str) -> list[File]:
     if found is None:
         hint = nearest(part, [*sorted(sys.stdlib_module_names), *DEFAULT_PARTS])
         raise UserError(f"pydocs: {part!r} is not an installed top-level module{hint}; install it or leave it out")
-    for root in found.submodule_search_locations or ():
+    if found.submodule_search_locations:
+        root = next(iter(found.submodule_search_locations))
         return _walk(part, root, os.path.dirname(root))
     return [File(part, origin, part, False)]
 
@@ -79,6 +80,7 @@ def python_files(part: str) -> list[File]:
 def _walk(part: str, root: str, base: str) -> list[File]:
     files = []
     for folder, folders, names in os.walk(root):
+        # Tests are left out, but numpy.testing is public.
         folders[:] = [f for f in folders if f not in _LEFT_OUT and (f == "testing" or not f.startswith("test"))]
         for name in names:
             if name.endswith(".py"):

@@ -44,11 +44,6 @@ def files(tmp_path):
     return write
 
 
-@pytest.fixture
-def opened(tmp_path):
-    return lambda spec: open_source(spec, cache_dir=tmp_path / "cache", data_dir=tmp_path)
-
-
 def config(data):
     return Config(name="test", scale="cpu", model=Model(), data=data)
 

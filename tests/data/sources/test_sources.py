@@ -57,14 +57,6 @@ def write_arrayrecord(path, rows, options="group_size:1"):
 WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet, "arrayrecord": write_arrayrecord}
 
 
-@pytest.fixture
-def opened(tmp_path):
-    def open_(spec):
-        return open_source(spec, cache_dir=tmp_path / "cache", data_dir=tmp_path)
-
-    return open_
-
-
 @pytest.fixture(params=WRITERS)
 def kind(request):
     return request.param

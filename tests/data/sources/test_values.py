@@ -18,11 +18,6 @@ from metajax.data.sources.files import NO_ORIGIN, NO_TEXT, Columns, to_document
 from metajax.data.sources.values import as_string, flatten
 
 
-@pytest.fixture
-def opened(tmp_path):
-    return lambda spec: open_source(spec, cache_dir=tmp_path / "cache", data_dir=tmp_path)
-
-
 @pytest.mark.fault(13)
 @pytest.mark.parametrize(
     "value",
