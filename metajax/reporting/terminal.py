@@ -61,8 +61,8 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
         return
     row = experiment.row
     published = {key: row.paper(key) for key in row.published} if row else {}
-    said = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
-    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {said or 'nothing for this row'}")
+    values = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
+    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {values or 'nothing for this row'}")
 
 
 def _print_size(config: Config) -> bool:

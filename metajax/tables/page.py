@@ -64,11 +64,11 @@ def _href(folder: Path, target: Path) -> str:
 
 def _sentence(result: Result, report: Mapping[str, Any] | None) -> str:
     """What was compared: the summary, and the size and steps of the baseline's run."""
-    said = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
+    words = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
     if report is None or result["baseline"] is None:
-        return said
+        return words
     size = f"{page.short_count(report['parameters']['total'])} parameters and {report['steps']:,} training steps"
-    return f"{said} The baseline {result['baseline']} has {size}; the changes of every other row are listed below."
+    return f"{words} The baseline {result['baseline']} has {size}; the changes of every other row are listed below."
 
 
 def _progress(result: Result) -> Part:
@@ -81,12 +81,12 @@ def _progress(result: Result) -> Part:
 
 
 def _failures(folder: Path, root: Path, result: Result) -> Part:
-    said = []
+    lines = []
     for run in formats.failures(result):
         log = page.link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
-        said.append(Markup("{row}, seed {seed}: {reason} ({log})").format(**run, log=log))
-    title = f"{page.plural(len(said), 'run')} failed. The same command tries again."
-    return page.group("warning", page.lines(said, ""), title=title)
+        lines.append(Markup("{row}, seed {seed}: {reason} ({log})").format(**run, log=log))
+    title = f"{page.plural(len(lines), 'run')} failed. The same command tries again."
+    return page.group("warning", page.lines(lines, ""), title=title)
 
 
 def _results(result: Result) -> Part:
@@ -174,11 +174,11 @@ def _parameters(row: Line, result: Result) -> str:
     cost, basis = row["cost"], formats.cost_of_baseline(result)
     if cost is None:
         return ""
-    said = f"{cost['parameters']:,} parameters"
+    words = f"{cost['parameters']:,} parameters"
     if basis is None or not basis["parameters"] or row["name"] == result["baseline"]:
-        return said
+        return words
     more = cost["parameters"] / basis["parameters"] - 1
-    return f"{said}, {more:+.1%} against {result['baseline']}" if more else f"{said}, as many as {result['baseline']}"
+    return f"{words}, {more:+.1%} against {result['baseline']}" if more else f"{words}, as many as {result['baseline']}"
 
 
 def _budgets(first: Reports) -> Part:
@@ -206,10 +206,10 @@ def _samples(first: Reports) -> Part:
 def _foundation(workdir: Path, report: Mapping[str, Any]) -> Part:
     """Sources and machine of a run."""
     machine = dict(facts.environment_facts(find_readable(workdir / "environment.json")))
-    said = "not known: the file of the run is missing or damaged"
+    known = "not known: the file of the run is missing or damaged"
     if machine:
-        said = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
-    return page.section("What this rests on", page.group("card", *facts.sources(report), page.text(f"Run on {said}.")))
+        known = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
+    return page.section("What this rests on", page.group("card", *facts.sources(report), page.text(f"Run on {known}.")))
 
 
 def _curves_and_spread(result: Result, root: Path) -> Part:
