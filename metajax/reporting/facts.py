@@ -23,6 +23,7 @@ PARTS_OF_ROWS = (  # key of the counts, title, colour
     ("meta_tokens", "meta-tokens", "p3"),
     ("padding", "padding", "p4"),
 )
+HELD_OUT = "Each module, package or site is held out whole; no part of it is trained on."
 FILES = dict.fromkeys(("report.json", "metrics.jsonl", "config.json", "environment.json"), "")
 
 
@@ -87,10 +88,8 @@ def against(config: AnyConfig) -> dict[str, Any] | None:
     if experiment is None or config.scale not in experiment.scales:
         return None
     baseline = _baseline(experiment, config.scale)
-    return {
-        "name": baseline.name,
-        "fields": [(name, *map(page.as_set, values)) for name, values in changed(config, baseline).items()],
-    }
+    fields = [(name, *map(page.as_set, values)) for name, values in changed(config, baseline).items()]
+    return {"name": baseline.name, "fields": fields}
 
 
 def changed(config: AnyConfig, other: AnyConfig, *left_out: str) -> dict[str, tuple[Any, Any]]:
@@ -123,9 +122,7 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
             shown.append(f"{found['source']['spec']}: {counts} with {found['tokenizer']['spec']}{bad}.")
     for result in list(conditions(report["eval"]).values())[:1]:  # all conditions share their documents
         size = f"{result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
-        shown.append(
-            f"Evaluated on {result['documents']:,} validation documents: {size}. Each module, package or site is held out whole; no part of it is trained on."
-        )
+        shown.append(f"Evaluated on {result['documents']:,} validation documents: {size}. {HELD_OUT}")
     return [page.text(line) for line in shown]
 
 

@@ -148,10 +148,8 @@ def print_curriculum(config: Config, paths: Any) -> None:
     phases, lengths = range(len(tasks.phases)), ", ".join(map(str, tasks.eval_lengths))
     ranges = {task: [f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in phases] for task in tasks.names}
     console.print(plain(f"tokens of an example; a phase is {config.training.steps / len(tasks.phases):,.0f} steps", "bold"))
-    print_grid(
-        ("task", *(f"phase {phase + 1}" for phase in phases), "evaluated at"),
-        ((task, *cells, lengths) for task, cells in ranges.items()),
-    )
+    titles = ("task", *(f"phase {phase + 1}" for phase in phases), "evaluated at")
+    print_grid(titles, ((task, *cells, lengths) for task, cells in ranges.items()))
     for task in tasks.names:
         console.print(plain(examples.test(task, min(tasks.eval_lengths), 0).text, "italic"))
 
@@ -272,10 +270,10 @@ def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None
     """Print the findings of a sample of all tables, and the tables that it did not reach."""
     if not lines:
         console.print("no line of any table fits the time; give it more with --budget")
-    rows = [
-        (line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), ", ".join(line["empty"]) or "-")
-        for line in lines
-    ]
+    rows = []
+    for line in lines:
+        counts = (str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])))
+        rows.append((line["table"], *counts, ", ".join(line["empty"]) or "-"))
     print_grid(("table", "lines", "minutes", "failed", "columns without a number"), rows)
     for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
         console.print(plain(f"failed: {failure}", "red"), soft_wrap=True)

@@ -233,23 +233,13 @@ def csv_text(result: Result) -> str:
 def _numbers(row: Line, column: Line, result: Result) -> dict[str, Any]:
     found = row["cells"][column["key"]]
     published = found["published"] or {}
-    line = {
-        "row": row["name"],
-        "group": row["group"],
-        "column": column["title"],
-        "path": column["key"],
-        "better": column["better"],
-    }
+    line = {"row": row["name"], "group": row["group"], "column": column["title"]}
+    line |= {"path": column["key"], "better": column["better"]}
     n, mean, low, high = _bounds(found["ours"])
     line |= {"n": n, "mean": mean, "low": low, "high": high}
     n, mean, low, high = _bounds(found["difference"])
-    line |= {
-        "difference": mean,
-        "difference_low": low,
-        "difference_high": high,
-        "difference_n": n,
-        "paper": published.get("value"),
-    }
+    line |= {"difference": mean, "difference_low": low, "difference_high": high, "difference_n": n}
+    line["paper"] = published.get("value")
     line |= {f"paper_{key}": published.get(key) for key in ("difference", "note")}
     return line | {f"seed_{seed}": value for seed, value in zip(result["seeds"], found["values"], strict=True)}
 
