@@ -87,7 +87,12 @@ def against(config: AnyConfig) -> dict[str, Any] | None:
     experiment = registry.experiments().get(config.name)
     if experiment is None or config.scale not in experiment.scales:
         return None
-    baseline = _baseline(experiment, config.scale)
+    table, row, baseline = experiment.table, experiment.row, experiment.build(config.scale)
+    if table is not None and table.baseline is not None:
+        part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
+        compared = next(row for row in table.rows if row.name == table.baseline)
+        if part in table.parts_of(compared, config.scale):  # the baseline in the same part
+            baseline = table.config(compared, config.scale, part)
     fields = [(name, *map(page.as_set, values)) for name, values in changed(config, baseline).items()]
     return {"name": baseline.name, "fields": fields}
 
@@ -96,17 +101,6 @@ def changed(config: AnyConfig, other: AnyConfig, *left_out: str) -> dict[str, tu
     """The differing fields that can change a result, with both values."""
     found = difference(config, other).items()
     return {name: pair for name, pair in found if name not in ("name", "seed", *left_out) and not name.startswith("runtime.")}
-
-
-def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
-    """The config of the table's baseline in the same part, or the config of the experiment."""
-    table, row = experiment.table, experiment.row
-    if table is not None and table.baseline is not None:
-        part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
-        compared = next(row for row in table.rows if row.name == table.baseline)
-        if part in table.parts_of(compared, scale):
-            return table.config(compared, scale, part)
-    return experiment.build(scale)
 
 
 def sources(report: Mapping[str, Any]) -> list[Part]:

@@ -131,24 +131,19 @@ def _costs(result: Result) -> Part:
 
 
 def _differences(folder: Path, root: Path, result: Result, first: Reports) -> Part:
-    """A card for each row: its difference to the baseline, and links to its runs' reports."""
+    """A card for each row: its difference to the baseline, size and note, and links to its runs' reports."""
     compared = f"{result['baseline']}'s" if result["baseline"] in first else "the table's base"
-    cards = [_row_card(folder, root, row, result, first) for row in result["rows"]]
+    cards = []
+    for row in result["rows"]:
+        parents = ", ".join(dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"]))
+        links = Markup(", ").join(_link(folder, root, run) for run in row["runs"])
+        texts = [page.text(words, "small") for words in (_changes(row, result, first), row["note"])]
+        texts += [
+            page.text(words, "small soft") for words in (f"starts from {parents}" * bool(parents), _parameters(row, result))
+        ]
+        cards.append(page.group("card", *texts, page.text(links, "small"), title=row["name"]))
     remark = page.text(f"The config against {compared}, and each run's own report.", "soft small")
     return page.section("What differs", remark, page.group("texts", *cards))
-
-
-def _row_card(folder: Path, root: Path, row: Line, result: Result, first: Reports) -> Part:
-    parents = ", ".join(dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"]))
-    return page.group(
-        "card",
-        page.text(_changes(row, result, first), "small"),
-        page.text(row["note"], "small"),
-        page.text(f"starts from {parents}" if parents else "", "small soft"),
-        page.text(_parameters(row, result), "small soft"),
-        page.text(Markup(", ").join(_link(folder, root, run) for run in row["runs"]), "small"),
-        title=row["name"],
-    )
 
 
 def _changes(row: Line, result: Result, first: Reports) -> str:
@@ -219,15 +214,16 @@ def _curves_and_spread(result: Result, root: Path) -> Part:
     drawn = [*_curve_figures(result, root), *((svg, "") for svg in spreads)]
     if not drawn:
         return None
-    numbers = page.group("wide-cards", *(_seed_values(result, column) for column in columns))
+    numbers = []
+    for column in columns:
+        seeds = (f"seed {seed}" for seed in result["seeds"])
+        shown = {row["name"]: row["cells"][column["key"]]["values"] for row in result["rows"]}
+        digits = column["digits"] + 1
+        rows = [[name, *("-" if v is None else f"{v:.{digits}f}" for v in values)] for name, values in shown.items()]
+        numbers.append(page.table([column["title"], *seeds], rows, "pinned"))
+    details = page.details("Every seed's number", page.group("wide-cards", *numbers))
     caption = page.text(_spread_caption(result), "soft small")
-    return page.section("Curves and spread", page.figures(drawn), caption, page.details("Every seed's number", numbers))
-
-
-def _seed_values(result: Result, column: Line) -> Part:
-    shown = {row["name"]: row["cells"][column["key"]]["values"] for row in result["rows"]}
-    rows = [[name, *("-" if v is None else f"{v:.{column['digits'] + 1}f}" for v in values)] for name, values in shown.items()]
-    return page.table([column["title"], *(f"seed {seed}" for seed in result["seeds"])], rows, "pinned")
+    return page.section("Curves and spread", page.figures(drawn), caption, details)
 
 
 def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:
