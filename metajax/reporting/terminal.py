@@ -55,8 +55,9 @@ def duration(minutes: float) -> str:
 def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:
     """Print resolved config, parameters by part, FLOPs per token, time estimate and published values."""
     console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
-    fields = ((name, value) for name, value in flatten(config).items() if name not in config.unread())
-    print_grid(("field", "value"), ((name.rstrip("_"), "-" if value in (None, "") else str(value)) for name, value in fields))
+    unread = config.unread()
+    fields = {name.rstrip("_"): value for name, value in flatten(config).items() if name not in unread}
+    print_grid(("field", "value"), ((name, "-" if value in (None, "") else str(value)) for name, value in fields.items()))
     if isinstance(config, Config) and not _print_size(config):
         return
     row = experiment.row
