@@ -23,6 +23,7 @@ PARTS_OF_ROWS = (  # key of the counts, title, colour
     ("meta_tokens", "meta-tokens", "p3"),
     ("padding", "padding", "p4"),
 )
+HELD_OUT = "Each module, package or site is held out whole; no part of it is trained on."
 FILES = dict.fromkeys(("report.json", "metrics.jsonl", "config.json", "environment.json"), "")
 
 
@@ -86,28 +87,20 @@ def against(config: AnyConfig) -> dict[str, Any] | None:
     experiment = registry.experiments().get(config.name)
     if experiment is None or config.scale not in experiment.scales:
         return None
-    baseline = _baseline(experiment, config.scale)
-    return {
-        "name": baseline.name,
-        "fields": [(name, *map(page.as_set, values)) for name, values in changed(config, baseline).items()],
-    }
+    table, row, baseline = experiment.table, experiment.row, experiment.build(config.scale)
+    if table is not None and table.baseline is not None:
+        part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
+        compared = next(row for row in table.rows if row.name == table.baseline)
+        if part in table.parts_of(compared, config.scale):  # the baseline in the same part
+            baseline = table.config(compared, config.scale, part)
+    fields = [(name, *map(page.as_set, values)) for name, values in changed(config, baseline).items()]
+    return {"name": baseline.name, "fields": fields}
 
 
 def changed(config: AnyConfig, other: AnyConfig, *left_out: str) -> dict[str, tuple[Any, Any]]:
     """The differing fields that can change a result, with both values."""
     found = difference(config, other).items()
     return {name: pair for name, pair in found if name not in ("name", "seed", *left_out) and not name.startswith("runtime.")}
-
-
-def _baseline(experiment: registry.Experiment, scale: str) -> AnyConfig:
-    """The config of the table's baseline in the same part, or the config of the experiment."""
-    table, row = experiment.table, experiment.row
-    if table is not None and table.baseline is not None:
-        part = experiment.name.removeprefix(f"{table.name}/{row.name}").strip("/")
-        compared = next(row for row in table.rows if row.name == table.baseline)
-        if part in table.parts_of(compared, scale):
-            return table.config(compared, scale, part)
-    return experiment.build(scale)
 
 
 def sources(report: Mapping[str, Any]) -> list[Part]:
@@ -123,9 +116,7 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
             shown.append(f"{found['source']['spec']}: {counts} with {found['tokenizer']['spec']}{bad}.")
     for result in list(conditions(report["eval"]).values())[:1]:  # all conditions share their documents
         size = f"{result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
-        shown.append(
-            f"Evaluated on {result['documents']:,} validation documents: {size}. Each module, package or site is held out whole; no part of it is trained on."
-        )
+        shown.append(f"Evaluated on {result['documents']:,} validation documents: {size}. {HELD_OUT}")
     return [page.text(line) for line in shown]
 
 

@@ -1,9 +1,8 @@
 """The information in metadata fields: their entropies, their mutual information, and their information about words.
 
-The information about words is measured on documents from origins that were not counted. Their words are coded with word
-frequencies of documents with the same value, shrunk towards the frequencies of all documents, and the saved bits are counted.
-This is a lower estimate of the mutual information of the field and one word: an uncounted value saves nothing, and rare words are
-one class. It does not add up over a text, whose words are redundant. The shrinkage is chosen on separate origins.
+The information about words is measured on documents from other origins than the counted ones. Their words are coded with word
+frequencies of documents with the same value, shrunk towards those of all documents, and the saved bits are counted. This is a
+lower estimate of the mutual information of the field and one word; over a text it does not add up, because words are redundant.
 """
 
 from __future__ import annotations

@@ -61,12 +61,14 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str
     names = TIMES if known else {name: words for name, words in TIMES.items() if name != "kernels"}
     together = [("together", _ms(estimate["step"])), ("MFU", f"{estimate['mfu']:.1%}")] if known else []
     count, unit, flops, parts = plan["reads"]["count"], plan["reads"]["unit"], plan["flops"], plan["flops_by_part"]
+    kinds = [(name, f"{size / GIB:.3f}") for name, size in memory_kinds(plan).items()]
     total = f"{memory['total'] / GIB:.3f} of {memory['limit'] / GIB:g}"
+    links = [
+        (kind, f"{n['count']:,} times, {n['bytes'] / 1e6:,.1f} MB, {1e3 * n['seconds']:.3f} ms at least")
+        for kind, n in plan["collectives"].items()
+    ]
     sections = {
-        ("Memory of a chip", "GiB"): [
-            *((name, f"{size / GIB:.3f}") for name, size in memory_kinds(plan).items()),
-            ("total", total),
-        ],
+        ("Memory of a chip", "GiB"): [*kinds, ("total", total)],
         ("Time of a step, at least", ""): [
             *((words, _ms(bound[name])) for name, words in names.items()),
             ("a step, at least", _ms(bound["step"])),
@@ -83,11 +85,7 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str
             *((part, f"{cost:.3e}, {cost / sum(parts.values()):.1%}") for part, cost in parts.items()),
         ],
         ("Pallas kernels found", ""): _kernels(plan) or [("none", "XLA alone")],
-        ("Between chips, in a step", ""): [
-            (kind, f"{n['count']:,} times, {n['bytes'] / 1e6:,.1f} MB, {1e3 * n['seconds']:.3f} ms at least")
-            for kind, n in plan["collectives"].items()
-        ]
-        or [("nothing", "one chip, or nothing to tell each other")],
+        ("Between chips, in a step", ""): links or [("nothing", "one chip, or nothing to tell each other")],
     }
     return [(title, unit, facts) for (title, unit), facts in sections.items()]
 

@@ -54,18 +54,18 @@ def duration(minutes: float) -> str:
 
 def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:
     """Print resolved config, parameters by part, FLOPs per token, time estimate and published values."""
-    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     from metajax.training.optimizers import unread_by_optimizer
 
+    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     unread = {*config.unread(), *unread_by_optimizer(config)}
-    fields = ((name, value) for name, value in flatten(config).items() if name not in unread)
-    print_grid(("field", "value"), ((name.rstrip("_"), "-" if value in (None, "") else str(value)) for name, value in fields))
+    fields = {name.rstrip("_"): value for name, value in flatten(config).items() if name not in unread}
+    print_grid(("field", "value"), ((name, "-" if value in (None, "") else str(value)) for name, value in fields.items()))
     if isinstance(config, Config) and not _print_size(config):
         return
     row = experiment.row
     published = {key: row.paper(key) for key in row.published} if row else {}
-    said = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
-    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {said or 'nothing for this row'}")
+    values = ", ".join(f"{key} {'not stated' if p.value is None else p.value}" for key, p in published.items())
+    console.print(f"about {experiment.minutes[config.scale]:g} minutes; the paper reports: {values or 'nothing for this row'}")
 
 
 def _print_size(config: Config) -> bool:
@@ -151,10 +151,8 @@ def print_curriculum(config: Config, paths: Any) -> None:
     phases, lengths = range(len(tasks.phases)), ", ".join(map(str, tasks.eval_lengths))
     ranges = {task: [f"{examples.shortest(task)}-{examples.longest(task, phase)}" for phase in phases] for task in tasks.names}
     console.print(plain(f"tokens of an example; a phase is {config.training.steps / len(tasks.phases):,.0f} steps", "bold"))
-    print_grid(
-        ("task", *(f"phase {phase + 1}" for phase in phases), "evaluated at"),
-        ((task, *cells, lengths) for task, cells in ranges.items()),
-    )
+    titles = ("task", *(f"phase {phase + 1}" for phase in phases), "evaluated at")
+    print_grid(titles, ((task, *cells, lengths) for task, cells in ranges.items()))
     for task in tasks.names:
         console.print(plain(examples.test(task, min(tasks.eval_lengths), 0).text, "italic"))
 
@@ -275,10 +273,10 @@ def print_sample(lines: Sequence[dict[str, Any]], tables: Sequence[str]) -> None
     """Print the findings of a sample of all tables, and the tables that it did not reach."""
     if not lines:
         console.print("no line of any table fits the time; give it more with --budget")
-    rows = [
-        (line["table"], str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])), ", ".join(line["empty"]) or "-")
-        for line in lines
-    ]
+    rows = []
+    for line in lines:
+        counts = (str(line["lines"]), f"{line['minutes']:.1f}", str(len(line["failed"])))
+        rows.append((line["table"], *counts, ", ".join(line["empty"]) or "-"))
     print_grid(("table", "lines", "minutes", "failed", "columns without a number"), rows)
     for failure in (f"{line['table']}/{failure}" for line in lines for failure in line["failed"]):
         console.print(plain(f"failed: {failure}", "red"), soft_wrap=True)

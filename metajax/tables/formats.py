@@ -34,12 +34,12 @@ def cell(row: Line, column: Line, result: Result) -> dict[str, str]:
     paper_difference: to the paper's baseline, with as many digits as the paper gives. Each is "" if it has no value.
     """
     found, digits, seeds = row["cells"][column["key"]], column["digits"], len(result["seeds"])
-    state, said, paper, against = "" if found["ours"] else state_of(row, column), found["published"], "", ""
-    if said is not None:
-        mark = f" [{paper_notes(result).index(said['note']) + 1}]" if said["note"] else ""
-        paper = ("not stated" if said["value"] is None else str(said["value"])) + mark
-        if said["difference"] is not None:
-            against = f"{said['difference']:+.{len(str(said['value']).partition('.')[2])}f}"
+    state, published, paper, against = "" if found["ours"] else state_of(row, column), found["published"], "", ""
+    if published is not None:
+        mark = f" [{paper_notes(result).index(published['note']) + 1}]" if published["note"] else ""
+        paper = ("not stated" if published["value"] is None else str(published["value"])) + mark
+        if published["difference"] is not None:
+            against = f"{published['difference']:+.{len(str(published['value']).partition('.')[2])}f}"
     ours, difference = _interval(found["ours"], digits, seeds), _interval(found["difference"], digits, seeds, "+")
     return {"ours": ours or state, "state": state, "difference": difference, "paper": paper, "paper_difference": against}
 
@@ -81,21 +81,19 @@ def cost_of_baseline(result: Result) -> Mapping[str, float] | None:
     return next((row["cost"] for row in result["rows"] if row["name"] == result["baseline"]), None)
 
 
-def cost_text(row: Line, key: str, result: Result) -> str:
-    """A cost as text, with its increase over the baseline's cost."""
-    cost, basis = row["cost"], cost_of_baseline(result)
-    if cost is None:
-        return "-"
-    text = f"{cost[key]:.3g}" if key == "flops" else f"{cost[key]:,.0f}"
-    if basis is None or not basis[key] or cost[key] == basis[key]:
-        return text
-    return f"{text} ({cost[key] / basis[key] - 1:+.1%})"
-
-
 def costs(result: Result) -> tuple[list[str], list[list[str]]]:
-    """(titles, rows) of the costs that any row has; no rows if there are none."""
+    """(titles, rows) of the costs that any row has, with increases over the baseline's; no rows if there are none."""
     shown = {key: title for key, title in COSTS.items() if any(row["cost"] and row["cost"].get(key) for row in result["rows"])}
-    rows = [[row["name"], *(cost_text(row, key, result) for key in shown)] for row in result["rows"]] if shown else []
+    basis, rows = cost_of_baseline(result) or {}, []
+    for row in result["rows"] if shown else ():
+        rows.append([row["name"]])
+        for key in shown:
+            text, compared = "-", basis.get(key)
+            if row["cost"] is not None:
+                count = row["cost"][key]
+                text = f"{count:.3g}" if key == "flops" else f"{count:,.0f}"
+                text += f" ({count / compared - 1:+.1%})" if compared and count != compared else ""
+            rows[-1].append(text)
     return ["row", *shown.values()], rows
 
 
@@ -111,18 +109,17 @@ def has_difference(result: Result) -> bool:
 
 def remarks(result: Result) -> list[str]:
     """The remarks below the table, after its own notes: seeds, scale, sources, code, power."""
-    said = [seed_note(result)]
+    notes = [seed_note(result)]
     if result["scale"] != "paper" and any(has_paper(result, c) for c in result["columns"]):
-        said.append(
-            f"The paper's values belong to models and data of the paper's size, ours to scale {result['scale']}: compare directions, not levels."
-        )
-    said += [f"[{i}] {note}" for i, note in enumerate(paper_notes(result), 1)]
-    said += [f"{row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
+        sizes = f"The paper's values belong to models and data of the paper's size, ours to scale {result['scale']}"
+        notes.append(f"{sizes}: compare directions, not levels.")
+    notes += [f"[{i}] {note}" for i, note in enumerate(paper_notes(result), 1)]
+    notes += [f"{row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
     absent: dict[str, list[str]] = {}
     for row in (row for row in result["rows"] if row["lacks"]):
         absent.setdefault(row["lacks"], []).append(row["name"])
-    said += [f"Not here, for want of {lacks}: {', '.join(names)}." for lacks, names in absent.items()]
-    return [*said, *_code_remarks(result), *_power_remarks(result)]
+    notes += [f"Not here, for want of {lacks}: {', '.join(names)}." for lacks, names in absent.items()]
+    return [*notes, *_code_remarks(result), *_power_remarks(result)]
 
 
 def seed_note(result: Result) -> str:
@@ -142,7 +139,7 @@ def seed_note(result: Result) -> str:
 def paper_notes(result: Result) -> list[str]:
     """The sources of published values that are not in a table of the paper, each once."""
     cells = (row["cells"][column["key"]]["published"] for row in result["rows"] for column in result["columns"])
-    return list(dict.fromkeys(said["note"] for said in cells if said and said["note"]))
+    return list(dict.fromkeys(found["note"] for found in cells if found and found["note"]))
 
 
 def failures(result: Result) -> list[dict[str, Any]]:
@@ -235,17 +232,15 @@ def csv_text(result: Result) -> str:
 
 def _numbers(row: Line, column: Line, result: Result) -> dict[str, Any]:
     found = row["cells"][column["key"]]
-    said, line = found["published"] or {}, {"row": row["name"], "group": row["group"], "column": column["title"]}
+    published = found["published"] or {}
+    line = {"row": row["name"], "group": row["group"], "column": column["title"]}
     line |= {"path": column["key"], "better": column["better"]}
-    line |= zip(("n", "mean", "low", "high"), _bounds(found["ours"]), strict=True)
-    n, *difference = _bounds(found["difference"])
-    line |= zip(("difference", "difference_low", "difference_high"), difference, strict=True)
-    line |= {
-        "difference_n": n,
-        "paper": said.get("value"),
-        "paper_difference": said.get("difference"),
-        "paper_note": said.get("note"),
-    }
+    n, mean, low, high = _bounds(found["ours"])
+    line |= {"n": n, "mean": mean, "low": low, "high": high}
+    n, mean, low, high = _bounds(found["difference"])
+    line |= {"difference": mean, "difference_low": low, "difference_high": high, "difference_n": n}
+    line["paper"] = published.get("value")
+    line |= {f"paper_{key}": published.get(key) for key in ("difference", "note")}
     return line | {f"seed_{seed}": value for seed, value in zip(result["seeds"], found["values"], strict=True)}
 
 

@@ -64,11 +64,11 @@ def _href(folder: Path, target: Path) -> str:
 
 def _sentence(result: Result, report: Mapping[str, Any] | None) -> str:
     """What was compared: the summary, and the size and steps of the baseline's run."""
-    said = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
+    words = f"{page.plural(len(result['rows']), 'row')}: {result['summary']}."
     if report is None or result["baseline"] is None:
-        return said
+        return words
     size = f"{page.short_count(report['parameters']['total'])} parameters and {report['steps']:,} training steps"
-    return f"{said} The baseline {result['baseline']} has {size}; the changes of every other row are listed below."
+    return f"{words} The baseline {result['baseline']} has {size}; the changes of every other row are listed below."
 
 
 def _progress(result: Result) -> Part:
@@ -81,12 +81,12 @@ def _progress(result: Result) -> Part:
 
 
 def _failures(folder: Path, root: Path, result: Result) -> Part:
-    said = []
+    lines = []
     for run in formats.failures(result):
         log = page.link(_href(folder, root / run["folder"] / FAILURE_LOG), "log")
-        said.append(Markup("{row}, seed {seed}: {reason} ({log})").format(**run, log=log))
-    title = f"{page.plural(len(said), 'run')} failed. The same command tries again."
-    return page.group("warning", page.lines(said, ""), title=title)
+        lines.append(Markup("{row}, seed {seed}: {reason} ({log})").format(**run, log=log))
+    title = f"{page.plural(len(lines), 'run')} failed. The same command tries again."
+    return page.group("warning", page.lines(lines, ""), title=title)
 
 
 def _results(result: Result) -> Part:
@@ -131,24 +131,19 @@ def _costs(result: Result) -> Part:
 
 
 def _differences(folder: Path, root: Path, result: Result, first: Reports) -> Part:
-    """A card for each row: its difference to the baseline, and links to its runs' reports."""
+    """A card for each row: its difference to the baseline, size and note, and links to its runs' reports."""
     compared = f"{result['baseline']}'s" if result["baseline"] in first else "the table's base"
-    cards = [_row_card(folder, root, row, result, first) for row in result["rows"]]
+    cards = []
+    for row in result["rows"]:
+        parents = ", ".join(dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"]))
+        links = Markup(", ").join(_link(folder, root, run) for run in row["runs"])
+        texts = [page.text(words, "small") for words in (_changes(row, result, first), row["note"])]
+        texts += [
+            page.text(words, "small soft") for words in (f"starts from {parents}" * bool(parents), _parameters(row, result))
+        ]
+        cards.append(page.group("card", *texts, page.text(links, "small"), title=row["name"]))
     remark = page.text(f"The config against {compared}, and each run's own report.", "soft small")
     return page.section("What differs", remark, page.group("texts", *cards))
-
-
-def _row_card(folder: Path, root: Path, row: Line, result: Result, first: Reports) -> Part:
-    parents = ", ".join(dict.fromkeys(run["parent"].rsplit("/", 2)[0] for run in row["runs"] if run["parent"]))
-    return page.group(
-        "card",
-        page.text(_changes(row, result, first), "small"),
-        page.text(row["note"], "small"),
-        page.text(f"starts from {parents}" if parents else "", "small soft"),
-        page.text(_parameters(row, result), "small soft"),
-        page.text(Markup(", ").join(_link(folder, root, run) for run in row["runs"]), "small"),
-        title=row["name"],
-    )
 
 
 def _changes(row: Line, result: Result, first: Reports) -> str:
@@ -174,11 +169,11 @@ def _parameters(row: Line, result: Result) -> str:
     cost, basis = row["cost"], formats.cost_of_baseline(result)
     if cost is None:
         return ""
-    said = f"{cost['parameters']:,} parameters"
+    words = f"{cost['parameters']:,} parameters"
     if basis is None or not basis["parameters"] or row["name"] == result["baseline"]:
-        return said
+        return words
     more = cost["parameters"] / basis["parameters"] - 1
-    return f"{said}, {more:+.1%} against {result['baseline']}" if more else f"{said}, as many as {result['baseline']}"
+    return f"{words}, {more:+.1%} against {result['baseline']}" if more else f"{words}, as many as {result['baseline']}"
 
 
 def _budgets(first: Reports) -> Part:
@@ -206,10 +201,10 @@ def _samples(first: Reports) -> Part:
 def _foundation(workdir: Path, report: Mapping[str, Any]) -> Part:
     """Sources and machine of a run."""
     machine = dict(facts.environment_facts(find_readable(workdir / "environment.json")))
-    said = "not known: the file of the run is missing or damaged"
+    known = "not known: the file of the run is missing or damaged"
     if machine:
-        said = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
-    return page.section("What this rests on", page.group("card", *facts.sources(report), page.text(f"Run on {said}.")))
+        known = f"{machine['devices']}; jax {machine['jax']}, python {machine['python']}; git {machine['git']}"
+    return page.section("What this rests on", page.group("card", *facts.sources(report), page.text(f"Run on {known}.")))
 
 
 def _curves_and_spread(result: Result, root: Path) -> Part:
@@ -219,15 +214,16 @@ def _curves_and_spread(result: Result, root: Path) -> Part:
     drawn = [*_curve_figures(result, root), *((svg, "") for svg in spreads)]
     if not drawn:
         return None
-    numbers = page.group("wide-cards", *(_seed_values(result, column) for column in columns))
+    numbers = []
+    for column in columns:
+        seeds = (f"seed {seed}" for seed in result["seeds"])
+        shown = {row["name"]: row["cells"][column["key"]]["values"] for row in result["rows"]}
+        digits = column["digits"] + 1
+        rows = [[name, *("-" if v is None else f"{v:.{digits}f}" for v in values)] for name, values in shown.items()]
+        numbers.append(page.table([column["title"], *seeds], rows, "pinned"))
+    details = page.details("Every seed's number", page.group("wide-cards", *numbers))
     caption = page.text(_spread_caption(result), "soft small")
-    return page.section("Curves and spread", page.figures(drawn), caption, page.details("Every seed's number", numbers))
-
-
-def _seed_values(result: Result, column: Line) -> Part:
-    shown = {row["name"]: row["cells"][column["key"]]["values"] for row in result["rows"]}
-    rows = [[name, *("-" if v is None else f"{v:.{column['digits'] + 1}f}" for v in values)] for name, values in shown.items()]
-    return page.table([column["title"], *(f"seed {seed}" for seed in result["seeds"])], rows, "pinned")
+    return page.section("Curves and spread", page.figures(drawn), caption, details)
 
 
 def _curve_figures(result: Result, root: Path) -> list[tuple[str, str]]:

@@ -139,12 +139,10 @@ def share_to_match(curve: Sequence[tuple[int, float]], target: float, margin: fl
         return None
     sign = 1.0 if curve[-1][1] >= curve[0][1] else -1.0
     goal, end = sign * target + margin, curve[-1][0]
-    before = None
-    for step, value in ((step, sign * value) for step, value in curve):
-        if value >= goal:
-            back = 0.0 if before is None or value == before[1] else (value - goal) / (value - before[1]) * (step - before[0])
+    for (step_before, before), (step, value) in itertools.pairwise([curve[0], *curve]):
+        if sign * value >= goal:
+            back = 0.0 if value == before else (sign * value - goal) / (sign * (value - before)) * (step - step_before)
             return (step - back) / end
-        before = step, value
     return None
 
 

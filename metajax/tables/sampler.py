@@ -36,9 +36,9 @@ class Sampled:
 
 def budget_seconds(text: str) -> float:
     """Seconds of a text such as 90s, 60m or 2h; UserError for any other form."""
-    said = f"--budget {text}: expected a time such as 60m or 2h"
-    require(text[-1:] in UNITS, said)
-    return UNITS[text[-1]] * convert(text[:-1], Budget, f"{said}; its number")
+    problem = f"--budget {text}: expected a time such as 60m or 2h"
+    require(text[-1:] in UNITS, problem)
+    return UNITS[text[-1]] * convert(text[:-1], Budget, f"{problem}; its number")
 
 
 def sample(tables: Iterable[Table], scale: str, seconds: float, seed: int, root: Path, run_one: RunOne) -> list[Sampled]:

@@ -57,10 +57,10 @@ def sweep_table(experiment: Experiment, words: Sequence[str], scale: str, change
         for row in swept(*axes)
     ]
     own = apply_changes(experiment.build(scale), changes)
-    said = " and ".join(f"{field} = {', '.join(values)}" for axis in axes for field, values in axis.items())
+    grid = " and ".join(f"{field} = {', '.join(values)}" for axis in axes for field, values in axis.items())
     table = Table(
         name=f"{experiment.name}/sweep-{hashlib.sha256(json.dumps(axes).encode()).hexdigest()[:8]}",
-        summary=f"{experiment.name} with {said}",
+        summary=f"{experiment.name} with {grid}",
         paper=experiment.paper,
         base=experiment.build,
         rows=tuple(rows),

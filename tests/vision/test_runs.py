@@ -158,7 +158,7 @@ def test_a_learner_reports_its_deltas_and_is_analysed(learner, paths, monkeypatc
     assert report["parameters"] == {"context": 64, "meta_net": 16 * 16 + 16 + 16 * 16 + 16, "total": 64 + 544}
     page = (straight / "report.html").read_text()
     assert "t-SNE" in page and "silhouette of deltas by augmentation" in page and "Time of a step" in page
-    with pytest.raises(UserError, match="unknown 'sharpening'"):
+    with pytest.raises(UserError, match="unknown analysis 'sharpening'"):
         run_experiment(config, straight, paths, analyses=["sharpening"])
 
 
