@@ -62,7 +62,9 @@ def files(folder: Any) -> dict[str, dict[str, Any]]:
 def move(source: Any, target: Any) -> None:
     """Move a file or folder; on a bucket, object by object."""
     if _on_bucket(source):
-        storage(source)[0].mv(os.fspath(source), os.fspath(target), recursive=True)
+        system, _ = storage(source)
+        system.copy(os.fspath(source), os.fspath(target), recursive=True)
+        system.rm(os.fspath(source), recursive=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
