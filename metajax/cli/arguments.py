@@ -56,7 +56,7 @@ def data_folder(text: str) -> Any:
     if text.startswith(SCHEME):
         storage(text)
     else:
-        require(Path(text).is_dir(), f"--data-dir {text}: there is no such folder")
+        require(Path(text).is_dir(), f"--data-dir {text}: no such folder")
     return epath.Path(text)
 
 

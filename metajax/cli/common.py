@@ -59,12 +59,12 @@ def config_of_run(options: argparse.Namespace) -> Config:
     return override(config, {"runtime.mesh": Runtime.mesh})
 
 
-def open_run(options: argparse.Namespace, word: str) -> Any:
-    """Open a run's newest checkpoint."""
+def open_run(options: argparse.Namespace) -> Any:
+    """Open the newest checkpoint of the run that a command names."""
     start_jax(options.cache_dir)
     from metajax.runs.directory import find_run
     from metajax.training import opened
 
-    workdir = find_run(word, options.runs_dir)
+    workdir = find_run(options.run, options.runs_dir)
     say(f"run: {workdir}")
     return opened.open_run(workdir)

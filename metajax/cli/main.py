@@ -81,9 +81,6 @@ def main(arguments: Sequence[str], started: float | None = None, packages: Seque
             return Interrupted.EXIT_CODE
 
 
-# ------------------------------------------------------------------------------------------------- arguments
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see `{self.prog} --help`")

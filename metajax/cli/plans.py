@@ -74,7 +74,7 @@ def run_survey(options: argparse.Namespace, paths: Paths, dump: Path) -> int:
     file, groups, made = paths.runs / "plans" / f"{options.scale}.json", programs(chosen), []
     slices = options.topology.split(",") if options.topology else SLICES
     for number, group in enumerate(groups, 1):
-        say(f"program {number} of {len(groups)}: {group[0].name}, which stands for {len(group)}")
+        say(f"program {number} of {len(groups)}: {group[0].name}, the first of {len(group)} experiments")
         made.append(_on_first(group[0], slices, plan_one) | {"stands_for": [config.name for config in group]})
         write_json(file, made)
     print_survey(made)
@@ -137,7 +137,6 @@ def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabul
     if known is None and tokenizer in registry.vocabularies:
         known = Vocabulary.above(registry.vocabularies[tokenizer])
     size = vocabulary or (known.size if known is not None else None)
-    require(
-        size is not None, f"the tokenizer {tokenizer} is a file of yours; give the size of its vocabulary with --vocabulary N"
-    )
+    remedy = "give the size of its vocabulary with --vocabulary N"
+    require(size is not None, f"the tokenizer {tokenizer} is a file of yours; {remedy}")
     return functools.partial(text_step, vocab_size=size)

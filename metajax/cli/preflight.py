@@ -1,4 +1,4 @@
-"""Checks before a run on several hosts: all hosts are there with the same code and data, and the storage answers.
+"""Checks before a run on several hosts: all hosts answer with the same code and data, and so does the storage.
 
 Every check runs in a separate process with a time limit, because reading a bucket without credentials, or a collective with a
 missing host, can hang forever. Run the same command on all hosts at about the same time; on one host it checks that machine.
@@ -63,9 +63,6 @@ def _bounded(check: str, arguments: dict[str, Any], seconds: float) -> tuple[boo
     return False, last if done.returncode == 2 else f"{here}: {last}; {remedy}", {}
 
 
-# ----------------------------------------------------------------------------------------------------- checks
-
-
 def _place(arguments: dict[str, Any]) -> dict[str, Any]:
     from metajax.distributed.hosts import find_place
 
@@ -98,7 +95,7 @@ def _hosts(arguments: dict[str, Any]) -> dict[str, Any]:
     everyone = _meet(address, count, me, facts, time.monotonic() + arguments["seconds"] - 2.0)
     missing = ", ".join(str(i) for i, other in enumerate(everyone) if other is None)
     remedy = "start the same command there, and check that these machines are up"
-    require(not missing, f"of {count} processes {missing} did not come to {address}; {remedy}")
+    require(not missing, f"of {count} processes {missing} did not reach {address}; {remedy}")
     first = everyone[0]
     for i, other in enumerate(everyone):
         here, there = f"process {i} ({other['host']})", f"process 0 ({first['host']})"
@@ -106,11 +103,14 @@ def _hosts(arguments: dict[str, Any]) -> dict[str, Any]:
         for name in first:
             alike = name == "host" or other[name] == first[name]
             require(alike, f"{here} has {name} {other[name]}, {there} {first[name]}; {remedy}")
-    return {"text": f"all {count} are there: " + ", ".join(other["host"] for other in everyone)}
+    return {"text": f"all {count} processes met: " + ", ".join(other["host"] for other in everyone)}
 
 
 def _meet(address: str, count: int, me: int, facts: dict[str, Any], deadline: float) -> list[Any]:
-    """The facts of all processes; None for those that did not report to process 0 before the deadline."""
+    """The facts of all processes; None for those that did not report to process 0 before the deadline.
+
+    By plain sockets: JAX would not name the missing processes, and its versions may differ between the hosts.
+    """
     host, _, port = address.rpartition(":")
     if me == 0:
         return _collect(int(port), count, facts, deadline)

@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal
 
 from metajax.core.errors import UserError, nearest, require
 
-# ----------------------------------------------------------------------------------------------------- ranges
-
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -98,9 +96,6 @@ class Part:
             agree(self)
 
         cls.__post_init__ = convert_all
-
-
-# ------------------------------------------------------------------------------------------------- conversion
 
 
 @functools.cache
@@ -256,9 +251,6 @@ def flatten(config: Any) -> dict[str, Any]:
     """Every reachable field by dotted path. A null sub-config is one entry; a null field marked `filled_in` is left out."""
     found = {path: (f, value) for path, _, f, value in _walk(config) if not dataclasses.is_dataclass(value)}
     return {path: value for path, (f, value) in found.items() if value is not None or not f.metadata.get("filled_in")}
-
-
-# ---------------------------------------------------------------------------------------- defaults and ignored fields
 
 
 def defaults(cls: type, prefix: str = "") -> dict[str, Any]:

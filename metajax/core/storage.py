@@ -62,13 +62,12 @@ def files(folder: Any) -> dict[str, dict[str, Any]]:
 def move(source: Any, target: Any) -> None:
     """Move a file or folder; on a bucket, object by object."""
     if _on_bucket(source):
-        storage(source)[0].mv(os.fspath(source), os.fspath(target), recursive=True)
+        system, _ = storage(source)
+        system.copy(os.fspath(source), os.fspath(target), recursive=True)
+        system.rm(os.fspath(source), recursive=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
-
-
-# ------------------------------------------------------------------------------------------------------ stages
 
 
 def stage(url: str, runs: Path) -> Path:
@@ -104,9 +103,8 @@ def _literal() -> type:
 def literal(path: Path) -> Any:
     """A local path for Orbax, absolute. Raises UserError for a name that Orbax or TensorStore takes for something else."""
     where = Path(path).absolute()
-    require(
-        "\\" not in str(where), f"{where}: TensorStore, which writes checkpoints, takes a backslash for a slash; name another"
-    )
+    is_plain = "\\" not in str(where)
+    require(is_plain, f"{where}: TensorStore, which writes checkpoints, takes a backslash for a slash; name another")
     scheme = where.parts[1] if len(where.parts) > 1 else ""
     require(scheme not in ("gs", "s3", "az", "hf"), f"{where}: Orbax takes {scheme} for a bucket; name another folder")
     return _literal()(where)
@@ -150,12 +148,11 @@ def fill(workdir: Path) -> None:
     there = home(workdir)
     system, root = storage(there)
     require_bucket(there)
-    kept = _kept(there) if (there / "config.json").exists() else {}
-    for name in _staged(workdir):
-        if name not in kept:
-            (workdir / name).unlink()
+    staged, kept = _staged(workdir), _kept(there) if (there / "config.json").exists() else {}
+    for name in staged.keys() - kept.keys():
+        (workdir / name).unlink()
     for name, digest in kept.items():
-        if digest != _digest(workdir / name):
+        if digest != staged.get(name):
             (workdir / name).parent.mkdir(parents=True, exist_ok=True)
             system.get_file(f"{root}/{name}", str(workdir / name))
 
@@ -165,9 +162,9 @@ def publish(workdir: Path) -> None:
     if not (workdir / MARK).exists():
         return
     there = home(workdir)
-    (system, root), kept = storage(there), _kept(there)
-    for name in sorted(_staged(workdir), key=lambda name: (name != "config.json", name)):
-        if kept.get(name) != _digest(workdir / name):
+    (system, root), staged, kept = storage(there), _staged(workdir), _kept(there)
+    for name in sorted(staged, key=lambda name: (name != "config.json", name)):
+        if kept.get(name) != staged[name]:
             system.pipe_file(f"{root}/{name}", (workdir / name).read_bytes())
 
 
@@ -179,16 +176,11 @@ def _kept(there: Any) -> dict[str, str]:
     return {name.removeprefix(f"{root}/"): info.get("md5Hash", "") for name, info in found}
 
 
-def _staged(workdir: Path) -> list[str]:
-    """All files except hidden ones and those of Weights & Biases."""
-    return [name for name in files(workdir) if not os.path.basename(name).startswith(".") and not name.startswith("wandb/")]
-
-
-def _digest(path: Path) -> str:
-    return base64.b64encode(hashlib.md5(path.read_bytes(), usedforsecurity=False).digest()).decode() if path.exists() else ""
-
-
-# ----------------------------------------------------------------------------------------------------- outages
+def _staged(workdir: Path) -> dict[str, str]:
+    """{name: MD5 in base64} of the files of a stage except hidden ones and those of Weights & Biases."""
+    names = [name for name in files(workdir) if not os.path.basename(name).startswith(".") and not name.startswith("wandb/")]
+    digests = (hashlib.md5((workdir / name).read_bytes(), usedforsecurity=False).digest() for name in names)
+    return {name: base64.b64encode(digest).decode() for name, digest in zip(names, digests, strict=True)}
 
 
 @contextlib.contextmanager

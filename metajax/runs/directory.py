@@ -14,19 +14,18 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from metajax.core.storage import SCHEME, fill, home, outages, publish, stage
 from metajax.config import CONFIG_VERSION, AnyConfig, config_from, config_hash, difference
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import require_all_read, to_dict
 from metajax.core.progress import warn
+from metajax.core.storage import SCHEME, fill, home, outages, publish, stage
 from metajax.runs.files import CONFIG, Mark, find_json, read_json, recall, write_json
-from metajax.runs.place import Place
 
 T = TypeVar("T")
 LOCK = ".lock"  # the file of a process that has ended locks nothing
@@ -103,6 +102,41 @@ def _is_first() -> bool:
     from metajax.distributed.hosts import is_first  # slow to import, and not needed for finding runs
 
     return is_first()
+
+
+class Gone(UserError):
+    """The folder that a process works in was moved or deleted; another run cannot recover from that."""
+
+
+class Place:
+    """A folder that is held open, so that a replacement of the same name is recognised."""
+
+    def __init__(self, path: Path):
+        self.path, self._held = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        os.close(self._held)
+
+    def require_there(self) -> None:
+        """Raise Gone if the folder was moved, deleted or replaced."""
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._held))
+        except OSError:
+            there = False
+        if not there:
+            raise Gone(f"{self.path} was moved, deleted or replaced during the run; put it back and give the same command again")
+
+    @contextlib.contextmanager
+    def while_there(self) -> Iterator[None]:
+        """Raise Gone for a failure inside that happens because this folder, or another file that is read, no longer exists."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.require_there()
+            if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+                which = error.filename2 or error.filename or self.path
+                raise Gone(f"{which}: {error.strerror}; restore it, and give the same command again") from error
+            raise
 
 
 @dataclass
@@ -254,17 +288,14 @@ def check_data(workdir: Path, **now: str) -> None:
 
 def require_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
     """Likewise for {key, tokenizer} stored by part of the run; an entry missing on either side is not compared."""
+    remedy = "start a new run with another --workdir"
     key, tokenizer = (now.get(name, saved.get(name)) for name in ("key", "tokenizer"))
-    require(
-        saved.get("tokenizer", tokenizer) == tokenizer,
-        f"the tokenizer is not the one {workdir} was trained with ({tokenizer!s:.12} now, {saved.get('tokenizer')!s:.12} then); "
-        "restore it, or start a new run with another --workdir",
-    )
-    require(
-        saved.get("key", key) == key,
-        f"the corpus has changed since {workdir} began ({key} now, {saved.get('key')} then: other files or library versions); "
-        "start a new run with another --workdir",
-    )
+    old_key, old_tokenizer = saved.get("key", key), saved.get("tokenizer", tokenizer)
+    tokenizers = f"{tokenizer!s:.12} now, {old_tokenizer!s:.12} then"
+    is_same = old_tokenizer == tokenizer
+    require(is_same, f"the tokenizer is not the one {workdir} was trained with ({tokenizers}); restore it, or {remedy}")
+    keys = f"{key} now, {old_key} then: other files or library versions"
+    require(old_key == key, f"the corpus has changed since {workdir} began ({keys}); {remedy}")
 
 
 def _hash_and_version(workdir: Path, config: AnyConfig) -> tuple[str, int]:
@@ -310,9 +341,6 @@ def _require_same(saved: AnyConfig, config: AnyConfig, path: Path) -> None:
 def conditions(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The validation results of a report's `eval` by condition, without tasks and choices; empty for images."""
     return {name: result for name, result in results.items() if isinstance(result, dict) and "bpb" in result}
-
-
-# ----------------------------------------------------------------------------------------------- finding runs
 
 
 def list_runs(root: Path) -> list[Path]:

@@ -40,7 +40,8 @@ EVAL = {
     "?tasks": {"*": {"*": (BIN, *NUMBER)}},
     "*": ({"?bpb": NUMBER, "?accuracy": NUMBER, "*": object}, NULL, *NUMBER),
 }
-SPENT = "from steps lost startup compile data_wait checkpoint evaluation".split()  # seconds of one start, from a step on
+# Seconds of one start, which began at a step.
+SPENT = ("from", "steps", "lost", "startup", "compile", "data_wait", "checkpoint", "evaluation")
 # Shape of a file: a type, one of several shapes, an object's keys (`?`: optional, `*`: all others), or [shape of each item].
 SHAPES: dict[str, Any] = {
     CONFIG: {"?config": dict, "?id": str, "?hash": str},
@@ -71,7 +72,8 @@ SHAPES: dict[str, Any] = {
     "wandb.json": {"id": str, "folder": str},
 }
 # Shape of one line of metrics.jsonl.
-METRICS = {"step": int, "*": (str, bool, NULL, *NUMBER)} | dict.fromkeys("?loss ?bpb ?body_nll ?validation_bpb".split(), NUMBER)
+METRICS: dict[str, Any] = {"step": int, "*": (str, bool, NULL, *NUMBER)}
+METRICS |= dict.fromkeys(("?loss", "?bpb", "?body_nll", "?validation_bpb"), NUMBER)
 Mark = Mapping[str, Any]  # {lines, bytes, sha256} of metrics.jsonl at some step
 
 
@@ -205,9 +207,6 @@ def _is_a(value: Any, kind: Any, at: str) -> bool:
     if isinstance(kind, dict):
         return not _misfit(value, kind, at)
     return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
-
-
-# ---------------------------------------------------------------------------------------------------- metrics
 
 
 def mark_of(data: bytes) -> Mark:

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from metajax.core.atomic import strict, write_text
-from metajax.core.storage import home
 from metajax.config import AnyConfig
+from metajax.core.atomic import strict, write_text
 from metajax.core.fields import to_dict
 from metajax.core.progress import shown, warn
+from metajax.core.storage import home
 from metajax.runs.files import DIGEST, Mark, mark_of, parse_lines, read_json, recall, set_aside, write_json
 
 
@@ -85,8 +85,9 @@ class Loggers:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         scalars = {shown(name, keep=""): value for name, value in scalars.items()}
-        for name, value in scalars.items() if self._tensorboard is not None else ():
-            self._tensorboard.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 

@@ -118,10 +118,8 @@ def _resolve(
         require(is_run, f"{config.name}: init.from = {word!r} is neither an experiment nor a run{nearest(word, known)}")
         folder = find_run(word, root)
         return _with_imported(config, read_config(folder), folder), ()
-    circle = " -> ".join((*chain, word))
-    require(
-        word not in chain, f"init.from goes round in a circle: {circle}; one of them has to start afresh, with an empty init.from"
-    )
+    remedy = "one of them has to start afresh, with an empty init.from"
+    require(word not in chain, f"init.from goes round in a circle: {' -> '.join((*chain, word))}; {remedy}")
     parent = replace(apply_changes(registry.find_experiment(word).build(config.scale), changes), seed=config.seed)
     parent, older = _resolve(parent, changes, root, (*chain, word))
     child = override(config, {"init.from": "?".join([default_workdir(parent, Path()).as_posix(), *parts])})

@@ -22,10 +22,9 @@ from metajax.core.errors import nearest, require
 from metajax.core.progress import say, warn
 from metajax.core.workers import Inline
 from metajax.registry import Row, Table
-from metajax.runs.directory import FAILURE_LOG, default_workdir
+from metajax.runs.directory import FAILURE_LOG, Gone, Place, default_workdir
 from metajax.runs.files import find_readable, write_json
 from metajax.runs.parents import absent_fields, apply_changes, inherited, resolve_parents
-from metajax.runs.place import Gone, Place
 from metajax.tables.formats import csv_text, latex, markdown
 from metajax.tables.results import COMPLETE, PlannedRun, gather, last_failure, record_failure, record_retry
 from metajax.vision.analyses import check_analyses

@@ -20,9 +20,8 @@ from metajax.distributed.preemption import Preemption
 from metajax.distributed.watchdog import Watchdog
 from metajax.models.flops import peak_flops
 from metajax.runs.directory import RunDirectory
-from metajax.runs.goodput import Goodput
 from metajax.runs.metrics import Loggers, MetricsFile, Nowhere, memory_use
-from metajax.runs.pace import Counts, LeftOut, Pace, Phases
+from metajax.runs.pace import Counts, Goodput, LeftOut, Pace, Phases
 from metajax.training.checkpoints import Checkpoints
 from metajax.training.program import HostBatch
 from metajax.training.replay import write_bundle
@@ -229,7 +228,7 @@ class Trainer:
             raise NonFinite(self._write_bundle(step, values, batch, state))
         read = self.task.count(batch)
         if self.program.rows.counts:
-            self.counts.add(read)
+            self.counts.update(read)
         self._pace.add(read)
         if step % runtime.log_every == 0 and self.left_out.last > step - runtime.log_every:
             warn(str(self.left_out))

@@ -46,7 +46,7 @@ def meet(address, facts, count=None, seconds=4.0):
 
 def test_all_are_there_and_alike(address):
     first, *others = meet(address, [{"jax": "1", "code": "abc"}] * 3)
-    assert first.startswith("all 3 are there: ") and set(others) == {first}
+    assert first.startswith("all 3 processes met: ") and set(others) == {first}
 
 
 def test_a_host_that_differs_is_named_on_every_host(address):
@@ -57,7 +57,7 @@ def test_a_host_that_differs_is_named_on_every_host(address):
 def test_a_missing_host_is_named_on_those_that_came(address):
     began = time.monotonic()
     for said in meet(address, [{}, {}], count=4):
-        assert said.startswith("of 4 processes 2, 3 did not come") and "start the same command there" in said
+        assert said.startswith("of 4 processes 2, 3 did not reach") and "start the same command there" in said
     assert time.monotonic() - began < 4.0
 
 

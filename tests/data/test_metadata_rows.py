@@ -69,7 +69,7 @@ def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_co
     train = [documents[i] for i in cache.documents("train", 0.2)]
     rows = pipeline.phase_rows(corpora, 0)
     for n in range(len(rows)):
-        counts.add(positions_of(stack([rows[n]])))
+        counts.update(positions_of(stack([rows[n]])))
     body, sides = sum(len(d["text"]) for d in train), 1 + (position == "both")
     metadata = sides * sum(len(d["topic"]) + 2 for d in train)
     behind = 0 if position == "prepend" else metadata // sides  # the delimiters are asked for, too

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from metajax.core.errors import UserError
-from metajax.training.inventory import inventory, prune
 from metajax.runs.directory import identity_of, require_same_run
 from metajax.training.checkpoints import newest_good, saved_identity
+from metajax.training.inventory import inventory, prune
 
 pytestmark = pytest.mark.fault(10)
 

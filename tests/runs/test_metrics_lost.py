@@ -21,9 +21,9 @@ DAMAGES = {
     "cut before the step": edited(lambda lines: lines[:3]),
     "a line less": edited(lambda lines: lines[:2] + lines[3:]),
     "a line twice": edited(lambda lines: lines[:3] + lines[2:]),
-    "NULs": edited(lambda lines: lines[:2] + [b"\0" * 40 + b"\n"] + lines[3:]),
+    "NULs": edited(lambda lines: [*lines[:2], b"\x00" * 40 + b"\n", *lines[3:]]),
     "NULs without a line end": edited(lambda lines: [b"".join(lines[:4]), b"\0" * 4000]),
-    "another number": edited(lambda lines: lines[:2] + [lines[2].replace(b'"loss": ', b'"loss": 1')] + lines[3:]),
+    "another number": edited(lambda lines: [*lines[:2], lines[2].replace(b'"loss": ', b'"loss": 1'), *lines[3:]]),
     "another order": edited(lambda lines: lines[::-1]),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
@@ -48,10 +48,8 @@ def test_what_is_lost_before_the_step_is_recorded(tmp_path, damage):
     assert steps[-1] == 7 and len(set(steps)) == len(steps), "what is left stays, each step once"
     assert damage == "deleted" or any((tmp_path / "damaged").iterdir()), "the file as it was is kept"
     assert (
-        file.mark()["lines"] == len(steps)
-        and set(path.read_bytes().splitlines(keepends=True)[:-1]) <= set(whole)
-        or damage == "another number"
-    )
+        file.mark()["lines"] == len(steps) and set(path.read_bytes().splitlines(keepends=True)[:-1]) <= set(whole)
+    ) or damage == "another number"
     file.close()
     said.clear()
     MetricsFile(path, 7, file._mark | {"sha256": file._hash.hexdigest()}, said.append).close()
@@ -94,7 +92,7 @@ def test_a_checkpoint_of_an_earlier_version_says_nothing_of_the_lines(tmp_path):
 def test_the_report_of_a_run_says_that_its_curves_lack_steps(runs, here, copy, lines):
     workdir = copy(runs.cut_one)
     edited(lambda all_of_them: all_of_them[:lines])(workdir / "metrics.jsonl")
-    code, said = here.train(workdir)
+    code, _ = here.train(workdir)
     report = json.loads((workdir / "report.json").read_text())
     assert code == 0 and sum("metrics.jsonl" in warning for warning in report["warnings"]) == 1
     assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [*range(1, lines + 1), 7, 8]
@@ -106,7 +104,7 @@ def test_warnings_and_times_that_are_lost(runs, here, copy):
     workdir = copy(runs.cut_one)
     (workdir / "time.json").unlink()
     (workdir / "warnings.json").unlink(missing_ok=True)
-    code, said = here.train(workdir)
+    code, _ = here.train(workdir)
     report = json.loads((workdir / "report.json").read_text())
     assert code == 0 and any("time.json is missing" in warning for warning in report["warnings"])
     assert report["goodput"]["starts"] == 1

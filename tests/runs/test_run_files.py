@@ -43,7 +43,7 @@ def test_what_is_no_report_is_one_line_that_names_file_and_remedy(folder, conten
 @pytest.mark.fault(25)
 def test_a_folder_in_its_place_or_a_missing_file(folder):
     assert find_json(folder / "report.json") is None
-    with pytest.raises(UserError, match="report.json is missing"):
+    with pytest.raises(UserError, match=r"report\.json is missing"):
         read_json(folder / "report.json")
     (folder / "report.json").mkdir()
     with pytest.raises(Damaged, match="a folder in its place"):

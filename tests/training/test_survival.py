@@ -15,7 +15,7 @@ from metajax.core.errors import Stopped
 from metajax.experiment import run_experiment
 from metajax.runs import goodput, metrics
 from metajax.runs.files import read_lines
-from metajax.runs.goodput import Goodput
+from metajax.runs.pace import Goodput
 from metajax.training import trainer
 from metajax.training.trainer import NonFinite
 

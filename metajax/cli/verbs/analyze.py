@@ -74,7 +74,7 @@ def _text_study(options: argparse.Namespace) -> Any:
         choice["prompts"] = options.examples
         changes |= {"tasks.eval_examples": options.examples} if config.tasks is not None or changes else {}
     config = override(config, changes)
-    opened = common.open_run(options, options.run)
+    opened = common.open_run(options)
     from metajax.analysis.common.study import open_study
 
     study = open_study(opened.program, opened.open_corpora(config, common.paths_of(options)), opened.model, **choice)

@@ -14,9 +14,8 @@ from metajax.core.progress import echo
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add_run_word(parser)
     parser.add_argument("--verify", action="store_true", help="check every file against its hash; exit code 1 if one is damaged")
-    add_number(
-        parser, "--prune", Count, None, "newest checkpoints to keep; delete the others and the damaged ones", "delete none"
-    )
+    keep = "newest checkpoints to keep; delete the others and the damaged ones"
+    add_number(parser, "--prune", Count, None, keep, "delete none")
     add_place(parser)
 
 

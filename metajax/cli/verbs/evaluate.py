@@ -53,7 +53,7 @@ def evaluate(options: argparse.Namespace, started: float) -> int:
     if changes.keys() & {"tasks.names", "tasks.eval_lengths"} and config.tasks is None:
         changes["tasks.train_length"] = config.data.sequence_length  # the model was trained on text
     config = override(config, changes)
-    opened = common.open_run(options, options.run)
+    opened = common.open_run(options)
     from metajax.experiment import evaluate_run
     from metajax.reporting.terminal import print_evaluation
 

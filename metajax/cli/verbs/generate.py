@@ -45,7 +45,7 @@ def generate(options: argparse.Namespace, started: float) -> int:
     from metajax.inference.forward import prepare
     from metajax.inference.generation import stream
 
-    opened = common.open_run(options, options.run)
+    opened = common.open_run(options)
     model, config = prepare(opened.model, options.decode_window), opened.config
     pieces = stream(
         model,

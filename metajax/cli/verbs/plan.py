@@ -45,10 +45,8 @@ def plan(options: argparse.Namespace, started: float) -> int:
     require(options.all or bool(options.name and options.topology), "name an experiment and its --topology, or give --all")
     for name in ("json", "html", "largest_batch", "schedules", "changes") if options.all else ():
         flag = "--set" if name == "changes" else f"--{name.replace('_', '-')}"
-        require(
-            not getattr(options, name),
-            f"{flag} does not go with --all, which plans unchanged experiments; name one, or leave it out",
-        )
+        remedy = "which plans unchanged experiments; name one, or leave it out"
+        require(not getattr(options, name), f"{flag} does not go with --all, {remedy}")
     from metajax.planning.topology import allow_compiler, parse_topology
 
     for topology in options.topology.split(",") if options.topology else ():

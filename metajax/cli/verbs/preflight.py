@@ -28,7 +28,7 @@ def add_preflight(parser: argparse.ArgumentParser) -> None:
 
 @verb("preflight", add_preflight)
 def preflight(options: argparse.Namespace, started: float) -> int:
-    """Before a run on several hosts: which are there, and what is missing.
+    """Check hosts, code, data and storage before a run on several hosts.
 
     python run.py preflight NAME --workdir gs://BUCKET/runs/NAME
         on every host at about the same time

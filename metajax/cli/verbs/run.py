@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -69,13 +70,12 @@ def run(options: argparse.Namespace, started: float) -> int:
     require(single or not isinstance(options.workdir, str), f"{options.workdir}: a bucket is for one experiment; name a folder")
     last = options.seed + options.seeds - 1
     convert(last, Seed, f"--seed {options.seed} --seeds {options.seeds}: the last seed")
-    is_first = [True]  # the first run of the command counts the time of its start
+    runs_before = itertools.count()  # the first run of the command counts the time of its start
 
     def run_one(config: AnyConfig, workdir: Path, analyses: Sequence[str] = ()) -> dict[str, Any]:
         from metajax.experiment import run_experiment
 
-        startup = {"started": started, "imports_seconds": time.monotonic() - started} if is_first else {}
-        is_first.clear()
+        startup = {"started": started, "imports_seconds": time.monotonic() - started} if next(runs_before) == 0 else {}
         return run_experiment(config, workdir, common.paths_of(options), analyses=analyses, **startup)
 
     if target is None:
@@ -151,9 +151,8 @@ def _run_sample(options: argparse.Namespace, run_one: Any) -> int:
     given = {"--set": options.changes, "--rows": options.rows, "--sweep": options.sweeps, "--render": options.render}
     given |= {"--seeds": options.seeds > 1, "--jobs": options.jobs > 1}
     for flag, value in given.items():
-        require(
-            not value, f"{flag} does not go with --all, which runs rows of all tables unchanged; name a table, or leave it out"
-        )
+        remedy = "which runs rows of all tables unchanged; name a table, or leave it out"
+        require(not value, f"{flag} does not go with --all, {remedy}")
     from metajax.reporting.terminal import print_sample
     from metajax.tables.sampler import sample, summary
 

@@ -62,7 +62,7 @@ def export_model(options: argparse.Namespace, started: float) -> int:
     """
     from metajax.interop.exports import export_run
 
-    opened = common.open_run(options, options.run)
+    opened = common.open_run(options)
     export_run(opened, options.family, options.folder, options.dtype, round(options.shard_gb * 1e9))
     say(f"exported to {options.folder}")
     return 0
