@@ -56,13 +56,9 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Run `config` in `workdir`, resuming a run that is there, and return its report.
 
-    Args:
-      analyses: names of analyses to make on the trained model, if they have not been made yet.
-      started: time.monotonic() of the command, of which imports took `imports_seconds`; 0: now.
-
-    Raises:
-      UserError: bad input, or a workdir that holds another experiment.
-      NonFinite: training broke down.
+    `analyses` names analyses of the trained model to make, if they have not been made yet. `started` is time.monotonic() of the
+    command (0: now), of which imports took `imports_seconds`. UserError for bad input, or a workdir that holds another experiment;
+    NonFinite if training broke down.
     """
     together(lambda: check_parts(config))
     run = together(lambda: RunDirectory.open(workdir, config))
