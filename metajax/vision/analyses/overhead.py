@@ -7,7 +7,6 @@ takes no time.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -46,13 +45,10 @@ def compiled_steps(study: ImageStudy) -> tuple[dict[str, Any], dict[str, Any]]:
             states[name], held = program.create_state(), program.put_everywhere(frozen)
             batch = {"index": np.zeros(1, np.int32), "label": np.zeros(1, np.int32)}
             batch = program.put(batch | {"pixels": study.pixels[None, : 1 + twin.prompts.paired]})
-            steps[name] = partial(_step, program.compile_step(states[name], batch), (batch, held))
+            step = program.compile_step(states[name], batch)
+            steps[name] = lambda state, step=step, batch=batch, held=held: step(state, batch, held)[0]
             advance(1)
     return steps, states
-
-
-def _step(step: Any, arguments: tuple[Any, ...], state: Any) -> Any:
-    return step(state, *arguments)[0]
 
 
 def _needs(study: ImageStudy) -> None:
@@ -70,8 +66,11 @@ def overhead(study: ImageStudy) -> dict[str, Any]:
 
 @overhead.headlines
 def headlines(numbers: Numbers) -> list[str]:
-    made_on = f"{numbers['classes']} classes of {numbers['tokens']} tokens on {numbers['device']}; medians of {numbers['rounds']} rounds"
-    return [made_on, *(f"{words}: {step_words(numbers[name]['step'])}" for name, words in WORDS.items())]
+    shape = f"{numbers['classes']} classes of {numbers['tokens']} tokens on {numbers['device']}"
+    return [
+        f"{shape}; medians of {numbers['rounds']} rounds",
+        *(f"{words}: {step_words(numbers[name]['step'])}" for name, words in WORDS.items()),
+    ]
 
 
 @overhead.figures
