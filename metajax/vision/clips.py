@@ -38,10 +38,8 @@ def open_clip(config: ImageConfig, paths: Paths) -> tuple[CLIP, Any]:
         return jax.device_put(model, here), ClipTokenizer.open(vocabulary, markers=False)
     parent = find_run(config.init.from_, paths.runs)
     theirs = read_config(parent)
-    require(
-        isinstance(theirs, ImageConfig) and theirs.clip is not None and theirs.prompts is None,
-        f"init.from = {config.init.from_}: not the run of a CLIP",
-    )
+    a_clip = isinstance(theirs, ImageConfig) and theirs.clip is not None and theirs.prompts is None
+    require(a_clip, f"init.from = {config.init.from_}: not the run of a CLIP")
     clip = replace(theirs.clip, compute_dtype=config.prompts.compute_dtype or theirs.clip.compute_dtype)
     words = WordTokenizer.load(parent)
     check_data(parent, tokenizer=words.fingerprint())

@@ -78,23 +78,26 @@ def analyse(learner: Learner, model: CLIP, pixels: np.ndarray, labels: np.ndarra
     """
     tokens, deltas = (np.asarray(part) for part in delta_groups(learner, model, pixels, cfg, seed))
     hidden = np.asarray(_hidden(learner, model, normalise(jnp.asarray(pixels), model.cfg)))
-    dead, alive = float(np.mean(np.all(hidden == 0, axis=0))), bool(np.any(deltas))
-    types, count = deltas.shape[:2]
+    alive, (types, count) = bool(np.any(deltas)), deltas.shape[:2]
     flat, kinds, classes = deltas.reshape(types * count, -1), np.repeat(np.arange(types), count), np.tile(labels, types)
     several = 1 < len(np.unique(labels)) < count
+
+    def score(points: np.ndarray, groups: np.ndarray, separable: bool = True) -> float | None:
+        return _score(points, groups) if alive and separable else None
+
     result: dict[str, Any] = {
-        "images": count, "dead_units": dead, "norm": float(np.linalg.norm(flat, axis=1).mean()),
-        "silhouette": _score(flat, kinds) if alive else None,
-        "silhouette_classes": _score(flat, classes) if alive and several else None,
-        "meta_silhouette": _score(tokens.reshape((types + 1) * count, -1), np.repeat(np.arange(types + 1), count)) if alive else None,
-        "meta_silhouette_classes": _score(tokens[0], labels) if alive and several else None,
-    }  # fmt: skip
+        "images": count,
+        "dead_units": float(np.mean(np.all(hidden == 0, axis=0))),
+        "norm": float(np.linalg.norm(flat, axis=1).mean()),
+        "silhouette": score(flat, kinds),
+        "silhouette_classes": score(flat, classes, several),
+        "meta_silhouette": score(tokens.reshape(len(tokens) * count, -1), np.repeat(np.arange(len(tokens)), count)),
+        "meta_silhouette_classes": score(tokens[0], labels, several),
+    }
     if alive:
-        result["details"] = {
-            "augmentations": list(cfg.augmentations), "by_type": by_type(deltas).tolist(), "pairs": _pairs(deltas),
-            "types": kinds.tolist(), "classes": classes.tolist(), "pca": PCA(2).fit_transform(flat).round(4).tolist(),
-            "tsne": _tsne(deltas[:, :EMBEDDED]),
-        }  # fmt: skip
+        points = {"pca": PCA(2).fit_transform(flat).round(4).tolist(), "tsne": _tsne(deltas[:, :EMBEDDED])}
+        groups = {"augmentations": list(cfg.augmentations), "types": kinds.tolist(), "classes": classes.tolist()}
+        result["details"] = groups | points | {"by_type": by_type(deltas).tolist(), "pairs": _pairs(deltas)}
     return result
 
 

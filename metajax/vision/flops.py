@@ -86,15 +86,14 @@ def learner_flops(clip: Clip, cfg: Prompts, text: Cost, classes: int, *, still: 
     return images * image_cost(clip).forward + prompts * text.forward_and_back + logits + meta
 
 
-def contrastive_flops(clip: Clip, text: Cost, batch: int) -> int:
-    """FLOPs of one step of a CLIP: three passes through both towers and the square of logits, without the gradient of pixels."""
-    per_image = image_cost(clip).forward + text.forward + 2 * batch * clip.embed
-    return batch * (3 * per_image - _patches(clip))
-
-
 def image_step_flops(config: ImageConfig, clip: Clip, classes: int, length: int, *, causal: bool = True) -> int:
-    """FLOPs of one step of a run on images, whose texts have `length` tokens."""
+    """FLOPs of one step of a run on images, whose texts have `length` tokens.
+
+    A CLIP's: three passes through both towers and the square of logits, without the gradient of pixels.
+    """
     text = text_cost(clip, length, causal=causal)
     if config.prompts is None:
-        return contrastive_flops(clip, text, config.images.batch)
+        batch = config.images.batch
+        per_image = image_cost(clip).forward + text.forward + 2 * batch * clip.embed
+        return batch * (3 * per_image - _patches(clip))
     return learner_flops(clip, config.prompts, text, classes, still=config.still)

@@ -30,6 +30,11 @@ DELTA_FACTS = {
     "norm": "mean length of a delta",
     "dead_units": "share of meta-net units that are 0 for all these images",
 }
+INTERVALS = "Intervals are over the test images (Wilson); they do not include the spread over seeds."
+DELTAS = (
+    "The change that an augmentation makes to the instance token of an image, for test images of the first classes. "
+    "A silhouette near 1 means separate groups; near 0 or below, they are not separate."
+)
 
 
 def write_image_report(workdir: Path) -> Path:
@@ -37,59 +42,42 @@ def write_image_report(workdir: Path) -> Path:
     report = read_json(workdir / "report.json")
     config, results, found = config_from(report["config"]), report["eval"], facts.metrics(workdir, report)
     curves = {name: facts.curve_of(found, name) for name in CURVES}
-    drawn = [
-        (loss_curves({name: [curve]}, unit=name.replace("_", " ")), CURVES[name]) for name, curve in curves.items() if curve[0]
+    drawn = [(loss_curves({n: [c]}, unit=n.replace("_", " ")), CURVES[n]) for n, c in curves.items() if c[0]]
+    head = ("classes", "accuracy", "95 % interval", "test images")
+    times = page.facts(_time_facts(report), "Time")
+    parameters = page.facts(facts.parameter_facts(report["parameters"]), "Trained parameters")
+    sections = [
+        page.section("Accuracy", page.table(head, _accuracies(results)), page.text(INTERVALS, "soft small")),
+        _deltas(results.get("delta"), find_readable(workdir / DETAILS)),
+        page.section("Training", page.figures(drawn), page.group("wide-cards", times, parameters)),
+        *map(page.analysis_section, image_analysis.sections(workdir)),
+        *facts.foundation(workdir, config, facts.sources(report)),
     ]
-    remark = "Intervals are over the test images (Wilson); they do not include the spread over seeds."
-    return page.write_page(
-        workdir / "report.html",
-        **facts.head(report),
-        sentence=_sentence(report, config),
-        sections=[
-            page.section(
-                "Accuracy",
-                page.table(("classes", "accuracy", "95 % interval", "test images"), _accuracies(results)),
-                page.text(remark, "soft small"),
-            ),
-            _deltas(results.get("delta"), find_readable(workdir / DETAILS)),
-            page.section(
-                "Training",
-                page.figures(drawn),
-                page.group(
-                    "wide-cards",
-                    page.facts(_time_facts(report), "Time"),
-                    page.facts(facts.parameter_facts(report["parameters"]), "Trained parameters"),
-                ),
-            ),
-            *map(page.analysis_section, image_analysis.sections(workdir)),
-            *facts.foundation(workdir, config, facts.sources(report)),
-        ],
-    )
+    sentence = _sentence(report, config)
+    return page.write_page(workdir / "report.html", **facts.head(report), sentence=sentence, sections=sections)
 
 
 def _sentence(report: Mapping[str, Any], config: ImageConfig) -> str:
     """A sentence on what was trained."""
     size, cfg, images = page.short_count(report["parameters"]["total"]), config.prompts, config.images
+    steps = f"for {report['steps']:,} steps"
     if cfg is None:
-        sets = ", ".join(images.sources)
-        return f"A CLIP of {size} parameters, trained from scratch for {report['steps']:,} steps of {images.batch} captioned images of {sets}."
+        trained = f"A CLIP of {size} parameters, trained from scratch {steps}"
+        return f"{trained} of {images.batch} captioned images of {', '.join(images.sources)}."
     start = f"the CLIP of {config.weights or config.init.from_}"
     if not cfg.context:
         return f"Zero-shot classes of {images.sources[0]} from templates, with {start}; nothing is trained."
     learned = f"{cfg.context} context vectors{' and a meta-net' if cfg.condition != 'none' else ''} ({size} parameters)"
-    classes = "base classes" if images.classes == "base" else "classes"
-    return (
-        f"{learned} trained on {start}, which is frozen, for {report['steps']:,} steps on {images.shots or 'all'} images of each of the "
-        f"{classes} of {images.sources[0]}."
-    )
+    classes = f"{'base ' if images.classes == 'base' else ''}classes of {images.sources[0]}"
+    return f"{learned} trained on {start}, which is frozen, {steps} on {images.shots or 'all'} images of each of the {classes}."
 
 
 def _accuracies(results: Mapping[str, Any]) -> list[list[str]]:
     """Rows of classes, accuracy, its interval and the number of test images."""
+    found = {name: one for name, one in results.items() if isinstance(one, dict) and "accuracy" in one}
     rows = [
-        [name, f"{found['accuracy']:.1%}", f"{found['low']:.1%} to {found['high']:.1%}", f"{found['images']:,}"]
-        for name, found in results.items()
-        if isinstance(found, dict) and "accuracy" in found
+        [name, f"{one['accuracy']:.1%}", f"{one['low']:.1%} to {one['high']:.1%}", f"{one['images']:,}"]
+        for name, one in found.items()
     ]
     mean = results.get("harmonic")
     return rows if mean is None else [*rows, ["harmonic mean of base and new", f"{mean:.1%}", "", ""]]
@@ -98,14 +86,9 @@ def _accuracies(results: Mapping[str, Any]) -> list[list[str]]:
 def _deltas(delta: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not delta:
         return None
-    remark = (
-        "The change that an augmentation makes to the instance token of an image, for test images of the first classes. A silhouette near 1 "
-        "means separate groups; near 0 or below, they are not separate."
-    )
     pairs = page.facts((words, _number(delta[name])) for name, words in DELTA_FACTS.items())
-    return page.section(
-        "Delta tokens", page.text(remark, "soft small"), pairs, page.figures(delta_figures(found)) if found else None
-    )
+    figures = page.figures(delta_figures(found)) if found else None
+    return page.section("Delta tokens", page.text(DELTAS, "soft small"), pairs, figures)
 
 
 def _number(value: float | None) -> str:
@@ -113,16 +96,13 @@ def _number(value: float | None) -> str:
 
 
 def _time_facts(report: Mapping[str, Any]) -> facts.Pairs:
-    clock, found = report["time"], facts.time_facts(report)
+    clock, found, restarted = report["time"], facts.time_facts(report), report["restarted_from"]
     if clock["step_seconds"]:
         found.append(("a step, all included", page.seconds_text(clock["step_seconds"])))
         found.append(("images a second", f"{clock['images_per_second']:,.0f}"))
-    return [
-        *found,
-        ("evaluation", page.seconds_text(clock["evaluate_seconds"])),
-        ("parameters from", report["parent"] or "a fresh start or a folder"),
-        ("resumed at step", str(report["restarted_from"]) if report["restarted_from"] else "not resumed"),
-    ]
+    found.append(("evaluation", page.seconds_text(clock["evaluate_seconds"])))
+    found.append(("parameters from", report["parent"] or "a fresh start or a folder"))
+    return [*found, ("resumed at step", str(restarted) if restarted else "not resumed")]
 
 
 # ------------------------------------------------------------------------------------------------------- figures
@@ -142,10 +122,7 @@ def delta_figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
                 "The same by t-SNE (perplexity 10), fewer images.",
             ),
             (_scatter(pca, found["classes"], None, "PCA"), "The same components, by class."),
-            (
-                _bars(names, found["by_type"]),
-                "Mean silhouette of each augmentation's deltas among all: the profile of augmentations.",
-            ),
+            (_bars(names, found["by_type"]), "Mean silhouette of each augmentation's deltas among all."),
             (_matrix(names, found["pairs"]), "Silhouette of each pair of augmentations."),
         ]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,7 @@ from metajax.vision.flops import image_step_flops
 from metajax.vision.prompt_learning import Frozen, prompt_program
 
 
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     """Sizes that determine a step's cost besides its config: the CLIP, the classes of a learner, the tokens of a text."""
 
     clip: Clip
@@ -44,10 +43,8 @@ def shapes_of(config: ImageConfig, parents: Sequence[AnyConfig], paths: Paths) -
     if config.prompts is None:
         return Shapes(config.clip, 0, config.clip.context)
     name, source = config.weights.rpartition("/")[2], config.images.sources[0]
-    require(
-        bool(parents) or name in PUBLISHED,
-        f"weights = {config.weights!r}: sizes are known of {', '.join(PUBLISHED)}, and of experiments in init.from",
-    )
+    known = f"sizes are known of {', '.join(PUBLISHED)}, and of experiments in init.from"
+    require(bool(parents) or name in PUBLISHED, f"weights = {config.weights!r}: {known}")
     clip = parents[-1].clip if parents else preset(PUBLISHED[name])
     clip = replace(clip, compute_dtype=config.prompts.compute_dtype or clip.compute_dtype)
     classes, length = CLASSES.get(source), clip.context
@@ -61,11 +58,9 @@ def shapes_of(config: ImageConfig, parents: Sequence[AnyConfig], paths: Paths) -
 def image_program(config: ImageConfig, shapes: Shapes, devices: list[jax.Device] | None = None) -> tuple[Program, Batch]:
     """(the program of a run, the shapes of its batch) without its images and weights."""
     if config.prompts is None:
-        program = contrastive_program(config, config.images.batch, devices)
-        batch = {
-            "pixels": _pixels(shapes.clip, config.images.batch),
-            "tokens": _of(jnp.int32, config.images.batch, shapes.length),
-        }
+        count = config.images.batch
+        program = contrastive_program(config, count, devices)
+        batch = {"pixels": _pixels(shapes.clip, count), "tokens": _of(jnp.int32, count, shapes.length)}
         return program, program.abstract_batch(batch)
     cfg, clip, classes, length = config.prompts, shapes.clip, shapes.classes, shapes.length
     embedded = _of(jnp.float32, classes, length, clip.text_width)

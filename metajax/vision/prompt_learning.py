@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,11 @@ from metajax.distributed.mesh import make_mesh
 from metajax.training.objectives import Batch, Means, objective, objectives
 from metajax.training.program import Program, everywhere
 from metajax.vision import delta_tokens
+from metajax.vision.clip import prompts
 from metajax.vision.clip.model import CLIP, unit
-from metajax.vision.clip.prompts import (
-    ClassTexts,
-    Learner,
-    ad_triplet,
-    class_texts,
-    cross_entropy,
-    prompt_features,
-    prompt_logits,
-)
+from metajax.vision.clip.prompts import ClassTexts, Learner
 from metajax.vision.clips import open_clip
-from metajax.vision.contrastive import encode_images, zero_shot
+from metajax.vision.contrastive import accuracy, encode_images, harmonic, zero_shot
 from metajax.vision.data.augmentations import augment
 from metajax.vision.data.batches import prompt_batches, test_pixels, viewer
 from metajax.vision.data.preprocessing import centre, normalise
@@ -40,7 +34,6 @@ from metajax.vision.data.sources import open_images
 from metajax.vision.data.templates import SELECTED
 from metajax.vision.flops import image_step_flops
 from metajax.vision.task import ImageTask
-from metajax.vision.zero_shot import accuracy, harmonic
 
 PROFILED = 100  # images whose delta tokens are analysed
 TEST_AT_ONCE = 100
@@ -74,19 +67,16 @@ class PromptTask(ImageTask):
     def __init__(self, config: ImageConfig, paths: Paths, devices: list[jax.Device] | None = None):
         self.config, self.paths, cfg, choice = config, paths, config.prompts, config.images
         self.model, self.tokenizer = open_clip(config, paths)
-        model, whole = self.model, open_images(choice.sources[0], paths.cache, paths.data)
+        self.sets = [open_images(spec, paths.cache, paths.data) for spec in (choice.sources[0], *choice.targets)]
+        model, (whole, *targets) = self.model, self.sets
         check_set(whole, "train")
-        check_set(whole, "test")
+        for images in self.sets:
+            check_set(images, "test")
         shots = few_shot(whole.splits["train"], choice.shots, config.seed)
-        seen = part_of_classes(_with_train(whole, shots), choice.classes)
+        chosen = replace(whole, splits={**whole.splits, "train": shots})
+        seen = part_of_classes(chosen, choice.classes)
         items, size = seen.splits["train"], model.cfg.image_size
-        targets = [open_images(spec, paths.cache, paths.data) for spec in choice.targets]
-        for target in targets:
-            check_set(target, "test")
-        self.sets = [whole, *targets]
-        self.data = fingerprint_of(
-            content_of(_with_train(whole, shots), "train", "test"), *(content_of(target, "test") for target in targets)
-        )
+        self.data = fingerprint_of(content_of(chosen, "train", "test"), *(content_of(target, "test") for target in targets))
         texts = texts_for(model, self.tokenizer, seen, cfg) if cfg.context else None
         centres = np.stack([centre(seen.read(item.key), size) for item in items])
         self._looked_at = centres[:PROFILED]
@@ -94,10 +84,9 @@ class PromptTask(ImageTask):
         self.epoch = max(1, len(items) // cfg.batch)
         self.steps = cfg.epochs * self.epoch if cfg.context else 0
         self._frozen = Frozen.of(config, model, texts, features)
-        self.program = prompt_program(
-            config, model.cfg, self._frozen, len(seen.classes), min(cfg.batch, len(items)), devices, epoch=self.epoch,
-            words=context_words(model, self.tokenizer, cfg),
-        )  # fmt: skip
+        batch_size, words = min(cfg.batch, len(items)), context_words(model, self.tokenizer, cfg)
+        sizes = (len(seen.classes), batch_size)
+        self.program = prompt_program(config, model.cfg, self._frozen, *sizes, devices, epoch=self.epoch, words=words)
         see = viewer(size, choice.view, choice.crop_area)
         self.batches = prompt_batches(seen, items, config.seed, cfg.batch, see, self.program.rows, paired=cfg.paired)
         self.step_flops = image_step_flops(config, model.cfg, *texts.embedded.shape[:2]) if texts is not None else 0
@@ -127,20 +116,43 @@ class PromptTask(ImageTask):
         return (frozen[0].replace(choice=self.program.put_everywhere(self._frozen.choice)),)
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        require(
-            values.get("delta_norm", 1.0) > 0,
-            f"step {step}: every delta token is 0, so the meta-net is dead; lower prompts.learning_rate or raise prompts.bottleneck",
-        )
+        alive, remedy = values.get("delta_norm", 1.0) > 0, "lower prompts.learning_rate or raise prompts.bottleneck"
+        require(alive, f"step {step}: every delta token is 0, so the meta-net is dead; {remedy}")
         return values
 
     def evaluate(self, model: Learner) -> dict[str, Any]:
-        return evaluate(model, self.model, self.tokenizer, self.sets[0], self.sets[1:], self.config)
+        """Accuracy on the training classes, separately on new classes, and on other sets; delta tokens of a meta-net."""
+        cfg, images, results, (whole, *targets) = self.config.prompts, self.config.images, {}, self.sets
+        parts = {name: part_of_classes(whole, name) for name in (("base", "new") if images.classes == "base" else ("all",))}
+        for name, one in {**parts, **{target.spec: target for target in targets}}.items():
+            if cfg.context:
+                texts = texts_for(self.model, self.tokenizer, one, cfg)
+                results[name] = test(model, self.model, texts, one, cfg, self.config.seed)
+            else:
+                templates = (*SELECTED, one.template) if images.ensemble else ((images.template or one.template),)
+                results[name] = zero_shot(self.model, self.tokenizer, one, templates)
+        if targets:
+            results["targets"] = float(np.mean([results[target.spec]["accuracy"] for target in targets]))
+        if images.classes == "base":
+            results["harmonic"] = harmonic(results["base"]["accuracy"], results["new"]["accuracy"])
+        if cfg.condition != "none":
+            pixels, labels = test_pixels(next(iter(parts.values())), self.model.cfg.image_size)
+            some = pixels[:PROFILED], labels[:PROFILED]
+            results["delta"] = delta_tokens.analyse(model, self.model, *some, cfg, self.config.seed)
+        return results
 
 
 def prompt_program(
-    config: ImageConfig, clip: Clip, frozen: Frozen, classes: int, batch_size: int, devices: list[jax.Device] | None = None, *,
-    epoch: int = 1, words: np.ndarray | None = None,
-) -> Program:  # fmt: skip
+    config: ImageConfig,
+    clip: Clip,
+    frozen: Frozen,
+    classes: int,
+    batch_size: int,
+    devices: list[jax.Device] | None = None,
+    *,
+    epoch: int = 1,
+    words: np.ndarray | None = None,
+) -> Program:
     """The program of a prompt learner; parameters are replicated.
 
     Args:
@@ -158,15 +170,11 @@ def prompt_program(
     return Program(config, mesh, create, sgd(cfg, rate), rate, found, batch_size, (shapes,), everywhere)
 
 
-def _with_train(images: ImageSet, items: Any) -> ImageSet:
-    return ImageSet(**{**vars(images), "splits": {**images.splits, "train": items}})
-
-
 def texts_for(model: CLIP, tokenizer: Any, images: ImageSet, cfg: Prompts) -> ClassTexts:
     """The frozen part of prompts for a set's classes: placeholders, name, full stop."""
     names = [name.replace("_", " ") for name in images.classes]
     tokens = tokenizer.tokenize([" ".join(["X"] * cfg.context + [f"{name}."]) for name in names], model.cfg.context)
-    return class_texts(model, tokens, [len(tokenizer.encode(name)) for name in names], cfg)
+    return prompts.class_texts(model, tokens, [len(tokenizer.encode(name)) for name in names], cfg)
 
 
 def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> np.ndarray | None:
@@ -174,10 +182,8 @@ def context_words(model: CLIP, tokenizer: Any, cfg: Prompts) -> np.ndarray | Non
     if not cfg.context_init:
         return None
     ids = tokenizer.encode(cfg.context_init)
-    require(
-        len(ids) == cfg.context,
-        f"prompts.context_init = {cfg.context_init!r} has {len(ids)} tokens, prompts.context = {cfg.context}",
-    )
+    sizes = f"{len(ids)} tokens, prompts.context = {cfg.context}"
+    require(len(ids) == cfg.context, f"prompts.context_init = {cfg.context_init!r} has {sizes}")
     return np.asarray(model.text.embed(jnp.array([ids]))[0])
 
 
@@ -232,7 +238,7 @@ def prompt_learning(config: ImageConfig, learner: Learner, batch: Batch, frozen:
     metrics, triplets = {}, 0.0
     if cfg.paired:
         plain, tokens, deltas = delta_of_views(learner, model, images, draws["types"], draws["keys"], cfg)
-        triplets = ad_triplet(deltas if cfg.triplet_of == "delta" else tokens, cfg.margin, cfg.constraints)
+        triplets = prompts.ad_triplet(deltas if cfg.triplet_of == "delta" else tokens, cfg.margin, cfg.constraints)
         metrics = {"ad_triplet": triplets, "delta_norm": jnp.mean(jnp.linalg.norm(deltas, axis=-1))}
     if cfg.augment:
         changed = augmented(images[:, 0], draws["type"], draws["key"], cfg, model.cfg)
@@ -242,8 +248,8 @@ def prompt_learning(config: ImageConfig, learner: Learner, batch: Batch, frozen:
     else:
         first = frozen.features[batch["index"]] if frozen.features is not None else unit(model.encode_image(images[:, 0]))
     moved = {"none": lambda: None, "meta": lambda: learner.meta_net(first), "delta": lambda: deltas[0, 0]}[cfg.condition]()
-    logits = prompt_logits(model, frozen.texts, first, learner.contexts(moved))
-    ce = cross_entropy(logits, batch["label"])
+    logits = prompts.prompt_logits(model, frozen.texts, first, learner.contexts(moved))
+    ce = prompts.cross_entropy(logits, batch["label"])
     metrics |= {"loss": cfg.beta * ce + cfg.alpha * triplets, "ce": ce}
     return {name: (value, jnp.float32(1)) for name, value in metrics.items()}
 
@@ -272,51 +278,26 @@ def delta_of_views(
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(
-    learner: Learner, model: CLIP, tokenizer: Any, whole: ImageSet, targets: list[ImageSet], config: ImageConfig
-) -> dict[str, Any]:
-    """Accuracy on the training classes, separately on new classes, and on other sets; delta tokens of a meta-net."""
-    cfg, images, results = config.prompts, config.images, {}
-    parts = {name: part_of_classes(whole, name) for name in (("base", "new") if images.classes == "base" else ("all",))}
-    for name, one in {**parts, **{target.spec: target for target in targets}}.items():
-        templates = ((images.template or one.template),) if not images.ensemble else (*SELECTED, one.template)
-        if cfg.context:
-            results[name] = test(learner, model, texts_for(model, tokenizer, one, cfg), one, cfg, config.seed)
-        else:
-            results[name] = zero_shot(model, tokenizer, one, templates)
-    if targets:
-        results["targets"] = float(np.mean([results[target.spec]["accuracy"] for target in targets]))
-    if images.classes == "base":
-        results["harmonic"] = harmonic(results["base"]["accuracy"], results["new"]["accuracy"])
-    if cfg.condition != "none":
-        first = next(iter(parts.values()))
-        pixels, labels = test_pixels(first, model.cfg.image_size)
-        results["delta"] = delta_tokens.analyse(learner, model, pixels[:PROFILED], labels[:PROFILED], cfg, config.seed)
-    return results
-
-
 def test(learner: Learner, model: CLIP, texts: ClassTexts, images: ImageSet, cfg: Prompts, seed: int) -> dict[str, float]:
     """Accuracy of a learner on a set's test images, whose features are computed once."""
     pixels, labels = test_pixels(images, model.cfg.image_size)
     features = encode_images(model, pixels)
-    moved = None
-    if cfg.condition == "meta":
-        moved = learner.meta_net(features)
-    elif cfg.condition == "delta":
-        moved = jnp.mean(delta_tokens.delta_groups(learner, model, pixels, cfg, seed)[1], axis=0)
-    if moved is None:
+    if cfg.condition == "none":
         weights = _one_context(learner, model, texts)
         return accuracy(lambda x: model.logits(x, weights), features, labels)
-    both = jnp.concatenate([features, moved], axis=1)
-    width = features.shape[1]
+    if cfg.condition == "meta":
+        moved = learner.meta_net(features)
+    else:
+        moved = jnp.mean(delta_tokens.delta_groups(learner, model, pixels, cfg, seed)[1], axis=0)
+    both, width = jnp.concatenate([features, moved], axis=1), features.shape[1]
     return accuracy(lambda x: _own_contexts(learner, model, texts, x[:, :width], x[:, width:]), both, labels, TEST_AT_ONCE)
 
 
 @jax.jit
 def _one_context(learner: Learner, model: CLIP, texts: ClassTexts) -> jax.Array:
-    return prompt_features(model, texts, learner.contexts(None))[0]
+    return prompts.prompt_features(model, texts, learner.contexts(None))[0]
 
 
 @jax.jit
 def _own_contexts(learner: Learner, model: CLIP, texts: ClassTexts, features: jax.Array, moved: jax.Array) -> jax.Array:
-    return prompt_logits(model, texts, features, learner.contexts(moved))
+    return prompts.prompt_logits(model, texts, features, learner.contexts(moved))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from metajax.vision.prompt_learning import texts_for
 SHOWN = 6  # number of test images
 
 
-@dataclass(frozen=True)
-class ImageStudy:
+class ImageStudy(NamedTuple):
     """A run's CLIP, test images of its first source with classes, and the texts of a learner's classes (None without a learner)."""
 
     config: ImageConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +12,11 @@ import numpy as np
 from metajax.config import ImageConfig
 from metajax.core.progress import say
 from metajax.data.pipeline import Paths
+from metajax.runs.directory import RunDirectory
 from metajax.runs.files import read_lines
 from metajax.training.task import Task
+from metajax.training.trainer import Trained
 from metajax.vision.data.sets import ImageSet
-
-if TYPE_CHECKING:
-    from metajax.runs.directory import RunDirectory
-    from metajax.training.trainer import Trained
 
 DETAILS = "analysis/delta_tokens.json"  # in a run's folder: data of the figures of its delta tokens
 
@@ -55,26 +53,23 @@ class ImageTask(Task):
         say(f"evaluating {self.config.name}")
         began, model = time.monotonic(), self.program.whole(trained.state.model)
         results = self.evaluate(model)
-        details = results.get("delta", {}).pop("details", None)
-        if details is not None:
+        if details := results.get("delta", {}).pop("details", None):
             run.write(DETAILS, details)
+        # The first step also waits for the start of the pipeline and is left out.
+        here, seconds = trained.time["steps_here"], trained.time["train_seconds"]
+        step = (seconds - trained.startup["first_step"]) / (here - 1) if here > 1 else None
+        speed = {"step_seconds": step, "images_per_second": step and self.program.batch_size / step}
         return {
             "parameters": count_parameters(model, self.config),
             "flops_per_token": {},
             "counts": {"images": 0, **trained.counts},
             "eval": results,
             "training": self._course(run),
-            "time": self._speed(trained) | {"evaluate_seconds": time.monotonic() - began},
+            "time": speed | {"evaluate_seconds": time.monotonic() - began},
             "analyses": self._analyses(run),
             "sample": None,
             "corpora": [describe(images) for images in self.sets],
         }
-
-    def _speed(self, trained: Trained) -> dict[str, float | None]:
-        """Seconds of a step and images a second. The first step also waits for the start of the pipeline and is left out."""
-        here, seconds = trained.time["steps_here"], trained.time["train_seconds"]
-        step = (seconds - trained.startup["first_step"]) / (here - 1) if here > 1 else None
-        return {"step_seconds": step, "images_per_second": step and self.program.batch_size / step}
 
     def _course(self, run: RunDirectory) -> dict[str, dict[str, float]]:
         """Mean losses over the first and the last epoch; over the first and last tenth of a run of one long epoch."""
@@ -99,9 +94,8 @@ def count_parameters(model: Any, config: ImageConfig) -> dict[str, int]:
     """Trained parameters by part and "total"; none where nothing is trained."""
     if config.prompts is not None and not config.prompts.context:
         return {"total": 0}
-    parts = {name: part for name, part in vars(model).items() if not name.startswith("_") and name != "cfg" and part is not None}
-    parts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in parts.items()}
-    return {**parts, "total": sum(x.size for x in jax.tree.leaves(model))}
+    own = {name: part for name, part in vars(model).items() if not name.startswith("_") and name != "cfg" and part is not None}
+    return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in (own | {"total": model}).items()}
 
 
 def describe(images: ImageSet) -> dict[str, Any]:

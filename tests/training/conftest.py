@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from metajax.config import Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training
 from metajax.core.fields import override
 from metajax.experiment import open_task, run_experiment
 from metajax.runs.directory import default_workdir
 from metajax.training.replay import replay
+from tests.small_images import CLIP, learner
 
 
 class Family(NamedTuple):
@@ -20,22 +20,17 @@ class Family(NamedTuple):
     explodes: dict[str, Any]
 
     def replay(self, bundle, config, paths):
-        """The step of a bundle, recomputed."""
+        """The step of a bundle, computed again."""
         return replay(bundle, open_task(config, paths).program)
 
 
-TOWERS = {"vision_layers": (1,), "vision_width": 16, "vision_heads": 2, "text_layers": 1, "text_width": 16, "text_heads": 2}
-CLIP = ImageConfig(
-    name="small_clip",
-    images=Images(sources=("digits",), crop_area=0.5, batch=8),
-    clip=Clip(**TOWERS, embed=16, patch=8, image_size=16, context=16, vocab=64),
-    optimizer=Optimizer(warmup_steps=1),
-    training=Training(steps=6),
-    runtime=Runtime(log_every=1),
-)
-SGD = {"epochs": 3, "batch": 5, "learning_rate": 0.05, "warmup_rate": 0.01}
-AAPL = {"condition": "meta", "alpha": 0.2, "augment": 0.5, "bottleneck": 16, "sampling": "weighted"}
-PROMPTS = Prompts(**AAPL, **SGD, augmentations=("crop", "grayscale", "horizontal_flip"))
+LEARNER = {
+    "images.shots": 2,
+    "prompts.augment": 0.5,
+    "prompts.augmentations": ("crop", "grayscale", "horizontal_flip"),
+    "prompts.batch": 5,
+    "prompts.warmup_rate": 0.01,
+}
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +55,6 @@ def family(request, tiny_config, monkeypatch):
     if request.param == "contrastive":
         made, explodes = CLIP, {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0}
     else:
-        images = Images(sources=("digits",), classes="base", shots=2, crop_area=0.5)
-        init = Init(str(request.getfixturevalue("clip_run")))
-        made = ImageConfig(name="learner", images=images, prompts=PROMPTS, init=init, runtime=Runtime(log_every=1))
+        made = learner(request.getfixturevalue("clip_run"), **LEARNER)
         explodes = {"prompts.learning_rate": 1e30, "prompts.warmup_rate": 1e30}
     return Family(request.param, lambda **changes: override(made, changes), explodes)

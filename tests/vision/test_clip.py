@@ -134,9 +134,19 @@ def test_losses_by_hand():
 
 def test_a_sigmoid_clip_has_a_bias_and_scalars_do_not_decay():
     cfg = Clip(
-        vision_layers=(1,), vision_width=8, vision_heads=2, text_width=8, text_heads=2, embed=4, patch=4, image_size=8, text_layers=1,
-        context=4, vocab=8, loss="sigmoid",
-    )  # fmt: skip
+        vision_layers=(1,),
+        vision_width=8,
+        vision_heads=2,
+        text_width=8,
+        text_heads=2,
+        embed=4,
+        patch=4,
+        image_size=8,
+        text_layers=1,
+        context=4,
+        vocab=8,
+        loss="sigmoid",
+    )
     make = lambda: CLIP(cfg, runtime=Runtime(), key=jax.random.key(0))  # noqa: E731
     logits = jax.jit(lambda images, texts: make().logits(images, texts))(jnp.eye(2, 4), 2 * jnp.eye(2, 4))
     near(logits, 10 * np.eye(2) - 10, 1e-5)
@@ -150,9 +160,19 @@ def test_a_sigmoid_clip_has_a_bias_and_scalars_do_not_decay():
 def test_a_small_clip_learns_from_its_start(loss):
     """Four pairs, two of one class: after 40 steps of Adam every image is nearest to its class's texts."""
     cfg = Clip(
-        vision_layers=(1,), vision_width=16, vision_heads=2, text_width=16, text_heads=2, embed=8, patch=4, image_size=8, text_layers=1,
-        context=4, vocab=16, loss=loss,
-    )  # fmt: skip
+        vision_layers=(1,),
+        vision_width=16,
+        vision_heads=2,
+        text_width=16,
+        text_heads=2,
+        embed=8,
+        patch=4,
+        image_size=8,
+        text_layers=1,
+        context=4,
+        vocab=16,
+        loss=loss,
+    )
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
     tokens = jnp.array([[1, 2, 15, 0], [3, 15, 0, 0], [4, 5, 6, 15], [3, 2, 15, 0]])
     classes = jnp.array([0, 1, 2, 1])

@@ -36,18 +36,27 @@ def equal(a, b):
 def hugging_face(state):
     """OpenAI's state dict as the transformers library has it, renamed piece by piece."""
     whole = {
-        "logit_scale": "logit_scale", "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight", "text_projection": "text_projection.weight",
-        "visual.proj": "visual_projection.weight", "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "logit_scale": "logit_scale",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "text_projection": "text_projection.weight",
+        "visual.proj": "visual_projection.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
         "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
         "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    }  # fmt: skip
+    }
     pieces = {
-        "visual.transformer.resblocks.": "vision_model.encoder.layers.", "transformer.resblocks.": "text_model.encoder.layers.",
-        "ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
-        "visual.ln_post": "vision_model.post_layernorm", "attn.": "self_attn.", ".ln_1": ".layer_norm1", ".ln_2": ".layer_norm2",
-        "c_fc": "fc1", "c_proj": "fc2",
-    }  # fmt: skip
+        "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+        "transformer.resblocks.": "text_model.encoder.layers.",
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+        "attn.": "self_attn.",
+        ".ln_1": ".layer_norm1",
+        ".ln_2": ".layer_norm2",
+        "c_fc": "fc1",
+        "c_proj": "fc2",
+    }
     out = {"vision_model.embeddings.position_ids": np.arange(17)[None]}
     for name, value in state.items():
         new = whole.get(name, name)
@@ -65,19 +74,31 @@ def hugging_face(state):
 
 
 CONFIG = {
-    "model_type": "clip", "projection_dim": 24,
+    "model_type": "clip",
+    "projection_dim": 24,
     "text_config": {
-        "hidden_size": 40, "intermediate_size": 160, "num_attention_heads": 5, "num_hidden_layers": 2, "max_position_embeddings": 16,
+        "hidden_size": 40,
+        "intermediate_size": 160,
+        "num_attention_heads": 5,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 16,
         "vocab_size": 100,
     },
     "vision_config": {
-        "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+        "patch_size": 8,
     },
-}  # fmt: skip
+}
 OPEN_CLIP = {
-    "embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 8},
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 40, "heads": 5, "layers": 2},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -197,12 +218,20 @@ def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"resample": 2}, {"size": {"shortest_edge": 36}}, {"size": {"height": 32, "width": 32}}, {"do_center_crop": False},
-        {"crop_size": 16}, {"rescale_factor": 1.0}, {"do_normalize": False}, {"image_mean": [0.5]}, {"image_std": "0.5"},
-        {"image_mean": [0.5, 0.5, float("nan")]}, {"image_std": [0.5, 0.0, 0.5]},
+        {"resample": 2},
+        {"size": {"shortest_edge": 36}},
+        {"size": {"height": 32, "width": 32}},
+        {"do_center_crop": False},
+        {"crop_size": 16},
+        {"rescale_factor": 1.0},
+        {"do_normalize": False},
+        {"image_mean": [0.5]},
+        {"image_std": "0.5"},
+        {"image_mean": [0.5, 0.5, float("nan")]},
+        {"image_std": [0.5, 0.0, 0.5]},
     ],
     ids=lambda changes: f"{changes}",
-)  # fmt: skip
+)
 def test_another_way_to_see_an_image_is_refused_by_name(tmp_path, changes):
     (name,) = changes
     with pytest.raises(UserError, match=name.removeprefix("image_")):

@@ -54,10 +54,17 @@ def damaged(path):
     image.save(path / "whole.jpg")
     png, jpeg = (path / "whole.png").read_bytes(), (path / "whole.jpg").read_bytes()
     contents = {
-        "empty.png": b"", "page.jpg": b"<!DOCTYPE html><html>404</html>", "cut.jpg": jpeg[: len(jpeg) // 2], "cut.png": png[: len(png) // 2],
-        "header.png": png[:20], "zeros.webp": bytes(100), "flipped.png": png[:60] + bytes([png[60] ^ 255]) + png[61:],
-        "chunk.png": png[:8] + b"\xff\xff\xff\xff" + png[12:], "text.gif": b"GIF89a", "tiff.tif": b"II*\0\xff\xff\xff\xff",
-    }  # fmt: skip
+        "empty.png": b"",
+        "page.jpg": b"<!DOCTYPE html><html>404</html>",
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.png": png[: len(png) // 2],
+        "header.png": png[:20],
+        "zeros.webp": bytes(100),
+        "flipped.png": png[:60] + bytes([png[60] ^ 255]) + png[61:],
+        "chunk.png": png[:8] + b"\xff\xff\xff\xff" + png[12:],
+        "text.gif": b"GIF89a",
+        "tiff.tif": b"II*\0\xff\xff\xff\xff",
+    }
     for name, content in contents.items():
         (path / name).write_bytes(content)
     return contents

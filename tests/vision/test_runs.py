@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from metajax import registry
-from metajax.config import Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training, config_hash
+from metajax.config import ImageConfig, Images, Init, Optimizer, Prompts, Training, config_hash
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.experiment import open_task, run_experiment
@@ -23,19 +23,11 @@ from metajax.runs.parents import resolve_parents
 from metajax.training.opened import open_run
 from metajax.vision import prompt_learning, study
 from metajax.vision.program import image_program, shapes_of
+from tests import small_images
+from tests.small_images import CLIP
 
-SMALL = ImageConfig(
-    name="small_clip",
-    images=Images(sources=("digits",), crop_area=0.5, batch=8),
-    clip=Clip(
-        vision_layers=(1,), vision_width=16, vision_heads=2, text_width=16, text_heads=2, embed=16, patch=8, image_size=16, text_layers=1,
-        context=16, vocab=64,
-    ),
-    optimizer=Optimizer(warmup_steps=1), training=Training(steps=3), runtime=Runtime(log_every=1),
-)  # fmt: skip
-LEARNER = Prompts(
-    condition="meta", alpha=0.2, bottleneck=16, epochs=3, learning_rate=0.05, sampling="weighted", context_init="a photo of a"
-)
+ROOT = Path(__file__).parents[2]
+SMALL = override(CLIP, {"training.steps": 3})
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +39,8 @@ def clip(paths):
 @pytest.fixture(scope="module")
 def learner(clip):
     """learner(**changes) -> the config of a learner on that CLIP."""
-    made = ImageConfig(
-        name="learner", images=Images(sources=("digits",), classes="base", shots=1, crop_area=0.5), prompts=LEARNER,
-        init=Init(str(clip[0])), runtime=Runtime(save_every=4, log_every=5),
-    )  # fmt: skip
-    return lambda **changes: override(made, changes)
+    changes = {"prompts.context_init": "a photo of a", "runtime.save_every": 4, "runtime.log_every": 5}
+    return lambda **more: small_images.learner(clip[0], **changes | more)
 
 
 @pytest.fixture(autouse=True)
@@ -71,23 +60,24 @@ def test_a_clip_is_a_run_like_any_other(clip):
         open_run(workdir)
 
 
-OF_ANY = ("runtime.implementation=xla", "training.objective=dpo")
-OF_A_CLIP = (
-    *OF_ANY, "training.accumulation_steps=2", "images.targets=emoji", "images.classes=base", "images.shots=3", "images.template=a {}", "images.ensemble=true",
-    "init.from=some/run", "optimizer.z_loss=0.1",
-)  # fmt: skip
-OF_A_LEARNER = (
-    *OF_ANY, "training.steps=7", "images.batch=8", "images.ensemble=true", "images.template=a {}", "optimizer.learning_rate=0.1",
-    "optimizer.schedule=linear", "optimizer.betas=0.1,0.2", "optimizer.z_loss=0.1", "prompts.margin=1", "prompts.constraints=four",
-    "prompts.triplet_of=meta", "prompts.sampling=weighted", "prompts.space=rgb", "prompts.augmentations=sobel_filter,crop",
-)  # fmt: skip
+OF_ANY = "runtime.implementation=xla training.objective=dpo"
+OF_A_CLIP = f"""
+    {OF_ANY} training.accumulation_steps=2 images.targets=emoji images.classes=base images.shots=3 images.template=a_{{}}
+    images.ensemble=true init.from=some/run optimizer.z_loss=0.1
+""".split()
+OF_A_LEARNER = f"""
+    {OF_ANY} training.steps=7 images.batch=8 images.ensemble=true images.template=a_{{}} optimizer.learning_rate=0.1
+    optimizer.schedule=linear optimizer.betas=0.1,0.2 optimizer.z_loss=0.1 prompts.margin=1 prompts.constraints=four
+    prompts.triplet_of=meta prompts.sampling=weighted prompts.space=rgb prompts.augmentations=sobel_filter,crop
+""".split()
 PLAIN = ImageConfig(name="coop", images=Images(sources=("digits",)), prompts=Prompts(), init=Init("some/run"))
 
 
 @pytest.mark.parametrize(
-    ("config", "change"), [*((SMALL, change) for change in OF_A_CLIP), *((PLAIN, change) for change in OF_A_LEARNER)],
+    ("config", "change"),
+    [*((SMALL, change) for change in OF_A_CLIP), *((PLAIN, change) for change in OF_A_LEARNER)],
     ids=lambda x: x if isinstance(x, str) else x.name,
-)  # fmt: skip
+)
 def test_what_would_be_ignored_is_refused_by_name(config, change, paths, tmp_path):
     field, value = change.split("=")
     with pytest.raises(UserError, match=f"would ignore {re.escape(field)}: "):
@@ -108,41 +98,46 @@ def test_what_the_clip_alone_reads_passes_the_learner_by(own_registry, tmp_path)
             resolve_parents(override(config, changes), changes, tmp_path)
 
 
+AAPL = {
+    "images.sources": "digits",
+    "images.classes": "all",
+    "training.steps": 3,
+    "prompts.epochs": 1,
+    "prompts.warmup_rate": 0.01,
+    "runtime.log_every": 1,
+}
+
+
+def command(folder, **changes):
+    """The command of a learner with its CLIP, below `folder`."""
+    words = [word for field, value in (AAPL | changes).items() for word in ("--set", f"{field}={value}")]
+    return [sys.executable, "run.py", "prompt_learning/base_to_new/aapl/digits", "--runs-dir", folder, *words]
+
+
+def curves(folder):
+    """Loss and gradient norm of every step of the CLIP, then of the learner."""
+    files = sorted(folder.rglob("metrics.jsonl"))
+    return [[line["loss"], line["grad_norm"]] for file in files for line in read_lines(file)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [4, 3])
 def test_two_processes_compute_what_one_does(clip, paths, tmp_path, images):
     """Four images spread over two devices; three do not, so that each process reads all of them. Both families, in one command."""
-    changes = {
-        "images.sources": "digits", "images.classes": "all", "images.shots": 1, "images.batch": 2 * images, "training.steps": 3,
-        "prompts.batch": images, "prompts.epochs": 1, "prompts.warmup_rate": 0.01, "runtime.log_every": 1,
-    }  # fmt: skip
-    words = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
-    curves = []
+    changes = {"images.shots": 1, "images.batch": 2 * images, "prompts.batch": images}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for count in (1, 2):
+        words = [*command(tmp_path / str(count), **changes), "--cache-dir", paths.cache]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(count)}
-        command = [
-            sys.executable,
-            "run.py",
-            "prompt_learning/base_to_new/aapl/digits",
-            "--runs-dir",
-            tmp_path / str(count),
-            *words,
-        ]
-        started = [
-            subprocess.Popen(
-                [*command, "--cache-dir", paths.cache], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, env=os.environ | (place | {"JAX_PROCESS_ID": str(i)} if count > 1 else {}),
-            )
-            for i in range(count)
-        ]  # fmt: skip
+        places = [place | {"JAX_PROCESS_ID": str(i)} if count > 1 else {} for i in range(count)]
+        started = [subprocess.Popen(words, env=os.environ | place, **options) for place in places]
         said = [process.communicate(timeout=300)[0] for process in started]
         assert [process.returncode for process in started] == [0] * count, said
-        files = sorted((tmp_path / str(count)).rglob("metrics.jsonl"))
-        curves.append([[line["loss"], line["grad_norm"]] for file in files for line in read_lines(file)])
-    assert len(curves[0]) == 3 + 10 // images
-    np.testing.assert_allclose(*curves, rtol=1e-4)
+    one, two = (curves(tmp_path / str(count)) for count in (1, 2))
+    assert len(one) == 3 + 10 // images
+    np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -164,28 +159,13 @@ def test_a_learner_reports_its_deltas_and_is_analysed(learner, paths, monkeypatc
 
 @pytest.mark.slow
 def test_four_devices_compute_what_one_does(tmp_path):
-    changes = {
-        "images.sources": "digits", "images.classes": "all", "images.shots": 2, "images.batch": 8, "training.steps": 3, "prompts.batch": 4,
-        "prompts.epochs": 1, "prompts.warmup_rate": 0.01, "runtime.log_every": 1,
-    }  # fmt: skip
-    words = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
-    found = []
+    changes = {"images.shots": 2, "images.batch": 8, "prompts.batch": 4}
     for devices in (1, 4):
-        command = [
-            sys.executable,
-            "run.py",
-            "prompt_learning/base_to_new/aapl/digits",
-            "--runs-dir",
-            tmp_path / str(devices),
-            *words,
-        ]
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ | flags, check=True)
-        files = sorted((tmp_path / str(devices)).rglob("metrics.jsonl"))
-        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        found.append([[line["loss"], line["grad_norm"]] for line in lines])
-    assert len(found[0]) == 3 + 5, "of the CLIP, and of the learner"
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+        subprocess.run(command(tmp_path / str(devices), **changes), cwd=ROOT, env=os.environ | flags, check=True)
+    one, four = (curves(tmp_path / str(devices)) for devices in (1, 4))
+    assert len(one) == 3 + 5, "of the CLIP, and of the learner"
+    np.testing.assert_allclose(one, four, rtol=1e-4)
 
 
 def test_a_frozen_clip_computes_in_bfloat16_on_request(learner, paths):
@@ -209,16 +189,8 @@ def test_zero_shot_and_coop_need_no_meta_net(learner, paths):
         learner(**bare, **{"prompts.context": 0, "prompts.context_init": "", "images.ensemble": True}), paths.runs / "zero", paths
     )
     assert report["steps"] == 0 and report["parameters"] == {"total": 0} and set(report["eval"]) == {"base", "new", "harmonic"}
-    coop = learner(
-        **bare,
-        **{
-            "images.view": "centre",
-            "images.classes": "all",
-            "images.targets": ("digits",),
-            "prompts.epochs": 1,
-            "prompts.batch": 4,
-        },
-    )
+    plain = {"images.view": "centre", "images.classes": "all", "images.targets": ("digits",), "prompts.batch": 4}
+    coop = learner(**bare, **plain, **{"prompts.epochs": 1})
     report = run_experiment(coop, paths.runs / "coop", paths)
     assert report["eval"]["digits"] == report["eval"]["all"] and report["eval"]["targets"] == report["eval"]["all"]["accuracy"]
     assert "ad_triplet" not in report["training"] and report["steps"] == 2

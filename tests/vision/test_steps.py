@@ -40,9 +40,13 @@ def test_a_training_run_of_the_published_code_is_met(prompt_clip, kind):
     z, coop = (COOP, True) if kind == "coop" else (COCOOP, False)
     published = json.loads(str(z["train_optim_json"]))
     cfg = Prompts(
-        condition="none" if coop else "meta", bottleneck=3, epochs=published["MAX_EPOCH"], learning_rate=published["LR"],
-        warmup_rate=published["WARMUP_CONS_LR"], weight_decay=published["WEIGHT_DECAY"],
-    )  # fmt: skip
+        condition="none" if coop else "meta",
+        bottleneck=3,
+        epochs=published["MAX_EPOCH"],
+        learning_rate=published["LR"],
+        warmup_rate=published["WARMUP_CONS_LR"],
+        weight_decay=published["WEIGHT_DECAY"],
+    )
     order = [[0, 1], [2, 3]] * 4 if coop else [[0], [1], [2], [3]] * 2
     texts = class_texts(
         prompt_clip, z["v2/tokenized_prompts" if coop else "tokenized_prompts"], COOP["v2/name_lens"].tolist(), cfg

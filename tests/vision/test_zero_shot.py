@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from metajax.core.errors import UserError
 from metajax.vision.clip.model import cut_after_end
+from metajax.vision.contrastive import class_weights
 from metajax.vision.data.templates import TEMPLATES, ensemble, texts_of
-from metajax.vision.zero_shot import class_weights, zero_shot_logits
 
 Z = np.load(Path(__file__).parents[1] / "goldens" / "prompt_clip_a.npz")
 NAMES = json.loads(str(Z["classnames_json"]))
@@ -21,7 +22,8 @@ def test_meets_the_golden(prompt_clip, kind):
     tokens = Z[f"{kind}_tokenized"].reshape(-1, len(NAMES), 77)
     weights = class_weights(prompt_clip, jnp.asarray(cut_after_end(tokens)))
     np.testing.assert_allclose(weights, Z[f"{kind}_text_features"], rtol=0, atol=2e-5)
-    logits = zero_shot_logits(prompt_clip, jnp.asarray(Z["images"].transpose(0, 2, 3, 1)), weights)
+    images = jnp.asarray(Z["images"].transpose(0, 2, 3, 1))
+    logits = jax.jit(lambda model: model.logits(model.encode_image(images), weights))(prompt_clip)
     np.testing.assert_allclose(logits, Z[f"{kind}_logits"], rtol=0, atol=2e-5)
     assert np.argmax(logits, axis=1).tolist() == np.argmax(Z[f"{kind}_logits"], axis=1).tolist()
 

@@ -21,17 +21,15 @@ from metajax.vision.data.preprocessing import normalise
 from metajax.vision.study import ImageStudy
 
 
+def _fits(study: ImageStudy) -> bool:
+    return bool(study.model.cfg.patch)
+
+
 def _needs(study: ImageStudy) -> None:
-    require(bool(study.model.cfg.patch), "a ResNet has no class token that attends to patches")
+    require(_fits(study), "a ResNet has no class token that attends to patches")
 
 
-@image_analysis(
-    "attention",
-    title="Where the class token looks",
-    fits=lambda study: bool(study.model.cfg.patch),
-    needs=_needs,
-    on_prompts=False,
-)
+@image_analysis("attention", title="Where the class token looks", fits=_fits, needs=_needs, on_prompts=False)
 def attention(study: ImageStudy) -> dict[str, Any]:
     """Weights of the patches for the class token, float[SHOWN, side, side]: of the last block (mean over heads), and over all blocks.
 
@@ -43,13 +41,9 @@ def attention(study: ImageStudy) -> dict[str, Any]:
         rolled = (block + np.eye(maps.shape[-1])) / 2 @ rolled
     side = study.model.cfg.image_size // study.model.cfg.patch
     last, rollout = (found[:, 0, 1:].reshape(-1, side, side) for found in (maps[-1], rolled))
-    return {
-        "itself": float(maps[-1][:, 0, 0].mean()),
-        "details": {
-            "pixels": study.pixels.tolist(), "names": study.names, "attribution": study.attribution,
-            "last": last.round(4).tolist(), "rollout": rollout.round(4).tolist(),
-        },
-    }  # fmt: skip
+    details = {"pixels": study.pixels.tolist(), "names": study.names, "attribution": study.attribution}
+    details |= {"last": last.round(4).tolist(), "rollout": rollout.round(4).tolist()}
+    return {"itself": float(maps[-1][:, 0, 0].mean()), "details": details}
 
 
 @jax.jit
@@ -80,5 +74,5 @@ def figures(result: Numbers) -> Figures:
             axes.set_title(names[n], fontsize=8)
         if n == 0:
             axes.set_ylabel(words, fontsize=8.5)
-        caption = "The last block's attention, mean over heads, and attention through all blocks (rollout). Brightness is relative to each map. "
-    return [(figure, (caption + details["attribution"]).strip())]
+    caption = "The last block's attention, mean over heads, and attention through all blocks (rollout)."
+    return [(figure, f"{caption} Brightness is relative to each map. {details['attribution']}".strip())]

@@ -6,6 +6,8 @@ a tower of this kind can be fine-tuned here but not trained from scratch.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,12 +17,17 @@ from metajax.config import Clip
 from metajax.core.errors import nearest, require
 from metajax.models.layers import Linear, normal_param
 
-CAPTURABLE = (  # intermediates that the tower can return besides its features
-    "stem",  # [B, H/4, W/4, channels]
-    "final",  # [B, H/32, W/32, channels], the input of the attention pool
-)
+# Intermediates that the tower can return besides its features: [B, H/4, W/4, channels] after the stem, and [B, H/32, W/32,
+# channels] before the attention pool.
+CAPTURABLE = ("stem", "final")
 _EPS = 1e-5
 EXPANSION = 4  # a bottleneck's output channels / its inner ones
+
+
+def check_captures(names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """UserError for the name of an intermediate that a tower does not have."""
+    for name in names:
+        require(name in known, f"capture: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
 class Conv(nnx.Module):
@@ -93,9 +100,9 @@ class AttentionPool(nnx.Module):
         width, tokens = cfg.vision_width * 8 * EXPANSION, (cfg.image_size // 32) ** 2 + 1
         self.heads, std = cfg.vision_heads, width**-0.5
         self.positions = normal_param(keys[0], (tokens, width), std, ("positions", "embed"))
-        names = {"query": width, "key": width, "value": width, "output": cfg.embed}
-        for (name, outputs), key in zip(names.items(), keys[1:], strict=True):
-            setattr(self, name, Linear(key, (width, outputs), std=std, bias=True, axes=("embed", "heads")))
+        linear = functools.partial(Linear, std=std, bias=True, axes=("embed", "heads"))
+        self.query, self.key, self.value = (linear(key, (width, width)) for key in keys[1:4])
+        self.output = linear(keys[4], (width, cfg.embed))
 
     def __call__(self, x: Float[Array, "B H W channels"]) -> Float[Array, "B features"]:
         x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -126,8 +133,7 @@ class ModifiedResNet(nnx.Module):
         self, images: Float[Array, "B H W 3"], capture: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "B features"], dict[str, Array]]:
         """(features, captured intermediates) of normalised images."""
-        for name in capture:
-            require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
+        check_captures(capture, CAPTURABLE)
         x = images.astype(self.dtype)
         for n, conv in enumerate(self.stem):
             x = jax.nn.relu(conv(x, stride=2 if n == 0 else 1))

@@ -142,10 +142,10 @@ def cross_entropy(logits: Float[Array, "B C"], labels: Int[Array, " B"]) -> Floa
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
 
 
-def triplet(
-    anchor: Float[Array, "*batch width"], positive: Float[Array, "*batch width"], negative: Float[Array, "*batch width"],
-    margin: float,
-) -> Float[Array, "*batch"]:  # fmt: skip
+Tokens = Float[Array, "*batch width"]
+
+
+def triplet(anchor: Tokens, positive: Tokens, negative: Tokens, margin: float) -> Float[Array, "*batch"]:
     """max(0, |a - p|^2 - |a - n|^2 + margin), squares summed over the width."""
     near, far = (jnp.sum(jnp.square(anchor - other), axis=-1) for other in (positive, negative))
     return jnp.maximum(near - far + margin, 0.0)

@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metajax.config import Clip, Model, Runtime
-from metajax.core.errors import nearest, require
+from metajax.core.errors import require
 from metajax.distributed.rules import RESIDUAL_AXES, constrain
 from metajax.models.layers import Mlp, Norm, normal_param, scan_layers
 from metajax.models.mixers.attention import Projections
 from metajax.models.mixers.base import Captures
-from metajax.vision.clip.convolution import Conv
+from metajax.vision.clip.convolution import Conv, check_captures
 
 # Intermediates that towers can return besides their features.
 CAPTURABLE = (
@@ -57,8 +57,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(functools.partial(Block, cfg))(jax.random.split(key, cfg.layers))
 
     def __call__(self, x: Float[Array, "B T width"], capture: tuple[str, ...]) -> tuple[Float[Array, "B T width"], Captured]:
-        for name in capture:
-            require(name in CAPTURABLE, f"capture: unknown {name!r}{nearest(name, CAPTURABLE)}; known: {', '.join(CAPTURABLE)}")
+        check_captures(capture, CAPTURABLE)
 
         def body(x: Array, block: Block) -> tuple[Array, Captured]:
             captures = Captures(capture)
@@ -122,9 +121,8 @@ class TextTower(nnx.Module):
     ) -> tuple[Float[Array, "B features"], Captured]:
         """(features, captured intermediates) of embedded tokens; `end`: the position of each text's end token."""
         length, table = embedded.shape[1], self.positions[...]
-        require(
-            length <= table.shape[0], f"texts of {length} tokens, but the text tower has {table.shape[0]} positions; cut them"
-        )
+        most = len(table)
+        require(length <= most, f"texts of {length} tokens, but the text tower has {most} positions; cut them")
         x, captured = self.transformer((embedded + table[:length]).astype(self.dtype), capture)
         x = self.final_norm(x)
         features = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0] @ self.projection[...].astype(x.dtype)

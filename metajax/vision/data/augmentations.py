@@ -138,10 +138,6 @@ def cutout_box(shape: tuple[int, int], key: PRNGKeyArray) -> Int[Array, " 4"]:
     return jnp.stack([top, left, tall, wide])
 
 
-def _crop(image: Image, key: PRNGKeyArray) -> Image:
-    return shift(image, *(round(_CROP_SHIFT * side) for side in image.shape[:2]))
-
-
 OPERATIONS: dict[str, Callable[[Image, PRNGKeyArray], Image]] = {
     "color_jitter_red": functools.partial(_random_jitter, (1.5, 1.0, 1.0, 0.2)),
     "color_jitter_green": functools.partial(_random_jitter, (1.0, 1.0, 1.5, 0.0)),
@@ -154,7 +150,7 @@ OPERATIONS: dict[str, Callable[[Image, PRNGKeyArray], Image]] = {
     "rotation_90": lambda image, key: jnp.rot90(image),
     "rotation_180": lambda image, key: jnp.rot90(image, 2),
     "rotation_270": lambda image, key: jnp.rot90(image, 3),
-    "crop": _crop,
+    "crop": lambda image, key: shift(image, *(round(_CROP_SHIFT * side) for side in image.shape[:2])),
     "cutout": lambda image, key: erase(image, cutout_box(image.shape[:2], key)),
     "sobel_filter": lambda image, key: sobel(image),
 }

@@ -17,6 +17,7 @@ from metajax.vision.data.sets import ImageSet, Item
 from metajax.vision.data.templates import SELECTED
 
 Record = dict[str, Any]
+See = Callable[[Image.Image, np.random.Generator], np.ndarray]
 CAPTIONS = ("a photo of a {}.", *SELECTED)  # captions with which a CLIP is trained here
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
@@ -30,22 +31,20 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator, least: 
     """
     image = as_rgb(image)
     width, height = image.size
-    box = None
     for _ in range(_TRIES):
         area, ratio = width * height * rng.uniform(least, 1), math.exp(rng.uniform(*np.log(_RATIO)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            box = (left, top, left + w, top + h)
             break
-    if box is None:
+    else:
         w, h = round(min(width, height * _RATIO[1])), round(min(height, width / _RATIO[0]))
-        box = ((width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h)
-    pixels = np.asarray(resize(image.crop(box), size, size))
+        left, top = (width - w) // 2, (height - h) // 2
+    pixels = np.asarray(resize(image.crop((left, top, left + w, top + h)), size, size))
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def viewer(size: int, view: str, least: float) -> Callable[[Image.Image, np.random.Generator], np.ndarray]:
+def viewer(size: int, view: str, least: float) -> See:
     """The view of a training image (`Images.view`)."""
     if view == "centre":
         return lambda image, rng: centre(image, size)
@@ -72,9 +71,8 @@ def _batches(
 
 
 def prompt_batches(
-    images: ImageSet, items: Sequence[Item], seed: int, batch: int, see: Callable, rows: HostRows = ONE_HOST, *,
-    paired: bool,
-) -> grain.MapDataset:  # fmt: skip
+    images: ImageSet, items: Sequence[Item], seed: int, batch: int, see: See, rows: HostRows = ONE_HOST, *, paired: bool
+) -> grain.MapDataset:
     """Batches of index, label and pixels [views, size, size, 3]; this host's rows of the batch of step s at index s.
 
     paired: a second view of an image of another class, drawn uniformly among classes and then among its images.
@@ -95,10 +93,12 @@ def prompt_batches(
     return _batches(range(len(items)), seed, batch, make, rows)
 
 
+Tokenize = Callable[[str], np.ndarray]
+
+
 def caption_batches(
-    sets: Sequence[ImageSet], seed: int, batch: int, see: Callable, tokenize: Callable[[str], np.ndarray],
-    rows: HostRows = ONE_HOST,
-) -> grain.MapDataset:  # fmt: skip
+    sets: Sequence[ImageSet], seed: int, batch: int, see: See, tokenize: Tokenize, rows: HostRows = ONE_HOST
+) -> grain.MapDataset:
     """Batches of pixels [size, size, 3] and tokens [T] for contrastive training; this host's rows of the batch of step s at index s.
 
     A text is a template filled with the image's description or, half of the time, its class; sets without classes keep texts.

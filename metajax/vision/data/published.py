@@ -7,24 +7,23 @@ their own lists. Nothing is downloaded. A missing split is not replaced, because
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from metajax.core.errors import UserError, require
 from metajax.vision.data.sets import ImageSet, Item, image_files, of_files
 from metajax.vision.data.templates import TEMPLATES
 
-# name: (folder below the data folder, images below that, split file)
+# name: (folder below the data folder, images below that, split file, number of classes)
 ZHOU = {
-    "caltech101": ("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
-    "oxford_pets": ("oxford_pets", "images", "split_zhou_OxfordPets.json"),
-    "stanford_cars": ("stanford_cars", "", "split_zhou_StanfordCars.json"),
-    "oxford_flowers": ("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json"),
-    "food101": ("food-101", "images", "split_zhou_Food101.json"),
-    "sun397": ("sun397", "SUN397", "split_zhou_SUN397.json"),
-    "dtd": ("dtd", "images", "split_zhou_DescribableTextures.json"),
-    "eurosat": ("eurosat", "2750", "split_zhou_EuroSAT.json"),
-    "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json"),
+    "caltech101": ("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", 100),
+    "oxford_pets": ("oxford_pets", "images", "split_zhou_OxfordPets.json", 37),
+    "stanford_cars": ("stanford_cars", "", "split_zhou_StanfordCars.json", 196),
+    "oxford_flowers": ("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", 102),
+    "food101": ("food-101", "images", "split_zhou_Food101.json", 101),
+    "sun397": ("sun397", "SUN397", "split_zhou_SUN397.json", 397),
+    "dtd": ("dtd", "images", "split_zhou_DescribableTextures.json", 47),
+    "eurosat": ("eurosat", "2750", "split_zhou_EuroSAT.json", 10),
+    "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", 101),
 }
 # name: folder of test images below the data folder, with a folder for each synset (V2: for each class number)
 VARIANTS = {
@@ -34,10 +33,8 @@ VARIANTS = {
     "imagenet_r": "imagenet-rendition/imagenet-r",
 }
 NAMES = (*ZHOU, "fgvc_aircraft", "imagenet", *VARIANTS)
-CLASSES = {  # number of classes, for plans without the files
-    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
-    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
-}  # fmt: skip
+# Number of classes, for plans without the files.
+CLASSES = {"imagenet": 1000, "fgvc_aircraft": 100} | {name: classes for name, (*_, classes) in ZHOU.items()}
 Splits = dict[str, list[tuple[str, int]]]  # split -> (path, label)
 
 
@@ -57,12 +54,12 @@ def open_published(name: str, root: Path) -> ImageSet:
 
 
 def _read(path: Path, what: str) -> str:
-    require(path.is_file(), f"{path} is not there; {what}, and name the folder above with --data-dir")
+    require(path.is_file(), f"{path} does not exist; {what}, and name the folder above with --data-dir")
     return path.read_text(encoding="utf-8")
 
 
 def _zhou(name: str, root: Path) -> tuple[Path, list[str], Splits]:
-    folder, images, file = ZHOU[name]
+    folder, images, file, _ = ZHOU[name]
     found = json.loads(_read(root / folder / file, f"put CoOp's published {file} beside the images"))
     names = {label: word for rows in found.values() for _, label, word in rows}
     splits = {split: [(path, label) for path, label, _ in found[split]] for split in ("train", "val", "test")}
@@ -71,8 +68,7 @@ def _zhou(name: str, root: Path) -> tuple[Path, list[str], Splits]:
 
 def _aircraft(folder: Path) -> tuple[Path, list[str], Splits]:
     what = "put the official FGVC-Aircraft lists and images there"
-    classes = _read(folder / "variants.txt", what).split("\n")
-    classes = [name.strip() for name in classes if name.strip()]
+    classes = [name.strip() for name in _read(folder / "variants.txt", what).split("\n") if name.strip()]
     splits: Splits = {}
     for split in ("train", "val", "test"):
         lines = [line.split(" ", 1) for line in _read(folder / f"images_variant_{split}.txt", what).splitlines() if line.strip()]
@@ -85,37 +81,19 @@ def _imagenet(name: str, root: Path) -> tuple[Path, list[str], Splits]:
     lines = _read(root / "imagenet" / "classnames.txt", "put CoOp's published classnames.txt there").splitlines()
     names = dict(line.strip().split(" ", 1) for line in lines if line.strip())
     synsets = sorted(names)
-    if name == "imagenet":
-        base = root / "imagenet" / "images"
-        folders = {split: _folders(base / place) for split, place in (("train", "train"), ("test", "val"))}
-    else:
-        base = root / VARIANTS[name]
-        folders = {"test": _folders(base)}
-    if name == "imagenet_v2":
-        synset_of = {folder: synsets[int(folder.name)] for folder in folders["test"]}
-    else:
-        synset_of = {folder: folder.name for found in folders.values() for folder in found}
-    present = sorted(set(synset_of.values()))
+    base = root / ("imagenet/images" if name == "imagenet" else VARIANTS[name])
+    folders: dict[str, dict[Path, str]] = {}  # of each split, with their synsets
+    for split, place in {"train": "train", "test": "val"}.items() if name == "imagenet" else [("test", "")]:
+        folder = base / place
+        require(folder.is_dir(), f"{folder} does not exist; put folders of the classes' images there, or name --data-dir")
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders[split] = {path: synsets[int(path.name)] if name == "imagenet_v2" else path.name for path in found}
+    present = sorted({synset for found in folders.values() for synset in found.values()})
     unknown = [synset for synset in present if synset not in names]
     require(not unknown, f"{base} has a folder {unknown and unknown[0]}, which is not in classnames.txt")
-    splits = {
-        split: [
-            (path.relative_to(base).as_posix(), present.index(synset_of[folder]))
-            for folder in found
-            for path in image_files(folder)
-        ]
-        for split, found in folders.items()
-    }
+    splits: Splits = {split: [] for split in folders}
+    for split, found in folders.items():
+        for path, synset in found.items():
+            label = present.index(synset)
+            splits[split] += [(image.relative_to(base).as_posix(), label) for image in image_files(path)]
     return base, [names[synset] for synset in present], splits
-
-
-def _folders(base: Path) -> list[Path]:
-    require(
-        base.is_dir(),
-        f"{base} is not there; put the images in folders of their classes, and name the folder above with --data-dir",
-    )
-    return _sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _sorted(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: path.name)

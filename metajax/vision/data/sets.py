@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from metajax.core.errors import require
 from metajax.core.progress import progress, warn
 from metajax.vision.data.preprocessing import read_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = tuple(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class ImageSet:
     read: Callable[[Any], Image.Image]
     fingerprint: str
     template: str = "a photo of a {}."
-    manifest: Mapping[str, Any] = field(default_factory=dict)
     attribution: str = ""  # shown next to any image of the set
     folder: Path | None = None  # folder of the files that the items' keys name; None: the images are not files of the user
 
@@ -60,11 +59,9 @@ def of_files(
 ) -> ImageSet:
     """A set whose items' keys are paths below a folder."""
     items = {name: tuple(found) for name, found in splits.items()}
-    sizes = {name: len(found) for name, found in items.items()}
-    return ImageSet(
-        spec, tuple(classes), items, lambda key: read_image(folder / key), fingerprint_of(spec.partition(":")[0], classes, items),
-        template, sizes, folder=folder,
-    )  # fmt: skip
+    fingerprint = fingerprint_of(spec.partition(":")[0], classes, items)
+    read = lambda key: read_image(folder / key)  # noqa: E731
+    return ImageSet(spec, tuple(classes), items, read, fingerprint, template, folder=folder)
 
 
 def image_files(place: Path) -> list[Path]:
@@ -76,10 +73,7 @@ def image_files(place: Path) -> list[Path]:
     files = [path for path in sorted(place.iterdir(), key=lambda path: path.name) if not path.name.startswith(".")]
     found = [path for path in files if path.suffix.lower() in SUFFIXES]
     kinds = ", ".join(SUFFIXES)
-    require(
-        bool(found),
-        f"{place} has no image, but it is the folder of a class; images end with {kinds}. Put some there, or remove the folder",
-    )
+    require(bool(found), f"{place} has no image; put some there that end with {kinds}, or remove this folder of a class")
     if others := [path.name for path in files if path not in set(found)]:
         warn(f"{place}: {len(others)} entries are no images and are left out, such as {others[0]}; images end with {kinds}")
     return found
@@ -100,10 +94,8 @@ def content_of(images: ImageSet, *splits: str) -> str:
         images.read(key)
         return hashlib.sha256((images.folder / key).read_bytes()).digest()
 
-    with (
-        progress(f"checking the images of {images.spec}", total=len(keys)) as advance,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
+    bar = progress(f"checking the images of {images.spec}", total=len(keys))
+    with bar as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
         for key, digest in zip(keys, pool.map(check, keys), strict=True):
             total.update(key.encode() + b"\0" + digest)
             advance(1)
@@ -138,12 +130,10 @@ def part_of_classes(images: ImageSet, part: str) -> ImageSet:
         return images
     half = -(-len(images.classes) // 2)
     labels = range(half) if part == "base" else range(half, len(images.classes))
-    splits = {
-        name: tuple(
-            replace(item, label=item.label - labels[0], caption=images.name_of(item)) for item in items if item.label in labels
-        )
-        for name, items in images.splits.items()
-    }
+    splits = {}
+    for name, items in images.splits.items():
+        kept = (item for item in items if item.label in labels)
+        splits[name] = tuple(replace(item, label=item.label - labels[0], caption=images.name_of(item)) for item in kept)
     return replace(images, classes=tuple(images.classes[label] for label in labels), splits=splits)
 
 

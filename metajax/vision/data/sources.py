@@ -14,7 +14,7 @@ from metajax.vision.data.published import NAMES, open_published
 from metajax.vision.data.sets import SUFFIXES, ImageSet, Item, image_files, of_files, split_by_hash
 
 KINDS = ("emoji", "digits", "folder", "captions", *NAMES)
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = tuple("zero one two three four five six seven eight nine".split())
 
 
 def open_images(spec: str, cache_dir: Path, data_dir: Path | None) -> ImageSet:
@@ -26,12 +26,15 @@ def open_images(spec: str, cache_dir: Path, data_dir: Path | None) -> ImageSet:
     kind, _, path = spec.partition(":")
     require(kind in KINDS, f"unknown source of images {spec!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
     root = Path(str(data_dir)) if data_dir is not None else Path()
-    if kind == "emoji":
-        return open_emoji(spec, cache_dir)
-    if kind == "digits":
-        return open_digits()
-    if kind in ("folder", "captions"):
-        return {"folder": open_folder, "captions": open_captions}[kind](spec, root / path)
+    match kind:
+        case "emoji":
+            return open_emoji(spec, cache_dir)
+        case "digits":
+            return open_digits()
+        case "folder":
+            return open_folder(spec, root / path)
+        case "captions":
+            return open_captions(spec, root / path)
     return open_published(kind, root)
 
 
@@ -44,10 +47,9 @@ def open_digits() -> ImageSet:
     splits: dict[str, list[Item]] = {"pretrain": [], "train": [], "test": []}
     for key, label in enumerate(found.target.tolist()):
         splits[split_by_hash(f"digit {key}", dict.fromkeys(splits, 1.0))].append(Item(key, label))
-    return ImageSet(
-        "digits", DIGITS, {name: tuple(items) for name, items in splits.items()}, lambda key: Image.fromarray(pixels[key]).convert("RGB"),
-        hashlib.sha256(pixels.tobytes()).hexdigest(), "a photo of a {}.", {"images": len(pixels)},
-    )  # fmt: skip
+    items, fingerprint = {name: tuple(found) for name, found in splits.items()}, hashlib.sha256(pixels.tobytes()).hexdigest()
+    read = lambda key: Image.fromarray(pixels[key]).convert("RGB")  # noqa: E731
+    return ImageSet("digits", DIGITS, items, read, fingerprint)
 
 
 def open_folder(spec: str, folder: Path) -> ImageSet:
@@ -56,7 +58,7 @@ def open_folder(spec: str, folder: Path) -> ImageSet:
     parts = ("train", "test") if all((folder / part).is_dir() for part in ("train", "test")) else ()
     found: dict[str, list[Path]] = {}
     for base in [folder / part for part in parts] or [folder]:
-        for place in sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        for place in sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")):
             found.setdefault(place.name, []).extend(image_files(place))
     classes = tuple(sorted(found))
     require(len(classes) >= 2, f"{folder} has {len(classes)} folder with images; a class is a folder, and there are at least 2")

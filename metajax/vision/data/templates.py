@@ -10,16 +10,9 @@ from collections.abc import Sequence
 from metajax.core.errors import require
 
 _PHOTO = "a photo of a {}."
+_PHOTOS = "imagenet imagenet_v2 imagenet_sketch imagenet_a imagenet_r caltech101 stanford_cars sun397".split()
 # One for each data set.
-TEMPLATES = {
-    "imagenet": _PHOTO,
-    "imagenet_v2": _PHOTO,
-    "imagenet_sketch": _PHOTO,
-    "imagenet_a": _PHOTO,
-    "imagenet_r": _PHOTO,
-    "caltech101": _PHOTO,
-    "stanford_cars": _PHOTO,
-    "sun397": _PHOTO,
+TEMPLATES = dict.fromkeys(_PHOTOS, _PHOTO) | {
     "oxford_pets": "a photo of a {}, a type of pet.",
     "oxford_flowers": "a photo of a {}, a type of flower.",
     "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
@@ -29,10 +22,8 @@ TEMPLATES = {
     "ucf101": "a photo of a person doing {}.",
 }
 # OpenAI's choice of the best templates on ImageNet.
-SELECTED = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.", "art of the {}.",
-    "a photo of the small {}.",
-)  # fmt: skip
+SELECTED = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.")
+SELECTED += ("art of the {}.", "a photo of the small {}.")
 
 
 def ensemble(dataset: str) -> tuple[str, ...]:

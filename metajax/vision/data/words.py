@@ -1,4 +1,4 @@
-"""A tokenizer for a small CLIP trained here: the words of its captions, with the interface of CLIP's tokenizer."""
+"""Tokenizers of texts for a CLIP, and the one for a small CLIP trained here: the words of its captions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,30 @@ _WORDS = regex.compile(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]")
 _SPECIAL = ("<pad>", "<unknown>", "<start>", "<end>")
 
 
-class WordTokenizer:
+class TextTokenizer:
+    """A tokenizer of texts between a start and an end token."""
+
+    start: int
+    end: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start and end."""
+        raise NotImplementedError
+
+    def tokenize(self, texts: Sequence[str], length: int = 77, *, cut: bool = False) -> np.ndarray:
+        """int32[texts, length]: start, ids, end, zeros. A text that is too long is cut before its end, or refused (UserError)."""
+        rows = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.start, *self.encode(text), self.end]
+            fits = cut or len(ids) <= length
+            require(fits, f"{text[:60]!r} has {len(ids)} tokens, but a text has {length}; shorten it, or raise clip.context")
+            if len(ids) > length:
+                ids = [*ids[: length - 1], self.end]
+            row[: len(ids)] = ids
+        return rows
+
+
+class WordTokenizer(TextTokenizer):
     """Ids of whole words, lower-cased: pad 0, unknown 1, the words, start, and end with the largest id."""
 
     def __init__(self, words: Sequence[str]):
@@ -46,18 +69,8 @@ class WordTokenizer:
         return hashlib.sha256(json.dumps(self.words).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without start and end."""
         return [self._ids.get(word, 1) for word in _WORDS.findall(text.lower())]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of ids; for special ids their names."""
         return " ".join((*_SPECIAL[:2], *self.words, *_SPECIAL[2:])[i] for i in ids)
-
-    def tokenize(self, texts: Sequence[str], length: int = 77) -> np.ndarray:
-        """int32[texts, length]: start, ids, end, zeros; UserError for a text that is too long."""
-        rows = np.zeros((len(texts), length), np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.start, *self.encode(text), self.end]
-            require(len(ids) <= length, f"{text[:60]!r} has {len(ids)} tokens, but a text has {length}; raise clip.context")
-            row[: len(ids)] = ids
-        return rows
