@@ -13,7 +13,7 @@ import pytest
 
 from metajax.core.errors import Stopped
 from metajax.experiment import run_experiment
-from metajax.runs import goodput, metrics
+from metajax.runs import metrics, pace
 from metajax.runs.files import read_lines
 from metajax.runs.pace import Goodput
 from metajax.training import trainer
@@ -124,7 +124,7 @@ def test_the_watch_of_steps_begins_with_the_first_and_evaluations_are_waited_for
 
 def test_goodput_counts_lost_steps_and_every_start(tmp_path, monkeypatch):
     now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(goodput.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now.seconds)
 
     def start(begins):
         ledger = Goodput(tmp_path / "time.json", age=2.0)
