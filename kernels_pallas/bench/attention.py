@@ -104,10 +104,7 @@ def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
     lines = shape.kv_heads // per_step  # the grid's outer axis repeats the whole list this often
     steps, start, end = lines * len(visits), when(lines * blocks), when(lines * blocks)
     tiles = (when(lines * full), when(lines * (len(visits) - full)))
-    row_q, row_k = (
-        (shape.key_width + shape.value_width) * 2 * shape.heads,
-        (shape.key_width + shape.value_width) * 2 * shape.kv_heads,
-    )
+    row_q, row_k = (2 * (shape.key_width + shape.value_width) * heads for heads in (shape.heads, shape.kv_heads))
     by_query = shape.length * row_q + len(visits) * block * row_k
     by_key = 2 * shape.length * row_k + len(visits) * block * row_q
     kernels = [Kernel("prefix_window_attention_forward", steps, (start, *tiles, end), by_query)]
@@ -121,12 +118,5 @@ def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
     inside = splash.allowed_pairs(shape.length // shape.documents, shape.window, 0)
     allowed = shape.documents * inside + shape.length * shape.meta
     computed = len(visits) * block * block + blocks * block * shape.meta
-    return Program(
-        op,
-        name,
-        "pallas_tpu",
-        passes,
-        functools.partial(_build, shape, passes, attention_tpu),
-        tuple(kernels),
-        allowed / computed,
-    )
+    build = functools.partial(_build, shape, passes, attention_tpu)
+    return Program(op, name, "pallas_tpu", passes, build, tuple(kernels), allowed / computed)

@@ -40,19 +40,7 @@ def bound(program: Program, result: Mapping[str, Any], chip: str) -> Bound:
 
 def schedule_section(programs: Sequence[Program], results: Mapping[str, Mapping], chip: str) -> str:
     """The table of compiled costs, followed by the regions of every kernel."""
-    head = [
-        "shape",
-        "implementation",
-        "passes",
-        "kernels",
-        "memory",
-        "XLA",
-        "bound",
-        "ms",
-        "against ours",
-        "useful",
-        "temporary MB",
-    ]
+    head = "shape,implementation,passes,kernels,memory,XLA,bound,ms,against ours,useful,temporary MB".split(",")
     lines = [
         f"Compiled for one {chip} ({CHIPS[chip].clock} GHz, {CHIPS[chip].bandwidth} GB/s) by libtpu {version('libtpu')} with jax "
         f"{version('jax')}: `python -m kernels_pallas.bench --chip {chip}`. Cycles in millions.",
@@ -83,15 +71,9 @@ def _row(program: Program, programs: Sequence[Program], results: Mapping[str, Ma
 
 def _ours(program: Program, programs: Sequence[Program], results: Mapping[str, Mapping], chip: str) -> float | None:
     """Bound of the pallas_tpu program of the same op, shape and passes."""
-    for other in programs:
-        if (other.op, other.shape, other.passes, other.implementation) == (
-            program.op,
-            program.shape,
-            program.passes,
-            "pallas_tpu",
-        ):
-            return bound(other, results[other.name], chip).total
-    return None
+    wanted = program.op, program.shape, program.passes, "pallas_tpu"
+    found = (other for other in programs if (other.op, other.shape, other.passes, other.implementation) == wanted)
+    return next((bound(other, results[other.name], chip).total for other in found), None)
 
 
 def _regions(programs: Sequence[Program], results: Mapping[str, Mapping]) -> list[list[str]]:
