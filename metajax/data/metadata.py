@@ -39,7 +39,8 @@ def template_fields(template: str) -> tuple[str, ...]:
     pieces = [(field, form) for field, form in _parsed(template) if field is not None]
     require(bool(pieces), f"metadata.template = {template!r} names no field; put one in braces, such as {{url}}")
     try:
-        _ = [format("", form) for _, form in pieces]
+        for _, form in pieces:
+            format("", form)
     except ValueError as error:
         remedy = 'what follows a colon is a format; a name with a colon has to be in double quotes, such as {"og:title"}'
         raise UserError(f"metadata.template = {template!r}: {error}; {remedy}") from None
