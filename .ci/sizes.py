@@ -21,11 +21,11 @@ PARTS = {
             "metajax/data/",
         ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
-        8_900,
+        8_050,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 25_070),
-    "vision": (("metajax/vision/",), (), 3_350),
-    "kernels_pallas": (("kernels_pallas/",), (), 3_370),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_330),
+    "vision": (("metajax/vision/",), (), 3_130),
+    "kernels_pallas": (("kernels_pallas/",), (), 3_400),
 }
 
 

@@ -56,8 +56,8 @@ def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None
     """Print resolved config, parameters by part, FLOPs per token, time estimate and published values."""
     from metajax.training.optimizers import unread_by_optimizer
 
-    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     unread = {*config.unread(), *unread_by_optimizer(config)}
+    console.print(line_of(config.name, f" at scale {config.scale}, hash {config_hash(config)}: {experiment.summary}"))
     fields = {name.rstrip("_"): value for name, value in flatten(config).items() if name not in unread}
     print_grid(("field", "value"), ((name, "-" if value in (None, "") else str(value)) for name, value in fields.items()))
     if isinstance(config, Config) and not _print_size(config):

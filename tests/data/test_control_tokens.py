@@ -284,10 +284,8 @@ def test_what_a_tokenizer_raises_is_a_bad_record_with_its_place(tmp_path):
         assert [bytes(cache[n].astype(np.uint8)).decode() for n in range(len(cache))] == ["a", "", "c", "d"]
         assert cache.manifest["bad_records_skipped"] == 2
         assert place_of(cache.manifest, "skip", tmp_path, tmp_path, 3).endswith("c.jsonl, line 7"), "the last document"
-    manifest = {"source": {"spec": "s"}, "metadata_fields": ["origin"]}
-    no_columns = SimpleNamespace(
-        folder=tmp_path, key="k", markers=False, manifest=manifest, metadata=lambda: [{}, {"origin": "a"}]
-    )
+    manifest = {"source": {"spec": "s"}, "metadata_fields": ["origin"], "tokenizer": {}}
+    no_columns = SimpleNamespace(folder=tmp_path, key="k", manifest=manifest, metadata=lambda: [{}, {"origin": "a"}])
     with pytest.raises(UserError, match=r"s, document 1, metadata\.template = '\{origin\}x'"):
         build_metadata_table(no_columns, Fragile(), "{origin}x")
 
