@@ -68,7 +68,7 @@ def _row_sums(steps, b, c, rates):
     return np.stack(sums, 1)
 
 
-def test_maps_have_meta_tokens_in_front_and_every_layers_rates(opened, text):
+def test_maps_have_meta_tokens_first_and_every_layers_rates(opened, text):
     model = opened[2]
     batch = {name: jnp.asarray(value) for name, value in text.rows.items()}
     maps = np.asarray(jax.jit(ssm_maps)(model, batch))

@@ -55,7 +55,7 @@ def test_every_input_is_in_one_piece_and_no_row_is_too_long(style, corpus):
 
 @pytest.mark.parametrize("style", STYLES)
 @given(corpora())
-def test_a_piece_behind_metadata_is_worth_it(style, corpus):
+def test_a_piece_after_metadata_is_worth_it(style, corpus):
     documents, inputs, overhead, capacity = corpus
     total = dict(zip(documents.tolist(), inputs.tolist(), strict=True))
     extra = dict(zip(documents.tolist(), overhead.tolist(), strict=True))

@@ -82,7 +82,7 @@ def test_two_documents_in_a_row_and_an_empty_one():
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_metadata_behind_the_bos(weight):
+def test_metadata_after_the_bos(weight):
     """The last metadata token asks for the first body token; BOS and the rest ask for metadata."""
     row = source([[(1, 0, 3)]], 8, metadata_ids([[], [7, 8], [], []]), loss_weight=weight)[0]
     check(
@@ -98,7 +98,7 @@ def test_metadata_behind_the_bos(weight):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_metadata_in_front_of_a_later_piece(weight):
+def test_metadata_before_a_later_piece(weight):
     """The piece before has asked for this piece's first token already, so the last metadata token asks nothing."""
     metadata = metadata_ids([[7], [], [], []])
     rows = source([[(0, 0, 3)], [(0, 3, 2)]], 6, metadata, loss_weight=weight)
@@ -312,7 +312,7 @@ def test_masks_cover_exactly_the_metadata(corpus, seed):
 
 
 @given(corpora(), st.integers(0, 99))
-def test_metadata_behind_the_text_changes_nothing_in_front_of_it(corpus, seed):
+def test_metadata_after_the_text_changes_nothing_before_it(corpus, seed):
     """What a body token is asked from is the same with and without metadata behind the text of its piece."""
     alone = dataclasses.replace(corpus.metadata, parts=tuple(part for part in corpus.metadata.parts if part[0].at is before))
     for pieces, plain, _ in assemble(corpus, seed):

@@ -156,7 +156,7 @@ def test_sizes_bound_what_an_example_holds():
 
 @PROPERTY
 @given(st.integers(4, 200), st.integers(1, 50), st.integers(0, 10**6))
-def test_every_key_is_asked_for_once_and_its_value_stands_behind_it(length, pairs, n):
+def test_every_key_is_asked_for_once_and_its_value_stands_after_it(length, pairs, n):
     made = examples(names=("mqar",), pairs=pairs)
     example = made.test("mqar", length, n)
     count, half = min(pairs, length // 4), made.tokenizer.vocabulary.base // 2

@@ -61,7 +61,7 @@ def test_metadata_ids_are_never_the_wanted_answer_before_the_text_and_are_after_
 
 
 @pytest.mark.parametrize("position", ["append", "prepend"])
-def test_text_does_not_know_what_stands_behind_it(prepared, position):
+def test_text_does_not_know_what_stands_after_it(prepared, position):
     """Bit for bit: other ids at the metadata change the logits of no text before it, and of all text after it."""
     model, batch = prepared(position)
     other = dict(batch, tokens=np.where(batch["is_metadata"], 9, batch["tokens"]))

@@ -237,7 +237,7 @@ def test_a_table_that_is_stopped_and_taken_up_again_is_the_same(table, tmp_path,
         assert (stopped.folder / name).read_text() == (tmp_path / "whole/lab_table/cpu" / name).read_text()
 
 
-def test_several_at_a_time_come_behind_what_they_start_from(table, tmp_path):
+def test_several_at_a_time_come_after_what_they_start_from(table, tmp_path):
     guard, here, peak = threading.Lock(), set(), []
     plan, runs = plan_of(table, tmp_path / "pool"), Runs()
 

@@ -154,7 +154,7 @@ def test_accumulation_equals_the_whole_batch(dpo_config, paths):
     assert steps[4] == pytest.approx(steps[1], rel=1e-5) and steps[1]["margin"] != 0
 
 
-def test_rows_hold_whole_pairs_behind_their_prompts(dpo_config, paths):
+def test_rows_hold_whole_pairs_after_their_prompts(dpo_config, paths):
     """Every training record once in an epoch; bits per byte counts the chosen answers, the loss both."""
     corpora = open_corpora(dpo_config(), paths)
     [cache], rows, seen = corpora.caches, training_rows(corpora), []

@@ -68,7 +68,7 @@ def test_the_same_documents_and_tokens_in_every_condition(tiny_config, paths):
     assert len({r["bpb"] for r in results}) == 4, "the model sees something else in each"
 
 
-def test_metadata_behind_the_text_changes_no_score_and_has_its_own(tiny_config, paths):
+def test_metadata_after_the_text_changes_no_score_and_has_its_own(tiny_config, paths):
     """Causality: whatever is appended, body tokens are asked for as before; the metadata itself is scored apart."""
     recipe = Metadata(position="append", template="{topic}")
     conditions = ("none", "right", "shuffled", "empty")
