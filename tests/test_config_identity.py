@@ -13,7 +13,7 @@ import pytest
 from metajax import registry
 from metajax.config import CONFIG_VERSION, Config, ImageConfig, Metadata, MetaTokens, Prompts, config_hash
 from metajax.core.errors import UserError
-from metajax.core.fields import changed, defaults, ignored, override, require_all_read
+from metajax.core.fields import changed, defaults, from_dict, ignored, override, require_all_read
 from metajax.runs.directory import RunDirectory, identity_of
 from metajax.runs.files import read_json, write_json
 
@@ -138,6 +138,18 @@ def test_a_run_of_an_older_version_keeps_the_hash_that_it_was_made_under(tmp_pat
     again.begin("key", "tokenizer")
     again.close()
     assert identity_of(tmp_path / "run")["hash"] == again.identity["hash"] == "0ld0ld00"
+
+
+@pytest.mark.parametrize("field", ["data.row_length", "training.accumulate", "model.hybrid.meta_tokens"])
+def test_an_earlier_name_is_read_from_saved_configs_and_answered_on_the_command_line(field):
+    *path, old = field.split(".")
+    saved = part = {"name": "x", "model": {"hybrid": {}}}
+    for name in path:
+        part = part.setdefault(name, {})
+    part[old] = 8
+    (changed_field,) = (name for name in changed(from_dict(Config, saved)) if name.startswith(field.rpartition(".")[0] + "."))
+    with pytest.raises(UserError, match=rf"{field} is {changed_field} now"):
+        override(Config(name="x"), {field: 8})
 
 
 if __name__ == "__main__":

@@ -224,17 +224,18 @@ def override(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
     for dotted, value in changes.items():
         head, _, rest = dotted.partition(".")
         name = head if head in hints else f"{head}_"  # `from` is a keyword in Python, so the field is `from_`
-        require(head not in config.renamed, f"{path}{head} is {path}{config.renamed.get(head)} now")
         require(name in hints, f"unknown field {path}{head}{nearest(head, hints)}")
         if rest:
             nested.setdefault(name, {})[rest] = value
         else:
             whole[name] = convert(value, hints[name], path + head)
     for name, inner in nested.items():
-        is_part = dataclasses.is_dataclass(_shape(hints[name])[0])
-        require(is_part, f"{path}{name} has no fields of its own, but {path}{name}.{next(iter(inner))} was set")
-        part = whole.get(name, getattr(config, name))
-        whole[name] = convert(inner, hints[name], path + name) if part is None else override(part, inner, f"{path}{name}.")
+        kind, first = _shape(hints[name])[0], next(iter(inner))
+        require(dataclasses.is_dataclass(kind), f"{path}{name} has no fields of its own, but {path}{name}.{first} was set")
+        part, prefix = whole.get(name, getattr(config, name)), f"{path}{name}."
+        for old in kind.renamed.keys() & inner:
+            raise UserError(f"{prefix}{old} is {prefix}{kind.renamed[old]} now")
+        whole[name] = convert(inner, hints[name], path + name) if part is None else override(part, inner, prefix)
     return dataclasses.replace(config, **whole)
 
 
