@@ -60,7 +60,7 @@ def open_directory(folder: Path, model_type: str, spare: tuple[str, ...] = ()) -
     """
     config = read_json(folder / "config.json")
     found = config.get("model_type")
-    require(found == model_type, f"{folder}/config.json: model_type is {shown(repr(found))}, not {model_type!r}")
+    require(found == model_type, f"{folder}/config.json: model_type is {shown(repr(found)[:200])}, not {model_type!r}")
     index, single = folder / INDEX, folder / WHOLE
     require(index.exists() or single.exists(), f"{folder} has no {WHOLE} and no {INDEX}; name a model directory")
     if single.exists():

@@ -69,7 +69,9 @@ def end_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids in `eos_token_id` of a config.json or generation_config.json, which is a number, a list or absent."""
     found = values.get("eos_token_id")
     ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
-    require(all(type(i) is int for i in ids), f"eos_token_id = {found!r}: it has to be a number, a list of numbers or null")
+    require(
+        all(type(i) is int for i in ids), f"eos_token_id = {repr(found)[:200]}: it has to be a number, a list of numbers or null"
+    )
     return ids
 
 
