@@ -31,7 +31,7 @@ from metajax.vision.data.batches import prompt_batches, test_pixels, viewer
 from metajax.vision.data.preprocessing import centre, normalise
 from metajax.vision.data.sets import ImageSet, check_set, content_of, few_shot, fingerprint_of, part_of_classes
 from metajax.vision.data.sources import open_images
-from metajax.vision.data.templates import SELECTED
+from metajax.vision.data.templates import ensemble
 from metajax.vision.flops import image_step_flops
 from metajax.vision.task import ImageTask
 
@@ -129,7 +129,7 @@ class PromptTask(ImageTask):
                 texts = texts_for(self.model, self.tokenizer, one, cfg)
                 results[name] = test(model, self.model, texts, one, cfg, self.config.seed)
             else:
-                templates = (*SELECTED, one.template) if images.ensemble else ((images.template or one.template),)
+                templates = ensemble(one.spec, one.template) if images.ensemble else ((images.template or one.template),)
                 results[name] = zero_shot(self.model, self.tokenizer, one, templates)
         if targets:
             results["targets"] = float(np.mean([results[target.spec]["accuracy"] for target in targets]))

@@ -31,7 +31,9 @@ def test_meets_the_golden(prompt_clip, kind):
 def test_texts(clip_tokenizer):
     assert str(Z["zeroshot_template"]) == TEMPLATES["oxford_pets"]
     assert list(ensemble("oxford_pets")) == json.loads(str(Z["ensemble_templates_json"]))
-    assert len(ensemble("imagenet_r")) == 7
+    assert len(ensemble("imagenet")) == 7
+    assert len(ensemble("imagenet_r")) == 8
+    assert ensemble("folder:mine", "my {}")[-1] == "my {}"
     for templates, rows in (
         ((TEMPLATES["oxford_pets"],), Z["zeroshot_tokenized"][None]),
         (ensemble("oxford_pets"), Z["ensemble_tokenized"]),

@@ -26,10 +26,11 @@ SELECTED = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo
 SELECTED += ("art of the {}.", "a photo of the small {}.")
 
 
-def ensemble(dataset: str) -> tuple[str, ...]:
-    """The templates whose mean represents a class: the selected ones and, except for ImageNet, the data set's own."""
-    require(dataset in TEMPLATES, f"no template for data set {dataset!r}; known: {', '.join(TEMPLATES)}")
-    return SELECTED if dataset.startswith("imagenet") else (*SELECTED, TEMPLATES[dataset])
+def ensemble(dataset: str, template: str = "") -> tuple[str, ...]:
+    """The templates whose mean represents a class: the selected ones and, except for ImageNet itself, the data set's own."""
+    known = f"no template for data set {dataset!r}; known: {', '.join(TEMPLATES)}"
+    require(bool(template) or dataset in TEMPLATES, known)
+    return SELECTED if dataset == "imagenet" else (*SELECTED, template or TEMPLATES[dataset])
 
 
 def texts_of(names: Sequence[str], template: str) -> list[str]:
