@@ -23,7 +23,7 @@ PARTS = {
         ("metajax/data/sources/", "metajax/data/tasks/"),
         8_050,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_330),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_360),
     "vision": (("metajax/vision/",), (), 3_130),
     "kernels_pallas": (("kernels_pallas/",), (), 3_400),
 }

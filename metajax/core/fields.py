@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from metajax.core.errors import UserError, nearest, require
@@ -91,8 +91,10 @@ class Part:
         cls.renamed = dict(renamed or {})
 
         def convert_all(self: Any) -> None:
-            for name, hint in field_types(cls).items():
-                object.__setattr__(self, name, convert(getattr(self, name), hint, f"{path}.{name}".strip("._")))
+            for name, hint, fits in _checks(cls):
+                value = getattr(self, name)
+                if not fits(value):
+                    object.__setattr__(self, name, convert(value, hint, f"{path}.{name}".strip("._")))
             agree(self)
 
         cls.__post_init__ = convert_all
@@ -110,6 +112,23 @@ def _shape(hint: Any) -> tuple[Any, Range, bool]:
             (inner,) = (a for a in typing.get_args(inner) if a is not type(None))
             optional = True
     return inner, limits, optional
+
+
+@functools.cache
+def _checks(cls: type) -> list[tuple[str, Any, Callable[[Any], bool]]]:
+    """(name, type, quick test whether a value needs no conversion) of each field: a table makes thousands of configs."""
+    return [(name, hint, _fits(hint)) for name, hint in field_types(cls).items()]
+
+
+def _fits(hint: Any) -> Callable[[Any], bool]:
+    kind, limits, optional = _shape(hint)
+    if kind in (int, float):
+        return lambda value: type(value) is kind and value in limits
+    if kind is str:
+        return lambda value: type(value) is str and is_text(value)
+    if typing.get_origin(kind) is Literal:
+        return lambda value: value in typing.get_args(kind)
+    return lambda value: type(value) is kind or (optional and value is None)
 
 
 def describe(hint: Any) -> str:
@@ -244,13 +263,13 @@ def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         yield prefix + f.name, config, f, value
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Part):
             yield from _walk(value, f"{prefix}{f.name}.")
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """Every reachable field by dotted path. A null sub-config is one entry; a null field marked `filled_in` is left out."""
-    found = {path: (f, value) for path, _, f, value in _walk(config) if not dataclasses.is_dataclass(value)}
+    found = {path: (f, value) for path, _, f, value in _walk(config) if not isinstance(value, Part)}
     return {path: value for path, (f, value) in found.items() if value is not None or not f.metadata.get("filled_in")}
 
 
@@ -271,9 +290,10 @@ def changed(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, _, f, value in _walk(config):
         default = _default(f)
-        if not dataclasses.is_dataclass(value) and value != default:
-            found[path] = value
-        elif dataclasses.is_dataclass(value) and (default is None or default is dataclasses.MISSING):
+        if not isinstance(value, Part):
+            if value != default:
+                found[path] = value
+        elif default is None or default is dataclasses.MISSING:
             found[path] = True
     return found
 
@@ -282,10 +302,16 @@ def unread(config: Any) -> dict[str, str]:
     """{dotted field: why nothing reads it}, from the `OnlyWith` annotations of the fields."""
     found: dict[str, str] = {}
     for path, part, f, _ in _walk(config):
-        for rule in getattr(field_types(type(part))[f.name], "__metadata__", ()):
-            if isinstance(rule, OnlyWith) and (why := rule.reason(part, path.removesuffix(f.name))):
+        for rule in _rules(type(part)).get(f.name, ()):
+            if why := rule.reason(part, path.removesuffix(f.name)):
                 found[path] = why
     return found
+
+
+@functools.cache
+def _rules(cls: type) -> dict[str, list[OnlyWith]]:
+    notes = {name: getattr(hint, "__metadata__", ()) for name, hint in field_types(cls).items()}
+    return {name: [rule for rule in rules if isinstance(rule, OnlyWith)] for name, rules in notes.items()}
 
 
 def ignored(config: Any) -> dict[str, str]:
