@@ -371,7 +371,7 @@ table(
             "samba",
             SAMBA | {"model.layers": ByScale(cpu=6, gpu=12, paper=16)},
             printed_tasks(44.02, 31.01, 31.41, 19.75, 22.14, 39.88, 40.59, 69.86, 25.76, 49.79, 46.45, 52.49, 27.27, 39.92),
-            note="Mamba and attention in a window, each with a feed-forward network behind it",
+            note="Mamba and attention in a window, each followed by a feed-forward network",
         ),
         of_components(
             "hymba",
@@ -413,7 +413,7 @@ LONGER_RECALL = {
 
 table(
     "hymba/long_context",
-    summary="training goes on in longer rows, with rotary positions as they were and stretched",
+    summary="training continues in longer rows, with rotary positions unchanged and stretched",
     paper=f"{PAPER}, section 2.5 (a changed rotary base for the last 100B tokens, in rows of 8,192)",
     rows=[
         Row("rope", LONGER),

@@ -87,7 +87,7 @@ table(
     baseline="hymba",
     minutes={"paper": 37_000},
     notes=[
-        "No example in front of a question, one in front of a passage of SQuAD-C; MMLU with five, in a form that is not among ours: letters of the answers.",
+        "No example before a question, and one before a passage of SQuAD-C; MMLU with five, in a form that metajax does not have: letters of the answers.",
         "Tokens a second on an A100, 8,000 tokens, 128 rows or as many as fit; the mean is of the seven tasks.",
         ASKED,
     ],

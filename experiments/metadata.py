@@ -163,7 +163,7 @@ def arm(position: str, kind: str, **options: Any) -> Row:
         changes,
         {} if kind in POPULARITY else SAID,
         lacks=lacks,
-        group=f"metadata {'in front' if position == 'prepend' else 'behind'}",
+        group=f"metadata {'before' if position == 'prepend' else 'after'} the text",
         **options,
     )
 
@@ -176,7 +176,7 @@ def side(name: str, note: str = "", core: bool = True, published: bool = False, 
 
 table(
     "metadata/positions",
-    summary="metadata in front of the text or behind it, coarse and fine, with controls that tell nothing",
+    summary="metadata before or after the text, coarse and fine, with uninformative controls",
     paper=f"{BEYOND}, table 1",
     paper_rows=13,
     rows=[
@@ -184,7 +184,7 @@ table(
         side("empty_pair", "delimiters alone", False, True, position="prepend", keep=0.0),
         side("shuffled_url", "another package's URL in training too: ours", position="prepend", assigned="shuffled"),
         side("meta_tokens", "five learnable tokens, the same for all documents", False, True, position="prepend", tokens=5),
-        side("append_url_silent", "behind, and never asked for: ours", False, position="append", loss_weights=(0.0, 0.0)),
+        side("append_url_silent", "after the text, and never predicted: ours", False, position="append", loss_weights=(0.0, 0.0)),
         arm("prepend", "url"),
         arm("prepend", "quality_fine", core=False),
         arm("prepend", "quality_coarse", core=False),
@@ -216,7 +216,7 @@ def of_positions(row: str, name: str = "", **options: Any) -> Row:
 
 table(
     "metadata/url_parts",
-    summary="the whole URL in front of the text, or a part of it",
+    summary="the whole URL before the text, or a part of it",
     paper=f"{BEYOND}, table 2",
     paper_rows=5,
     rows=[
@@ -242,7 +242,7 @@ def joined(name: str, cpu: str, paper: str, **options: Any) -> Row:
 
 table(
     "metadata/combinations",
-    summary="two kinds of metadata together, in front or on both sides",
+    summary="two kinds of metadata together, before the text or on both sides",
     paper=f"{BEYOND}, figure 3; {HELP}",
     paper_rows=5,
     rows=[
@@ -269,7 +269,7 @@ table(
                 "metadata.template": "{url}",
                 "metadata.appended": DOMAIN["domain_coarse"],
             },
-            note="URL in front and domain behind: asked for by reviewers, ours",
+            note="URL before and domain after the text: asked for by reviewers, ours",
         ),
         Row("url_both_sides", {"metadata.position": "both"}, note="ours", core=False),
     ],

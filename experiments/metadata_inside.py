@@ -40,7 +40,10 @@ table(
         of_positions("prepend_domain_fine", published=SAVED_IN_PAPER),
         of_positions("prepend_domain_coarse"),
         of_positions(
-            "append_domain_fine", published=SAVED_IN_PAPER, core=False, note="said of the best model with metadata behind"
+            "append_domain_fine",
+            published=SAVED_IN_PAPER,
+            core=False,
+            note="stated for the best model with metadata after the text",
         ),
         of_positions("append_url"),
     ],
@@ -97,7 +100,7 @@ table(
         "A perceptron of three layers on the layer at 6/16 of the model, on texts without metadata; classes balanced, origins apart. At cpu and gpu scale "
         "topic is the Section, popularity three ranges, author the Maintainer. Every layer is in a run's report.",
         "A summary of the paper says: text alone is lowest everywhere, URL best for author and quality, fine better than coarse for topic, and fine "
-        "quality behind the text better for quality and worse for topic than coarse. Its values are in figures.",
+        "quality after the text better for quality and worse for topic than coarse. Its values are in figures.",
     ],
 )(base)
 
@@ -126,8 +129,8 @@ table(
             for column in (looked(part), looked(part, f"equal shares, {part}", "uniform"))
         ),
         looked("bos"),
-        looked("begin", "delimiter in front, %"),
-        looked("end", "delimiter behind, %"),
+        looked("begin", "delimiter before, %"),
+        looked("end", "delimiter after, %"),
         CLUSTERS,
         Column("by topic", "analyses.metadata_attention.clusters.label_0.ratio", 3, ""),
     ],
@@ -171,7 +174,7 @@ table(
     analyses=["guidance"],
     notes=[
         "Share of drawn texts that a classifier of real texts gives the topic of their metadata; its accuracy on real texts stands last. Nats a token: of "
-        "the drawn texts, by the model itself without metadata. 0 is drawing without metadata, 1 behind it.",
+        "the drawn texts, by the model itself without metadata. 0 is drawing without metadata, 1 after it.",
         "A summary of the paper says: topics steer best, URLs towards a site's style, quality hardly, and a model of text alone not at all.",
         MAPPING,
     ],
@@ -182,7 +185,7 @@ table(
 
 KNOWN = {"metadata.position": "prepend"}
 FINE, COARSE = KNOWN | {"metadata.template": "{source}"}, KNOWN | {"metadata.template": "{group}"}
-BEHIND = {"metadata.position": "append"}
+AFTER = {"metadata.position": "append"}
 ALWAYS = FINE | {"metadata.keep": 1.0}
 
 
@@ -220,7 +223,7 @@ def best(title: str, value: str, known: str = "{told}") -> Column:
 
 table(
     "metadata/known",
-    summary="fine and coarse metadata of generated documents, in front, behind, shuffled, dropped and taken away",
+    summary="fine and coarse metadata of generated documents, before and after the text, shuffled, dropped and taken away",
     paper="ours: directions that must hold where what metadata is worth is known exactly",
     rows=[
         Row("none", ALONE, fill={"own": "none"}),
@@ -230,8 +233,8 @@ table(
         Row("shuffled", FINE | {"metadata.assigned": "shuffled"}),
         Row("tokens", KNOWN | {"metadata.template": Metadata.template, "metadata.tokens": 5}, core=False),
         Row("fine_half", FINE | {"metadata.keep": 0.5}, core=False, fill=OF_SOURCE, note="half of the documents without"),
-        Row("append_fine", FINE | BEHIND, fill={"behind": "source"} | ASKED),
-        Row("append_coarse", COARSE | BEHIND, core=False, fill={"behind": "group"} | ASKED),
+        Row("append_fine", FINE | AFTER, fill={"after": "source"} | ASKED),
+        Row("append_coarse", COARSE | AFTER, core=False, fill={"after": "group"} | ASKED),
         Row("always", ALWAYS, core=False, fill=OF_SOURCE, note="never without"),
         Row("cooldown_10", ALWAYS | {"data.switch": cooldown(10, known)}, fill=OF_SOURCE),
         Row("cooldown_20", ALWAYS | {"data.switch": cooldown(20, known)}, core=False, fill=OF_SOURCE),
@@ -249,19 +252,19 @@ table(
         Column("last third, own", "analyses.by_position.own.last"),
         best("best possible, last third", "last"),
         Column("nats a document's metadata", "eval.right.{asked}", better="", factor=3),  # two delimiters and itself
-        best("best possible, metadata", "metadata", "{behind}"),
+        best("best possible, metadata", "metadata", "{after}"),
         Column("source probe, %", "analyses.probes.label_0.balanced.linear.mean", 1, "higher", 100),
     ],
     baseline="none",
     minutes={"cpu": 1.5},
-    fill={"own": "right", "told": "nothing", "behind": "nothing", "asked": "nothing"},
+    fill={"own": "right", "told": "nothing", "after": "nothing", "asked": "nothing"},
     analyses=["by_position", "probes"],
     notes=[
-        "Best possible: by Bayes' rule, on the same documents, for who is told what the row's own metadata says in front, and nothing where it says nothing "
-        "or stands behind. `python run.py show generated` gives it for others.",
+        "Best possible: by Bayes' rule, on the same documents, for who is told what the row's own metadata before the text says, and nothing where it says nothing "
+        "or follows the text. `python run.py show generated` gives it for others.",
         "Expected with own metadata, early and at the end: fine, coarse, none in this order, which reach none's last value sooner in the same order; "
-        "nothing from shuffled metadata, learnable tokens, and metadata behind the text.",
-        "Expected: own metadata helps at a document's beginning and no longer in its last third. What predicts metadata behind the text pays -ln 0.9 = 0.105 nats a "
+        "nothing from shuffled metadata, learnable tokens, and metadata after the text.",
+        "Expected: own metadata helps at a document's beginning and no longer in its last third. What predicts metadata after the text pays -ln 0.9 = 0.105 nats a "
         "document at least, for every tenth has the empty pair there.",
         "Expected without metadata, or with the empty pair: a model that was always told the source is worse than one that never was, less so the more often it was "
         "not told (fine, fine_half), or with a time without at the end (cooldown).",

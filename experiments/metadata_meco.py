@@ -72,7 +72,7 @@ MECO_COLUMNS = [
 ]
 MECO_NOTES = [
     "The paper's mean is of ten tasks, the better of two forms each, 5-shot; its standard deviation over orders of the data is 0.1. TruthfulQA is not among ours.",
-    "With a source: a fitting, invented address in front of each task (conditional inference).",
+    "With a source: a fitting, invented address before each task (conditional inference).",
     MAPPING,
 ]
 
@@ -171,7 +171,7 @@ BY_SOURCE = [
 
 table(
     "metadata/meco_sources",
-    summary="MeCo asked without examples, behind addresses of good and of bad repute: what the paper prints",
+    summary="MeCo asked without examples, after addresses of good and of bad repute: what the paper prints",
     paper=f"{MECO}, on conditional inference without examples",
     paper_rows=3,
     rows=[
@@ -227,7 +227,7 @@ def most_frequent(count: ByScale) -> ByScale:
 
 table(
     "metadata/meco_metadata",
-    summary="what has to be said in front of the text: host, whole URL, its end, frequent hosts, groups without words, topics",
+    summary="what has to come before the text: host, whole URL, its end, frequent hosts, groups without words, topics",
     paper=f"{MECO}, the table on kinds of metadata",
     paper_rows=8,
     rows=[

@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 def settings(tiny: bool) -> dict[str, Setting]:
     if tiny:
         return {
-            "window behind meta tokens": Setting(Shape(64, 16, 8, 10, 2, 16, 32), 2),
+            "window after meta tokens": Setting(Shape(64, 16, 8, 10, 2, 16, 32), 2),
             "causal": Setting(Shape(64, None, 0, 2, 2, 16, 16), 2),
             "meta-attention": Setting(Shape(6, None, 0, 2, 2, 16, 16), 2, among=64),
         }

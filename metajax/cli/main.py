@@ -103,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     top = _Parser(prog=PROGRAM, description="metajax: experiments by name", epilog=EXAMPLES)
     sub = top.add_subparsers(dest="verb", required=True, metavar="NAME | VERB")
     for name, (act, adds) in verbs().items():
-        summary, _, examples = inspect.getdoc(act).partition(".\n\n")
-        summary, examples = summary[0].lower() + summary[1:], "examples:\n" + textwrap.indent(examples, "  ")
+        summary, _, examples = inspect.getdoc(act).partition("\n\n")
+        summary, examples = summary[0].lower() + summary[1:].rstrip("."), "examples:\n" + textwrap.indent(examples, "  ")
         parser = sub.add_parser(name, help=summary, description=summary, epilog=examples)
         for add in adds:
             add(parser)
