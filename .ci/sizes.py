@@ -21,10 +21,10 @@ PARTS = {
             "metajax/data/",
         ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
-        8_050,
+        7_840,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_360),
-    "vision": (("metajax/vision/",), (), 3_130),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_145),
+    "vision": (("metajax/vision/",), (), 3_390),
     "kernels_pallas": (("kernels_pallas/",), (), 3_400),
 }
 

@@ -6,8 +6,10 @@ of 0.4M parameters from scratch on emoji and digits, with images that no learner
 
 from dataclasses import replace
 
-from metajax.config import AUGMENTATIONS, Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training
+from metajax.config import Init, Optimizer, Runtime, Training
 from metajax.registry import ByScale, Column, Published, Row, experiment, table
+from metajax.vision.clip.config import Clip
+from metajax.vision.config import AUGMENTATIONS, ImageConfig, Images, Prompts
 from metajax.vision.data.published import VARIANTS, ZHOU
 
 PAPER = "AAPL (arXiv 2404.16804), with CoOp and CoCoOp"

@@ -36,18 +36,10 @@ jaxtyping.install_import_hook(
 )  # before any of them is imported
 
 from metajax import registry  # noqa: E402
-from metajax.config import (  # noqa: E402
-    Clip,
-    Config,
-    Data,
-    Evaluation,
-    Model,
-    Optimizer,
-    Runtime,
-    Training,
-)
+from metajax.config import Config, Data, Evaluation, Model, Optimizer, Runtime, Training  # noqa: E402
 from metajax.core.fields import override  # noqa: E402
 from metajax.data.pipeline import Paths  # noqa: E402
+from metajax.vision.clip.config import Clip  # noqa: E402
 from metajax.vision.data.clip_tokens import MERGES, ClipTokenizer  # noqa: E402
 
 WORDS = [

@@ -1,7 +1,9 @@
 """A tiny CLIP and a prompt learner on it, for tests of runs on images."""
 
-from metajax.config import Clip, ImageConfig, Images, Init, Optimizer, Prompts, Runtime, Training
+from metajax.config import Init, Optimizer, Runtime, Training
 from metajax.core.fields import override
+from metajax.vision.clip.config import Clip
+from metajax.vision.config import ImageConfig, Images, Prompts
 
 _VISION = {"vision_layers": (1,), "vision_width": 16, "vision_heads": 2, "patch": 8, "image_size": 16}
 _TEXT = {"text_layers": 1, "text_width": 16, "text_heads": 2, "context": 16, "vocab": 64}

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from metajax import registry
-from metajax.config import CONFIG_VERSION, Config, ImageConfig, Metadata, MetaTokens, Prompts, config_hash
+from metajax.config import CONFIG_VERSION, Config, Metadata, MetaTokens, config_hash
 from metajax.core.errors import UserError
 from metajax.core.fields import changed, defaults, from_dict, ignored, override, require_all_read
 from metajax.runs.directory import RunDirectory, identity_of
 from metajax.runs.files import read_json, write_json
+from metajax.vision.config import ImageConfig, Prompts
 
 GOLDENS = Path(__file__).parent / "goldens" / "config_defaults.json"
 BASE = Config(name="x")

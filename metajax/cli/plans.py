@@ -13,19 +13,20 @@ from typing import Any
 import jax
 
 from metajax import registry
-from metajax.config import AnyConfig, ImageConfig, Prompts
+from metajax.config import AnyConfig
 from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import echo, say
 from metajax.data.encoding import Vocabulary
 from metajax.data.pipeline import Paths
 from metajax.data.tokenizers import vocabulary_of
-from metajax.planning.advice import advise, batch_of, largest_batch
+from metajax.planning.advice import advise, largest_batch
 from metajax.planning.plan import plan, text_step
 from metajax.reporting.plan_page import write_plan_page
 from metajax.reporting.terminal import print_plan, print_survey
 from metajax.runs.files import write_json
 from metajax.runs.parents import resolve_parents
+from metajax.vision.config import ImageConfig, Prompts
 from metajax.vision.data.published import CLASSES
 
 SLICES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")  # tried in this order
@@ -42,7 +43,7 @@ def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[A
         say("it does not fit; looking for a change that does")
         found["advice"] = advise(config, shards, lambda changed: plan(changed, step, options.topology))
     if options.largest_batch:
-        field, size, pieces = batch_of(config)
+        field, size, pieces = config.batch
 
         def fits(count: int) -> bool:
             say(f"trying {field}={count}")

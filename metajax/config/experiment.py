@@ -1,4 +1,4 @@
-"""The whole config of one experiment on text.
+"""The whole config of one experiment: what all families have, and that of a run on text.
 
 A field is declared once, with its type, range and default. The command line, the saved `config.json`, the hash and the error
 messages are derived from the dataclass (metajax/core/fields.py).
@@ -7,7 +7,7 @@ messages are derived from the dataclass (metajax/core/fields.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from metajax.config.data import Data, Tasks
 from metajax.config.evaluation import Evaluation
@@ -21,9 +21,24 @@ from metajax.core.fields import Part, Seed, unread
 Scale = Literal["cpu", "gpu", "paper"]
 
 
+class _Shared(Part):
+    """Sub-configs that every family has. Each family declares them after those of its own."""
+
+    optimizer: Optimizer
+    training: Training
+    init: Init
+    runtime: Runtime
+
+
 @dataclass(frozen=True)
-class Named(Part):
-    """The start of every config. `name` and `scale` identify an experiment; `--seed` sets the seed, `--set` all other fields."""
+class AnyConfig(_Shared):
+    """The config of a family of runs; a subclass adds what the family has of its own.
+
+    `name` and `scale` identify an experiment; `--seed` sets the seed, `--set` all other fields.
+    """
+
+    family: ClassVar[str]  # such as "text"; what its runs are on
+    unavailable: ClassVar[tuple[str, ...]] = ()  # fields that no run of the family reads
 
     name: str
     scale: Scale = "cpu"
@@ -31,12 +46,20 @@ class Named(Part):
 
     def unread(self) -> dict[str, str]:
         """{field: why nothing reads it} in this experiment."""
-        return unread(self)
+        missing = f"runs on {self.family} have no such choice"
+        return unread(self) | dict.fromkeys(self.unavailable, missing)
+
+    @property
+    def batch(self) -> tuple[str, int, int]:
+        """(field of the batch size, batch size, number of micro-batches)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Config(Named):
+class Config(AnyConfig):
     """One whole experiment on text."""
+
+    family = "text"
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -53,8 +76,8 @@ class Config(Named):
 
     def __post_init__(self) -> None:
         optimizer, steps = self.optimizer, self.training.steps
-        batch, pieces = self.data.batch_size, self.training.accumulation_steps
-        require(batch % pieces == 0, f"data.batch_size = {batch} does not divide by training.accumulation_steps = {pieces}")
+        field, batch, pieces = self.batch
+        require(batch % pieces == 0, f"{field} = {batch} does not divide by training.accumulation_steps = {pieces}")
         warmup, horizon = optimizer.warmup_steps, optimizer.horizon or steps
         schedule = f"the schedule of {horizon} steps (optimizer.horizon, or training.steps where that is 0)"
         fits = optimizer.schedule == "constant" or warmup <= horizon
@@ -104,6 +127,10 @@ class Config(Named):
         if tasks is not None:
             bounds = f"between 16 and data.sequence_length = {length}"
             require(16 <= tasks.train_length <= length, f"tasks.train_length = {tasks.train_length}: {bounds}")
+
+    @property
+    def batch(self) -> tuple[str, int, int]:
+        return "data.batch_size", self.data.batch_size, self.training.accumulation_steps
 
     @property
     def row_positions(self) -> int:

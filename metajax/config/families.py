@@ -1,32 +1,35 @@
-"""The two families of runs (language models and images): finding the family of a config, and the identity of a run."""
+"""Families of runs, such as text and images: finding the family of a saved config, and the identity of a run."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from metajax.config.experiment import Config
-from metajax.config.images import ImageConfig
+from metajax.config.experiment import AnyConfig, Config
 from metajax.core.errors import UserError
-from metajax.core.fields import changed, flatten, from_dict
+from metajax.core.fields import changed, field_types, flatten, from_dict
 
-AnyConfig = Config | ImageConfig
 CONFIG_VERSION = 1  # part of every hash; raise it when a default changes
 NOT_HASHED = ("name", "scale", "seed", "runtime")  # `runtime` changes no number; the others are in the run's path
 
 
 def config_from(values: Mapping[str, Any]) -> AnyConfig:
-    """The config of a saved `to_dict`; UserError if neither family has its fields."""
-    return from_dict(ImageConfig if "images" in values else Config, values)
+    """The config of a saved `to_dict`, of the family that has most of its fields; UserError if that one lacks a field."""
+    for file in Path(__file__).parents[1].glob("*/config.py"):  # a unit of metajax with a family has its config there
+        importlib.import_module(f"metajax.{file.parent.name}.config")
+    families = sorted(AnyConfig.__subclasses__(), key=lambda cls: len(values.keys() - field_types(cls)))
+    return from_dict(families[0], values)
 
 
 def require_text(config: AnyConfig, what: str) -> Config:
-    """Return the config of a language model; raise UserError for an images config, for which `what` is not available."""
+    """Return the config of a language model; raise UserError for another family, for which `what` is not available."""
     if isinstance(config, Config):
         return config
-    raise UserError(f"{config.name} is a run on images; `{what}` is for language models")
+    raise UserError(f"{config.name} is a run on {config.family}; `{what}` is for language models")
 
 
 def config_hash(config: AnyConfig) -> str:

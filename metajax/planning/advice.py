@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from metajax.config import AnyConfig, ImageConfig
+from metajax.config import AnyConfig
 from metajax.core.fields import override
 
 _MOST = 2**20  # rows; no batch is larger
@@ -16,10 +16,11 @@ def candidates(config: AnyConfig, shards: int) -> Iterator[dict[str, Any]]:
     kept = {"none": ["dots", "full"], "dots": ["full"], "full": []}[config.runtime.remat]
     for remat in kept:
         yield {"runtime.remat": remat}
-    if isinstance(config, ImageConfig):
+    if "training.accumulation_steps" in config.unread():
         return
-    pieces = 2 * config.training.accumulation_steps
-    while config.data.batch_size % (pieces * shards) == 0:
+    _, size, pieces = config.batch
+    pieces *= 2
+    while size % (pieces * shards) == 0:
         yield {"runtime.remat": "full", "training.accumulation_steps": pieces}
         pieces *= 2
 
@@ -31,13 +32,6 @@ def advise(config: AnyConfig, shards: int, plan: Callable[[AnyConfig], Mapping[s
         if found["fits"]:
             return {"changes": changes, "total": found["memory"]["total"]}
     return None
-
-
-def batch_of(config: AnyConfig) -> tuple[str, int, int]:
-    """(config field of the batch size, batch size, number of micro-batches)."""
-    if not isinstance(config, ImageConfig):
-        return "data.batch_size", config.data.batch_size, config.training.accumulation_steps
-    return ("images.batch", config.images.batch, 1) if config.prompts is None else ("prompts.batch", config.prompts.batch, 1)
 
 
 def largest_batch(unit: int, start: int, fits: Callable[[int], bool]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax import registry
-from metajax.config import OF_TEXT, AnyConfig, Config
+from metajax.config import AnyConfig, Config
 from metajax.core.errors import nearest, require
 from metajax.core.fields import defaults, flatten, ignored, override, require_all_read
 from metajax.core.progress import say
@@ -39,8 +39,8 @@ def parse_changes(pairs: Sequence[str], runs: Path) -> dict[str, str]:
 def absent_fields(config: AnyConfig, changes: Mapping[str, Any]) -> list[str]:
     """Changed fields without effect in this config: those of sub-configs that it lacks, and those that nothing would read."""
     missing = {f for f in changes if "." in f and getattr(config, f.partition(".")[0], config) is None}
-    unread = override(config, {f: value for f, value in changes.items() if f not in missing}).unread().keys() - OF_TEXT
-    return sorted(f for f in changes if f in missing | unread)
+    changed = override(config, {f: value for f, value in changes.items() if f not in missing})
+    return sorted(f for f in changes if f in missing | (changed.unread().keys() - config.unavailable))
 
 
 def apply_changes(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from metajax.config import AnyConfig, ImageConfig, config_hash
+from metajax.config import AnyConfig, config_hash
 from metajax.core.errors import require
 from metajax.registry import Column, Experiment, Row, Table
 from metajax.runs.parents import apply_changes
+from metajax.vision.config import ImageConfig
 
 MOST_ROWS = 10_000
 

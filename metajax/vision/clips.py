@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from metajax.config import ImageConfig
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
 from metajax.distributed.mesh import make_mesh
 from metajax.runs.directory import check_data, find_run, read_config
 from metajax.training.checkpoints import read_parameters
 from metajax.vision.clip.model import CLIP
+from metajax.vision.config import ImageConfig
 from metajax.vision.data.clip_tokens import ClipTokenizer
 from metajax.vision.data.words import WordTokenizer
 from metajax.vision.weights import load_clip

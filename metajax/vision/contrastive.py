@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metajax.config import ImageConfig
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
 from metajax.distributed.mesh import make_mesh
@@ -19,6 +18,7 @@ from metajax.training.objectives import Batch, Means, objective, objectives
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.program import Program, everywhere
 from metajax.vision.clip.model import CLIP, LOSSES, cut_after_end, unit
+from metajax.vision.config import ImageConfig
 from metajax.vision.data.batches import caption_batches, test_pixels, texts_of_sets, viewer
 from metajax.vision.data.preprocessing import normalise
 from metajax.vision.data.sets import ImageSet, check_set, content_of, fingerprint_of

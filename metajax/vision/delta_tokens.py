@@ -17,9 +17,9 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples, silhouette_score
 
-from metajax.config import Prompts
 from metajax.vision.clip.model import CLIP, unit
 from metajax.vision.clip.prompts import Learner
+from metajax.vision.config import Prompts
 from metajax.vision.data.augmentations import augment
 from metajax.vision.data.preprocessing import normalise
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metajax.config import Clip, ImageConfig, Model, Prompts
+from metajax.config import Model
 from metajax.models.masks import Mask
+from metajax.vision.clip.config import Clip
 from metajax.vision.clip.convolution import EXPANSION
+from metajax.vision.config import ImageConfig, Prompts
 
 
 class Cost(NamedTuple):

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from metajax.config import ImageConfig, config_from
+from metajax.config import config_from
 from metajax.reporting import facts, page
 from metajax.reporting.figures import MARKERS, look, loss_curves, styled, to_svg
 from metajax.reporting.panels import panels
 from metajax.runs.files import find_readable, read_json
 from metajax.vision.analyses import image_analysis
+from metajax.vision.config import ImageConfig
 from metajax.vision.task import DETAILS
 
 CURVES = {

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metajax.config import PUBLISHED, AnyConfig, Clip, ImageConfig, preset
+from metajax.config import AnyConfig
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
 from metajax.planning.plan import Planned
 from metajax.training.objectives import Batch
 from metajax.training.program import Program
+from metajax.vision.clip.config import PUBLISHED, Clip, preset
 from metajax.vision.clip.model import CLIP
 from metajax.vision.clip.prompts import ClassTexts
+from metajax.vision.config import ImageConfig
 from metajax.vision.contrastive import contrastive_program
 from metajax.vision.data.published import CLASSES
 from metajax.vision.data.sources import open_images

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from flax import struct
 
-from metajax.config import Clip, ImageConfig, Prompts
 from metajax.core.errors import require
 from metajax.data.pipeline import Paths
 from metajax.distributed.mesh import make_mesh
@@ -22,9 +21,11 @@ from metajax.training.objectives import Batch, Means, objective, objectives
 from metajax.training.program import Program, everywhere
 from metajax.vision import delta_tokens
 from metajax.vision.clip import prompts
+from metajax.vision.clip.config import Clip
 from metajax.vision.clip.model import CLIP, unit
 from metajax.vision.clip.prompts import ClassTexts, Learner
 from metajax.vision.clips import open_clip
+from metajax.vision.config import ImageConfig, Prompts
 from metajax.vision.contrastive import accuracy, encode_images, harmonic, zero_shot
 from metajax.vision.data.augmentations import augment
 from metajax.vision.data.batches import prompt_batches, test_pixels, viewer

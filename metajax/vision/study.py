@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metajax.config import ImageConfig
 from metajax.data.pipeline import Paths
 from metajax.vision.clip.model import CLIP
 from metajax.vision.clip.prompts import ClassTexts
 from metajax.vision.clips import clip_of_run, open_clip, whole
+from metajax.vision.config import ImageConfig
 from metajax.vision.data.batches import test_pixels
 from metajax.vision.data.sets import part_of_classes
 from metajax.vision.data.sources import open_images

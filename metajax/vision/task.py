@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.config import ImageConfig
 from metajax.core.progress import say
 from metajax.data.pipeline import Paths
 from metajax.runs.directory import RunDirectory
 from metajax.runs.files import read_lines
 from metajax.training.task import Task
 from metajax.training.trainer import Trained
+from metajax.vision.config import ImageConfig
 from metajax.vision.data.sets import ImageSet
 
 DETAILS = "analysis/delta_tokens.json"  # in a run's folder: data of the figures of its delta tokens

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.config import PIXEL_MEAN, PIXEL_STD, Clip, Runtime
+from metajax.config import Runtime
 from metajax.core.errors import require
 from metajax.core.progress import warn
 from metajax.interop.files import WHOLE, open_directory, open_tensors, read_json
 from metajax.interop.layouts import Layout, Stored, Tensor, fill, pairs, stored_of
 from metajax.interop.settings import MOST_LAYERS, Settings
+from metajax.vision.clip.config import PIXEL_MEAN, PIXEL_STD, Clip
 from metajax.vision.clip.model import CLIP
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", WHOLE)

@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 
 from metajax.cli import main as cli
-from metajax.config import Clip, Config, Data, ImageConfig, Images, MetaTokens, Model, Runtime, Training
+from metajax.config import Config, Data, MetaTokens, Model, Runtime, Training
 from metajax.core.errors import UserError
 from metajax.core.fields import Range, field_types, flatten, from_dict, override, to_dict
 from metajax.data.tokenizers import vocabulary_of
 from metajax.inference.decoding import Sampling
 from metajax.runs.loggers import check_loggers
+from metajax.vision.clip.config import Clip
+from metajax.vision.config import ImageConfig, Images
 from tests import fuzz_arguments
 
 BASE = Config(name="x")

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Clip, Config, Data, ImageConfig, Images, MetaTokens, Model, Prompts, Runtime
+from metajax.config import Config, Data, MetaTokens, Model, Runtime
 from metajax.models.flops import flops_per_token, matmul_flops, pair_flops, step_flops
 from metajax.models.mixers import MIXERS
 from metajax.models.specs import layer_specs
 from metajax.training.program import build_model
+from metajax.vision.clip.config import Clip
 from metajax.vision.clip.model import CLIP
+from metajax.vision.config import ImageConfig, Images, Prompts
 from metajax.vision.flops import image_cost, image_step_flops
 from metajax.vision.program import Shapes, image_program
 

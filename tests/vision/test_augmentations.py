@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import AUGMENTATIONS, preset
+from metajax.vision.clip.config import preset
+from metajax.vision.config import AUGMENTATIONS
 from metajax.vision.data import augmentations as ops
 
 Z = np.load(Path(__file__).parents[1] / "goldens" / "aapl_augment_a.npz")

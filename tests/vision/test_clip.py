@@ -12,10 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
-from metajax.config import Clip, Runtime, preset
+from metajax.config import Runtime
 from metajax.core.errors import UserError
 from metajax.interop.layouts import values_of
 from metajax.models.lm import decay_mask, named_params
+from metajax.vision.clip.config import Clip, preset
 from metajax.vision.clip.model import CLIP, LOSSES, contrastive_loss, cut_after_end, sigmoid_loss
 from metajax.vision.weights import clip_tensors, from_state, layout_of
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from metajax.config import Runtime, preset
+from metajax.config import Runtime
 from metajax.core.errors import UserError
 from metajax.interop.layouts import values_of
 from metajax.models.lm import named_params
+from metajax.vision.clip.config import preset
 from metajax.vision.clip.model import CLIP, unit
 from metajax.vision.data.preprocessing import centre, normalise
 from metajax.vision.weights import clip_tensors, from_state, layout_of, load_clip, open_clip_config, openai_config

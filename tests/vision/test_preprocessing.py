@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.config import preset
 from metajax.core.errors import UserError
+from metajax.vision.clip.config import preset
 from metajax.vision.data.preprocessing import centre, normalise, read_image
 
 CLIP = preset("ViT-B/16")

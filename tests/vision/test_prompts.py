@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import Prompts, preset
 from metajax.vision.clip import prompts as learners
+from metajax.vision.clip.config import preset
 from metajax.vision.clip.model import unit
 from metajax.vision.clip.prompts import Learner, ad_triplet, class_texts, cross_entropy, prompt_logits, triplet
+from metajax.vision.config import Prompts
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 BASE, COOP, COCOOP, AAPL = (np.load(GOLDENS / f"{name}_a.npz") for name in ("prompt_clip", "coop", "cocoop", "aapl"))

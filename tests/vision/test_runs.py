@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from metajax import registry
-from metajax.config import ImageConfig, Images, Init, Optimizer, Prompts, Training, config_hash
+from metajax.config import Init, Optimizer, Training, config_hash
 from metajax.core.errors import UserError
 from metajax.core.fields import override
 from metajax.experiment import open_task, run_experiment
@@ -22,6 +22,7 @@ from metajax.runs.files import read_lines
 from metajax.runs.parents import resolve_parents
 from metajax.training.opened import open_run
 from metajax.vision import prompt_learning, study
+from metajax.vision.config import ImageConfig, Images, Prompts
 from metajax.vision.program import image_program, shapes_of
 from tests import small_images
 from tests.small_images import CLIP

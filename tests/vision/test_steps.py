@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.config import ImageConfig, Images, Prompts
 from metajax.training.state import State
 from metajax.vision.clip.model import unit
 from metajax.vision.clip.prompts import Learner, class_texts
+from metajax.vision.config import ImageConfig, Images, Prompts
 from metajax.vision.data.preprocessing import normalise
 from metajax.vision.prompt_learning import Frozen, draw, draw_types, epoch_schedule, prompt_learning, prompt_program
 

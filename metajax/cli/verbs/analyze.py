@@ -11,11 +11,11 @@ from metajax.cli import arguments as checked
 from metajax.cli import common
 from metajax.cli.arguments import add_number, add_place, add_run_word
 from metajax.cli.verb import verb
-from metajax.config import ImageConfig
 from metajax.core.errors import require
 from metajax.core.fields import Range, override
 from metajax.core.progress import echo, say
 from metajax.core.storage import publish
+from metajax.vision.config import ImageConfig
 
 
 def add_analyze(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from metajax.cli import arguments as checked
 from metajax.cli import common
 from metajax.cli.arguments import add_config, add_number, add_place
 from metajax.cli.verb import verb
-from metajax.config import ImageConfig
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import CountOrZero
+from metajax.vision.config import ImageConfig
 
 
 def add_show(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from metajax.config import Clip
 from metajax.core.errors import nearest, require
 from metajax.models.layers import Linear, normal_param
+from metajax.vision.clip.config import Clip
 
 # Intermediates that the tower can return besides its features: [B, H/4, W/4, channels] after the stem, and [B, H/32, W/32,
 # channels] before the attention pool.

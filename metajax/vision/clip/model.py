@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from metajax.config import Clip, Runtime
+from metajax.config import Runtime
+from metajax.vision.clip.config import Clip
 from metajax.vision.clip.convolution import ModifiedResNet
 from metajax.vision.clip.transformer import TextTower, VisionTransformer
 

@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.config import Clip, Prompts
 from metajax.models.layers import normal_param
+from metajax.vision.clip.config import Clip
 from metajax.vision.clip.model import CLIP, cut_after_end, unit
+from metajax.vision.config import Prompts
 
 # Most prompts in the text tower at a time. More are processed in chunks, which the backward pass recomputes.
 TEXTS_AT_ONCE = 256

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.config import Clip, Model, Runtime
+from metajax.config import Model, Runtime
 from metajax.core.errors import require
 from metajax.distributed.rules import RESIDUAL_AXES, constrain
 from metajax.models.layers import Mlp, Norm, normal_param, scan_layers
 from metajax.models.mixers.attention import Projections
 from metajax.models.mixers.base import Captures
+from metajax.vision.clip.config import Clip
 from metajax.vision.clip.convolution import Conv, check_captures
 
 # Intermediates that towers can return besides their features.

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metajax.config import AUGMENTATIONS, Clip
+from metajax.vision.clip.config import Clip
+from metajax.vision.config import AUGMENTATIONS
 
 Image = Float[Array, "H W 3"]
 _GREY = (0.2989, 0.587, 0.114)

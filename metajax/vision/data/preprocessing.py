@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from metajax.config import Clip
 from metajax.core.errors import UserError, require
+from metajax.vision.clip.config import Clip
 
 Pixels = TypeVar("Pixels")  # an array on the host or on a device
 # Errors of Pillow's decoders for a file that is not an image, or is cut off.

@@ -1,7 +1,7 @@
 """Typed configuration of runs on images: training a CLIP, or training a prompt learner on a frozen CLIP.
 
-This family is separate from `metajax.config.Config`. Name, scale, seed, init, runtime, overrides, hash and run directories mean
-the same in both; the model, the data and the objective differ.
+Name, scale, seed, init, runtime, overrides, hash and run directories mean the same as for text; the model, the data and the
+objective differ.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from metajax.config.clip import Clip
-from metajax.config.experiment import Named
+from metajax.config.experiment import AnyConfig
 from metajax.config.runtime import Runtime
 from metajax.config.training import Init, Optimizer, Training
 from metajax.core.errors import nearest, require
 from metajax.core.fields import CountOrZero, NotNegative, OnlyWith, Part, Positive, Range, Share, Size, SizeOrZero
+from metajax.vision.clip.config import Clip
 
 AUGMENTATIONS = (  # in metajax/vision/data/augmentations.py
     *("color_jitter_red", "color_jitter_green", "color_jitter_blue", "grayscale", "gaussian_noise", "gaussian_blur"),
     *("horizontal_flip", "vertical_flip", "rotation_90", "rotation_180", "rotation_270", "crop", "cutout", "sobel_filter"),
 )
-# CLIP has no Pallas kernels, and its objectives are chosen by `prompts`.
-OF_TEXT = ("runtime.implementation", "training.objective")
 Triplets = OnlyWith("alpha", why="without prompts.alpha there are no triplets")
 Paired = OnlyWith("paired", why="it is for pairs of augmentations, as with prompts.alpha")
 Augmented = OnlyWith("augmented", why="nothing is augmented")
@@ -110,8 +108,11 @@ class Prompts(Part, path="prompts"):
 
 
 @dataclass(frozen=True)
-class ImageConfig(Named):
+class ImageConfig(AnyConfig):
     """One whole run on images: with `prompts` a learner on a frozen CLIP, without it a CLIP trained from scratch."""
+
+    family = "images"
+    unavailable = ("runtime.implementation", "training.objective")  # CLIP has no Pallas kernels; `prompts` chooses the objective
 
     images: Images = field(default_factory=Images)
     clip: Clip | None = None  # None: the CLIP of `weights`, or of the run in `init.from`
@@ -126,16 +127,15 @@ class ImageConfig(Named):
         if self.prompts is None:
             require(self.clip is not None and not self.weights, "without `prompts` a CLIP is trained from its start: give `clip`")
             return
-        sources, batch, pieces = self.images.sources, self.prompts.batch, self.training.accumulation_steps
+        sources, (field, batch, pieces) = self.images.sources, self.batch
         require(len(sources) == 1, f"images.sources = {sources}: a prompt learner has one")
         has_clip = bool(self.init.from_) != bool(self.weights)
         require(has_clip, "a prompt learner needs a CLIP: init.from, a run, or weights, a folder")
-        require(batch % pieces == 0, f"prompts.batch = {batch} does not divide by training.accumulation_steps = {pieces}")
+        require(batch % pieces == 0, f"{field} = {batch} does not divide by training.accumulation_steps = {pieces}")
 
     def unread(self) -> dict[str, str]:
         """{field: why nothing reads it} for a run of this kind."""
-        found = super().unread() | dict.fromkeys(OF_TEXT, "runs on images have no such choice, runs on text do")
-        templates = ("images.template", "images.ensemble")
+        found, templates = super().unread(), ("images.template", "images.ensemble")
         if self.prompts is None:
             of_learners = ("images.targets", "images.classes", "images.shots")
             found |= dict.fromkeys(of_learners, "it is for prompt learners, and this trains a CLIP")
@@ -150,6 +150,12 @@ class ImageConfig(Named):
         found |= {"clip": "the CLIP is that of init.from or weights"}
         learned = "the context is learned; it is for prompts.context=0"
         return found | dict.fromkeys(templates if self.prompts.context else (), learned)
+
+    @property
+    def batch(self) -> tuple[str, int, int]:
+        if self.prompts is None:
+            return "images.batch", self.images.batch, 1
+        return "prompts.batch", self.prompts.batch, self.training.accumulation_steps
 
     @property
     def still(self) -> bool:
