@@ -21,7 +21,7 @@ PARTS = {
             "metajax/data/",
         ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
-        7_840,
+        7_775,
     ),
     "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_145),
     "vision": (("metajax/vision/",), (), 3_390),

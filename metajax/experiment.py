@@ -19,12 +19,12 @@ from metajax.core.progress import progress, say
 from metajax.core.storage import hashes_of, steps_of
 from metajax.data.cache import build_metadata_table
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, check_evaluation, training_rows
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, Paths, training_rows
 from metajax.distributed.hosts import is_first, of_first, together
 from metajax.evaluation.multiple_choice import check_choice, evaluate_choice
 from metajax.evaluation.preferences import evaluate_preferences
 from metajax.evaluation.tasks import check_bins, evaluate_tasks, mean_exact
-from metajax.evaluation.validation import evaluate_validation
+from metajax.evaluation.validation import check_validation, evaluate_validation
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, room_for_prompt
 from metajax.models.cache_bytes import cache_bytes, published_cache_bytes
@@ -139,7 +139,7 @@ class TextRun(TextTask):
 
     def __init__(self, config: Config, *where: Any):
         super().__init__(config, *where)
-        check_evaluation(self.corpora)
+        check_validation(self.corpora)
         check_choice(self.corpora)
         check_bins(config)
 

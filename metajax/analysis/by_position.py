@@ -14,11 +14,12 @@ import numpy as np
 from metajax.analysis import Figures, Numbers, analysis
 from metajax.analysis.common.study import Study, documents_of
 from metajax.core.errors import require
-from metajax.data.pipeline import Corpora, validation
+from metajax.data.pipeline import Corpora
 from metajax.data.rows import Row
 from metajax.data.sources import parse_spec
 from metajax.data.sources.generated import GROUPS, LENGTH, SOURCES, best_nats, draw
 from metajax.evaluation.multiple_choice import token_scores
+from metajax.evaluation.validation import validation
 from metajax.reporting.figures import look
 from metajax.reporting.panels import panels
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -34,10 +34,10 @@ from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.pairs import pair_rows
 from metajax.data.positions import spots
-from metajax.data.rows import Row, RowSource, batches, finish, stack
+from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.data.sources import open_source, parse_spec, place_of, source_notes
 from metajax.data.sources.files import JOINED
-from metajax.data.tasks.examples import PAUSES, Examples, TaskRows, assemble
+from metajax.data.tasks.examples import Examples, TaskRows
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
 
@@ -147,7 +147,7 @@ def row_capacity(config: Config) -> int:
     return config.row_positions - (meta.count(config.data.sequence_length) if meta else 0)
 
 
-def _rows(
+def packed_rows(
     corpora: Corpora, cache: TokenCache, condition: str, documents: np.ndarray, packing: str, note: Note = warn
 ) -> RowSource:
     """The rows of documents. Their packed index is built once for each recipe, then memory-mapped and checked against its hash."""
@@ -201,7 +201,7 @@ def phase_rows(corpora: Corpora, i: int, phase: int = 0, note: Note = warn) -> R
         if phase and data.switch.metadata == "none":
             condition = "none"
     order = np.argsort(uniform_hash(derive_seed("order", seed, i, *([phase] if phase else [])), documents), kind="stable")
-    return _rows(corpora, cache, condition, documents[order], data.packing, note)
+    return packed_rows(corpora, cache, condition, documents[order], data.packing, note)
 
 
 def training_rows(corpora: Corpora, note: Note = warn) -> grain.MapDataset:
@@ -255,57 +255,6 @@ def read_batches(stream: grain.MapDataset, start: int, workers: int) -> grain.Da
     return iter(read)
 
 
-class Validation(NamedTuple):
-    """Validation documents under one condition: batches, and the counts that bits per byte needs."""
-
-    batches: list[Row]
-    documents: int
-    body_bytes: int
-    metadata_tokens: int
-
-
-def _evaluation_rows(corpora: Corpora, condition: str) -> tuple[list[RowSource], int, int]:
-    """(rows of the chosen validation documents of each source, number of these documents, their UTF-8 bytes).
-
-    Raises UserError if a source has no validation document, or none of the chosen ones has text.
-    """
-    data, rows, documents, tokens, size = corpora.config.data, [], 0, 0, 0
-    for spec, cache in zip(data.sources, corpora.caches, strict=True):
-        available = cache.documents("validation", data.validation_share, data.min_bytes)
-        remedy = f"raise data.validation_share = {data.validation_share}, lower data.min_bytes = {data.min_bytes}"
-        require(len(available) > 0, f"{spec} has no validation document; {remedy}, or use a corpus of more origins")
-        order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
-        chosen = order[: -(-corpora.config.evaluation.documents // len(corpora.caches))]
-        rows.append(_rows(corpora, cache, condition, chosen, "best_fit"))  # best_fit cuts only documents longer than a row
-        documents += len(chosen)
-        tokens += int(np.asarray(cache.lengths)[chosen].sum())
-        size += int(np.asarray(cache.bytes)[chosen].sum())
-    problem = f"the validation documents of {', '.join(data.sources)} have no text"
-    require(min(tokens, size) > 0, f"{problem}; set data.min_bytes=1, which leaves empty ones out")
-    return rows, documents, size
-
-
-def check_evaluation(corpora: Corpora) -> None:
-    """Raise UserError now, not after training, if validation documents cannot be shown under all `evaluation.conditions`."""
-    evaluation = corpora.config.evaluation
-    if evaluation.documents:
-        for condition in (*evaluation.conditions, *(["training"] if corpora.config.dpo is not None else [])):
-            _evaluation_rows(corpora, condition)
-
-
-def validation(corpora: Corpora, condition: str) -> Validation:
-    """The validation rows with metadata "none", "right", "empty", "shuffled", or as in "training". All use the same documents."""
-    config, vocabulary = corpora.config, corpora.tokenizer.vocabulary
-    sources, documents, body_bytes = _evaluation_rows(corpora, condition)
-    rows = [
-        complete_row(source[n], np.random.default_rng([EVALUATION_SEED, i, n]), config=config, meta_id=vocabulary.meta)
-        for i, source in enumerate(sources)
-        for n in range(len(source))
-    ]
-    found = batches(rows, config.data.batch_size, vocabulary.pad)
-    return Validation(found, documents, body_bytes, sum(int(batch["is_metadata"].sum()) for batch in found))
-
-
 def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
     """The examples of the config's tasks; raises UserError if a requested length has none."""
     tasks = corpora.config.tasks
@@ -314,17 +263,3 @@ def task_examples(corpora: Corpora, seed: int = EVALUATION_SEED) -> Examples:
     examples = Examples(tasks, corpora.tokenizer, seed)
     examples.check()
     return examples
-
-
-def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
-    """The test examples of one bin, one per row of `length` positions, in batches of equal shape; the same for every run.
-
-    A batch is no larger than a training micro-batch, but a multiple of `shards` rows. Padding rows fill the last one.
-    """
-    config, examples = corpora.config, task_examples(corpora)
-    positions = config.data.batch_size * config.row_positions // config.training.accumulation_steps
-    size = max(1, positions // length // shards) * shards
-    pauses = PAUSES if config.meta_tokens is not None else None
-    tests = [examples.test(task, length, n) for n in range(examples.tasks.eval_examples)]
-    rows = [assemble([example], length, corpora.tokenizer, pauses) for example in tests]
-    return batches(rows, size, corpora.tokenizer.vocabulary.pad)

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from metajax.data.pipeline import Corpora, validation
+from metajax.data.pipeline import Corpora
 from metajax.evaluation.statistics import share_interval
-from metajax.evaluation.validation import require_finite, totals
+from metajax.evaluation.validation import require_finite, totals, validation
 from metajax.runs.directory import find_run
 from metajax.training.checkpoints import newest_good, read_parameters
 from metajax.training.losses import token_nll

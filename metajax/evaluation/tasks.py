@@ -13,8 +13,10 @@ import numpy as np
 from metajax.config import Config
 from metajax.core.errors import require
 from metajax.core.progress import progress
-from metajax.data.pipeline import Corpora, task_batches
+from metajax.data.pipeline import Corpora, task_examples
+from metajax.data.rows import Row, batches
 from metajax.data.tasks import task as registered
+from metajax.data.tasks.examples import PAUSES, assemble
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.statistics import share_interval
 from metajax.evaluation.validation import totals
@@ -23,6 +25,20 @@ from metajax.training.step import apply_model
 
 Apply = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> logits [B, T, V]
 Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
+    """The test examples of one bin, one per row of `length` positions, in batches of equal shape; the same for every run.
+
+    A batch is no larger than a training micro-batch, but a multiple of `shards` rows. Padding rows fill the last one.
+    """
+    config, examples = corpora.config, task_examples(corpora)
+    positions = config.data.batch_size * config.row_positions // config.training.accumulation_steps
+    size = max(1, positions // length // shards) * shards
+    pauses = PAUSES if config.meta_tokens is not None else None
+    tests = [examples.test(task, length, n) for n in range(examples.tasks.eval_examples)]
+    rows = [assemble([example], length, corpora.tokenizer, pauses) for example in tests]
+    return batches(rows, size, corpora.tokenizer.vocabulary.pad)
 
 
 def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply = apply_model) -> Results:
@@ -41,8 +57,8 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
                 reason = impossible(program.config, length)
                 scored = {"exact": None, "token": None, "n": 0, "reason": reason}
                 if reason is None:
-                    batches = task_batches(corpora, task, length, row_shards(program.mesh))
-                    scored = summarise(totals(program, batches, partial(_sums, model, apply=apply)))
+                    tests = task_batches(corpora, task, length, row_shards(program.mesh))
+                    scored = summarise(totals(program, tests, partial(_sums, model, apply=apply)))
                 results[task][str(length)] = scored | {"chance": chance}
                 advance(1)
     return results

@@ -6,23 +6,76 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from metajax.config import Config
 from metajax.core.errors import require
-from metajax.data.pipeline import Corpora, validation
-from metajax.data.rows import Row
+from metajax.data.metadata import uniform_hash
+from metajax.data.pipeline import EVALUATION_SEED, Corpora, complete_row, packed_rows
+from metajax.data.rows import Row, RowSource, batches
 from metajax.training.program import Program
 
 MOST_NATS = math.log(sys.float_info.max)  # the largest loss whose perplexity fits a float
 
 
-def totals(program: Program, batches: Sequence[Row], sums_of: Callable[[Any], dict[str, jax.Array]]) -> dict[str, Any]:
-    """The numbers of sums_of(batch on the devices), added up over all batches."""
+class Validation(NamedTuple):
+    """Validation documents under one condition: batches, and the counts that bits per byte needs."""
+
+    batches: list[Row]
+    documents: int
+    body_bytes: int
+    metadata_tokens: int
+
+
+def _validation_rows(corpora: Corpora, condition: str) -> tuple[list[RowSource], int, int]:
+    """(rows of the chosen validation documents of each source, number of these documents, their UTF-8 bytes).
+
+    Raises UserError if a source has no validation document, or none of the chosen ones has text.
+    """
+    data, rows, documents, tokens, size = corpora.config.data, [], 0, 0, 0
+    for spec, cache in zip(data.sources, corpora.caches, strict=True):
+        available = cache.documents("validation", data.validation_share, data.min_bytes)
+        remedy = f"raise data.validation_share = {data.validation_share}, lower data.min_bytes = {data.min_bytes}"
+        require(len(available) > 0, f"{spec} has no validation document; {remedy}, or use a corpus of more origins")
+        order = available[np.argsort(uniform_hash(EVALUATION_SEED, available), kind="stable")]
+        chosen = order[: -(-corpora.config.evaluation.documents // len(corpora.caches))]
+        rows.append(packed_rows(corpora, cache, condition, chosen, "best_fit"))  # best_fit cuts only documents longer than a row
+        documents += len(chosen)
+        tokens += int(np.asarray(cache.lengths)[chosen].sum())
+        size += int(np.asarray(cache.bytes)[chosen].sum())
+    problem = f"the validation documents of {', '.join(data.sources)} have no text"
+    require(min(tokens, size) > 0, f"{problem}; set data.min_bytes=1, which leaves empty ones out")
+    return rows, documents, size
+
+
+def check_validation(corpora: Corpora) -> None:
+    """Raise UserError now, not after training, if validation documents cannot be shown under all `evaluation.conditions`."""
+    evaluation = corpora.config.evaluation
+    if evaluation.documents:
+        for condition in (*evaluation.conditions, *(["training"] if corpora.config.dpo is not None else [])):
+            _validation_rows(corpora, condition)
+
+
+def validation(corpora: Corpora, condition: str) -> Validation:
+    """The validation rows with metadata "none", "right", "empty", "shuffled", or as in "training". All use the same documents."""
+    config, vocabulary = corpora.config, corpora.tokenizer.vocabulary
+    sources, documents, body_bytes = _validation_rows(corpora, condition)
+    rows = [
+        complete_row(source[n], np.random.default_rng([EVALUATION_SEED, i, n]), config=config, meta_id=vocabulary.meta)
+        for i, source in enumerate(sources)
+        for n in range(len(source))
+    ]
+    found = batches(rows, config.data.batch_size, vocabulary.pad)
+    return Validation(found, documents, body_bytes, sum(int(batch["is_metadata"].sum()) for batch in found))
+
+
+def totals(program: Program, data: Sequence[Row], sums_of: Callable[[Any], dict[str, jax.Array]]) -> dict[str, Any]:
+    """The numbers of sums_of(batch on the devices), added up over all batches of `data`."""
     with jax.set_mesh(program.mesh):
-        found = jax.device_get([sums_of(program.put(program.local_rows(batch))) for batch in batches])
+        found = jax.device_get([sums_of(program.put(program.local_rows(batch))) for batch in data])
     return {name: sum(sums[name].item() for sums in found) for name in found[0]}
 
 

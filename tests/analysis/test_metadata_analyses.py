@@ -18,8 +18,9 @@ from metajax.analysis.metadata_attention import parts_of, shares
 from metajax.analysis.probes import accuracies, states
 from metajax.config import Metadata
 from metajax.core.errors import UserError
-from metajax.data.pipeline import open_corpora, validation
+from metajax.data.pipeline import open_corpora
 from metajax.data.sources.generated import best_nats
+from metajax.evaluation.validation import validation
 from metajax.training.program import Program
 
 

@@ -13,11 +13,12 @@ from metajax.core.fields import override
 from metajax.core.sealed import HASHES, Sealed
 from metajax.data.cache import TokenCache, build_metadata_table
 from metajax.data.documents import Document
-from metajax.data.pipeline import Paths, open_corpora, phase_rows, validation
+from metajax.data.pipeline import Paths, open_corpora, phase_rows
 from metajax.data.sources import open_source
 from metajax.data.sources.built import open_or_build
 from metajax.data.tokenising import build_token_cache
 from metajax.data.tokenizers import Bytes
+from metajax.evaluation.validation import validation
 from tests.damage import DAMAGES, cases
 
 pytestmark = pytest.mark.fault(8)

@@ -14,7 +14,9 @@ import pytest
 
 from metajax.config import Config, Data, Dpo, Metadata, MetaTokens, Tasks, Training
 from metajax.core.fields import override
-from metajax.data.pipeline import Paths, open_corpora, task_batches, training_rows, validation
+from metajax.data.pipeline import Paths, open_corpora, training_rows
+from metajax.evaluation.tasks import task_batches
+from metajax.evaluation.validation import validation
 from tests.conftest import corpus_rows
 from tests.training.test_dpo import pairs_fields, records
 

@@ -9,8 +9,9 @@ import pytest
 from metajax.config import Metadata
 from metajax.core.errors import UserError
 from metajax.data import pipeline
-from metajax.data.pipeline import check_evaluation, open_corpora, training_batches, training_rows
+from metajax.data.pipeline import open_corpora, training_batches, training_rows
 from metajax.data.rows import stack
+from metajax.evaluation.validation import check_validation
 from metajax.runs.pace import Counts
 from metajax.training.text import positions_of
 
@@ -19,7 +20,7 @@ def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config,
     corpora = open_corpora(tiny_config(**{"data.packing": "new_document", "data.sequence_length": 40}), paths)
     [cache], notes = corpora.caches, []
     train = cache.documents("train", corpora.config.data.validation_share)
-    source = pipeline._rows(corpora, cache, "training", train, "new_document", notes.append)
+    source = pipeline.packed_rows(corpora, cache, "training", train, "new_document", notes.append)
     rows = [source[n] for n in range(len(source))]
     assert all(row["tokens"][0] == corpora.tokenizer.vocabulary.bos for row in rows)
     total = int(cache.lengths[train].sum()) + len(train)
@@ -43,9 +44,9 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
     long = [i for i in train if len(names[i]) > 26 - 16 - 2]
     notes, vocabulary = [], corpora.tokenizer.vocabulary
     rows = training_rows(corpora, notes.append)
-    check_evaluation(corpora)
+    check_validation(corpora)
     with pytest.raises(UserError, match="leaves no room"):
-        check_evaluation(
+        check_validation(
             open_corpora(tiny_config(**changes, **{"evaluation.conditions": "right", "evaluation.documents": 20}), paths)
         )
     [note] = notes

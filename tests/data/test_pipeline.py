@@ -18,19 +18,11 @@ from metajax.core.fields import override
 from metajax.data import pipeline
 from metajax.data.documents import BadRecord
 from metajax.data.metadata import uniform_hash
-from metajax.data.pipeline import (
-    EVALUATION_SEED,
-    Paths,
-    derive_seed,
-    open_corpora,
-    read_batches,
-    training_batches,
-    training_rows,
-    validation,
-)
+from metajax.data.pipeline import EVALUATION_SEED, Paths, derive_seed, open_corpora, read_batches, training_batches, training_rows
 from metajax.data.sources import open_source
 from metajax.data.tokenising import build_token_cache
 from metajax.data.tokenizers import Bytes
+from metajax.evaluation.validation import validation
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {}

@@ -7,15 +7,8 @@ import pytest
 
 from metajax.config import MetaTokens, Tasks
 from metajax.core.errors import UserError
-from metajax.data.pipeline import (
-    derive_seed,
-    open_corpora,
-    read_batches,
-    task_batches,
-    task_examples,
-    training_batches,
-    training_rows,
-)
+from metajax.data.pipeline import derive_seed, open_corpora, read_batches, task_examples, training_batches, training_rows
+from metajax.evaluation.tasks import task_batches
 
 TASKS = Tasks(train_length=64, eval_lengths=(32, 64), eval_examples=21)
 ROWS = {"tasks": TASKS, "data.tokenizer": "bpe:512+tasks", "data.sequence_length": 96}

@@ -10,8 +10,8 @@ import pytest
 from metajax.config import MetaTokens, Tasks
 from metajax.core.errors import UserError
 from metajax.core.fields import override
-from metajax.data.pipeline import open_corpora, task_batches, task_examples
-from metajax.evaluation.tasks import evaluate_tasks, impossible, mean_exact, summarise
+from metajax.data.pipeline import open_corpora, task_examples
+from metajax.evaluation.tasks import evaluate_tasks, impossible, mean_exact, summarise, task_batches
 from metajax.experiment import run_experiment
 from metajax.reporting.html import write_run_report
 from metajax.runs.files import read_lines, write_json
