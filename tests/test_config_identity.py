@@ -153,6 +153,18 @@ def test_an_earlier_name_is_read_from_saved_configs_and_answered_on_the_command_
         override(Config(name="x"), {field: 8})
 
 
+@pytest.mark.parametrize(("field", "default", "other"), [("tasks.classes", 4, 5), ("optimizer.nesterov", True, False)])
+def test_a_removed_field_is_read_from_saved_configs_at_its_default_and_answered_elsewhere(field, default, other):
+    part, _, name = field.partition(".")
+    plain, saved = from_dict(Config, {"name": "x", part: {}}), {"name": "x", part: {name: default}}
+    assert from_dict(Config, saved) == plain and config_hash(from_dict(Config, saved)) == config_hash(plain)
+    with pytest.raises(UserError, match=f"{field} can only be {default}"):
+        from_dict(Config, {"name": "x", part: {name: other}})
+    for value in (default, other):
+        with pytest.raises(UserError, match=f"{field} was removed"):
+            override(plain, {field: value})
+
+
 if __name__ == "__main__":
     GOLDENS.write_text(json.dumps(dump(), indent=1) + "\n")
     sys.stdout.write(f"{GOLDENS}\n")

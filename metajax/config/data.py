@@ -56,8 +56,11 @@ class Data(Part, path="data", renamed=RENAMED):
                 require(sum(weights) > 0, f"{name} = {weights}: one of them has to be above 0")
 
 
+REMOVED = {"train_examples": (90_000, "a task has 90,000"), "classes": (4, "segment counting has the answers 0 to 3")}
+
+
 @dataclass(frozen=True)
-class Tasks(Part, path="tasks"):
+class Tasks(Part, path="tasks", removed=REMOVED):
     """Synthetic tasks instead of documents as training text (Language Modeling with Learned Meta-Tokens, section 4, appendix D;
     needle and mqar for Hymba).
 
@@ -70,7 +73,6 @@ class Tasks(Part, path="tasks"):
     # Curriculum: equal parts of the training steps. Each number is the phase's longest example as a share of train_length.
     # The paper has five phases and does not state their bounds; halving is inferred from the names of its splits.
     phases: tuple[Share, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
-    train_examples: Count = 90_000  # of each task, divided among the phases
     eval_lengths: tuple[Length, ...] = (64, 128, 256)  # upper ends of the bins; a bin reaches down to half of it
     eval_examples: Count = 1_000  # in every bin; the paper has 10,000 test examples per task over all bins
     # Positions of an example's meta-tokens: the places its question refers to, as many random places, or none.
@@ -78,7 +80,6 @@ class Tasks(Part, path="tasks"):
     placement: Literal["deliberate", "random", "none"] = "deliberate"
     lists: Size = 6  # most named lists in an example; this size and those below are not stated in the paper
     items: Size = 8  # most items of a list
-    classes: Annotated[int, Range(2, 2**20)] = 4  # answers of segment counting: 0 .. classes - 1, equally likely
     bits: Size = 6  # most bits before the pause (parity)
     span: Size = 6  # most words to copy
     pairs: Size = 64  # most key-value pairs (mqar), and at most a quarter of a row's positions
@@ -88,8 +89,7 @@ class Tasks(Part, path="tasks"):
         require(len(self.phases) > 0, "tasks.phases is empty: a share of tasks.train_length for each phase")
         lengths = self.eval_lengths
         require(len(set(lengths)) == len(lengths), f"tasks.eval_lengths = {lengths}: different lengths")
-        least = max(2, self.classes - 1)
-        require(self.items >= least, f"tasks.items = {self.items}: at least {least}, so that a list holds what is asked for")
+        require(self.items >= 3, f"tasks.items = {self.items}: at least 3, so that a list holds what is asked for")
 
     def pauses(self, sequence_length: int) -> int:
         """The largest number of meta-tokens in a training row, with or without meta-attention."""

@@ -12,8 +12,11 @@ Beta = Annotated[float, Range(0, below=1)]
 DecayShare = Annotated[float, Range(above=0, most=1), OnlyWith("schedule", "wsd")]
 
 
+REMOVED = {"ns_steps": (5, "Muon has 5 Newton-Schulz iterations"), "nesterov": (True, "Muon has Nesterov's momentum")}
+
+
 @dataclass(frozen=True)
-class Optimizer(Part, path="optimizer"):
+class Optimizer(Part, path="optimizer", removed=REMOVED):
     """The optimizer, its schedule and its clipping. `@optimizer` names the fields that an optimizer ignores."""
 
     name: str = "adamw"  # adamw, muon, or another registered with `@optimizer` (metajax/training/optimizers)
@@ -24,9 +27,7 @@ class Optimizer(Part, path="optimizer"):
     horizon: Annotated[CountOrZero, Falling] = 0  # step at which cosine, linear or wsd ends; 0: training.steps
     decay_share: DecayShare = 0.2  # wsd: share of the horizon, at its end, in which the rate decays
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # of AdamW; Muon uses AdamW for embeddings, heads, norms and biases
-    momentum: Beta = 0.95
-    ns_steps: Annotated[int, Range(1, 100)] = 5  # Newton-Schulz iterations of Muon
-    nesterov: bool = True
+    momentum: Beta = 0.95  # of Muon
     weight_decay: NotNegative = 0.1
     clip_norm: NotNegative = 1.0  # 0: no clipping
     z_loss: NotNegative = 0.0

@@ -84,11 +84,14 @@ class Part:
 
     On every construction, each field is converted to its type and checked against its range, before the class's `__post_init__`.
     `renamed` is {earlier name of a field: its name}. Saved configs are read with either; `--set` answers the earlier one with the new.
+    `removed` is {earlier field: (its default, what holds now)}. Saved configs with that default are read; `--set` gets the answer.
     """
 
-    def __init_subclass__(cls, path: str = "", renamed: Mapping[str, str] | None = None) -> None:
+    def __init_subclass__(
+        cls, path: str = "", renamed: Mapping[str, str] | None = None, removed: Mapping[str, tuple[Any, str]] | None = None
+    ) -> None:
         agree = cls.__dict__.get("__post_init__", lambda self: None)
-        cls.renamed = dict(renamed or {})
+        cls.renamed, cls.removed = dict(renamed or {}), dict(removed or {})
 
         def convert_all(self: Any) -> None:
             for name, hint, fits in _checks(cls):
@@ -215,6 +218,9 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     hints = field_types(cls)
     prefix = f"{path}." if path else ""
     values = {cls.renamed.get(key, key): value for key, value in values.items()}
+    for old in cls.removed.keys() & values:
+        default, now = cls.removed[old]
+        require(values.pop(old) == default, f"{prefix}{old} can only be {default}: it was removed, because {now}")
     for key in values:
         require(key in hints, f"unknown field {prefix}{key}{nearest(key, hints)}")
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _default(f) is dataclasses.MISSING]
@@ -254,6 +260,8 @@ def override(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
         part, prefix = whole.get(name, getattr(config, name)), f"{path}{name}."
         for old in kind.renamed.keys() & inner:
             raise UserError(f"{prefix}{old} is {prefix}{kind.renamed[old]} now")
+        for old in kind.removed.keys() & inner:
+            raise UserError(f"{prefix}{old} was removed, because {kind.removed[old][1]}")
         whole[name] = convert(inner, hints[name], path + name) if part is None else override(part, inner, prefix)
     return dataclasses.replace(config, **whole)
 

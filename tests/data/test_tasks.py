@@ -144,7 +144,7 @@ def test_all_counts_bits_items_and_spans_are_asked_for():
 
 
 def test_sizes_bound_what_an_example_holds():
-    made = examples(lists=2, items=3, classes=3, bits=2, span=2)
+    made = examples(lists=2, items=3, bits=2, span=2)
     for n in range(60):
         for task in ("list_recall", "segment_counting"):
             lines = [line for line in made.test(task, 128, n).core.lines]

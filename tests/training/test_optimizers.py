@@ -198,10 +198,9 @@ def test_muons_state_is_spread_as_its_parameters_are(tiny_config):
     assert shardings[moment].spec == shardings[matrix].spec == PartitionSpec(None, ("fsdp",), None)
 
 
-@pytest.mark.parametrize(("field", "value"), [("momentum", 0.9), ("ns_steps", 3), ("nesterov", False)])
-def test_a_field_of_another_optimizer_is_refused(tiny_config, field, value):
-    config = tiny_config(**{f"optimizer.{field}": value})
-    with pytest.raises(UserError, match=rf"optimizer\.{field}"):
+def test_a_field_of_another_optimizer_is_refused(tiny_config):
+    config = tiny_config(**{"optimizer.momentum": 0.9})
+    with pytest.raises(UserError, match=r"optimizer\.momentum"):
         Program.build(config, 64, jax.devices()[:1])
     Program.build(override(config, {"optimizer.name": "muon"}), 64, jax.devices()[:1])
 

@@ -20,6 +20,7 @@ from metajax.data.tasks import Encoded, SyntheticTask, task
 
 ATTEMPTS = 2_000  # at drawing an example of one split and a requested length
 MISSES = 4  # examples that may fail to fit before a row is closed
+TRAIN_EXAMPLES = 90_000  # of each task, divided among the phases
 PAUSES = 2  # meta-tokens per example, at most
 
 
@@ -106,7 +107,7 @@ class TaskRows:
         left, pauses_left = config.data.sequence_length, tasks.pauses(config.data.sequence_length)
         phase = phase_of(n // config.data.batch_size, config.training.steps, len(tasks.phases))
         rng = np.random.default_rng([self.examples.seed, n])
-        pool = -(-tasks.train_examples // len(tasks.phases))
+        pool = -(-TRAIN_EXAMPLES // len(tasks.phases))
         packed, misses = [], 0
         while misses < MISSES:
             name = tasks.names[int(rng.integers(len(tasks.names)))]

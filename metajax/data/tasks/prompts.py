@@ -155,7 +155,7 @@ class PromptTask(SyntheticTask):
             "head": [f"{name}:" for name in NAMES],
             "of": [f" of {name}" for name in NAMES],
             "item": [item for items in ITEMS.values() for item in items],
-            "number": [f" {j}" for j in range(max(self.sizes.items + 1, self.sizes.classes))],
+            "number": [f" {j}" for j in range(self.sizes.items + 1)],
             "bit": BITS,
             "word": WORDS,
         }

@@ -8,6 +8,8 @@ from metajax.config import Tasks
 from metajax.data.tasks import task
 from metajax.data.tasks.prompts import BETWEEN, COUNT, ITEMS, PAUSE, Example, PromptTask
 
+CLASSES = 4  # answers: 0 .. CLASSES - 1, equally likely
+LEAST = CLASSES - 1  # fewest items of a list
 OUTSIDE = 0.25  # probability of the counted item at each position of its list outside the pauses
 
 
@@ -19,18 +21,17 @@ class SegmentCounting(PromptTask):
 
     @staticmethod
     def chance(sizes: Tasks) -> float:
-        return 1 / sizes.classes
+        return 1 / CLASSES
 
     def write(self, rng: np.random.Generator, room: int) -> Example | None:
-        classes, least = self.sizes.classes, max(2, self.sizes.classes - 1)
         fixed = self.costs(COUNT, BETWEEN, PAUSE, PAUSE) + self.costliest["item"] + self.costliest["number"]
-        lists = self.named_lists(rng, room - fixed, least)
+        lists = self.named_lists(rng, room - fixed, LEAST)
         if lists is None:
             return None
         chosen = int(rng.integers(len(lists)))
         name, size = lists[chosen][0], len(lists[chosen][1])
-        count = int(rng.integers(classes))
-        length = int(rng.integers(least, size + 1))
+        count = int(rng.integers(CLASSES))
+        length = int(rng.integers(LEAST, size + 1))
         start = int(rng.integers(size - length + 1))
         item, *others = rng.permutation(ITEMS[name]).tolist()
         inside = [item] * count + self.pick(rng, others, length - count)

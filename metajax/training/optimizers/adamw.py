@@ -11,7 +11,7 @@ from metajax.models.lm import decay_mask
 from metajax.training.optimizers import optimizer
 
 
-@optimizer("adamw", ignores=("momentum", "ns_steps", "nesterov"))
+@optimizer("adamw", ignores=("momentum",))
 def adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Norms, biases and rates have no weight decay (`decay_mask`)."""
     b1, b2 = cfg.betas

@@ -27,8 +27,8 @@ def is_hidden(param: nnx.Variable) -> bool:
 def muon_with_adamw(cfg: Optimizer, rate: optax.Schedule, model: Any) -> optax.GradientTransformation:
     """Muon (Jordan, 2024) on the matrices between hidden units, separately for each stacked layer; AdamW on other parameters."""
     each_matrix = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)  # noqa: E731
-    options = {"ns_steps": cfg.ns_steps, "beta": cfg.momentum, "nesterov": cfg.nesterov, "weight_decay": cfg.weight_decay}
-    matrices = muon(rate, **options, muon_weight_dimension_numbers=each_matrix)
+    decay = cfg.weight_decay
+    matrices = muon(rate, beta=cfg.momentum, weight_decay=decay, muon_weight_dimension_numbers=each_matrix)
     label = lambda param: param.replace("muon" if is_hidden(param) else "adamw")  # noqa: E731
     labels = jax.tree.map(label, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     # Pass a function, because optax calls callable labels and a model is callable.
