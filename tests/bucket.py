@@ -50,7 +50,7 @@ class Bucket:
         self.down_until = max(self.down_until, time.monotonic() + self.away.pop(name, 0.0))
 
     def objects(self) -> dict[str, Any]:
-        """What there is, by name."""
+        """All objects by name."""
         return self.storage.objects.get(NAME, {})
 
 
@@ -109,14 +109,14 @@ class _Handler(RequestHandler):
 
 class _Server(HTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has left, as one whose answer was late or cut may, is no error of the server's."""
+        """Ignore clients that have disconnected, for example after a late or cut answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[Bucket]:
-    """A bucket that this process and those it starts reach as gs://bucket."""
+    """A bucket that this process and its children reach as gs://bucket."""
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     bucket = Bucket()
     server = _Server(("localhost", 0), functools.partial(_Handler, bucket))

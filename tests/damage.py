@@ -12,19 +12,19 @@ from pathlib import Path
 
 
 def flip(path: Path, another: Path, at: float = 0.5) -> None:
-    """One bit is another, `at` this part of the file."""
+    """Flip one bit, `at` this share of the file."""
     data = bytearray(path.read_bytes())
     data[int(at * (len(data) - 1))] ^= 1
     path.write_bytes(data)
 
 
 def cut(path: Path, another: Path) -> None:
-    """The second half is gone."""
+    """Remove the second half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def empty(path: Path, another: Path) -> None:
-    """The name is there, and no byte."""
+    """Empty the file."""
     os.truncate(path, 0)
 
 
@@ -33,12 +33,12 @@ def missing(path: Path, another: Path) -> None:
 
 
 def garbage(path: Path, another: Path) -> None:
-    """Other bytes of the same number."""
+    """Replace the content with random bytes of the same number."""
     path.write_bytes(bytes((37 * i + 11) % 256 for i in range(path.stat().st_size)))
 
 
 def others(path: Path, another: Path) -> None:
-    """The file of the same name in another folder, whole and good in itself."""
+    """Replace the file with the intact file of that name in another folder."""
     shutil.copyfile(another, path)
 
 

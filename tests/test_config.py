@@ -101,7 +101,7 @@ def every_field(cls, prefix=""):
         yield from every_field(inner, f"{prefix}{name}.") if dataclasses.is_dataclass(inner) else [prefix + name]
 
 
-def test_hash_covers_what_changes_a_number_and_nothing_else():
+def test_hash_covers_exactly_the_fields_that_change_a_number():
     same = [{"runtime.log_every": 3}, {"runtime.mesh": "data=1"}, {"runtime.implementation": "xla"}, {"runtime.loggers": "wandb"}]
     other = [
         {"model.layers": 5},
@@ -147,7 +147,7 @@ def test_difference_names_the_fields():
     assert difference(BASE, override(BASE, {"model.layers": 5})) == {"model.layers": (4, 5)}
 
 
-def test_fields_that_can_be_reached_are_bounded():
+def test_reachable_fields_are_bounded():
     registry.load()
     for name, experiment in registry.experiments().items():
         config = experiment.build(experiment.scales[0])

@@ -65,7 +65,7 @@ def test_most_commands_are_checked():
     sorted({words for _, words in FOUND if words and words[0] in LOOKS and "--rows" not in words and "/" in words[-1]}),
     ids=" ".join,
 )
-def test_looks_are_taken(words, capsys, monkeypatch):
+def test_commands_that_only_read_are_run(words, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert cli.main(list(words)) == 0 and capsys.readouterr().out
 
@@ -78,13 +78,13 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
-def test_python_in_the_pages_names_what_there_is(page, block):
+def test_python_in_the_pages_names_existing_objects(page, block):
     imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports
     exec("\n".join(map(ast.unparse, imports)), {})
 
 
-def test_a_misspelt_command_would_show():
+def test_a_misspelt_command_is_refused():
     with pytest.raises(UserError, match="did you mean"):
         cli._parse(["tabel", "quickstart"])
 

@@ -16,7 +16,7 @@ registry.load()
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "experiments").glob("*.py")), ids=lambda path: path.stem)
-def test_experiments_name_each_other_as_the_wheel_does(path):
+def test_experiments_import_each_other_as_in_the_wheel(path):
     """In a wheel the package has another name, and `experiments` is the user's own."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     found = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]

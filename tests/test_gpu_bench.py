@@ -21,7 +21,7 @@ def broken():
     raise RuntimeError("no `kernel`\nfor this chip")
 
 
-def test_a_failure_is_kept_beside_the_times_of_the_others(tmp_path, capsys):
+def test_a_failure_is_recorded_beside_the_other_times(tmp_path, capsys):
     case = clock.Case("attention", "one", {"flops": 10**9})
     makers = {"ours": lambda: side("ours", 1.0), "near": lambda: side("near", 1.001), "far": lambda: side("far", 1.1)}
     case.race(makers | {"broken": broken}, turn_seconds=1e-5)
@@ -45,7 +45,7 @@ def test_a_failure_is_kept_beside_the_times_of_the_others(tmp_path, capsys):
         report.add(tmp_path / "gpu.json", case)
 
 
-def test_a_broken_section_leaves_the_others(monkeypatch):
+def test_a_broken_section_does_not_stop_the_others(monkeypatch):
     monkeypatch.setattr(command.scan, "measure", lambda tiny: (broken() for _ in range(1)))
     (case,) = command.cases(["scan"], True, False)
     assert report.failures(case.as_json()) == [("bench", "RuntimeError: no 'kernel'")]
@@ -65,7 +65,7 @@ def test_our_attention_runs_and_its_work_is_counted(monkeypatch):
     assert case.found["ours (auto)"]["distance"] == 0 and case.found["ours (auto)"]["median_ms"] > 0
 
 
-def test_the_steps_are_the_papers():
+def test_the_steps_have_the_papers_sizes():
     registry.load()
     sizes = {}
     for arm in step.ARMS:
@@ -79,7 +79,7 @@ def test_the_steps_are_the_papers():
     assert np.all(np.diff(batch["meta_positions"], axis=1) > 0) and batch["meta_positions"].shape == (step.ROWS, 102)
 
 
-def test_the_command_writes_as_it_goes(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_after_each_section(tmp_path, monkeypatch, capsys):
     assert command.main([]) == 2
     assert "requirements-gpu.txt" in capsys.readouterr().err
     monkeypatch.setattr(scan, "PASSES", ("forward",))

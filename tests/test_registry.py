@@ -21,7 +21,7 @@ def test_a_row_is_the_base_with_its_changes():
     assert TABLE.config(TABLE.rows[0], "cpu").model.layers == 4
 
 
-def test_coverage_tells_rows_that_run_from_rows_in_print():
+def test_coverage_counts_rows_that_run_and_rows_in_print():
     printed = {"eval.none.bpb": 1.0}
     rows = (Row("a", published=printed), Row("b", published=printed, lacks="weights"), Row("ours"))
     table = replace(TABLE, rows=rows, minutes={"cpu": 1, "paper": 1}, paper_rows=2)
@@ -29,7 +29,7 @@ def test_coverage_tells_rows_that_run_from_rows_in_print():
     assert replace(table, rows=rows[:1], paper_rows=1).coverage == "1 of 1 rows" and TABLE.coverage == ""
 
 
-def test_a_scale_that_is_not_there():
+def test_an_unknown_scale_is_refused():
     with pytest.raises(UserError, match="demo has no 'paper' scale; it has cpu"):
         TABLE.config(TABLE.rows[0], "paper")
     with pytest.raises(UserError, match="unknown scale 'papr'; did you mean 'paper'"):

@@ -38,7 +38,7 @@ def study(tiny_config, paths):
     return build
 
 
-def test_a_probe_finds_what_is_there_and_guesses_where_nothing_is():
+def test_a_probe_finds_a_label_and_guesses_without_one():
     rng = np.random.default_rng(0)
     y = rng.integers(3, size=240)
     x = rng.normal(size=(2, 240, 6)).astype(np.float32)
@@ -62,7 +62,7 @@ def test_documents_of_equal_lengths_in_every_class():
     assert classes_of(["a", None, "b", "b"], 2)[0].tolist() == [-1, -1, 0, 0]
 
 
-def test_states_and_shares_of_attention_are_those_of_the_body_alone(study, monkeypatch):
+def test_states_and_attention_shares_cover_only_the_body(study, monkeypatch):
     monkeypatch.setattr("metajax.analysis.metadata_attention.FIRST", 5)
     made = study()
     documents = made.corpora.caches[0].documents("validation", 0.4)[:3]
@@ -105,7 +105,7 @@ def test_places_in_a_document(study):
     assert Counter(whole[whole >= 0].tolist()) == {0: 8, 1: 14, 2: 10}, "32 symbols: 8 first, the last third from the 22nd on"
 
 
-def test_the_best_possible_is_of_the_documents_that_are_evaluated(study):
+def test_the_best_possible_loss_is_that_of_the_evaluated_documents(study):
     made = study(metadata=Metadata(position="append", template="{source}", keep=0.5))
     batches = validation(made.corpora, "right").batches
     rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -132,7 +132,7 @@ def test_the_classifier_tells_texts_of_different_words():
 
 
 @pytest.mark.slow
-def test_all_of_them_reach_the_page(study, monkeypatch, tmp_path):
+def test_every_analysis_is_on_the_page(study, monkeypatch, tmp_path):
     for name, value in {"TEXTS": 8, "TOKENS": 6, "STRENGTHS": (0.0, 1.5)}.items():
         monkeypatch.setattr(guidance_module, name, value)
     monkeypatch.setattr(probes_module, "LEAST", 10)
@@ -150,7 +150,7 @@ def test_all_of_them_reach_the_page(study, monkeypatch, tmp_path):
     assert all(section["lines"] and section["figures"] for section in shown)
 
 
-def test_an_analysis_names_what_it_needs(study, tmp_path):
+def test_a_missing_input_of_an_analysis_is_named(study, tmp_path):
     appended = study(metadata=Metadata(position="append", template="{source}"))
     for name, message in (("metadata_attention", "no metadata before"), ("guidance", "needs metadata with text")):
         with pytest.raises(UserError, match=message):

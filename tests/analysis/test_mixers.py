@@ -37,7 +37,7 @@ def text(opened):
     return open_study(*opened, task=TEXT, length=LENGTH, prompts=4)
 
 
-def test_a_map_of_mamba_is_what_its_recurrence_does():
+def test_a_map_of_mamba_equals_its_recurrence():
     """With keys that are all positive the map's rows, before they are scaled to 1, sum the recurrence's answer to an input of ones."""
     keys = jax.random.split(jax.random.key(0), 3)
     steps, b, c = (
@@ -97,7 +97,7 @@ mixer_out = jax.jit(lambda model, batch: capture(model, batch, "mixer_out")["mix
 
 @pytest.mark.parametrize("layer", range(3))
 @pytest.mark.parametrize("branch", ["attention", "ssm"])
-def test_a_branch_that_is_off_says_nothing(opened, text, layer, branch):
+def test_a_branch_that_is_off_adds_nothing(opened, text, layer, branch):
     model = opened[2]
     batch = {name: jnp.asarray(value) for name, value in text.rows.items()}
     before = jax.tree.map(np.asarray, model)
@@ -110,7 +110,7 @@ def test_a_branch_that_is_off_says_nothing(opened, text, layer, branch):
     assert not np.asarray(mixer_out(both, batch))[:, layer].any()
 
 
-def test_needles_stand_where_the_depth_says(opened):
+def test_needles_are_at_the_stated_depth(opened):
     assert depth_of(np.array([5, 7, 9, 7]), 3, 7) == 1 / 3
     found = needle.measure(open_study(*opened, task="needle", prompts=2))
     assert found.keys() == {"32"} and all(n["n"] == 12 == sum(cell["n"] for cell in n["depths"]) for n in found.values())
@@ -130,7 +130,7 @@ def test_numbers_words_and_figures(opened, text, tmp_path):
         open_study(*opened, task=TEXT, length=500)
 
 
-def test_attention_as_large_has_as_many_parameters_as_the_whole(opened):
+def test_attention_alone_can_have_as_many_parameters_as_the_hybrid(opened):
     program, corpora, _ = opened
     size = corpora.tokenizer.vocabulary.size
     count = {n: sum(x.size for x in jax.tree.leaves(abstract_model(c, size))) for n, c in twins(program.config, size).items()}

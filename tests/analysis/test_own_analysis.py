@@ -43,7 +43,7 @@ def test_one_file_is_a_whole_analysis(package, tiny_config, paths, tmp_path, cap
         assert "Letters of the prompts" in text and "How many distinct tokens" in text and line in text and "Lengths." in text
 
 
-def test_names_are_known_where_they_are_given(package):
+def test_unknown_and_repeated_names_are_refused(package):
     registry.load(package)
     assert {"letters", "sharpening", "theory"} <= set(analysis.names())
     assert set(image_analysis.names()) == {"attention", "overhead"}

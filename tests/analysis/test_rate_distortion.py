@@ -30,7 +30,7 @@ def test_rate_and_distortion_by_hand():
 
 
 def test_the_ends_of_beta():
-    """Without a price the label gets through; with a great one nothing does, and what is left is the entropy of the labels."""
+    """With beta 0 the label is transmitted. With a large beta nothing is, and the loss is the entropy of the labels."""
     h, labels = examples(60)
     budget = Budget(40, 40, 2000, 3e-3)
     free, dear = train_heads(jnp.array([1e-3, 50.0]), draws_of(2, budget, 60, 8, 4), h, labels, budget=budget)
@@ -40,7 +40,7 @@ def test_the_ends_of_beta():
     np.testing.assert_allclose(dear[:, -1, 0, 1], -np.sum(shares * np.log(shares)), atol=0.05)
 
 
-def test_many_heads_at_once_are_those_one_at_a_time():
+def test_heads_trained_together_equal_heads_trained_alone():
     h, labels = examples(12)
     budget = Budget(6, 1, 30)
     whole = train_heads(jnp.array([0.1, 1.0]), draws_of(3, budget, 12, 8, 4), h, labels, budget=budget)

@@ -43,7 +43,7 @@ def opened(tiny_config, paths):
 
 
 def first_layer_scores(model, batch):
-    """Scores before the softmax of the first block's causal attention, [B, H, T, T], -inf where it does not look."""
+    """Scores before the softmax of the first block's causal attention, [B, H, T, T]; -inf at masked pairs."""
     block = jax.tree.map(lambda x: x[0], model.blocks[0][0])
     x = block.mixer_norm(model.embed(batch["tokens"], batch["positions"], batch["meta_positions"]))
     q, k, _ = block.mixer.attention.split(x, rotary_table(model.cfg, batch["positions"]))
@@ -51,7 +51,7 @@ def first_layer_scores(model, batch):
     return np.asarray(jnp.where(Mask().dense(batch["segment_ids"])[:, None], scores, -jnp.inf), np.float64)
 
 
-def test_rows_know_their_meta_tokens_and_their_question(opened):
+def test_rows_mark_their_meta_tokens_and_their_question(opened):
     study = open_study(*opened(), task="copying", prompts=5)
     meta = study.corpora.tokenizer.vocabulary.meta
     assert study.rows["tokens"].shape == (5, 32) and study.count == 5  # 64 is beyond the training length
@@ -80,7 +80,7 @@ def test_sharpness_and_meta_rows_against_scores_by_hand(opened):
     np.testing.assert_allclose(found["p"][:, 0][there], expected[there], rtol=2e-5, atol=1e-6)
 
 
-def test_prompts_in_several_batches_are_those_in_one(opened, monkeypatch):
+def test_several_batches_of_prompts_equal_one_batch(opened, monkeypatch):
     study = open_study(*opened(), prompts=5)
     whole = study.over_prompts("test", sharpness, study.model)
     monkeypatch.setattr("metajax.analysis.common.study.BATCH_FLOATS", 2 * 2 * 2 * 32 * 32)
@@ -111,8 +111,8 @@ def test_distances_count_back_from_the_anchor():
 
 
 @pytest.mark.parametrize("form", ["gathered", "dense", "causal"])
-def test_meta_maps_are_what_meta_attention_computes(opened, form):
-    """Rows sum to 1 where there is a key, and weigh the values to what the model itself adds."""
+def test_meta_maps_equal_meta_attention(opened, form):
+    """Rows with a key sum to 1. Weighting the values with them gives the model's own output."""
     program, corpora, model = opened(**{"meta_tokens": MetaTokens(attention=form)})
     study = open_study(program, corpora, model, task="copying", prompts=2)
     batch = {k: jnp.asarray(study.rows[k]) for k in MODEL_INPUTS}
@@ -129,7 +129,7 @@ def test_meta_maps_are_what_meta_attention_computes(opened, form):
     np.testing.assert_allclose(weights[:, :, -1].sum(axis=-1), 1, atol=1e-5)
 
 
-def test_interventions_are_those_that_the_positions_know(opened, monkeypatch):
+def test_interventions_fit_the_position_scheme(opened, monkeypatch):
     program, corpora, model = opened()
     study = open_study(program, corpora, model, task="copying", prompts=2)
     monkeypatch.setattr("metajax.analysis.interventions.evaluate_tasks", lambda program, corpora, model: logits(model))
@@ -144,7 +144,7 @@ def test_interventions_are_those_that_the_positions_know(opened, monkeypatch):
     assert list(intervene(learned)) == ["none", "zero_position", "zero_token"]
 
 
-def test_batches_of_the_twins_differ_in_their_meta_tokens_alone(opened):
+def test_batches_of_twins_differ_only_in_their_meta_tokens(opened):
     program, corpora, _ = opened()
     vocabulary = corpora.tokenizer.vocabulary
     for name, config in twins(program.config, vocabulary.size).items():
@@ -156,7 +156,7 @@ def test_batches_of_the_twins_differ_in_their_meta_tokens_alone(opened):
 
 
 @pytest.mark.slow
-def test_overhead_gives_every_twin_its_turn(opened, monkeypatch):
+def test_overhead_times_the_twins_in_turn(opened, monkeypatch):
     monkeypatch.setattr("metajax.analysis.overhead.ROUNDS", 2)
     found = overhead.measure(open_study(*opened(), task="copying", prompts=2))
     assert found["none"]["step"]["ratio"] == 1 and (found["rows"], found["sequence_length"]) == (4, 64)

@@ -12,13 +12,13 @@ ROWS = st.lists(st.floats(-6, 6), min_size=2, max_size=9)
 
 
 def after(logits, key, delta):
-    """The boosted row, from its logits."""
+    """The attention row after the boost, from its logits."""
     return softmax(np.asarray(logits) + delta * (np.arange(len(logits)) == key))
 
 
 @settings(deadline=None)
 @given(ROWS, st.integers(0, 100), st.floats(0.001, 8))
-def test_everything_follows_from_probability_and_entropy(logits, key, delta):
+def test_formulas_need_only_probability_and_entropy(logits, key, delta):
     key %= len(logits)
     before, boosted = softmax(logits), after(logits, key, delta)
     p, h = before[key], entr(before).sum()

@@ -71,7 +71,7 @@ def told(tmp_path, monkeypatch, capsys):
 
 
 def parts(cls):
-    """The dataclass of a config and those of all its parts."""
+    """The dataclass of a config and those of all its sub-configs."""
     yield cls
     for hint in field_types(cls).values():
         for part in (hint, *typing.get_args(hint)):
@@ -175,7 +175,7 @@ def test_numbers_out_of_range(told, words, message):
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize(("change", "message"), CHANGES.items())
-def test_a_change_that_cannot_be(told, change, message):
+def test_an_impossible_change_is_refused(told, change, message):
     assert message in told("quickstart/plain", "--set", change)
 
 
@@ -264,7 +264,7 @@ def test_a_file_where_a_folder_is_wanted(told, file, option):
         (["analyze", "x", "--what", ""], "is empty"),
     ],
 )
-def test_what_cannot_be_is_one_line(told, words, message):
+def test_an_impossible_value_is_one_line(told, words, message):
     assert message in told(*words)
 
 
@@ -307,7 +307,7 @@ def test_weights_and_biases_without_a_key(told, monkeypatch, tmp_path):
 
 
 @pytest.mark.fault(36)
-def test_any_encoding_and_any_pattern(monkeypatch):
+def test_any_encoding_and_pattern_is_accepted(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert cli.main(["list", "[/x] ünï"]) == 0
@@ -317,7 +317,7 @@ def test_any_encoding_and_any_pattern(monkeypatch):
 
 
 @pytest.mark.fault(36)
-def test_a_reader_that_leaves_ends_nothing():
+def test_a_closed_pipe_is_no_error():
     read, write = os.pipe()
     os.close(read)
     for words in (["list"], ["--help"]):

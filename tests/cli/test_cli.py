@@ -54,7 +54,7 @@ def one_error_line(result):
 # ------------------------------------------------------------------------------------------------- what there is
 
 
-def test_bare_command_lists_what_there_is(command):
+def test_bare_command_lists_tables_and_experiments(command):
     code, out, _ = command("list")
     assert code == 0 and "rows quickstart/plain  meta_tokens  metadata" in out and "three seeds: cpu" in out
     quick = (
@@ -170,7 +170,7 @@ def test_init_from_a_run(command, tmp_path):
 
 @pytest.fixture
 def pair(own_registry):
-    """pair: a table whose rows start from pair_base, the second of them bound to fail."""
+    """pair: a table whose rows start from pair_base; its second row fails."""
     from experiments.quickstart import quickstart
     from metajax import registry
     from metajax.core.fields import override
@@ -268,12 +268,12 @@ def test_an_empty_corpus(command, tmp_path):
     assert "empty.jsonl" in one_error_line(command("quickstart/plain", small=True, corpus=write(tmp_path / "empty.jsonl")))
 
 
-def test_a_template_field_that_is_not_there(command):
+def test_a_missing_template_field_is_named(command):
     error = one_error_line(command("quickstart/metadata", "--set", "metadata.template={modul}", small=True))
     assert "no field 'modul'; did you mean 'module'?" in error
 
 
-def test_a_workdir_that_holds_something_else(command, tmp_path):
+def test_a_workdir_of_another_experiment_is_refused(command, tmp_path):
     workdir = tmp_path / "here"
     assert command("quickstart/plain", "--workdir", str(workdir), small=True)[0] == 0
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
@@ -290,7 +290,7 @@ def test_a_workdir_that_holds_something_else(command, tmp_path):
     assert "thesis.txt" in one_error_line(command("quickstart/plain", "--workdir", str(tmp_path / "other"), small=True))
 
 
-def test_a_tokenizer_or_corpus_that_is_not_the_runs(command, tiny_corpus, tmp_path):
+def test_another_tokenizer_or_corpus_is_refused(command, tiny_corpus, tmp_path):
     corpus = tmp_path / "mine.jsonl"
     shutil.copy(tiny_corpus, corpus)
     train = ("quickstart/plain", "--set", "data.tokenizer=bpe:320")
@@ -346,7 +346,7 @@ def test_init_from_another_tokenizer_is_refused(command, tiny_corpus, tmp_path):
     assert code == 0 and "starting from the parameters of" in err, "parts that know nothing of tokens"
 
 
-def test_a_mistake_does_not_burn_the_workdir(command, tmp_path):
+def test_a_mistake_leaves_the_workdir_usable(command, tmp_path):
     workdir = ("--workdir", str(tmp_path / "here"))
     one_error_line(command("quickstart/plain", *workdir, "--set", "data.sources=jsonl:nowhere.jsonl", small=True))
     assert command("quickstart/plain", *workdir, small=True)[0] == 0
@@ -355,13 +355,13 @@ def test_a_mistake_does_not_burn_the_workdir(command, tmp_path):
     )
 
 
-def test_a_kill_inside_the_first_write_does_not_lock_the_user_out(command, tmp_path):
+def test_a_kill_during_the_first_write_leaves_the_workdir_usable(command, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / ".config.json.77").write_text("{")
     assert command("quickstart/plain", "--workdir", str(tmp_path / "here"), small=True)[0] == 0
 
 
-def test_a_table_wide_change_passes_by_rows_without_that_part(command, tmp_path):
+def test_a_change_of_all_rows_skips_rows_without_that_field(command, tmp_path):
     code, _, err = command("quickstart", "--rows", "plain,meta_tokens", "--set", "meta_tokens.rate=0.2", small=True)
     assert code == 0 and "quickstart/plain does without meta_tokens.rate" in err
     [plain] = (tmp_path / "runs/quickstart/plain/cpu").iterdir()
@@ -369,7 +369,7 @@ def test_a_table_wide_change_passes_by_rows_without_that_part(command, tmp_path)
 
 
 def test_reader_processes(command, tmp_path):
-    """In a process of its own, as a user's run: reader processes need a main module that can be imported again."""
+    """In a separate process, like a user's run: reader processes import the main module again."""
     changes = ("data.sources=pydocs:email+json", "evaluation.conditions=none", "runtime.workers=1")
     places = ("--runs-dir", str(tmp_path / "r"), "--cache-dir", str(tmp_path / "c"))
     words = [sys.executable, "run.py", "quickstart/plain", *SMALL, *(f"--set={change}" for change in changes), *places]
@@ -390,7 +390,7 @@ def test_the_readmes_example_registers_a_table(own_registry):
     assert [table.config(row, "cpu").meta_tokens.rate for row in table.rows] == [0.05, 0.1, 0.2]
 
 
-def test_a_python_without_the_packages_is_told_how_to_get_them():
+def test_missing_packages_are_named_with_the_install_command():
     bare = [sys.executable, "-S", "-E", "run.py", "list"]  # -S: no site-packages
     done = subprocess.run(bare, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "make quickstart" in done.stderr and "Traceback" not in done.stderr

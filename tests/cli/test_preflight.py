@@ -20,7 +20,7 @@ def address():
 
 
 def meet(address, facts, count=None, seconds=4.0):
-    """What each of the processes with these facts finds."""
+    """The findings of each process, started with these facts."""
     found = [None] * len(facts)
 
     def one(i):
@@ -44,7 +44,7 @@ def meet(address, facts, count=None, seconds=4.0):
     return found
 
 
-def test_all_are_there_and_alike(address):
+def test_equal_hosts_pass_every_check(address):
     first, *others = meet(address, [{"jax": "1", "code": "abc"}] * 3)
     assert first.startswith("all 3 processes met: ") and set(others) == {first}
 
@@ -54,14 +54,14 @@ def test_a_host_that_differs_is_named_on_every_host(address):
         assert "process 2 (" in said and "has jax 2, process 0 (" in said and "install the same code" in said
 
 
-def test_a_missing_host_is_named_on_those_that_came(address):
+def test_a_missing_host_is_named_on_the_present_hosts(address):
     began = time.monotonic()
     for said in meet(address, [{}, {}], count=4):
         assert said.startswith("of 4 processes 2, 3 did not reach") and "start the same command there" in said
     assert time.monotonic() - began < 4.0
 
 
-def test_a_coordinator_that_is_not_there(address):
+def test_an_unreachable_coordinator_is_named(address):
     arguments = {"coordinator": address, "processes": 2, "process": 1, "facts": {}, "seconds": 2.3}
     with pytest.raises(UserError, match=r"process 1 .* does not reach the coordinator .*open that port"):
         preflight._hosts(arguments)
@@ -75,7 +75,7 @@ def test_storage_is_written_and_read_back(tmp_path):
         preflight._storage({"workdir": str(tmp_path / "file")})
 
 
-def test_a_check_that_does_not_answer_is_ended_and_a_broken_one_told(monkeypatch):
+def test_a_hanging_check_is_ended_and_a_failing_check_is_reported(monkeypatch):
     monkeypatch.setitem(preflight.REMEDIES, "storage", "mount it")
     began = time.monotonic()
     good, text, _ = preflight._bounded("storage", {}, seconds=0.05)
@@ -85,7 +85,7 @@ def test_a_check_that_does_not_answer_is_ended_and_a_broken_one_told(monkeypatch
     assert not good and "ended with 1; mount it" in text
 
 
-def test_the_folder_of_the_runs_is_what_it_writes_to(monkeypatch, tmp_path):
+def test_preflight_writes_to_the_folder_of_the_runs(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(preflight, "preflight", lambda arguments, seconds: seen.update(arguments) or [])
     assert main(["preflight", "--runs-dir", str(tmp_path)]) == 0 and seen["workdir"] == str(tmp_path)

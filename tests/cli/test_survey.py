@@ -14,7 +14,7 @@ def names_by_program(*names):
     return [[config.name for config in group] for group in programs(registry.experiments()[n].build("paper") for n in names)]
 
 
-def test_data_and_rates_are_no_part_of_a_program_model_and_rows_are():
+def test_a_program_depends_on_model_and_rows_not_on_data_and_rates():
     standard, hashed, meco = "metadata/positions/standard", "metadata/url_parts/hashed", "metadata/meco_main/standard"
     assert names_by_program(standard, meco, hashed) == [[standard, hashed], [meco]]
     tuned, pretrained = "learned_meta_tokens/main_tasks/meta_rope/parity", "learned_meta_tokens/pretrain/meta_rope"
@@ -32,7 +32,7 @@ def test_the_learner_with_most_classes_stands_for_the_others_and_zero_shot_train
 
 
 def survey_with(monkeypatch, root, plan, *words):
-    """The exit code of `plan --all` whose plans are this function's, and what it wrote."""
+    """(exit code, written plans) of `plan --all` with this function in place of the planner."""
     monkeypatch.setattr(topology, "allow_compiler", lambda dump: None)
     monkeypatch.setattr(command, "plan", lambda config, step, topology, dump: plan(config.name, topology))
     code = main(["plan", "hymba/1", "--all", "--scale", "paper", "--runs-dir", str(root), *words])
@@ -44,7 +44,7 @@ def planned(name, topology, fits):
     return {"name": name, "topology": topology, "fits": fits, "compile_seconds": 3.0} | more
 
 
-def test_what_fails_or_does_not_fit_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_plan_is_reported_and_the_others_continue(tmp_path, monkeypatch, capsys):
     def plan(name, topology):
         if name == "hymba/125m":
             raise ValueError("breaks down\nat length")

@@ -11,7 +11,7 @@ from metajax.core.atomic import storage_errors, whole_folder, write_text
 pytestmark = pytest.mark.fault(35)
 
 
-def test_what_was_written_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+def test_a_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
 
     def note(name, act, *arguments):
@@ -29,7 +29,7 @@ def test_what_was_written_is_on_the_disk_before_it_takes_its_name(tmp_path, monk
     assert calls == ["fsync"] * 3 + ["replace", "fsync"], "the file, its folder, the folder itself; then the name"
 
 
-def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     write_text(tmp_path / "a.json", "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
     with pytest.raises(OSError) as failed:
@@ -46,7 +46,7 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         (RuntimeError(f"write() failed: {os.strerror(errno.EDQUOT)}"), errno.EDQUOT),
     ],
 )
-def test_what_libraries_say_of_a_full_disk_is_an_error_with_the_path(tmp_path, raised, number):
+def test_a_library_error_of_a_full_disk_names_the_path(tmp_path, raised, number):
     with pytest.raises(OSError) as failed, storage_errors(tmp_path):
         raise raised
     assert failed.value.errno == number and failed.value.filename == str(tmp_path)
@@ -55,7 +55,7 @@ def test_what_libraries_say_of_a_full_disk_is_an_error_with_the_path(tmp_path, r
 @pytest.mark.parametrize(
     "raised", [RuntimeError("something else"), FileNotFoundError(errno.ENOENT, "no such file", "x"), ValueError()]
 )
-def test_any_other_error_stays_as_it_is(tmp_path, raised):
+def test_other_errors_pass_unchanged(tmp_path, raised):
     with pytest.raises(type(raised)) as failed, storage_errors(tmp_path):
         raise raised
     assert failed.value is raised

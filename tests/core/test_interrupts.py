@@ -49,7 +49,7 @@ except KeyboardInterrupt:
 
 
 def start(script, *under):
-    """A script that has said `ready`, run by a program or by itself."""
+    """A started script that has printed `ready`, run by another program or directly."""
     command = [*under, sys.executable, "-c", BEGINS + script]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -58,7 +58,7 @@ def start(script, *under):
 
 @pytest.mark.fault(31)
 @pytest.mark.parametrize(("script", "said"), [(IN_PYTHON, "interrupted\n"), (AFTER_ORBAX, "")])
-def test_the_first_one_is_an_exception_and_nothing_is_waited_for(script, said):
+def test_the_first_interrupt_is_an_exception_and_waits_for_nothing(script, said):
     process, began = start(script), time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[0] == said and process.returncode == 130
@@ -66,7 +66,7 @@ def test_the_first_one_is_an_exception_and_nothing_is_waited_for(script, said):
 
 
 @pytest.mark.fault(31)
-def test_the_second_one_ends_at_once_where_python_does_not_hear_it():
+def test_the_second_interrupt_ends_the_process_even_in_native_code():
     process = start(IN_C)
     time.sleep(0.5)  # until it is in C
     process.send_signal(signal.SIGINT)
@@ -78,7 +78,7 @@ def test_the_second_one_ends_at_once_where_python_does_not_hear_it():
 
 
 @pytest.mark.fault(31)
-def test_a_process_in_the_background_goes_on_ignoring_it():
+def test_a_background_process_ignores_interrupts():
     process = start(IN_PYTHON.replace("60", "0.5"), "sh", "-c", 'trap "" INT; exec "$@"', "sh")
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[0] == "" and process.returncode == 0
@@ -133,7 +133,7 @@ def gone(group):
 
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("to", ["terminal", "command"])
-def test_the_runs_of_a_table_save_with_it(tmp_path, to):
+def test_an_interrupted_table_saves_its_runs(tmp_path, to):
     process = start_pool(tmp_path)
     os.killpg(process.pid, signal.SIGINT) if to == "terminal" else process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
@@ -142,7 +142,7 @@ def test_the_runs_of_a_table_save_with_it(tmp_path, to):
 
 
 @pytest.mark.fault(31)
-def test_the_runs_of_a_table_that_is_killed_save_and_end(tmp_path):
+def test_a_killed_table_saves_and_ends_its_runs(tmp_path):
     process = start_pool(tmp_path)
     process.kill()
     process.communicate(timeout=60)
@@ -153,7 +153,7 @@ def test_the_runs_of_a_table_that_is_killed_save_and_end(tmp_path):
 
 
 @pytest.mark.fault(31)
-def test_a_run_saves_and_goes_on(tiny_config, paths, tmp_path, monkeypatch):
+def test_an_interrupted_run_saves_and_resumes(tiny_config, paths, tmp_path, monkeypatch):
     whole, original = run_experiment(tiny_config(), tmp_path / "whole", paths), trainer.Trainer._log
 
     def log(self, step, *rest):
@@ -176,7 +176,7 @@ def interrupt(*_):
 
 @pytest.mark.fault(31)
 @pytest.mark.parametrize(("place", "step"), [("evaluate", 6), ("write_report", 6), ("Trainer", 0)])
-def test_outside_the_steps_it_says_from_which_step_the_run_goes_on(tiny_config, paths, tmp_path, monkeypatch, place, step):
+def test_an_interrupt_outside_the_steps_names_the_step_to_resume_from(tiny_config, paths, tmp_path, monkeypatch, place, step):
     with monkeypatch.context() as patch:
         patch.setattr(experiment, place, interrupt)
         with pytest.raises(Interrupted, match=f"continues from step {step}"):
@@ -185,7 +185,7 @@ def test_outside_the_steps_it_says_from_which_step_the_run_goes_on(tiny_config, 
 
 
 @pytest.mark.fault(31)
-def test_before_the_first_step_nothing_is_saved(tiny_config, paths, tmp_path, monkeypatch):
+def test_an_interrupt_before_the_first_step_saves_nothing(tiny_config, paths, tmp_path, monkeypatch):
     original = Program.compile_step
 
     def compile_step(*arguments):

@@ -51,7 +51,7 @@ def test_lines_end_at_line_feeds_alone(written):
         ('{"a": 1}'.encode("utf-16"), "not UTF-8 at byte 0"),
     ],
 )
-def test_what_cannot_be_read_is_named_by_file_and_line(line, reason, written):
+def test_an_unreadable_line_is_named_by_file_and_line(line, reason, written):
     path = written(b'{"a": 1}\n\n' + line)
     with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{reason}") as caught:
         list(records(path))
@@ -97,7 +97,7 @@ def test_good_compressed_files_are_read(name, data, written):
         ("a.jsonl.gz", gzip.compress(b"1\n", mtime=0) + b"rubbish", "fetch or write it again"),
     ],
 )
-def test_the_remedy_fits_what_is_wrong(name, data, remedy, written):
+def test_the_remedy_fits_the_damage(name, data, remedy, written):
     with pytest.raises(UserError, match=rf"{name}: .*{remedy}") as caught:
         list(lines(written(data, name)))
     assert "\n" not in str(caught.value)

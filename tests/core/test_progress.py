@@ -23,7 +23,7 @@ def is_harmless(text):
     return shown(text) == text
 
 
-def test_escapes_are_what_they_stand_for():
+def test_control_characters_are_shown_as_escapes():
     assert shown("plain\ttext\nünï 漢字 🙂\u00a0") == "plain\ttext\nünï 漢字 🙂\u00a0"
     assert shown("\x1b[31m\x9b\x7f\u202e\u2066\u200b") == r"\x1b[31m\x9b\x7f\u202e\u2066\u200b"
     assert shown("a\nb\tc", keep="") == r"a\nb\tc"
@@ -81,7 +81,7 @@ def test_tracebacks_are_shown(capfd):
     assert "RuntimeError" in err and is_harmless(err)
 
 
-def test_all_that_is_printed_goes_through_one_module():
+def test_all_output_goes_through_one_module():
     home = Path(metajax.__file__).parent
     for path in home.rglob("*.py"):
         if path == home / "core" / "progress.py":

@@ -36,7 +36,7 @@ def write(path, rows):
 
 @pytest.fixture
 def open_files():
-    """A function that leaves this process room for so many more open files, until the test is over."""
+    """open_files(count): until the test ends, this process can open only `count` more files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def leave(room):
@@ -61,7 +61,7 @@ def test_many_files_need_few_handles(kind, suffix, tmp_path, open_files):
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize(("kind", "suffix"), [("jsonl", "jsonl"), ("jsonl", "gz"), ("parquet", "parquet"), ("arrayrecord", "ar")])
-def test_no_handle_left_is_no_bad_record(kind, suffix, tmp_path, open_files):
+def test_a_lack_of_file_handles_is_no_bad_record(kind, suffix, tmp_path, open_files):
     write(tmp_path / f"a.{suffix}", [{"text": "a"}])
     source = open_source(f"{kind}:a.{suffix}", cache_dir=tmp_path, data_dir=tmp_path)
     len(source)
@@ -94,13 +94,13 @@ def test_no_handle_left_is_no_bad_record(kind, suffix, tmp_path, open_files):
         (OSError(errno.EXDEV, "x"), "Invalid cross-device link; repair that"),
     ],
 )
-def test_what_the_machine_refuses_is_never_damage(error, said):
+def test_a_refusal_of_the_machine_is_no_damage(error, said):
     with pytest.raises(UserError, match=rf"a\.x: {said}") as caught, reading.reading("a.x", BadRecord):
         raise error
     assert not isinstance(caught.value, BadRecord)
 
 
-def test_what_is_damage_and_what_a_bucket_says():
+def test_library_errors_are_damage_and_bucket_errors_pass():
     for error in (pa.ArrowInvalid("bad\nmore"), OSError("bad"), RuntimeError("bad"), EOFError("bad"), gzip.BadGzipFile("bad")):
         with pytest.raises(BadRecord, match=r"^bad$"), reading.reading("a.x", BadRecord):
             raise error
@@ -111,7 +111,7 @@ def test_what_is_damage_and_what_a_bucket_says():
 
 
 @pytest.mark.fault(23)
-def test_an_arrayrecord_file_that_is_none_is_never_empty(tmp_path):
+def test_a_false_arrayrecord_file_is_refused(tmp_path):
     for name, data in (("garbage", b"rubbish" * 20_000), ("short", b"rubbish"), ("empty", b"")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: not a readable ArrayRecord file"):
@@ -121,7 +121,7 @@ def test_an_arrayrecord_file_that_is_none_is_never_empty(tmp_path):
 
 
 @pytest.mark.fault(21)
-def test_a_name_that_looks_like_a_range_of_records_is_a_name(tmp_path):
+def test_a_file_name_may_look_like_a_range_of_records(tmp_path):
     write(tmp_path / "a[1:2].ar", [{"text": str(n)} for n in range(3)])
     os.rename(tmp_path / "a[1:2].ar", tmp_path / "a[1:2]")
     records = ArrayRecords([(str(tmp_path / "a[1:2]"), 0, None), (str(tmp_path / "a[1:2]"), 1, 2)])

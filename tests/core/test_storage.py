@@ -43,7 +43,7 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def data(bucket, tmp_path_factory):
-    """A folder with a corpus in Parquet and ArrayRecord files, which gs://bucket/data has too."""
+    """A folder with a corpus in Parquet and ArrayRecord files; gs://bucket/data has the same files."""
     folder, rows = tmp_path_factory.mktemp("data"), corpus_rows()
     pq.write_table(pa.Table.from_pylist(rows), folder / "corpus.parquet", row_group_size=50)
     writer = ArrayRecordWriter(str(folder / "corpus.arrayrecord"), "group_size:1")
@@ -56,13 +56,13 @@ def data(bucket, tmp_path_factory):
 
 
 def outcome(workdir):
-    """What must not depend on where a run is, and on what happened to it."""
+    """The results of a run that must not depend on its place or on disturbances."""
     report = json.loads((workdir / "report.json").read_text())
     parameters = {path: jax.device_get(value).tobytes() for path, value in to_arrays(open_run(workdir).model).items()}
     return parameters, read_lines(workdir / "metrics.jsonl"), report["eval"], report["counts"]
 
 
-def test_a_run_goes_on_from_what_a_kill_left_on_the_bucket(bucket, data, tiny_config, paths, tmp_path):
+def test_a_run_resumes_from_a_bucket_after_a_kill(bucket, data, tiny_config, paths, tmp_path):
     """Killed with its second save committed and not hashed, so that it never counted. Workdir and data are on the bucket, which is away
     while the second save and the last are made; each start has an empty stage."""
     config = tiny_config(**{"data.sources": ("parquet:corpus.parquet?origin=module",), "runtime.save_every": 2})
@@ -83,8 +83,8 @@ def test_a_run_goes_on_from_what_a_kill_left_on_the_bucket(bucket, data, tiny_co
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_an_empty_stage(bucket, data, tmp_path):
-    """SIGKILL while the second save is made; the bucket is away for three seconds of the second start."""
+def test_a_killed_run_resumes_from_an_empty_stage(bucket, data, tmp_path):
+    """SIGKILL during the second save; the bucket is unreachable for three seconds of the second start."""
 
     def start(workdir, data, machine):
         changes = ("training.steps=30", "runtime.save_every=10", "data.sources=parquet:corpus.parquet?origin=module")
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_on_a_bucket_is_set_aside_there(bucket, tmp_path, m
     reopened.close()
 
 
-def test_a_stage_becomes_what_the_bucket_has(bucket, tiny_config, tmp_path):
+def test_a_stage_is_synced_from_its_bucket(bucket, tiny_config, tmp_path):
     stage, there = buckets.stage("gs://bucket/stage/", tmp_path), epath.Path("gs://bucket/stage")
     run = RunDirectory.open(stage, tiny_config())
     run.begin("key", "tokenizer")
@@ -156,7 +156,7 @@ def test_a_stage_becomes_what_the_bucket_has(bucket, tiny_config, tmp_path):
     assert sorted(path.name for path in stage.iterdir() if path.is_file()) == [".bucket", ".lock"], "the run there is gone"
 
 
-def test_mistakes_are_told_in_a_line(bucket, data, tiny_config, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_each(bucket, data, tiny_config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gs://bucket/data is not empty and is not a run \(it holds corpus.*choose another"):
         RunDirectory.open(buckets.stage("gs://bucket/data", tmp_path), tiny_config())
     with pytest.raises(UserError, match="there is no bucket gs://nowhere; gcloud storage buckets create gs://nowhere"):
@@ -170,7 +170,7 @@ def test_mistakes_are_told_in_a_line(bucket, data, tiny_config, tmp_path, monkey
         buckets.storage("gs://bucket/run")
 
 
-def test_a_bucket_that_stays_away_ends_a_run_so_that_it_is_started_again(bucket):
+def test_a_lasting_bucket_outage_ends_a_run_with_the_restart_code(bucket):
     from gcsfs.retry import HttpError
     from google.api_core.exceptions import ServiceUnavailable
 
@@ -192,7 +192,7 @@ def test_preflight_writes_to_a_bucket_and_reads_as_checkpoints_are_read(bucket):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
-def test_data_on_a_bucket_is_that_of_a_folder_though_the_bucket_is_away_at_first(bucket, data, kind, tmp_path):
+def test_data_on_a_bucket_equals_that_of_a_folder_despite_an_outage(bucket, data, kind, tmp_path):
     local = open_source(f"{kind}:corpus.{kind}", cache_dir=tmp_path, data_dir=data)
     bucket.refused, bucket.away = 0, {"data/now": 1.0}
     epath.Path("gs://bucket/data/now").write_text("")
@@ -202,7 +202,7 @@ def test_data_on_a_bucket_is_that_of_a_folder_though_the_bucket_is_away_at_first
 
 
 @pytest.mark.fault(16)
-def test_an_object_that_was_replaced_within_a_second_is_another_one(bucket):
+def test_an_object_replaced_within_a_second_has_another_fingerprint(bucket):
     stamps = []
     for content in (b"first", b"other", b"first"):
         epath.Path("gs://bucket/stamped").write_bytes(content)

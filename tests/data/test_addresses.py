@@ -50,7 +50,7 @@ def test_hosts(url, host):
         "Dr. Who/x",
     ],
 )
-def test_what_is_no_address_has_no_parts(text):
+def test_text_that_is_no_address_has_no_parts(text):
     assert [annotate(f"url|{part}", [text]) for part in ("scheme", "host", "domain", "tld", "path")] == [[None]] * 5
 
 

@@ -53,7 +53,7 @@ def test_the_bundled_list_is_used_without_a_network(monkeypatch):
     assert annotate("url|domain", [ADDRESS]) == ["example.co.uk"]
 
 
-def test_filters_follow_one_another_and_leave_what_is_missing():
+def test_filters_are_chained_and_keep_missing_values():
     column = ["https://b.org/1", None, "https://a.org/2", "https://b.org/3"]
     assert annotate("url", column) == column
     assert annotate("url|host|top1", column) == ["b.org", None, "unknown", "b.org"]
@@ -63,7 +63,7 @@ def test_filters_follow_one_another_and_leave_what_is_missing():
     assert annotate("url|hash", column)[0] != annotate("url|hash", column)[3]
 
 
-def test_of_equally_frequent_values_the_first_in_the_alphabet_stay():
+def test_ties_of_frequent_values_are_broken_alphabetically():
     assert annotate("x|top2", ["c", "b", "a", "c"]) == ["c", "unknown", "a", "c"]
     assert annotate("x|top9", ["c", "b"]) == ["c", "b"]
 
@@ -152,7 +152,7 @@ def test_unknown_filters(name, message):
         annotate(name, ["x"])
 
 
-def test_the_side_table_knows_which_list_it_was_made_with():
+def test_the_side_table_depends_on_the_suffix_list():
     assert annotators_version(["url", "topic"]) == []
     assert annotators_version(["url|host"]) == [2]
     assert annotators_version(['"a|tld"']) == []

@@ -58,7 +58,7 @@ def test_without_beam(build, monkeypatch):
         build("none", partial(on_beam, options=[]))
 
 
-def test_what_follows_on_the_command_line_is_the_runners(tiny_corpus, tmp_path, monkeypatch, capsys):
+def test_options_after_beam_go_to_its_runner(tiny_corpus, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr("metajax.data.beam.on_beam", lambda job, parts, options: seen.extend(options) or in_processes(job, parts))
     monkeypatch.setattr("metajax.data.pipeline.build_token_cache", partial(build_token_cache, part=50))

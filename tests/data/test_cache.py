@@ -171,7 +171,7 @@ def test_parts_make_one_cache_whatever_the_number_of_processes(corpus, tmp_path)
     assert {k: v for k, v in one.manifest.items() if k != "sha256"} == {k: v for k, v in whole.manifest.items() if k != "sha256"}
 
 
-def test_parts_that_are_there_are_taken_up(corpus, tmp_path):
+def test_finished_parts_are_reused(corpus, tmp_path):
     source = corpus(rows())
     made = _parts(source, tmp_path)
     before, [parts] = _files(made), (tmp_path / "tokens").glob("*.parts-2")
@@ -196,7 +196,7 @@ def test_the_files_of_tokens_that_are_open_at_once_are_bounded(corpus, tmp_path,
 
 
 @pytest.mark.fault(23)
-def test_what_the_system_refuses_is_no_damage(corpus, tmp_path, monkeypatch):
+def test_a_refusal_of_the_system_is_no_damage(corpus, tmp_path, monkeypatch):
     def refused(path):
         raise RuntimeError(f"open() failed: {os.strerror(errno.EMFILE)}; reading {path}")
 
@@ -272,7 +272,7 @@ def test_processes_that_build_the_same_cache(corpus, tmp_path):
     assert len(list((tmp_path / "cache/tokens").iterdir())) == 1
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_complete_or_absent(tmp_path):
     target = tmp_path / "deep/target"
     with pytest.raises(RuntimeError), whole_folder(target) as work:
         (work / "half").touch()
@@ -286,7 +286,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert list((tmp_path / "deep").iterdir()) == [target]
 
 
-def test_a_folder_that_cannot_take_its_name(tmp_path, monkeypatch):
+def test_a_failed_rename_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(UserError, match="cannot write"), whole_folder(tmp_path / "target"):
         pass

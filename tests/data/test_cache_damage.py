@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fault(8)
 
 
 def write_corpus(path, letters):
-    """Texts and topics of the same lengths whatever the letters, in the order of the letters."""
+    """Documents in the order of the letters; texts and topics have the same lengths for all letters."""
     rows = [
         {
             "text": " ".join(letters[(i * k) % 7] * 3 for k in range(1, 4 + i % 9)),
@@ -38,7 +38,7 @@ def write_corpus(path, letters):
 
 
 def numbers(config, cache):
-    """A digest of all that a run reads."""
+    """A digest of everything that a run reads."""
     corpora = open_corpora(config, Paths(cache=cache))
     rows = phase_rows(corpora, 0)
     found = [rows[n] for n in range(len(rows))]
@@ -52,7 +52,7 @@ def numbers(config, cache):
 
 @pytest.fixture(scope="module")
 def home(tiny_config, tmp_path_factory):
-    """(config, cache, the cache of a corpus of other letters, what the first holds)."""
+    """(config, cache, the cache of a corpus of other letters, digest of the first)."""
     made = []
     for letters in ("abcdefg", "nmlkjih"):
         folder = tmp_path_factory.mktemp(letters)
@@ -71,7 +71,7 @@ def counterpart(cache, path, another):
     return next((p for p in found if p.read_bytes() != (cache / path).read_bytes()), next(another.rglob("lengths.npy")))
 
 
-def test_every_damage_of_every_file_is_told_or_harmless(home, tmp_path):
+def test_every_damage_of_every_file_is_reported_or_harmless(home, tmp_path):
     config, cache, another, whole = home
     arrays = {f"{name}.npy" for name in ("lengths", "bytes", "origins", "crc32", "files", "ids", "offsets", "present", "pieces")}
     others = {"tokens.array_record", "metadata.parquet", "manifest.json", "tokenizer.json", "hashes.json"}
@@ -110,7 +110,7 @@ def test_metadata_is_checked_when_a_table_is_made_of_it(home, tmp_path):
 
 
 def test_no_byte_of_the_tokens_changes_unnoticed(tmp_path):
-    """The first kilobytes hold the records, the last the index; between them is nothing."""
+    """The first kilobytes hold the records and the last ones the index."""
     write_corpus(tmp_path / "corpus.jsonl", "abcdefg")
     made = build(tmp_path)
     path, texts = made.folder / "tokens.array_record", [made[i].tolist() for i in range(len(made))]
@@ -136,7 +136,7 @@ def content(cache):
     return [cache[i].tolist() for i in range(len(cache))], list(cache.metadata()), cache.bytes.tolist(), cache.manifest
 
 
-def test_parts_are_checked_before_they_are_put_together(home, tmp_path):
+def test_parts_are_checked_before_they_are_joined(home, tmp_path):
     write_corpus(tmp_path / "corpus.jsonl", "abcdefg")
     made = build(tmp_path, part=9)
     whole = content(made)
@@ -165,7 +165,7 @@ def test_the_right_one_of_several_files_of_tokens_is_named(tmp_path):
         content(TokenCache(made.folder))
 
 
-def test_another_folder_in_its_place_is_noticed(home, tmp_path):
+def test_a_swapped_folder_is_noticed(home, tmp_path):
     _, cache, another, _ = home
     for kind in ("tokens", "rows", "tokenizers"):
         ours, theirs = (next((folder / kind).iterdir()) for folder in (cache, another))
@@ -175,7 +175,7 @@ def test_another_folder_in_its_place_is_noticed(home, tmp_path):
             Sealed(tmp_path / kind / ours.name)
 
 
-def test_files_that_were_added_are_left_alone(home, tmp_path):
+def test_added_files_are_ignored(home, tmp_path):
     config, cache, _, whole = home
     shutil.copytree(cache, tmp_path / "cache")
     for folder in [path.parent for path in (tmp_path / "cache").rglob(HASHES)]:
@@ -184,7 +184,7 @@ def test_files_that_were_added_are_left_alone(home, tmp_path):
     assert numbers(config, tmp_path / "cache") == whole
 
 
-def test_a_corpus_that_was_built_is_checked(tmp_path):
+def test_a_built_corpus_is_checked(tmp_path):
     folder, documents = tmp_path / "corpora/kind-1", [Document("some words", {"topic": "a"}, "here")]
 
     def made():

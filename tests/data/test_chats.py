@@ -30,7 +30,7 @@ def records():
 
 @pytest.fixture
 def chat_config(tiny_config, tmp_path):
-    """chat_config(markers, **changes) -> Config of chats behind their prompts."""
+    """chat_config(markers, **changes) -> Config of chats after their prompts."""
     write(tmp_path / "model", "chat")
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records()))
 
@@ -62,7 +62,7 @@ def segments(corpora):
 
 
 @pytest.mark.parametrize("dpo", [None, Dpo()])
-def test_rows_ask_for_the_ids_of_the_models_own_tokenizer(chat_config, paths, tmp_path, dpo):
+def test_target_ids_are_those_of_the_models_tokenizer(chat_config, paths, tmp_path, dpo):
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     config = chat_config(True, **({"dpo": dpo, "init.from": "parent"} if dpo else {}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -79,7 +79,7 @@ def test_rows_ask_for_the_ids_of_the_models_own_tokenizer(chat_config, paths, tm
     assert theirs.convert_tokens_to_ids("<|im_end|>") == vocabulary.eos == 257
 
 
-def test_without_the_switch_no_control_token_is_asked_for(chat_config, paths):
+def test_without_markers_no_control_token_is_a_target(chat_config, paths):
     corpora = open_corpora(chat_config(False), paths)
     control = {*corpora.tokenizer.control.values()}
     for inputs, targets in segments(corpora):
@@ -87,7 +87,7 @@ def test_without_the_switch_no_control_token_is_asked_for(chat_config, paths):
         assert not control & {*targets[:-1]}, "before eos"
 
 
-def test_generate_reads_markers_on_request_alone(tiny_config, paths, tmp_path, monkeypatch, capsys):
+def test_generate_reads_markers_only_on_request(tiny_config, paths, tmp_path, monkeypatch, capsys):
     spec = f"hf:{write(tmp_path, 'chat')}/tokenizer.json"
     config = tiny_config(
         **{"data.tokenizer": spec, "training.steps": 1, "evaluation.documents": 1, "evaluation.sample_tokens": 0}

@@ -74,7 +74,7 @@ def kind(request):
 
 
 def spelled(tokenizer, seed=0, count=200):
-    """Texts of spellings of control tokens and of pieces of them."""
+    """Texts made of the spellings of control tokens and of pieces of these spellings."""
     rng, parts = np.random.default_rng(seed), [*2 * [*tokenizer.control], *PIECES]
     return ["".join(rng.choice(parts, rng.integers(0, 8))) for _ in range(count)]
 
@@ -271,7 +271,7 @@ class Fragile(Bytes):
 
 
 @pytest.mark.fault(24)
-def test_what_a_tokenizer_raises_is_a_bad_record_with_its_place(tmp_path):
+def test_a_tokenizer_error_is_a_bad_record_with_its_place(tmp_path):
     texts = ["a", "", "bxb", "c", "x", "d"]
     (tmp_path / "c.jsonl").write_text("\n" + "".join(json.dumps({"text": text, "origin": text}) + "\n" for text in texts))
     source = open_source("jsonl:c.jsonl", cache_dir=tmp_path, data_dir=tmp_path)
@@ -291,7 +291,7 @@ def test_what_a_tokenizer_raises_is_a_bad_record_with_its_place(tmp_path):
 
 
 @pytest.mark.fault(24)
-def test_a_text_that_no_token_stands_for_is_a_bad_record(tmp_path):
+def test_a_text_without_tokens_is_a_bad_record(tmp_path):
     library = word_level()
     library.model.unk_token = "the fox"  # no word of the vocabulary
     library.save(str(tmp_path / "tokenizer.json"))

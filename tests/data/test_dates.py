@@ -67,5 +67,5 @@ def test_a_year_alone_or_with_a_month_that_may_be_the_day(year):
         "nan",
     ],
 )
-def test_what_is_no_date(text):
+def test_text_that_is_no_date_gives_nothing(text):
     assert annotate("date|year", [text]) == annotate("date|month", [text]) == [None]

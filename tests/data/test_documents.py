@@ -9,19 +9,19 @@ from metajax.data.documents import BadRecord, is_validation
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1), st.floats(0, 1))
-def test_growing_the_share_never_returns_an_origin_to_training(origin, a, b):
+def test_a_larger_share_keeps_every_validation_origin(origin, a, b):
     small, large = sorted((a, b))
     assert not is_validation(origin, small) or is_validation(origin, large)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_share_of_one_holds_everything_out_and_share_of_zero_nothing(origin):
+def test_a_share_of_one_is_all_validation_and_of_zero_none(origin):
     assert is_validation(origin, 1.0)
     assert not is_validation(origin, 0.0)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-def test_about_the_share_of_origins_is_held_out(share):
+def test_about_the_stated_share_of_origins_is_validation(share):
     n = 20_000
     held = sum(is_validation(f"module.{i}", share) for i in range(n))
     assert abs(held / n - share) < 5 * (share * (1 - share) / n) ** 0.5

@@ -72,7 +72,7 @@ def sample(family, home):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "pairs"])
-def test_rows_are_what_they_were(family, tmp_path):
+def test_rows_equal_the_frozen_ones(family, tmp_path):
     with np.load(GOLDENS) as golden:
         known = {name.split(": ")[1]: golden[name] for name in golden.files if name.startswith(f"{family}: ")}
     now = sample(family, tmp_path)

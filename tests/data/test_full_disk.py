@@ -26,7 +26,7 @@ ROWS = [
 
 @pytest.fixture
 def small_disk(capsys):
-    """small_disk(bytes): no file grows beyond that, as the system refuses it on a full disk; what is printed stays in memory."""
+    """small_disk(bytes): writing beyond that size fails as on a full disk; printed text stays in memory."""
 
     @contextlib.contextmanager
     def limited(size):
@@ -47,7 +47,7 @@ def corpus(tmp_path):
 
 
 def whole_folders(cache):
-    """Every file below the cache is in a folder that checks, and nothing else is left."""
+    """Every file below the cache is in an intact sealed folder, and no other file exists."""
     folders = {path.parent for path in cache.rglob("*") if path.is_file()}
     assert not list(cache.rglob(".making-*"))
     for folder in folders:
@@ -57,7 +57,7 @@ def whole_folders(cache):
 
 
 def more_and_more(small_disk, cache, act):
-    """`act` on larger and larger disks until it succeeds: how often it failed, and what was whole after each failure."""
+    """Call `act` on larger and larger disks until it succeeds; return the number of failures and the intact folders after each."""
     found = []
     for step in range(60):
         try:
@@ -70,7 +70,7 @@ def more_and_more(small_disk, cache, act):
     raise AssertionError("never succeeded")
 
 
-def test_every_file_of_a_cache_may_be_the_one_that_does_not_fit(small_disk, corpus, tiny_config, tmp_path):
+def test_any_file_of_a_cache_may_meet_the_full_disk(small_disk, corpus, tiny_config, tmp_path):
     changes = {"data.sources": (f"jsonl:{corpus}",), "data.tokenizer": "bpe:320", "metadata": {"template": "{topic}"}}
     config = override(tiny_config(), {**changes, "data.sequence_length": 4096})
 
@@ -83,7 +83,7 @@ def test_every_file_of_a_cache_may_be_the_one_that_does_not_fit(small_disk, corp
     assert rows(tmp_path / "cache") == rows(tmp_path / "another")
 
 
-def test_parts_that_fit_are_taken_up(small_disk, corpus, tmp_path):
+def test_finished_parts_are_reused_on_a_larger_disk(small_disk, corpus, tmp_path):
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     rows[40]["topic"] = "".join(chr(0x4E00 + (7 * i) % 9973) for i in range(60_000))
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,7 +98,7 @@ def test_parts_that_fit_are_taken_up(small_disk, corpus, tmp_path):
     assert [made[i].tolist() for i in range(64)] == [other[i].tolist() for i in range(64)] and made.manifest == other.manifest
 
 
-def test_a_corpus_that_is_built_there(small_disk, tmp_path):
+def test_a_built_corpus_on_a_full_disk(small_disk, tmp_path):
     source = open_source("generated:40", cache_dir=tmp_path, data_dir=None)
     documents = [source[i] for i in range(40)]
     failures = more_and_more(small_disk, tmp_path, lambda: open_or_build("kind", "kind", "1", tmp_path, lambda: (documents, {})))
@@ -106,7 +106,7 @@ def test_a_corpus_that_is_built_there(small_disk, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [2_000, 40_000])
-def test_it_is_one_line_of_the_command(small_disk, corpus, tmp_path, capsys, limit):
+def test_a_full_disk_is_one_line_of_the_command(small_disk, corpus, tmp_path, capsys, limit):
     settings = (f"data.sources=jsonl:{corpus}", "data.tokenizer=bpe:320")
     command = ["cache", "quickstart/plain", *(word for setting in settings for word in ("--set", setting))]
     command += ["--cache-dir", str(tmp_path / "cache")]

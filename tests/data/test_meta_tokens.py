@@ -14,7 +14,7 @@ LOSSES = ("skip_meta_targets", "real_only")
 
 
 def plain_row(length, rng):
-    """A row of arbitrary but telling values: token i is 100 + i, its target 500 + i."""
+    """A row of distinct values: token i is 100 + i, its target 500 + i."""
     return {
         "tokens": np.arange(100, 100 + length, dtype=np.int32),
         "targets": np.arange(500, 500 + length, dtype=np.int32),
@@ -74,8 +74,8 @@ def test_loss_and_segments_against_a_reading_of_the_docstring(case):
 
 
 @given(injections())
-def test_every_question_is_asked_once(case):
-    """What weighed on the row weighs on it with meta-tokens, in the same order, whatever the loss."""
+def test_loss_weights_keep_their_order(case):
+    """Injection keeps all loss weights, in order, for every setting of `meta_tokens.loss`."""
     row, out, *_ = case
     asked, kept = row["loss_weights"] > 0, out["loss_weights"] > 0
     np.testing.assert_array_equal(out["targets"][kept], row["targets"][asked])

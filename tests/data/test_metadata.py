@@ -116,7 +116,7 @@ def test_two_seeds_drop_different_documents():
 
 @pytest.mark.parametrize("wrap", ["special_tokens", "plain"])
 @pytest.mark.parametrize("when_dropped", ["empty", "nothing"])
-def test_what_a_document_without_metadata_shows(wrap, when_dropped):
+def test_what_a_document_without_metadata_gets(wrap, when_dropped):
     recipe = Metadata(keep=1.0, wrap=wrap, when_dropped=when_dropped)
     has = np.array([True, False, True])
     dropped = EMPTY if (wrap, when_dropped) == ("special_tokens", "empty") else NOTHING
@@ -134,8 +134,8 @@ def test_shuffling_gives_every_document_another_string():
 
 
 @pytest.mark.parametrize("when_dropped", ["empty", "nothing"])
-def test_the_empty_condition_shows_the_pair_of_delimiters(when_dropped):
-    """Also for a recipe whose dropped documents show nothing: the condition says what is asked for."""
+def test_the_empty_condition_gives_the_pair_of_delimiters(when_dropped):
+    """Also for a recipe whose dropped documents get no delimiters."""
     owner = owners(Metadata(when_dropped=when_dropped), "empty", np.array([True, False]), np.arange(2), 0)
     ids = MetadataIds(np.zeros(0, np.int32), np.zeros(3, np.int64), owner, (7,), (8,))
     assert [ids[i].tolist() for i in range(2)] == [[7, 8]] * 2 and ids.lengths().tolist() == [2, 2]

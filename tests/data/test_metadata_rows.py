@@ -16,7 +16,7 @@ from metajax.runs.pace import Counts
 from metajax.training.text import positions_of
 
 
-def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config, paths):
+def test_rows_of_new_documents_report_the_tokens_left_out(tiny_config, paths):
     corpora = open_corpora(tiny_config(**{"data.packing": "new_document", "data.sequence_length": 40}), paths)
     [cache], notes = corpora.caches, []
     train = cache.documents("train", corpora.config.data.validation_share)
@@ -32,8 +32,8 @@ def test_rows_that_begin_with_new_documents_say_what_they_leave_out(tiny_config,
     ]
 
 
-def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config, tiny_corpus, paths):
-    """The longest modules do not fit beside 16 tokens of text; nothing of theirs is shown."""
+def test_metadata_too_long_for_a_row_is_dropped_and_counted_or_refused(tiny_config, tiny_corpus, paths):
+    """The longest module names do not fit beside 16 tokens of text and are dropped whole."""
     names = [json.loads(line)["module"] for line in tiny_corpus.read_text().splitlines()]
     changes = {"data.sequence_length": 26, "data.batch_size": 1, "metadata": Metadata(template="{module}", keep=1.0)}
     too_long = r"document .*corpus\.jsonl, line \d+: \d+ metadata tokens, which leaves no room .* metadata\.too_long=drop"
@@ -62,7 +62,7 @@ def test_metadata_that_no_row_takes_is_dropped_and_counted_or_stops(tiny_config,
 
 @pytest.mark.parametrize("position", ["prepend", "append", "both"])
 def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_corpus, paths, position):
-    """What a run counts in an epoch of rows that cut no document is what the file holds, byte for byte."""
+    """In an epoch of rows that cut no document, the run's counts equal those of the file."""
     recipe = Metadata(template="{topic}", position=position, keep=1.0)
     corpora = open_corpora(tiny_config(metadata=recipe, **{"data.sequence_length": 600, "data.packing": "best_fit"}), paths)
     [cache], counts = corpora.caches, Counts()
@@ -96,7 +96,7 @@ def test_learnable_tokens_are_the_same_for_all_documents(tiny_config, paths, pos
 
 
 def test_the_control_in_training_exchanges_metadata_at_random(tiny_config, paths):
-    """The same strings as a set, and a document's own at the rate of chance."""
+    """The set of strings is the same, and a document keeps its own at the rate of chance."""
     source = {}
     for assigned in ("own", "shuffled"):
         recipe = Metadata(template="{topic}", keep=1.0, assigned=assigned, wrap="plain")
@@ -117,7 +117,7 @@ def unstack(batches):
 
 
 def texts_of(rows):
-    """{a document's tokens: whether metadata stood beside them}, of rows that hold documents whole."""
+    """{a document's tokens: whether it had metadata}, from rows with whole documents."""
     shown = {}
     for row in rows:
         for segment in range(1, row["segment_ids"].max() + 1):

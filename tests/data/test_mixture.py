@@ -45,7 +45,7 @@ def test_each_source_gives_its_rows_once_and_in_order(mixture):
 
 @given(WEIGHTS, st.integers(0, 10**12))
 def test_counts_are_exact(weights, n):
-    """Source i is split off from those after it; each split is right to within one row."""
+    """Source i is split from the later ones; each split is exact to within one row."""
     found = counted(Mixture(weights), n)
     assert sum(found) == n
     exact = [Fraction(str(w)) for w in weights]
@@ -80,7 +80,7 @@ def test_far_rows_follow_from_the_counts(weights, n):
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (5, 2, 1), (1, 1, 1, 1)])
 def test_sources_are_spread_and_not_in_blocks(weights):
-    """Between two rows of a source lie no more than its share asks for, within one row a split."""
+    """The distance between two rows of a source fits its share, within one row for each split."""
     chosen = [Mixture(weights)[n][0] for n in range(ROWS)]
     for source, weight in enumerate(weights):
         at = [n for n, s in enumerate(chosen) if s == source]

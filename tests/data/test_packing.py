@@ -28,7 +28,7 @@ def one_row(total, capacity=32):
 
 
 def fills(index, documents, overhead):
-    """Slots of each row in use, metadata of every piece counted."""
+    """Used positions of each row, with the metadata of every piece."""
     extra = dict(zip(documents.tolist(), overhead.tolist(), strict=True))
     return [sum(length + extra[document] for document, _, length in index.row(n).tolist()) for n in range(len(index))]
 
@@ -55,7 +55,7 @@ def test_every_input_is_in_one_piece_and_no_row_is_too_long(style, corpus):
 
 @pytest.mark.parametrize("style", STYLES)
 @given(corpora())
-def test_a_piece_after_metadata_is_worth_it(style, corpus):
+def test_a_piece_after_metadata_has_a_least_length(style, corpus):
     documents, inputs, overhead, capacity = corpus
     total = dict(zip(documents.tolist(), inputs.tolist(), strict=True))
     extra = dict(zip(documents.tolist(), overhead.tolist(), strict=True))
@@ -64,7 +64,7 @@ def test_a_piece_after_metadata_is_worth_it(style, corpus):
 
 
 @given(corpora(with_metadata=False))
-def test_concat_without_metadata_pads_the_last_row_alone(corpus):
+def test_concat_without_metadata_pads_only_the_last_row(corpus):
     documents, inputs, overhead, capacity = corpus
     index = pack(documents, inputs, overhead, capacity, "concat")
     assert all(used == capacity for used in fills(index, documents, overhead)[:-1])

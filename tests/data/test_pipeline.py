@@ -60,7 +60,7 @@ def batches_of(config, paths, **hosts):
 
 
 def epoch_rows(corpora):
-    """Rows of an epoch of a corpus of one source, found from the stream: all its body tokens have been asked for."""
+    """Number of rows in an epoch of a one-source corpus, counted until every body token has been a target."""
     [cache] = corpora.caches
     left = int(cache.lengths[cache.documents("train", corpora.config.data.validation_share)].sum())
     for n in itertools.count(1):
@@ -154,8 +154,8 @@ def test_experiments_that_share_a_cache_do_not_share_rows(tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize("use", ["order", "shuffle", "inject"])
-def test_the_seed_enters_each_choice(tiny_config, paths, monkeypatch, use):
-    """With the seed held back from all choices but one, that one still makes other batches."""
+def test_the_seed_changes_every_random_choice(tiny_config, paths, monkeypatch, use):
+    """If only one choice gets another seed, the batches change."""
     monkeypatch.setattr(pipeline, "derive_seed", lambda name, seed, *rest: derive_seed(name, seed if name == use else 0, *rest))
     first, other = (batches_of(tiny_config(seed=seed, meta_tokens=MetaTokens()), paths) for seed in (0, 1))
     assert all(differ(first[step], other[step]) for step in (0, 5))
@@ -233,7 +233,7 @@ BOTH = Metadata(position="both", appended="{topic}", tokens=5, bos_eos="inside")
         ("best_fit", WITHIN, BOTH),
     ],
 )
-def test_an_epoch_asks_for_every_body_token_of_the_training_documents(tiny_config, paths, packing, meta, metadata):
+def test_an_epoch_has_every_body_token_as_a_target(tiny_config, paths, packing, meta, metadata):
     config = tiny_config(**{"data.packing": packing, "meta_tokens": meta, "metadata": metadata, "data.sequence_length": 40})
     corpora = open_corpora(config, paths)
     [cache] = corpora.caches
@@ -287,8 +287,8 @@ def unstack(batches):
         ("byte", None, "none"),
     ],
 )
-def test_every_condition_asks_for_the_same_text(tiny_config, tiny_corpus, paths, tokenizer, meta, position):
-    """Every body token of the chosen documents is asked for once, whatever the order of rows, and their bytes are exact."""
+def test_every_condition_scores_the_same_text(tiny_config, tiny_corpus, paths, tokenizer, meta, position):
+    """Every body token of the chosen documents is a target once, in any order of rows, and their bytes are exact."""
     config = tiny_config(
         **{
             "metadata": Metadata(position=position, template="{topic}"),
@@ -315,7 +315,7 @@ def test_every_condition_asks_for_the_same_text(tiny_config, tiny_corpus, paths,
     assert shown["shuffled"] > shown["empty"]
 
 
-def test_evaluation_is_the_same_for_every_seed_packing_aside(full, paths):
+def test_evaluation_rows_do_not_depend_on_the_seed(full, paths):
     first, other = (validation(open_corpora(full(seed=seed, **{"evaluation.documents": 9}), paths), "right") for seed in (0, 7))
     assert first.documents == 10 and len(first.batches) == len(other.batches)
     for a, b in zip(first.batches, other.batches, strict=True):
@@ -415,8 +415,8 @@ def test_reader_processes_give_the_same_batches(full, paths, tmp_path):
 
 
 @pytest.mark.fault(14)
-def test_a_run_is_told_that_documents_have_no_origin(tiny_config, tmp_path):
-    """In one part or several, and by a corpus whose cache is there already; not where every document has one."""
+def test_a_run_reports_documents_without_an_origin(tiny_config, tmp_path):
+    """For corpora of one part or several, and with an existing cache. Without a note if every document has an origin."""
     rows = [
         {"text": f"words and words {i}", **({"meta": {"url": f"https://s{i % 9}.org/{i}"}} if i % 2 else {})} for i in range(60)
     ]

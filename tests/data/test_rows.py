@@ -83,7 +83,7 @@ def test_two_documents_in_a_row_and_an_empty_one():
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_metadata_after_the_bos(weight):
-    """The last metadata token asks for the first body token; BOS and the rest ask for metadata."""
+    """The target of the last metadata token is the first body token; BOS and the other metadata tokens predict metadata."""
     row = source([[(1, 0, 3)]], 8, metadata_ids([[], [7, 8], [], []]), loss_weight=weight)[0]
     check(
         finish(row, attend_across_documents=False),
@@ -99,7 +99,7 @@ def test_metadata_after_the_bos(weight):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_metadata_before_a_later_piece(weight):
-    """The piece before has asked for this piece's first token already, so the last metadata token asks nothing."""
+    """The previous piece has predicted this piece's first token, so the last metadata token has no target."""
     metadata = metadata_ids([[7], [], [], []])
     rows = source([[(0, 0, 3)], [(0, 3, 2)]], 6, metadata, loss_weight=weight)
     check(
@@ -127,7 +127,7 @@ def test_plain_metadata_has_no_delimiters():
     check(rows[1], tokens=[7, 8, 6, P], targets=[8, 6, E, P], loss_weights=[0.5, 0, 1, 0], is_body="0000", is_metadata="1100")
 
 
-def test_the_empty_pair_nothing_and_anothers_metadata():
+def test_empty_missing_and_shuffled_metadata():
     metadata = metadata_ids([[7], [8, 9], [], []], owner=[MetadataIds.EMPTY, 0, MetadataIds.NOTHING, MetadataIds.EMPTY])
     row = source([[(0, 0, 2), (1, 0, 1), (2, 0, 1)]], 9, metadata)[0]
     check(
@@ -180,7 +180,7 @@ def both_sides(corpus, document):
 
 @st.composite
 def corpora(draw):
-    """Body token k of document d is unique in the corpus, so that what was asked for can be counted; so are metadata tokens."""
+    """Every body token and every metadata token is unique in the corpus, so that targets can be counted."""
     lengths = draw(st.lists(st.integers(0, 80), min_size=1, max_size=12))
     starts = np.cumsum([1000, *lengths]).tolist()
     bodies = [list(range(starts[d], starts[d] + n)) for d, n in enumerate(lengths)]
@@ -215,8 +215,8 @@ def assemble(corpus, seed):
 
 
 @given(corpora(), st.integers(0, 99))
-def test_every_body_token_is_asked_for_once(corpus, seed):
-    """With rows that begin with new documents: a beginning of every document, each token once."""
+def test_every_body_token_is_a_target_once(corpus, seed):
+    """If rows begin with new documents, a prefix of every document is predicted, each token once."""
     asked, ends, complete = [], 0, 0
     for pieces, _, row in assemble(corpus, seed):
         asked += row["targets"][row["is_body"]].tolist()
@@ -245,7 +245,7 @@ def middle(length):
 
 @given(corpora(), st.integers(0, 6))
 def test_metadata_inside_the_body_loses_no_token_of_it(corpus, size):
-    """With metadata in the middle of every piece, too: body tokens are predicted once, in order, and the metadata has its weight."""
+    """Also with metadata inside every piece: body tokens are predicted once, in order, and metadata has its weight."""
     strings = metadata_ids([list(range(40, 40 + size))] * len(corpus.bodies))
     parts = (*corpus.metadata.parts, (Spot("", middle, 0.25), strings))
     corpus = dataclasses.replace(corpus, metadata=dataclasses.replace(corpus.metadata, parts=parts), capacity=corpus.capacity + 8)
@@ -284,7 +284,7 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
 
 @given(corpora(), st.integers(0, 99))
 def test_masks_cover_exactly_the_metadata(corpus, seed):
-    """Metadata is what is neither BOS, EOS nor body, whole beside every piece; its labels have their side's weight."""
+    """Metadata is every token besides BOS, EOS and body. It is whole at every piece, and its labels have the weight of their side."""
     weight_of = {spot.at: spot.loss_weight for spot, _ in corpus.metadata.parts}
     front_weight, behind_weight = weight_of.get(before, 0.0), weight_of.get(after, 0.0)
     for pieces, plain, row in assemble(corpus, seed):
@@ -313,7 +313,7 @@ def test_masks_cover_exactly_the_metadata(corpus, seed):
 
 @given(corpora(), st.integers(0, 99))
 def test_metadata_after_the_text_changes_nothing_before_it(corpus, seed):
-    """What a body token is asked from is the same with and without metadata behind the text of its piece."""
+    """The inputs of a body token are the same with and without metadata after the text of its piece."""
     alone = dataclasses.replace(corpus.metadata, parts=tuple(part for part in corpus.metadata.parts if part[0].at is before))
     for pieces, plain, _ in assemble(corpus, seed):
         rows = [tuple(map(int, piece)) for piece in pieces]

@@ -88,7 +88,7 @@ def test_resume_anywhere(corpora):
         same(next(resumed), batches[step])
 
 
-def test_rows_survive_the_way_to_a_reader_process(corpora):
+def test_rows_pickle_for_reader_processes(corpora):
     rows = training_rows(corpora())
     same(pickle.loads(pickle.dumps(rows))[7], rows[7])
 

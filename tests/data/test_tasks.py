@@ -27,7 +27,7 @@ PROPERTY = settings(deadline=None, max_examples=40)
 
 
 def solve(prompt):
-    """The answer to a prompt in words, from its text alone; `_PAUSE_` or | shows the spots."""
+    """The answer to a prompt in words, from only its text; `_PAUSE_` or | marks the positions."""
     text = prompt.replace(MARK, f" {PAUSE}")
     lines = {}
     body, question = text.split("\nQ: ")
@@ -77,8 +77,8 @@ def drawn_lines(made, n):
 
 @PROPERTY
 @given(st.sampled_from(sorted(MADE)), st.sampled_from(PROMPTED), st.integers(0, 10**6), st.integers(-2, 4))
-def test_a_reader_of_the_prompt_finds_the_answer(which, task, n, part):
-    """part: a phase, or a bin counted from the end; both tell how long the example may be."""
+def test_a_solver_finds_the_answer_in_the_prompt(which, task, n, part):
+    """part: a phase, or a bin counted from the end; either limits the length of the example."""
     made = MADE[which]
     length = None if part >= 0 else made.tasks.eval_lengths[part]
     example = made.test(task, length, n) if length else made.training(task, part, n)
@@ -109,7 +109,7 @@ def test_an_example_is_a_function_of_its_number_alone(task):
 
 
 @pytest.mark.parametrize("placement", ["deliberate", "random", "none"])
-def test_pauses_stand_where_the_placement_has_them(placement):
+def test_pauses_follow_the_placement(placement):
     made, deliberate = examples(placement=placement), 0
     meta = made.tokenizer.vocabulary.meta
     for task, expected in zip(PROMPTED, (1, 2, 1, 2, 0), strict=True):
@@ -125,7 +125,7 @@ def test_pauses_stand_where_the_placement_has_them(placement):
     assert deliberate == (200 if placement == "random" else 0), "random pauses come on top of a prompt that marks its spots"
 
 
-def test_all_counts_bits_items_and_spans_are_asked_for():
+def test_all_counts_bits_items_and_spans_occur_as_answers():
     made = examples()
     answers = {task: [made.test(task, 128, n).core.answer for n in range(400)] for task in PROMPTED}
     counts = Counter(answers["segment_counting"])
@@ -156,7 +156,7 @@ def test_sizes_bound_what_an_example_holds():
 
 @PROPERTY
 @given(st.integers(4, 200), st.integers(1, 50), st.integers(0, 10**6))
-def test_every_key_is_asked_for_once_and_its_value_stands_after_it(length, pairs, n):
+def test_every_key_is_queried_once_and_followed_by_its_value(length, pairs, n):
     made = examples(names=("mqar",), pairs=pairs)
     example = made.test("mqar", length, n)
     count, half = min(pairs, length // 4), made.tokenizer.vocabulary.base // 2
@@ -182,7 +182,7 @@ def test_the_needle_is_found_at_every_depth():
 
 @pytest.mark.parametrize("task", KINDS)
 def test_no_test_example_is_ever_trained_on(task):
-    """What an example is about, neutral text apart, is in one split only, whatever the seed and the phase."""
+    """The content of an example, without neutral text, is in one split only, for every seed and phase."""
     made = examples(items=3, lists=1, bits=4, span=2)
     train = {replace(made, seed=seed).training(task, phase, n).core for seed in (0, 1) for phase in range(5) for n in range(60)}
     test = {made.test(task, length, n).core for length in (64, 128) for n in range(60)}
@@ -202,7 +202,7 @@ def test_a_phase_has_lengths_up_to_its_bound(task):
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_a_short_way_has_examples_in_every_phase(task):
+def test_a_short_curriculum_has_examples_in_every_phase(task):
     shortest = examples().shortest(task)
     for length in range(shortest + 1, shortest + 7):
         made = examples(train_length=length)
@@ -240,6 +240,6 @@ def test_a_tokenizer_of_tasks_holds_each_piece_as_one_token():
     assert tokenizer.encode(" hammers")[0] == tokenizer.encode(" hammer")[0]
 
 
-def test_words_of_the_lists_differ():
+def test_lists_share_no_words():
     words = [*TEXT, *(word for items in LISTS.values() for word in items)]
     assert len(set(words)) == len(words) == 64

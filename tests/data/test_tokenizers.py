@@ -138,7 +138,7 @@ def test_a_changed_or_missing_copy_is_refused(tmp_path):
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_bytes_bpe_and_gpt2_lose_nothing(each, text):
+def test_bytes_bpe_and_gpt2_are_lossless(each, text):
     for kind in ("byte", "bpe", "gpt2"):
         assert each[kind].decode(each[kind].encode(text)) == text
 
@@ -240,7 +240,7 @@ def test_hf_ends_come_from_the_file_or_from_the_config_beside_it(tmp_path):
     assert load(tmp_path / "run").vocabulary == told.vocabulary
 
 
-def test_gpt2_meets_the_golden_ids(tmp_path):
+def test_gpt2_equals_the_golden_ids(tmp_path):
     folder = os.environ.get("METAJAX_GPT2_DIR")
     if not folder:
         pytest.skip("METAJAX_GPT2_DIR does not name a folder with vocab.bpe and encoder.json of GPT-2")

@@ -33,7 +33,7 @@ def unigram(scheme):
 
 
 def llama():
-    """Byte-pair encoding with bytes to fall back on, as converted from SentencePiece."""
+    """Byte-pair encoding with byte fallback, as converted from SentencePiece."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *CHARACTERS, "▁t", "he", "▁the"]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
     model = models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -61,7 +61,7 @@ def word_level():
 
 
 def chat():
-    """Turn markers that are not special, ordinary added tokens after them, and one more marker that a file beside it names."""
+    """Turn markers that are not special, then ordinary added tokens, and a marker that only tokenizer_config.json names."""
     turns = [added("<|im_start|>"), added("<|im_end|>", rstrip=True), added("[INST]", lstrip=True), added("<think>")]
     return byte_level(*turns, added("STOP", normalized=True), added("<b>"), added("    "), added("<|endoftext|>", True))
 

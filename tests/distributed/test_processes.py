@@ -39,7 +39,7 @@ def changes(tiny_corpus):
 
 
 def start(count, changes, workdir, paths):
-    """The same command `count` times, as a launcher starts it on as many hosts."""
+    """Start the same command `count` times, like a launcher on that many hosts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -52,7 +52,7 @@ def start(count, changes, workdir, paths):
 
 
 def cut(config, workdir, paths, after, monkeypatch):
-    """One process, broken off once `after` steps are logged."""
+    """Run one process and kill it after `after` logged steps."""
     original = trainer.Trainer._log
 
     def log(self, step, *rest):
@@ -75,9 +75,9 @@ def cut(config, workdir, paths, after, monkeypatch):
     ],
 )
 def test_one_process_then_several_then_one_make_one_run(changes, paths, tmp_path, monkeypatch, count, mesh):
-    """Start in one, go on in several until SIGTERM, end in one: the curve is that of one process throughout.
+    """Start in one process, continue in several until SIGTERM, end in one: the curve equals that of one process.
 
-    With context, processes share rows: they read the same ones, and each row is counted once.
+    With a context axis, processes share rows: they read the same rows, and each row is counted once.
     """
     load()
     config = override(find_experiment("quickstart/meta_tokens").build("cpu"), changes)
@@ -103,7 +103,7 @@ def test_one_process_then_several_then_one_make_one_run(changes, paths, tmp_path
     assert report["goodput"]["starts"] == 3 and 0 < report["goodput"]["lost"] < report["goodput"]["productive"] < 1
 
 
-def test_a_place_is_given_whole_or_not_at_all(monkeypatch):
+def test_a_process_place_is_complete_or_refused(monkeypatch):
     for name in (*hosts.VARIABLES, *hosts.LAUNCHERS):
         monkeypatch.delenv(name, raising=False)
     assert find_place() is None
@@ -120,7 +120,7 @@ def test_a_place_is_given_whole_or_not_at_all(monkeypatch):
     assert find_place() == Place("host0:8476", 4, 3)
 
 
-def test_slurm_tells_the_place(monkeypatch):
+def test_slurm_gives_the_place(monkeypatch):
     for name in hosts.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "tpu[03-06]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
@@ -132,7 +132,7 @@ def test_slurm_tells_the_place(monkeypatch):
     assert find_place() is None, "one task is a run of its own"
 
 
-def test_a_mistake_of_one_process_is_the_error_of_all(monkeypatch):
+def test_an_error_of_one_process_ends_all(monkeypatch):
     monkeypatch.setattr(hosts, "gather", lambda text: ["", "no such file"])
     with pytest.raises(UserError, match="process 1: no such file"):
         hosts.together(lambda: 1)

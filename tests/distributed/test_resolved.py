@@ -35,7 +35,7 @@ def resolved(name, mesh):
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_shardings_are_as_they_were(name):
+def test_shardings_equal_the_golden(name):
     registry.load()
     found = {",".join(f"{axis}={size}" for axis, size in mesh.items()): resolved(name, mesh) for mesh in MESHES[name]}
     if os.environ.get("METAJAX_WRITE_GOLDENS"):

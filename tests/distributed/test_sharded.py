@@ -99,7 +99,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(("kind", "mesh"), [("xla", "context=4,tensor=2"), ("pallas", "data=2,context=2,tensor=2")])
-def test_eight_devices_compute_what_one_does(kind, mesh):
+def test_eight_devices_equal_one_device(kind, mesh):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

@@ -16,7 +16,7 @@ from metajax.distributed.watchdog import Watchdog
 
 
 def watched(script, stacks):
-    """What a process does that ends by the watchdog, or with 0."""
+    """Run a process that the watchdog ends, or that ends with 0."""
     return subprocess.run(
         [sys.executable, "-c", BEGINS + script, str(stacks)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -46,7 +46,7 @@ def test_a_start_that_hangs_has_its_own_limit(tmp_path, hang, startup, field):
     assert done.returncode == 75 and f"runtime.{field}" in done.stderr and (tmp_path / "stacks.txt").exists()
 
 
-def test_neither_limit_is_no_watch(tmp_path):
+def test_without_limits_nothing_is_watched(tmp_path):
     assert watched("Watchdog(0, Path(sys.argv[1]), 0); time.sleep(0.3)", tmp_path / "stacks.txt").returncode == 0
 
 

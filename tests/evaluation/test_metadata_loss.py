@@ -49,7 +49,7 @@ def test_a_label_without_weight_changes_nothing(prepared):
 
 
 @pytest.mark.parametrize(("position", "wanted"), [("prepend", False), ("append", True)])
-def test_metadata_ids_are_never_the_wanted_answer_before_the_text_and_are_after_it(prepared, position, wanted):
+def test_metadata_is_a_target_only_after_the_text(prepared, position, wanted):
     """The gradient by a position's logits is its probabilities, less one at its label: negative only where a label has weight."""
     model, batch = prepared(position)
     placed = on_device(batch)
@@ -61,7 +61,7 @@ def test_metadata_ids_are_never_the_wanted_answer_before_the_text_and_are_after_
 
 
 @pytest.mark.parametrize("position", ["append", "prepend"])
-def test_text_does_not_know_what_stands_after_it(prepared, position):
+def test_text_does_not_depend_on_later_metadata(prepared, position):
     """Bit for bit: other ids at the metadata change the logits of no text before it, and of all text after it."""
     model, batch = prepared(position)
     other = dict(batch, tokens=np.where(batch["is_metadata"], 9, batch["tokens"]))

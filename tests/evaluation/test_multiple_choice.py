@@ -33,7 +33,7 @@ GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "choice_harness.js
 
 
 @pytest.mark.harness
-def test_the_frozen_sample_is_what_the_harness_says_today(tmp_path):
+def test_the_frozen_sample_equals_the_harness(tmp_path):
     pytest.importorskip("lm_eval", reason="pip install lm_eval==0.4.13")
     from harness import frozen_sample
 
@@ -41,8 +41,8 @@ def test_the_frozen_sample_is_what_the_harness_says_today(tmp_path):
 
 
 @pytest.mark.parametrize("kind", GOLDENS["tasks"])
-def test_prompts_and_scores_are_those_of_the_harness(kind):
-    """The frozen sample holds our own records, what the harness asks a model about each, and its metrics for made-up answers."""
+def test_prompts_and_scores_equal_the_harness(kind):
+    """The frozen sample holds our own records, the harness' requests for each, and its metrics for synthetic answers."""
     sample = GOLDENS["tasks"][kind]
     questions = [KINDS[kind](record) for record in sample["records"]]
     asked = [
@@ -56,7 +56,7 @@ def test_prompts_and_scores_are_those_of_the_harness(kind):
     assert len(shown) == 2 and tuple(sample["two_shots"]) in shown, "the two examples in one order or the other"
 
 
-def test_ids_of_a_pair_are_those_of_the_harness():
+def test_ids_of_a_pair_equal_the_harness():
     table = {word: i for i, word in enumerate(GOLDENS["pairs"]["words"])}
 
     def encode(text):  # longest first, so that a space belongs to the word after it
@@ -95,7 +95,7 @@ def prepared(tiny_config, paths, tmp_path):
     return build
 
 
-def test_packed_scores_are_those_of_every_answer_alone(prepared):
+def test_packed_scores_equal_one_answer_at_a_time(prepared):
     program, corpora, model = prepared([], **{"data.sequence_length": 64})
     questions = [KINDS["jsonl"](record) for record in RECORDS]
     head = [corpora.tokenizer.vocabulary.bos]
@@ -128,7 +128,7 @@ def test_results_by_task_context_and_shots(prepared):
     assert found["average"] == found["jsonl"]["acc"]
 
 
-def test_passages_are_completed_and_their_first_line_searched_for_the_value(prepared, tmp_path):
+def test_passages_count_as_right_if_their_first_line_has_the_value(prepared, tmp_path):
     texts = ["Ada was born in", "so long a passage that its beginning is lost, by", "Ada was born in"]
     file, changes = tmp_path / "swde.jsonl", {"data.sequence_length": 72, "evaluation.choice.shots": (0,)}
     file.touch()
@@ -173,7 +173,7 @@ def test_solved_examples_are_never_the_question_itself():
         with_shots(questions[0], 0, questions, 4, same_file=True)
 
 
-def test_conditional_inference_names_a_source_where_metadata_stood_in_training(prepared):
+def test_conditional_inference_puts_a_source_where_training_had_metadata(prepared):
     recipe = Metadata(template="URL: {url|host}\n\n", wrap="plain")
     _, corpora, _ = prepared([], metadata=recipe)
     task, tokenizer = QuestionFile.of("openbookqa:f.jsonl"), corpora.tokenizer
@@ -186,7 +186,7 @@ def test_conditional_inference_names_a_source_where_metadata_stood_in_training(p
 
 
 @pytest.mark.fault(30)
-def test_questions_are_read_as_corpora_are(tmp_path):
+def test_questions_are_read_like_corpora(tmp_path):
     record = {"query": "The\u2028sea\x85is", "choices": ["blue", "a cup"], "gold": 0}
     text = "\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n \n" + json.dumps(record) + "\n\n"
     (tmp_path / "q.jsonl").write_bytes(text.encode())

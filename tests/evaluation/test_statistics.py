@@ -39,7 +39,7 @@ def test_a_difference_is_paired_over_the_seeds_that_both_have():
     assert paired_difference([1.0, None], [None, 1.0]) is None
 
 
-def test_pairing_takes_out_what_the_seeds_share():
+def test_pairing_removes_the_seeds_common_part():
     seeds = np.array([0.0, 10.0, 20.0])
     assert paired_difference((seeds + np.array([1.0, 1.1, 0.9])).tolist(), seeds.tolist()).clear_of_zero
     assert not summarize((seeds + 1).tolist()).clear_of_zero

@@ -35,7 +35,7 @@ def prepare(config, paths):
 
 
 def oracle(model, batch):
-    """Logits of a model that knows the targets, apart from those of every third row: there it misses the end."""
+    """Logits of a model that predicts every target, except the end token in every third row."""
     targets = batch["targets"]
     rows = jnp.arange(targets.shape[0])[:, None]
     ends = (batch["loss_weights"] > 0) & ~batch["is_body"]
@@ -43,12 +43,12 @@ def oracle(model, batch):
 
 
 def first_token(model, batch):
-    """Logits that are right at the first answer token alone."""
+    """Logits that are right only at the first answer token."""
     first = batch["is_body"] & ~jnp.roll(batch["is_body"], 1, axis=1)
     return jax.nn.one_hot(jnp.where(first, batch["targets"], 0), 512)
 
 
-def test_what_counts_as_right(tiny_config, paths):
+def test_exact_match_needs_the_whole_answer_and_its_end(tiny_config, paths):
     corpora, program = prepare(tiny_config(**RUN, **{"data.batch_size": 3}), paths)
     results = evaluate_tasks(program, corpora, None, oracle)
     assert results.keys() == set(TASKS.names) and all(bins.keys() == {"32", "64"} for bins in results.values())
@@ -65,7 +65,7 @@ def test_what_counts_as_right(tiny_config, paths):
 
 
 def test_one_forward_pass_equals_greedy_decoding(tiny_config, paths):
-    """On models whose answers differ from row to row: right to the end under teacher forcing just where greedy decoding is."""
+    """Teacher forcing marks exactly those rows as right that greedy decoding answers right."""
     config = tiny_config(
         **RUN | {"tasks.names": "copying", "tasks.eval_examples": 12}, **{"meta_tokens": MetaTokens(), "data.batch_size": 6}
     )

@@ -25,7 +25,7 @@ def prepare(config, paths):
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_packed_rows_equal_one_document_at_a_time(tiny_config, paths, packing):
-    """No document that fits in a row is cut, however training packs, so its loss is that of the document alone."""
+    """Evaluation cuts no document that fits in a row, so its loss is that of the document alone."""
     config = tiny_config(**{"data.packing": packing, "data.sequence_length": 512, "evaluation.documents": 6})
     corpora, program, model = prepare(config, paths)
     cache, vocabulary = corpora.caches[0], corpora.tokenizer.vocabulary
@@ -68,8 +68,8 @@ def test_the_same_documents_and_tokens_in_every_condition(tiny_config, paths):
     assert len({r["bpb"] for r in results}) == 4, "the model sees something else in each"
 
 
-def test_metadata_after_the_text_changes_no_score_and_has_its_own(tiny_config, paths):
-    """Causality: whatever is appended, body tokens are asked for as before; the metadata itself is scored apart."""
+def test_appended_metadata_changes_no_body_score(tiny_config, paths):
+    """Appended metadata changes no body score, by causality; it has a score of its own."""
     recipe = Metadata(position="append", template="{topic}")
     conditions = ("none", "right", "shuffled", "empty")
     corpora, program, model = prepare(tiny_config(metadata=recipe, **{"data.sequence_length": 512}), paths)  # no document is cut

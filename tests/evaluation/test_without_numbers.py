@@ -22,7 +22,7 @@ def no_constant(name):
 
 
 @pytest.mark.fault(26)
-def test_a_perplexity_beyond_a_float_is_none_and_a_loss_that_is_not_finite_is_told(tiny_config, paths):
+def test_a_huge_perplexity_is_none_and_a_loss_that_is_not_finite_is_an_error(tiny_config, paths):
     config = tiny_config()
     corpora = open_corpora(config, paths)
     program = Program.build(config, corpora.tokenizer.vocabulary.size)
@@ -35,7 +35,7 @@ def test_a_perplexity_beyond_a_float_is_none_and_a_loss_that_is_not_finite_is_to
 
 
 @pytest.mark.fault(26)
-def test_a_run_that_has_diverged_has_a_report_that_every_reader_takes(tiny_config, paths, tmp_path, monkeypatch):
+def test_a_diverged_run_has_a_readable_report(tiny_config, paths, tmp_path, monkeypatch):
     from metajax import experiment
 
     original = experiment.evaluate_validation
@@ -95,7 +95,7 @@ def test_one_empty_document_among_others_is_evaluated(tiny_config, paths, tmp_pa
         ({"tasks": "swde:{folder}/passages.jsonl", "shots": 0}, "a row holds no passage"),
     ],
 )
-def test_questions_that_cannot_be_asked_are_refused_before_training(tiny_config, paths, tmp_path, choice, message):
+def test_impossible_questions_are_refused_before_training(tiny_config, paths, tmp_path, choice, message):
     question = {"query": "What?", "choices": ["this", "that"], "gold": 0}
     files = {
         "three": [question] * 3,

@@ -110,7 +110,7 @@ def begin(model, tokens, is_meta, length, count, how):
 
 
 @pytest.mark.parametrize("ask_real", [False, True])
-def test_rows_of_different_lengths_are_drawn_as_by_the_full_forward_pass(ask_real):
+def test_rows_of_different_lengths_equal_the_full_forward_pass(ask_real):
     """Greedy rows, each asked at the position before, or at the ordinary one before, until it has its count or its end."""
     model = build(META)
     rng = np.random.default_rng(3)
@@ -150,7 +150,7 @@ def test_rows_of_different_lengths_are_drawn_as_by_the_full_forward_pass(ask_rea
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 7), min_size=2, max_size=2), st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
-def test_the_ring_keeps_the_newest(capacity, lengths, more):
+def test_the_ring_buffer_keeps_the_newest_keys(capacity, lengths, more):
     """Token t is its own key; a row that is not present keeps what it has."""
     length = np.array(lengths)
     tokens = jnp.broadcast_to(jnp.arange(1.0, 20.0)[None, None, :, None, None], (2, 2, 19, 1, 1))
@@ -209,6 +209,6 @@ def test_sampling_keeps_the_shares_it_should():
 @pytest.mark.parametrize(
     ("fields", "message"), [({"temperature": -1}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0}, "top_p")]
 )
-def test_sampling_that_means_nothing_is_refused(fields, message):
+def test_impossible_sampling_settings_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         Sampling(**fields)

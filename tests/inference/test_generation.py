@@ -148,7 +148,7 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny_config):
 
 
 @pytest.mark.parametrize("recipe", [Metadata(), Metadata(wrap="plain"), Metadata(bos_eos="inside")])
-def test_a_context_stands_where_training_had_it(tiny_config, paths, recipe):
+def test_a_context_is_placed_as_in_training(tiny_config, paths, recipe):
     recipe = replace(recipe, template="{topic}", keep=1.0)
     config = tiny_config(metadata=recipe, **{"data.sequence_length": 512, "data.packing": "best_fit"})
     corpora = open_corpora(config, paths)

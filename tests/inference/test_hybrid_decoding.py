@@ -171,7 +171,7 @@ def test_greedy_ids_with_the_window_of_training(name):
 
 
 @pytest.mark.parametrize("name", ["hymba_a", "hymba_b"])
-def test_what_the_caches_hold(name):
+def test_caches_equal_those_of_the_authors(name):
     """The meta tokens' own caches, then those after the longer prompt, which stands in the second row, then states in the end."""
     z, (*_, prefix, cache, last) = golden(name)[0], greedy(name, "W")
     for place, (keys, tails) in enumerate((("meta_k", "meta_conv_states"), ("meta_v", "meta_ssm_states"))):

@@ -28,7 +28,7 @@ def imported(folder, runs, puts_bos, said):
 
 @pytest.mark.fault(6)
 @pytest.mark.parametrize("puts_bos, said", [(False, None), (True, None), (True, False), (False, True), (False, False)])
-def test_a_prompt_begins_as_the_tokenizer_says(tmp_path, puts_bos, said):
+def test_a_prompt_begins_with_bos_if_the_tokenizer_adds_it(tmp_path, puts_bos, said):
     opened = imported(tmp_path / "made", tmp_path / "runs", puts_bos, said)
     expected = puts_bos if said is None else said
     assert opening(opened.config, opened.tokenizer, None) == [opened.tokenizer.vocabulary.bos] * expected

@@ -109,7 +109,7 @@ def test_weights_of_a_file(tmp_path, head):
     assert head == ("unembedding" in ours) and np.array_equal(ours["embedding"][...], made["token_embd.weight"])
 
 
-def test_quantised_tensors_are_the_librarys(tmp_path):
+def test_quantised_tensors_equal_the_librarys(tmp_path):
     """Rows are dequantised where they are read, in their order; 8 bits stay within half a step of each block of 32."""
     made = write(tmp_path / "model.gguf", quantised=("attn_q", "ffn_down", "token_embd"))
     _, found, _ = open_gguf(tmp_path / "model.gguf")
@@ -166,13 +166,13 @@ def test_a_file_is_a_run(tmp_path):
         ({"rope.dimension_count": 8}, "rope.dimension_count = 8"),
     ],
 )
-def test_what_cannot_be_followed_is_named(tmp_path, changes, message):
+def test_unsupported_fields_are_named(tmp_path, changes, message):
     write(tmp_path / "model.gguf", **changes)
     with pytest.raises(UserError, match=message):
         open_gguf(tmp_path / "model.gguf")
 
 
-def test_files_that_are_none(tmp_path):
+def test_false_gguf_files_are_refused(tmp_path):
     (tmp_path / "text.gguf").write_text("no model at all, only words")
     with pytest.raises(UserError, match="not a whole GGUF file"):
         open_gguf(tmp_path / "text.gguf")

@@ -44,7 +44,7 @@ def test_the_released_tensors_have_their_names_and_shapes():
     assert {name: list(tensor.shape) for name, tensor in stored(model, LAYOUT).items()} == manifest
 
 
-def test_weights_there_and_back():
+def test_import_and_export_restore_weights():
     back = dict(tensors_of(load_model(STATE, MODEL, LAYOUT), LAYOUT))
     assert back.keys() == STATE.keys() and all(np.array_equal(back[name], STATE[name]) for name in STATE)
 
@@ -128,7 +128,7 @@ def test_tensors_that_do_not_fit_are_named(change, message):
         ({"layer_type": ["a", "h"]}, "layer_type = "),
     ],
 )
-def test_settings_that_cannot_be_followed_are_named(change, message):
+def test_unsupported_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):
         model_config(CONFIG | change)
 
@@ -141,7 +141,7 @@ def test_settings_that_cannot_be_followed_are_named(change, message):
         ({"value_dim": 4}, "value_dim"),
     ],
 )
-def test_what_the_released_code_cannot_be_told_is_named(change, message):
+def test_fields_without_a_place_in_hymbas_layout_are_named(change, message):
     with pytest.raises(UserError, match=message):
         hub_config(replace(MODEL, hybrid=replace(MODEL.hybrid, **change)), 128)
     with pytest.raises(UserError, match="rope_factor"):
@@ -156,7 +156,7 @@ def test_rows_of_the_embedding_are_filled_up_with_zeros():
 
 
 @pytest.mark.parametrize(("hub", "dtype"), [("hymba_b_hf", "float32"), ("hymba_b_hf_bf16", "bfloat16")])
-def test_a_directory_comes_back_as_it_was(tmp_path, hub, dtype):
+def test_import_and_export_restore_a_directory(tmp_path, hub, dtype):
     """Imported and exported: the same tensors, bit for bit, and the same config.json."""
     workdir = import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "byte")
     opened = open_run(workdir)
@@ -176,7 +176,7 @@ def test_a_directory_comes_back_as_it_was(tmp_path, hub, dtype):
         export_run(opened, "hymba", tmp_path / "out")
 
 
-def test_a_hybrid_trained_here_comes_back(tmp_path):
+def test_export_and_import_restore_a_hybrid_trained_here(tmp_path):
     """Every kind of layer, with all rows of its own table; bit for bit."""
     config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=hymba_cpu())
     draw, tokenizer = np.random.default_rng(0), Bytes()
@@ -192,7 +192,7 @@ def test_a_hybrid_trained_here_comes_back(tmp_path):
     assert again == resolved
 
 
-def test_a_tied_head_comes_back_where_it_was(tmp_path):
+def test_a_tied_head_is_exported_as_it_was_imported(tmp_path):
     folder = tmp_path / "with_head"
     folder.mkdir()
     shutil.copy(HUB / "config.json", folder)

@@ -66,7 +66,7 @@ CASES = {
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("name", CASES)
-def test_a_folder_goes_out_as_it_came(tmp_path, name):
+def test_every_file_of_an_imported_folder_is_exported(tmp_path, name):
     """Also when the folder is gone by then: every file beside the weights byte for byte, every key, every tensor."""
     family, changes = CASES[name]
     config, state = sound(family, {key: value for key, value in changes.items() if value is not None})
@@ -105,7 +105,7 @@ def test_transformers_reads_the_export(tmp_path, name):
 
 
 @pytest.mark.fault(19)
-def test_a_run_that_goes_back_to_an_import_has_its_files(tmp_path):
+def test_a_run_started_from_an_import_exports_its_files(tmp_path):
     """Through the runs between them; with another tokenizer there is nothing to go out."""
     config = llama_config()
     folder = chat(tmp_path / "chat", "llama", config, tensors("llama", config))
@@ -128,7 +128,7 @@ def test_a_run_that_goes_back_to_an_import_has_its_files(tmp_path):
 
 
 @pytest.mark.fault(19)
-def test_the_template_of_a_gguf_goes_out_too(tmp_path):
+def test_the_template_of_a_gguf_is_exported(tmp_path):
     fields = gguf_fields(**{"tokenizer.chat_template": ("text", TEMPLATE), "tokenizer.ggml.padding_token_id": ("u32", 259)})
     (tmp_path / "small.gguf").write_bytes(gguf_bytes(fields))
     opened = open_run(import_gguf(tmp_path / "small.gguf", tmp_path / "runs", tmp_path / "cache", ""))

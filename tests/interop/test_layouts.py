@@ -61,7 +61,7 @@ def equal(a, b):
 # ------------------------------------------------------------------------------------------------- there and back
 
 
-def test_hugging_faces_gpt2_is_a_run_and_comes_back(tmp_path, capsys):
+def test_import_and_export_restore_hugging_faces_gpt2(tmp_path, capsys):
     """By the verbs: the golden as a hub folder, its names without "transformer." as published files have them; exported it has the model's own."""
     places = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
     hub, state = tmp_path / "hub", {k.removeprefix("sd/"): GOLDEN[k] for k in GOLDEN.files if k.startswith("sd/")}
@@ -87,7 +87,7 @@ def test_hugging_faces_gpt2_is_a_run_and_comes_back(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "bias": True}], ids=["own head", "tied, biases"])
-def test_llama_there_and_back(tmp_path, changes):
+def test_import_and_export_restore_a_llama(tmp_path, changes):
     """Hugging Face's names and shapes; linear maps turned; every number, the tokenizer and the configuration come back."""
     opened = a_run(replace(SMALL["llama"], **changes), tmp_path)
     export_run(opened, "llama", tmp_path / "out")
@@ -164,7 +164,7 @@ def test_half_precision(tmp_path):
         ("hymba", SMALL["llama"], {}, r"model\.hybrid is null"),
     ],
 )
-def test_what_a_layout_has_no_place_for_is_named(tmp_path, family, model, parts, message):
+def test_fields_without_a_place_in_the_layout_are_named(tmp_path, family, model, parts, message):
     config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=model, **parts)
     opened = OpenedRun(config, tmp_path, Bytes(), None, abstract_model(config, 320))
     with pytest.raises(UserError, match=message):
@@ -183,7 +183,7 @@ def test_what_a_layout_has_no_place_for_is_named(tmp_path, family, model, parts,
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_named(family, change, message):
+def test_unsupported_settings_are_named(family, change, message):
     kind = FAMILIES[family]
     values = kind.hub_config(SMALL[family], 32)
     assert kind.model_config(values) == replace(

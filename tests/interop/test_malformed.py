@@ -100,7 +100,7 @@ def test_floating_point_numbers_of_every_width_load(tmp_path, kind):
 
 
 @pytest.mark.fault(33)
-def test_sizes_are_held_against_the_files_before_anything_is_allocated(tmp_path):
+def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
     """A configuration that asks for petabytes is refused at once."""
     folder, most = write_folder(tmp_path / "model", "llama", CONFIG, STATE), 10**8
     for change in (
@@ -147,7 +147,7 @@ def test_a_tokenizer_of_another_size_allocates_nothing(tmp_path):
 
 
 @pytest.mark.fault(33)
-def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
+def test_an_index_outside_the_folder_is_refused(tmp_path):
     folder, index = tmp_path / "model", tmp_path / "model/model.safetensors.index.json"
     write_folder(folder, "llama", CONFIG, STATE)
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
@@ -184,7 +184,7 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
     "content",
     [b"", b"\xff\xfe{}", b"[" * 200_000, b'{"model_type": "llama", "model_type": "gpt2"}', b"[1]", b"{" + b"9" * 5000, None],
 )
-def test_a_config_that_is_none_is_named(tmp_path, content, capsys):
+def test_a_false_config_is_named(tmp_path, content, capsys):
     folder = write_folder(tmp_path / "model", "llama", CONFIG, STATE)
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir() if content is None else (folder / "config.json").write_bytes(content)
@@ -194,7 +194,7 @@ def test_a_config_that_is_none_is_named(tmp_path, content, capsys):
 
 
 @pytest.mark.fault(33)
-def test_a_gguf_that_lies_about_its_lengths_ends_at_once(tmp_path):
+def test_a_gguf_with_false_lengths_is_refused_at_once(tmp_path):
     import struct
 
     fields, arrays = gguf_fields(), gguf_tensors()

@@ -121,7 +121,7 @@ def text_changes(corpus, **changes):
 
 
 @pytest.mark.fault(1)
-def test_likelihoods_have_the_checkpoints_rows_alone(negative, corpus, home):
+def test_likelihoods_use_only_the_checkpoints_rows(negative, corpus, home):
     opened, logs = negative
     ids = [256, *opened.tokenizer.encode("the row")]
     tokens = jnp.asarray(ids)[None]
@@ -137,7 +137,7 @@ def test_likelihoods_have_the_checkpoints_rows_alone(negative, corpus, home):
 
 
 @pytest.mark.fault(1)
-def test_choices_are_scored_by_the_checkpoints_rows_alone(negative, corpus, home):
+def test_choices_use_only_the_checkpoints_rows(negative, corpus, home):
     opened, logs = negative
     question = Question(("the sum",) * 2, (" of a list", " x"), ("of a list", "x"), 0)
     config = override(opened.config, text_changes(corpus, **{"evaluation.choice": Choice(("jsonl:none",))}))
@@ -187,7 +187,7 @@ def test_training_starts_at_the_checkpoints_own_loss(negative, corpus, home, rec
 
 
 @pytest.mark.fault(1)
-def test_a_run_adds_what_its_training_asks_for(negative, home):
+def test_a_run_adds_the_ids_of_its_training_targets(negative, home):
     opened, _ = negative
     words = opened.tokenizer.vocabulary
     base = {"imported": None, "init.from": str(opened.workdir), "data.tokenizer": f"run:{opened.workdir}"}
@@ -208,7 +208,7 @@ def test_a_run_adds_what_its_training_asks_for(negative, home):
 
 
 @pytest.mark.fault(1)
-def test_what_no_one_asks_for_has_no_loss():
+def test_ids_without_a_row_or_target_have_no_loss():
     """Padding is such a target: its logit is -inf, and neither loss nor gradient knows of it."""
     logits, targets = jnp.array([[[0.0, 1.0, -jnp.inf]] * 4]), jnp.array([[0, 1, 2, 2]])
     weights = jnp.array([[1.0, 1.0, 0.0, 0.0]])
@@ -246,7 +246,7 @@ def test_text_that_the_checkpoint_has_no_rows_for_is_refused(home, corpus, capsy
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.0), Sampling(50.0), Sampling(50.0, top_k=300), Sampling(50.0, top_p=0.9999)], ids=str
 )
-def test_only_tokens_that_are_there_are_drawn(negative, sampling):
+def test_only_tokens_with_a_row_are_sampled(negative, sampling):
     opened, _ = negative
     rules = make_rules(opened.config, opened.tokenizer.vocabulary, sampling, 0)
     allowed = np.flatnonzero(~np.asarray(rules.banned))
@@ -287,7 +287,7 @@ def greedy(opened):
 
 @pytest.mark.fault(2)
 @pytest.mark.parametrize("where", ["config", "config list", "generation", "generation list"])
-def test_ends_are_read_wherever_they_are_named(negative, home, where):
+def test_ends_are_read_from_every_file(negative, home, where):
     """The text of a checkpoint that names another id as an end stops before its first such token."""
     ids = greedy(negative[0])
     end = next(i for i in ids[2:] if i not in ids[:2])
@@ -304,7 +304,7 @@ def test_ends_are_read_wherever_they_are_named(negative, home, where):
 
 
 @pytest.mark.fault(2)
-def test_ends_that_mean_nothing(home, capsys):
+def test_ends_without_a_row_are_ignored(home, capsys):
     folder = write_gpt2(home / "null", {"eos_token_id": None}, {"eos_token_id": [50256, -1]})
     workdir = import_directory("gpt2", folder, home / "runs", "")
     opened = open_run(workdir)

@@ -69,7 +69,7 @@ def log_likelihood(logits):
 @pytest.mark.fault(33)
 @pytest.mark.peers
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_what_is_followed_gives_the_numbers_of_transformers(tmp_path, name):
+def test_supported_settings_equal_transformers(tmp_path, name):
     family, changes = FOLLOWED[name]
     config, state = sound(family, changes)
     config = config if name == "null is absent" else without_nulls(config)
@@ -152,7 +152,7 @@ REFUSED = [
 @pytest.mark.fault(6)
 @pytest.mark.fault(33)
 @pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
-def test_what_is_not_followed_is_refused_by_name_in_one_message(family, changes, named):
+def test_unsupported_settings_are_refused_in_one_message(family, changes, named):
     config = CONFIGS[family](**changes)
     with pytest.raises(UserError) as caught:
         FAMILIES[family].model_config(config)
@@ -223,7 +223,7 @@ def test_published_settings_are_known(family, changes, capsys):
 
 
 @pytest.mark.fault(6)
-def test_unknown_settings_are_told(capsys):
+def test_unknown_settings_are_reported(capsys):
     FAMILIES["llama"].model_config(llama_config(colour="red", tag={"a": 1}, empty=None))
     assert "colour, tag" in capsys.readouterr().err
 
@@ -304,7 +304,7 @@ def test_rotary_scaling_of_a_gguf_is_linear(tmp_path):
         ({"general.architecture": None}, "general.architecture"),
     ],
 )
-def test_fields_that_are_not_followed_are_refused_by_name(tmp_path, fields, named):
+def test_unsupported_fields_are_refused_by_name(tmp_path, fields, named):
     (tmp_path / "model.gguf").write_bytes(gguf_bytes(gguf_fields(**fields)))
     with pytest.raises(UserError) as caught:
         open_gguf(tmp_path / "model.gguf")

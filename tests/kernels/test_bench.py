@@ -49,7 +49,7 @@ def test_bundles_are_counted_by_region_and_visit(tmp_path):
     assert cost.use == {"MXU": 0.25, "VALU": 0.5}
 
 
-def test_visits_of_another_program_are_refused(tmp_path):
+def test_visits_of_another_program_raise(tmp_path):
     write_dump(tmp_path)
     schedule = read_schedule(tmp_path, "toy", smallest=4)
     with pytest.raises(ValueError, match="toy: 2 regions are declared, but the schedule has if of 8 bundles, loop of 9 bundles"):

@@ -193,7 +193,7 @@ def test_a_static_window_visits_no_block_too_many():
     assert useful / computed >= 0.8
 
 
-def test_what_it_does_not_take_is_named():
+def test_unsupported_inputs_are_named():
     q = jnp.zeros((1, 4, 2, 8))
     expiry = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="float32 or bfloat16, not q, k, v of float16, float16"):

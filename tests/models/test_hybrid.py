@@ -227,7 +227,7 @@ def test_implementations_unrolling_and_rematerialisation_agree():
         assert_close(jax.tree.leaves(other[1]), jax.tree.leaves(grads), atol=2e-5)
 
 
-def test_captures_are_what_the_layers_did():
+def test_captures_equal_the_layers_outputs():
     names = ("residual", "mixer_out", "mlp_out", "attention_probabilities", "keys", "values", "prefix_ssm_state", "ssm_branch")
     _, captured = jit(lambda m: decode(m, capture=names))(build())
     assert captured["keys"].shape == (2, 2, T, 2, 4) and captured["values"].shape == (2, 2, T, 2, 8), "of two owners"
@@ -258,12 +258,12 @@ def test_captures_are_what_the_layers_did():
         ({"norm_position": "post"}, "a hybrid model has 'pre'"),
     ],
 )
-def test_configs_that_mean_nothing(changes, message):
+def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         override(CFG, changes)
 
 
-def test_meta_attention_is_for_other_models():
+def test_meta_attention_is_refused_in_hybrids():
     with pytest.raises(UserError, match="a hybrid model has no meta-attention"):
         Config(name="x", model=CFG, meta_tokens=MetaTokens())
 

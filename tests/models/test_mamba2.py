@@ -50,7 +50,7 @@ scan = jax.jit(lambda m: chunked_scan(m["x"], m["dt"], m["A"], m["b"], m["c"], m
         (3 * CHUNK, [(0, 5)]),
     ],
 )
-def test_chunks_do_what_the_recurrence_does(length, starts):
+def test_chunks_equal_the_recurrence(length, starts):
     made = operands(length, starts)
     y, last = scan(jax.tree.map(jnp.asarray, made))
     expected, state = recurrence(made)

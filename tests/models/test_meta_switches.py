@@ -89,7 +89,7 @@ def test_ordinary_rows_attend_without_any_meta_token(form):
 
 
 @pytest.mark.parametrize(("embedding", "std"), [("frozen", 0.2), ("zero", 0.0)])
-def test_what_stands_at_a_meta_token_does_not_depend_on_any_parameter(embedding, std):
+def test_a_fixed_meta_embedding_depends_on_no_parameter(embedding, std):
     meta = MetaTokens(embedding=embedding)
     model, other = build(UNTIED, meta), build(UNTIED, meta, seed=1)
     x, y = (m.embed(TOKENS, POSITIONS, META_POSITIONS) for m in (model, other))
@@ -147,7 +147,7 @@ def test_an_intervention_is_another_config_with_the_same_parameters(changes, tin
     assert trained.meta == MetaTokens()
 
 
-def test_interventions_that_mean_nothing_are_refused():
+def test_impossible_interventions_are_refused():
     with pytest.raises(UserError, match="its meta_tokens is null"):
         with_intervention(build(meta=None), zero_position="both")
     with pytest.raises(UserError, match="choose none or both"):

@@ -52,7 +52,7 @@ def test_a_tpu_kernel_is_refused_on_other_platforms():
         ops.attention(Q, K, V, mask=Mask(), segment_ids=SEGMENTS, implementation="pallas_tpu")
 
 
-def test_auto_is_settled_for_the_platform_that_is_lowered_for(monkeypatch):
+def test_auto_is_chosen_for_the_lowered_platform(monkeypatch):
     """A kernel registered for another platform appears in a program lowered for it, and not in this machine's."""
 
     def marked(*args, **kwargs):

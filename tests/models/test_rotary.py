@@ -102,7 +102,7 @@ def test_table_reads_the_configuration():
     assert rotary.rotary_table(Model(position="learned", **{**shape, "rope_theta": Model.rope_theta}), positions) is None
 
 
-def test_rotation_depends_on_the_distance_alone():
+def test_rotation_depends_only_on_the_distance():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(i, j):

@@ -45,14 +45,14 @@ def test_implementations_agree(op):
 
 
 @pytest.mark.parametrize(("op", "kernel"), [(scan, "selective_scan_forward"), (conv, "causal_conv_forward")])
-def test_auto_is_the_kernel_on_a_tpu_alone(op, kernel):
+def test_auto_is_the_kernel_only_on_a_tpu(op, kernel):
     traced = jax.jit(op, static_argnums=0).trace("auto")
     assert kernel in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 @pytest.mark.parametrize("op", [scan, conv])
-def test_what_is_not_supported_names_the_reason(op):
+def test_unsupported_calls_name_the_reason(op):
     with pytest.raises(UserError, match="pallas_tpu runs on tpu only"):
         op("pallas_tpu")
     with pytest.raises(UserError, match="pallas_tpu takes bfloat16 or float32, not float16"):

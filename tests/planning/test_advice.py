@@ -61,7 +61,7 @@ def dump(tmp_path):
     return tmp_path
 
 
-def test_the_largest_buffers_are_read_off_the_dump(dump, tmp_path_factory):
+def test_the_largest_buffers_are_read_from_the_dump(dump, tmp_path_factory):
     first, second, third = largest_buffers(dump)
     assert first == {
         "bytes": 20000,
@@ -75,13 +75,13 @@ def test_the_largest_buffers_are_read_off_the_dump(dump, tmp_path_factory):
     assert largest_buffers(tmp_path_factory.mktemp("empty")) == [] and temporaries(tmp_path_factory.mktemp("none")) == {}
 
 
-def test_what_lives_when_most_does_is_told_by_kind(dump):
+def test_memory_at_the_peak_is_split_by_kind(dump):
     """`fusion.2` is gone when `sort.6` and `iota.3` stand side by side; what is in another memory, or has no range, is left out."""
     (dump / "module_0000.jit_step.cl_1.after_optimizations-live-range.txt").write_text(RANGES)
     assert temporaries(dump) == {"activations": 15000, "gradients": 20000, "other": 8}
 
 
-def test_what_is_computed_again_is_no_gradient():
+def test_recomputed_buffers_are_no_gradients():
     assert kind_of("jit(step)/transpose(jvp())/checkpoint/rematted_computation/dot_general") == "activations"
     assert kind_of("jit(step)/transpose(jvp())/checkpoint/dot_general") == "gradients" and kind_of("jit(step)/mul") == "other"
 

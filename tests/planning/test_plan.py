@@ -62,7 +62,7 @@ ENTRY %main.5 (a: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_count_once_for_each_trip_wherever_they_stand():
+def test_collectives_count_once_for_each_trip():
     """In the program, in a fusion, in several fusions that share the work of one, and in a call on a thread of its own."""
     from metajax.planning.plan import collectives
 
@@ -82,7 +82,7 @@ def test_kernels_count_once_for_each_trip():
     assert kernel_calls(HLO) == {Call("causal_conv_forward", operands): 3}
 
 
-def test_no_bound_is_above_what_is_possible():
+def test_no_bound_exceeds_the_possible_time():
     """The kernels' cycles count beside the other operations at the peak; XLA's estimate is told, and bounds nothing."""
     from metajax.planning.plan import bounds
 
@@ -143,7 +143,7 @@ def plan(*words):
     return found
 
 
-def test_a_plan_without_its_memory_is_no_plan():
+def test_a_plan_needs_its_memory():
     broken = {"fits": True, "name": "a", "chips": 0}
     problems = {error.message for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(broken)}
     assert {"'memory' is a required property", "'mesh' is a required property", "0 is less than the minimum of 1"} <= problems

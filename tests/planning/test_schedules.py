@@ -49,7 +49,7 @@ def test_rows_of_tokens_and_of_meta_tokens_are_told_apart_by_their_visits(spawne
         scheduled(Counter({attention_call("forward", 2, 2048, 29): 1}), config, "v5e")
 
 
-def test_a_schedule_that_cannot_be_read_is_told(monkeypatch, tiny_config):
+def test_an_unreadable_schedule_is_reported(monkeypatch, tiny_config):
     def spawn(program, chip):
         raise RuntimeError("it did not compile:\nValueError: 4 regions are declared")
 

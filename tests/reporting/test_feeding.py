@@ -7,7 +7,7 @@ from metajax.reporting import feeding as module
 from metajax.reporting.feeding import feeding, rate
 
 
-def test_what_is_read_in_each_second(monkeypatch):
+def test_rates_are_tokens_per_second(monkeypatch):
     seconds, asked = itertools.count(100.0, 0.5), []
     monkeypatch.setattr(module.time, "process_time", lambda: next(seconds))
     assert rate(lambda n: asked.append(n) or 7, 2.0) == 3 * 7 / 2.0 and asked == [0, 1, 2, 3]

@@ -129,7 +129,7 @@ def test_nothing_of_the_user_becomes_markup(pages):
         assert page.tags.count("p") == len(re.findall(r"<p[ >]", page.source))
 
 
-def test_pages_fetch_nothing_and_their_links_lead_somewhere(pages):
+def test_pages_fetch_nothing_and_their_links_exist(pages):
     for path in pages:
         page = Page(path)
         assert not re.search(r"url\((?!#)", page.source)
@@ -142,7 +142,7 @@ def test_pages_fetch_nothing_and_their_links_lead_somewhere(pages):
                 assert (path.parent / unquote(address)).exists(), address
 
 
-def test_the_page_of_a_run_tells_what_its_config_changes():
+def test_the_page_of_a_run_lists_its_changed_fields():
     registry.load()
     config = registry.find_experiment("quickstart/metadata").build("cpu")
     found = against(override(config, {"model.layers": 3, "seed": 4}))
@@ -154,7 +154,7 @@ def test_the_page_of_a_run_tells_what_its_config_changes():
     assert against(base("cpu")) is None, "nobody has registered it"
 
 
-def test_a_page_says_what_the_recipe_says_of_a_position_that_it_does_not_know():
+def test_a_page_describes_an_unknown_metadata_position():
     recipe = Metadata(template="{url}", keep=0.9)
     object.__setattr__(recipe, "position", "between")
     assert all(word in _metadata_words(recipe) for word in ("between", "'{url}'", "90%"))
@@ -167,7 +167,7 @@ def test_ids_are_unique(pages):
         assert len(ids) == len(set(ids))
 
 
-def test_run_page_says_what_happened(pages):
+def test_run_page_shows_the_run(pages):
     text = Page(pages[0]).text
     assert Page(pages[0]).tags.count("svg") == 1
     for expected in ("2.2", "240 validation documents", "160,456 bytes", "resumed at step 50", "1.3% of training", "0123abc"):
@@ -187,7 +187,7 @@ def test_table_page_with_one_seed_ranks_nothing(pages):
     assert "1,311,360 parameters, +25.0% against plain" in page.text
 
 
-def test_table_page_says_better_and_worse_where_the_interval_leaves_0_out(pages):
+def test_table_page_marks_differences_whose_interval_excludes_0(pages):
     page = Page(pages[2])
     assert page.source.count('class="range better"') == len(CONDITIONS), "the row named metadata is 0.04 better"
     assert page.source.count('class="range worse"') == len(CONDITIONS)
@@ -222,13 +222,13 @@ def test_figures_are_the_same_for_the_same_numbers_and_hold_odd_names():
     assert loss_curves({"not started": [([], [])]}).startswith("<svg")
 
 
-def test_columns_of_one_quantity_share_an_axis_unless_one_would_be_lost_in_it():
+def test_columns_of_one_quantity_share_an_axis_unless_one_is_too_small():
     own, near, far = (SpreadColumn("a", "bpb", {"row": values}, {"row": None}) for values in ([1.0, 1.2], [1.1, 1.3], [1.0, 9.0]))
     alone = seed_spread([own])[0]
     assert seed_spread([own, far])[0] == alone != seed_spread([own, near])[0]
 
 
-def test_a_legend_of_long_names_has_a_line_for_each():
+def test_a_legend_has_one_line_for_each_long_name():
     curve = ([1, 2, 3], [3.0, 2.0, 1.0])
     short, long = (loss_curves({letter * length: [curve] for letter in "abc"}) for length in (20, 40))
     columns = [len(set(re.findall(r'x="([\d.]+)"[^>]*>(?:aa+|bb+|cc+)<', drawn))) for drawn in (short, long)]

@@ -123,7 +123,7 @@ def test_a_survey_refuses_no_corpus(tmp_path):
 
 
 @pytest.mark.fault(14)
-def test_a_survey_says_that_documents_have_no_origin(tmp_path):
+def test_a_survey_reports_documents_without_an_origin(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"a {i}", "page": i}) + "\n" for i in range(5)))
     (note,) = survey(open_source("jsonl:a.jsonl", cache_dir=tmp_path, data_dir=tmp_path)).notes
     assert "5 of 5 documents have no origin" in note and "?origin=" in note

@@ -25,7 +25,7 @@ def source(texts, strings, capacity=40):
     return RowSource(index, bodies.__getitem__, sides, TOKENIZER.vocabulary, capacity)
 
 
-def test_letters_stay_whole_and_look_as_they_count():
+def test_letters_stay_whole_and_show_their_loss():
     row = finish(source(["Éé à."], ["ü"])[0], attend_across_documents=False)
     found = spans(row, TOKENIZER)
     assert [str(run) for run in found] == [
@@ -40,7 +40,7 @@ def test_letters_stay_whole_and_look_as_they_count():
 
 
 @pytest.mark.parametrize("loss", ["skip_meta_targets", "real_only"])
-def test_meta_tokens_stand_in_their_runs_with_counts(loss):
+def test_spans_with_meta_tokens_count_their_targets(loss):
     row = source(["abcdefgh"], ["xy"])[0]
     row = inject(
         row, np.random.default_rng(0), meta=MetaTokens(inject="periodic", loss=loss), count=20, meta_id=TOKENIZER.vocabulary.meta
@@ -54,7 +54,7 @@ def test_meta_tokens_stand_in_their_runs_with_counts(loss):
     assert int(asked["body"]) == 7 and int(asked["end"]) == 1, "the first letter is asked for by the metadata"
 
 
-def test_a_page_gets_documents_in_pieces_as_long_as_there_is_room(monkeypatch):
+def test_a_page_shows_a_limited_number_of_letters(monkeypatch):
     rows = [finish(row, attend_across_documents=False) for row in source(["abcdefgh", "ijkl"], ["xy", "z"])]
     (documents,) = for_page(rows, TOKENIZER, 1)
     assert [document["document"] for document in documents] == [1, 2]

@@ -29,7 +29,7 @@ def told(code, said):
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize(("name", "damage"), RUN + [(name.format(6), damage) for name, damage in LATER])
-def test_a_run_that_goes_on(runs, here, copy, name, damage):
+def test_a_resumed_run_reports_damage(runs, here, copy, name, damage):
     workdir = damaged(copy, runs.cut_one, runs.cut_other, name, damage)
     code, said = here.train(workdir)
     about = told(code, said)
@@ -43,7 +43,7 @@ def test_a_run_that_goes_on(runs, here, copy, name, damage):
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize(("name", "damage"), COMPLETE + [(name.format(8), damage) for name, damage in LATER])
-def test_what_reads_a_complete_run(runs, here, copy, name, damage):
+def test_commands_on_a_complete_run_report_damage(runs, here, copy, name, damage):
     workdir, sound = damaged(copy, runs.one, runs.other, name, damage), copy(runs.other, "sound")
     bpb = "{:.4f}".format(json.loads((runs.one / "report.json").read_text())["eval"]["none"]["bpb"])
     for words in (("runs",), ("compare", workdir, sound), ("compare", sound, sound, workdir)):

@@ -25,7 +25,7 @@ def refused(code, said):
     return line
 
 
-def test_a_run_that_goes_on_refuses_it(runs, here, copy):
+def test_a_resumed_run_refuses_anothers_checkpoint(runs, here, copy):
     workdir = copy(runs.cut_one)
     put(runs.cut_other, workdir, 6)
     assert "checkpoint 6" in refused(*here.train(workdir))
@@ -34,7 +34,7 @@ def test_a_run_that_goes_on_refuses_it(runs, here, copy):
     assert code == 0 and (workdir / "metrics.jsonl").read_text() == (runs.one / "metrics.jsonl").read_text()
 
 
-def test_so_do_eval_generate_and_export(runs, here, copy):
+def test_eval_generate_and_export_refuse_anothers_checkpoint(runs, here, copy):
     workdir = copy(runs.one)
     put(runs.other, workdir, 8)
     refused(*here.eval(workdir))
@@ -42,7 +42,7 @@ def test_so_do_eval_generate_and_export(runs, here, copy):
     refused(*here("export", "gpt2", workdir, workdir.parent / "out"))
 
 
-def test_so_does_a_run_that_starts_from_it(runs, here, copy, tmp_path):
+def test_a_run_that_starts_from_it_refuses_anothers_checkpoint(runs, here, copy, tmp_path):
     parent = copy(runs.one, "parent")
     put(runs.other, parent, 8)
     refused(*here.train(tmp_path / "child", f"init.from={parent}"))
@@ -63,12 +63,12 @@ def test_a_copied_folder_is_the_same_run(runs, here, copy):
     assert code == 0 and (workdir / "metrics.jsonl").read_text() == (runs.one / "metrics.jsonl").read_text()
 
 
-def test_what_a_checkpoint_knows(runs):
+def test_a_checkpoint_stores_the_identity_of_its_run(runs):
     assert saved_identity(runs.one, newest_good(runs.one)) == identity_of(runs.one)
     assert identity_of(runs.one).keys() == {"name", "scale", "seed", "hash", "key", "tokenizer"}
 
 
-def test_a_checkpoint_of_an_earlier_version_has_its_hash_alone(runs):
+def test_a_checkpoint_of_an_earlier_version_has_only_its_hash(runs):
     mine = identity_of(runs.one)
     require_same_run({"hash": mine["hash"]}, mine, "it", runs.one)
     require_same_run({}, mine, "it", runs.one)
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_an_earlier_version_has_its_hash_alone(runs):
             require_same_run(mine | {name: value}, mine, "it", runs.one)
 
 
-def test_a_lost_data_json_is_no_way_round_the_check_of_the_data(runs, here, copy):
+def test_without_data_json_the_data_is_still_checked(runs, here, copy):
     workdir = copy(runs.cut_one)
     (workdir / "data.json").unlink()
     changed = runs.home / "changed.jsonl"

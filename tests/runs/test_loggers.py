@@ -19,7 +19,7 @@ def test_folders_of_the_same_name_have_ids_of_their_own(tmp_path):
     assert ids[0] != ids[1] and [logger_id(folder) for folder in folders] == ids
 
 
-def test_a_moved_folder_keeps_it_and_a_copied_one_gets_another(tmp_path):
+def test_a_moved_folder_keeps_its_id_and_a_copy_gets_another(tmp_path):
     (tmp_path / "a").mkdir()
     made = logger_id(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
@@ -31,13 +31,13 @@ def test_a_moved_folder_keeps_it_and_a_copied_one_gets_another(tmp_path):
     assert logger_id(tmp_path / "link") == made == logger_id(tmp_path / "b"), "the same folder by another name"
 
 
-def test_a_damaged_one_is_told_and_made_anew(tmp_path, capsys):
+def test_a_damaged_id_is_reported_and_replaced(tmp_path, capsys):
     made = logger_id(tmp_path)
     (tmp_path / "wandb.json").write_text("{")
     assert logger_id(tmp_path) != made and "wandb.json is damaged" in capsys.readouterr().err
 
 
-def test_it_is_what_weights_and_biases_is_given(tmp_path, tiny_config, monkeypatch):
+def test_weights_and_biases_gets_the_stored_id(tmp_path, tiny_config, monkeypatch):
     calls = []
     fake = SimpleNamespace(init=lambda **given: calls.append(given) or SimpleNamespace(log=None, finish=lambda: None))
     monkeypatch.setitem(sys.modules, "wandb", fake)

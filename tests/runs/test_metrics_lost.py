@@ -31,7 +31,7 @@ DAMAGES = {
 
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_lost_before_the_step_is_recorded(tmp_path, damage):
+def test_lines_lost_before_the_step_are_recorded(tmp_path, damage):
     path, said = tmp_path / "metrics.jsonl", []
     file = MetricsFile(path, 0)
     for step in range(1, 7):
@@ -57,7 +57,7 @@ def test_what_is_lost_before_the_step_is_recorded(tmp_path, damage):
 
 
 @pytest.mark.fault(9)
-def test_what_follows_the_step_is_dropped_without_a_word(tmp_path):
+def test_lines_after_the_step_are_dropped_silently(tmp_path):
     path, said = tmp_path / "metrics.jsonl", []
     file = MetricsFile(path, 0)
     file.write({"step": 1, "loss": 2.0})
@@ -71,7 +71,7 @@ def test_what_follows_the_step_is_dropped_without_a_word(tmp_path):
 
 
 @pytest.mark.fault(9)
-def test_a_checkpoint_of_an_earlier_version_says_nothing_of_the_lines(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_has_no_mark(tmp_path):
     path, said = tmp_path / "metrics.jsonl", []
     lines = [
         {"step": 1, "loss": 2.0},

@@ -41,7 +41,7 @@ def saved(workdir):
 
 @pytest.mark.fault(21)
 @pytest.mark.parametrize("name", ODD)
-def test_the_name_of_a_folder_is_no_pattern(tmp_path, abstract, name):
+def test_a_folder_name_is_no_pattern(tmp_path, abstract, name):
     workdir, said = saved(tmp_path / name / "w"), []
     assert buckets.steps_of(workdir) == [1, 2] and newest_good(workdir) == 2
     checkpoints = Checkpoints(workdir, 2, said.append)
@@ -53,7 +53,7 @@ def test_the_name_of_a_folder_is_no_pattern(tmp_path, abstract, name):
 
 
 @pytest.mark.fault(21)
-def test_a_run_in_a_folder_with_brackets_goes_on(runs, here, tmp_path):
+def test_a_run_in_a_folder_with_brackets_resumes(runs, here, tmp_path):
     workdir = tmp_path / "odd" / "lr=[1e-3]*?" / "w"
     shutil.copytree(runs.cut_one, workdir)
     code, said = here.train(workdir)
@@ -78,7 +78,7 @@ def test_a_pattern_in_the_path_of_a_bucket_is_refused(tmp_path):
 
 
 @pytest.mark.fault(22)
-def test_what_is_not_the_runs_is_left_alone(tmp_path, abstract, capsys):
+def test_foreign_files_in_a_run_are_ignored(tmp_path, abstract, capsys):
     workdir, said = saved(tmp_path / "w"), []
     places = [
         workdir,
@@ -106,7 +106,7 @@ def test_what_is_not_the_runs_is_left_alone(tmp_path, abstract, capsys):
 
 
 @pytest.mark.fault(22)
-def test_what_is_not_a_run_is_left_alone(runs, copy, here):
+def test_foreign_files_beside_runs_are_ignored(runs, copy, here):
     root = copy(runs.one).parent
     for name in FOREIGN:
         (root / name).write_bytes(b"\0")
@@ -114,7 +114,7 @@ def test_what_is_not_a_run_is_left_alone(runs, copy, here):
 
 
 @pytest.mark.fault(38)
-def test_a_place_knows_itself(tmp_path):
+def test_a_replaced_folder_is_recognised(tmp_path):
     folder = tmp_path / "w"
     folder.mkdir()
     place = Place(folder)
@@ -148,7 +148,7 @@ def replace(folder):
 @pytest.mark.parametrize(
     ("goes", "how"), [("", remove), ("", move), ("", replace), ("..", move), ("checkpoints", move), ("cache", move)]
 )
-def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatch, goes, how):
+def test_a_folder_lost_during_a_run_ends_it(runs, here, tmp_path, monkeypatch, goes, how):
     workdir, write, gone = tmp_path / "a" / "w", MetricsFile.write, []
     shutil.copytree(runs.cut_one, workdir)
     shutil.copytree(runs.home / "cache", tmp_path / "cache")
@@ -170,7 +170,7 @@ def test_a_folder_that_goes_while_a_run_goes_on(runs, here, tmp_path, monkeypatc
 
 
 @pytest.mark.fault(38)
-def test_a_table_ends_in_one_line_where_its_folder_goes(own_registry, tmp_path, monkeypatch, capsys):
+def test_a_table_whose_folder_is_lost_ends_in_one_line(own_registry, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("metajax.cli.common.start_jax", lambda cache: None)
     root = tmp_path / "runs"
 

@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("content", [*BROKEN, *(json.dumps(value).encode() for value in MISFITS)], ids=lambda c: repr(c[:30]))
-def test_what_is_no_report_is_one_line_that_names_file_and_remedy(folder, content):
+def test_a_false_report_is_one_line_with_file_and_remedy(folder, content):
     (folder / "report.json").write_bytes(content)
     with pytest.raises(Damaged) as error:
         find_json(folder / "report.json")
@@ -41,7 +41,7 @@ def test_what_is_no_report_is_one_line_that_names_file_and_remedy(folder, conten
 
 
 @pytest.mark.fault(25)
-def test_a_folder_in_its_place_or_a_missing_file(folder):
+def test_a_folder_of_that_name_or_a_missing_file(folder):
     assert find_json(folder / "report.json") is None
     with pytest.raises(UserError, match=r"report\.json is missing"):
         read_json(folder / "report.json")
@@ -89,7 +89,7 @@ def test_files_of_earlier_versions_are_read(tmp_path):
 
 
 @pytest.mark.fault(25)
-def test_a_run_goes_on_without_a_damaged_file_and_keeps_it(folder):
+def test_a_run_resumes_without_a_damaged_file_and_keeps_it(folder):
     said, path = [], folder / "warnings.json"
     path.write_bytes(b"\0\0")
     assert recall(path, said.append, "they are lost") is None
@@ -98,7 +98,7 @@ def test_a_run_goes_on_without_a_damaged_file_and_keeps_it(folder):
 
 
 @pytest.mark.fault(25)
-def test_lines_that_are_no_metrics(tmp_path):
+def test_false_lines_of_metrics_are_reported(tmp_path):
     good = b'{"step": 1, "loss": 2.5}\n'
     bad = [
         b"\0\0\n",

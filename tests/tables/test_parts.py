@@ -30,7 +30,7 @@ def table(own_registry):
     return registered(lambda scale: Config(name="lab", training=Training(steps=100)))
 
 
-def test_a_part_is_where_it_is_said_to_be(table, tmp_path):
+def test_a_part_exists_at_the_stated_scales(table, tmp_path):
     assert [run.part for run in plan_table(table, "cpu", (0,), {}, tmp_path, table.rows[:1]).runs()] == ["small", "mid"]
     assert [run.part for run in plan_table(table, "paper", (0,), {}, tmp_path, table.rows[:1]).runs()] == ["small", "large"]
     assert [c.title for c in table.columns_at("cpu")] == ["average base", "average H", "small H"]
@@ -41,7 +41,7 @@ def test_a_part_is_where_it_is_said_to_be(table, tmp_path):
         table.parts_at("gpu")
 
 
-def test_columns_over_parts_are_made_of_their_means(table, tmp_path):
+def test_columns_over_parts_are_means(table, tmp_path):
     from metajax.runs.files import write_json
 
     numbers = {"small": (0.8, 0.4), "mid": (0.6, 0.2)}

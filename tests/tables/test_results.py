@@ -24,7 +24,7 @@ def plan_of(rows, columns, root):
     return plan_table(made, "cpu", [0], {}, root, made.rows)
 
 
-def test_a_row_whose_field_the_corpus_lacks_is_shown_and_not_run(tmp_path, capsys):
+def test_a_row_without_its_field_is_shown_but_not_run(tmp_path, capsys):
     rows = [Row("plain"), Row("scored", {"training.steps": 50}, lacks=ByScale(cpu="a score"))]
     plan = plan_of(rows, [Column("bits/byte", "eval.none.bpb")], tmp_path)
     [run] = plan.runs()
@@ -54,7 +54,7 @@ def test_steps_to_match_are_interpolated(curve, target, margin, share):
     assert share_to_match(curve, target, margin) == (share if share is None else pytest.approx(share))
 
 
-def test_a_column_may_say_after_which_share_of_the_steps_a_row_matches_the_baseline(tmp_path):
+def test_a_column_may_show_the_share_of_steps_to_match_the_baseline(tmp_path):
     columns = [Column("steps, %", "curves.bpb", 1, "lower", 100, match=margin) for margin in (0.0, 0.25)]
     columns += [Column("early", f"curves.bpb.{at}.1", factor=10) for at in (0, 2)]
     plan = plan_of([Row("plain"), Row("fast", {"training.steps": 50}, {columns[0].key: 60.0})], columns, tmp_path)

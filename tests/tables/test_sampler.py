@@ -74,7 +74,7 @@ def test_a_line_of_every_table_in_turn(tables, tmp_path, capsys):
     assert [one["row"] for one in json.loads((tmp_path / "sample" / "cpu.json").read_text())] == [one.row for one in made]
 
 
-def test_what_is_complete_costs_nothing_and_time_is_kept(tables, tmp_path):
+def test_complete_runs_take_no_time_and_the_budget_holds(tables, tmp_path):
     made = sample(tables, "cpu", 3600, 3, tmp_path, Runs(fail="lab/one/meta"))
     again = Runs()
     assert [one.row for one in sample(tables, "cpu", 130, 3, tmp_path, again)] == [one.row for one in made]
@@ -94,6 +94,6 @@ def test_a_budget_is_a_time(text):
 @pytest.mark.parametrize(
     "words", ["--set training.steps=1", "--rows core", "--jobs 2", "--sweep model.layers=1,2", "--seeds 3", "--render"]
 )
-def test_what_a_sample_cannot_do_is_refused(words, capsys):
+def test_options_of_one_table_are_refused_with_all(words, capsys):
     assert main(["table", "--all", *words.split()], packages=()) == 2
     assert f"{words.split()[0]} does not go with --all" in capsys.readouterr().err

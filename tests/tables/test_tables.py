@@ -125,7 +125,7 @@ def test_a_parent_runs_first_and_once(table, tmp_path):
     assert len(runs.made) == 8, "complete runs are not made again"
 
 
-def test_a_childs_hash_follows_its_parents(table, tmp_path):
+def test_the_hash_of_a_child_depends_on_its_parent(table, tmp_path):
     def child_of(steps):
         registry._known["lab_base/plain"] = replace(
             registry._known["lab_base/plain"],
@@ -138,7 +138,7 @@ def test_a_childs_hash_follows_its_parents(table, tmp_path):
     assert child_of(100) == child_of(100) != child_of(200)
 
 
-def test_changes_reach_parents_but_for_evaluation(table, tmp_path):
+def test_changes_apply_to_parents_except_evaluation(table, tmp_path):
     changes = {"training.steps": "70", "evaluation.documents": "9", "meta_tokens.rate": "0.2"}
     parent, child = (run.config for run in plan_of(table, tmp_path, [3], changes, ROWS[:1]).runs())
     assert (parent.name, parent.seed, parent.training.steps, parent.evaluation.documents) == ("lab_base/plain", 3, 70, 400)
@@ -146,7 +146,7 @@ def test_changes_reach_parents_but_for_evaluation(table, tmp_path):
     assert parent.meta_tokens is None, "a part that a run does without is not given to it"
 
 
-def test_what_a_row_changes_does_not_reach_its_parent(table, tmp_path):
+def test_changes_of_a_row_do_not_apply_to_its_parent(table, tmp_path):
     parent, child = (run.config for run in plan_of(table, tmp_path, [0], rows=ROWS[1:2]).runs())
     assert (parent.model.layers, child.model.layers) == (4, 6)
 
@@ -160,7 +160,7 @@ def test_grandparents_come_first(table, tmp_path):
     assert older[1].init.from_.startswith("lab_base/plain/cpu/") and config.init.from_.startswith("lab_table/meta/cpu/")
 
 
-def test_a_circle_is_refused(tmp_path):
+def test_a_cycle_of_parents_is_refused(tmp_path):
     for one, other in (("lab_a", "lab_b"), ("lab_b", "lab_a")):
         registry.experiment(one, summary="s", minutes={"cpu": 1})(
             lambda scale, other=other: override(base(scale), {"init.from": other})
@@ -180,7 +180,7 @@ def test_a_parent_that_is_neither_experiment_nor_run(table, tmp_path):
 # ------------------------------------------------------------------------------------------ failure, interruption
 
 
-def test_a_failed_row_is_shown_and_the_others_go_on(table, tmp_path, page):
+def test_a_failed_row_is_shown_and_the_others_continue(table, tmp_path, page):
     runs = Runs(fail={("lab_table/meta", 1)})
     plan = plan_of(table, tmp_path)
     result = run_table(plan, runs)
@@ -214,7 +214,7 @@ def test_a_failed_parent_fails_its_rows_once_and_no_others(table, tmp_path):
     assert cell(result, "scratch")["ours"]["mean"] == 12.5
 
 
-def test_a_row_that_is_tried_again_and_stopped_is_not_failed(table, tmp_path):
+def test_a_retried_row_that_is_stopped_is_not_failed(table, tmp_path):
     plan = plan_of(table, tmp_path, [0], rows=ROWS[2:])
     run_table(plan, Runs(fail={("lab_table/scratch", 0)}))
     with pytest.raises(KeyboardInterrupt):
@@ -222,7 +222,7 @@ def test_a_row_that_is_tried_again_and_stopped_is_not_failed(table, tmp_path):
     assert plan.result()["rows"][0]["runs"][0]["state"] == "not run yet"
 
 
-def test_a_table_that_is_stopped_and_taken_up_again_is_the_same(table, tmp_path, page):
+def test_a_resumed_table_equals_an_undisturbed_one(table, tmp_path, page):
     whole = run_table(plan_of(table, tmp_path / "whole"), Runs())
     stopped = plan_of(table, tmp_path / "stopped")
     for count in (0, 1, 5):
@@ -237,7 +237,7 @@ def test_a_table_that_is_stopped_and_taken_up_again_is_the_same(table, tmp_path,
         assert (stopped.folder / name).read_text() == (tmp_path / "whole/lab_table/cpu" / name).read_text()
 
 
-def test_several_at_a_time_come_after_what_they_start_from(table, tmp_path):
+def test_parallel_runs_wait_for_their_parents(table, tmp_path):
     guard, here, peak = threading.Lock(), set(), []
     plan, runs = plan_of(table, tmp_path / "pool"), Runs()
 
@@ -258,7 +258,7 @@ def test_several_at_a_time_come_after_what_they_start_from(table, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_make_the_runs_of_one_process(tmp_path, tiny_corpus):
+def test_parallel_processes_make_the_same_runs(tmp_path, tiny_corpus):
     words = f"""run.py quickstart/plain --sweep model.layers=1,2 --set data.sources=jsonl:{tiny_corpus}?origin=module
         --set data.tokenizer=byte --set data.validation_share=0.2 --set training.steps=3 --set optimizer.warmup_steps=1
         --set evaluation.documents=4 --cache-dir {tmp_path / "cache"}""".split()
@@ -280,7 +280,7 @@ def test_as_many_jobs_as_cores(tmp_path):
         workers(1000, print)
 
 
-def test_fewer_seeds_later_run_fewer_and_show_what_there_is(table, tmp_path):
+def test_later_commands_with_fewer_seeds_show_all_complete_seeds(table, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_table(plan_of(table, tmp_path), Runs(stop_after=6))  # all of seed 0, the parent and a row of seed 1
     runs = Runs()
@@ -303,7 +303,7 @@ def test_rows_made_by_other_code_are_named(table, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-def test_published_values_stand_beside_ours(table, tmp_path, page):
+def test_published_values_are_shown_beside_ours(table, tmp_path, page):
     plan = plan_of(table, tmp_path)
     result = run_table(plan, Runs())
     found = cell(result, "meta")
@@ -337,7 +337,7 @@ def test_rows_may_read_one_run_in_several_ways(table, tmp_path):
     assert all(row["cells"]["eval.tasks.recall.{way}"]["difference"] is None for row in result["rows"])
 
 
-def test_a_tables_analyses_are_made_of_its_rows_alone(table, tmp_path):
+def test_analyses_of_a_table_are_made_only_for_its_rows(table, tmp_path):
     rows = [Row("meta", of="lab_table/meta")]
     made = registry.table(
         "lab_look", summary="s", rows=rows, columns=COLUMNS[2:], baseline=None, minutes={"cpu": 2}, analyses=["sharpening"]
@@ -367,7 +367,7 @@ def test_a_run_whose_analysis_breaks_down_is_shown_as_failed_until_it_is_made(tm
     assert not failures(result) and result["rows"][0]["runs"][0]["state"] == "complete" and len(trained.made) == 1
 
 
-def test_what_a_row_changes_may_depend_on_the_scale(table):
+def test_changes_of_a_row_may_depend_on_the_scale(table):
     rows = [Row("long", {"training.steps": ByScale(cpu=70, gpu=90)})]
     made = registry.table(
         "lab_by", summary="", rows=rows, columns=COLUMNS, baseline=None, minutes=dict.fromkeys(registry.SCALES, 1)
@@ -377,7 +377,7 @@ def test_what_a_row_changes_may_depend_on_the_scale(table):
     assert steps == {"cpu": 70, "gpu": 90, "paper": 100}, "a scale without a value keeps the base's"
 
 
-def test_what_a_path_names_may_depend_on_the_scale(tmp_path):
+def test_the_fill_of_a_path_may_depend_on_the_scale(tmp_path):
     fill = {"way": ByScale(cpu="exact", gpu="no_position")}
     columns = [Column("%", "eval.tasks.recall.{way}", 1, "higher", 100)]
     rows = [Row("plain"), Row("meta", fill={"way": "no_position"})]
@@ -438,7 +438,7 @@ def test_csv_and_latex(table, tmp_path):
     assert {line.count("&") for line in body} == {9} and r"exact match, \%" in tex and r"$\pm$" in tex
 
 
-def test_the_folder_says_what_differs(table, tmp_path):
+def test_the_folder_depends_on_rows_and_changes(table, tmp_path):
     folders = [
         plan_of(table, tmp_path).folder,
         plan_of(table, tmp_path, rows=choose_rows(table, "core")).folder,
@@ -479,7 +479,7 @@ def test_a_sweep_with_other_values_has_no_baseline(table):
         sweep_table(base_alone, ["model.layers=2", "model.layers=3"], "cpu", {})
 
 
-def test_fields_of_one_axis_go_in_step(table):
+def test_fields_of_one_axis_change_together(table):
     made = sweep_table(
         registry.find("lab_base/plain"), ["model.layers=2,4 model.width=64,128", "optimizer.weight_decay=0,0.1"], "cpu", {}
     )

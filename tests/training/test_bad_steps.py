@@ -51,7 +51,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny_config, paths,
 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("most", [1, 3])
-def test_a_run_that_leaves_out_too_many_in_a_row_stops_with_the_bundle(family, paths, tmp_path, most):
+def test_too_many_skipped_steps_in_a_row_stop_the_run(family, paths, tmp_path, most):
     """No step passes the limit: the run stops at the same step when it is started again, and the bundle holds what led there."""
     config = family.config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.max_skipped": most, "runtime.save_every": 2})
     for _ in range(2):
@@ -64,7 +64,7 @@ def test_a_run_that_leaves_out_too_many_in_a_row_stops_with_the_bundle(family, p
 
 
 @pytest.mark.fault(12)
-def test_what_was_left_out_is_counted_and_told_once(family, paths, tmp_path, capfd):
+def test_skipped_steps_are_counted_and_reported_once(family, paths, tmp_path, capfd):
     config = family.config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.log_every": 3})
     report = run_experiment(config, tmp_path, paths)
     assert report["left_out"] == {"count": 6, "first": 1, "last": 6, "in_a_row": 6}

@@ -52,7 +52,7 @@ def test_round_trip_is_exact(saved):
         np.testing.assert_array_equal(to_arrays(state)[path], value)
 
 
-def test_what_the_caller_changes_after_saving_is_not_saved(tmp_path):
+def test_changes_after_a_save_are_not_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in range(1, 6):
         meta = {"counts": {"positions": step}}
@@ -72,7 +72,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     checkpoints.close()
 
 
-def test_without_scores_the_newest_alone_are_kept(tmp_path):
+def test_without_scores_only_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in range(1, 5):
         checkpoints.save(make_state(step), {"step": step})
@@ -98,7 +98,7 @@ def remove_a_file(folder):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, remove_a_file])
-def test_damage_is_noticed_kept_aside_and_the_one_before_used(saved, damage):
+def test_damage_is_set_aside_and_the_checkpoint_before_is_used(saved, damage):
     damage(saved / "checkpoints" / "3")
     checkpoints = reopen(saved)
     _, meta = checkpoints.restore(abstract())
@@ -128,13 +128,13 @@ def test_lost_hashes_lose_no_checkpoint(saved):
     assert len([p for p in (saved / "damaged").iterdir() if p.is_dir()]) == 3
 
 
-def test_a_save_cut_off_before_its_hashes_never_counted(saved):
+def test_a_save_without_hashes_does_not_count(saved):
     (saved / "hashes" / "3-p0.json").unlink()
     _, meta = reopen(saved).restore(abstract())
     assert meta == {"step": 2} and not WARNINGS
 
 
-def test_no_good_checkpoint_left_is_an_error_and_nothing_is_lost(saved):
+def test_without_a_good_checkpoint_an_error_deletes_nothing(saved):
     for step in ("1", "2", "3"):
         flip_a_bit(saved / "checkpoints" / step)
     with pytest.raises(UserError, match="no good checkpoint is left"):
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_model_is_named(saved, change, message):
     assert (saved / "checkpoints" / "3").exists()
 
 
-def test_parameters_alone_can_be_read_and_damage_is_skipped(saved):
+def test_parameters_can_be_read_alone_and_damage_is_skipped(saved):
     like = abstract().model
     assert float(read_parameters(saved, like)["w"][0, 0]) == 3.0
     flip_a_bit(saved / "checkpoints" / "3")
@@ -197,7 +197,7 @@ def test_parameters_that_do_not_fit_are_named(saved, like, parts, message):
         read_parameters(saved, like, parts, like)
 
 
-def test_paths_do_not_name_a_module_system(saved):
+def test_parameter_paths_are_plain_names(saved):
     hashes = json.loads((saved / "hashes" / "3-p0.json").read_text())
     assert hashes["files"]
     arrays = to_arrays({"blocks": {"w": jnp.zeros(2)}, "count": (jnp.zeros(()),)})

@@ -267,7 +267,7 @@ def test_a_record_that_makes_no_pair_is_named(dpo_config, paths, tmp_path, chang
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_numbers_of_documents_count_good_records_alone(dpo_config, paths, tmp_path):
+def test_numbers_of_documents_count_only_good_records(dpo_config, paths, tmp_path):
     rows = records(40)
     lines = [json.dumps(row) for row in rows]
     lines[3] = "{"
@@ -281,7 +281,7 @@ def test_numbers_of_documents_count_good_records_alone(dpo_config, paths, tmp_pa
 
 
 @pytest.mark.fault(30)
-def test_pairs_are_read_as_other_corpora_are(dpo_config, paths, tmp_path):
+def test_pairs_are_read_like_other_corpora(dpo_config, paths, tmp_path):
     """Separators of Unicode and a byte order mark, and the rejected answer in a column whose name a template has to quote."""
     rows = [{("og:no" if k == "rejected" else k): v for k, v in row.items()} for row in records(40)]
     rows[3]["og:no"] += "\u2028\x85"
@@ -294,7 +294,7 @@ def test_pairs_are_read_as_other_corpora_are(dpo_config, paths, tmp_path):
     training_batches(corpora)[0]
 
 
-def test_a_column_that_is_not_there_is_named(dpo_config, paths):
+def test_a_missing_column_is_named(dpo_config, paths):
     corpora = open_corpora(dpo_config(**{"dpo.rejected": "rejeted"}), paths)
     with pytest.raises(UserError, match=r"dpo\.rejected = 'rejeted': jsonl:.* has no such column; did you mean 'rejected'"):
         training_batches(corpora)
@@ -318,7 +318,7 @@ def test_configs_that_make_no_pairs_are_refused(dpo_config, changes, message):
         dpo_config(**changes)
 
 
-def test_runs_without_it_keep_their_names_and_its_reference_counts_a_pass(tiny_config, dpo_config, paths):
+def test_runs_without_dpo_keep_their_hash_and_the_reference_costs_a_pass(tiny_config, dpo_config, paths):
     assert config_hash(tiny_config()) == config_hash(tiny_config(dpo=None)) != config_hash(dpo_config())
     config = dpo_config(meta_tokens=MetaTokens())
     batch = training_batches(open_corpora(config, paths))[0]

@@ -35,7 +35,7 @@ def test_all_are_listed_and_damage_is_found_by_reading(workdir):
     assert all(one.bytes > 0 for one in read)
 
 
-def test_the_newest_good_ones_stay(workdir):
+def test_the_newest_good_checkpoints_stay(workdir):
     damage(workdir, 3)
     assert sorted(path.name for path in prune(workdir, 1)) == ["1", "3", "damaged"]
     [left] = inventory(workdir, read_all=True)
@@ -43,7 +43,7 @@ def test_the_newest_good_ones_stay(workdir):
     assert [path.name for path in (workdir / "hashes").iterdir()] == ["2-p0.json"]
 
 
-def test_without_a_good_one_nothing_goes(workdir):
+def test_without_a_good_checkpoint_nothing_is_deleted(workdir):
     for step in (1, 2, 3):
         damage(workdir, step)
     assert prune(workdir, 1) == [] and len(inventory(workdir, read_all=False)) == 3

@@ -52,7 +52,7 @@ def test_schedules_by_hand(name, expected):
     np.testing.assert_allclose([float(rate(s)) for s in (0, 1, 5, 10, 50)], expected, rtol=1e-6)
 
 
-def test_wsd_decays_over_its_last_share_alone():
+def test_wsd_decays_only_over_its_last_share():
     rate = schedule(Optimizer(learning_rate=1.0, final_fraction=0.0, warmup_steps=0, schedule="wsd", decay_share=0.5), 10)
     np.testing.assert_allclose([float(rate(s)) for s in (4, 5, 6, 9)], [1.0, 1.0, 0.8, 0.2], rtol=1e-6)
 
@@ -105,7 +105,7 @@ def test_twelve_steps_of_nanogpt(name):
         np.testing.assert_allclose(final[tensor.removeprefix("final/")], golden[tensor], atol=1e-5, rtol=0)
 
 
-def test_decay_reaches_matrices_and_embeddings_alone():
+def test_decay_applies_only_to_matrices_and_embeddings():
     model = jax.eval_shape(lambda: from_fresh())
     marked = {
         jax.tree_util.keystr(p, simple=True, separator="."): leaf
@@ -175,7 +175,7 @@ def test_a_step_of_muon_on_a_stack_is_that_of_each_layer(tiny_config):
         np.testing.assert_allclose(updates["w"][...][place], expected["w"], rtol=1e-5, atol=1e-8)
 
 
-def test_muon_learns_resumes_and_lies_as_its_parameters_do(tiny_config, paths, tmp_path):
+def test_muon_learns_and_resumes(tiny_config, paths, tmp_path):
     config = tiny_config(**MUON, **{"runtime.save_every": 3, "optimizer.learning_rate": 0.01})
     whole = run_experiment(config, tmp_path / "whole", paths)
     losses = [line["loss"] for line in read_lines(tmp_path / "whole" / "metrics.jsonl")]
@@ -189,7 +189,7 @@ def test_muon_learns_resumes_and_lies_as_its_parameters_do(tiny_config, paths, t
     assert read_lines(tmp_path / "cut" / "metrics.jsonl") == read_lines(tmp_path / "whole" / "metrics.jsonl")
 
 
-def test_muons_state_is_spread_as_its_parameters_are(tiny_config):
+def test_muons_state_is_sharded_like_its_parameters(tiny_config):
     program = Program.build(tiny_config(**MUON), 64, jax.devices()[:1])
     tree = jax.eval_shape(program.fresh_state, jax.random.key(0))
     shardings = to_arrays(param_shardings(tree, AbstractMesh((1, 4), ("data", "fsdp"))))

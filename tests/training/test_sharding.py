@@ -112,7 +112,7 @@ def test_rules_by_hand():
     assert partition_spec(("embed", "mlp"), (30, 64), MESH) == PartitionSpec(None, ("fsdp",)), "the next axis takes fsdp"
 
 
-def test_a_large_parameter_is_never_left_whole_on_every_device():
+def test_a_large_parameter_is_always_sharded():
     large = nnx.Param(jax.ShapeDtypeStruct((1599, 1601), "float32"), axes=("embed", "mlp"))
     with pytest.raises(UserError, match=r"fsdp = .* would be replicated"):
         param_shardings({"w": large}, MESH)
@@ -139,13 +139,13 @@ def test_mesh_errors_say_what_is_wrong(text, devices, message):
         parse_mesh(text, devices)
 
 
-def test_slices_are_spread_over_data_alone():
+def test_slices_are_spread_only_over_data():
     devices = [SimpleNamespace(platform="tpu", slice_index=i // 2, id=i) for i in range(4)]
     with pytest.raises(UserError, match="data=2,fsdp=-1"):
         make_mesh("fsdp=-1", devices)
 
 
-def test_mesh_takes_what_is_left():
+def test_a_free_mesh_axis_takes_the_remaining_devices():
     assert parse_mesh("data=2,fsdp=-1", 8) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
     assert set(parse_mesh("", 1).values()) == {1}
 

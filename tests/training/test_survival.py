@@ -27,7 +27,7 @@ def curve(workdir):
 
 
 @pytest.mark.fault(31)
-def test_a_signal_saves_at_once_and_the_run_goes_on(family, paths, tmp_path, monkeypatch):
+def test_a_signal_saves_at_once_and_the_run_resumes(family, paths, tmp_path, monkeypatch):
     number, code = (signal.SIGINT, 130) if family.name == "prompts" else (signal.SIGTERM, 75)
     whole = run_experiment(family.config(), tmp_path / "whole", paths)
     original = trainer.Trainer._log
@@ -48,7 +48,7 @@ def test_a_signal_saves_at_once_and_the_run_goes_on(family, paths, tmp_path, mon
     assert report["eval"] == whole["eval"] and report["goodput"]["lost"] < 0.01
 
 
-def test_a_step_over_the_limit_stops_or_is_left_out(family, paths, tmp_path):
+def test_a_step_over_the_limit_stops_or_is_skipped(family, paths, tmp_path):
     """A gradient norm that only some steps pass: `stop` leaves a bundle that reproduces the step, `skip` ends the run without it."""
     norms = [line["grad_norm"] for line in curve_of(family.config(), paths, tmp_path / "free")]
     limit = sorted(norms)[-2] * (1 + 1e-6)  # one step is above
@@ -94,7 +94,7 @@ def test_a_hang_ends_with_the_stacks_and_a_code_to_restart_on(tmp_path):
 
 
 @pytest.mark.fault(32)
-def test_the_watch_of_steps_begins_with_the_first_and_evaluations_are_waited_for(family, paths, tmp_path, monkeypatch):
+def test_the_hang_limit_begins_with_the_first_step_and_spares_evaluations(family, paths, tmp_path, monkeypatch):
     called = []
 
     class Recorder(trainer.Watchdog):
@@ -152,7 +152,7 @@ def test_goodput_counts_lost_steps_and_every_start(tmp_path, monkeypatch):
     assert seconds == {**in_loop, "startup": 4, "compile": 6}
 
 
-def test_memory_of_the_devices_is_told_where_they_tell_it(monkeypatch):
+def test_device_memory_is_reported_if_the_backend_has_it(monkeypatch):
     def device(peak):
         return SimpleNamespace(memory_stats=lambda: peak and {"peak_bytes_in_use": peak, "bytes_limit": 16 * 2**30})
 

@@ -66,7 +66,7 @@ def run_and_cut(config, workdir, paths, after, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [1, 5])
-def test_every_family_resumes_as_the_undisturbed_run(family, paths, tmp_path, monkeypatch, after):
+def test_every_family_resumes_exactly(family, paths, tmp_path, monkeypatch, after):
     config = family.config(**{"runtime.save_every": 2})
     whole = run_experiment(config, tmp_path / "whole", paths)
     run_and_cut(config, tmp_path / "cut", paths, after, monkeypatch)
@@ -80,7 +80,7 @@ def test_every_family_resumes_as_the_undisturbed_run(family, paths, tmp_path, mo
 
 @pytest.mark.parametrize("changes", [{}, {"meta_tokens": MetaTokens(embedding="frozen")}, {"evaluation.every": 2}])
 @pytest.mark.parametrize("after", [1, 5])
-def test_a_resumed_run_is_the_undisturbed_run(tiny_config, paths, tmp_path, monkeypatch, changes, after):
+def test_a_resumed_run_equals_the_undisturbed_run(tiny_config, paths, tmp_path, monkeypatch, changes, after):
     config = tiny_config(**{"runtime.save_every": 2, **changes})
     whole = run_experiment(config, tmp_path / "whole", paths)
     run_and_cut(config, tmp_path / "cut", paths, after, monkeypatch)
@@ -177,7 +177,7 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path):
     RunDirectory.open(tmp_path, tiny_config()).close()
 
 
-def test_metrics_after_the_restored_step_are_dropped_and_a_torn_line_survived(tmp_path):
+def test_metrics_after_the_restored_step_and_a_torn_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     file = MetricsFile(path, 2)
@@ -198,7 +198,7 @@ def test_tensorboard_and_offline_wandb(tiny_config, paths, tmp_path, monkeypatch
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_start_up_and_input_wait_are_reported(family, paths, tmp_path):
+def test_start_up_and_input_wait_are_in_the_report(family, paths, tmp_path):
     report = run_experiment(family.config(), tmp_path, paths, started=time.monotonic() - 2.0, imports_seconds=1.5)
     startup = report["startup"]
     assert startup["imports"] == 1.5 and all(startup[name] > 0 for name in ("data", "init", "compile", "first_step", "other"))

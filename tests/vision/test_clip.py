@@ -197,7 +197,7 @@ def test_a_small_clip_learns_from_its_start(loss):
     np.testing.assert_array_equal(classes[jnp.argmax(logits, axis=1)], classes)
 
 
-def test_what_a_clip_cannot_be(golden):
+def test_impossible_clips_are_refused(golden):
     with pytest.raises(UserError, match="did you mean 'ViT-B/16'"):
         preset("ViT-B-16")
     with pytest.raises(UserError, match=r"a ResNet \(patch 0\) needs 4"):

@@ -112,7 +112,7 @@ def test_the_published_tensors_have_their_names_and_shapes(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_weights_there_and_back(name, clip_config):
+def test_import_and_export_restore_weights(name, clip_config):
     state, cfg = state_of(name), clip_config(FILES[name])
     model = from_state(state, cfg, "openai")
     back = dict(values_of(model, clip_tensors(model, "openai"), layout_of(cfg, "openai")))
@@ -233,7 +233,7 @@ def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path, capsys):
     ],
     ids=lambda changes: f"{changes}",
 )
-def test_another_way_to_see_an_image_is_refused_by_name(tmp_path, changes):
+def test_unsupported_preprocessing_is_refused_by_name(tmp_path, changes):
     (name,) = changes
     with pytest.raises(UserError, match=name.removeprefix("image_")):
         load_clip(hugging_face_folder(tmp_path, processor=PROCESSOR | changes))
@@ -250,7 +250,7 @@ def test_another_way_to_see_an_image_is_refused_by_name(tmp_path, changes):
 
 
 @pytest.mark.fault(7)
-def test_an_older_config_dict_goes_before_the_config(tmp_path):
+def test_an_older_config_dict_has_precedence(tmp_path):
     gelu = {tower: CONFIG[tower] | {"hidden_act": "gelu"} for tower in ("text_config", "vision_config")}
     older = {f"{tower}_dict": values for tower, values in gelu.items()}
     assert load_clip(hugging_face_folder(tmp_path, CONFIG | older, PROCESSOR)).cfg.activation == "gelu"
@@ -293,7 +293,7 @@ def test_a_size_that_no_clip_has_is_refused(tmp_path, size):
 
 @pytest.mark.peers
 @pytest.mark.fault(7)
-def test_features_of_images_and_texts_are_those_of_transformers(tmp_path):
+def test_features_of_images_and_texts_equal_transformers(tmp_path):
     torch = pytest.importorskip("torch", reason="compares with PyTorch")
     transformers = pytest.importorskip("transformers", reason="compares with the transformers library")
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -15,7 +15,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "clip_tokens_a.json").read_text())
 
 
-def test_ids_and_texts_meet_the_goldens(clip_tokenizer):
+def test_ids_and_texts_equal_the_goldens(clip_tokenizer):
     assert (clip_tokenizer.size, clip_tokenizer.start, clip_tokenizer.end) == (49_408, GOLDEN["sot"], GOLDEN["eot"])
     assert len(GOLDEN["items"]) == 41
     for item in GOLDEN["items"]:
@@ -26,7 +26,7 @@ def test_ids_and_texts_meet_the_goldens(clip_tokenizer):
 
 
 @pytest.mark.fault(5)
-def test_a_caption_that_spells_the_two_tokens_does_not_have_them(clip_merges):
+def test_a_caption_never_becomes_start_or_end(clip_merges):
     clip_tokenizer = ClipTokenizer.open(clip_merges, markers=False)
     for text in ("<|endoftext|>", "a <|STARTOFTEXT|>cat<|endoftext|> dog", "&lt;|endoftext|&gt;", "<|endoftext|><|endoftext|>"):
         ids = clip_tokenizer.encode(text)
@@ -37,7 +37,7 @@ def test_a_caption_that_spells_the_two_tokens_does_not_have_them(clip_merges):
         assert row.argmax() == len(ids) + 1, "the model reads the text's vector where the id is largest"
 
 
-def test_rows_meet_the_goldens(clip_tokenizer):
+def test_rows_equal_the_goldens(clip_tokenizer):
     refused = 0
     for item in GOLDEN["items"]:
         if item["tokenize77"] is None:

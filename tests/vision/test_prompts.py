@@ -81,7 +81,7 @@ def same_gradients(grads, state):
 
 
 @pytest.mark.parametrize("v", range(7))
-def test_coop_meets_the_golden(prompt_clip, v):
+def test_coop_equals_the_golden(prompt_clip, v):
     z = {name.removeprefix(f"v{v}/"): COOP[name] for name in COOP if name.startswith(f"v{v}/")}
     cfg = Prompts(context=int(z["n_ctx"]), class_specific=bool(z["csc"]), class_position=str(z["class_token_position"]))
     texts = class_texts(prompt_clip, z["tokenized_prompts"], z["name_lens"].tolist(), cfg)
@@ -92,7 +92,7 @@ def test_coop_meets_the_golden(prompt_clip, v):
     same_gradients(grads, {"context": z["grad_ctx"]})
 
 
-def test_cocoop_meets_the_golden_whole_or_in_turns_cut_or_not(prompt_clip, monkeypatch):
+def test_cocoop_equals_the_golden_in_every_form(prompt_clip, monkeypatch):
     cfg = Prompts(condition="meta", bottleneck=3)
     tokens, seen = COCOOP["tokenized_prompts"], features(prompt_clip, BASE["images"])
     learner = filled(cfg, prompt_clip, 5, state_of(COCOOP, "param/", "ctx"))
@@ -115,7 +115,7 @@ def test_cocoop_meets_the_golden_whole_or_in_turns_cut_or_not(prompt_clip, monke
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_aapl_meets_the_golden(prompt_clip, case):
+def test_aapl_equals_the_golden(prompt_clip, case):
     z = {name.removeprefix(f"case{case}/"): AAPL[name] for name in AAPL if name.startswith(f"case{case}/")}
     cfg = Prompts(
         condition="meta", bottleneck=3, alpha=float(AAPL["alpha"]), beta=float(AAPL["beta"]), margin=float(AAPL["margin"])
@@ -136,7 +136,7 @@ def test_aapl_meets_the_golden(prompt_clip, case):
     assert not np.any(of_triplets.context[...]), "the triplets say nothing to the context"
 
 
-def test_the_triplet_meets_the_golden():
+def test_the_triplet_loss_equals_the_golden():
     rows = [jnp.asarray(AAPL[f"triplet_{name}"]) for name in ("anchor", "positive", "negative")]
     np.testing.assert_allclose(triplet(*rows, 0.2), AAPL["triplet_row_losses"], rtol=0, atol=2e-5)
     grads = jax.grad(lambda rows: jnp.mean(triplet(*rows, 0.2)))(rows)

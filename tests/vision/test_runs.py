@@ -79,7 +79,7 @@ PLAIN = ImageConfig(name="coop", images=Images(sources=("digits",)), prompts=Pro
     [*((SMALL, change) for change in OF_A_CLIP), *((PLAIN, change) for change in OF_A_LEARNER)],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
-def test_what_would_be_ignored_is_refused_by_name(config, change, paths, tmp_path):
+def test_ignored_fields_are_refused_by_name(config, change, paths, tmp_path):
     field, value = change.split("=")
     with pytest.raises(UserError, match=f"would ignore {re.escape(field)}: "):
         resolve_parents(override(config, {field: value}), {field: value}, tmp_path)
@@ -87,7 +87,7 @@ def test_what_would_be_ignored_is_refused_by_name(config, change, paths, tmp_pat
         run_experiment(override(config, {field: value}), tmp_path, paths)
 
 
-def test_what_the_clip_alone_reads_passes_the_learner_by(own_registry, tmp_path):
+def test_fields_only_for_the_clip_are_not_passed_to_the_learner(own_registry, tmp_path):
     registry.experiment("some/clip", summary="", minutes={"cpu": 1})(lambda scale: SMALL)
     config = override(PLAIN, {"init.from": "some/clip"})
     changes = {"training.steps": 7, "optimizer.learning_rate": 0.5}
@@ -123,7 +123,7 @@ def curves(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [4, 3])
-def test_two_processes_compute_what_one_does(clip, paths, tmp_path, images):
+def test_two_processes_equal_one_process(clip, paths, tmp_path, images):
     """Four images spread over two devices; three do not, so that each process reads all of them. Both families, in one command."""
     changes = {"images.shots": 1, "images.batch": 2 * images, "prompts.batch": images}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -159,7 +159,7 @@ def test_a_learner_reports_its_deltas_and_is_analysed(learner, paths, monkeypatc
 
 
 @pytest.mark.slow
-def test_four_devices_compute_what_one_does(tmp_path):
+def test_four_devices_equal_one_device(tmp_path):
     changes = {"images.shots": 2, "images.batch": 8, "prompts.batch": 4}
     for devices in (1, 4):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -214,7 +214,7 @@ def test_mistakes_name_the_fields(learner, changes, message):
         learner(**changes)
 
 
-def test_the_tables_hold_what_the_papers_say_of_their_averages():
+def test_the_tables_agree_with_the_papers_averages():
     registry.load()
     table = registry.tables()["prompt_learning/base_to_new"]
     for row in table.rows:

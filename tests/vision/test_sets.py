@@ -174,7 +174,7 @@ def test_captions_and_the_words_of_a_small_clip():
 
 
 @pytest.mark.fault(18)
-def test_every_folder_of_a_class_gives_images_or_is_named(folder, capsys):
+def test_every_class_folder_has_images_or_is_named(folder, capsys):
     (folder / "set" / "yellow").mkdir()
     with pytest.raises(UserError, match=r"/set/yellow has no image"):
         open_images("folder:set", folder, folder)
@@ -198,7 +198,7 @@ def test_every_folder_of_a_class_gives_images_or_is_named(folder, capsys):
 
 
 @pytest.mark.fault(16)
-def test_the_content_of_files_tells_sets_apart(folder):
+def test_sets_differ_by_the_content_of_their_files(folder):
     images = open_images("folder:set", folder, folder)
     first, path = content_of(images, "train", "test"), folder / "set" / images.splits["train"][0].key
     status, size = path.stat(), Image.open(path).size
@@ -224,7 +224,7 @@ def test_damaged_images_are_named_before_anything_is_trained(folder):
 
 
 @pytest.mark.fault(34)
-def test_published_lists_of_another_form_are_named(tmp_path):
+def test_malformed_published_lists_are_named(tmp_path):
     (tmp_path / "eurosat").mkdir()
     for content in (
         "{",

@@ -36,7 +36,7 @@ def test_learning_rates_are_the_published_ones(epochs):
 
 
 @pytest.mark.parametrize("kind", ["coop", "cocoop"])
-def test_a_training_run_of_the_published_code_is_met(prompt_clip, kind):
+def test_a_training_run_equals_the_published_code(prompt_clip, kind):
     z, coop = (COOP, True) if kind == "coop" else (COCOOP, False)
     published = json.loads(str(z["train_optim_json"]))
     cfg = Prompts(
@@ -83,7 +83,7 @@ def test_drawn_types_differ_and_follow_their_weights():
     np.testing.assert_allclose(share, [0.4, 0.3, 0.3], atol=0.02)
 
 
-def test_triplets_leave_what_cocoop_computes_as_it_is_and_features_may_be_computed_once(prompt_clip):
+def test_triplets_leave_cocoops_loss_unchanged_and_features_may_be_cached(prompt_clip):
     cfg = Prompts(condition="meta", bottleneck=3)
     texts = class_texts(prompt_clip, COCOOP["tokenized_prompts"], COOP["v2/name_lens"].tolist(), cfg)
     learner, rng = Learner(cfg, prompt_clip.cfg, 5, KEY), np.random.default_rng(0)

@@ -122,7 +122,7 @@ def test_the_origin_is_the_source_package():
     assert documents[-1].text.startswith("animals, headers\n\nDevelopers: ")
 
 
-def test_a_difference_from_the_pinned_index_is_said():
+def test_a_difference_from_the_pinned_index_is_reported():
     raw = {"packages": b"p", "translation": b"t"}
     with pytest.warns(UserWarning, match="packages is .*, pinned 515e692f2c41"):
         manifest = describe("bookworm", "amd64", raw)

@@ -24,8 +24,8 @@ def test_documents_follow_the_table(drawn):
     assert (np.abs(counts - expected) < 5.5 * np.sqrt(expected + 1)).all()
 
 
-def test_what_is_known_is_worth_its_logarithm(drawn):
-    """A document says its source almost surely: knowing that beforehand saves ln 16 nats of the whole, its group ln 4."""
+def test_knowing_the_source_saves_the_logarithm_of_their_number(drawn):
+    """A whole document reveals its source. Knowing the source in advance saves ln 16 nats in all, the group ln 4."""
     nats = {known: best_nats(*drawn, known) for known in ("nothing", "group", "source")}
     for known, values in (("group", GROUPS), ("source", SOURCES)):
         gain = (nats["nothing"] - nats[known]).sum(1)
@@ -38,7 +38,7 @@ def test_what_is_known_is_worth_its_logarithm(drawn):
 
 
 def test_the_published_values_of_such_a_corpus(drawn):
-    """1.244, 1.201 and 1.157 nats a symbol were found with another table of the same kind."""
+    """The paper's 1.244, 1.201 and 1.157 nats per symbol come from another table of the same kind."""
     means = [best_nats(*drawn, known).mean() for known in ("nothing", "group", "source")]
     np.testing.assert_allclose(means, [1.244, 1.201, 1.157], atol=0.02)
 

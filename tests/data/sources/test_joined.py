@@ -28,7 +28,7 @@ LABELS = [
 
 @pytest.fixture
 def files(tmp_path):
-    """files(name -> rows): what it says, written below the data folder."""
+    """files(name -> rows): write the rows as files below the data folder."""
 
     def write(**of_file):
         for name, rows in of_file.items():
@@ -53,7 +53,7 @@ def texts(*ids):
 
 
 def test_documents_have_the_labels_of_their_own_shard(files, opened, tmp_path):
-    """Two shards of one name in two folders; rows in another order, one without labels, and the same id in both shards."""
+    """Two shards of one name in two folders: rows in another order, one row without labels, and the same id in both shards."""
     files(**{"web/a/0.parquet": texts("d0", "d1", "d2"), "web/b/0.parquet": texts("d0")})
     files(**{"wo/a/0.parquet": LABELS, "wo/b/0.parquet": [{"id": "d0", "topic": "Food"}]})
     source = opened("parquet:web/*/0.parquet?join=wo")
@@ -106,15 +106,15 @@ def test_ids_are_joined_by_their_value(ids, labels, files, opened, tmp_path):
 
 
 @pytest.mark.fault(20)
-def test_a_value_that_two_labels_have_joins_by_its_text_alone(files, opened):
+def test_a_value_of_two_labels_joins_only_by_its_text(files, opened):
     files(**{"web/0.jsonl": texts("1.1", "1.10", "1.100"), "wo/0.parquet": [{"id": "1.1", "t": "a"}, {"id": "1.10", "t": "b"}]})
     source = opened("jsonl:web/0.jsonl?join=wo")
     assert [source[i].metadata.get("t") for i in range(3)] == ["a", "b", None]
 
 
 @pytest.mark.fault(20)
-def test_the_share_that_is_joined_is_told(files, tmp_path):
-    """In a run, by `cache` and by `show`; none is an error before training, which a cache that is there does not silence."""
+def test_the_joined_share_is_reported(files, tmp_path):
+    """By a run, by `cache` and by `show`. A share of zero is an error before training, also with an existing cache."""
     rows = [{"text": f"word {i} word", "id": i, "url": f"https://s{i}.org"} for i in range(40)]
     files(**{"web/0.jsonl": rows, "wo/0.parquet": [{"id": str(i), "topic": "t"} for i in range(30)]})
     paths = Paths(tmp_path / "cache", tmp_path)
@@ -151,7 +151,7 @@ def test_labels_without_an_id_or_a_value_are_missing(files, opened, tmp_path):
         (LABELS, {"topic": "mine"}, BadRecord, "column 'topic' is in the labels, too"),
     ],
 )
-def test_what_does_not_fit_is_said(labels, row, error, message, files, opened):
+def test_mismatched_labels_are_refused(labels, row, error, message, files, opened):
     files(**{"web/0.jsonl": [texts("d0")[0] | row]} | ({"wo/0.parquet": labels} if labels else {}))
     with pytest.raises(error, match=message):
         opened("jsonl:web/0.jsonl?join=wo")[0]

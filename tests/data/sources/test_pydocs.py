@@ -85,8 +85,8 @@ def test_a_corpus_is_written_once_and_checked(package, tmp_path, monkeypatch):
 
 @pytest.mark.fault(16)
 @pytest.mark.parametrize("version", [None, "1.0"])
-def test_an_edited_package_is_another_corpus_whatever_its_version(package, tmp_path, monkeypatch, version):
-    """What is installed for development is edited, and its version stays."""
+def test_an_edited_package_of_the_same_version_is_another_corpus(package, tmp_path, monkeypatch, version):
+    """A package installed for development is edited under the same version."""
     if version:
         monkeypatch.setattr(pydocs.metadata, "packages_distributions", lambda: {"tinypack": ["tinypack"]})
         monkeypatch.setattr(pydocs.metadata, "version", lambda _: version)
@@ -120,7 +120,7 @@ def test_a_module_in_one_file_and_another_selection_is_another_corpus(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "part"), [("nmupy", "did you mean 'numpy'"), ("sys", "compiled"), ("a.b", "top-level")])
-def test_what_cannot_be_read_is_a_user_error(name, part, tmp_path):
+def test_an_unreadable_module_is_a_user_error(name, part, tmp_path):
     with pytest.raises(UserError, match=part):
         open_source(f"pydocs:{name}", cache_dir=tmp_path, data_dir=None)
 
@@ -146,7 +146,7 @@ def test_public_addresses_follow_renames_stars_and_chains(tmp_path):
     assert public_names(modules) == {("p._impl.core", "norm"): "p.norm"}
 
 
-def test_urls_are_derived_for_public_names_alone():
+def test_urls_are_derived_only_for_public_names():
     versions = {"python": "3.11.7", "numpy": "2.4.6", "scipy": "1.17.1", "jax": "0.10.2"}
     addresses = {("numpy.linalg._linalg", "norm"): "numpy.linalg.norm", ("jax._src.numpy.x", "Q"): "jax.numpy.Q"}
 

@@ -232,7 +232,7 @@ def test_compressed_lines_that_cannot_be_read(opened, tmp_path):
     st.booleans(),
     st.integers(1, 5),
 )
-def test_marks_are_where_splitting_finds_the_lines(tmp_path_factory, lines, closed, every):
+def test_marks_equal_the_line_offsets_of_a_split(tmp_path_factory, lines, closed, every):
     data = b"\n".join(lines) + (b"\n" if closed else b"")
     path = tmp_path_factory.mktemp("marks") / "f"
     path.write_bytes(data)
@@ -300,7 +300,7 @@ def test_parquet_dates_become_text(opened, tmp_path):
     assert opened("parquet:a.parquet")[0].metadata == {"day": "2022-01-08", "time": "2020-09-13 12:26:40.123456789"}
 
 
-def test_a_reader_in_threads_gives_what_it_gives_alone(kind, opened, tmp_path):
+def test_reading_in_threads_equals_reading_alone(kind, opened, tmp_path):
     WRITERS[kind](tmp_path / "a.data", ROWS * 20)
     source = opened(f"{kind}:a.data")
     order = [i * 37 % 220 for i in range(220)]
@@ -349,12 +349,12 @@ def test_scalars_become_strings_and_nested_values_are_left_out():
     assert to_document(row, Columns(), "f").metadata == {"f": "0.1", "i": "3", "y": "b"}
 
 
-def test_an_asked_for_origin_that_is_missing_is_a_bad_record():
+def test_a_missing_requested_origin_is_a_bad_record():
     with pytest.raises(BadRecord, match="file, line 3: no value in column 'site'"):
         to_document({"text": "a", "site": None}, Columns(origin="site"), "file, line 3")
 
 
-def test_whole_origins_fall_on_one_side(opened, tmp_path):
+def test_an_origin_is_in_one_split(opened, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "url": f"http://s{i % 60}.org/{i}"} for i in range(600)])
     source = opened("jsonl:a.jsonl")
     held = [source[i].origin for i in range(600) if is_validation(source[i].origin, 0.2)]

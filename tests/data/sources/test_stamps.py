@@ -17,7 +17,7 @@ pytestmark = pytest.mark.fault(16)
 
 
 def write(kind, path, rows):
-    """The rows in a file, which has the size and time of the one before it, where there was one."""
+    """Write the rows to a file, with the size and time of the file that it replaces."""
     before = path.stat() if path.exists() else None
     path.parent.mkdir(exist_ok=True)
     WRITERS[kind](path, rows)
@@ -27,7 +27,7 @@ def write(kind, path, rows):
 
 
 def change(path, at):
-    """One bit of the file is another, its time as before."""
+    """Flip one bit of the file and keep its time."""
     before, data = path.stat(), bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
@@ -45,7 +45,7 @@ def test_a_change_anywhere_in_a_file_is_noticed(tmp_path, size):
         assert len(stamps) == n
 
 
-def test_of_a_large_file_blocks_from_the_beginning_to_the_end_are_read(tmp_path):
+def test_blocks_across_a_whole_large_file_are_hashed(tmp_path):
     path, share = tmp_path / "x", 1 << 17
     path.write_bytes(bytes(1 << 20))
     before = file_stamp(str(path), share)
@@ -59,7 +59,7 @@ def test_of_a_large_file_blocks_from_the_beginning_to_the_end_are_read(tmp_path)
     assert file_stamp(str(path)) != before
 
 
-def test_what_is_read_of_many_files_is_bounded(tmp_path, monkeypatch):
+def test_the_bytes_hashed_of_many_files_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("metajax.data.sources.files._HASHED_OF_ALL", 10 << 16)
     paths = [str(tmp_path / f"{n}") for n in range(10)]
     for path in paths:
@@ -99,7 +99,7 @@ def test_other_labels_are_another_corpus(tmp_path):
     assert len(prints) == 2
 
 
-def test_a_file_that_changes_while_it_is_tokenised_is_told(tmp_path):
+def test_a_file_changed_during_tokenising_is_reported(tmp_path):
     path = tmp_path / "a.jsonl"
     write("jsonl", path, [{"text": f"words of {i}"} for i in range(9)])
     source = open_source(f"jsonl:{path}", cache_dir=tmp_path, data_dir=None)

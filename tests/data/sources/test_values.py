@@ -23,7 +23,7 @@ from metajax.data.sources.values import as_string, flatten
     "value",
     [None, math.nan, math.inf, np.float32("nan"), np.datetime64("NaT"), decimal.Decimal("NaN"), "", b"", [1], np.zeros(2)],
 )
-def test_what_is_missing(value):
+def test_missing_values_are_empty_text(value):
     assert as_string(value) == ""
 
 
@@ -46,8 +46,8 @@ def test_numbers_are_their_digits(value, text):
 
 
 @pytest.mark.fault(13)
-def test_nothing_is_there_in_any_format(opened, tmp_path):
-    """Coverage of every column is one of two rows, whatever says that a value is not there."""
+def test_missing_values_are_missing_in_every_format(opened, tmp_path):
+    """Every column has a value in one of two rows, however the format marks the missing one."""
     columns = {"text": ["a", "b"], "f": pa.array([1.5, math.nan]), "h": pa.array([1.5, math.nan], pa.float32()), "i": [1, None]}
     columns |= {"s": ["x", ""], "n": ["nan", None], "d": pa.array([datetime.date(2024, 5, 1), None]), "z": pa.array([None, None])}
     columns |= {"in": [{"f": 1.5}, {"f": math.nan}], "out": [{"f": 1.5}, None]}
@@ -127,8 +127,8 @@ def test_documents_without_an_origin_are_counted():
 
 
 @pytest.mark.fault(29)
-def test_what_cannot_be_text_is_left_out_and_counted(opened, tmp_path):
-    """Bytes that nobody names make no record bad; as text or origin they do."""
+def test_undecodable_values_are_left_out_and_counted(opened, tmp_path):
+    """Undecodable bytes make a record bad only in the columns of text and origin."""
     invalid = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
     columns = {
         "text": ["a"],
@@ -192,7 +192,7 @@ def test_compressions_of_parquet(compression, opened, tmp_path):
 
 
 @pytest.mark.fault(21)
-def test_only_what_the_user_wrote_is_a_pattern(tmp_path):
+def test_only_the_path_of_the_spec_is_a_pattern(tmp_path):
     data = tmp_path / "br[1]ack" / "*"
     (data / "web").mkdir(parents=True)
     for name in ("a", "b", "c[1]"):
