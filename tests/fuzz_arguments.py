@@ -99,7 +99,7 @@ OF_FIELDS = ("quickstart/metadata", "prompt_learning/base_to_new/coop/emoji")
 
 
 def cases(seed: int) -> Iterator[list[str]]:
-    """All cases in an order of their own for each seed."""
+    """All cases, shuffled by the seed."""
     registry.load()
     found = [case for verb, parser in _verbs().items() for case in _of_verb(verb, parser)] + list(_of_fields())
     random.Random(seed).shuffle(found)
@@ -134,7 +134,7 @@ def _of_fields() -> Iterator[list[str]]:
 
 
 def fields(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every field that --set can name, parts whole and their fields."""
+    """Every field that --set can name: sub-configs and their fields."""
     for name, hint in field_types(cls).items():
         yield prefix + name
         for part in (hint, *typing.get_args(hint)):
@@ -144,7 +144,7 @@ def fields(cls: type, prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def no_work(home: Path) -> Iterator[None]:
-    """In a folder with a corpus, a file and a run without a checkpoint; a command that would compute ends with 2."""
+    """Work in a folder with a corpus, a file and a run without a checkpoint; a command that would compute exits with 2."""
 
     for folder in ("folder", "runs/tiny"):
         (home / folder).mkdir(parents=True)
@@ -179,7 +179,7 @@ def no_work(home: Path) -> Iterator[None]:
 
 
 def problem(words: Sequence[str]) -> str:
-    """What is wrong with the answer to a command, "" where nothing is; to be called inside `no_work`."""
+    """The problem with the answer to a command, or "". Call it inside `no_work`."""
     out, err, began = io.StringIO(), io.StringIO(), time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -198,7 +198,7 @@ def problem(words: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try cases and print those that fail; 1 when one did."""
+    """Try cases and print those that fail; returns 1 if one did."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=None, help="so many of them (all)")
     parser.add_argument("--seed", type=int, default=0, help="their order (0)")

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 
 def test_every_registry_takes_a_file_of_a_user(run):
-    """The table trains with an own source, task, metadata position, mixer, position scheme, optimizer and objective."""
+    """The table trains with the user's own source, task, metadata position, mixer, position scheme, optimizer and objective."""
     home, _ = run("own")
     text, task = (json.loads(next(home.glob(f"runs/own/{row}/cpu/*/report.json")).read_text()) for row in ("text", "task"))
     assert text["steps"] == task["steps"] == 2

@@ -115,7 +115,7 @@ def test_a_table_needs_its_baseline():
 
 @pytest.mark.parametrize(("bases", "gone"), [({"a": "a"}, "a"), ({"a": "b/plain", "b": "a"}, "ab"), ({"a": "b", "b": "c"}, "ab")])
 def test_a_table_without_a_base_is_named_and_left_out(own_registry, tmp_path, monkeypatch, capfd, bases, gone):
-    """Its base is itself, comes round to itself, or does not exist; another table of the file stays."""
+    """The base is the table itself, leads back to it, or does not exist; the file's other table stays."""
     made = 'table("{0}", summary="", rows=[Row("plain")], columns=[Column("b", "eval.none.bpb")], baseline="plain", minutes={{"cpu": 1}})({1})'
     lines = [made.format(name, f'base("{of}")') for name, of in bases.items()]
     lines += ["from metajax.config import Config", made.format("good", 'lambda scale: Config(name="")')]

@@ -23,7 +23,7 @@ PARTS_OF_ROWS = (  # key of the counts, title, colour
     ("meta_tokens", "meta-tokens", "p3"),
     ("padding", "padding", "p4"),
 )
-HELD_OUT = "Each module, package or site is held out whole; no part of it is trained on."
+VALIDATION = "Each module, package or site is in one split only, so validation text is from sites without training text."
 FILES = dict.fromkeys(("report.json", "metrics.jsonl", "config.json", "environment.json"), "")
 
 
@@ -116,7 +116,7 @@ def sources(report: Mapping[str, Any]) -> list[Part]:
             shown.append(f"{found['source']['spec']}: {counts} with {found['tokenizer']['spec']}{bad}.")
     for result in list(conditions(report["eval"]).values())[:1]:  # all conditions share their documents
         size = f"{result['body_bytes']:,} bytes, {result['body_tokens']:,} body tokens"
-        shown.append(f"Evaluated on {result['documents']:,} validation documents: {size}. {HELD_OUT}")
+        shown.append(f"Evaluated on {result['documents']:,} validation documents: {size}. {VALIDATION}")
     return [page.text(line) for line in shown]
 
 

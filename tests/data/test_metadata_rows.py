@@ -73,8 +73,8 @@ def test_tokens_are_counted_exactly_body_and_metadata_apart(tiny_config, tiny_co
         counts.update(positions_of(stack([rows[n]])))
     body, sides = sum(len(d["text"]) for d in train), 1 + (position == "both")
     metadata = sides * sum(len(d["topic"]) + 2 for d in train)
-    behind = 0 if position == "prepend" else metadata // sides  # the delimiters are asked for, too
-    expected = {"positions": 600 * len(rows), "body": body, "metadata": metadata, "loss_tokens": body + behind + len(train)}
+    appended = 0 if position == "prepend" else metadata // sides  # the delimiters are asked for, too
+    expected = {"positions": 600 * len(rows), "body": body, "metadata": metadata, "loss_tokens": body + appended + len(train)}
     expected |= {"padding": 600 * len(rows) - body - metadata - len(train), "meta_tokens": 0}
     assert counts == expected and len(rows) > 3
     assert cache.manifest["tokens"] == cache.manifest["bytes"] == sum(len(d["text"]) for d in documents)

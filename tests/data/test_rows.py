@@ -29,7 +29,7 @@ def metadata_ids(strings, owner=None, wrapped=True):
 
 
 def source(rows, capacity, metadata=None, bodies=BODIES, loss_weight=0.0):
-    """A RowSource whose row n holds exactly the pieces rows[n], with `metadata` in front."""
+    """A RowSource whose row n holds exactly the pieces rows[n], with `metadata` prepended."""
     index = RowIndex(np.array([p for row in rows for p in row], np.int32).reshape(-1, 3), np.cumsum([0, *map(len, rows)]))
     placement = Placement(() if metadata is None else ((Spot("", before, loss_weight), metadata),))
     return RowSource(index, lambda i: np.array(bodies[i], np.int32), placement, VOCABULARY, capacity)
@@ -269,7 +269,7 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
     following = {}
     for body in filter(None, corpus.bodies):
         following |= dict(zip(body, [*body[1:], E], strict=True))
-    if any(spot.at is after for spot, _ in corpus.metadata.parts):  # the last one may be asked for the metadata behind it
+    if any(spot.at is after for spot, _ in corpus.metadata.parts):  # the last one may predict the metadata after it
         following = {token: after for token, after in following.items() if after != E}
     for pieces, _, row in assemble(corpus, seed):
         real = row["tokens"] != M
@@ -286,7 +286,7 @@ def test_targets_are_the_next_token_of_the_document(corpus, seed):
 def test_masks_cover_exactly_the_metadata(corpus, seed):
     """Metadata is every token besides BOS, EOS and body. It is whole at every piece, and its labels have the weight of their side."""
     weight_of = {spot.at: spot.loss_weight for spot, _ in corpus.metadata.parts}
-    front_weight, behind_weight = weight_of.get(before, 0.0), weight_of.get(after, 0.0)
+    before_weight, after_weight = weight_of.get(before, 0.0), weight_of.get(after, 0.0)
     for pieces, plain, row in assemble(corpus, seed):
         tokens = plain["tokens"][plain["segment_ids"] > 0]
         is_metadata = plain["is_metadata"][plain["segment_ids"] > 0]
@@ -297,14 +297,14 @@ def test_masks_cover_exactly_the_metadata(corpus, seed):
         following = np.append(plain["tokens"][1:], P)
         np.testing.assert_array_equal(plain["targets"][asks], following[asks])
         for segment, (document, start, length) in enumerate(pieces.tolist(), 1):
-            front, behind = both_sides(corpus, document)
+            prepended, appended = both_sides(corpus, document)
             inside = plain["segment_ids"] == segment
             weights = plain["loss_weights"][inside & asks].tolist()
             asked = plain["targets"][inside & asks].tolist()
             first = 0 if start == 0 and corpus.metadata.outside else 1  # the first token of a row has nobody to ask for it
             skipped = 0 if start + length > len(corpus.bodies[document]) else 1  # the last text asks for text
-            assert asked == front[first:].tolist() + behind[skipped:].tolist()
-            assert weights == [front_weight] * len(front[first:]) + [behind_weight] * len(behind[skipped:])
+            assert asked == prepended[first:].tolist() + appended[skipped:].tolist()
+            assert weights == [before_weight] * len(prepended[first:]) + [after_weight] * len(appended[skipped:])
         real = row["tokens"] != M
         np.testing.assert_array_equal(row["is_metadata"][real], plain["is_metadata"])
         assert not row["is_metadata"][~real].any()

@@ -64,12 +64,12 @@ def validation_sites():
 @pytest.mark.fault(26)
 @pytest.mark.parametrize(
     ("empty", "message"),
-    [("held out", "validation documents .* have no text"), ("training", "training documents .* have no text")],
+    [("validation", "validation documents .* have no text"), ("training", "training documents .* have no text")],
 )
 def test_documents_without_text_are_refused_before_training(tiny_config, paths, tmp_path, empty, message):
     out = validation_sites()
     assert 0 < len(out) < 10
-    source = corpus(tmp_path / "c.jsonl", lambda i: "" if (i % 10 in out) == (empty == "held out") else f"words and words {i}")
+    source = corpus(tmp_path / "c.jsonl", lambda i: "" if (i % 10 in out) == (empty == "validation") else f"words and words {i}")
     with pytest.raises(UserError, match=message):
         run_experiment(tiny_config(**{"data.sources": (source,), "data.validation_share": 0.5}), tmp_path / "run", paths)
     assert not (tmp_path / "run" / "config.json").exists(), REFUSED

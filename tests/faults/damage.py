@@ -20,7 +20,7 @@ READERS = (
 
 
 def damaged_copies(suite: Suite, folder: Path, another: Path, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Path]]:
-    """(what was done, a copy of the folder with one file damaged); every file in every way."""
+    """(description, a copy of the folder with one file damaged), for every file and every kind of damage."""
     for name, way in list(cases(folder)):
         if Path(name).parts[0] in skip or (way == "others" and not (another / name).is_file()):
             continue
@@ -32,7 +32,7 @@ def damaged_copies(suite: Suite, folder: Path, another: Path, skip: tuple[str, .
 
 
 def damaged_runs(suite: Suite) -> None:
-    """Of a run that goes on, and of one that is complete; "others" is the file of a run with another seed."""
+    """Damage a run that resumes and a complete one; "others" is the file of a run with another seed."""
     begun, other = suite.new(), suite.new()
     suite.cut(begun, CUT_AT)
     process = suite.start(other, words=("--seed", "1"))
@@ -58,7 +58,7 @@ def damaged_runs(suite: Suite) -> None:
 
 
 def damaged_caches(suite: Suite) -> None:
-    """Of a corpus with metadata and a trained tokenizer; "others" is the file of another corpus' cache."""
+    """Damage the cache of a corpus with metadata and a trained tokenizer; "others" is the file of another cache."""
     fields = ("data.tokenizer=bpe:320", "metadata.position=prepend", "metadata.template={topic}", "training.steps=5")
     caches = [suite.home / f"cache-{name}" for name in ("one", "two")]
     suite.finish(whole := suite.new(), *fields, cache=str(caches[0]))

@@ -36,7 +36,7 @@ class Case:
 
 
 def bad_inputs(suite: Suite) -> None:
-    """All kinds; what failed is printed with its last words."""
+    """Try all kinds; print each failed case with the end of its output."""
     counts: Counter[str] = Counter()
     for case in [*corpus_cases(suite), *run_file_cases(suite)]:
         counts[case.kind] += 1
@@ -50,7 +50,7 @@ def bad_inputs(suite: Suite) -> None:
 
 
 def others(suite: Suite, *command: str) -> int:
-    """Bad arguments, or damaged checkpoints, which a program of their own tries in one process; how many there were."""
+    """Run a separate program on bad arguments or damaged checkpoints in one process; return the number of cases."""
     words = [sys.executable, *command, "--seed", str(suite.seed)]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     print(done.stdout, end="", flush=True)
@@ -67,7 +67,7 @@ def others(suite: Suite, *command: str) -> int:
 
 
 def try_case(suite: Suite, case: Case) -> str:
-    """What is wrong with the way a command ended, "" for nothing."""
+    """The problem with the end of a command; "" if there is none."""
     log, memory = suite.home / "fuzz.log", CONTEXT.Value("d", 0.0)
     log.write_bytes(b"")
     process = CONTEXT.Process(target=measured, args=(list(case.words), log, memory))
@@ -91,7 +91,7 @@ def try_case(suite: Suite, case: Case) -> str:
 
 
 def measured(words: list[str], log: Path, memory: Any) -> None:
-    """One command line, whose memory at its peak (GiB) goes into `memory`."""
+    """Run a command line and add its peak memory (GiB) to `memory`."""
     try:
         child(words, log, None)
     finally:
@@ -102,7 +102,7 @@ def measured(words: list[str], log: Path, memory: Any) -> None:
 
 
 def corpus_cases(suite: Suite) -> Iterator[Case]:
-    """Corpora of every kind of file, damaged or of another kind than their name says."""
+    """Corpora of every file format, damaged or of another format than the name says."""
     folder = suite.home / "corpora"
     folder.mkdir(exist_ok=True)
     rows, draw = corpus_rows(30), np.random.default_rng(suite.seed)
@@ -154,7 +154,7 @@ def corpus_cases(suite: Suite) -> Iterator[Case]:
 
 
 def run_file_cases(suite: Suite) -> Iterator[Case]:
-    """Files that a command is given beside its corpus: tokenizers, questions, pairs."""
+    """Other input files of a command: tokenizers, questions, pairs."""
     folder = suite.home / "given"
     folder.mkdir(exist_ok=True)
     contents = {

@@ -18,7 +18,7 @@ TABLE = ("--rows", "plain,meta_tokens")  # of the quickstart
 
 
 def kills(suite: Suite) -> None:
-    """SIGKILL at random moments: starting, compiling, stepping, saving, evaluating, writing the report."""
+    """SIGKILL at random moments: during the start, compilation, steps, saves, evaluation or the report."""
     workdir, pending, count = suite.new(), [], suite.kills
     for number in range(1, count + 1):
         process, wait = suite.start(workdir), suite.random.uniform(0.1, 1.0) * suite.seconds
@@ -48,7 +48,7 @@ def kills_of_hymba(suite: Suite) -> None:
 
 
 def preemption(suite: Suite) -> None:
-    """SIGTERM, and Ctrl-C, in the middle: saved, ended with a code that says so, taken up."""
+    """SIGTERM or Ctrl-C during the steps: the run saves, ends with the exit code for it, and resumes."""
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
         workdir = suite.new()
         process = suite.start(workdir)
@@ -63,7 +63,7 @@ def preemption(suite: Suite) -> None:
 
 
 def second_interrupt(suite: Suite) -> None:
-    """Ctrl-C twice: the process leaves within seconds and prints no traceback; the run goes on from an older save."""
+    """Ctrl-C twice: the process ends within seconds without a traceback, and the run resumes from an older save."""
     workdir = suite.new()
     process = suite.start(workdir)
     suite.wait_for(workdir, 12, process)
@@ -82,7 +82,7 @@ def second_interrupt(suite: Suite) -> None:
 
 
 def lost_host(suite: Suite, signal_number: int, name: str) -> None:
-    """One of two processes dies or stands still: the other ends by itself with a code to restart on, and the run goes on."""
+    """One of two processes dies or hangs: the other ends with the restart code, and the run resumes."""
     workdir = suite.new()
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -106,7 +106,7 @@ def lost_host(suite: Suite, signal_number: int, name: str) -> None:
 
 
 def lost_hosts(suite: Suite) -> None:
-    """One of two processes dies, or stands still."""
+    """Let one of two processes die or hang."""
     lost_host(suite, signal.SIGKILL, "is killed")
     lost_host(suite, signal.SIGSTOP, "stands still")
 
@@ -126,7 +126,7 @@ def table_outcomes(suite: Suite, folder: Path) -> dict[str, Any]:
 
 
 def kill_under_jobs(suite: Suite) -> None:
-    """A child of `--jobs 2` is killed in the middle of its steps: the table ends with a line, and the same command goes on."""
+    """A child of `--jobs 2` is killed during its steps: the table ends with one line, and the same command continues."""
     whole, folder = suite.new(), suite.new()
     assert suite.run_words(table_words(suite, whole, "--jobs", "2"), suite.log(whole)).code == 0
     process = suite.start_words(table_words(suite, folder, "--jobs", "2"), suite.log(folder))
@@ -142,7 +142,7 @@ def kill_under_jobs(suite: Suite) -> None:
 
 
 def table_twice(suite: Suite) -> None:
-    """A table that is started twice at once: no run is made by two processes, and both commands end with the same numbers."""
+    """A table is started twice at once: no run is made by two processes, and both commands give the same numbers."""
     whole, folder = suite.new(), suite.new()
     assert suite.run_words(table_words(suite, whole), suite.log(whole)).code == 0
     logs = [suite.home / f"{folder.name}-{n}.log" for n in range(2)]
@@ -159,7 +159,7 @@ def table_twice(suite: Suite) -> None:
 
 
 def run_twice(suite: Suite) -> None:
-    """A run that is started while it runs: the second start is refused in a line, the first is not disturbed."""
+    """A run is started while it runs: the second start is refused in one line, and the first is undisturbed."""
     workdir = suite.new()
     process = suite.start(workdir)
     suite.wait_for(workdir, 8, process)

@@ -17,7 +17,7 @@ from tests.faults.suite import Suite, corpus_rows, write_corpus
 
 
 def damaged_checkpoints(suite: Suite) -> None:
-    """The newest checkpoint flipped, cut short, torn: the one before is used, and the report says so."""
+    """The newest checkpoint has a flipped bit, is cut, or lacks a file: the run uses the one before and reports it."""
     workdir = suite.new()
     for number, damage in enumerate((_flip, _truncate, _tear), 1):
         suite.cut(workdir, 17 * number, "runtime.keep=4")
@@ -54,7 +54,7 @@ def _small_disk(bytes_: int = 1 << 15) -> None:
 
 
 def full_disk(suite: Suite) -> None:
-    """No file may grow beyond 32 kB, a limit that the system keeps as it does that of a full disk: one line, exit code 2, nothing damaged."""
+    """No file may grow beyond 32 kB, which fails like a full disk: one line, exit code 2, nothing damaged."""
     workdir = suite.new()
     suite.cut(workdir, 12)
     ended = suite.run(workdir, first=_small_disk)
@@ -63,7 +63,7 @@ def full_disk(suite: Suite) -> None:
 
 
 def full_disk_while_tokenising(suite: Suite) -> None:
-    """The same while a corpus is tokenised, at several sizes, so that each file of the cache is the one that finds no room."""
+    """The same during tokenising, at several sizes, so that each file of the cache once meets the limit."""
     corpus = suite.home / "large.jsonl"
     write_corpus(corpus, 2_000)
     data = f"data.sources=jsonl:{corpus}?origin=module"
@@ -79,7 +79,7 @@ def full_disk_while_tokenising(suite: Suite) -> None:
 
 
 def _no_privileges() -> None:
-    """Root obeys the permissions of files from here on, as everyone else does."""
+    """From now on root obeys file permissions like other users."""
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # capget(2), version 3; 0: this thread
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
@@ -88,7 +88,7 @@ def _no_privileges() -> None:
 
 
 def unwritable(suite: Suite) -> None:
-    """The permission to write in the workdir is gone at a restart: one line that names a path; it comes back, and the run goes on."""
+    """At a restart the workdir is not writable: one line names a path. Writable again, the run resumes."""
     workdir = suite.new()
     suite.cut(workdir, 12)
     folders = [workdir, *(path for path in workdir.rglob("*") if path.is_dir())]
@@ -103,7 +103,7 @@ def unwritable(suite: Suite) -> None:
 
 
 def _slow_storage(seconds: float) -> None:
-    """Every call that makes, names or lists files takes this much longer."""
+    """Delay every call that creates, renames or lists files."""
     for name in ("mkdir", "rename", "replace", "scandir", "listdir"):
         setattr(os, name, functools.partial(_slowly, getattr(os, name), seconds))
 
@@ -114,7 +114,7 @@ def _slowly(act: Callable[..., Any], seconds: float, *arguments: Any, **named: A
 
 
 def slow_storage(suite: Suite) -> None:
-    """A save takes longer than the steps to the next one; killed in the middle, then to its end: it costs time alone."""
+    """A save takes longer than the steps to the next one; killed during a save, then run to the end: it costs only time."""
     workdir, slow = suite.new(), functools.partial(_slow_storage, 0.03)
     suite.cut(workdir, 17, first=slow)
     suite.finish(workdir, first=slow)
@@ -124,7 +124,7 @@ def slow_storage(suite: Suite) -> None:
 
 
 def vanished_data(suite: Suite) -> None:
-    """The corpus is gone at a restart: one line that names it; it comes back, and the run goes on."""
+    """At a restart the corpus is missing: one line names it. Put back, the run resumes."""
     workdir, corpus = suite.new(), suite.home / "corpus.jsonl"
     suite.cut(workdir, 12)
     os.replace(corpus, suite.home / "gone.jsonl")
@@ -136,7 +136,7 @@ def vanished_data(suite: Suite) -> None:
 
 
 def vanished_workdir(suite: Suite) -> None:
-    """The workdir is renamed while the run goes on: one line, exit code 2; back in its place the run goes on."""
+    """The workdir is renamed during the run: one line, exit code 2. Put back, the run resumes."""
     workdir = suite.new()
     process = suite.start(workdir)
     suite.wait_for(workdir, 12, process)
@@ -156,7 +156,7 @@ def vanished_workdir(suite: Suite) -> None:
 
 
 def few_open_files(suite: Suite) -> None:
-    """`ulimit -n 64` and a corpus of 120 files: the same numbers as without the limit, or one line that names it."""
+    """`ulimit -n 64` with a corpus of 120 files: the same numbers as without the limit, or one line that names the limit."""
     folder = suite.home / "many"
     folder.mkdir(exist_ok=True)
     for n, row in enumerate(corpus_rows(120)):
@@ -179,7 +179,7 @@ def _on_bucket(environment: Mapping[str, str]) -> None:
 
 
 def bucket_outages(suite: Suite) -> None:
-    """A bucket that answers 503 for a while, answers slowly, or cuts its answers short: the run ends with the same numbers."""
+    """A bucket answers 503 for some time, answers slowly, or cuts its answers: the run gives the same numbers."""
     with serving() as bucket:
         names = (
             "STORAGE_EMULATOR_HOST",

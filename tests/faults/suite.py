@@ -43,7 +43,7 @@ def write_corpus(path: Path, documents: int = 40) -> None:
 def command(
     home: Path, workdir: Path | str, *more: str, name: str = "quickstart/meta_tokens", place: str = "--workdir", cache: str = ""
 ) -> list[str]:
-    """The words of a command line that trains a tiny model; `more` are fields, FIELD=VALUE."""
+    """The words of a command line that trains a tiny model; `more`: further fields, FIELD=VALUE."""
     changes = (
         f"data.sources=jsonl:{home}/corpus.jsonl?origin=module",
         "data.tokenizer=byte",
@@ -68,7 +68,7 @@ def command(
 
 
 def child(words: Sequence[str], log: Path, first: Callable[[], None] | None) -> None:
-    """What a forked process does: `first`, then one command line, with what it prints in `log`."""
+    """In a forked process: call `first`, then one command line; its output goes to `log`."""
     os.setpgrp()
     with open(log, "ab") as file:
         for stream in (1, 2):
@@ -91,7 +91,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that tell an error."""
+        """The lines of the output that begin with `error:`."""
         return [line for line in self.said.splitlines() if line.startswith("error: ")]
 
     @property
@@ -133,7 +133,7 @@ class Suite:
         return self.home / f"{workdir.name}.log"
 
     def start_words(self, words: Sequence[str], log: Path, first: Callable[[], None] | None = None) -> Any:
-        """A command line on its way, in a process that begins with `first`."""
+        """Start a command line in a process that first calls `first`."""
         process = CONTEXT.Process(target=child, args=(list(words), log, first))
         process.start()
         return process
@@ -141,7 +141,7 @@ class Suite:
     def run_words(
         self, words: Sequence[str], log: Path, first: Callable[[], None] | None = None, seconds: float | None = None
     ) -> Ended:
-        """A command line to its end; one that takes longer than `seconds` is killed."""
+        """Run a command line to its end, or kill it after `seconds`."""
         before = log.stat().st_size if log.exists() else 0
         process = self.start_words(words, log, first)
         process.join(seconds)
@@ -154,43 +154,43 @@ class Suite:
     def start(
         self, workdir: Path, *more: str, words: Sequence[str] = (), first: Callable[[], None] | None = None, **options: str
     ) -> Any:
-        """The tiny run of a folder on its way."""
+        """Start the tiny run of a folder."""
         return self.start_words([*command(self.home, workdir, *more, **options), *words], self.log(workdir), first)
 
     def run(self, workdir: Path, *more: str, first: Callable[[], None] | None = None, **options: str) -> Ended:
-        """The tiny run of a folder to its end, whatever that is."""
+        """Run the tiny run of a folder to its end, successful or not."""
         return self.run_words(command(self.home, workdir, *more, **options), self.log(workdir), first)
 
     def finish(self, workdir: Path, *more: str, first: Callable[[], None] | None = None, **options: str) -> None:
-        """The same, which has to succeed."""
+        """The same; it must succeed."""
         ended = self.run(workdir, *more, first=first, **options)
         assert ended.code == 0, ended.said[-3000:]
 
     def outcome(self, workdir: Path) -> tuple[Any, ...]:
-        """What must not depend on faults: the last checkpoint's parameters, the curve, the evaluation and the counts."""
+        """The results that must not depend on faults: the last checkpoint's parameters, the curve, the evaluation and the counts."""
         report = json.loads((workdir / "report.json").read_text())
         lines = read_lines(workdir / "metrics.jsonl")
         with CONTEXT.Pool(1) as pool:
             return pool.apply(parameters, (str(workdir),)), lines, report["eval"], report["counts"]
 
     def same(self, workdir: Path) -> bool:
-        """Whether a run ended as the one that was not disturbed."""
+        """Whether a run has the results of the undisturbed one."""
         return self.outcome(workdir) == self.whole
 
     def cut(self, workdir: Path, step: int, *more: str, first: Callable[[], None] | None = None, **options: str) -> None:
-        """The command, killed once it has logged `step`."""
+        """Run the command and kill it after it has logged `step`."""
         process = self.start(workdir, *more, first=first, **options)
         self.wait_for(workdir, step, process)
         process.kill()
         process.join()
 
     def wait_for(self, workdir: Path, step: int, process: Any) -> None:
-        """Until a run has logged `step`, or is over."""
+        """Wait until a run has logged `step` or has ended."""
         while process.is_alive() and len(read_lines(workdir / "metrics.jsonl")) < step:
             time.sleep(0.005)
 
     def check(self, fault: str, good: bool) -> None:
-        """One fault, and whether it was survived."""
+        """Record one fault and whether the run survived it."""
         self.injected += 1
         self.survived += good
         print(f"{'survived' if good else 'NOT SURVIVED'}: {fault}", flush=True)

@@ -111,7 +111,7 @@ def begin(model, tokens, is_meta, length, count, how):
 
 @pytest.mark.parametrize("ask_real", [False, True])
 def test_rows_of_different_lengths_equal_the_full_forward_pass(ask_real):
-    """Greedy rows, each asked at the position before, or at the ordinary one before, until it has its count or its end."""
+    """Greedy rows, each predicted from the previous (ordinary) position until its count or its end token."""
     model = build(META)
     rng = np.random.default_rng(3)
     is_meta = rng.random((B, N)) < 0.35
@@ -151,7 +151,7 @@ def test_rows_of_different_lengths_equal_the_full_forward_pass(ask_real):
 @given(st.integers(1, 6), st.lists(st.integers(1, 7), min_size=2, max_size=2), st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_the_ring_buffer_keeps_the_newest_keys(capacity, lengths, more):
-    """Token t is its own key; a row that is not present keeps what it has."""
+    """Token t is its own key; an absent row keeps its cache."""
     length = np.array(lengths)
     tokens = jnp.broadcast_to(jnp.arange(1.0, 20.0)[None, None, :, None, None], (2, 2, 19, 1, 1))
     real = jnp.broadcast_to(jnp.arange(7) < length[:, None], (2, 2, 7))
@@ -168,7 +168,7 @@ def test_the_ring_buffer_keeps_the_newest_keys(capacity, lengths, more):
 
 
 def test_ordinary_tokens_skip_meta_attention():
-    """Its weights may be NaN while no meta-token is read."""
+    """Its weights may be NaN, because no meta-token is read."""
     model = jax.tree.map(lambda x: x, build(META))
     query = model.blocks[0][0].meta_attention.query.w
     query[...] = jnp.full_like(query[...], jnp.nan)

@@ -170,7 +170,7 @@ def test_meta_layout_is_even_and_leaves_the_first_position(positions, rate):
 
 
 def llama_pieces(folder):
-    """A tokenizer as Llama 2's is written: a space before the text, pieces with their spaces, bytes for what is in no piece."""
+    """A tokenizer like Llama 2's: a space before the text, pieces with their spaces, byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"paris"]
     merges = [("▁", "i"), ("▁i", "s"), ("▁", "p"), ("▁p", "a"), ("▁pa", "r"), ("▁par", "i"), ("▁pari", "s")]
     vocab = {piece: i for i, piece in enumerate([*pieces, *map("".join, merges)])}
@@ -183,7 +183,7 @@ def llama_pieces(folder):
 
 
 def sentence_pieces(folder):
-    """Trained on a few words."""
+    """A SentencePiece model trained on a few words."""
     options = {"model_prefix": str(folder / "tiny"), "vocab_size": 300, "byte_fallback": True, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["paris is paris", "a list is"] * 20), **options, hard_vocab_limit=False
@@ -201,7 +201,7 @@ def byte_pairs(folder):
 
 
 def reciter(tiny_config, tokenizer, ids):
-    """A model that draws the last of `ids` after all but it, and so on: it knows the text by its positions."""
+    """A model that recites `ids`: at each position it predicts the next one."""
     size = tokenizer.vocabulary.size
     config = tiny_config(**{"model.position": "learned", "model.tied": False, "model.layers": 1, "data.sequence_length": 64})
     model = jax.tree.map(jnp.zeros_like, build_model(override(config, {"model.width": 64}), size, jax.random.key(0)))
@@ -220,7 +220,7 @@ def reciter(tiny_config, tokenizer, ids):
     [("paris is", " paris"), ("paris", " é is €"), ("", "paris is"), ("a é", "😀 x"), ("is ", "paris"), ("par", "is")],
 )
 def test_prompt_and_continuation_are_one_text(tiny_config, tmp_path, make, prompt, rest):
-    """Whatever the tokenizer does at the beginning of a text or within a character, whole and piece by piece."""
+    """For every behaviour of a tokenizer at the start of a text or within a character, whole and in pieces."""
     tokenizer = open_tokenizer(make(tmp_path), cache_dir=tmp_path, data_dir=None, corpus_fingerprint="", texts=list)
     before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + rest)
     new = whole[len(before) :] if whole[: len(before)] == before else tokenizer.encode(rest)

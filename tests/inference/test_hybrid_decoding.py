@@ -119,7 +119,7 @@ def golden(name):
 
 @functools.cache
 def greedy(name, window):
-    """Both runs of a file as two rows of one batch: (ids drawn, logits, what the meta tokens left, cache after the prompts, in the end)."""
+    """Both runs of a file as two rows of one batch: (drawn ids, logits, cache of the meta tokens, cache after the prompts, final cache)."""
     z, model = golden(name)
     prompts = [z[f"dec{i}_prompt_ids"][0] for i in range(2)]
     length = np.array([len(prompt) for prompt in prompts])
@@ -138,7 +138,7 @@ def greedy(name, window):
 
 
 def of_all(runs, read):
-    """What `read` finds in the layers that have it, in their order, [L, ...]."""
+    """read(layer) of all layers that have it, in order, [L, ...]."""
     found = []
     for groups in runs:
         layers = [read(layer) for layer in groups]
@@ -163,7 +163,7 @@ def test_greedy_ids_and_logits_with_the_window_of_the_released_cache(name):
 
 @pytest.mark.parametrize("name", ["hymba_a", "hymba_b"])
 def test_greedy_ids_with_the_window_of_training(name):
-    """They are those of the authors' full recomputation, which differ from those with their cache."""
+    """They equal the authors' full recomputation, which differs from their cached generation."""
     z, ids = golden(name)[0], greedy(name, "W+1")[0]
     for i in range(2):
         assert ids[i] == z[f"dec{i}_uncached_ids"][0].tolist()
@@ -172,7 +172,7 @@ def test_greedy_ids_with_the_window_of_training(name):
 
 @pytest.mark.parametrize("name", ["hymba_a", "hymba_b"])
 def test_caches_equal_those_of_the_authors(name):
-    """The meta tokens' own caches, then those after the longer prompt, which stands in the second row, then states in the end."""
+    """Caches of the meta tokens, then those after the longer prompt (the second row), then the final states."""
     z, (*_, prefix, cache, last) = golden(name)[0], greedy(name, "W")
     for place, (keys, tails) in enumerate((("meta_k", "meta_conv_states"), ("meta_v", "meta_ssm_states"))):
         kept = of_all(prefix, lambda left: left["attention"][place] if "attention" in left else None)  # noqa: B023
@@ -196,7 +196,7 @@ def test_caches_equal_those_of_the_authors(name):
 
 
 def test_bytes_of_the_caches():
-    """Arrays on the device, by part, against their formula."""
+    """Bytes of the arrays on the device, by part, compared with the formula."""
     model, (*_, prefix, cache, _) = golden("hymba_a")[1], greedy("hymba_a", "W+1")
     layers = [kinds for groups in cache for kinds in groups]
     owners = [kinds["attention"] for kinds in layers if "attention" in kinds]

@@ -44,7 +44,7 @@ NEW_KEYS = """
 
 
 def _damage_bytes(draw, path):
-    """Damage that any file can have."""
+    """Damage for any kind of file."""
     content = path.read_bytes()
     how = draw.choice("empty cut head middle tail noise folder gone latin more".split())
     at = draw.randrange(max(1, len(content)))
@@ -116,7 +116,7 @@ def _damage_tensors(draw, folder, family):
 
 
 def _damage_header(draw, folder):
-    """A safetensors header that lies."""
+    """A safetensors header with false entries."""
     path = folder / "model.safetensors"
     content = path.read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
@@ -196,7 +196,7 @@ def _damage_tokenizer(draw, folder):
 
 
 def damage_folder(draw, folder, family):
-    """One kind of damage to a sound model directory; says which."""
+    """Damage an intact model directory in one way; returns its description."""
     write_folder(folder, family)
     what = draw.choice(["config"] * 6 + ["tensors"] * 4 + ["bytes"] * 2 + ["header", "index", "index", "tokenizer", "tokens"])
     match what:
@@ -247,7 +247,7 @@ _TENSOR_LIES = [  # (sizes, kind, offset) from the true ones
 
 
 def _lying_gguf(draw, how):
-    """(bytes of a file whose fields, tensors or numbers of them lie in one way, what the lie is)."""
+    """(bytes of a GGUF file with one false field, tensor or count, description of the false entry)."""
     fields, arrays, options = gguf_fields(), gguf_tensors(), {}
     key, name = draw.choice(_NEW_FIELDS if how == "new" else [*fields]), draw.choice([*arrays])
     n, m = len(arrays), len(fields)
@@ -273,7 +273,7 @@ def _lying_gguf(draw, how):
 
 
 def damage_gguf(draw, path):
-    """The same of a GGUF file."""
+    """Damage a GGUF file in one way; returns its description."""
     ways = ["bytes", "flips", *["field"] * 3, *["new"] * 2, "drop", "counts", "array", *["tensor"] * 2, "poison", "lost", "kind"]
     how = draw.choice(ways)
     content, told = _lying_gguf(draw, how)
@@ -300,7 +300,7 @@ def _alarm(*_):
 
 
 def verdict(family, source, places):
-    """ "refused", "imported", or what is wrong with how the import ended."""
+    """ "refused", "imported", or the problem with the end of the import."""
 
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(SECONDS)
@@ -328,7 +328,7 @@ def _peak():
 
 
 def run(folder, count, seed=0, families=("llama", "gpt2", "hymba", "gguf")):
-    """Make and import `count` damaged checkpoints below `folder`: ({verdict: how often}, [what was neither refused nor imported])."""
+    """Make and import `count` damaged checkpoints below `folder`: ({verdict: count}, [cases with another outcome])."""
     counts, failures = {"refused": 0, "imported": 0}, []
     most = max(BYTES, _peak() + BYTES // 4)  # other tests of this process may have taken more than one import may
     for n in range(seed, seed + count):

@@ -64,7 +64,7 @@ def hymba_config(**changes):
 
 
 def tensors(family, config, seed=0):
-    """Weights by name that a sound config.json asks for."""
+    """Weights by name for a valid config.json."""
 
     kind, draw = FAMILIES[family], np.random.default_rng(seed)
     whole = Config(name="made", data=Data(tokenizer="byte", sequence_length=LENGTH), model=kind.model_config(config))
@@ -76,7 +76,7 @@ CONFIGS = {"llama": llama_config, "gpt2": gpt2_config, "hymba": hymba_config}
 
 
 def write_folder(folder, family, config=None, state=None):
-    """A sound model directory."""
+    """Write a valid model directory."""
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIGS[family]() if config is None else config
     state = tensors(family, config) if state is None else state
@@ -99,7 +99,7 @@ LLAMA3 = {
 
 
 def sound(family, changes):
-    """(config.json, its weights), a bias of one part alone among them."""
+    """(config.json, its weights), one of them with biases in only one part."""
     config = CONFIGS[family](**changes)
     state = tensors(family, config)
     for part, setting in ((".mlp.", "mlp_bias"), (".self_attn.", "attention_bias")):
@@ -170,7 +170,7 @@ def _value(kind, value):
 
 
 def gguf_fields(**changes):
-    """{name: (kind, value)} of a sound file; a change to None takes a field away."""
+    """{name: (kind, value)} of a valid file; a change to None removes a field."""
     library = byte_tokenizer()
     words = [token for token, _ in sorted(library.get_vocab().items(), key=lambda item: item[1])]
     sizes = {"block_count": LAYERS, "context_length": LENGTH, "embedding_length": WIDTH, "feed_forward_length": MLP}
@@ -201,7 +201,7 @@ _GGUF_PARTS = {
 
 
 def gguf_tensors(state=None):
-    """{name in a file: array}, rows of queries and keys as pairs."""
+    """{name in a file: array}, with the rows of queries and keys interleaved by pairs."""
     found = {}
     for name, value in (state or tensors("llama", llama_config())).items():
         stem = name.removesuffix(".weight")
@@ -215,7 +215,7 @@ def gguf_tensors(state=None):
 
 
 def gguf_bytes(fields=None, arrays=None, *, version=3, counts=None, info=lambda name, entry: entry):
-    """A file; info(name, [sizes, kind, offset]) may lie about a tensor, counts about their numbers."""
+    """The bytes of a file; `info` may falsify a tensor's [sizes, kind, offset], and `counts` the numbers of fields and tensors."""
     fields, arrays = gguf_fields() if fields is None else fields, gguf_tensors() if arrays is None else arrays
     head = b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(arrays), len(fields))))
     head += b"".join(_text(name) + (field if isinstance(field, bytes) else _value(*field)) for name, field in fields.items())

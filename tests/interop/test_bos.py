@@ -15,7 +15,7 @@ END = "<|endoftext|>"
 
 
 def imported(folder, runs, puts_bos, said):
-    """A Llama whose tokenizer.json puts BOS first or not, and whose tokenizer_config.json says so, the contrary or nothing."""
+    """A Llama whose tokenizer.json adds BOS or not, and whose tokenizer_config.json confirms it, contradicts it or is silent."""
     write_folder(folder, "llama")
     words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     if puts_bos:

@@ -32,7 +32,7 @@ _NAMES |= {
 
 
 def tensors(head):
-    """Every tensor of a file by its name, Hugging Face's order of rows."""
+    """Every tensor of a file by its name, rows in Hugging Face's order."""
     draw = np.random.default_rng(0)
     shapes = {"token_embd.weight": (WORDS, WIDTH), "output_norm.weight": (WIDTH,)} | (
         {"output.weight": (WORDS, WIDTH)} if head else {}
@@ -73,7 +73,7 @@ def write(path, head=True, quantised=(), **changes):
 
 
 def trained():
-    """A tokenizer that cuts texts as the rule "smollm" names it, with a control token."""
+    """A tokenizer with the pre-tokenizer "smollm" and a control token."""
     text, _, _ = json.loads(train_bpe("bpe:320", TEXTS * 20).content())
     own = library.Tokenizer.from_str(text)
     cut = library.pre_tokenizers
@@ -110,7 +110,7 @@ def test_weights_of_a_file(tmp_path, head):
 
 
 def test_quantised_tensors_equal_the_librarys(tmp_path):
-    """Rows are dequantised where they are read, in their order; 8 bits stay within half a step of each block of 32."""
+    """Rows are dequantised when read, in order; 8-bit values are within half a step of each block of 32."""
     made = write(tmp_path / "model.gguf", quantised=("attn_q", "ffn_down", "token_embd"))
     _, found, _ = open_gguf(tmp_path / "model.gguf")
     names = {

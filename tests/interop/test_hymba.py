@@ -36,7 +36,7 @@ def equal(a, b):
 
 
 def test_the_released_tensors_have_their_names_and_shapes():
-    """Names and shapes of the 1.5B as its own code instantiates them."""
+    """Names and shapes of the 1.5B model in the released code."""
     manifest = json.loads((GOLDENS / "hymba_manifest.json").read_text())
     model = jax.eval_shape(
         lambda: LM(hymba_1_5b(), vocab_size=32001, max_length=1, meta=None, runtime=Runtime(), key=jax.random.key(0))
@@ -83,7 +83,7 @@ class Watched:
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_each_device_reads_its_own_part(axis):
-    """Halves of every layer's parameter, side by side, are the parameter; a half is read without the other."""
+    """Two halves of a layer's parameter together equal the parameter, and each is read without the other."""
     whole = load_model(STATE, MODEL, LAYOUT)
     params = named_params(whole)
     for name, tensor in stored(whole, LAYOUT).items():
@@ -157,7 +157,7 @@ def test_rows_of_the_embedding_are_filled_up_with_zeros():
 
 @pytest.mark.parametrize(("hub", "dtype"), [("hymba_b_hf", "float32"), ("hymba_b_hf_bf16", "bfloat16")])
 def test_import_and_export_restore_a_directory(tmp_path, hub, dtype):
-    """Imported and exported: the same tensors, bit for bit, and the same config.json."""
+    """After import and export the tensors are bit-identical and config.json is the same."""
     workdir = import_directory("hymba", GOLDENS / hub, tmp_path / "runs", "byte")
     opened = open_run(workdir)
     assert opened.config.name == f"imported/{hub}" and opened.config.model == MODEL
@@ -177,7 +177,7 @@ def test_import_and_export_restore_a_directory(tmp_path, hub, dtype):
 
 
 def test_export_and_import_restore_a_hybrid_trained_here(tmp_path):
-    """Every kind of layer, with all rows of its own table; bit for bit."""
+    """Every kind of layer and all rows of the model's own table, bit for bit."""
     config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=hymba_cpu())
     draw, tokenizer = np.random.default_rng(0), Bytes()
     model = jax.tree.map(

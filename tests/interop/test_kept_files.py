@@ -35,7 +35,7 @@ FILES = {
 
 
 def chat(folder, family, config, state):
-    """A folder with all that published chat models have."""
+    """A folder with all files of a published chat model."""
     write_folder(folder, family, config, state)
     for name, text in FILES.items():
         (folder / name).write_bytes(text.encode())
@@ -67,7 +67,7 @@ CASES = {
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("name", CASES)
 def test_every_file_of_an_imported_folder_is_exported(tmp_path, name):
-    """Also when the folder is gone by then: every file beside the weights byte for byte, every key, every tensor."""
+    """Also if the folder has been deleted: every other file byte for byte, every key, every tensor."""
     family, changes = CASES[name]
     config, state = sound(family, {key: value for key, value in changes.items() if value is not None})
     folder = chat(tmp_path / "chat", family, config, state)
@@ -106,7 +106,7 @@ def test_transformers_reads_the_export(tmp_path, name):
 
 @pytest.mark.fault(19)
 def test_a_run_started_from_an_import_exports_its_files(tmp_path):
-    """Through the runs between them; with another tokenizer there is nothing to go out."""
+    """Also through runs in between. With another tokenizer nothing is exported."""
     config = llama_config()
     folder = chat(tmp_path / "chat", "llama", config, tensors("llama", config))
     parent = import_directory("llama", folder, tmp_path / "runs", "")

@@ -41,7 +41,7 @@ SMALL = {
 
 
 def a_run(model, folder, **parts):
-    """A run as `open_run` gives it, with no two parameters alike."""
+    """An opened run whose parameters all differ."""
     config = Config(name="made", data=Data(tokenizer="byte", sequence_length=32), model=model, **parts)
     draw, tokenizer = np.random.default_rng(0), Bytes()
     made = build_model(config, tokenizer.vocabulary.size, jax.random.key(0))
@@ -62,7 +62,7 @@ def equal(a, b):
 
 
 def test_import_and_export_restore_hugging_faces_gpt2(tmp_path, capsys):
-    """By the verbs: the golden as a hub folder, its names without "transformer." as published files have them; exported it has the model's own."""
+    """By the command line: the golden as a hub folder whose names lack "transformer.", as in published files; the export has the full names."""
     places = ["--runs-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
     hub, state = tmp_path / "hub", {k.removeprefix("sd/"): GOLDEN[k] for k in GOLDEN.files if k.startswith("sd/")}
     hub.mkdir()
@@ -88,7 +88,7 @@ def test_import_and_export_restore_hugging_faces_gpt2(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "bias": True}], ids=["own head", "tied, biases"])
 def test_import_and_export_restore_a_llama(tmp_path, changes):
-    """Hugging Face's names and shapes; linear maps turned; every number, the tokenizer and the configuration come back."""
+    """Hugging Face's names and shapes, transposed linear maps; every number, the tokenizer and the config are restored."""
     opened = a_run(replace(SMALL["llama"], **changes), tmp_path)
     export_run(opened, "llama", tmp_path / "out")
     config, state = json.loads((tmp_path / "out/config.json").read_text()), load_file(tmp_path / "out/model.safetensors")
@@ -214,7 +214,7 @@ class Ones:
 
 
 def test_a_load_holds_one_tensor_at_a_time():
-    """What NumPy and Python hold at once stays below twice the largest tensor; a stack of layers, or two of them read ahead, would not."""
+    """Memory of NumPy and Python stays below twice the largest tensor, which a whole stack or two tensors read ahead would exceed."""
     config = Config(name="wide", data=Data(tokenizer="byte", sequence_length=32), model=WIDE)
     shapes = {name: tensor.shape for name, tensor in layouts.stored(abstract_model(config, 320), llama.LAYOUT).items()}
     state = {name: Ones(shape) for name, shape in shapes.items()}

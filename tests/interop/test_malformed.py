@@ -44,7 +44,7 @@ def loaded(folder, family="llama"):
 @pytest.mark.fault(6)
 @pytest.mark.fault(33)
 def test_damaged_checkpoints_are_refused_in_one_line_or_imported(tmp_path):
-    """A sample of what `python tests/interop/mutations.py` makes."""
+    """A sample of the cases of `python tests/interop/mutations.py`."""
     counts, failures = run_mutations(tmp_path, count=80, seed=7)
     assert not failures and counts["refused"] > 50 and counts["imported"] > 3, (counts, failures)
 
@@ -101,7 +101,7 @@ def test_floating_point_numbers_of_every_width_load(tmp_path, kind):
 
 @pytest.mark.fault(33)
 def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
-    """A configuration that asks for petabytes is refused at once."""
+    """A config that needs petabytes is refused at once."""
     folder, most = write_folder(tmp_path / "model", "llama", CONFIG, STATE), 10**8
     for change in (
         {"num_hidden_layers": 10_000},
@@ -124,7 +124,7 @@ def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
 
 @pytest.mark.fault(33)
 def test_a_table_with_rows_to_spare_loads(tmp_path):
-    """384 rows for 260 tokens: all of them are the model's, as elsewhere."""
+    """384 rows for 260 tokens: the model has all of them, as in transformers."""
     config = llama_config(vocab_size=384)
     folder, state = tmp_path / "pad384", tensors("llama", config)
     workdir = import_directory("llama", write_folder(folder, "llama", config, state), tmp_path / "runs", "")
@@ -251,7 +251,7 @@ def test_width_of_the_convolution_is_read(tmp_path):
 
 @pytest.mark.fault(33)
 def test_heads_are_read_as_the_configuration_says(tmp_path):
-    """Untied, or a copy of the embedding; without a word the released code has a head of its own."""
+    """An untied head or a copy of the embedding; by default the released code has an untied head."""
     config = hymba_config(tie_word_embeddings=False)
     state = tensors("hymba", config)
     own = loaded(write_folder(tmp_path / "own", "hymba", config, state), "hymba")

@@ -51,7 +51,7 @@ def byte_tokenizer():
 
 
 def made(library, kind):
-    """A model of random weights, the GPT-2 with logits near -32 as the published one has them."""
+    """A model with random weights; the GPT-2 has logits near -32, like the published one."""
     import torch
 
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def made(library, kind):
 
 
 def tokens_of(model, ids, ends):
-    """Greedy ids after `ids`, up to one of `ends`, which is left out."""
+    """Greedy ids after `ids`, up to and without one of `ends`."""
     import torch
 
     found = model.generate(
@@ -98,7 +98,7 @@ def tokens_of(model, ids, ends):
 
 
 def write_gguf(path, model, ends):
-    """The Llama as llama.cpp keeps it: rotary pairs beside each other, both ends by their own keys."""
+    """The Llama as a GGUF file: interleaved rotary pairs, and both end ids under their own keys."""
     import gguf
 
     cfg, (_, vocab, merges) = model.config, byte_tokenizer()
@@ -140,7 +140,7 @@ def write_gguf(path, model, ends):
 def pair(request, library, tmp_path_factory):
     """(transformers' model, our run of it, ids that end a text, folder of runs and cache); the text of PROMPT ends early.
 
-    The tokenizer of the Llamas puts BOS before a prompt, those of the GPT-2 and of the GGUF do not.
+    The tokenizer of the Llamas adds BOS to a prompt; those of the GPT-2 and the GGUF do not.
     """
     kind, home = request.param, tmp_path_factory.mktemp(request.param)
     model, words = made(library, kind), byte_tokenizer()[0]
@@ -169,7 +169,7 @@ def logs_of(model, ids):
 
 
 def nats(model, ids):
-    """Of each of `ids` but the first."""
+    """Nats of each id except the first."""
     return -logs_of(model, ids[:-1])[np.arange(len(ids) - 1), ids[1:]]
 
 

@@ -51,7 +51,7 @@ def byte_tokenizer():
 
 
 def write_gpt2(folder, config=(), generation=None):
-    """A GPT-2 whose logits lie near -32, as those of the published one do; zeros beside them would take the whole softmax."""
+    """A GPT-2 with logits near -32, like the published one, so that added zero logits would dominate the softmax."""
     rng = np.random.default_rng(0)
     small = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)  # noqa: E731
     state = {"wte.weight": 0.5 + small(ROWS, WIDTH), "wpe.weight": small(LENGTH, WIDTH)}
@@ -71,7 +71,7 @@ def write_gpt2(folder, config=(), generation=None):
 
 
 def exact(folder):
-    """ids -> float64 log-probabilities [T, ROWS] of the checkpoint's own rows, with no other row anywhere."""
+    """ids -> float64 log-probabilities [T, ROWS], over only the checkpoint's own rows."""
     values, tensors = open_directory(folder, "gpt2")
     model = load_model(gpt2.names(tensors), gpt2.model_config(values), gpt2.LAYOUT, max_length=LENGTH)
 
@@ -99,13 +99,13 @@ def corpus(home):
 
 @pytest.fixture(scope="module")
 def negative(home):
-    """(opened run, what it has to say) of the checkpoint near -32."""
+    """(opened run, expected log-probabilities) of the checkpoint with logits near -32."""
     folder = write_gpt2(home / "negative", {"eos_token_id": 256})
     return open_run(import_directory("gpt2", folder, home / "runs", "")), exact(folder)
 
 
 def nats(logs, ids):
-    """Of each of `ids` but the first."""
+    """Nats of each id except the first."""
     return -logs(ids[:-1])[np.arange(len(ids) - 1), ids[1:]]
 
 
@@ -151,7 +151,7 @@ def test_choices_use_only_the_checkpoints_rows(negative, corpus, home):
 @pytest.mark.fault(1)
 @pytest.mark.parametrize("recipe", [None, Metadata(template="{topic}", position="append")], ids=["text", "metadata"])
 def test_training_starts_at_the_checkpoints_own_loss(negative, corpus, home, recipe):
-    """The first step of fine-tuning is that of the checkpoint; what its rows lack and metadata asks for costs next to nothing."""
+    """The first step of fine-tuning has the checkpoint's loss; metadata ids without a row add almost nothing."""
     opened, logs = negative
     places = ["--runs-dir", str(home / "runs"), "--cache-dir", str(home / "cache")]
     workdir = home / f"tuned-{recipe is None}"
@@ -209,7 +209,7 @@ def test_a_run_adds_the_ids_of_its_training_targets(negative, home):
 
 @pytest.mark.fault(1)
 def test_ids_without_a_row_or_target_have_no_loss():
-    """Padding is such a target: its logit is -inf, and neither loss nor gradient knows of it."""
+    """Padding is such a target: its logit is -inf, and it changes neither loss nor gradient."""
     logits, targets = jnp.array([[[0.0, 1.0, -jnp.inf]] * 4]), jnp.array([[0, 1, 2, 2]])
     weights = jnp.array([[1.0, 1.0, 0.0, 0.0]])
 
@@ -226,7 +226,7 @@ def test_ids_without_a_row_or_target_have_no_loss():
 
 @pytest.mark.fault(1)
 def test_text_that_the_checkpoint_has_no_rows_for_is_refused(home, corpus, capsys):
-    """A tokenizer of more tokens than the checkpoint: imported with a warning, and never given a number."""
+    """A tokenizer with more tokens than the checkpoint is imported with a warning, and such text is never scored."""
     folder = write_gpt2(home / "short")
     library = byte_tokenizer()
     library.add_tokens(["graph"])
@@ -288,7 +288,7 @@ def greedy(opened):
 @pytest.mark.fault(2)
 @pytest.mark.parametrize("where", ["config", "config list", "generation", "generation list"])
 def test_ends_are_read_from_every_file(negative, home, where):
-    """The text of a checkpoint that names another id as an end stops before its first such token."""
+    """Generated text stops before the first end token, whichever file names its id."""
     ids = greedy(negative[0])
     end = next(i for i in ids[2:] if i not in ids[:2])
     said = {"eos_token_id": [256, end] if "list" in where else end}

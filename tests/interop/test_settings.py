@@ -265,7 +265,7 @@ def gguf_logits(path, **fields):
 
 @pytest.mark.fault(6)
 def test_rotary_scaling_of_a_gguf_is_linear(tmp_path):
-    """As llama.cpp has it: a factor without a kind, and the older name, are linear; "none" takes a factor away."""
+    """As in llama.cpp: a factor without a type, or under the older name, is linear; "none" disables the factor."""
     config = llama_config(rope_scaling={"type": "linear", "factor": 4.0})
     scaled = ours(write_folder(tmp_path / "model", "llama", config, tensors("llama", config)), "llama")
     plain, four, one = gguf_logits(tmp_path / "0.gguf"), ("f32", 4.0), ("f32", 0.0)

@@ -49,7 +49,7 @@ def test_a_tokenizer_made_here_is_the_same_elsewhere(tmp_path, kind):
 
 
 def test_an_imported_tokenizer_stays_as_it_came(tmp_path):
-    """Without rows for the reserved ids the file has none of them, and keeps what it puts around a text."""
+    """Without rows for the reserved ids, the file has none of them and keeps its own post-processor."""
     own = library.Tokenizer.from_str(json.loads(trained().content())[0])
     own.add_special_tokens([library.AddedToken("</s>")])
     own.post_processor = library.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", own.token_to_id("</s>"))])

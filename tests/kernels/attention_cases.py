@@ -126,5 +126,5 @@ def errors(ours, exact):
 
 
 def races_found():
-    """What the race detector of the last interpreted kernel saw."""
+    """Races found by the detector in the last interpreted kernel."""
     return interpret_pallas_call.races.races_found

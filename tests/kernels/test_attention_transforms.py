@@ -12,7 +12,7 @@ attend = functools.partial(IMPLEMENTATIONS["tpu"], scale=SCALE, block_q=BLOCK, b
 
 
 def test_vmap_with_mapped_lifetimes_and_shared_meta_keys():
-    """The mask, and with it the list of blocks to visit, differs between the mapped calls."""
+    """The mask, and so the list of blocks to visit, differs between the mapped calls."""
     many = [make_arrays(SHAPE, seed) for seed in (0, 1)]
     weights = [cotangents(SHAPE, seed) for seed in (0, 1)]
     expiries = jnp.stack([EXPIRY, jnp.minimum(EXPIRY, 11)])

@@ -160,7 +160,7 @@ def test_no_gradient_crosses_segments(implementation):
 @pytest.mark.parametrize("width", [3, 4])
 @pytest.mark.parametrize("implementation", FAST)
 def test_two_halves_equal_the_whole(implementation, width):
-    """Cut at every token, the tail handed over: short and just started segments included."""
+    """Cut at every token with the tail passed on, including short and just started segments."""
     arrays, segments = inputs(4, width=width)
     conv = jax.jit(IMPLEMENTATIONS[implementation])
     whole, tail = conv(**arrays, segment_ids=segments)

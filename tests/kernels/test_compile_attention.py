@@ -33,7 +33,7 @@ def test_compiles_for_v5e():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_compiles_at_the_papers_shapes(chip):
-    """Temporary memory holds copies of what goes in and out, and nothing of the size of the scores."""
+    """Temporary memory holds copies of inputs and outputs, and nothing as large as the scores."""
     long = ("hymba_1.5b", "hymba_1.5b_full", "gpt2_8192")
     short = ("ablation_300m", "gpt2_1024", "meta_tokens", "odd_float32", "chunk")
     for result in compile_for(chip, *long, *short)[: len(long)]:

@@ -34,6 +34,6 @@ def test_compiles_for_v5e():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_compiles_at_the_papers_shapes(chip):
-    """Beside what goes in and out, memory holds a state per chunk, 1/128 of the states of all tokens, and copies of the inputs."""
+    """Besides inputs and outputs, memory holds one state per chunk (1/128 of all states) and copies of the inputs."""
     for result in compile_for(chip, "hymba_1.5b", "ablation_300m", "odd_float32")[:2]:
         assert result["temporary_bytes"] < result["all_states_bytes"] / 16, result

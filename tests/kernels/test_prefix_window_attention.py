@@ -32,7 +32,7 @@ from metajax.models.masks import segment_end
 
 
 def lifetimes(kind, batch, keys, seed):
-    """int32[batch, keys]: segments, in a window, behind an always visible prefix, or anything at all."""
+    """int32[batch, keys]: segments, within a window, after an always visible prefix, or arbitrary lifetimes."""
     rng = np.random.default_rng(seed)
     index = np.arange(keys)
     ids = np.cumsum(rng.random((batch, keys)) < rng.choice([0.02, 0.2]), axis=1)
@@ -53,7 +53,7 @@ kinds = st.sampled_from(["segments", "window", "prefix", "anything"])
 @given(st.sampled_from(SHAPES), kinds, st.integers(0, 10_000), st.data())
 @settings(max_examples=20, deadline=None)
 def test_equals_the_float64_oracle(shape, kind, seed, data):
-    """Offsets put queries before, among and behind the keys: rows without any key too."""
+    """Offsets put queries before, among and after the keys, so that some rows have no key."""
     offset = jnp.int32(data.draw(st.sampled_from([shape.keys - shape.queries, 0]) | st.integers(-shape.queries - 5, shape.keys)))
     arrays, weights = make_arrays(shape, seed), cotangents(shape, seed)
     expiry = lifetimes(kind, shape.batch, shape.keys, seed)
@@ -121,7 +121,7 @@ def test_two_runs_are_bit_identical():
 
 @pytest.mark.parametrize("name", ["tpu", "xla"])
 def test_two_calls_merged_by_log_sum_exp_equal_one(name):
-    """Disjoint keys, the second half of them beginning behind the first queries (a negative offset), meta keys in one call."""
+    """Disjoint keys; the second half begins after the first queries (a negative offset); one call has the meta keys."""
     shape, half = SHAPES[0], 33
     arrays, weights = make_arrays(shape, 9), cotangents(shape, 9)
     expiry = lifetimes("prefix", 2, 70, 9)
@@ -156,7 +156,7 @@ def lists_of(queries, block_q, block_k):
 @given(kinds, st.integers(0, 10_000), st.sampled_from([(50, 8, 8, 0), (50, 8, 16, 0), (23, 16, 8, 27), (50, 8, 8, -9)]))
 @settings(max_examples=40, deadline=None)
 def test_the_visited_blocks_are_those_with_an_allowed_pair(kind, seed, shape):
-    """Each once, in order, in both lists; a line of blocks without any has one, so that its zeros are written."""
+    """Each block once, in order, in both lists; an empty row of blocks has one visit, which writes its zeros."""
     queries, block_q, block_k, offset = shape
     batch, keys = 3, 50
     expiry = lifetimes(kind, batch, keys, seed)

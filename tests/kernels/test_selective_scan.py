@@ -170,7 +170,7 @@ def test_segment_ids_mark_the_same_resets(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_documents_after_a_shared_prefix(implementation):
-    """Prefix run once, its state given to every document of a row: the same as prefix + document, each alone."""
+    """The prefix is run once and its state given to every document of a row, which equals prefix + document alone."""
     arrays, _ = make_inputs(Shape(1, 8 + 20 + 13, 5, 4), 7)
     weights = {key: arrays[key] for key in ("A", "D", "dt_bias")}
     scan = functools.partial(IMPLEMENTATIONS[implementation], **weights)

@@ -31,7 +31,7 @@ def heads_last(x):
 
 
 def golden_expiry(z, name):
-    """A prefix is a number of first keys that every later query sees."""
+    """A prefix is a number of first keys that every later query attends to."""
     batch, length = z["q"].shape[0], z["q"].shape[2]
     window = {"causal": None, "window_prefix_decode": int(z["window"]) - 1}.get(name, int(z["window"]))
     expiry = Mask(window=window).expiry(jnp.ones((batch, length), jnp.int32))
@@ -131,7 +131,7 @@ def both_outputs(kernel, options, q, k, v, expiry, d_out, d_lse):
 @given(st.integers(0, 10_000), st.sampled_from([2, 10, 256]), st.just(40))
 @settings(max_examples=9, deadline=None)
 def test_blocks_equal_the_reference_with_rows_that_see_nothing(seed, block, keys):
-    """Arbitrary lifetimes, some of them over before they begin; both outputs differentiated; queries at the end of the keys."""
+    """Arbitrary lifetimes, some of them empty; gradients of both outputs; queries at the end of the keys."""
     q, k, v, d_out, d_lse = random_inputs(seed, keys=keys)
     expiry = jax.random.randint(jax.random.key(seed), (2, keys), 0, keys + 4).at[:, keys - 20 : keys - 8].set(0)
     arrays = (q, k, v, expiry, d_out, d_lse)

@@ -111,7 +111,7 @@ def test_a_step_costs_three_forward_passes_and_a_row_of_one_document_costs_flops
 
 
 def test_gathered_meta_attention_is_cheap():
-    """At 10 % meta-tokens the whole addition costs about 3 % of the matrix products of GPT-2's block."""
+    """With 10 % meta-tokens, meta-attention costs about 3 % of the matrix products of GPT-2's block."""
     model = Model(layers=12, width=768, heads=12, mlp_width=3072, position="rope")
     plain = Config(name="x", data=Data(sequence_length=1024), model=model)
     with_meta = Config(name="x", data=Data(sequence_length=1024), model=model, meta_tokens=MetaTokens())

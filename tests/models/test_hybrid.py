@@ -111,7 +111,7 @@ class Prefixed(Mask):
 
 
 def prepended(model, x):
-    """The same parameters with the meta tokens literally before each document, one document a row: the tokens' outputs."""
+    """Outputs of the same parameters with the meta tokens inserted before each document, one document per row."""
     literal = jax.tree.map(lambda leaf: leaf, model)
     literal.cfg, literal.prefix = override(CFG, {"hybrid.prefix_tokens": 0}), None
     for run in literal.blocks:

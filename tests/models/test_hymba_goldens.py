@@ -81,7 +81,7 @@ def test_what_the_meta_tokens_leave(name, implementation):
 
 
 def test_gradients():
-    """Every gradient through the meta prefix, the shared keys (a triple and a pair), the windows and the scans."""
+    """All gradients, through the meta prefix, shared keys (a group of three and one of two), windows and scans."""
     ids = jnp.asarray(FILES["hymba_b"]["input_ids"])
 
     # Compiled without optimisation: eight unlike layers, run once. The kernels' own tests hold them against the reference.
@@ -109,7 +109,7 @@ def test_hub_directories(folder, golden):
 
 
 def test_bfloat16_arithmetic_stays_near():
-    """The authors' own bfloat16 arithmetic is 4.5 % away from float32; loose, as the goldens' notes say."""
+    """The authors' own bfloat16 arithmetic differs from float32 by 4.5 %, so the tolerance is that of the goldens' README."""
     config, state = open_directory(GOLDENS / "hymba_b_hf_bf16", "hymba")
     cfg = replace(model_config(config), compute_dtype="bfloat16")
     ids = jnp.asarray(FILES["hymba_b_bf16"]["input_ids"])

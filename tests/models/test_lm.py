@@ -67,7 +67,7 @@ def abstract(cfg, meta=None, vocab=50304):
     ],
 )
 def test_parameter_counts_of_the_meta_token_paper(position, meta, total, millions):
-    """arXiv 2509.16278 compares 124M with 152M; the norm before meta-attention (9,216) is ours to choose."""
+    """arXiv 2509.16278 compares 124M with 152M; the norm before meta-attention (9,216) is our choice."""
     parts = param_count(abstract(gpt2_small(position=position), meta))
     assert parts["total"] == total == sum(n for part, n in parts.items() if part != "total")
     assert abs((total - parts.get("meta_norm", 0)) / 1e6 - millions) < 0.005

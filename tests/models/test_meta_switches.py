@@ -62,7 +62,7 @@ def second_attention(model, captured, forbidden, positions=POSITIONS, dtype=np.f
     ],
 )
 def test_each_form_is_the_papers_formula_under_its_constant(form, forbidden, dtype):
-    """What a finite constant makes of ordinary rows (it cancels, or rounds the scores away) is what the forms say."""
+    """A finite mask constant cancels in ordinary rows or absorbs the scores by rounding; each form states which."""
     model = build(meta=MetaTokens(attention=form))
     _, captured = run(model, capture=("residual", "mixer_out", "meta_out"))
     np.testing.assert_allclose(captured["meta_out"][0], second_attention(model, captured, forbidden, dtype=dtype), atol=2e-5)

@@ -76,7 +76,7 @@ def test_the_largest_buffers_are_read_from_the_dump(dump, tmp_path_factory):
 
 
 def test_memory_at_the_peak_is_split_by_kind(dump):
-    """`fusion.2` is gone when `sort.6` and `iota.3` stand side by side; what is in another memory, or has no range, is left out."""
+    """`fusion.2` is freed when `sort.6` and `iota.3` are alive. Buffers of another memory or without a range are left out."""
     (dump / "module_0000.jit_step.cl_1.after_optimizations-live-range.txt").write_text(RANGES)
     assert temporaries(dump) == {"activations": 15000, "gradients": 20000, "other": 8}
 

@@ -63,7 +63,7 @@ ENTRY %main.5 (a: f32[8]) -> f32[8] {
 
 
 def test_collectives_count_once_for_each_trip():
-    """In the program, in a fusion, in several fusions that share the work of one, and in a call on a thread of its own."""
+    """In the program, in a fusion, in several fusions that share one operation, and in a call on another thread."""
     from metajax.planning.plan import collectives
 
     found = collectives(HLO, chip_of("v5e:2x4"))
@@ -83,7 +83,7 @@ def test_kernels_count_once_for_each_trip():
 
 
 def test_no_bound_exceeds_the_possible_time():
-    """The kernels' cycles count beside the other operations at the peak; XLA's estimate is told, and bounds nothing."""
+    """The kernels' cycles count in addition to the other operations at the peak; XLA's estimate is shown but is no bound."""
     from metajax.planning.plan import bounds
 
     chip = chip_of("v5e:2x2")
@@ -134,7 +134,7 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 
 def plan(*words):
-    """What `plan` says, in a process of its own."""
+    """The output of `plan` in a separate process."""
     command = [sys.executable, "run.py", "plan", *words, "--json"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -150,7 +150,7 @@ def test_a_plan_needs_its_memory():
 
 
 def test_memory_agrees_with_the_step_that_runs(tiny_config):
-    """On a CPU, whose arrays are not padded: the planned program's arguments are the bytes of a real state and batch, which it runs on."""
+    """On a CPU, whose arrays are not padded: the planned arguments have the bytes of a real state and batch, and the program runs on them."""
     config, device = tiny_config(), jax.devices()[:1]
     planned = text_step(config, device, vocab_size=272)
     program = Program.build(config, 272, device)

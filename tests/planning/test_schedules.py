@@ -12,16 +12,16 @@ from metajax.planning.schedules import Call, scheduled
 def attention_call(part, heads, length, visits, metas=0):
     queries = ("bf16", (heads, 1, 64, length))
     keys = ("bf16", (heads, length, 64))
-    behind = [("bf16", (heads, metas, 64))] * 2 if metas else []
+    meta_keys = [("bf16", (heads, metas, 64))] * 2 if metas else []
     return Call(
         f"prefix_window_attention_{part}",
-        (("s32", ()), ("s32", (visits + 1,)), ("s32", (1,)), ("s32", (1, 1)), queries, keys, keys, *behind),
+        (("s32", ()), ("s32", (visits + 1,)), ("s32", (1,)), ("s32", (1, 1)), queries, keys, keys, *meta_keys),
     )
 
 
 @pytest.fixture
 def spawned(monkeypatch):
-    """The programs that were compiled alone; each kernel costs its declared visits, whatever they do."""
+    """The programs that were compiled alone; each kernel costs its declared visits."""
     made = []
 
     def spawn(program, chip):

@@ -10,7 +10,7 @@ from metajax.runs.files import write_json
 
 
 def made(folder, name, report):
-    """A run's folder with its config, and its report where there is one."""
+    """A run's folder with its config, and its report if there is one."""
     config = registry.find_experiment(name).build("cpu")
     write_json(folder / "config.json", {"hash": config_hash(config), "config": to_dict(config)})
     if report:

@@ -48,7 +48,7 @@ def make_table(rows=ROWS):
 
 
 def fake_run(config, workdir, analyses):
-    """Write what a complete run leaves behind, and return its report."""
+    """Write the files of a complete run, and return its report."""
     row, rng = config.name.split("/")[-1], np.random.default_rng([config.seed, len(config.name)])
     workdir.mkdir(parents=True, exist_ok=True)
     steps = np.arange(1, config.training.steps + 1)

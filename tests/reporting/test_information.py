@@ -36,7 +36,7 @@ def test_information_is_symmetric_and_no_more_than_either_entropy(rows):
 
 
 def documents(count=2000, words=40, seed=0):
-    """Two topics with words of their own, half and half, beside common ones: a word says its topic with probability 1/2."""
+    """Two equally frequent topics with words of their own and common words; a word reveals its topic with probability 1/2."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
@@ -49,7 +49,7 @@ def documents(count=2000, words=40, seed=0):
 
 
 def test_bits_saved_are_the_information_of_a_field_and_a_word():
-    """A word of a topic's own (half of them) says which topic it is: half a bit in all."""
+    """Half of the words belong to one topic and reveal it: half a bit on average."""
     corpus = documents()
     words = Words(corpus)
     saved = {name: words.bits_saved(number_values([d.metadata[name] for d in corpus])) for name in ("topic", "noise", "id")}
@@ -94,7 +94,7 @@ def test_a_survey():
 
 @pytest.mark.fault(29)
 def test_a_survey_refuses_no_corpus(tmp_path):
-    """Names that need quoting, records that cannot be read, values that cannot be text; columns that few documents have are left out."""
+    """Names that need quoting, unreadable records and undecodable values are accepted; rare columns are left out."""
     rows = [
         {"text": f"a{i}", "og:title": f"t{i % 2}", "": "e", "a{b}": "x", "meta": {"url": f"https://s{i}.org/x"}} for i in range(6)
     ]

@@ -37,7 +37,7 @@ def train_command(home, workdir, *changes):
 
 
 def kill(run, target):
-    """A copy of a complete run as a kill after the save at SAVED leaves it."""
+    """A copy of a complete run in the state after a kill following the save at SAVED."""
     shutil.copytree(run, target)
     for name in ("report.json", "report.html", f"hashes/{STEPS}-p0.json"):
         (target / name).unlink()
@@ -48,7 +48,7 @@ def kill(run, target):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """home, one and other (another seed), and those cut off, which have a warning."""
+    """home, one, other (another seed), and copies of both after a kill, which have a warning."""
     home = tmp_path_factory.mktemp("runs")
     write_corpus(home / "corpus.jsonl")
     folders = {name: home / "runs" / name for name in ("one", "other")}
@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def here(runs, capsys, monkeypatch):
-    """The command line in this process, with programs that are compiled once for all tests."""
+    """Run the command line in this process, with programs that are compiled once for all tests."""
     monkeypatch.setattr("metajax.cli.common.start_jax", lambda cache: None)
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

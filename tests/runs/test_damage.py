@@ -21,7 +21,7 @@ def damaged(copy, run, another, name, damage):
 
 
 def told(code, said):
-    """The lines that say what is wrong; an error is one line."""
+    """The lines of warnings and errors; an error is one line."""
     errors = [line for line in said if line.startswith("error: ")]
     assert code in (0, 2) and len(errors) == (code == 2), said
     return errors or [line for line in said if line.startswith("warning: ") and "other code" not in line]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.fault(10)
 
 
 def put(source, workdir, step):
-    """Another run's checkpoint, with its hashes, where this run's is."""
+    """Put another run's checkpoint, with its hashes, in the place of this run's."""
     shutil.rmtree(workdir / "checkpoints" / str(step))
     shutil.copytree(source / "checkpoints" / str(step), workdir / "checkpoints" / str(step))
     shutil.copy(source / "hashes" / f"{step}-p0.json", workdir / "hashes")

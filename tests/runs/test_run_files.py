@@ -25,7 +25,7 @@ MISFITS = [{"eval": []}, *({**REPORT, **change} for change in CHANGES)]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a run with an id."""
+    """The folder of a run with an id."""
     write_json(tmp_path / "config.json", {"id": "1f", "hash": "0", "config": {"name": "x"}})
     return tmp_path
 

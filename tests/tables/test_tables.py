@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("own_registry")
 
 @pytest.fixture
 def page():
-    """Asked for by the tests that read report.html."""
+    """For tests that read report.html."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ class Runs:
         score = {"plain": 0.25, "meta": 0.5, "scratch": 0.125}.get(config.name.split("/")[-1], 0.0) + config.seed / 64
         report = REPORT | {"name": config.name, "seed": config.seed, "steps": config.training.steps, "config": to_dict(config)}
         tasks = {"recall": {"exact": score, "no_position": score + 0.125 + config.seed / 128}}
-        report["eval"] = {"none": HELD_OUT, "tasks": tasks}
+        report["eval"] = {"none": VALIDATION, "tasks": tasks}
         write_json(workdir / "report.json", report)
         (workdir / "report.html").write_text("a page")
         return report
@@ -96,7 +96,7 @@ REPORT = {"parameters": {"total": 1000}, "flops_per_token": {"mlp": 10.0, "atten
 REPORT |= {"sample": None, "corpora": [], "warnings": [], "analyses": {}}
 COUNTS = {"positions": 400, "body": 380, "metadata": 0, "meta_tokens": 20, "padding": 0, "loss_tokens": 380}
 REPORT["counts"] = COUNTS | {"flops": 1.5e6}
-HELD_OUT = {"bpb": 2.0, "documents": 9, "body_bytes": 90, "body_tokens": 30}
+VALIDATION = {"bpb": 2.0, "documents": 9, "body_bytes": 90, "body_tokens": 30}
 ENVIRONMENT = {"python": "3.11", "platform": "Linux", "libraries": {"jax": "0"}, "cpu_count": 2, "command": ["run.py"]}
 ENVIRONMENT |= {"devices": {"kind": "cpu", "count": 1, "hosts": 1}, "git": {"commit": "a" * 40, "dirty": False}}
 ENVIRONMENT["started"] = "2025-06-01T12:00:00+00:00"
@@ -395,7 +395,7 @@ def test_the_fill_of_a_path_may_depend_on_the_scale(tmp_path):
 
 
 def test_a_row_may_have_a_run_for_each_part(tmp_path, page):
-    """Columns read the run of their own part; a row without a part has a dash there, and its own runs still count."""
+    """Columns read the run of their own part. A row that lacks a part has a dash there, and its other runs count."""
     steps = {"short": {"training.steps": 30}, "long": {"training.steps": 70}}
     columns = [Column(part, "steps", 0, "", part=part) for part in steps]
     rows = [Row("plain", published={columns[0].key: 12}), Row("meta", {"model.layers": 6}, parts=("long",))]

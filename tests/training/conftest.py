@@ -20,7 +20,7 @@ class Family(NamedTuple):
     explodes: dict[str, Any]
 
     def replay(self, bundle, config, paths):
-        """The step of a bundle, computed again."""
+        """The recomputed step of a bundle."""
         return replay(bundle, open_task(config, paths).program)
 
 
@@ -44,7 +44,7 @@ def clip_run(paths):
 
 @pytest.fixture(params=["text", "contrastive", "prompts"])
 def family(request, tiny_config, monkeypatch):
-    """Each family of runs in turn, without the page of the report, which takes longer than these runs."""
+    """Each family of runs in turn, without report.html, which takes longer than these runs."""
     monkeypatch.setattr("metajax.experiment.write_report", lambda workdir: None)
     if request.param == "text":
         return Family("text", tiny_config, {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})

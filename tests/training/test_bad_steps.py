@@ -24,7 +24,7 @@ def arrays(state):
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny_config, paths, accumulate):
-    """Adam's first update moves every parameter by the rate, or by nearly nothing: so the rate of a step can be measured."""
+    """Adam's first update moves every parameter by the rate or by almost nothing, so the rate can be measured."""
     warmup = {"optimizer.warmup_steps": 5, "optimizer.weight_decay": 0.0, "training.steps": 8}
     config = tiny_config(**SKIP, **warmup, **{"training.accumulation_steps": accumulate})
     corpora = open_corpora(config, paths)
@@ -52,7 +52,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_applied(tiny_config, paths,
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("most", [1, 3])
 def test_too_many_skipped_steps_in_a_row_stop_the_run(family, paths, tmp_path, most):
-    """No step passes the limit: the run stops at the same step when it is started again, and the bundle holds what led there."""
+    """Every step exceeds the limit: the run stops at the same step again after a restart, and the bundle reproduces it."""
     config = family.config(**SKIP, **{"runtime.max_grad_norm": 1e-9, "runtime.max_skipped": most, "runtime.save_every": 2})
     for _ in range(2):
         with pytest.raises(NonFinite, match=f"step {most}: "):

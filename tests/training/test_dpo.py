@@ -32,7 +32,7 @@ MODELS = {
 
 
 def records(count=60):
-    """Pairs whose chosen answer is the prompt's word and whose rejected one is it reversed."""
+    """Pairs whose chosen answer is the prompt's word and whose rejected answer is that word reversed."""
     rng = np.random.default_rng(7)
     drawn = ("".join(rng.choice(list("abcdefgh"), int(rng.integers(2, 7)))) + "z" for _ in range(2 * count))
     words = list(dict.fromkeys(drawn))[:count]
@@ -70,7 +70,7 @@ def prepare(config, paths):
 
 
 def alone(corpora, batch):
-    """(a row for each answer of a batch's pairs, chosen and rejected in turn, read from the records; what is asked for; where)."""
+    """(a row for each answer of a batch's pairs, chosen and rejected in turn; its targets; their positions)."""
     known, vocabulary = {row["chosen"]: row for row in records()}, corpora.tokenizer.vocabulary
     found = []
     for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
@@ -252,7 +252,7 @@ def test_a_replay_bundle_has_the_reference(dpo_config, here):
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_record_that_makes_no_pair_is_named(dpo_config, paths, tmp_path, changes, message, split):
-    """Validation ones as well, before training."""
+    """Also for validation records, before training."""
     rows = records(40)
     path = write(tmp_path / "pairs.jsonl", rows)
     config = dpo_config(**{"data.sources": (f"jsonl:{path}?text=chosen&origin=id",), "evaluation.documents": 40})

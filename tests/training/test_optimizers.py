@@ -160,7 +160,7 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_the_rest(tiny_config, kind):
 
 
 def test_a_step_of_muon_on_a_stack_is_that_of_each_layer(tiny_config):
-    """The stack has a leading axis; optax's own Muon, with its defaults, sees one matrix of it at a time."""
+    """The stack has a leading axis; optax's Muon with its defaults gets one matrix of it at a time."""
     rng, cfg = np.random.default_rng(0), tiny_config(**MUON, **{"optimizer.clip_norm": 0.0, "optimizer.schedule": "constant"})
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     stack, grads = draw(2, 3, 8, 12), draw(2, 3, 8, 12)  # two runs of three layers

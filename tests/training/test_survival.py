@@ -1,4 +1,4 @@
-"""Events besides kills that a run survives: preemption, a hang, a bad step; and the account of its time."""
+"""Events besides kills that a run survives: preemption, a hang, a bad step; and goodput."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_a_signal_saves_at_once_and_the_run_resumes(family, paths, tmp_path, mon
 
 
 def test_a_step_over_the_limit_stops_or_is_skipped(family, paths, tmp_path):
-    """A gradient norm that only some steps pass: `stop` leaves a bundle that reproduces the step, `skip` ends the run without it."""
+    """Some steps exceed the gradient norm: `stop` writes a bundle that reproduces the step, `skip` finishes the run without it."""
     norms = [line["grad_norm"] for line in curve_of(family.config(), paths, tmp_path / "free")]
     limit = sorted(norms)[-2] * (1 + 1e-6)  # one step is above
     worst = norms.index(max(norms)) + 1

@@ -51,7 +51,7 @@ class Cut(Exception):
 
 
 def run_and_cut(config, workdir, paths, after, monkeypatch):
-    """Run until `after` steps have been logged, then break off as an exception would."""
+    """Run until `after` steps have been logged, then stop by an exception."""
     original = trainer.Trainer._log
 
     def log(self, step, *rest):
@@ -141,7 +141,7 @@ def test_accumulation_changes_no_number(family, paths, tmp_path):
 
 @pytest.mark.parametrize("cut", ["config.json", "environment.json", "data.json", "tokenizer.json", "report.json", "report.html"])
 def test_a_kill_between_any_two_files_is_survived(tiny_config, paths, tmp_path, monkeypatch, cut):
-    """Whatever file was written last before a kill, the same command finishes the run with the same numbers."""
+    """After a kill following the write of any file, the same command finishes the run with the same numbers."""
     whole = run_experiment(tiny_config(), tmp_path / "whole", paths)
     original, done = atomic.write_text, []
 

@@ -102,7 +102,7 @@ def test_half_precision_stays_near(golden):
 
 
 def parameters(model):
-    """Trained numbers of the image tower, of the text tower, and of all: running statistics are none."""
+    """Numbers of trained parameters of the image tower, the text tower and all, without running statistics."""
     sizes = {path: p.size for path, p in named_params(model).items() if isinstance(p, nnx.Param)}
     return tuple(sum(n for path, n in sizes.items() if path.startswith(start)) for start in ("visual", "text", ""))
 

@@ -35,7 +35,7 @@ def equal(a, b):
 
 
 def hugging_face(state):
-    """OpenAI's state dict as the transformers library has it, renamed piece by piece."""
+    """OpenAI's state dict under the names of the transformers library."""
     whole = {
         "logit_scale": "logit_scale",
         "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -264,7 +264,7 @@ def test_an_older_config_dict_has_precedence(tmp_path):
 
 @pytest.mark.fault(7)
 def test_every_setting_that_is_not_supported_is_named_at_once(tmp_path):
-    """Settings inside a tower's object too; what published files say besides is harmless."""
+    """Also settings of a tower; other settings of published files are harmless."""
     towers = {
         name: CONFIG[name] | {"dropout": 0.0, "initializer_factor": 1.0, "pruned_heads": {}}
         for name in ("text_config", "vision_config")

@@ -22,7 +22,7 @@ def test_ids_and_texts_equal_the_goldens(clip_tokenizer):
         assert clip_tokenizer.encode(item["text"]) == item["encode"], item["text"]
         assert clip_tokenizer.decode(item["encode"]) == item["decode"]
     inside = clip_tokenizer.encode('x "<|endoftext|>"')
-    assert clip_tokenizer.end not in inside, "behind punctuation it is punctuation"
+    assert clip_tokenizer.end not in inside, "after punctuation it is punctuation"
 
 
 @pytest.mark.fault(5)

@@ -61,7 +61,7 @@ def aapl_losses(learner, model, texts, seen, label):
 
 
 def filled(cfg, model, classes, state):
-    """A learner with the golden's parameters: `state` by the names of META, and the context."""
+    """A learner with the golden's parameters (`state`, under the names of META) and its context."""
     learner = Learner(cfg, model.cfg, classes, KEY)
     learner.context[...] = jnp.asarray(state["context"])
     for ours in META if learner.meta_net is not None else ():

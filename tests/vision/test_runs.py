@@ -46,7 +46,7 @@ def learner(clip):
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    """Silhouettes and t-SNE of a few images take less than a second."""
+    """Few images, so that silhouettes and t-SNE take less than a second."""
     monkeypatch.setattr(prompt_learning, "PROFILED", 6)
 
 
@@ -124,7 +124,7 @@ def curves(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [4, 3])
 def test_two_processes_equal_one_process(clip, paths, tmp_path, images):
-    """Four images spread over two devices; three do not, so that each process reads all of them. Both families, in one command."""
+    """Four images are spread over two devices; three are not, so each process reads all of them. Both families in one command."""
     changes = {"images.shots": 1, "images.batch": 2 * images, "prompts.batch": images}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for count in (1, 2):
