@@ -23,8 +23,8 @@ PARTS = {
         ("metajax/data/sources/", "metajax/data/tasks/"),
         7_775,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_145),
-    "vision": (("metajax/vision/",), (), 3_390),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_140),
+    "vision": (("metajax/vision/",), (), 3_400),
     "kernels_pallas": (("kernels_pallas/",), (), 3_400),
 }
 

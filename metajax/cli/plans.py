@@ -6,14 +6,13 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from metajax import registry
-from metajax.config import AnyConfig
+from metajax.config import AnyConfig, Config
 from metajax.core.errors import require
 from metajax.core.fields import override
 from metajax.core.progress import echo, say
@@ -26,12 +25,10 @@ from metajax.reporting.plan_page import write_plan_page
 from metajax.reporting.terminal import print_plan, print_survey
 from metajax.runs.files import write_json
 from metajax.runs.parents import resolve_parents
-from metajax.vision.config import ImageConfig, Prompts
-from metajax.vision.data.published import CLASSES
+from metajax.vision.config import ImageConfig
+from metajax.vision.program import image_key, image_step, shapes_of
 
 SLICES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4")  # tried in this order
-# Fields of a prompt learner that change only numbers in its step, not shapes.
-_RATES = ("context_init", "beta", "margin", "epochs", "learning_rate", "warmup_rate", "weight_decay")
 
 
 def run_plan(options: argparse.Namespace, config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, dump: Path) -> int:
@@ -100,38 +97,26 @@ def _on_first(config: AnyConfig, slices: Sequence[str], plan_one: Callable[[AnyC
 
 
 def programs(configs: Iterable[AnyConfig]) -> list[list[AnyConfig]]:
-    """The configs grouped by program, without zero-shot configs; the first of each group has the most classes."""
-    groups: dict[Hashable, list[AnyConfig]] = {}
+    """The configs that train, grouped by program; the first of each group has the largest program."""
+    groups: dict[Hashable, list[tuple[int, AnyConfig]]] = {}
     for config in configs:
-        if not isinstance(config, ImageConfig) or config.prompts is None or config.prompts.context:
-            groups.setdefault(_program_of(config), []).append(config)
-    return [sorted(group, key=_classes, reverse=True) for group in groups.values()]
+        key, size = image_key(config) if isinstance(config, ImageConfig) else (_text_key(config), 0)
+        if key is not None:
+            runtime, training = config.runtime, config.training
+            how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation, config.optimizer.name)
+            groups.setdefault((key, *how, training.accumulation_steps, training.objective), []).append((size, config))
+    return [[config for _, config in sorted(group, key=lambda pair: -pair[0])] for group in groups.values()]
 
 
-def _program_of(config: AnyConfig) -> Hashable:
-    """The key of a train step's program: model, batch sizes, meta-tokens and runtime; not data, seed and rates."""
-    runtime = config.runtime
-    how = (runtime.mesh, runtime.remat, runtime.unroll, runtime.implementation, config.optimizer.name)
-    how = (*how, config.training.accumulation_steps, config.training.objective)
-    if not isinstance(config, ImageConfig):
-        batch = (config.row_positions, config.data.batch_size, config.row_meta_tokens)
-        return config.model, config.meta_tokens, batch, config.data.tokenizer, how
-    learner = config.prompts
-    if learner is not None:
-        plain = {name: getattr(Prompts(), name) for name in _RATES}
-        learner = replace(learner, **plain, alpha=float(learner.alpha > 0), augment=float(learner.augment > 0))
-    return config.clip, config.weights, learner, config.images.classes, config.images.batch, how
-
-
-def _classes(config: AnyConfig) -> int:
-    return CLASSES.get(config.images.sources[0], 0) if isinstance(config, ImageConfig) else 0
+def _text_key(config: Config) -> Hashable:
+    """What a train step's program depends on besides runtime and training: model, batch sizes, meta-tokens; not data, seed and rates."""
+    batch = (config.row_positions, config.data.batch_size, config.row_meta_tokens)
+    return config.model, config.meta_tokens, batch, config.data.tokenizer
 
 
 def _step(config: AnyConfig, parents: Sequence[AnyConfig], paths: Paths, vocabulary: int | None) -> Any:
     """The function that lowers the train step of a config for some devices."""
     if isinstance(config, ImageConfig):
-        from metajax.vision.program import image_step, shapes_of
-
         return functools.partial(image_step, shapes=shapes_of(config, parents, paths))
     tokenizer = config.data.tokenizer
     known = vocabulary_of(tokenizer)

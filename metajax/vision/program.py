@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,13 +18,27 @@ from metajax.training.program import Program
 from metajax.vision.clip.config import PUBLISHED, Clip, preset
 from metajax.vision.clip.model import CLIP
 from metajax.vision.clip.prompts import ClassTexts
-from metajax.vision.config import ImageConfig
+from metajax.vision.config import ImageConfig, Prompts
 from metajax.vision.contrastive import contrastive_program
 from metajax.vision.data.published import CLASSES
 from metajax.vision.data.sources import open_images
 from metajax.vision.data.words import WordTokenizer
 from metajax.vision.flops import image_step_flops
 from metajax.vision.prompt_learning import Frozen, prompt_program
+
+# Fields of a prompt learner that change only numbers in its step, not shapes.
+_RATES = ("context_init", "beta", "margin", "epochs", "learning_rate", "warmup_rate", "weight_decay")
+
+
+def image_key(config: ImageConfig) -> tuple[Hashable | None, int]:
+    """(what a train step's program depends on besides runtime and training, or None for a zero-shot run; number of classes)."""
+    learner, images = config.prompts, config.images
+    if learner is not None:
+        plain = {name: getattr(Prompts(), name) for name in _RATES}
+        learner = replace(learner, **plain, alpha=float(learner.alpha > 0), augment=float(learner.augment > 0))
+    trains = learner is None or learner.context
+    key = (config.clip, config.weights, learner, images.classes, images.batch)
+    return key if trains else None, CLASSES.get(images.sources[0], 0)
 
 
 class Shapes(NamedTuple):
