@@ -26,10 +26,10 @@ PARTS = {
             "metajax/data/tasks/",
             *(f"metajax/models/mixers/{name}.py" for name in ("mamba", "mamba2", "ssm")),
         ),
-        7_480,
+        7_475,
     ),
     "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_140),
-    "vision": (("metajax/vision/",), (), 3_400),
+    "vision": (("metajax/vision/",), (), 3_405),
     "kernels_pallas": (("kernels_pallas/",), (), 3_400),
 }
 

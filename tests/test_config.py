@@ -153,7 +153,7 @@ def test_reachable_fields_are_bounded():
         config = experiment.build(experiment.scales[0])
         unread = {*config.unread(), *unread_by_optimizer(config)}
         read = [field for field in flatten(config).keys() - unread if not field.startswith("runtime.")]
-        assert len(read) <= 82, f"{name}: {len(read)} fields that a run reads, besides `runtime`, which changes no number"
+        assert len(read) <= 76, f"{name}: {len(read)} fields that a run reads, besides `runtime`, which changes no number"
 
 
 def test_experiments_resolve_at_all_their_scales():

@@ -91,6 +91,9 @@ def test_no_default_changes_without_a_new_config_version():
     ("changes", "field"),
     [
         ({"optimizer.decay_share": 0.3}, "optimizer.decay_share"),
+        ({"runtime.max_skipped": 3}, "runtime.max_skipped"),
+        ({"tasks.train_length": 64, "data.packing": "best_fit"}, "data.packing"),
+        ({"tasks.train_length": 64, "data.switch.step": 9}, "data.switch"),
         ({"optimizer.schedule": "constant", "optimizer.final_fraction": 0.5}, "optimizer.final_fraction"),
         ({"model.rope_factor": 2.0}, "model.rope_factor"),
         ({"model.position": "none", "model.rope_theta": 5e5}, "model.rope_theta"),

@@ -13,7 +13,7 @@ import jax
 
 from metajax import registry
 from metajax.config import AnyConfig, Config
-from metajax.core.errors import require
+from metajax.core.errors import first_line, require
 from metajax.core.fields import override
 from metajax.core.progress import echo, say
 from metajax.data.encoding import Vocabulary
@@ -86,7 +86,7 @@ def _on_first(config: AnyConfig, slices: Sequence[str], plan_one: Callable[[AnyC
         try:
             found = plan_one(config, topology)
         except Exception as error:  # the summary and the exit code show it; the other programs continue
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             found = {"name": config.name, "topology": topology, "fits": False, "reason": reason}
         if found["fits"]:
             times = f"a step of {1e3 * found['bound']['step']:.1f} ms or more, compiled in {found['compile_seconds']:.0f} s"

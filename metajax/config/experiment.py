@@ -128,6 +128,16 @@ class Config(AnyConfig):
             bounds = f"between 16 and data.sequence_length = {length}"
             require(16 <= tasks.train_length <= length, f"tasks.train_length = {tasks.train_length}: {bounds}")
 
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if self.tasks is not None:
+            found |= dict.fromkeys(("data.weights", "data.packing", "data.switch"), "rows of tasks hold no documents")
+        if self.dpo is not None:
+            found |= {"training.objective": "dpo is the objective", "data.packing": "rows hold whole pairs of answers"}
+        if self.metadata is None:
+            found["evaluation.conditions"] = "without metadata there is nothing to show"
+        return found
+
     @property
     def batch(self) -> tuple[str, int, int]:
         return "data.batch_size", self.data.batch_size, self.training.accumulation_steps

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from metajax.core.errors import nearest, require
-from metajax.core.fields import Count, CountOrZero, NotNegative, Part, Range, Size, convert
+from metajax.core.fields import Count, CountOrZero, NotNegative, OnlyWith, Part, Range, Size, convert
 
 # Axes of the device mesh. Rows of a batch are sharded over data and fsdp, parameters and optimiser over fsdp, long rows over
 # context, and heads, channels and feed-forward units over tensor. Neighbours in the last axes are neighbours in the hardware.
@@ -38,7 +38,7 @@ class Runtime(Part, path="runtime"):
     # report it. Not in the hash, because a run without such a step is the same.
     on_bad_step: Literal["stop", "skip"] = "stop"
     max_grad_norm: NotNegative = 0.0  # before clipping; 0: no limit
-    max_skipped: Count = 10  # the run stops after this many skipped steps in a row
+    max_skipped: Annotated[Count, OnlyWith("on_bad_step", "skip")] = 10  # the run stops after this many skipped steps in a row
     profile: tuple[Count, ...] = ()  # first and last step of a profile for xprof
     # The process exits with its stacks after so long without a step, save or evaluation, or, at the start, without a first step; 0: never.
     hang_seconds: Seconds = 1800.0

@@ -19,6 +19,11 @@ class Stopped(BaseException):
     EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless `condition` holds."""
     if not condition:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from metajax.core.errors import UserError
+from metajax.core.errors import UserError, first_line
 
 # Files that `handle` keeps open in a process, with two descriptors each: half of the system's limit, at most 256 files.
 OPEN = max(2, min(256, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 48) // 4))
@@ -80,8 +80,3 @@ def _fault(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     return next((code for code in REMEDIES if isinstance(error, RuntimeError) and os.strerror(code) in str(error)), None)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error message."""
-    return (str(error).strip().splitlines() or ["damaged or cut short"])[0]

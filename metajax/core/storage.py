@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from metajax.core.errors import Stopped, UserError, require
+from metajax.core.errors import Stopped, UserError, first_line, require
 
 SCHEME = "gs://"
 MARK = ".bucket"  # a file in a stage with the URL of the run
@@ -195,7 +195,7 @@ def outages() -> Iterator[None]:
         from google.api_core.exceptions import GoogleAPIError, RetryError, ServerError
         from google.auth.exceptions import GoogleAuthError
 
-        problem = f"the bucket: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        problem = f"the bucket: {first_line(error)}"
         if is_retriable(error) or isinstance(error, (RetryError, ServerError)):
             raise Stopped(f"{problem}; the same command continues") from error
         forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # the wording of gcsfs

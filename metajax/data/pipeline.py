@@ -30,13 +30,13 @@ from metajax.data.encoding import Tokenizer
 from metajax.data.meta_tokens import inject
 from metajax.data.metadata import MetadataIds, Placement, delimiters, dropped_owner, owners, uniform_hash
 from metajax.data.mixture import Mixture
-from metajax.data.names import check_names
 from metajax.data.packing import RowIndex, most_overhead, pack
 from metajax.data.pairs import pair_rows
 from metajax.data.positions import spots
 from metajax.data.rows import Row, RowSource, finish, stack
 from metajax.data.sources import open_source, parse_spec, place_of, source_notes
 from metajax.data.sources.files import JOINED
+from metajax.data.tasks import check_tasks
 from metajax.data.tasks.examples import Examples, TaskRows
 from metajax.data.tokenising import Make, build_token_cache, in_processes
 from metajax.data.tokenizers import open_tokenizer
@@ -81,7 +81,9 @@ def derive_seed(*parts: object) -> int:
 
 def open_corpora(config: Config, paths: Paths, make: Make = in_processes) -> Corpora:
     """Open or build the tokenizer and caches of a config. The first call for a corpus tokenises it, its parts by `make`."""
-    check_names(config)
+    check_tasks(config.tasks)
+    if config.metadata is not None:
+        spots(config.metadata)  # raises UserError for an unknown position
     data, folders = config.data, {"cache_dir": paths.cache, "data_dir": paths.data}
     sources = [open_source(spec, **folders) for spec in data.sources]
 

@@ -19,7 +19,7 @@ import tiktoken
 import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from metajax.core.errors import UserError, nearest, require
+from metajax.core.errors import UserError, first_line, nearest, require
 from metajax.core.progress import say
 from metajax.core.sealed import Sealed, sealed_folder
 from metajax.data import control_tokens
@@ -333,7 +333,7 @@ def _open_sentencepiece(spec: str, path: Path) -> SentencePiece:
     try:
         found = SentencePiece(spec, model)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]}); name another file") from None
+        raise UserError(f"{path}: not a SentencePiece model ({first_line(error)}); name another file") from None
     ids = {name: found._processor.piece_to_id(name) for name in found.symbols}
     return SentencePiece(spec, model, sorted(declared.control(ids, found.symbols) - found.control.keys()))
 

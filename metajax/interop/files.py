@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from metajax.core.errors import UserError, require
+from metajax.core.errors import UserError, first_line, require
 from metajax.core.sealed import HASHES
 from metajax.interop.layouts import Tensor
 from metajax.interop.settings import few, shown
@@ -93,7 +93,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     try:
         file = safe_open(path, "np")
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file ({_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is not a safetensors file ({shown(first_line(error))}); fetch it again") from None
     return {name: _FileTensor(file, name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
 
 
@@ -104,7 +104,7 @@ def read_json(path: Path) -> Values:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a model directory") from None
     except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested too deeply, not a file
-        raise UserError(f"{path}: not JSON ({_line(error)}); fetch it again") from None
+        raise UserError(f"{path}: not JSON ({shown(first_line(error))}); fetch it again") from None
     require(isinstance(found, dict), f"{path}: not a JSON object; fetch it again")
     return Values(found)
 
@@ -139,10 +139,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{shown(name)} appears twice")
     return found
-
-
-def _line(error: Exception) -> str:
-    return shown((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def write_tensors(

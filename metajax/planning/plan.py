@@ -19,7 +19,7 @@ import numpy as np
 
 from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import AnyConfig, Config, config_hash
-from metajax.core.errors import require
+from metajax.core.errors import first_line, require
 from metajax.models.flops import flops_per_token, step_flops
 from metajax.planning.buffers import largest_buffers, temporaries
 from metajax.planning.schedules import kernel_calls, scheduled
@@ -98,7 +98,7 @@ def plan(config: AnyConfig, step: Step, topology: str, dump: Path | None = None,
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found |= {"fits": False, "reason": str(error).splitlines()[0], "compile_seconds": time.monotonic() - began}
+        found |= {"fits": False, "reason": first_line(error), "compile_seconds": time.monotonic() - began}
         return found | {"largest_buffers": largest_buffers(dump) if dump else []}
     found |= {"fits": True, "compile_seconds": time.monotonic() - began, "memory": memory(compiled, chip)}
     found |= {"temporaries": temporaries(dump) if dump else {}, "largest_buffers": largest_buffers(dump) if dump else []}

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from metajax.core.errors import UserError, nearest, require
+from metajax.core.errors import UserError, first_line, nearest, require
 from metajax.core.fields import Range, convert
 from metajax.planning.buffers import FLAGS
 
@@ -78,5 +78,5 @@ def slice_devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(f"{kind}:{size}", "tpu", **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason, remedy = str(error).splitlines()[0], "the TPU compiler comes with requirements-dev.txt (libtpu, Linux x86-64)"
+        reason, remedy = first_line(error), "the TPU compiler comes with requirements-dev.txt (libtpu, Linux x86-64)"
         raise UserError(f"--topology {topology}: {reason}; {remedy}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metajax.core.atomic import strict, write_text
-from metajax.core.errors import UserError, require
+from metajax.core.errors import UserError, first_line, require
 from metajax.core.progress import warn
 
 CONFIG, DIGEST = "config.json", "sha256"
@@ -116,7 +116,7 @@ def find_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, f"no JSON: {str(error).splitlines()[0]}" if data else "empty") from None
+        raise Damaged(path, f"no JSON: {first_line(error)}" if data else "empty") from None
     if isinstance(value, list) and path.name in LISTS:
         value = {LISTS[path.name]: value}
     wrong = _misfit(value, dict) or _misfit(value, SHAPES.get(path.name, SHAPES.get(path.parent.name, dict)))

@@ -16,7 +16,8 @@ from metajax.config import AnyConfig, Config
 from metajax.core.errors import nearest, require
 from metajax.core.fields import defaults, flatten, ignored, override, require_all_read
 from metajax.core.progress import say
-from metajax.data.names import check_names
+from metajax.data.positions import spots
+from metajax.data.tasks import check_tasks
 from metajax.runs.directory import default_workdir, find_run, list_runs, read_config
 
 
@@ -73,7 +74,9 @@ def resolve_parents(config: AnyConfig, changes: Mapping[str, Any], root: Path) -
     config = _without_those_of_its_parent(config, inherited(changes))
     require_all_read(config)
     if isinstance(config, Config):
-        check_names(config)
+        check_tasks(config.tasks)
+        if config.metadata is not None:
+            spots(config.metadata)
         if changes.keys() & {"model.position", "model.hybrid.ssm"}:
             from metajax.models.specs import layer_specs  # imports JAX, which showing a table does not need
 

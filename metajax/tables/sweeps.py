@@ -85,10 +85,7 @@ def _axis(word: str) -> tuple[str, list[str]]:
 def _columns(config: AnyConfig) -> tuple[Column, ...]:
     """Columns of an experiment without a table: exact match by task and length, bits per byte by condition, image accuracy."""
     if isinstance(config, ImageConfig):
-        names = config.images.sources
-        if config.prompts:
-            names = ("base", "new") if config.images.classes == "base" else ("all",)
-        return tuple(Column(f"{name}, %", f"eval.{name}.accuracy", 1, "higher", 100) for name in names)
+        return tuple(Column(f"{name}, %", f"eval.{name}.accuracy", 1, "higher", 100) for name in config.tested)
     tasks = config.tasks
     scored = [(task, length) for task in tasks.names for length in tasks.eval_lengths] if tasks else []
     shares = [Column(f"{task}, {n} tokens, %", f"eval.tasks.{task}.{n}.exact", 1, "higher", 100) for task, n in scored]

@@ -158,6 +158,13 @@ class ImageConfig(AnyConfig):
         return "prompts.batch", self.prompts.batch, self.training.accumulation_steps
 
     @property
+    def tested(self) -> tuple[str, ...]:
+        """Names of the accuracies in the report, without those of `images.targets`."""
+        if self.prompts is None:
+            return self.images.sources
+        return ("base", "new") if self.images.classes == "base" else ("all",)
+
+    @property
     def still(self) -> bool:
         """Whether a learner's training images are the same in every step, so that their features are too."""
         return self.images.view == "centre" and not (self.prompts and self.prompts.augmented)

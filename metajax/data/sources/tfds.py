@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from metajax.core.array_records import ArrayRecords
-from metajax.core.errors import UserError, nearest, require
+from metajax.core.errors import UserError, first_line, nearest, require
 from metajax.data.documents import BadRecord, Document, Source
 from metajax.data.sources import source
 from metajax.data.sources.files import Request, attempt, file_entry, fingerprint, to_documents
@@ -38,7 +38,7 @@ class TfdsText(Source):
             folder = f" below {data_dir}" if data_dir is not None else ""
             raise UserError(f"{spec}: no TFDS set {name!r} is prepared{folder} or known; {remedy}") from None
         except ValueError as error:  # an unknown config or version, or an invalid name
-            raise UserError(f"{spec}: {str(error).splitlines()[0]} {remedy}") from None
+            raise UserError(f"{spec}: {first_line(error)} {remedy}") from None
         self._folder, info = os.fspath(builder.data_dir), builder.info
         require(epath.Path(self._folder, "dataset_info.json").exists(), f"{spec}: {self._folder} holds no prepared set; {remedy}")
         splits, base = list(info.splits), re.split(r"[\[+]", split)[0]
@@ -49,7 +49,7 @@ class TfdsText(Source):
         except NotImplementedError:
             raise UserError(f"{spec}: {self._folder} is in a format without random access; {remedy}") from None
         except ValueError as error:  # a slice that cannot be read
-            raise UserError(f"{spec}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{spec}: {first_line(error)}") from None
         if isinstance(self._records.data_source, ArrayRecordDataSource):  # it would keep every shard open
             parts = file_instructions(info, tfds.Split(split))
             self._records.data_source = ArrayRecords((os.fspath(part.filename), part.skip, part.take) for part in parts)

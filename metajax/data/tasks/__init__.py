@@ -53,6 +53,12 @@ class SyntheticTask(ABC):
         """Try once to draw an example of `split`, "train" or "test", with lengths[0] to lengths[1] tokens; None if it fails."""
 
 
+def check_tasks(tasks: Tasks | None) -> None:
+    """Raise UserError for an unknown task."""
+    for name in tasks.names if tasks is not None else ():
+        task.find(name, "tasks.names")
+
+
 def is_test(core: Any) -> bool:
     """Whether an example is a test example, by a hash of only the text of `core`."""
     return zlib.crc32((core if isinstance(core, str) else core.text).encode()) % TEST_SHARE == 0
