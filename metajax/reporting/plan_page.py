@@ -85,7 +85,7 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str
             *((part, f"{cost:.3e}, {cost / sum(parts.values()):.1%}") for part, cost in parts.items()),
         ],
         ("Pallas kernels found", ""): _kernels(plan) or [("none", "XLA alone")],
-        ("Between chips, in a step", ""): links or [("nothing", "one chip, or nothing to tell each other")],
+        ("Between chips, in a step", ""): links or [("none", "one chip, or no communication")],
     }
     return [(title, unit, facts) for (title, unit), facts in sections.items()]
 

@@ -122,7 +122,7 @@ def _resolve(
         folder = find_run(word, root)
         return _with_imported(config, read_config(folder), folder), ()
     remedy = "one of them has to start afresh, with an empty init.from"
-    require(word not in chain, f"init.from goes round in a circle: {' -> '.join((*chain, word))}; {remedy}")
+    require(word not in chain, f"init.from is circular: {' -> '.join((*chain, word))}; {remedy}")
     parent = replace(apply_changes(registry.find_experiment(word).build(config.scale), changes), seed=config.seed)
     parent, older = _resolve(parent, changes, root, (*chain, word))
     child = override(config, {"init.from": "?".join([default_workdir(parent, Path()).as_posix(), *parts])})

@@ -118,7 +118,7 @@ def remarks(result: Result) -> list[str]:
     absent: dict[str, list[str]] = {}
     for row in (row for row in result["rows"] if row["lacks"]):
         absent.setdefault(row["lacks"], []).append(row["name"])
-    notes += [f"Not here, for want of {lacks}: {', '.join(names)}." for lacks, names in absent.items()]
+    notes += [f"Not run here for lack of {lacks}: {', '.join(names)}." for lacks, names in absent.items()]
     return [*notes, *_code_remarks(result), *_power_remarks(result)]
 
 
@@ -131,7 +131,7 @@ def seed_note(result: Result) -> str:
     if has_difference(result):
         note += (
             f" {DELTA} is the difference to {result['baseline']}, seed by seed, with its own interval; one interval in twenty "
-            "leaves 0 out by chance alone."
+            "excludes 0 by chance."
         )
     return note if n > 2 else f"{note} Two seeds make very wide intervals; run the same command with `--seeds 3`."
 

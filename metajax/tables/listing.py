@@ -88,7 +88,7 @@ def print_table_plan(plan: TablePlan) -> None:
         lacks = table.lacks(row, scale)
         of_row = [] if lacks else [plan.run_of(row, seed, part) for part in table.parts_of(row, scale)]
         changes = ", ".join(f"{k} = {_short(v)}" for k, v in registry.at_scale(row.changes, scale).items())
-        differs = f"not here, for want of {lacks}" if lacks else changes or (row.of and f"the runs of {row.of}") or "-"
+        differs = f"not run here for lack of {lacks}" if lacks else changes or (row.of and f"the runs of {row.of}") or "-"
         in_print = [(column.title, row.paper(column.key)) for column in table.columns_at(scale)]
         published = ", ".join(f"{title} {'not stated' if p.value is None else p.value}" for title, p in in_print if p)
         starts = dict.fromkeys(parents[-1].config.name if parents else run.config.init.from_ for run, parents in of_row)

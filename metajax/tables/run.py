@@ -127,7 +127,7 @@ def plan_table(
     plan = TablePlan(table, scale, tuple(rows), tuple(seeds), changes, root)
     for config in {run.config.name: run.config for run in plan.runs()}.values():
         for field in absent_fields(config, inherited(changes)):
-            say(f"{config.name} does without {field}: --set passes it by")
+            say(f"{config.name} does not read {field}; --set skips it there")
     return plan
 
 

@@ -30,7 +30,7 @@ def test_a_row_without_its_field_is_shown_but_not_run(tmp_path, capsys):
     [run] = plan.runs()
     write_json(run.workdir / "report.json", REPORT)
     assert "| scored | not here " in markdown(plan.result())
-    assert "- Not here, for want of a score: scored.\n" in markdown(plan.result())
+    assert "- Not run here for lack of a score: scored.\n" in markdown(plan.result())
     print_table_plan(plan)
     assert "not here, for want" in " ".join(capsys.readouterr().out.split())
     assert registry.find_experiment("lab/scored").scales == ("gpu",)

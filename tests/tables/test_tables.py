@@ -165,7 +165,7 @@ def test_a_cycle_of_parents_is_refused(tmp_path):
         registry.experiment(one, summary="s", minutes={"cpu": 1})(
             lambda scale, other=other: override(base(scale), {"init.from": other})
         )
-    with pytest.raises(UserError, match="circle: lab_a -> lab_b -> lab_a; one of them has to start afresh"):
+    with pytest.raises(UserError, match="circular: lab_a -> lab_b -> lab_a; one of them has to start afresh"):
         resolve_parents(registry.find("lab_a").build("cpu"), {}, tmp_path)
 
 
