@@ -102,7 +102,9 @@ def test_places_in_a_document(study):
     found = places(batch)
     assert ((found >= 0) == batch["is_body"]).all()
     whole = found[0][batch["segment_ids"][0] == 1]
-    assert Counter(whole[whole >= 0].tolist()) == {0: 8, 1: 14, 2: 10}, "32 symbols: 8 first, the last third from the 22nd on"
+    assert Counter(whole[whole >= 0].tolist()) == {0: 8, 1: 14, 2: 10}, (
+        "of 32 symbols the first 8, then the last third from symbol 22"
+    )
 
 
 def test_the_best_possible_loss_is_that_of_the_evaluated_documents(study):

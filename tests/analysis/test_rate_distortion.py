@@ -47,7 +47,7 @@ def test_heads_trained_together_equal_heads_trained_alone():
     assert whole.shape == (2, 3, PARTS, 2, 2)
     one = train_head(jnp.float32(1.0), draw(2, budget, 12, 8, 4), h, labels, budget=budget)
     np.testing.assert_allclose(whole[1, 2], one, rtol=1e-4, atol=1e-5)
-    assert np.abs(whole[1, 1] - one).max() > 1e-2, "another seed is another head"
+    assert np.abs(whole[1, 1] - one).max() > 1e-2, "heads differ between seeds"
 
 
 def test_every_epoch_has_every_example_once():

@@ -184,7 +184,7 @@ def pair(own_registry):
 
 def test_an_experiment_that_starts_from_another_runs_it_first(command, pair, tmp_path):
     code, out, _ = command("show", "pair/short", small=True)
-    assert code == 0 and "pair_base/cpu/" in out and not (tmp_path / "runs").exists(), "to look takes no run"
+    assert code == 0 and "pair_base/cpu/" in out and not (tmp_path / "runs").exists(), "show makes no run"
     code, _, err = command("pair/short", "--seed", "1", small=True)
     assert code == 0 and "pair/short starts from pair_base (seed 1), which runs first" in err
     [parent], [child] = ((tmp_path / f"runs/{name}/cpu").iterdir() for name in ("pair_base", "pair/short"))
@@ -343,7 +343,7 @@ def test_init_from_another_tokenizer_is_refused(command, tiny_corpus, tmp_path):
     words = ("quickstart/plain", "--set", "data.tokenizer=bpe:320", "--set", "init.from=quickstart/plain")
     assert "its tokenizer" in one_error_line(command(*words, small=True, corpus=corpus))
     code, _, err = command(*words[:-1], f"{words[-1]}?blocks/0/0/mixer&blocks/0/0/mlp", small=True, corpus=corpus)
-    assert code == 0 and "starting from the parameters of" in err, "parts that know nothing of tokens"
+    assert code == 0 and "starting from the parameters of" in err, "parts without a vocabulary table"
 
 
 def test_a_mistake_leaves_the_workdir_usable(command, tmp_path):

@@ -38,7 +38,7 @@ def test_lines_end_at_line_feeds_alone(written):
     )
     assert list(records(written(data.encode()))) == [(2, {"t": "a\u2028b\u2029c\x85d\x0b"}), (5, {"t": 2})]
     assert list(lines(written(b""))) == []
-    assert [n for n, _ in lines(written(b"\0\0\n1"))] == [1, 2], "zeros are no white space"
+    assert [n for n, _ in lines(written(b"\0\0\n1"))] == [1, 2], "zero bytes are not blank"
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,7 @@ def test_a_stage_is_synced_from_its_bucket(bucket, tiny_config, tmp_path):
     (stage / "analysis" / "one.json").write_text("1")
     with pytest.raises(UserError, match="another process is running in"):
         RunDirectory.open(stage, tiny_config())
-    assert find_run("gs://bucket/stage", tmp_path) == stage and (stage / "analysis" / "one.json").exists(), (
-        "a run that is under way"
-    )
+    assert find_run("gs://bucket/stage", tmp_path) == stage and (stage / "analysis" / "one.json").exists(), "a running run"
     run.close()
     assert (there / "analysis" / "one.json").read_text() == "1"
     (stage / "stale.json").write_text("of a life before")
@@ -153,7 +151,9 @@ def test_a_stage_is_synced_from_its_bucket(bucket, tiny_config, tmp_path):
     assert not (stage / "stale.json").exists() and (stage / "data.json").read_text() == (there / "data.json").read_text()
     there.rmtree()
     RunDirectory.open(stage, tiny_config()).close()
-    assert sorted(path.name for path in stage.iterdir() if path.is_file()) == [".bucket", ".lock"], "the run there is gone"
+    assert sorted(path.name for path in stage.iterdir() if path.is_file()) == [".bucket", ".lock"], (
+        "the run on the bucket is deleted"
+    )
 
 
 def test_mistakes_are_one_line_each(bucket, data, tiny_config, tmp_path, monkeypatch):

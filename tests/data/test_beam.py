@@ -44,7 +44,7 @@ def test_the_cache_is_the_same_whatever_the_runner_and_the_number_of_workers(bui
     facts = {path: path.stat().st_mtime_ns for path in (tmp_path / "away").glob("*/*/part.json")}
     assert len(facts) == 4, "the parts are where the option says"
     assert files(build("again", partial(on_beam, options=[HERE, away]))) == files(local)
-    assert facts == {path: path.stat().st_mtime_ns for path in facts}, "and are taken up from there"
+    assert facts == {path: path.stat().st_mtime_ns for path in facts}, "parts on the shared folder are reused"
     assert files(build("shared", partial(on_beam, options=[HERE]))) == files(local)
     remedy = r"corpus\.jsonl, line 4: not JSON.*; --set data\.on_bad_record=skip leaves such records out and counts them$"
     for options in ([HERE], [*TWO, "multi_threading"]):  # one raises what a worker raised, the other one tells of it

@@ -106,7 +106,7 @@ def test_another_tokenizer_or_source_is_another_cache(corpus, tmp_path):
     ]
     assert len({cache.folder for cache in caches}) == len({cache.key for cache in caches}) == len(caches)
     same = build(corpus(rows(), "moved.jsonl"), tmp_path)
-    assert same.key == caches[0].key, "the key says what the content is, wherever it lies"
+    assert same.key == caches[0].key, "the key depends on the content, not on the folder"
 
 
 def test_a_digest_depends_on_every_part_and_its_place():
@@ -122,7 +122,7 @@ BAD = [*map(json.dumps, rows()[:2]), "{", json.dumps({"body": "no text"}), json.
 def test_a_bad_record_stops_with_file_line_and_remedy(corpus, tmp_path):
     with pytest.raises(BadRecord, match=r"corpus\.jsonl, line 3: not JSON.*; --set data\.on_bad_record=skip"):
         build(corpus(BAD), tmp_path)
-    assert not list((tmp_path / "cache/tokens").iterdir()), "nothing half made is left"
+    assert not list((tmp_path / "cache/tokens").iterdir()), "no partial folder is left"
 
 
 @pytest.mark.parametrize("last", [[], ["["]])
@@ -221,7 +221,7 @@ def test_split_by_whole_origins(corpus, tmp_path):
         assert validation == [i for i in range(200) if is_validation(f"site{i % 40}", share)], (
             "as the tokenizer's training saw it"
         )
-        assert before <= set(validation), "a larger share takes more and gives nothing back"
+        assert before <= set(validation), "a larger share only adds origins"
         before = set(validation)
 
 
@@ -282,7 +282,7 @@ def test_a_folder_is_complete_or_absent(tmp_path):
         (slow / "slow").touch()
         with whole_folder(target) as quick:
             (quick / "quick").touch()
-    assert [path.name for path in target.iterdir()] == ["quick"], "the first to finish stays"
+    assert [path.name for path in target.iterdir()] == ["quick"], "the folder of the first process stays"
     assert list((tmp_path / "deep").iterdir()) == [target]
 
 

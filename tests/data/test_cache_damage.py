@@ -149,7 +149,7 @@ def test_parts_are_checked_before_they_are_joined(home, tmp_path):
             with pytest.raises(UserError, match=f"{path}: .* delete the folder {parts}/00001, and"):
                 build(tmp_path, part=9)
             path.write_bytes(before)
-    assert [p.name for p in parts.parent.iterdir()] == [parts.name], "nothing half made"
+    assert [p.name for p in parts.parent.iterdir()] == [parts.name], "no partial folder"
     shutil.rmtree(parts / "00001")
     assert content(build(tmp_path, part=9)) == whole, "the same command makes it again"
 

@@ -110,7 +110,7 @@ def test_text_never_becomes_a_control_token(each, data):
     assert not never & {*ids}
     assert max(ids, default=0) < tokenizer.vocabulary.base
     if name != "word_level" and {*text} <= {*CHARACTERS, " "}:
-        assert tokenizer.unknown not in ids, "for characters that the vocabulary lacks, never for its own name"
+        assert tokenizer.unknown not in ids, "for unknown characters, never for its own spelling"
     spaced = name.startswith("unigram") and text.startswith(" ")  # which its library takes for the space that it adds itself
     if tokenizer.unknown not in ids and name not in LOSSY and "▁" not in text and not spaced:
         assert tokenizer.decode(ids) == text
@@ -188,7 +188,9 @@ def test_fingerprints_stay_and_caches_of_changed_texts_do_not(each):
     for same in (llama, gpt2, bpe, Bytes()):
         assert same.text_key == same.fingerprint(), "no text has other ids than before"
     text = json.dumps([llama._library.to_str(), "<s>", "</s>"])
-    assert llama.fingerprint() == hashlib.sha256(f"hf\n{text}".encode()).hexdigest(), "as runs made before have it"
+    assert llama.fingerprint() == hashlib.sha256(f"hf\n{text}".encode()).hexdigest(), (
+        "equal to the fingerprint of earlier versions"
+    )
     for other in ("chat", "unigram", "word_piece", "word_level", "sentencepiece"):
         assert each[other].text_key != each[other].fingerprint(), f"{other}: caches made before may hold control tokens"
 
@@ -237,7 +239,7 @@ def test_a_source_says_that_its_text_has_markers(tiny_config, paths, folders, tm
     tokenizer = plain.tokenizer
     end = tokenizer.control["<|im_end|>"]
     assert [made.caches[0].manifest["tokenizer"]["markers"] for made in (plain, marked)] == [False, True]
-    assert plain.caches[0].folder != marked.caches[0].folder, "other ids have another cache"
+    assert plain.caches[0].folder != marked.caches[0].folder, "changed ids get another cache"
     assert plain.key != marked.key
     for n, row in enumerate(chats):
         assert end not in plain.caches[0][n]

@@ -132,7 +132,7 @@ def test_periodic_positions_are_evenly_spread(case):
     np.testing.assert_array_equal(chosen, choose_positions(positions, count, "periodic", np.random.default_rng(1)))
     period = (positions - 1) / count
     assert set(np.diff(chosen).tolist()) <= {int(np.floor(period)), int(np.ceil(period))}
-    assert abs((chosen[0] - 1) - (positions - 1 - chosen[-1])) <= 1, "as much before the first as after the last"
+    assert abs((chosen[0] - 1) - (positions - 1 - chosen[-1])) <= 1, "equal margins at both ends"
 
 
 @pytest.mark.parametrize("how", ["random", "periodic"])

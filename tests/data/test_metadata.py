@@ -106,7 +106,7 @@ def test_keep_depends_on_seed_and_document_alone(order, used, seed):
     whole = owners(Metadata(keep=0.5), "training", has, np.arange(30), seed)
     part = owners(Metadata(keep=0.5), "training", has, some, seed)
     np.testing.assert_array_equal(part[some], whole[some])
-    assert (part[np.setdiff1d(np.arange(30), some)] == NOTHING).all(), "documents not in use show nothing"
+    assert (part[np.setdiff1d(np.arange(30), some)] == NOTHING).all(), "unused documents have no metadata"
 
 
 def test_two_seeds_drop_different_documents():
@@ -163,7 +163,7 @@ def test_the_shuffled_control_is_a_permutation_without_fixed_points(has, random)
         return
     owner = owners(Metadata(), "shuffled", has, documents, 0)
     assert Counter(owner[sharing].tolist()) == Counter(sharing.tolist()), "the same strings as a set, each once"
-    assert (owner[sharing] != sharing).all(), "nobody shows its own"
+    assert (owner[sharing] != sharing).all(), "no document keeps its own string"
     assert (owner[documents[~has[documents]]] == EMPTY).all()
 
 

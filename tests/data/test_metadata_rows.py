@@ -57,7 +57,7 @@ def test_metadata_too_long_for_a_row_is_dropped_and_counted_or_refused(tiny_conf
         tokens = rows[n]["tokens"].tolist()
         for at in (i for i, token in enumerate(tokens) if token == vocabulary.context_begin):
             shown.add(bytes(tokens[at + 1 : tokens.index(vocabulary.context_end, at)]).decode())
-    assert shown == {names[i] for i in train if i not in long} | {""}, "whole or not at all"
+    assert shown == {names[i] for i in train if i not in long} | {""}, "metadata is complete or absent"
 
 
 @pytest.mark.parametrize("position", ["prepend", "append", "both"])
@@ -109,7 +109,7 @@ def test_the_control_in_training_exchanges_metadata_at_random(tiny_config, paths
     assert Counter(own) == Counter(shuffled)
     met = np.mean([a == b for a, b in zip(own, shuffled, strict=True)])
     chance = sum((n / len(own)) ** 2 for n in Counter(own).values())
-    assert abs(met - chance) < 4 * np.sqrt(chance / len(own)), "a share of documents meets its own string, as any other"
+    assert abs(met - chance) < 4 * np.sqrt(chance / len(own)), "some documents keep their own string by chance"
 
 
 def unstack(batches):

@@ -65,7 +65,7 @@ def epoch_rows(corpora):
     left = int(cache.lengths[cache.documents("train", corpora.config.data.validation_share)].sum())
     for n in itertools.count(1):
         left -= int(training_rows(corpora)[n - 1]["is_body"].sum())
-        assert left >= 0, "a body token was asked for twice in an epoch"
+        assert left >= 0, "a body token was a target twice in an epoch"
         if left == 0:
             return n
     raise AssertionError

@@ -222,9 +222,7 @@ def test_every_body_token_is_a_target_once(corpus, seed):
         asked += row["targets"][row["is_body"]].tolist()
         assert (row["loss_weights"][row["is_body"]] == 1).all()
         whole = (row["loss_weights"] == 1) & ~row["is_body"] & ~row["asks_metadata"]
-        assert (row["targets"][whole] == E).all(), (
-            "what has whole weight and is neither body nor metadata is the end of a document"
-        )
+        assert (row["targets"][whole] == E).all(), "the other targets of weight 1 are ends of documents"
         ends += int(whole.sum())
         complete += sum(start + length > len(corpus.bodies[d]) for d, start, length in pieces.tolist())
     assert ends == complete

@@ -122,7 +122,7 @@ def test_pauses_follow_the_placement(placement):
             assert text.count(MARK) == (0 if placement == "deliberate" else expected)
             without = text.replace(f" {PAUSE}", "").replace(MARK, f" {PAUSE}")
             deliberate += placement == "random" and without.endswith(example.text)
-    assert deliberate == (200 if placement == "random" else 0), "random pauses come on top of a prompt that marks its spots"
+    assert deliberate == (200 if placement == "random" else 0), "random pauses are added to a prompt with marks"
 
 
 def test_all_counts_bits_items_and_spans_occur_as_answers():
@@ -173,7 +173,7 @@ def test_the_needle_is_found_at_every_depth():
     assert Counter(depths).keys() == set(range(max(depths) + 1)) and max(depths) >= 5
     for draw in (lambda n: made.test("needle", 128, n), lambda n: made.training("needle", 4, n)):
         assert len({draw(n).text.rpartition("A: ")[2] for n in range(300)}) > 40, (
-            "every item is asked for, in training and in the test"
+            "every item is an answer in training and in the test"
         )
 
 

@@ -89,7 +89,7 @@ def test_one_process_then_several_then_one_make_one_run(changes, paths, tmp_path
     pair[-1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [75] * count, said
-    assert "resuming at step 4" in said[0] and "resuming" not in said[1], "process 0 alone speaks"
+    assert "resuming at step 4" in said[0] and "resuming" not in said[1], "only process 0 prints"
     shares = [
         json.loads(file.read_text()) for file in sorted((workdir / "hashes").glob("*-p*.json")) if not file.name.startswith("4-")
     ]
@@ -129,7 +129,7 @@ def test_slurm_gives_the_place(monkeypatch):
     place = find_place()
     assert place.coordinator.startswith("tpu03:") and (place.processes, place.process) == (4, 2)
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert find_place() is None, "one task is a run of its own"
+    assert find_place() is None, "a single Slurm task is one process"
 
 
 def test_an_error_of_one_process_ends_all(monkeypatch):

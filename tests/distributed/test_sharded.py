@@ -120,5 +120,5 @@ def test_a_row_is_spread_only_where_every_part_has_tokens_to_pass_on():
         assert parts_of(32, 32) == 4 and parts_of(16) == 4
         assert parts_of(30) == 1, "4 does not divide 30"
         assert parts_of(12) == 1, "3 tokens are fewer than the convolution's taps"
-        assert parts_of(1, 32) == 1, "a token after its past"
+        assert parts_of(1, 32) == 1, "each token follows the earlier ones"
     assert parts_of(32) == 1

@@ -65,7 +65,7 @@ def test_the_same_documents_and_tokens_in_every_condition(tiny_config, paths):
     results = [evaluate_validation(program, corpora, model, c) for c in config.evaluation.conditions]
     for key in ("documents", "body_bytes", "body_tokens"):
         assert len({r[key] for r in results}) == 1, key
-    assert len({r["bpb"] for r in results}) == 4, "the model sees something else in each"
+    assert len({r["bpb"] for r in results}) == 4, "the conditions give the model different inputs"
 
 
 def test_appended_metadata_changes_no_body_score(tiny_config, paths):

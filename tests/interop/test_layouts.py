@@ -81,7 +81,7 @@ def test_import_and_export_restore_hugging_faces_gpt2(tmp_path, capsys):
     assert main(["export", "llama", "imported/hub", str(tmp_path / "other"), *places]) == 2
     assert "error: model.activation is 'gelu_tanh', but Llama has 'swiglu' alone" in capsys.readouterr().err
     shutil.copytree(tmp_path / "out", tmp_path / "runs" / "out")
-    assert main(["runs", *places]) == 0, "an exported folder among the runs is none"
+    assert main(["runs", *places]) == 0, "an exported folder is not a run"
     said = capsys.readouterr()
     assert "imported/hub" in said.out and "out is not a run: its config.json is another program's" in said.err
 
@@ -237,7 +237,7 @@ def test_an_export_holds_one_tensor_at_a_time(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     largest = 4 * 128 * 4096
-    assert largest < peak < 3 * largest, "the tensor, turned, and the one before it until the next comes"
+    assert largest < peak < 3 * largest, "the transposed tensor and the previous one"
     assert (tmp_path / "model.safetensors").stat().st_size > 8 * largest
 
 

@@ -198,11 +198,11 @@ def test_a_run_adds_the_ids_of_its_training_targets(negative, home):
     delimiters = (words.context_begin, words.context_end)
     assert resolved().added == () and resolved().ends == (256,)
     assert resolved(metadata=Metadata(position="append")).added == delimiters
-    assert resolved(metadata=Metadata()).added == (), "in front they are read, and not asked for"
+    assert resolved(metadata=Metadata()).added == (), "before the text they are inputs, not targets"
     assert resolved(metadata=Metadata(loss_weights=(1.0, 1.0))).added == delimiters
     assert resolved(metadata=Metadata(position="append", tokens=2)).added == (*delimiters, *words.spare[:2])
     assert resolved(metadata=Metadata(position="append", wrap="plain")).added == ()
-    assert resolved(**{"init.from": f"{opened.workdir}?blocks"}) is None, "the table is its own"
+    assert resolved(**{"init.from": f"{opened.workdir}?blocks"}) is None, "the run has its own table"
     with pytest.raises(UserError, match=r"init\.from fills it in"):
         resolved(imported=opened.config.imported)
 
@@ -308,7 +308,7 @@ def test_ends_without_a_row_are_ignored(home, capsys):
     folder = write_gpt2(home / "null", {"eos_token_id": None}, {"eos_token_id": [50256, -1]})
     workdir = import_directory("gpt2", folder, home / "runs", "")
     opened = open_run(workdir)
-    assert opened.config.imported.ends == (), "none of them has a row"
+    assert opened.config.imported.ends == (), "no end id has a row"
     assert "name no token that begins or ends a text" in capsys.readouterr().err
     assert max(greedy(opened)) < ROWS
     saved = read_json(workdir / "config.json")

@@ -193,7 +193,7 @@ def test_every_form_builds_and_every_parameter_has_a_gradient(form):
     gradient = jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens, positions=POSITIONS, segment_ids=SEGMENTS)))))(model)
     for name, g in named_params(gradient).items():
         assert np.all(np.isfinite(g[...])) and np.any(g[...]), name
-    assert len(model.blocks) == 1, "layers that are alike are one stack"
+    assert len(model.blocks) == 1, "equal layers are one stack"
 
 
 def test_layers_without_a_feed_forward_network():
@@ -230,7 +230,9 @@ def test_implementations_unrolling_and_rematerialisation_agree():
 def test_captures_equal_the_layers_outputs():
     names = ("residual", "mixer_out", "mlp_out", "attention_probabilities", "keys", "values", "prefix_ssm_state", "ssm_branch")
     _, captured = jit(lambda m: decode(m, capture=names))(build())
-    assert captured["keys"].shape == (2, 2, T, 2, 4) and captured["values"].shape == (2, 2, T, 2, 8), "of two owners"
+    assert captured["keys"].shape == (2, 2, T, 2, 4) and captured["values"].shape == (2, 2, T, 2, 8), (
+        "two layers own keys and values"
+    )
     assert captured["prefix_ssm_state"].shape == (3, 1, 32, 4) and captured["ssm_branch"].shape == (3, 2, T, 32)
     sums = captured["residual"] + captured["mixer_out"] + captured["mlp_out"]
     assert_close(sums[:-1], captured["residual"][1:])
@@ -239,7 +241,7 @@ def test_captures_equal_the_layers_outputs():
     np.testing.assert_allclose(probabilities.sum(-1), 1.0, atol=1e-5)
     assert np.all(probabilities[..., :M] > 0), "every token sees the meta tokens"
     far = probabilities[1:, 0, :, 8, M : M + 4]
-    assert np.all(far == 0) and np.all(probabilities[0, 0, :, 8, M : M + 4] > 0), "the window bounds layers 1 and 2 alone"
+    assert np.all(far == 0) and np.all(probabilities[0, 0, :, 8, M : M + 4] > 0), "only layers 1 and 2 have a window"
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -65,7 +65,7 @@ def test_logits_loss_and_hidden_states(name, implementation):
     hidden, count = z["hidden_states"], captured["prefix_residual"].shape[2]
     assert far(captured["residual"], hidden[:-1, :, count:]) < 3e-4
     assert far(captured["final"], hidden[-1, :, count:]) < 3e-4
-    assert far(captured["prefix_residual"], hidden[:-1, :, :count]) < 3e-4, "meta tokens, the same in front of every row"
+    assert far(captured["prefix_residual"], hidden[:-1, :, :count]) < 3e-4, "the same meta tokens before every row"
 
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)

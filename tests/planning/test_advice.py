@@ -71,7 +71,7 @@ def test_the_largest_buffers_are_read_from_the_dump(dump, tmp_path_factory):
         "source": "/x/models/lm.py:73",
     }
     assert (second["bytes"], second["name"], second["source"]) == (10000, "fusion.2", None)
-    assert third["bytes"] == 8, "arguments, results, other memories and what shares a place are left out"
+    assert third["bytes"] == 8, "arguments, results, other memories and shared buffers are left out"
     assert largest_buffers(tmp_path_factory.mktemp("empty")) == [] and temporaries(tmp_path_factory.mktemp("none")) == {}
 
 
@@ -144,7 +144,7 @@ def test_the_page_of_a_plan(tmp_path, dump):
         "each kind of memory has a colour of its own"
     )
     assert "4 chips, fsdp 4" in page
-    assert "as scheduled, all else at the peak" not in page, "nobody asked for schedules"
+    assert "as scheduled, all else at the peak" not in page, "schedules were not requested"
     call = {"name": "causal_conv_forward", "operands": ["s32[1]", "bf16[2, 256, 640]"]}
     call |= {"times": 24, "cycles": 8000, "seconds": 0.15}
     write_plan_page(tmp_path / "plan.html", plan | {"schedules": [call]})

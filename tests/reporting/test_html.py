@@ -125,7 +125,7 @@ def test_nothing_of_the_user_becomes_markup(pages):
     for path in pages:
         page = Page(path)
         assert "script" not in page.tags
-        assert HOSTILE in page.text, "the text is to be shown as it was written"
+        assert HOSTILE in page.text, "the text is shown as written"
         assert page.tags.count("p") == len(re.findall(r"<p[ >]", page.source))
 
 
@@ -151,7 +151,7 @@ def test_the_page_of_a_run_lists_its_changed_fields():
         name for name, *_ in found["fields"]
     }
     assert against(registry.find_experiment("quickstart/plain").build("cpu"))["fields"] == []
-    assert against(base("cpu")) is None, "nobody has registered it"
+    assert against(base("cpu")) is None, "it is not registered"
 
 
 def test_a_page_describes_an_unknown_metadata_position():

@@ -55,7 +55,7 @@ def test_bits_saved_are_the_information_of_a_field_and_a_word():
     saved = {name: words.bits_saved(number_values([d.metadata[name] for d in corpus])) for name in ("topic", "noise", "id")}
     assert saved["topic"] == pytest.approx(0.5, abs=0.01)
     assert saved["noise"] == pytest.approx(0, abs=0.003)
-    assert saved["id"] == pytest.approx(0, abs=1e-9), "values that nobody met before"
+    assert saved["id"] == pytest.approx(0, abs=1e-9), "values that were not counted"
     assert words.bits_saved(np.full(len(corpus), -1)) is None
 
 

@@ -51,7 +51,7 @@ def test_spans_with_meta_tokens_count_their_targets(loss):
     assert text.plain.replace("<|meta|>", "") == "abcdefgh" and "<|meta|>" in text.plain
     assert {str(span.style).split()[0] for span in text.spans} >= {"magenta"}
     asked = dict(part.split(" ", 1)[::-1] for part in found[2].asked.split(", "))
-    assert int(asked["body"]) == 7 and int(asked["end"]) == 1, "the first letter is asked for by the metadata"
+    assert int(asked["body"]) == 7 and int(asked["end"]) == 1, "the metadata predicts the first letter"
 
 
 def test_a_page_shows_a_limited_number_of_letters(monkeypatch):

@@ -45,15 +45,15 @@ def test_lines_lost_before_the_step_are_recorded(tmp_path, damage):
     file.write({"step": 7, "loss": 0.25})
     assert len(said) == 1 and str(path) in said[0] and "until step 6" in said[0]
     steps = [line["step"] for line in read_lines(path)]
-    assert steps[-1] == 7 and len(set(steps)) == len(steps), "what is left stays, each step once"
-    assert damage == "deleted" or any((tmp_path / "damaged").iterdir()), "the file as it was is kept"
+    assert steps[-1] == 7 and len(set(steps)) == len(steps), "the remaining lines stay, each step once"
+    assert damage == "deleted" or any((tmp_path / "damaged").iterdir()), "the damaged file is kept"
     assert (
         file.mark()["lines"] == len(steps) and set(path.read_bytes().splitlines(keepends=True)[:-1]) <= set(whole)
     ) or damage == "another number"
     file.close()
     said.clear()
     MetricsFile(path, 7, file._mark | {"sha256": file._hash.hexdigest()}, said.append).close()
-    assert not said, "told once"
+    assert not said, "reported once"
 
 
 @pytest.mark.fault(9)

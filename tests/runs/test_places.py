@@ -96,7 +96,7 @@ def test_foreign_files_in_a_run_are_ignored(tmp_path, abstract, capsys):
     assert (
         verify(buckets.home(workdir) / "checkpoints" / "2", buckets.hashes_of(workdir, 2)) is None and newest_good(workdir) == 2
     )
-    assert capsys.readouterr().err.count("is not of the checkpoint") == 1, "told once"
+    assert capsys.readouterr().err.count("is not of the checkpoint") == 1, "reported once"
     checkpoints = Checkpoints(workdir, 2, said.append)
     restored, meta = checkpoints.restore(abstract)
     assert meta == {"step": 2} and restored.model["w"].tolist() == [2.0] * 9 and not said

@@ -53,7 +53,9 @@ def test_columns_over_parts_are_means(table, tmp_path):
     cells = plan.result()["rows"][2]["cells"]
     found = {key: cell["ours"]["mean"] for key, cell in cells.items()}
     assert found["*: eval.base"] == pytest.approx(70)
-    assert found["*: eval.base | eval.new"] == pytest.approx(2 * 70 * 30 / 100), "of the two averages, not the average of two"
+    assert found["*: eval.base | eval.new"] == pytest.approx(2 * 70 * 30 / 100), (
+        "the harmonic mean of the averages, not the average of harmonic means"
+    )
     assert found["small: eval.base | eval.new"] == pytest.approx(2 * 80 * 40 / 120)
     missing = next(run for run in plan.runs() if run.part == "mid" and run.config.name == "lab_parts/a/mid")
     (missing.workdir / "report.json").unlink()

@@ -65,7 +65,7 @@ def test_a_line_of_every_table_in_turn(tables, tmp_path, capsys):
     other = {"table": "lab/other", "lines": 1, "minutes": 0, "failed": [], "empty": ["typo"]}
     assert found["lab/other"] | {"minutes": 0} == other
     assert sorted(runs.made) == ["lab/one/plain", "lab/one/scratch", "lab/other/scratch", "lab/start"], (
-        "what two start from, once"
+        "the shared parent is run once"
     )
     print_sample(summary(made), ["lab/one", "lab/other", "lab/third"])
     said = " ".join(capsys.readouterr().out.split())

@@ -143,7 +143,7 @@ def test_changes_apply_to_parents_except_evaluation(table, tmp_path):
     parent, child = (run.config for run in plan_of(table, tmp_path, [3], changes, ROWS[:1]).runs())
     assert (parent.name, parent.seed, parent.training.steps, parent.evaluation.documents) == ("lab_base/plain", 3, 70, 400)
     assert (child.training.steps, child.evaluation.documents) == (70, 9)
-    assert parent.meta_tokens is None, "a part that a run does without is not given to it"
+    assert parent.meta_tokens is None, "a change of a missing sub-config is skipped"
 
 
 def test_changes_of_a_row_do_not_apply_to_its_parent(table, tmp_path):
@@ -229,7 +229,7 @@ def test_a_resumed_table_equals_an_undisturbed_one(table, tmp_path, page):
         with pytest.raises(KeyboardInterrupt):
             run_table(stopped, Runs(stop_after=count))
     partial = json.loads((stopped.folder / "table.json").read_text())
-    assert partial == stopped.result(), "what was finished is written down"
+    assert partial == stopped.result(), "finished runs are in the table"
     text = (stopped.folder / "report.html").read_text()
     assert "4 of 9 runs are complete" in text and "not run yet" in (stopped.folder / "table.md").read_text()
     assert run_table(stopped, Runs()) == whole == json.loads((stopped.folder / "table.json").read_text())
@@ -294,7 +294,7 @@ def test_rows_made_by_other_code_are_named(table, tmp_path, monkeypatch):
     assert "same code" not in text and "meta *" not in text
     monkeypatch.setitem(ENVIRONMENT, "git", {"commit": "b" * 40, "dirty": True})
     text = markdown(run_table(plan_of(table, tmp_path, [0]), Runs()))
-    assert "| scratch *" in text and "| meta *" not in text, "the row alone that is not of the baseline's code"
+    assert "| scratch *" in text and "| meta *" not in text, "only the row made by other code has a star"
     text = markdown(run_table(plan_of(table, tmp_path, [0, 1]), Runs()))
     assert "| meta *" in text and "not all made by the same code" in text
     assert "commit aaaaaaaaa: plain (seed 0)" in text and "commit bbbbbbbbb with uncommitted changes: plain (seed 1)" in text
@@ -407,7 +407,7 @@ def test_a_row_may_have_a_run_for_each_part(tmp_path, page):
     plan = plan_of(table, tmp_path)
     plan.write()
     [meta] = [line.split("|") for line in (plan.folder / "table.md").read_text().splitlines() if line.startswith("| meta ")][:1]
-    assert meta[2].strip() == "-" and "not run yet" in meta[5], "a part that a row lacks is not one that it has still to run"
+    assert meta[2].strip() == "-" and "not run yet" in meta[5], "a missing part is not a run to do"
     result = run_table(plan, Runs())
     assert cell(result, "plain", "short: steps")["values"] == [30, 30, 30]
     assert cell(result, "plain", "long: steps")["values"] == [70, 70, 70]

@@ -77,7 +77,7 @@ def test_without_scores_only_the_newest_are_kept(tmp_path):
     for step in range(1, 5):
         checkpoints.save(make_state(step), {"step": step})
     checkpoints.finish()
-    assert checkpoints.steps() == [3, 4], "the one before the newest too, which counts only once it is hashed"
+    assert checkpoints.steps() == [3, 4], "also the checkpoint before the newest, which counts only after hashing"
     checkpoints.close()
 
 
@@ -179,7 +179,7 @@ def test_parts_of_the_parameters_are_read_under_other_names(saved):
     like = {"body": {"w": abstract().model["w"]}, "b": abstract().model["b"]}
     fresh = {"body": {"w": jnp.zeros((64, 8))}, "b": jnp.full(3, 7.0)}
     found = read_parameters(saved, like, Init("run?body/w=w").parts, fresh)
-    assert float(found["body"]["w"][0, 0]) == 3.0 and float(found["b"][0]) == 7.0, "what is not named stays fresh"
+    assert float(found["body"]["w"][0, 0]) == 3.0 and float(found["b"][0]) == 7.0, "other parameters stay fresh"
     assert Init("run?b&body=x/y").parts == {"b": "b", "body": "x/y"} and Init("run?b").run == "run" and not Init("run").parts
 
 

@@ -169,7 +169,7 @@ def test_rows_hold_whole_pairs_after_their_prompts(dpo_config, paths):
             )
             assert chosen[0] == chosen[1] == rejected[0] == rejected[1][::-1]
             assert ("body", chosen[1][:-1]) in shown and ("rejected", rejected[1][:-1]) in shown, (
-                "the last letter asks for the end"
+                "the last letter predicts the end"
             )
             seen.append(chosen[0])
         n += 1

@@ -155,7 +155,7 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_the_rest(tiny_config, kind):
     assert by["muon"] and all(name.startswith("blocks") for name in by["muon"])
     shapes = {name: leaf.ndim for name, leaf in to_arrays(state.model).items()}
     left = {name.rpartition("/")[2] for name in by["adamw"] if name.startswith("blocks/") and shapes[name] > 2}
-    assert left <= {"conv", "log_rate", "A_log"}, "stacked vectors, convolutions and rates are left to AdamW, no matrix"
+    assert left <= {"conv", "log_rate", "A_log"}, "AdamW gets stacked vectors, convolutions and rates, but no matrix"
     assert {"embedding", "positions", "unembedding", "prefix"} & names <= by["adamw"]
 
 

@@ -106,7 +106,9 @@ def test_eight_devices_equal_one(tiny_config, paths, tmp_path, kind, meshes):
 
 def test_rules_by_hand():
     assert partition_spec(("embed", "mlp"), (32, 64), MESH) == PartitionSpec(("fsdp",), None)
-    assert partition_spec(("embed", "mlp"), (3, 32, 64), MESH) == PartitionSpec(None, ("fsdp",), None), "stacked layers lead"
+    assert partition_spec(("embed", "mlp"), (3, 32, 64), MESH) == PartitionSpec(None, ("fsdp",), None), (
+        "the axis of stacked layers comes first"
+    )
     assert partition_spec(("batch", "length", None), (16, 8, 4), MESH) == PartitionSpec(("data", "fsdp"), None, None)
     assert partition_spec(("embed",), (30,), MESH) == PartitionSpec(None), "4 does not divide 30: it stays whole"
     assert partition_spec(("embed", "mlp"), (30, 64), MESH) == PartitionSpec(None, ("fsdp",)), "the next axis takes fsdp"
@@ -184,7 +186,7 @@ def test_processes_that_hold_the_same_rows_read_the_same_slice():
     assert [rows_of([0, 0, 1, 1], (1, 4, 1), p) for p in (0, 1)] == [(0, 2, True), (1, 2, True)]
     assert [rows_of([0, 0, 1, 1], (1, 2, 2), p) for p in (0, 1)] == [(0, 2, True), (1, 2, True)], "context inside each process"
     assert [rows_of([0, 1, 0, 1], (1, 2, 2), p) for p in (0, 1)] == [(0, 1, True), (0, 1, False)], (
-        "both hold all rows, one counts them"
+        "both processes read all rows and one counts them"
     )
     assert [rows_of([0, 1, 2, 3], (2, 1, 2), p) for p in range(4)] == [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]
     with pytest.raises(UserError, match="spreads the rows unevenly over processes"):

@@ -90,7 +90,7 @@ def test_a_hang_ends_with_the_stacks_and_a_code_to_restart_on(tmp_path):
         [sys.executable, "-c", HANG, str(tmp_path / "stacks")], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 75 and "error: no step, save or evaluation ended for 0.3 s" in done.stderr
-    assert "stuck_collective" in (tmp_path / "stacks").read_text(), "beats are heard: it ended in the hang, not before"
+    assert "stuck_collective" in (tmp_path / "stacks").read_text(), "beats reset the limit: it ended in the hang, not earlier"
 
 
 @pytest.mark.fault(32)
@@ -119,7 +119,7 @@ def test_the_hang_limit_begins_with_the_first_step_and_spares_evaluations(family
     assert called[0] == (1800.0, 9.0) and called[at:].count("beat") > 6
     assert [call for call in called if call not in ("beat", called[0])] == ["steps", *["evaluation"] * len(evaluates)]
     after = called[called.index("evaluation") + 1 :] if evaluates else ["beat"] * 5
-    assert after.count("beat") > 4, "the batches of an evaluation are signs of life"
+    assert after.count("beat") > 4, "batches of an evaluation reset the limit"
 
 
 def test_goodput_counts_lost_steps_and_every_start(tmp_path, monkeypatch):
@@ -164,4 +164,4 @@ def test_device_memory_is_reported_if_the_backend_has_it(monkeypatch):
 
 def test_a_profile_of_two_steps(family, paths, tmp_path):
     run_experiment(family.config(**{"runtime.profile": (5, 9)}), tmp_path, paths)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb")), "it ends with the run where it would go on"
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")), "the profile ends with the run"

@@ -22,7 +22,7 @@ def test_ids_and_texts_equal_the_goldens(clip_tokenizer):
         assert clip_tokenizer.encode(item["text"]) == item["encode"], item["text"]
         assert clip_tokenizer.decode(item["encode"]) == item["decode"]
     inside = clip_tokenizer.encode('x "<|endoftext|>"')
-    assert clip_tokenizer.end not in inside, "after punctuation it is punctuation"
+    assert clip_tokenizer.end not in inside, "after punctuation the spelling is punctuation"
 
 
 @pytest.mark.fault(5)
@@ -34,7 +34,7 @@ def test_a_caption_never_becomes_start_or_end(clip_merges):
         assert clip_tokenizer.decode(ids).replace(" ", "") == html.unescape(text).lower().replace(" ", "")
         row = clip_tokenizer.tokenize([text])[0]
         assert (row == clip_tokenizer.end).sum() == 1
-        assert row.argmax() == len(ids) + 1, "the model reads the text's vector where the id is largest"
+        assert row.argmax() == len(ids) + 1, "the text's vector is at the largest id"
 
 
 def test_rows_equal_the_goldens(clip_tokenizer):

@@ -133,7 +133,7 @@ def test_aapl_equals_the_golden(prompt_clip, case):
         np.testing.assert_allclose(ours, z[name], rtol=0, atol=2e-5)
     same_gradients(of_total, state_of(z, "grad_total/", "learnable_attr"))
     same_gradients(of_triplets, state_of(z, "grad_adtriplet/", "learnable_attr"))
-    assert not np.any(of_triplets.context[...]), "the triplets say nothing to the context"
+    assert not np.any(of_triplets.context[...]), "triplets give the context no gradient"
 
 
 def test_the_triplet_loss_equals_the_golden():

@@ -90,7 +90,7 @@ def test_imagenet_and_its_variants_share_names(tmp_path):
     assert whole.classes == tuple(synsets.values()) and [i.label for i in whole.splits["test"]] == [0, 1, 2]
     for name in ("imagenet_r", "imagenet_v2"):
         variant = open_images(name, tmp_path, tmp_path)
-        assert variant.classes == ("tench", "hen"), "only the classes that are there"
+        assert variant.classes == ("tench", "hen"), "only the present classes"
         assert [i.label for i in variant.splits["test"]] == [0, 1]
 
 
@@ -105,7 +105,7 @@ def test_emoji_classes_are_large_subcategories_and_each_emoji_has_one_split():
     assert all(len(items) > 10 for items in splits.values())
     (lone,) = [item for item in splits["pretrain"] if item.label == -1]
     assert lone.caption == "lone" and {i.caption for i in splits["test"]} & {"cup and saucer"}
-    assert assign(entries[:-1])[1]["test"] == splits["test"], "another emoji moves none"
+    assert assign(entries[:-1])[1]["test"] == splits["test"], "adding an emoji changes no other split"
 
 
 def test_few_shot_choices_and_halves_of_the_classes():
@@ -148,7 +148,7 @@ def test_the_pair_is_always_of_another_class():
         first, second = (int(p[0, 0, 0]) + 256 * int(p[0, 0, 1]) for p in batch["pixels"][0])
         assert label_of[first] == batch["label"][0] != label_of[second]
         seen.append(label_of[second])
-    assert np.bincount(seen, minlength=10).min() > 8, "every other class comes about as often"
+    assert np.bincount(seen, minlength=10).min() > 8, "other classes are about equally frequent"
 
 
 def test_random_views_have_the_size_and_the_share():
@@ -156,7 +156,7 @@ def test_random_views_have_the_size_and_the_share():
     spans = [int(np.ptp(random_view(image, 16, rng, 0.08)[..., 0])) for _ in range(60)]
     assert min(spans) < 40 < max(spans) <= 98, "small parts and large ones"
     assert random_view(Image.new("L", (200, 2), 7), 16, rng, 0.9).tolist() == [[[7] * 3] * 16] * 16, (
-        "where no shape fits, the middle"
+        "without a fitting shape, the centre"
     )
 
 
@@ -210,7 +210,7 @@ def test_sets_differ_by_the_content_of_their_files(folder):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert Image.open(path).size == size and content_of(images, "train", "test") != first
     digits = open_images("digits", None, None)
-    assert content_of(digits, "train", "test") == digits.fingerprint, "no files, nothing to read"
+    assert content_of(digits, "train", "test") == digits.fingerprint, "a set without files has nothing to read"
 
 
 @pytest.mark.fault(34)

@@ -29,7 +29,7 @@ def test_knowing_the_source_saves_the_logarithm_of_their_number(drawn):
     nats = {known: best_nats(*drawn, known) for known in ("nothing", "group", "source")}
     for known, values in (("group", GROUPS), ("source", SOURCES)):
         gain = (nats["nothing"] - nats[known]).sum(1)
-        assert gain.max() <= np.log(values) + 1e-9, "never more than the entropy of what is told"
+        assert gain.max() <= np.log(values) + 1e-9, "never more than the entropy of the known value"
         assert gain.mean() == pytest.approx(np.log(values), abs=1e-3)
         per_position = (nats["nothing"] - nats[known]).mean(0)
         assert per_position[1:4].min() > 0.1 > 0.02 > np.abs(per_position[-12:]).max(), "early in the document, not late"
