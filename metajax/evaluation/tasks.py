@@ -57,8 +57,8 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
                 reason = impossible(program.config, length)
                 scored = {"exact": None, "token": None, "n": 0, "reason": reason}
                 if reason is None:
-                    tests = task_batches(corpora, task, length, row_shards(program.mesh))
-                    scored = summarise(totals(program, tests, partial(_sums, model, apply=apply)))
+                    batches = task_batches(corpora, task, length, row_shards(program.mesh))
+                    scored = summarise(totals(program, batches, partial(_sums, model, apply=apply)))
                 results[task][str(length)] = scored | {"chance": chance}
                 advance(1)
     return results
