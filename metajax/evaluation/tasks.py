@@ -27,20 +27,6 @@ Apply = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> lo
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
-def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
-    """The test examples of one bin, one per row of `length` positions, in batches of equal shape; the same for every run.
-
-    A batch is no larger than a training micro-batch, but a multiple of `shards` rows. Padding rows fill the last one.
-    """
-    config, examples = corpora.config, task_examples(corpora)
-    positions = config.data.batch_size * config.row_positions // config.training.accumulation_steps
-    size = max(1, positions // length // shards) * shards
-    pauses = PAUSES if config.meta_tokens is not None else None
-    tests = [examples.test(task, length, n) for n in range(examples.tasks.eval_examples)]
-    rows = [assemble([example], length, corpora.tokenizer, pauses) for example in tests]
-    return batches(rows, size, corpora.tokenizer.vocabulary.pad)
-
-
 def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply = apply_model) -> Results:
     """{task: {length: numbers}} over the test examples of every bin of `tasks.eval_lengths`; see `summarise` for the numbers.
 
@@ -62,6 +48,20 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
                 results[task][str(length)] = scored | {"chance": chance}
                 advance(1)
     return results
+
+
+def task_batches(corpora: Corpora, task: str, length: int, shards: int) -> list[Row]:
+    """The test examples of one bin, one per row of `length` positions, in batches of equal shape; the same for every run.
+
+    A batch is no larger than a training micro-batch, but a multiple of `shards` rows. Padding rows fill the last one.
+    """
+    config, examples = corpora.config, task_examples(corpora)
+    positions = config.data.batch_size * config.row_positions // config.training.accumulation_steps
+    size = max(1, positions // length // shards) * shards
+    pauses = PAUSES if config.meta_tokens is not None else None
+    tests = [examples.test(task, length, n) for n in range(examples.tasks.eval_examples)]
+    rows = [assemble([example], length, corpora.tokenizer, pauses) for example in tests]
+    return batches(rows, size, corpora.tokenizer.vocabulary.pad)
 
 
 def impossible(config: Config, length: int) -> str | None:

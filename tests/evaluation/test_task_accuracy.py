@@ -35,7 +35,7 @@ def prepare(config, paths):
 
 
 def oracle(model, batch):
-    """Logits of a model that predicts every target, except the end token in every third row."""
+    """Logits of a model that knows the targets, apart from those of every third row: there it misses the end."""
     targets = batch["targets"]
     rows = jnp.arange(targets.shape[0])[:, None]
     ends = (batch["loss_weights"] > 0) & ~batch["is_body"]
@@ -43,7 +43,7 @@ def oracle(model, batch):
 
 
 def first_token(model, batch):
-    """Logits that are right only at the first answer token."""
+    """Logits that are right at the first answer token alone."""
     first = batch["is_body"] & ~jnp.roll(batch["is_body"], 1, axis=1)
     return jax.nn.one_hot(jnp.where(first, batch["targets"], 0), 512)
 

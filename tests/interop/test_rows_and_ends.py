@@ -208,8 +208,8 @@ def test_a_run_adds_the_ids_of_its_training_targets(negative, home):
 
 
 @pytest.mark.fault(1)
-def test_ids_without_a_row_or_target_have_no_loss():
-    """Padding is such a target: its logit is -inf, and it changes neither loss nor gradient."""
+def test_what_no_one_asks_for_has_no_loss():
+    """Padding is such a target: its logit is -inf, and neither loss nor gradient knows of it."""
     logits, targets = jnp.array([[[0.0, 1.0, -jnp.inf]] * 4]), jnp.array([[0, 1, 2, 2]])
     weights = jnp.array([[1.0, 1.0, 0.0, 0.0]])
 
