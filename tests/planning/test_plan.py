@@ -158,8 +158,8 @@ def test_memory_agrees_with_the_step_that_runs(tiny_config):
     state, batch = program.create_state(), program.put(whole_batch(config))
     sizes = {part: sum(x.nbytes for x in jax.tree.leaves(tree)) for part, tree in {"state": state, "batch": batch}.items()}
     found = memory(compiled, chip_of("v5e:1x1"))
-    assert found["arguments"] == sum(sizes.values()) - batch["asks_metadata"].nbytes, "read only by evaluation"
-    assert found["outputs"] < sizes["batch"] < sizes["state"], "the new state reuses the old buffers"
+    assert found["arguments"] == sum(sizes.values()) - batch["asks_metadata"].nbytes, "which evaluation alone reads"
+    assert found["outputs"] < sizes["batch"] < sizes["state"], "the state comes back in the place of the old one"
     assert found["temporaries"] > 0
     state, metrics = compiled(state, batch)
     assert bool(metrics["kept"]) and int(state.step) == 1

@@ -114,7 +114,7 @@ def test_rules_by_hand():
     assert partition_spec(("embed", "mlp"), (30, 64), MESH) == PartitionSpec(None, ("fsdp",)), "the next axis takes fsdp"
 
 
-def test_a_large_parameter_is_always_sharded():
+def test_a_large_parameter_is_never_left_whole_on_every_device():
     large = nnx.Param(jax.ShapeDtypeStruct((1599, 1601), "float32"), axes=("embed", "mlp"))
     with pytest.raises(UserError, match=r"fsdp = .* would be replicated"):
         param_shardings({"w": large}, MESH)
