@@ -18,6 +18,7 @@ from metajax.core.errors import UserError, require
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "replica": ("data",),  # rows of a batch whose width is sharded over fsdp
     "length": ("context",),
     # ssm: Mamba's channels next to "embed", and between its two products; channels: the same in parameters without the model's width
     **dict.fromkeys(("embed", "channels"), ("fsdp",)),
@@ -26,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("positions", "selection", "taps", "inputs", "features", "rate", "prefix", "norm", "layers"), ()),
 }
 RESIDUAL_AXES = ("batch", "length", None)
+COLUMN_AXES = ("replica", "length", "embed")
 
 SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp if "embed" does not divide
 LARGE = 1 << 20  # elements; a larger parameter must be sharded
