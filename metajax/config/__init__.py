@@ -8,5 +8,5 @@ from metajax.config.families import CONFIG_VERSION, AnyConfig, config_from, conf
 from metajax.config.images import AUGMENTATIONS, OF_TEXT, ImageConfig, Images, Prompts
 from metajax.config.metadata import Metadata, MetaTokens
 from metajax.config.model import Hybrid, Imported, Model, hymba_ntk_factor
-from metajax.config.runtime import AXES, Processes, Runtime, mesh_axes
+from metajax.config.runtime import AUTO_MESH, AXES, Processes, Runtime, mesh_axes
 from metajax.config.training import Dpo, Init, Optimizer, Training

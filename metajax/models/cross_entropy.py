@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from metajax.distributed.rules import constrain, partition_spec
+from metajax.distributed.rules import SPREAD, constrain, partition_spec
 
 BLOCK = 1 << 27  # logits of a block on one device, 512 MiB in float32
 MATRIX_AXES = ("vocab", "embed")
@@ -97,11 +97,11 @@ def weighed(weights: Float[Array, "*B"], nll: Float[Array, "*B"]) -> Float[Array
 
 
 class _Axes(NamedTuple):
-    """Mesh axes over which positions and vocabulary are sharded, and the matrix' dimension that fsdp shards."""
+    """Mesh axes over which positions and vocabulary are sharded, and those that the matrix is spread over, by dimension."""
 
     rows: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
-    fsdp: int | None = None
+    spread: tuple[tuple[str, ...], ...] = ((), ())
 
 
 def _blockwise(
@@ -116,10 +116,11 @@ def _blockwise(
     rows, whole = partition_spec(("batch", "length"), targets.shape, mesh), partition_spec(("vocab", None), matrix.shape, mesh)
     own = partition_spec(MATRIX_AXES, matrix.shape, mesh)
     over = tuple(name for entry in rows for name in _names(entry))
-    sharded = [at for at, entry in enumerate(own) if "fsdp" in _names(entry)]
-    axes = _Axes(over, _names(whole[0]), sharded[0] if sharded and "fsdp" in over else None)
+    spread = tuple(tuple(name for name in _names(entry) if name in SPREAD) for entry in own)
+    scatters = set(over).issuperset(name for names in spread for name in names)
+    axes = _Axes(over, _names(whole[0]), spread if scatters else ((), ()))
     of_x, of_ids = PartitionSpec(*rows, None), PartitionSpec(whole[0])
-    gradients = None if slopes is None else (of_x, own if axes.fsdp is not None else whole)
+    gradients = None if slopes is None else (of_x, own if scatters else whole)
     scores, gradients = jax.shard_map(
         functools.partial(local, axes),
         mesh=mesh,
@@ -138,7 +139,7 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def _on_device(
     axes: _Axes, x: Hidden, matrix: Matrix, targets: Array, absent: Absent | None, *arrays: PerToken, slopes: Slopes | None
 ) -> tuple[TokenScores, tuple[Array, Array] | None]:
-    """`_blockwise` for the positions and the vocabulary of one device; the gradient by the matrix is sharded over fsdp."""
+    """`_blockwise` for the positions and the vocabulary of one device; the gradient by the matrix is spread as the matrix."""
     positions = targets.size
     blocks = -(-positions * len(matrix) // BLOCK)
     size = positions if blocks == 1 else -(-positions // blocks // 128) * 128
@@ -159,9 +160,10 @@ def _on_device(
     if total is None:
         return scores, None
     total, reduced = total.astype(x.dtype), axes.rows
-    if axes.fsdp is not None:
-        total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=axes.fsdp, tiled=True)
-        reduced = tuple(name for name in reduced if name != "fsdp")
+    for dimension, names in enumerate(axes.spread):
+        if names:
+            total = jax.lax.psum_scatter(total, names, scatter_dimension=dimension, tiled=True)
+            reduced = tuple(name for name in reduced if name not in names)
     return scores, (dx, jax.lax.psum(total, reduced) if reduced else total)
 
 

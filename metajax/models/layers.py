@@ -52,7 +52,7 @@ class Linear(nnx.Module):
 
 
 def gathered(param: nnx.Param, dtype: DTypeLike) -> Array:
-    """A parameter in the compute dtype, gathered over fsdp; its part of `tensor` stays on its device.
+    """A parameter in the compute dtype, gathered from the devices it is spread over; its part of `tensor` stays on its device.
 
     XLA would multiply by the sharded weight in a ring of small products, which round each partial sum to the compute dtype.
     """

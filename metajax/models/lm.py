@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from metajax.config import Imported, MetaTokens, Model, Runtime
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
-from metajax.distributed.rules import COLUMN_AXES, RESIDUAL_AXES, constrain
+from metajax.distributed.rules import COLUMN_AXES, EXCHANGE_AXES, RESIDUAL_AXES, constrain
 from metajax.models.layer import LAYER_CAPTURES, Left, Streams, apply_group, make_group
 from metajax.models.layers import Norm, as_rows, gather_rows, normal_param, scan_layers
 from metajax.models.masks import meta_flags
@@ -123,7 +123,7 @@ class LM(nnx.Module):
             # A position beyond the table reads NaN, so that a wrong input shows at once.
             vectors = table.at[jnp.maximum(positions, 0)].get(mode="fill", fill_value=jnp.nan)
             x = x + constrain(jnp.where(positions[..., None] >= 0, vectors, 0.0), COLUMN_AXES)
-        return constrain(x.astype(dtype), RESIDUAL_AXES)
+        return constrain(constrain(x.astype(dtype), EXCHANGE_AXES), RESIDUAL_AXES)
 
     def decode(
         self,
