@@ -22,7 +22,7 @@ from metajax.config import AnyConfig, Config, config_hash
 from metajax.core.errors import require
 from metajax.models.flops import flops_per_token, step_flops
 from metajax.planning.buffers import largest_buffers, temporaries
-from metajax.planning.products import product_flops
+from metajax.planning.program import hbm_bytes, product_flops
 from metajax.planning.schedules import kernel_calls, scheduled
 from metajax.planning.topology import Chip, chip_of, parse_topology, slice_devices
 from metajax.training.objectives import Batch
@@ -109,7 +109,7 @@ def plan(config: AnyConfig, step: Step, topology: str, dump: Path | None = None,
     for call, times in calls.items():
         kernels[call.name] += times
     found |= {"collectives": collectives(hlo, chip), "kernels": dict(kernels), "xla_cycles": xla_cycles(hlo)}
-    found["products"] = product_flops(hlo)
+    found |= {"products": product_flops(hlo), "hbm_bytes": hbm_bytes(hlo)}
     if schedules:
         found["schedules"] = scheduled(calls, config, parse_topology(topology)[1])
     return found | bounds(found, chip)
