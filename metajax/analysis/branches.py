@@ -23,10 +23,10 @@ from metajax.analysis.mixing_maps import MIXERS
 from metajax.core.errors import require
 from metajax.models.layer import Layer
 from metajax.models.layers import Norm
+from metajax.models.cross_entropy import weighed
 from metajax.models.lm import LM
 from metajax.reporting.panels import by_layer, panels
-from metajax.training.losses import token_nll, weighed
-from metajax.training.step import apply_model
+from metajax.training.losses import token_scores
 
 
 def branch_norm(layer: Layer, branch: str) -> Norm:
@@ -53,7 +53,7 @@ def magnitudes(model: LM, batch: Arrays) -> dict[str, Float[Array, "B L"]]:
 def nats(model: LM, batch: Arrays) -> dict[str, Float[Array, " B"]]:
     """Nats per token of each row."""
     weights = batch["loss_weights"]
-    total = jnp.sum(weighed(weights, token_nll(apply_model(model, batch), batch["targets"])[0]), axis=1)
+    total = jnp.sum(weighed(weights, token_scores(model, batch).nll), axis=1)
     return {"nats": total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)}
 
 

@@ -19,14 +19,14 @@ from metajax.core.errors import require
 from metajax.evaluation.tasks import impossible
 from metajax.models.lm import LM
 from metajax.reporting.panels import heat, panels
-from metajax.training.step import apply_model
+from metajax.training.losses import token_scores
 
 DEPTHS = 10  # number of equal parts of the text
 
 
 def is_right(model: LM, batch: Arrays) -> dict[str, Bool[Array, " B"]]:
     """Whether every token of the answer is the most likely one."""
-    right = jnp.argmax(apply_model(model, batch), axis=-1) == batch["targets"]
+    right = token_scores(model, batch).is_top
     return {"right": jnp.all(right | ~batch["is_body"], axis=1)}
 
 

@@ -8,15 +8,21 @@ from typing import Annotated, Literal
 from metajax.core.errors import nearest, require
 from metajax.core.fields import Count, CountOrZero, NotNegative, OnlyWith, Part, Range, Size, convert
 
-# Axes of the device mesh. Rows of a batch are sharded over data and fsdp, parameters and optimiser over fsdp, long rows over
-# context, and heads, channels and feed-forward units over tensor. Neighbours in the last axes are neighbours in the hardware.
+# Axes of the device mesh. Rows of a batch are sharded over data and fsdp, parameters and optimiser over fsdp and
+# context, long rows over context, and heads, channels and feed-forward units over tensor. Neighbours in the last axes are neighbours in the hardware.
 AXES = ("data", "fsdp", "context", "tensor")
+AUTO_MESH = "auto"
 Seconds = Annotated[float, Range(0, 10**9)]
 Processes = Annotated[int, Range(1, 10**6)]
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1, for one axis at most, takes the remaining devices."""
+    """{axis: size} of `runtime.mesh`, such as "data=2,fsdp=-1"; -1, for one axis at most, takes the remaining devices.
+
+    "auto" is {"fsdp": -1} wherever nothing is known of the model.
+    """
+    if text == AUTO_MESH:
+        return {"fsdp": -1}
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = (word.strip() for word in part.partition("="))
@@ -45,7 +51,7 @@ class Runtime(Part, path="runtime"):
     startup_seconds: Seconds = 7200.0
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     workers: Annotated[int, Range(0, 1024)] = 0  # grain reader processes; 0: threads
-    mesh: str = "data=1,fsdp=-1"  # axis=size; one -1 takes the remaining devices
+    mesh: str = AUTO_MESH  # axis=size, one -1 takes the remaining devices; auto: by the sizes of state and batch
     remat: Literal["none", "full", "dots"] = "none"
     unroll: CountOrZero = 0  # layers unrolled in one scan step; 0: all (fastest on CPU), 1: fastest to compile
     implementation: Literal["auto", "reference", "xla", "pallas_tpu"] = "auto"
@@ -54,4 +60,4 @@ class Runtime(Part, path="runtime"):
         profile = self.profile
         is_window = not profile or (len(profile) == 2 and profile[0] <= profile[1])
         require(is_window, f"runtime.profile = {profile}: the first and the last step of the profile, such as 20,25")
-        require(mesh_axes(self.mesh) != {}, "runtime.mesh is empty; name an axis and its size, such as data=1,fsdp=-1")
+        require(mesh_axes(self.mesh) != {}, "runtime.mesh is empty; name an axis and its size, such as fsdp=-1, or auto")

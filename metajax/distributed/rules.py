@@ -1,7 +1,8 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it.
 
-Collisions are refused: two logical axes of one array may not use the same mesh axis. A dimension that its mesh axes do not divide is
-replicated. For parameters, another dimension then takes fsdp, and a large parameter that no dimension can shard is refused.
+Collisions are refused: two logical axes of one array may not use the same mesh axis. A dimension is sharded over the first of its
+mesh axes that divide it. If `SPREAD` does not divide the width of a parameter, another dimension takes it, and a large parameter
+that no dimension can shard is refused.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from metajax.core.errors import UserError, require
 
+SPREAD = ("fsdp", "context")  # mesh axes over which parameters and their moments are sharded
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    # of embeddings on their way from columns of all tokens to all columns of a device's tokens
+    **{"replica": ("data",), "column": ("fsdp",)},
     "length": ("context",),
     # ssm: Mamba's channels next to "embed", and between its two products; channels: the same in parameters without the model's width
-    **dict.fromkeys(("embed", "channels"), ("fsdp",)),
+    **dict.fromkeys(("embed", "channels"), SPREAD),
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "ssm"), ("tensor",)),
     # inputs: channels that a convolution reads; features: of the space shared by images and texts
     **dict.fromkeys(("positions", "selection", "taps", "inputs", "features", "rate", "prefix", "norm", "layers"), ()),
 }
 RESIDUAL_AXES = ("batch", "length", None)
+COLUMN_AXES = ("replica", None, "embed")
+EXCHANGE_AXES = ("replica", "length", "column")  # between the two, so that each step exchanges over one mesh axis
 
-SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take fsdp if "embed" does not divide
+SECOND_CHOICE = ("mlp", "ssm", "heads", "kv_heads", "vocab", "positions")  # axes that take SPREAD if "embed" does not divide
 LARGE = 1 << 20  # elements; a larger parameter must be sharded
 
 
@@ -38,7 +44,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
     """
     axes = (*("layers",) * (len(shape) - len(axes)), *axes)
     taken: dict[str, str] = {}
-    entries: list[tuple[str, ...] | None] = []
+    entries: list[tuple[str, ...]] = []
     for logical, size in zip(axes, shape, strict=True):
         require(logical is None or logical in RULES, f"no sharding rule for the logical axis {logical!r}")
         names = tuple(n for n in RULES[logical] if mesh.shape.get(n, 1) > 1) if logical else ()
@@ -46,15 +52,23 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
             if name in taken:
                 raise UserError(f"logical axes {taken[name]!r} and {logical!r} of one array both map to mesh axis {name!r}")
             taken[name] = str(logical)
-        shards = math.prod(mesh.shape[name] for name in names)
-        entries.append(names if names and size % shards == 0 else None)
-    if "fsdp" in taken and taken["fsdp"] != "batch" and ("fsdp",) not in entries:
-        present = [axes.index(logical) for logical in SECOND_CHOICE if logical in axes]
-        spread = {at: (*(entries[at] or ()), "fsdp") for at in present}
-        fitting = [at for at, names in spread.items() if shape[at] % math.prod(mesh.shape[n] for n in names) == 0]
-        if fitting:
-            entries[fitting[0]] = spread[fitting[0]]
-    return PartitionSpec(*entries)
+        entries.append(_dividing((), names, size, mesh))
+    spread = tuple(name for name in SPREAD if RULES.get(taken.get(name, "")) == SPREAD)
+    if spread and not any(set(spread) & set(entry) for entry in entries):
+        for at in (axes.index(logical) for logical in SECOND_CHOICE if logical in axes):
+            wider = _dividing(entries[at], spread, shape[at], mesh)
+            if wider != entries[at]:
+                entries[at] = wider
+                break
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def _dividing(entry: tuple[str, ...], names: tuple[str, ...], size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """A dimension's mesh axes with as many of `names` after them as divide its size."""
+    for end in range(len(names), 0, -1):
+        if size % math.prod(mesh.shape[name] for name in (*entry, *names[:end])) == 0:
+            return (*entry, *names[:end])
+    return entry
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -32,9 +32,8 @@ from metajax.evaluation.validation import require_finite, require_rows
 from metajax.inference.decoding import Sampling
 from metajax.inference.forward import prepare
 from metajax.inference.generation import generate, opening, room_for_prompt
-from metajax.training.losses import token_nll
+from metajax.training import losses
 from metajax.training.program import Program
-from metajax.training.step import apply_model
 
 COMPLETION = 48  # most tokens of a completion, as in the harness
 Piece = tuple[list[int], int]  # ids, and the number of the answer's ids at their end
@@ -165,8 +164,8 @@ def token_scores(program: Program) -> Callable[[Any, dict[str, jax.Array]], tupl
     """Jitted (model, batch) -> nats of every target and whether it is the most likely token, [B, T] each, replicated."""
 
     def scores(model: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = apply_model(model, batch)
-        return token_nll(logits, batch["targets"])[0], jnp.argmax(logits, axis=-1) == batch["targets"]
+        found = losses.token_scores(model, batch)
+        return found.nll, found.is_top
 
     return jax.jit(scores, out_shardings=NamedSharding(program.mesh, PartitionSpec()))
 

@@ -12,10 +12,10 @@ from metajax.evaluation.statistics import share_interval
 from metajax.evaluation.validation import require_finite, totals, validation
 from metajax.runs.directory import find_run
 from metajax.training.checkpoints import newest_good, read_parameters
-from metajax.training.losses import token_nll
+from metajax.training.losses import token_scores
 from metajax.training.objectives.dpo import METRICS, preference_sums
 from metajax.training.program import Program
-from metajax.training.step import Batch, apply_model
+from metajax.training.step import Batch
 
 
 def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict[str, Any]:
@@ -36,5 +36,5 @@ def evaluate_preferences(program: Program, corpora: Corpora, model: Any) -> dict
 
 
 def _sums(model: Any, reference: Any, batch: Batch, *, beta: float) -> dict[str, jax.Array]:
-    nll, reference_nll = (token_nll(apply_model(m, batch), batch["targets"])[0] for m in (model, reference))
+    nll, reference_nll = (token_scores(m, batch).nll for m in (model, reference))
     return preference_sums(nll, reference_nll, batch["loss_weights"], batch["segment_ids"], beta)[1]

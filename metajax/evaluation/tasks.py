@@ -21,19 +21,24 @@ from metajax.distributed.mesh import row_shards
 from metajax.evaluation.statistics import share_interval
 from metajax.evaluation.validation import totals
 from metajax.training.program import Program
-from metajax.training.step import apply_model
+from metajax.training.losses import token_scores
 
-Apply = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> logits [B, T, V]
+Right = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> whether each target is the most likely id [B, T]
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
-def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply = apply_model) -> Results:
+def is_top(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Whether each target is the most likely id."""
+    return token_scores(model, batch).is_top
+
+
+def evaluate_tasks(program: Program, corpora: Corpora, model: Any, is_right: Right = is_top) -> Results:
     """{task: {length: numbers}} over the test examples of every bin of `tasks.eval_lengths`; see `summarise` for the numbers.
 
     A bin that is too long for the model's learned position table has `exact` None and a `reason`.
 
     Args:
-      apply: (model, batch) -> logits; an intervention passes its own. Jitted once for each function and shape.
+      is_right: which targets a model finds; an intervention passes its own. Jitted once for each function and shape.
     """
     tasks, results = corpora.config.tasks, {}
     with progress(f"evaluating {', '.join(tasks.names)}", total=len(tasks.names) * len(tasks.eval_lengths)) as advance:
@@ -44,7 +49,7 @@ def evaluate_tasks(program: Program, corpora: Corpora, model: Any, apply: Apply 
                 scored = {"exact": None, "token": None, "n": 0, "reason": reason}
                 if reason is None:
                     batches = task_batches(corpora, task, length, row_shards(program.mesh))
-                    scored = summarise(totals(program, batches, partial(_sums, model, apply=apply)))
+                    scored = summarise(totals(program, batches, partial(_sums, model, is_right=is_right)))
                 results[task][str(length)] = scored | {"chance": chance}
                 advance(1)
     return results
@@ -100,10 +105,10 @@ def summarise(sums: dict[str, int]) -> dict[str, Any]:
     return out
 
 
-@partial(jax.jit, static_argnames="apply")
-def _sums(model: Any, batch: dict[str, jax.Array], *, apply: Apply) -> dict[str, jax.Array]:
+@partial(jax.jit, static_argnames="is_right")
+def _sums(model: Any, batch: dict[str, jax.Array], *, is_right: Right) -> dict[str, jax.Array]:
     """Counts over a batch whose rows hold one example each; padding rows are not counted."""
-    right = jnp.argmax(apply(model, batch), axis=-1) == batch["targets"]
+    right = is_right(model, batch)
     asked, answer = batch["loss_weights"] > 0, batch["is_body"]
     return {
         "examples": jnp.sum(jnp.any(answer, axis=1)),

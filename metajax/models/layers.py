@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from metajax.config import Model
+from metajax.distributed.rules import RULES, constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -44,9 +46,18 @@ class Linear(nnx.Module):
         self.b = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=("norm",)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = as_rows(x) @ self.w[...].astype(x.dtype)
+        y = as_rows(x) @ gathered(self.w, x.dtype)
         y = y if self.b is None else y + self.b[...].astype(x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def gathered(param: nnx.Param, dtype: DTypeLike) -> Array:
+    """A parameter in the compute dtype, gathered from the devices it is spread over; its part of `tensor` stays on its device.
+
+    XLA would multiply by the sharded weight in a ring of small products, which round each partial sum to the compute dtype.
+    """
+    axes = (axis if RULES[axis] == ("tensor",) else None for axis in param.get_metadata()["axes"])
+    return constrain(param[...].astype(dtype), tuple(axes))
 
 
 class Norm(nnx.Module):

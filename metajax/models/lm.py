@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from metajax.config import Imported, MetaTokens, Model, Runtime
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
-from metajax.distributed.rules import RESIDUAL_AXES, constrain
+from metajax.distributed.rules import COLUMN_AXES, EXCHANGE_AXES, RESIDUAL_AXES, constrain
 from metajax.models.layer import LAYER_CAPTURES, Left, Streams, apply_group, make_group
 from metajax.models.layers import Norm, as_rows, gather_rows, normal_param, scan_layers
 from metajax.models.masks import meta_flags
@@ -91,13 +91,24 @@ class LM(nnx.Module):
         logits = self.unembed(x)
         return (logits, captured) if capture else logits
 
+    @property
+    def output_matrix(self) -> Float[Array, "vocab width"]:
+        """The matrix that maps the last residual stream to logits: the embedding's, or its own."""
+        return (self.embedding if self.unembedding is None else self.unembedding)[...]
+
+    @property
+    def absent_ids(self) -> Array | None:
+        """bool[vocab]: ids that every softmax leaves out, because an imported checkpoint has no rows for them; None: no id."""
+        return None if self.imported is None else jnp.asarray(self.imported.absent(len(self.output_matrix)))
+
     def embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], meta_positions: Int[Array, "B M"] | None = None
     ) -> Float[Array, "B T width"]:
         """Token embeddings plus learned positions, if the model has them, in the compute dtype."""
         dtype = jnp.dtype(self.cfg.compute_dtype)
-        # Each device looks up its own tokens. A table sharded over the width would give every device a slice of all tokens.
-        x = constrain(self.embedding[...], ("vocab", None))[tokens]
+        # Each device looks up its columns of all tokens, which are then exchanged. To gather the table and to add up its gradient
+        # over the devices moves much more.
+        x = constrain(self.embedding[...][tokens], COLUMN_AXES)
         if self.meta is not None and self.meta.embedding != "learned":
             std = self.cfg.init_std if self.meta.embedding == "frozen" else 0.0
             vector = std * np.random.default_rng(FROZEN_SEED).standard_normal(self.cfg.width).astype(np.float32)
@@ -111,8 +122,8 @@ class LM(nnx.Module):
             )
             # A position beyond the table reads NaN, so that a wrong input shows at once.
             vectors = table.at[jnp.maximum(positions, 0)].get(mode="fill", fill_value=jnp.nan)
-            x = x + jnp.where(positions[..., None] >= 0, vectors, 0.0)
-        return constrain(x.astype(dtype), RESIDUAL_AXES)
+            x = x + constrain(jnp.where(positions[..., None] >= 0, vectors, 0.0), COLUMN_AXES)
+        return constrain(constrain(x.astype(dtype), EXCHANGE_AXES), RESIDUAL_AXES)
 
     def decode(
         self,
@@ -163,10 +174,10 @@ class LM(nnx.Module):
 
     def unembed(self, x: Float[Array, "B T width"]) -> Float[Array, "B T vocab"]:
         """float32 logits of every row of the output matrix, tied or untied; -inf for rows that an imported checkpoint lacks."""
-        matrix = self.embedding if self.unembedding is None else self.unembedding
-        logits = jnp.einsum("...d,vd->...v", as_rows(x), matrix[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        if self.imported is not None:
-            logits = jnp.where(self.imported.absent(logits.shape[-1]), -jnp.inf, logits)
+        matrix, absent = self.output_matrix.astype(x.dtype), self.absent_ids
+        logits = jnp.einsum("...d,vd->...v", as_rows(x), matrix, preferred_element_type=jnp.float32)
+        if absent is not None:
+            logits = jnp.where(absent, -jnp.inf, logits)
         return logits.reshape(*x.shape[:2], -1)
 
     def _inputs(self, positions: Array, segment_ids: Array, meta_positions: Array | None) -> LayerInputs:

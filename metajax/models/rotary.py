@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -140,10 +141,39 @@ def rotary_angles(frequencies: np.ndarray, positions: Int[Array, "B T"], magnitu
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
+@jax.custom_vjp
 def apply_rotary(
     x: Float[Array, "B T H D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T H D"]:
-    """Rotate the pairs (x[i], x[i + D/2]) of each head by their angles, in float32, and return the dtype of `x`."""
+    """Rotate the pairs (x[i], x[i + D/2]) of each head by their angles, in float32, and return the dtype of `x`.
+
+    The gradient is the rotation back; it is taken by `x` alone.
+    """
+    cos, sin = (jnp.concatenate([y, y], axis=-1)[:, :, None] for y in (cos, sin))
+    partners = jax.lax.platform_dependent(x, tpu=_partners_by_product, default=_partners)
+    return (x.astype(jnp.float32) * cos + partners * sin).astype(x.dtype)
+
+
+def _partners(x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+    """(-x[i + D/2], x[i]) of each pair, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def _partners_by_product(x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+    """The same, exactly, as a product with a permutation. It keeps the layout of `x`; a TPU would move the two halves several times."""
+    turn = np.kron([[0.0, 1.0], [-1.0, 0.0]], np.eye(x.shape[-1] // 2))
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum("bthd,de->bthe", x, jnp.asarray(turn, x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return apply_rotary(x, cos, sin), (cos, sin)
+
+
+def _rotate_back(angles: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, None]:
+    cos, sin = angles
+    return apply_rotary(cotangent, cos, -sin), None, None
+
+
+apply_rotary.defvjp(_rotate, _rotate_back)

@@ -22,6 +22,7 @@ from metajax.config import AnyConfig, Config, config_hash
 from metajax.core.errors import first_line, require
 from metajax.models.flops import flops_per_token, step_flops
 from metajax.planning.buffers import largest_buffers, temporaries
+from metajax.planning.program import hbm_bytes, product_flops
 from metajax.planning.schedules import kernel_calls, scheduled
 from metajax.planning.topology import Chip, chip_of, parse_topology, slice_devices
 from metajax.training.objectives import Batch
@@ -88,6 +89,7 @@ def plan(config: AnyConfig, step: Step, topology: str, dump: Path | None = None,
     require(whole, "--schedules reads kernels on whole rows; leave it out, or context out of runtime.mesh")
     found: dict[str, Any] = {"name": config.name, "scale": config.scale, "hash": config_hash(config), "topology": topology}
     found |= {"chips": len(devices), "mesh": dict(program.mesh.shape), "flops": planned.flops}
+    found["meshes"] = [option._asdict() for option in program.meshes]
     found |= {"flops_by_part": dict(planned.parts), "reads": {"count": reads, "unit": unit}}
     found["state"] = {"parameters": _bytes_of(state.model), "optimizer": _bytes_of(state.opt_state)}
     if frozen:
@@ -107,6 +109,7 @@ def plan(config: AnyConfig, step: Step, topology: str, dump: Path | None = None,
     for call, times in calls.items():
         kernels[call.name] += times
     found |= {"collectives": collectives(hlo, chip), "kernels": dict(kernels), "xla_cycles": xla_cycles(hlo)}
+    found |= {"products": product_flops(hlo), "hbm_bytes": hbm_bytes(hlo)}
     if schedules:
         found["schedules"] = scheduled(calls, config, parse_topology(topology)[1])
     return found | bounds(found, chip)

@@ -78,6 +78,8 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str
             ("kernels as scheduled", _ms(estimate["kernels"]) if known else "not asked for (--schedules)"),
             ("all else, by XLA's model", _ms(estimate["xla"])),
             *together,
+            ("products of the program", f"{plan['products'] * plan['chips'] / flops:.2f} of the operations counted below"),
+            ("to and from HBM", f"{plan['hbm_bytes'] / 1e9:,.1f} GB"),
         ],
         ("Operations", ""): [
             (f"{count:,} {unit} of a step", f"{flops:.3e}"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ def print_plan(found: dict[str, Any]) -> None:
 
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
     console.print(line_of(found["name"], f" at scale {found['scale']} on {found['topology']}: {found['chips']} chips, {mesh}"))
+    for line in mesh_lines(found["meshes"]):
+        console.print(line)
     if found["fits"]:
         for title, unit, facts in plan_facts(found):
             print_grid((title.lower(), unit), facts)
@@ -108,6 +110,12 @@ def print_plan(found: dict[str, Any]) -> None:
         console.print(f"it does not fit: {found['reason']}; parameters and optimiser take {state:.2f} GiB of each chip")
     for line in (*(f"  {buffer_text(buffer)}" for buffer in found["largest_buffers"]), *advice_lines(found)):
         console.print(line, soft_wrap=True)
+
+
+def mesh_lines(meshes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `runtime.mesh=auto` chose and what it rejected, with the costs of each."""
+    costs = ["{mesh}: {state:.2f} GiB of state, {links:.2f} GB sent a step".format(**m | {"state": m["state"] / 2**30, "links": m["links"] / 1e9}) for m in meshes]
+    return [f"runtime.mesh=auto {word} {cost}" for word, cost in zip(("chose", *("rejected",) * len(costs)), costs, strict=False)]
 
 
 def print_survey(made: Sequence[dict[str, Any]]) -> None:

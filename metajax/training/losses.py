@@ -1,31 +1,41 @@
-"""Token losses as sums over a batch, not means, so that micro-batches and hosts add up exactly."""
+"""Losses of a language model as sums over a batch, not means, so that micro-batches and hosts add up exactly."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from metajax.models import cross_entropy
+from metajax.models.cross_entropy import TokenScores
+from metajax.training.objectives import Batch
+
+MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_positions")
 
 
-def token_nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """(negative log-likelihood in nats, log of the partition sum) of each target, in float32."""
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+def apply_model(model: Any, batch: Batch) -> jax.Array:
+    """Logits [B, T, V] of a batch of text. Training and evaluation do without them: see `token_scores`."""
+    inputs = _inputs(batch)
+    return model(inputs.pop("tokens"), **inputs)
 
 
-def weighed(weights: Float[Array, "*B"], nll: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """weights * nll, but 0 where the weight is 0. An unweighted target may be missing from the softmax, with infinite loss."""
-    return jnp.where(weights == 0, 0.0, weights * nll)
+def token_scores(model: Any, batch: Batch) -> TokenScores:
+    """The scores of a batch's targets; an objective may differentiate `nll` and `log_z`."""
+    return cross_entropy.token_scores(_hidden(model, batch), model.output_matrix, batch["targets"], model.absent_ids)
 
 
-def weighted_sums(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"], is_body: Array, z_loss: float
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """(sum of weighted losses, parts). A step minimises this sum divided by the sum of weights.
+def weighted_loss(model: Any, batch: Batch, z_loss: float) -> tuple[Float[Array, ""], TokenScores]:
+    """(sum of `loss_weights` * (nll + z_loss * log_z^2), scores of the targets); only the sum has a gradient."""
+    head = model.output_matrix, batch["targets"], batch["loss_weights"], model.absent_ids
+    return cross_entropy.weighted_loss(_hidden(model, batch), *head, z_loss)
 
-    `z_loss` adds z_loss * log(Z)^2 at every weighted token. Parts: "nll" without it, and "body_nll" over body tokens.
-    """
-    nll, log_z = token_nll(logits, targets)
-    parts = {"nll": jnp.sum(weighed(weights, nll)), "body_nll": jnp.sum(jnp.where(is_body, nll, 0.0))}
-    return parts["nll"] + z_loss * jnp.sum(weights * log_z**2), parts
+
+def _hidden(model: Any, batch: Batch) -> Float[Array, "B T width"]:
+    inputs = _inputs(batch)
+    x = model.embed(inputs.pop("tokens"), inputs["positions"], inputs.get("meta_positions"))
+    return model.decode(x, **inputs)[0]
+
+
+def _inputs(batch: Batch) -> dict[str, jax.Array]:
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax.config import AnyConfig, Config
+from metajax.config import AUTO_MESH, AnyConfig, Config
 from metajax.core.errors import require
 from metajax.distributed.hosts import is_first
-from metajax.distributed.mesh import HostRows, make_mesh, row_shards
+from metajax.distributed.mesh import HostRows, MeshOption, auto_meshes, make_mesh, row_shards
 from metajax.distributed.rules import batch_sharding, param_shardings
-from metajax.models.lm import LM
+from metajax.models.lm import LM, param_count
 from metajax.training.objectives import Batch, Objective, objectives
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.state import State
@@ -73,13 +73,20 @@ class Program:
     layout: Layout = param_shardings
     fields: tuple[str, ...] | None = None  # fields of a batch that go to the devices; None: all
     vocab_size: int = 0  # of a language model
+    meshes: tuple[MeshOption, ...] = ()  # that `runtime.mesh=auto` considered, the chosen one first
     beat: Callable[[], None] = lambda: None  # called for every batch that is put on the devices
 
     @classmethod
     def build(cls, config: Config, vocab_size: int, devices: list[Any] | None = None) -> Program:
         """The program of a language model; UserError if the mesh does not divide its rows or heads."""
-        mesh, abstract = make_mesh(config.runtime.mesh, devices), abstract_model(config, vocab_size)
-        rows, shards = config.data.batch_size // config.training.accumulation_steps, row_shards(mesh)
+        abstract, pieces = abstract_model(config, vocab_size), config.training.accumulation_steps
+        rows, meshes = config.data.batch_size // pieces, []
+        if config.runtime.mesh == AUTO_MESH:
+            costs = {"gathers": 1 + (config.runtime.remat != "none"), "pieces": pieces}
+            costs["weight_bytes"] = jnp.dtype(config.model.compute_dtype).itemsize
+            meshes = auto_meshes(param_count(abstract)["total"], rows, devices or jax.devices(), **costs)
+        mesh = make_mesh(meshes[0].mesh if meshes else config.runtime.mesh, devices)
+        shards = row_shards(mesh)
         spread = f"do not spread over the {shards} devices of data and fsdp in runtime.mesh; choose a multiple of {shards}"
         require(rows % shards == 0, f"data.batch_size / training.accumulation_steps = {rows} rows {spread}")
         check_axes(config, mesh)
@@ -95,6 +102,7 @@ class Program:
             frozen=(abstract,) if learns_pairs else (),
             fields=DEVICE_FIELDS,
             vocab_size=vocab_size,
+            meshes=tuple(meshes),
         )
 
     def place(self, tree: Any) -> Any:

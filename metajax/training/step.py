@@ -9,21 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from metajax.config import AnyConfig
-from metajax.training.losses import token_nll
+from metajax.training.losses import MODEL_INPUTS, token_scores
 from metajax.training.objectives import Batch, Means, Objective
 from metajax.training.optimizers import at_step
 from metajax.training.state import State
 
-MODEL_INPUTS = ("tokens", "positions", "segment_ids", "meta_positions")
 DEVICE_FIELDS = (*MODEL_INPUTS, "targets", "loss_weights", "is_body", "asks_metadata")  # of a text batch, copied to the devices
 Metrics = dict[str, jax.Array]
 Transformation = optax.GradientTransformation
-
-
-def apply_model(model: Any, batch: Batch) -> jax.Array:
-    """Logits [B, T, V] of a batch of text."""
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    return model(inputs.pop("tokens"), **inputs)
 
 
 def _means_and_grads(loss: Any, model: Any, batch: Batch, pieces: int) -> tuple[Means, Any]:
@@ -80,7 +73,7 @@ def train_step(
 
 def eval_step(model: Any, batch: Batch) -> Metrics:
     """Sums over a validation batch: nats over body tokens and over metadata tokens, and the number of each."""
-    nll, _ = token_nll(apply_model(model, batch), batch["targets"])
+    nll = token_scores(model, batch).nll
     sums = {}
     for name, asked in (("body", batch["is_body"]), ("metadata", batch["asks_metadata"])):
         sums |= {f"{name}_nll": jnp.sum(jnp.where(asked, nll, 0.0)), f"{name}_tokens": jnp.sum(asked)}

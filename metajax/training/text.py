@@ -12,6 +12,7 @@ import numpy as np
 
 from metajax.config import Config
 from metajax.core.errors import require
+from metajax.core.progress import say
 from metajax.data.pipeline import Paths, open_corpora, training_batches
 from metajax.data.tokenizers import load as load_tokenizer
 from metajax.models.flops import step_flops
@@ -32,6 +33,8 @@ class TextTask(Task):
         self.corpora, self.evaluates_every = open_corpora(config, paths), config.evaluation.every
         self.data, self.tokenizer = self.corpora.key, self.corpora.tokenizer
         self.program = Program.build(config, self.tokenizer.vocabulary.size, devices)
+        if len(self.program.meshes) > 1:
+            say(f"runtime.mesh=auto chose {self.program.meshes[0].mesh}")
         notes: list[str] = []
         rows = self.program.rows
         self.batches = training_batches(self.corpora, host=rows.index, hosts=rows.count, note=notes.append)

@@ -7,9 +7,9 @@ import pytest
 
 from metajax.config import Metadata
 from metajax.data.pipeline import open_corpora, training_batches
-from metajax.training.losses import weighted_sums
+from metajax.models import cross_entropy
+from metajax.training.losses import apply_model, weighted_loss
 from metajax.training.program import Program
-from metajax.training.step import apply_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ logits = jax.jit(apply_model)
 
 @jax.jit
 def loss_of(model, batch):
-    return weighted_sums(apply_model(model, batch), batch["targets"], batch["loss_weights"], batch["is_body"], 0.0)[0]
+    return weighted_loss(model, batch, 0.0)[0]
 
 
 def test_a_label_without_weight_changes_nothing(prepared):
@@ -53,8 +53,9 @@ def test_metadata_is_a_target_only_after_the_text(prepared, position, wanted):
     """The gradient by a position's logits is its probabilities, less one at its label: negative only where a label has weight."""
     model, batch = prepared(position)
     placed = on_device(batch)
-    by_logits = jax.grad(lambda z: weighted_sums(z, placed["targets"], placed["loss_weights"], placed["is_body"], 0.0)[0])
-    gradient = np.asarray(by_logits(logits(model, placed)))
+    found = logits(model, placed)
+    of_logits = lambda z: cross_entropy.weighted_loss(z, jnp.eye(z.shape[-1]), placed["targets"], placed["loss_weights"], None, 0.0)  # noqa: E731
+    gradient = np.asarray(jax.grad(lambda z: of_logits(z)[0])(found))
     delimiters = np.unique(batch["targets"][batch["asks_metadata"] & (batch["targets"] >= 256)])
     assert len(delimiters) == 2
     assert (gradient[..., delimiters] < 0).any() == wanted

@@ -22,7 +22,7 @@ from metajax.evaluation.multiple_choice import score
 from metajax.evaluation.questions import Question
 from metajax.experiment import evaluate_run
 from metajax.runs.directory import find_run
-from metajax.training.losses import token_nll
+from metajax.training.losses import token_scores
 from metajax.training.opened import open_run
 
 pytestmark = pytest.mark.peers
@@ -184,8 +184,9 @@ def test_logits_and_log_likelihoods(pair):
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(logits[0, :, :ROWS], theirs, atol=2e-5 * np.abs(theirs).max())
-    found = token_nll(logits[0, :-1], tokens[0, 1:])[0]
-    np.testing.assert_allclose(found, nats(model, ids), atol=1e-4)
+    batch = {"tokens": tokens[:, :-1], "positions": jnp.arange(len(ids) - 1)[None], "segment_ids": jnp.ones_like(tokens[:, 1:])}
+    found = token_scores(opened.model, batch | {"targets": tokens[:, 1:]})
+    np.testing.assert_allclose(found.nll[0], nats(model, ids), atol=1e-4)
 
 
 @pytest.mark.fault(1)

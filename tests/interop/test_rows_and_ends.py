@@ -31,7 +31,7 @@ from metajax.interop.layouts import load_model
 from metajax.models.lm import named_params
 from metajax.runs.files import read_json, read_lines, write_json
 from metajax.runs.parents import resolve_parents
-from metajax.training.losses import token_nll, weighted_sums
+from metajax.models.cross_entropy import token_scores, weighted_loss
 from metajax.training.objectives.dpo import preference_sums
 from metajax.training.opened import open_run
 
@@ -210,16 +210,16 @@ def test_a_run_adds_the_ids_of_its_training_targets(negative, home):
 @pytest.mark.fault(1)
 def test_what_no_one_asks_for_has_no_loss():
     """Padding is such a target: its logit is -inf, and neither loss nor gradient knows of it."""
-    logits, targets = jnp.array([[[0.0, 1.0, -jnp.inf]] * 4]), jnp.array([[0, 1, 2, 2]])
-    weights = jnp.array([[1.0, 1.0, 0.0, 0.0]])
+    logits, targets = jnp.array([[[0.0, 1.0, 2.0]] * 4]), jnp.array([[0, 1, 2, 2]])
+    weights, absent, matrix = jnp.array([[1.0, 1.0, 0.0, 0.0]]), jnp.array([False, False, True]), jnp.eye(3)
 
-    def loss(logits):
-        return weighted_sums(logits, targets, weights, weights > 0, 1e-3)[0]
+    def loss(logits, size=4):
+        return weighted_loss(logits[:, :size], matrix, targets[:, :size], weights[:, :size], absent, 1e-3)[0]
 
     value, gradient = jax.value_and_grad(loss)(logits)
-    expected, _ = weighted_sums(logits[:, :2], targets[:, :2], weights[:, :2], weights[:, :2] > 0, 1e-3)
-    assert value == expected and jnp.isfinite(gradient).all()
-    nll, _ = token_nll(logits, targets)
+    assert value == loss(logits, 2) and jnp.isfinite(gradient).all()
+    nll = token_scores(logits, matrix, targets, absent).nll
+    assert jnp.isinf(nll[0, 2:]).all()
     rewards = lambda nll: preference_sums(nll, nll, weights, jnp.array([[1, 2, 2, 0]]), 0.1)[0]  # noqa: E731
     assert jnp.isfinite(rewards(nll)) and jnp.isfinite(jax.grad(rewards)(nll)).all()
 

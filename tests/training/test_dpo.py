@@ -21,7 +21,7 @@ from metajax.training.objectives.dpo import preference_sums
 from metajax.training.program import Program
 from metajax.training.replay import replay
 from metajax.training.state import to_arrays
-from metajax.training.step import apply_model
+from metajax.training.losses import apply_model
 
 SCANNED = {"runtime.unroll": 1, "runtime.implementation": "reference"}
 MODELS = {

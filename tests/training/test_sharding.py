@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from metajax.core.errors import UserError
-from metajax.distributed.mesh import HostRows, make_mesh, parse_mesh
+from metajax.distributed.mesh import HostRows, auto_meshes, make_mesh, parse_mesh
 from metajax.distributed.rules import param_shardings, partition_spec
 from metajax.training.program import check_axes
 
@@ -65,8 +65,8 @@ SHARES = {
     "data=1,fsdp=8": 1 / 8,
     "data=8,fsdp=1": 1.0,
     "data=2,fsdp=4": 1 / 4,
-    "fsdp=4,context=2": 1 / 4,
-    "fsdp=2,context=2,tensor=2": 1 / 4,
+    "fsdp=4,context=2": 1 / 8,
+    "fsdp=2,context=2,tensor=2": 1 / 8,
 }
 MESHES = tuple(SHARES)
 
@@ -112,6 +112,29 @@ def test_rules_by_hand():
     assert partition_spec(("batch", "length", None), (16, 8, 4), MESH) == PartitionSpec(("data", "fsdp"), None, None)
     assert partition_spec(("embed",), (30,), MESH) == PartitionSpec(None), "4 does not divide 30: it stays whole"
     assert partition_spec(("embed", "mlp"), (30, 64), MESH) == PartitionSpec(None, ("fsdp",)), "the next axis takes fsdp"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rows", "chosen", "rejected"),
+    [
+        (10**7, 32, "data=16", ["fsdp=16"]),
+        (10**8, 32, "fsdp=16", ["data=16"]),
+        (10**7, 8, "data=8,context=2", ["fsdp=8,context=2"]),
+        (10**9, 1, "context=16", []),
+    ],
+)
+def test_auto_holds_small_states_whole_and_gives_rows_to_the_devices(parameters, rows, chosen, rejected):
+    devices = [SimpleNamespace(platform="cpu")] * 16
+    first, *others = auto_meshes(parameters, rows, devices, gathers=2, pieces=1, weight_bytes=2)
+    assert first.mesh == chosen and [option.mesh for option in others] == rejected
+    assert first.state == 16 * parameters / (1 if "data" in chosen and "context" not in chosen else 2 if "data" in chosen else 16)
+
+
+def test_auto_spreads_a_large_state_within_a_slice():
+    devices = [SimpleNamespace(platform="tpu", slice_index=n // 8) for n in range(16)]
+    options = auto_meshes(10**9, 32, devices, gathers=1, pieces=4, weight_bytes=2)
+    assert [option.mesh for option in options] == ["data=2,fsdp=8", "data=16"]
+    assert options[0].links == 2 * 4 * 2e9 * 7 / 8 + 2 * 2e9 / 8 / 2 and options[1].links == 2 * 2e9 * 15 / 16
 
 
 def test_a_large_parameter_is_never_left_whole_on_every_device():

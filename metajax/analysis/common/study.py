@@ -24,7 +24,7 @@ from metajax.evaluation.tasks import impossible
 from metajax.models.layer import Layer
 from metajax.models.lm import LM
 from metajax.training.program import Program
-from metajax.training.step import MODEL_INPUTS
+from metajax.training.losses import MODEL_INPUTS
 
 PROMPTS = 500  # the papers do not state their numbers of prompts
 PIECES = 64  # pieces of text

@@ -7,6 +7,7 @@ inputs, the scan their final state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -63,11 +64,13 @@ def attention_in_parts(
     """`attend` for one part of each row: (out, lse) of the part's queries. `expiry` is that of the whole row.
 
     A window no longer than a part needs only the keys of the previous part. Without a window, or with a longer one, a part
-    gathers the keys of all parts. Then the work is uneven, because the queries of later parts see more keys.
+    gathers the keys of all parts.
     """
     here, length = jax.lax.axis_index("context"), q.shape[1]
     if window is None or window > length:
         k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+        if window is None and length % 2 == 0:
+            return _balanced(functools.partial(attend, k=k, v=v, expiry=expiry, **metas), q)
         return attend(q, k, v, expiry, q_offset=here * length, **metas)
     if window:
         k, v = (jnp.concatenate([_from_before(x[:, length - window :]), x], axis=1) for x in (k, v))
@@ -75,6 +78,23 @@ def attention_in_parts(
     padded = jnp.pad(expiry, ((0, 0), (window, 0)))
     mine = jax.lax.dynamic_slice_in_dim(padded, here * length, window + length, axis=1) - first
     return attend(q, k, v, mine, q_offset=window, **metas)
+
+
+def _balanced(attend: Kernel, q: Float[Array, "B T H Dq"]) -> tuple[Array, Array]:
+    """`attend` for one part's queries to all keys, each half on a device such that every device sees equally many keys.
+
+    Of the 2P halves of P parts, device j computes j and 2P - 1 - j. The even halves, each the first of its part, go to the
+    devices in one permutation, and the odd ones in another.
+    """
+    parts, half, here = jax.lax.axis_size("context"), q.shape[1] // 2, jax.lax.axis_index("context")
+    found = []
+    for odd in (0, 1):
+        takes = [j if j % 2 == odd else 2 * parts - 1 - j for j in range(parts)]  # device -> half
+        there = [(half_of // 2, j) for j, half_of in enumerate(takes)]
+        moved = jax.lax.ppermute(q[:, odd * half :][:, :half], "context", there)
+        made = attend(moved, q_offset=jnp.asarray(takes)[here] * half)
+        found.append(jax.tree.map(lambda x: jax.lax.ppermute(x, "context", [(b, a) for a, b in there]), made))  # noqa: B023
+    return tuple(jnp.concatenate(halves, axis=1) for halves in zip(*found, strict=True))
 
 
 def scan_in_parts(

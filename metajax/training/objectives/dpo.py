@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from metajax.config import Config
 from metajax.core.errors import UserError
-from metajax.training.losses import token_nll, weighed, weighted_sums
+from metajax.models.cross_entropy import weighed
+from metajax.training.losses import token_scores
 from metajax.training.objectives import Batch, Means, objective
-from metajax.training.step import apply_model
 
 Tokens = Float[Array, "B T"]
 METRICS = ("margin", "accuracy", "chosen_reward")  # of `preference_sums`, sums over pairs
@@ -23,14 +23,13 @@ def dpo(config: Config, model: Any, batch: Batch, reference: Any) -> Means:
     """`preference_sums` per pair, against the frozen `reference`; nll and body_nll as in the objective "language_model"."""
     if config.dpo is None:
         raise UserError("training.objective = 'dpo' needs its settings and a reference: set dpo.beta and init.from instead")
-    logits, weights = apply_model(model, batch), batch["loss_weights"]
-    _, parts = weighted_sums(logits, batch["targets"], weights, batch["is_body"], 0.0)
-    nll, reference_nll = (token_nll(scores, batch["targets"])[0] for scores in (logits, apply_model(reference, batch)))
+    weights, is_body = batch["loss_weights"], batch["is_body"]
+    nll, reference_nll = (token_scores(m, batch).nll for m in (model, reference))
     total, pairs = preference_sums(nll, reference_nll, weights, batch["segment_ids"], config.dpo.beta)
     return {
         "loss": (total, pairs["pairs"]),
-        "nll": (parts["nll"], jnp.sum(weights)),
-        "body_nll": (parts["body_nll"], jnp.sum(batch["is_body"])),
+        "nll": (jnp.sum(weighed(weights, nll)), jnp.sum(weights)),
+        "body_nll": (jnp.sum(jnp.where(is_body, nll, 0.0)), jnp.sum(is_body)),
         **{name: (pairs[name], pairs["pairs"]) for name in METRICS},
     }
 
