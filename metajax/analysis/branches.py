@@ -21,9 +21,9 @@ from metajax.analysis.common.numbers import mean_over_rows
 from metajax.analysis.common.study import Arrays, Study, capture, is_parallel, layers_of
 from metajax.analysis.mixing_maps import MIXERS
 from metajax.core.errors import require
+from metajax.models.cross_entropy import weighed
 from metajax.models.layer import Layer
 from metajax.models.layers import Norm
-from metajax.models.cross_entropy import weighed
 from metajax.models.lm import LM
 from metajax.reporting.panels import by_layer, panels
 from metajax.training.losses import token_scores

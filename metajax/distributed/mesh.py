@@ -14,7 +14,6 @@ from metajax.config import AXES, mesh_axes
 from metajax.core.errors import require
 from metajax.distributed.rules import RULES, batch_sharding
 
-
 SMALL_STATE = 1 << 30  # bytes; a state up to this size is held whole by every device
 
 

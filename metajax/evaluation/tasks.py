@@ -20,8 +20,8 @@ from metajax.data.tasks.examples import PAUSES, assemble
 from metajax.distributed.mesh import row_shards
 from metajax.evaluation.statistics import share_interval
 from metajax.evaluation.validation import totals
-from metajax.training.program import Program
 from metajax.training.losses import token_scores
+from metajax.training.program import Program
 
 Right = Callable[[Any, dict[str, jax.Array]], jax.Array]  # (model, batch) -> whether each target is the most likely id [B, T]
 Results = dict[str, dict[str, dict[str, Any]]]

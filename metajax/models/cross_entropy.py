@@ -79,7 +79,9 @@ def _loss_forward(x: Hidden, matrix: Matrix, targets: Array, weights: PerToken, 
     return (_weighted_sum(scores, weights, z_loss), scores), gradients
 
 
-def _loss_backward(z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, TokenScores]) -> tuple[Array | None, ...]:
+def _loss_backward(
+    z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, TokenScores]
+) -> tuple[Array | None, ...]:
     dx, dmatrix = gradients
     by_sum = cotangents[0]
     return (by_sum * dx).astype(dx.dtype), by_sum * dmatrix, None, None, None
@@ -147,7 +149,9 @@ def _on_device(
 
     def split(a: Array) -> Array:
         flat = a.reshape(positions, *a.shape[2:])
-        return jnp.pad(flat, ((0, blocks * size - positions), *((0, 0),) * (flat.ndim - 1))).reshape(blocks, size, *flat.shape[1:])
+        return jnp.pad(flat, ((0, blocks * size - positions), *((0, 0),) * (flat.ndim - 1))).reshape(
+            blocks, size, *flat.shape[1:]
+        )
 
     def one(total: Matrix | None, piece: tuple[Array, ...]) -> tuple[Matrix | None, tuple[TokenScores, Array | None]]:
         scores, gradients = _block(axes, matrix, absent, slopes, *piece)

@@ -59,10 +59,10 @@ def hbm_bytes(hlo: str) -> int:
     """
     parsed, total = _parse(hlo), 0
     for op in operations(hlo):
-        if found := _INSTRUCTION.match(op.line):
-            if found.group(4) not in _FREE and not found.group(4).endswith("-done"):
-                computation = parsed[op.computation]
-                total += op.times * _traffic(computation[found.group(2)], computation, parsed)
+        found = _INSTRUCTION.match(op.line)
+        if found and found.group(4) not in _FREE and not found.group(4).endswith("-done"):
+            computation = parsed[op.computation]
+            total += op.times * _traffic(computation[found.group(2)], computation, parsed)
     return total
 
 
@@ -117,7 +117,9 @@ def _fusion_traffic(fusion: _Instruction, given: list[_Instruction], inner: Comp
     for instruction in inner.values():
         for name in instruction.operands:
             users[name].append(instruction)
-    parameters = {int(one.line.partition("parameter(")[2].partition(")")[0]): one for one in inner.values() if one.opcode == "parameter"}
+    parameters = {
+        int(one.line.partition("parameter(")[2].partition(")")[0]): one for one in inner.values() if one.opcode == "parameter"
+    }
     read = 0
     for number, operand in enumerate(given):
         uses = list(_uses(parameters[number].name, users))
@@ -159,7 +161,9 @@ def _multiplications(product: _Instruction, around: Computation) -> int:
     words = (word.partition("=") for word in (window.group(1) if window else "").split())
     options = {name: value.split("x") for name, _, value in words}
     for at, name in enumerate(sorted(set(labels.group(2)) - set("io"))):
-        stride, dilation, of_kernel = (int(options[key][at]) if key in options else 1 for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        stride, dilation, of_kernel = (
+            int(options[key][at]) if key in options else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
         before = int(options["pad"][at].split("_")[0]) if "pad" in options else 0
         places = np.arange(result[name])[:, None] * stride + np.arange(kernel[name]) * of_kernel - before
         inside = (places >= 0) & (places <= (given[name] - 1) * dilation) & (places % dilation == 0)

@@ -54,8 +54,9 @@ def test_metadata_is_a_target_only_after_the_text(prepared, position, wanted):
     model, batch = prepared(position)
     placed = on_device(batch)
     found = logits(model, placed)
-    of_logits = lambda z: cross_entropy.weighted_loss(z, jnp.eye(z.shape[-1]), placed["targets"], placed["loss_weights"], None, 0.0)  # noqa: E731
-    gradient = np.asarray(jax.grad(lambda z: of_logits(z)[0])(found))
+    labels = placed["targets"], placed["loss_weights"]
+    by_logits = jax.grad(lambda z: cross_entropy.weighted_loss(z, jnp.eye(z.shape[-1]), *labels, None, 0.0)[0])
+    gradient = np.asarray(by_logits(found))
     delimiters = np.unique(batch["targets"][batch["asks_metadata"] & (batch["targets"] >= 256)])
     assert len(delimiters) == 2
     assert (gradient[..., delimiters] < 0).any() == wanted

@@ -15,8 +15,8 @@ from metajax.evaluation.tasks import evaluate_tasks, impossible, mean_exact, sum
 from metajax.experiment import run_experiment
 from metajax.reporting.html import write_run_report
 from metajax.runs.files import read_lines, write_json
-from metajax.training.program import Program, abstract_model
 from metajax.training.losses import apply_model
+from metajax.training.program import Program, abstract_model
 
 TASKS = Tasks(names=("list_recall", "copying"), train_length=48, eval_lengths=(32, 64), eval_examples=30, span=3)
 RUN = {

@@ -28,10 +28,10 @@ from metajax.interop.exports import export_run
 from metajax.interop.files import open_directory
 from metajax.interop.imports import import_directory
 from metajax.interop.layouts import load_model
+from metajax.models.cross_entropy import token_scores, weighted_loss
 from metajax.models.lm import named_params
 from metajax.runs.files import read_json, read_lines, write_json
 from metajax.runs.parents import resolve_parents
-from metajax.models.cross_entropy import token_scores, weighted_loss
 from metajax.training.objectives.dpo import preference_sums
 from metajax.training.opened import open_run
 

@@ -1,7 +1,5 @@
 """Cross-entropy in blocks equals optax on whole logits, for every mesh, block size and kind of gradient."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,19 +29,19 @@ def drawn(width=WIDTH, vocabulary=VOCABULARY, rows=ROWS):
     return x, matrix, targets, weights
 
 
-def reference(x, matrix, targets, weights, absent, z_loss):
+def reference(x, matrix, targets, weights, absent):
     logits = jnp.where(absent, -jnp.inf, x @ matrix.T)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(weights * (nll + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2))
+    return jnp.sum(weights * (nll + Z_LOSS * jax.nn.logsumexp(logits, axis=-1) ** 2))
 
 
-def by_scores(x, matrix, targets, weights, absent, z_loss):
+def by_scores(x, matrix, targets, weights, absent):
     found = token_scores(x, matrix, targets, absent)
-    return jnp.sum(weights * (found.nll + z_loss * found.log_z**2))
+    return jnp.sum(weights * (found.nll + Z_LOSS * found.log_z**2))
 
 
-def by_sum(*args):
-    return weighted_loss(*args)[0]
+def by_sum(x, matrix, targets, weights, absent):
+    return weighted_loss(x, matrix, targets, weights, absent, Z_LOSS)[0]
 
 
 def on_mesh(text, x, matrix, targets, weights):
@@ -59,20 +57,20 @@ def on_mesh(text, x, matrix, targets, weights):
 def test_loss_and_gradient(block, text, loss):
     given, absent = drawn(), jnp.arange(VOCABULARY) == VOCABULARY - 1
     given = (*given[:2], jnp.minimum(given[2], VOCABULARY - 2), given[3])
-    expected = jax.value_and_grad(reference, (0, 1))(*given, absent, Z_LOSS)
+    expected = jax.value_and_grad(reference, (0, 1))(*given, absent)
     mesh, placed = on_mesh(text, *given)
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.value_and_grad(partial(loss, z_loss=Z_LOSS) if loss is by_scores else lambda *a: loss(*a, Z_LOSS), (0, 1)))(*placed, absent)
+        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(*placed, absent)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5), found, expected)
 
 
 @pytest.mark.parametrize(("width", "vocabulary", "rows"), [(12, 40, 8), (16, 37, 8), (16, 40, 3), (12, 37, 3)])
 def test_sizes_that_the_mesh_does_not_divide(block, width, vocabulary, rows):
     given, absent = drawn(width, vocabulary, rows), jnp.zeros(vocabulary, bool)
-    expected = jax.value_and_grad(reference, (0, 1))(*given, absent, Z_LOSS)
+    expected = jax.value_and_grad(reference, (0, 1))(*given, absent)
     mesh, placed = on_mesh("fsdp=4,tensor=2", *given)
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.value_and_grad(lambda *a: by_sum(*a, Z_LOSS), (0, 1)))(*placed, absent)
+        found = jax.jit(jax.value_and_grad(by_sum, (0, 1)))(*placed, absent)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5), found, expected)
 
 
@@ -94,6 +92,6 @@ def test_the_most_likely_id_is_the_first_of_equals(block, text):
 def test_no_array_holds_the_logits_of_all_positions(monkeypatch):
     monkeypatch.setattr(cross_entropy, "BLOCK", 128 * VOCABULARY)
     x, matrix, targets, weights = drawn(rows=64)
-    step = jax.jit(jax.grad(lambda x, matrix: by_sum(x, matrix, targets, weights, None, 0.0), (0, 1)))
+    step = jax.jit(jax.grad(lambda x, matrix: by_sum(x, matrix, targets, weights, None), (0, 1)))
     assert f"{64 * LENGTH},{VOCABULARY}" not in (text := step.lower(x, matrix).compile().as_text())
     assert f"[128,{VOCABULARY}]" in text

@@ -17,11 +17,11 @@ from metajax.models.flops import step_flops
 from metajax.reporting.rows import spans
 from metajax.runs.files import read_lines
 from metajax.training import trainer
+from metajax.training.losses import apply_model
 from metajax.training.objectives.dpo import preference_sums
 from metajax.training.program import Program
 from metajax.training.replay import replay
 from metajax.training.state import to_arrays
-from metajax.training.losses import apply_model
 
 SCANNED = {"runtime.unroll": 1, "runtime.implementation": "reference"}
 MODELS = {

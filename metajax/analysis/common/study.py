@@ -23,8 +23,8 @@ from metajax.distributed.mesh import row_shards
 from metajax.evaluation.tasks import impossible
 from metajax.models.layer import Layer
 from metajax.models.lm import LM
-from metajax.training.program import Program
 from metajax.training.losses import MODEL_INPUTS
+from metajax.training.program import Program
 
 PROMPTS = 500  # the papers do not state their numbers of prompts
 PIECES = 64  # pieces of text
