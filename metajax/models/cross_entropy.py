@@ -50,8 +50,9 @@ def _scores_forward(x: Hidden, matrix: Matrix, targets: Array, absent: Absent | 
 
 def _scores_backward(saved: Any, cotangents: TokenScores) -> tuple[Array | None, ...]:
     slopes = lambda _, by_nll, by_log_z: (by_nll, by_log_z)  # noqa: E731
-    dx, dmatrix = _blockwise(*saved, cotangents.nll, cotangents.log_z, slopes=slopes)[1]
-    return dx, dmatrix, None, None
+    gradients = _blockwise(*saved, cotangents.nll, cotangents.log_z, slopes=slopes)[1]
+    assert gradients is not None
+    return *gradients, None, None
 
 
 token_scores.defvjp(_scores_forward, _scores_backward)
@@ -127,7 +128,7 @@ def _blockwise(
         functools.partial(local, axes),
         mesh=mesh,
         in_specs=(of_x, whole, rows, None if absent is None else of_ids, *(rows for _ in arrays)),
-        out_specs=(TokenScores(rows, rows, rows), gradients),
+        out_specs=(TokenScores._make([rows] * 3), gradients),
         check_vma=False,
     )(x, constrain(cast, ("vocab", None)), targets, absent, *arrays)
     return scores, gradients and (gradients[0], gradients[1].astype(matrix.dtype))
@@ -155,8 +156,9 @@ def _on_device(
 
     def one(total: Matrix | None, piece: tuple[Array, ...]) -> tuple[Matrix | None, tuple[TokenScores, Array | None]]:
         scores, gradients = _block(axes, matrix, absent, slopes, *piece)
-        dx, dmatrix = gradients or (None, None)
-        return None if dmatrix is None else total + dmatrix, (scores, dx)
+        if total is None or gradients is None:
+            return None, (scores, None)
+        return total + gradients[1], (scores, gradients[0])
 
     total = None if slopes is None else jnp.zeros(matrix.shape, jnp.float32)
     total, made = jax.lax.scan(one, total, tuple(map(split, (x, targets, *arrays))), unroll=blocks == 1)

@@ -94,7 +94,8 @@ def _balanced(attend: Kernel, q: Float[Array, "B T H Dq"]) -> tuple[Array, Array
         moved = jax.lax.ppermute(q[:, odd * half :][:, :half], "context", there)
         made = attend(moved, q_offset=jnp.asarray(takes)[here] * half)
         found.append(jax.tree.map(lambda x: jax.lax.ppermute(x, "context", [(b, a) for a, b in there]), made))  # noqa: B023
-    return tuple(jnp.concatenate(halves, axis=1) for halves in zip(*found, strict=True))
+    early, late = found
+    return jnp.concatenate([early[0], late[0]], axis=1), jnp.concatenate([early[1], late[1]], axis=1)
 
 
 def scan_in_parts(
