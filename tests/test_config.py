@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metajax import registry
-from metajax.config import Config, MetaTokens, Runtime, Switch, config_hash, difference
+from metajax.config import Config, MetaTokens, Runtime, Switch, config_from, config_hash, difference
 from metajax.core.errors import UserError
 from metajax.core.fields import flatten, from_dict, override, to_dict
 from metajax.training.optimizers import unread_by_optimizer
+from metajax.vision.config import ImageConfig, Prompts
 
 BASE = Config(name="x")
 
@@ -22,6 +23,15 @@ def test_round_trip_through_json():
         BASE, {"meta_tokens": MetaTokens(rate=0.2), "data.sources": "pydocs,debindex", "data.switch": Switch(5, (1.0, 2.0))}
     )
     assert from_dict(Config, to_dict(config)) == config
+
+
+def test_a_saved_config_is_of_the_family_with_its_fields():
+    text, images = Config(name="x"), ImageConfig(name="x", weights="clip", prompts=Prompts())
+    assert config_from(to_dict(text)) == text and config_from(to_dict(images)) == images
+    with pytest.raises(UserError, match="unknown field prompt; did you mean 'prompts'"):
+        config_from({**to_dict(images), "prompt": {}})
+    with pytest.raises(UserError, match="unknown field datas; did you mean 'data'"):
+        config_from({**to_dict(text), "datas": {}})
 
 
 @pytest.mark.parametrize(

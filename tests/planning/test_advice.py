@@ -7,6 +7,8 @@ import pytest
 from metajax.planning.advice import advise, candidates, largest_batch
 from metajax.planning.buffers import kind_of, largest_buffers, temporaries
 from metajax.reporting.plan_page import write_plan_page
+from metajax.vision.clip.config import preset
+from metajax.vision.config import ImageConfig, Prompts
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 7203840000, parameter 0, shape |bf16[60000,60000]| at ShapeIndex {}:
@@ -103,6 +105,14 @@ def test_the_first_change_that_fits_is_advised(tiny_config):
     assert advise(config, 4, plan) == {"changes": {"runtime.remat": "full", "training.accumulation_steps": 2}, "total": 7}
     assert len(tried) == 3
     assert advise(config, 4, lambda changed: {"fits": False}) is None
+
+
+def test_a_prompt_learner_may_accumulate_and_a_clip_may_not():
+    learner = ImageConfig(name="x", weights="clip", prompts=Prompts(batch=8))
+    assert {"runtime.remat": "full", "training.accumulation_steps": 2} in list(candidates(learner, 4))
+    clip = ImageConfig(name="x", clip=preset("ViT-B/32"))
+    assert list(candidates(clip, 1)) == [{"runtime.remat": "dots"}, {"runtime.remat": "full"}]
+    assert (learner.batch, clip.batch) == (("prompts.batch", 8, 1), ("images.batch", 96, 1))
 
 
 def test_the_largest_batch_is_found_by_bisection():

@@ -32,7 +32,7 @@ def test_a_row_without_its_field_is_shown_but_not_run(tmp_path, capsys):
     assert "| scored | not here " in markdown(plan.result())
     assert "- Not run here for lack of a score: scored.\n" in markdown(plan.result())
     print_table_plan(plan)
-    assert "not here, for want" in " ".join(capsys.readouterr().out.split())
+    assert "not run here for lack" in " ".join(capsys.readouterr().out.split())
     assert registry.find_experiment("lab/scored").scales == ("gpu",)
     with pytest.raises(UserError, match="lab/scored cannot be run at scale cpu: it lacks a score"):
         registry.find_experiment("lab/scored").build("cpu")
