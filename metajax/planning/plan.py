@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kernels_pallas.bench.hlo import hbm_bytes, product_flops
 from kernels_pallas.bench.schedule import operations, xla_cycles
 from metajax.config import AnyConfig, Config, config_hash
 from metajax.core.errors import first_line, require
 from metajax.models.flops import flops_per_token, step_flops
 from metajax.planning.buffers import largest_buffers, temporaries
-from metajax.planning.program import hbm_bytes, product_flops
 from metajax.planning.schedules import kernel_calls, scheduled
 from metajax.planning.topology import Chip, chip_of, parse_topology, slice_devices
 from metajax.training.objectives import Batch
