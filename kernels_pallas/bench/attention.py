@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas.bench import splash
-from kernels_pallas.bench.programs import PASSES, Kernel, Program, array, when, with_passes
-from kernels_pallas.prefix_window_attention.blocks import block_lists, is_full
-from kernels_pallas.prefix_window_attention.tiles import LANES
-from kernels_pallas.prefix_window_attention.tpu import BLOCK, attention_tpu, heads_of_a_step
+from kernels_pallas.bench.programs import PASSES, Kernel, Program, array, loop, when, with_passes
+from kernels_pallas.prefix_window_attention.blocks import Lists, block_lists, inner, is_full, outer
+from kernels_pallas.prefix_window_attention.tiles import UNROLLED_TILES
+from kernels_pallas.prefix_window_attention.tpu import Tiling, attention_tpu, kept, tiling_of
 from kernels_pallas.prefix_window_attention.xla import attention_xla
 
 
@@ -78,7 +78,7 @@ def _build(shape: Shape, passes: str, function: Callable) -> tuple[Callable, tup
     def run(expiry: Array, *arrays: Array) -> Array:
         def call(q: Array, k: Array, v: Array, *metas: Array) -> Array:
             names = dict(zip(("prefix_k", "prefix_v"), metas, strict=False))
-            return function(q, k, v, expiry, scale=shape.key_width**-0.5, **names)[0]
+            return function(q, k, v, expiry, scale=shape.key_width**-0.5, window=shape.window, **names)[0]
 
         return with_passes(passes, call)(*arrays)
 
@@ -95,28 +95,50 @@ def _expiry(shape: Shape) -> Array:
 
 def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
     """Our kernels, with the visits from their lists for this mask."""
-    block = min(BLOCK, -(-shape.length // LANES) * LANES)
+    tiling = tiling_of((1, shape.length, shape.length), (shape.heads, shape.kv_heads), shape.dtype, 0, shape.window)
+    q, k = tiling.block_q, tiling.block_k
+    blocks, key_blocks = -(-shape.length // q), -(-shape.length // k)
     with jax.default_device(jax.devices("cpu")[0]):
-        lists = block_lists(_expiry(shape), 0, shape.length, block, block)
-        visits = lists.by_query[: int(lists.query_count)]
-        full, blocks = int(jnp.sum(is_full(visits))), -(-shape.length // block)
-    per_step = heads_of_a_step(shape.kv_heads, shape.heads // shape.kv_heads)
+        lists = block_lists(_expiry(shape), 0, shape.length, q, k, shape.window, tiling.border_k)
+        visits = lists.by_query[: int(lists.count)]
+        full, parts = int(jnp.sum(is_full(visits))), _parts(tiling, lists, visits[~is_full(visits)])
+    keys, values = ((1, shape.length, shape.kv_heads, width) for width in (shape.key_width, shape.value_width))
+    per_step, slots = kept(keys, values, shape.heads // shape.kv_heads, k, shape.window)
     lines = shape.kv_heads // per_step  # the grid's outer axis repeats the whole list this often
-    steps, start, end = lines * len(visits), when(lines * blocks), when(lines * blocks)
-    tiles = (when(lines * full), when(lines * (len(visits) - full)))
+    steps, cut, each = lines * len(visits), lines * (len(visits) - full), q * k // (tiling.border_q * tiling.border_k)
+    at_once = min(k, UNROLLED_TILES * tiling.tile_k)
+    tiles = [when(lines * full), *([loop(lines * full * k // at_once)] if at_once < k else []), when(cut)]
+    if each > 1:
+        tiles += [loop(cut * each), when(lines * parts)]
     row_q, row_k = (2 * (shape.key_width + shape.value_width) * heads for heads in (shape.heads, shape.kv_heads))
-    by_query = shape.length * row_q + len(visits) * block * row_k
-    by_key = 2 * shape.length * row_k + len(visits) * block * row_q
+    by_query = shape.length * row_q + len(visits) * k * row_k
+    by_key = 2 * shape.length * row_k + len(visits) * q * row_q
+    start, end = when(lines * blocks), when(lines * blocks)
     kernels = [Kernel("prefix_window_attention_forward", steps, (start, *tiles, end), by_query)]
     if passes == "both":
-        zeroed = (when(lines),) if shape.meta else ()
-        q_inside = (start, *zeroed, *tiles, when(end.times, slight=True))
-        kernels += [
-            Kernel("prefix_window_attention_backward_q", steps, q_inside, by_query + shape.length * row_q),
-            Kernel("prefix_window_attention_backward_kv", steps, (start, *tiles, end), by_key),
-        ]
-    inside = splash.allowed_pairs(shape.length // shape.documents, shape.window, 0)
-    allowed = shape.documents * inside + shape.length * shape.meta
-    computed = len(visits) * block * block + blocks * block * shape.meta
+        zeroed, slight = (when(lines),) if shape.meta else (), when(lines * blocks, slight=True)
+        by_query += shape.length * row_q
+        of_key, once = when(lines * key_blocks), lines * min(key_blocks, 2)
+        if slots:
+            ring = (of_key, when(of_key.times, slight=True), when(lines), loop(once))
+            inside = (start, *zeroed, of_key, *tiles, *ring, slight)
+            kernels += [Kernel("prefix_window_attention_backward", steps, inside, by_query + shape.length * row_k)]
+        else:
+            inside = (start, *zeroed, *tiles, slight), (of_key, *tiles, of_key)
+            kernels += [
+                Kernel("prefix_window_attention_backward_q", steps, inside[0], by_query),
+                Kernel("prefix_window_attention_backward_kv", steps, inside[1], by_key),
+            ]
+    allowed = shape.documents * splash.allowed_pairs(shape.length // shape.documents, shape.window, 0)
+    computed = full * q * k + parts * tiling.border_q * tiling.border_k + blocks * q * shape.meta
     build = functools.partial(_build, shape, passes, attention_tpu)
-    return Program(op, name, "pallas_tpu", passes, build, tuple(kernels), allowed / computed)
+    return Program(op, name, "pallas_tpu", passes, build, tuple(kernels), (allowed + shape.length * shape.meta) / computed)
+
+
+def _parts(tiling: Tiling, lists: Lists, visits: Array) -> int:
+    """Number of parts of these visits that the kernels compute, by the rule of `tiles.each_tile`."""
+    query, key = outer(visits)[:, None, None] * tiling.block_q, inner(visits)[:, None, None]
+    row = jnp.arange(tiling.block_k // tiling.border_k)[:, None]
+    query = query + jnp.arange(0, tiling.block_q, tiling.border_q)
+    first, ends = lists.first[key] + row * tiling.border_k, lists.last_end[key * row.size + row]
+    return int(jnp.sum((first < query + tiling.border_q) & (ends > query)))

@@ -14,31 +14,44 @@ from jaxtyping import Array, Bool, Int
 
 BITS = 15  # of a block's number in a visit: outer << (BITS + 1) | inner << 1 | full
 SMEM_WORDS = 200_000  # of the 262,144 that a core has; the compiler needs some for itself
+TABLES = 8  # words of a block of keys beside its visits: `first`, `opens`, `closes`, and `last_end` of its parts
 PAST_END = 2**31 - 1
 
 
 class Lists(NamedTuple):
-    """Visits in two orders, and the inputs of the mask arithmetic of a block.
+    """Visits in two orders, and what the kernels need of each block of keys.
 
     by_query, by_key: int32[visits + 1]; sorted, then `PAST_END`. count: int32[], number of valid visits, the same in both.
     first: int32[key blocks], the first (flat) query index that sees the block's first key; it grows by one per key.
     end: int32[1, keys], the first (flat) query index that no longer sees the key.
+    last_end: int32[keys / border], the largest `end` of each `border` keys.
+    opens, closes: int32[key blocks], the first and the last (flat) block of queries that visits the block.
     """
 
     by_query: Array
     by_key: Array
-    query_count: Array
-    key_count: Array
+    count: Array
     first: Array
     end: Array
+    last_end: Array
+    opens: Array
+    closes: Array
 
 
-def block_lists(expiry: Int[Array, "B S"], offset: int | Int[Array, ""], queries: int, block_q: int, block_k: int) -> Lists:
-    """The lists of a call. Raises ValueError when they do not fit into SMEM."""
+def block_lists(
+    expiry: Int[Array, "B S"],
+    offset: int | Int[Array, ""],
+    queries: int,
+    block_q: int,
+    block_k: int,
+    window: int | None = None,
+    border: int | None = None,
+) -> Lists:
+    """The lists of a call; `border` divides `block_k` (None: equals it). Raises ValueError when they do not fit into SMEM."""
     batch, keys = expiry.shape
     query_blocks, key_blocks = -(-queries // block_q), -(-keys // block_k)
-    size = batch * _most(query_blocks, key_blocks, offset, queries, block_q, block_k)
-    if size + batch * key_blocks > SMEM_WORDS or batch * max(query_blocks, key_blocks) >= 1 << BITS:
+    size = batch * visits_of_row(queries, keys, offset, block_q, block_k, window)
+    if not fits(batch, queries, keys, offset, block_q, block_k, window):
         raise ValueError(
             f"{batch} rows of {queries} queries and {keys} keys may need {size} visits of blocks {block_q} x {block_k}, which do not "
             f"fit into the {SMEM_WORDS} words of scalar memory: use larger blocks (block_q, block_k) or fewer rows in a call"
@@ -48,28 +61,44 @@ def block_lists(expiry: Int[Array, "B S"], offset: int | Int[Array, ""], queries
     end = jnp.clip(jnp.minimum(expiry, queries + offset) - offset, 0, queries)
     end = jnp.pad(end, ((0, 0), (0, key_blocks * block_k - keys)))
     active, full = _active(begin, end, queries, query_blocks, block_q, block_k)
+    active = _with_empty(active, offset, block_q, block_k)
     row = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
     query = jnp.broadcast_to(row * query_blocks + jnp.arange(query_blocks)[:, None], active.shape)
     key = jnp.broadcast_to(row * key_blocks + jnp.arange(key_blocks), active.shape)
+    by_query, by_key = (_sorted(active, *order, full, size) for order in ((query, key), (key, query)))
     row_start = jnp.arange(batch, dtype=jnp.int32)[:, None] * (query_blocks * block_q)
-    by_query = _sorted(_with_empty(active, axis=2), query, key, full, size)
-    by_key = _sorted(_with_empty(active, axis=1), key, query, full, size)
     return Lists(
         by_query=by_query,
         by_key=by_key,
-        query_count=jnp.sum(by_query != PAST_END, dtype=jnp.int32),
-        key_count=jnp.sum(by_key != PAST_END, dtype=jnp.int32),
+        count=jnp.sum(by_query != PAST_END, dtype=jnp.int32),
         first=(row_start + (jnp.arange(key_blocks, dtype=jnp.int32) * block_k - offset)).reshape(-1),
         end=(row_start + end).reshape(1, -1),
+        last_end=jnp.max((row_start + end).reshape(-1, border or block_k), axis=1),
+        opens=jnp.min(jnp.where(active, query, PAST_END), axis=1).reshape(-1),
+        closes=jnp.max(jnp.where(active, query, -1), axis=1).reshape(-1),
     )
 
 
-def _most(query_blocks: int, key_blocks: int, offset: int | Array, queries: int, block_q: int, block_k: int) -> int:
-    """Most visits of one row: the blocks at or below the diagonal if `offset` is static, and at least one per block."""
+def fits(batch: int, queries: int, keys: int, offset: int | Array, block_q: int, block_k: int, window: int | None) -> bool:
+    """Whether scalar memory holds the visits of `batch` rows, and a visit the numbers of their blocks."""
+    query_blocks, key_blocks = -(-queries // block_q), -(-keys // block_k)
+    size = visits_of_row(queries, keys, offset, block_q, block_k, window) + TABLES * key_blocks
+    return batch * size <= SMEM_WORDS and batch * max(query_blocks, key_blocks) < 1 << BITS
+
+
+def visits_of_row(queries: int, keys: int, offset: int | Array, block_q: int, block_k: int, window: int | None) -> int:
+    """Most visits of one row: at least one of each block; at or below the diagonal if `offset` is static; in the window."""
+    query_blocks, key_blocks = -(-queries // block_q), -(-keys // block_k)
+    across = key_blocks if window is None else min(key_blocks, (block_q + window - 1) // block_k + 2)
     if not isinstance(offset, int):
-        return query_blocks * key_blocks + query_blocks + key_blocks
+        return query_blocks * across + query_blocks + key_blocks
     lasts = (min((i + 1) * block_q, queries) - 1 + offset for i in range(query_blocks))
-    return sum(min(max(last // block_k + 1, 1), key_blocks) for last in lasts) + key_blocks
+    return sum(min(max(last // block_k + 1, 1), across) for last in lasts) + key_blocks
+
+
+def open_blocks(block_k: int, window: int) -> int:
+    """Places that hold the blocks of keys which later blocks of queries of this window also visit, in `by_query` order."""
+    return (window + block_k - 2) // block_k + 1
 
 
 def _active(
@@ -83,11 +112,16 @@ def _active(
     return active, jnp.all((begin <= first) & (end > last), axis=3)
 
 
-def _with_empty(active: Array, axis: int) -> Array:
-    """Add the first block of each line without a visit. Its mask hides everything, so the kernel writes zeros."""
-    first = jnp.arange(active.shape[axis]) == 0
-    first = first.reshape([-1 if i == axis else 1 for i in range(3)])
-    return active | (first & ~jnp.any(active, axis=axis, keepdims=True))
+def _with_empty(active: Array, offset: int | Array, block_q: int, block_k: int) -> Array:
+    """Add a visit to each block without any: on the diagonal, so that no block of keys is visited later than in its window.
+
+    The mask of such a visit hides everything, so the kernel writes zeros.
+    """
+    queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in active.shape[1:])
+    of_query = jnp.clip((queries * block_q + offset) // block_k, 0, keys.size - 1)
+    of_key = jnp.clip((keys * block_k - offset) // block_q, 0, queries.size - 1)
+    active |= (of_query[:, None] == keys) & ~jnp.any(active, axis=2, keepdims=True)
+    return active | ((of_key == queries[:, None]) & ~jnp.any(active, axis=1, keepdims=True))
 
 
 def _sorted(active: Array, outer: Array, inner: Array, full: Array, size: int) -> Int[Array, " visits"]:

@@ -15,12 +15,15 @@ from kernels_pallas.prefix_window_attention.tiles import (
     FLOOR,
     LOG2_E,
     Head,
+    Mask,
     Operands,
     Plan,
+    Tile,
     dot,
-    in_both_cases,
-    prefix_bias,
-    scores,
+    each_tile,
+    prefix_tile,
+    scaled,
+    vmem,
 )
 
 
@@ -29,11 +32,12 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, Array]:
     """(out [KV, G, V, queries] in v's dtype, log-sum-exp float32[KV, G, queries])."""
     queries, width, values = x.q.shape[3], x.q.shape[2], x.v.shape[2]
     metas = [] if x.prefix_k is None else [x.prefix_k, x.prefix_v]
-    state = (plan.kv_step, plan.group, 1, plan.block_q)
+    state = vmem(plan.kv_step, plan.group, 1, plan.block_q)
     return plan.call(
         functools.partial(_kernel, plan),
-        x.lists.query_count,
+        x.lists.count,
         "prefix_window_attention_forward",
+        tables=3,
         out_shape=[
             jax.ShapeDtypeStruct((*x.q.shape[:2], values, queries), x.v.dtype),
             jax.ShapeDtypeStruct((*x.q.shape[:2], queries), jnp.float32),
@@ -46,15 +50,17 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, Array]:
             *[plan.resident(*meta.shape[1:]) for meta in metas],
         ],
         out_specs=[plan.queries(values, block=outer), plan.queries(block=outer)],
-        scratch=[state, state, (plan.kv_step, plan.group, values, plan.block_q)],
-    )(x.lists.by_query, x.lists.first, x.lists.end, x.q, x.k, x.v, *metas)
+        scratch_shapes=[state, state, vmem(plan.kv_step, plan.group, values, plan.block_q)],
+    )(x.lists.by_query, x.lists.first, x.lists.last_end, x.lists.end, x.q, x.k, x.v, *metas)
 
 
-def _kernel(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, *refs) -> None:
+def _kernel(plan: Plan, visits_ref, first_ref, last_end_ref, end_ref, q_ref, k_ref, v_ref, *refs) -> None:
     *prefix_refs, out_ref, lse_ref, peak_ref, total_ref, sum_ref = refs
     state_refs = (peak_ref, total_ref, sum_ref)
     step = pl.program_id(1)
-    visit = visits_ref[step]
+
+    def start(tile: Tile, h: Head, g: Head, keys_ref=k_ref) -> Array:
+        return dot(keys_ref[h, tile.keys], q_ref[h, g, :, tile.queries], (1, 0))
 
     @pl.when(is_first(visits_ref, step))
     def _() -> None:
@@ -64,31 +70,29 @@ def _kernel(plan: Plan, visits_ref, first_ref, end_ref, q_ref, k_ref, v_ref, *re
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
             return
         prefix_k_ref, prefix_v_ref = prefix_refs
-        bias = prefix_bias(plan, prefix_k_ref.shape[1])
 
-        @plan.each_head
-        def _(h: Head, g: Head) -> None:
-            s_KxQ = scores(plan, prefix_k_ref[h], q_ref[h, g], bias)
-            for ref, value in zip(state_refs, _softmax(s_KxQ, prefix_v_ref[h], None), strict=True):
+        def finish(tile: Tile, h: Head, g: Head, s_KxQ: Array) -> None:
+            values = _softmax(scaled(plan, s_KxQ, tile.bias), prefix_v_ref[h], None)
+            for ref, value in zip(state_refs, values, strict=True):
                 ref[h, g] = value
 
-    def body(bias: Array | None) -> None:
-        @plan.each_head
-        def _(h: Head, g: Head) -> None:
-            s_KxQ = scores(plan, k_ref[h], q_ref[h, g], bias)
-            state = tuple(ref[h, g] for ref in state_refs)
-            for ref, value in zip(state_refs, _softmax(s_KxQ, v_ref[h], state), strict=True):
-                ref[h, g] = value
+        plan.each_head([prefix_tile(plan, prefix_k_ref.shape[1])], functools.partial(start, keys_ref=prefix_k_ref), finish)
 
-    in_both_cases(plan, visit, BY_QUERY, end_ref, first_ref, body)
+    def finish(tile: Tile, h: Head, g: Head, s_KxQ: Array) -> None:
+        state = tuple(ref[h, g, :, tile.queries] for ref in state_refs)
+        values = _softmax(scaled(plan, s_KxQ, tile.bias), v_ref[h, tile.keys], state)
+        for ref, value in zip(state_refs, values, strict=True):
+            ref[h, g, :, tile.queries] = value
+
+    each_tile(plan, visits_ref[step], BY_QUERY, Mask(first_ref, last_end_ref, end_ref), start, finish)
 
     @pl.when(is_last(visits_ref, step))
     def _() -> None:
-        @plan.each_head
-        def _(h: Head, g: Head) -> None:
-            total = total_ref[h, g]
+        def finish(tile: Tile, h: Head, g: Head, total: Array) -> None:
             out_ref[h, g] = (sum_ref[h, g] / jnp.where(total > 0, total, 1.0)).astype(out_ref.dtype)
             lse_ref[h, pl.ds(g, 1)] = jnp.where(total > 0, (peak_ref[h, g] + jnp.log2(total)) / LOG2_E, -jnp.inf)
+
+        plan.each_head([Tile(None, None, None)], lambda tile, h, g: total_ref[h, g], finish)
 
 
 def _softmax(s_KxQ: Array, v_KxV: Array, state: tuple[Array, Array, Array] | None) -> tuple[Array, Array, Array]:

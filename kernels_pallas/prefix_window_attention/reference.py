@@ -17,8 +17,12 @@ def attention_reference(
     prefix_k: Float[Array, "M KV Dq"] | None = None,
     prefix_v: Float[Array, "M KV Dv"] | None = None,
     q_offset: int | Int[Array, ""] | None = None,
+    window: int | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """softmax(scale * q k^T + mask) v and its log-sum-exp, where key k is visible to the queries k <= q < expiry[k].
+
+    With a `window`, a query sees only its own and that many earlier keys. It is part of the mask and static, so that an
+    implementation may rely on it.
 
     Query row t is at key index t + q_offset (any integer, also traced). None means S - T, so that with T < S the queries
     continue a row of earlier keys. `prefix_k` and `prefix_v` are additional keys and values that every query of every row sees.
@@ -26,6 +30,7 @@ def attention_reference(
     of `v`; `lse` (natural logarithm, scaled scores) has the dtype of the softmax. A row without any visible key gives out 0,
     lse -inf and gradients 0.
     """
+    expiry = within(window, expiry)
     q_index = jnp.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1] if q_offset is None else q_offset)
     k_index = jnp.arange(k.shape[1])[None, :]
     allow = (k_index <= q_index) & (q_index < expiry[:, None, :])
@@ -36,6 +41,11 @@ def attention_reference(
             jnp.pad(allow, ((0, 0), (0, 0), (len(prefix_k), 0)), constant_values=True),
         )
     return masked_attention(q, k, v, allow, scale=scale)
+
+
+def within(window: int | None, expiry: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The expiries in a window."""
+    return expiry if window is None else jnp.minimum(expiry, jnp.arange(expiry.shape[1]) + window + 1).astype(expiry.dtype)
 
 
 def with_prefix(prefix: Float[Array, "M KV D"], x: Float[Array, "B S KV D"]) -> Float[Array, "B M+S KV D"]:

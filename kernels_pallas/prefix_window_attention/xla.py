@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.prefix_window_attention.reference import with_prefix
+from kernels_pallas.prefix_window_attention.reference import with_prefix, within
 
 NEVER = 2**31 - 1  # expiry of a key that is always visible
 BANDS = 8  # static key slices: with n of them the work is (n + 1) / 2n of the full square
@@ -32,6 +32,7 @@ def attention_xla(
     prefix_k: Float[Array, "M KV Dq"] | None = None,
     prefix_v: Float[Array, "M KV Dv"] | None = None,
     q_offset: int | Int[Array, ""] | None = None,
+    window: int | None = None,
     block: int = 256,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Same contract as `attention_reference`, in query blocks of `block` rows; both outputs are differentiable.
@@ -43,7 +44,7 @@ def attention_xla(
     kv_heads = k.shape[2]
     offset = k.shape[1] - length if q_offset is None else q_offset
     metas = 0 if prefix_k is None else len(prefix_k)
-    life = jnp.stack([jnp.broadcast_to(jnp.arange(k.shape[1]), expiry.shape), expiry]).astype(jnp.int32)
+    life = jnp.stack([jnp.broadcast_to(jnp.arange(k.shape[1]), expiry.shape), within(window, expiry)]).astype(jnp.int32)
     if prefix_k is not None:
         k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
         always = jnp.broadcast_to(jnp.array([-NEVER, NEVER], jnp.int32)[:, None, None], (2, batch, metas))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from kernels_pallas.bench import attention, compiled, scan
 from kernels_pallas.bench.programs import Program
 from kernels_pallas.bench.schedule import operations
+from kernels_pallas.prefix_window_attention.blocks import visits_of_row
+from kernels_pallas.prefix_window_attention.tpu import tiling_of
 from metajax.config import Config
 from metajax.models.specs import layer_specs
 
@@ -69,31 +70,32 @@ def _result(program: Program, kind: str) -> dict[str, Any]:
 
 
 def _programs(call: Call, config: Config) -> tuple[list[Program], int]:
-    """(programs of the call on one row, one for each layer that makes it; rows of a call)."""
+    """(programs of the call on one row, one for each mask that it may have; rows of a call)."""
     model, operands = config.model, call.operands
     if call.name.startswith("prefix_window_attention"):
-        (kv_heads, group, key_width, queries), value_width = operands[4][1], operands[6][1][2]
-        lengths = (config.row_positions, model.prefix_tokens or config.row_meta_tokens)
-        length, rows = _rows(queries, operands[1][1][0] - 1, lengths)
-        windows, metas = [None], 0  # of meta-attention
-        if length == config.row_positions:
-            specs, metas = layer_specs(model, config.meta_tokens), model.prefix_tokens
-            windows = [spec.window for spec in specs if "attention" in spec.mixers]
-            windows += [None for spec in specs[:1] if spec.meta_attention == "causal"]
-        rest = (metas, kv_heads * group, kv_heads, key_width, value_width, 1, _DTYPES[operands[4][0]])
-        shapes = [(length, window, *rest) for window in windows]
-        return [attention.ours("attention", json.dumps(s), attention.Shape(*s), "both") for s in shapes], rows
+        (dtype, (kv_heads, group, key_width, queries)), _, (_, (*_, value_width)) = [x for x in operands if len(x[1]) > 2][:3]
+        heads, visits = (kv_heads * group, kv_heads), operands[1][1][0] - 1
+        specs = layer_specs(model, config.meta_tokens)
+        windows = [spec.window for spec in specs if "attention" in spec.mixers]
+        windows += [None for spec in specs[:1] if spec.meta_attention == "causal"]
+        cases = {config.row_positions: (windows, model.prefix_tokens)}
+        cases.setdefault(model.prefix_tokens or config.row_meta_tokens or config.row_positions, ([None], 0))
+        for length, (windows, metas) in cases.items():
+            rows = {window: _rows(queries, visits, length, window, heads, _DTYPES[dtype]) for window in windows}
+            rest = (metas, *heads, key_width, value_width, 1, _DTYPES[dtype])
+            if shapes := [(length, window, *rest) for window in windows if rows[window]]:
+                made = [attention.ours("attention", json.dumps(s), attention.Shape(*s), "both") for s in shapes]
+                return made, max(rows.values())
+        raise ValueError(f"{queries} queries with {visits} visits are no rows of {' or '.join(map(str, cases))} tokens")
     dtype, (rows, length, channels) = operands[1]
     op, shape = call.name.rpartition("_")[0], (length, channels, model.hybrid.state, 1, _DTYPES[dtype])
     return [scan.ours(op, json.dumps(shape), scan.Shape(*shape), "both")], rows
 
 
-def _rows(queries: int, visits: int, lengths: Sequence[int]) -> tuple[int, int]:
-    """(length, count) of a call's rows, found by the length of its list of visits. Raises ValueError if no length matches."""
-    for length in filter(None, lengths):
-        block = min(attention.BLOCK, -(-length // attention.LANES) * attention.LANES)
-        blocks = -(-length // block)
-        rows, rest = divmod(queries, blocks * block)
-        if not rest and visits == rows * (blocks * (blocks + 1) // 2 + blocks):
-            return length, rows
-    raise ValueError(f"{queries} queries with {visits} visits are no rows of {' or '.join(map(str, lengths))} tokens")
+def _rows(queries: int, visits: int, length: int, window: int | None, heads: tuple[int, int], dtype: str) -> int:
+    """Number of a call's rows if they have this length and window, by the length of its list of visits; else 0."""
+    block = tiling_of((1, length, length), heads, dtype, 0, window).block_q
+    rows = max(queries // (-(-length // block) * block), 1)
+    q, k, *_ = tiling_of((rows, length, length), heads, dtype, 0, window)  # many rows may need larger blocks
+    same = queries == rows * -(-length // q) * q and visits == rows * visits_of_row(length, length, 0, q, k, window)
+    return rows if same else 0

@@ -18,6 +18,7 @@ IMPLEMENTATIONS = {
     "reference": attention_reference,
     "xla": functools.partial(attention_xla, block=BLOCK),
     "tpu": functools.partial(attention_tpu, block_q=BLOCK, block_k=2 * BLOCK, interpret=True),
+    "parts": functools.partial(attention_tpu, block_q=2 * BLOCK, block_k=4 * BLOCK, border=BLOCK, interpret=True),
 }
 
 
@@ -60,9 +61,9 @@ def cotangents(shape, seed):
 
 
 @functools.cache
-def compiled(implementation, wrap=lambda f: f):
+def compiled(implementation, wrap=lambda f: f, window=None):
     """jitted (arrays, expiry, q_offset, cotangents) -> (out, lse, gradients by name)."""
-    attend = functools.partial(IMPLEMENTATIONS[implementation], scale=SCALE)
+    attend = functools.partial(IMPLEMENTATIONS[implementation], scale=SCALE, window=window)
 
     @jax.jit
     def run(arrays, expiry, offset, weights):
@@ -72,9 +73,9 @@ def compiled(implementation, wrap=lambda f: f):
     return run
 
 
-def run(implementation, arrays, expiry, offset, weights):
+def run(implementation, arrays, expiry, offset, weights, window=None):
     """Numpy (out, lse, gradients by name)."""
-    return jax.tree.map(np.asarray, compiled(implementation)(arrays, expiry, offset, weights))
+    return jax.tree.map(np.asarray, compiled(implementation, window=window)(arrays, expiry, offset, weights))
 
 
 def oracle(arrays, expiry, offset, weights):

@@ -87,7 +87,7 @@ def compile_for(chip: str, name: str) -> dict:
 
 def kernels(compiled: jax.stages.Compiled) -> list[str]:
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    names = re.compile(r"prefix_window_attention_(forward|backward_kv|backward_q)")
+    names = re.compile(r"prefix_window_attention_(forward|backward(?:_kv|_q)?)")
     return sorted({name for line in calls for name in names.findall(line)})
 
 

@@ -22,7 +22,7 @@ def compile_for(chip, *shapes):
     assert [result["shape"] for result in results] == list(shapes)
     for result in results:
         assert result["forward"] == ["forward"], result
-        assert result["both"] == ["backward_kv", "backward_q", "forward"], result
+        assert result["both"] == ["backward", "forward"], result
     return results
 
 

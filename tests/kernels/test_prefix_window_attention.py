@@ -26,8 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.prefix_window_attention.blocks import PAST_END, block_lists, inner, is_full, outer
-from kernels_pallas.prefix_window_attention.tpu import attention_tpu
+from kernels_pallas.prefix_window_attention import tpu
+from kernels_pallas.prefix_window_attention.blocks import PAST_END, block_lists, inner, is_full, open_blocks, outer
+from kernels_pallas.prefix_window_attention.tpu import attention_tpu, kept, tiling_of
 from metajax.models.masks import segment_end
 
 
@@ -59,10 +60,42 @@ def test_equals_the_float64_oracle(shape, kind, seed, data):
     expiry = lifetimes(kind, shape.batch, shape.keys, seed)
     exact = oracle(arrays, expiry, offset, weights)
     weights = (weights[0], jnp.where(jnp.isneginf(exact[1]), 0, weights[1]))
-    for name in ("tpu", "xla", "reference"):
+    for name in ("tpu", "parts", "xla", "reference"):
         outputs, gradients = errors(run(name, arrays, expiry, offset, weights), exact)
         assert outputs <= 1e-6, name
         assert gradients <= 1e-5, name
+
+
+@pytest.mark.parametrize(("window", "offset"), [(0, 0), (7, 30), (20, 0), (20, -9), (33, 9)])
+def test_a_window_hides_what_is_before_it(window, offset):
+    """The gradients of keys wait in a ring that is as long as the window: also where queries or keys have no partner."""
+    shape = SHAPES[0]
+    arrays, weights = make_arrays(shape, 4), cotangents(shape, 4)
+    expiry = lifetimes("anything", shape.batch, shape.keys, window)
+    exact = oracle(arrays, jnp.minimum(expiry, jnp.arange(70) + window + 1), offset, weights)
+    for name in ("tpu", "parts", "xla", "reference"):
+        assert max(errors(run(name, arrays, expiry, jnp.int32(offset), weights, window), exact)) <= 1e-5, name
+
+
+def test_two_kernels_take_over_where_the_gradients_of_keys_do_not_fit(monkeypatch):
+    """One KV head a step where two do not fit, then a kernel for dq and one for dk and dv; the same sums in another order."""
+    shape = SHAPES[0]
+    arrays, weights = make_arrays(shape, 6), cotangents(shape, 6)
+    expiry = lifetimes("prefix", 2, 70, 6)
+    exact = oracle(arrays, expiry, 0, weights)
+    row = 4 * 3 * 32 * (16 + 16)
+    attend = functools.partial(attention_tpu, scale=SCALE, block_q=2 * BLOCK, block_k=2 * BLOCK, border=BLOCK, interpret=True)
+    for size, kernels in ((2 * row, {""}), (row, {""}), (row - 1, {"_q", "_kv"})):
+        monkeypatch.setattr(tpu, "RING_BYTES", size)
+        assert kept((2, 70, 2, 8), (2, 70, 2, 16), 2, 32, None) == (2 if size != row else 1, 0 if size < row else 3)
+
+        def outputs(arrays):
+            (out, lse), pull = jax.vjp(lambda arrays: attend(**arrays, expiry=expiry), arrays)
+            return out, lse, pull(weights)[0]
+
+        assert max(errors(jax.jit(outputs)(arrays), exact)) <= 1e-5
+        names = re.findall(r"name=prefix_window_attention_backward(\w*)", str(jax.make_jaxpr(outputs)(arrays)))
+        assert set(names) == kernels
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -168,7 +201,7 @@ def test_the_visited_blocks_are_those_with_an_allowed_pair(kind, seed, shape):
     real = np.minimum(queries - np.arange(0, queries, block_q), block_q)
     whole = rows == real[:, None] * block_k
     lists = lists_of(queries, block_q, block_k)(expiry, jnp.int32(offset))
-    for visits, count, axis in ((lists.by_query, lists.query_count, 2), (lists.by_key, lists.key_count, 1)):
+    for visits, count, axis in ((lists.by_query, lists.count, 2), (lists.by_key, lists.count, 1)):
         lines = [np.asarray(part(visits))[:count] for part in (outer, inner)]
         full = np.asarray(is_full(visits))[:count]
         visits = np.asarray(visits)
@@ -179,16 +212,41 @@ def test_the_visited_blocks_are_those_with_an_allowed_pair(kind, seed, shape):
             (i // some.shape[1], i % some.shape[1], j % some.shape[2]): one for i, j, one in zip(query, key, full, strict=True)
         }
         assert len(seen) == count and (query // some.shape[1] == key // some.shape[2]).all()
-        empty = {tuple(np.insert(line, axis, 0)) for line in np.argwhere(~some.any(axis=axis))}
-        assert set(seen) == {tuple(block) for block in np.argwhere(some)} | empty
+        allowed = {tuple(block) for block in np.argwhere(some)}
+        lonely = [{tuple(line) for line in np.argwhere(~some.any(axis=axis))} for axis in (1, 2)]  # blocks of keys, of queries
+        added = set(seen) - allowed
+        assert allowed <= set(seen) and len(added) <= sum(map(len, lonely))
+        assert all((row, j) in lonely[0] or (row, i) in lonely[1] for row, i, j in added)
+        assert {(row, j) for row, _, j in seen} | {(row, i) for row, i, _ in seen} >= set.union(*lonely)
         assert all(whole[block] == one for block, one in seen.items())
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0, 1, 5, 8, 9, 17, 40]), st.sampled_from([(8, 8), (8, 16), (16, 8)]))
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_a_window_never_meet_in_their_place(seed, window, blocks):
+    """In the order of the visits, with every offset: a place is free when a block of keys opens, and freed when it closes."""
+    rng = np.random.default_rng(seed)
+    offset, (block_q, block_k) = int(rng.integers(-60, 60)), blocks
+    expiry = np.minimum(lifetimes("anything", 2, 50, seed), np.arange(50) + window + 1)
+    lists = block_lists(jnp.asarray(expiry), offset, 50, block_q, block_k, window)
+    opens, closes, held = np.asarray(lists.opens), np.asarray(lists.closes), {}
+    for visit in lists.by_query[: int(lists.count)]:
+        query, key = int(outer(visit)), int(inner(visit))
+        place = key % open_blocks(block_k, window)
+        if query == opens[key]:
+            assert place not in held
+            held[place] = key
+        assert held[place] == key
+        if query == closes[key]:
+            del held[place]
+    assert not held
 
 
 def test_a_static_window_visits_no_block_too_many():
     """Hymba's shape: 4 earlier blocks and its own for each block of queries."""
     expiry = jnp.minimum(jnp.arange(8192) + 1025, 8192).astype(jnp.int32)[None]
     lists = block_lists(expiry, 0, 8192, 256, 256)
-    assert int(lists.query_count) == int(lists.key_count) == 1 + 2 + 3 + 4 + 28 * 5
+    assert int(lists.count) == 1 + 2 + 3 + 4 + 28 * 5
     useful, computed = 8192 * 1025 - 1024 * 1025 // 2 + 8192 * 128, 256 * (150 * 256 + 32 * 128)
     assert useful / computed >= 0.8
 
@@ -204,6 +262,25 @@ def test_unsupported_inputs_are_named():
         attention_tpu(q, q, q, expiry, scale=1.0, block_q=64)
     with pytest.raises(ValueError, match=r"use larger blocks .* or fewer rows"):
         jax.eval_shape(lambda e: block_lists(e, 0, 2**18, 256, 256), jax.ShapeDtypeStruct((1, 2**18), jnp.int32))
+
+
+def test_long_rows_get_larger_blocks():
+    """Half of T^2 / (block_q block_k) visits of causal rows; a window needs few at any length, a traced offset twice as many."""
+    shapes = {}
+    for length in (512, 2**18, 2**19, 2**20, 2**22):
+        shapes[length] = tiling_of((1, length, length), (12, 12), "bfloat16", 0, None)[:2]
+    assert shapes == {
+        512: (512, 512),
+        2**18: (512, 512),
+        2**19: (1024, 1024),
+        2**20: (1024, 4096),
+        2**22: (1024, 4096),  # does not fit, which `block_lists` says
+    }
+    assert tiling_of((1, 2**20, 2**20), (12, 12), "bfloat16", 0, 1024)[:2] == (512, 512)
+    assert tiling_of((1, 2**13, 2**20), (12, 12), "bfloat16", jnp.int32(0), None)[:2] == (512, 512)
+    assert tiling_of((1, 2**18, 2**18), (12, 12), "bfloat16", 0, None, block_k=256)[:2] == (1024, 256)
+    assert tiling_of((1, 8192, 8192), (1, 1), "bfloat16", 0, None) == (512, 512, 512, 512, 256), "one head: nothing to overlap"
+    assert tiling_of((1, 8192, 8192), (25, 5), "float32", 0, None) == (256, 256, 256, 256, 256)
 
 
 def test_no_array_of_queries_by_keys_is_built():

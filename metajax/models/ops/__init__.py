@@ -118,7 +118,7 @@ def _attention(
 ) -> tuple[Array, Array]:
     def attend(q: Array, k: Array, v: Array, expiry: Array, **options: Any) -> tuple[Array, Array]:
         auto = AUTO if q.shape[1] * k.shape[1] > ONE_TILE else {}
-        return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=q.shape[-1] ** -0.5, **options)
+        return dispatch(ATTENTION, auto, implementation, q, k, v, expiry, scale=q.shape[-1] ** -0.5, window=window, **options)
 
     kernel, parts = attend, parts_of(q.shape[1], k.shape[1]) if q_offset is None else 1
     if parts > 1:
