@@ -10,7 +10,7 @@ from metajax.config import Init, Optimizer, Runtime, Training
 from metajax.registry import ByScale, Column, Published, Row, experiment, table
 from metajax.vision.clip.config import Clip
 from metajax.vision.config import AUGMENTATIONS, ImageConfig, Images, Prompts
-from metajax.vision.data.published import VARIANTS, ZHOU
+from metajax.vision.data.names import VARIANTS, ZHOU
 
 PAPER = "AAPL (arXiv 2404.16804), with CoOp and CoCoOp"
 CLIP_RUN = "prompt_learning/clip"

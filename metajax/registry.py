@@ -11,12 +11,12 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from metajax.config import AnyConfig, Scale
+from metajax.config import AnyConfig, Init, Scale
 from metajax.core.errors import UserError, nearest, require
 from metajax.core.fields import override
 from metajax.core.progress import PROGRAM, warn
@@ -209,6 +209,26 @@ class Table:
         row = next((row for row in self.rows if row.name == self.baseline), self.rows[0])
         return _joined(*([row.of] if row.of else [self.name, row.name]), self.parts_of(row, self.scales[0])[0])
 
+    def run_name(self, row: Row, part: str) -> str:
+        """Name of the experiment whose runs a row, or a part of it, has."""
+        if not row.of:
+            return _joined(self.name, row.name, part)
+        of = _joined(row.of, part)
+        return of if of in _known else row.of
+
+    @cached_property
+    def _bases_start_from(self) -> dict[str, str]:
+        return {scale: self.base(scale).init.run for scale in self.scales}
+
+    def starts_from(self, row: Row, scale: str, part: str = "") -> str:
+        """The run or experiment that `init.from` names for a row, or ""; found without building the row's config."""
+        changes = at_scale(row.changes, scale) | ({} if row.of else at_scale(self.parts_at(scale).get(part, {}), scale))
+        if "init.from" in changes:
+            return Init(changes["init.from"]).run
+        if "init" in changes:
+            return changes["init"].run
+        return find_experiment(self.run_name(row, part)).starts_from(scale) if row.of else self._bases_start_from[scale]
+
     def config(self, row: Row, scale: str, part: str = "") -> AnyConfig:
         """The config of one row (or one part of it) at a scale."""
         parts, lacks = self.parts_at(scale), self.lacks(row, scale)
@@ -216,8 +236,7 @@ class Table:
         require(not lacks, f"{self.name}/{row.name} cannot be run at scale {scale}: it lacks {lacks}")
         changes = at_scale(row.changes, scale)
         if row.of:
-            of = _joined(row.of, part)
-            return override(find_experiment(of if of in _known else row.of).build(scale), changes)
+            return override(find_experiment(self.run_name(row, part)).build(scale), changes)
         config = override(override(self.base(scale), changes), at_scale(parts.get(part, {}), scale))
         return replace(config, name=_joined(self.name, row.name, part), scale=scale)
 
@@ -233,11 +252,18 @@ class Experiment:
     minutes: Mapping[str, float]  # expected, at every scale that the experiment has
     table: Table | None = None
     row: Row | None = None
+    part: str = ""  # of the table
 
     @property
     def scales(self) -> tuple[str, ...]:
         """Scales at which the experiment can be run, smallest first."""
         return tuple(scale for scale in SCALES if scale in self.minutes)
+
+    def starts_from(self, scale: str) -> str:
+        """The run or experiment that `init.from` names at a scale, or ""."""
+        if self.table is None or self.row is None:
+            return self.build(scale).init.run
+        return self.table.starts_from(self.row, scale, self.part)
 
 
 def _joined(*words: str) -> str:
@@ -267,7 +293,7 @@ def table(name: str, *, rows: Sequence[Row], **fields: Any) -> Callable[[Base], 
             for part in dict.fromkeys(itertools.chain(*parts.values())):
                 minutes = {scale: made.minutes[scale] for scale in parts if part in parts[scale]}
                 build = partial(made.config, row, part=part)
-                _add(Experiment(_joined(name, row.name, part), made.summary, made.paper, build, minutes, made, row), module)
+                _add(Experiment(_joined(name, row.name, part), made.summary, made.paper, build, minutes, made, row, part), module)
         return made
 
     return register

@@ -9,7 +9,8 @@ from metajax import registry
 from metajax.data.tokenizers import vocabulary_of
 from metajax.models.lm import param_count
 from metajax.runs.parents import resolve_parents
-from metajax.tables.run import choose_rows, plan_table
+from metajax.tables.choice import choose_rows, expected_minutes
+from metajax.tables.run import TablePlan, plan_table
 from metajax.training.program import abstract_model
 
 registry.load()
@@ -43,6 +44,16 @@ def test_every_table_plans_its_core_at_every_scale(name):
     for scale in table.scales:
         plan = plan_table(table, scale, (0, 1), {}, Path("runs"), core)
         assert plan.runs() or all(table.lacks(row, scale) for row in core)
+
+
+@pytest.mark.parametrize("name", registry.tables())
+def test_the_minutes_of_a_table_are_those_of_its_planned_runs(name):
+    table, known = registry.tables()[name], registry.experiments()
+    for scale in table.scales:
+        for words in (None, "core"):
+            plan = TablePlan(table, scale, choose_rows(table, words), (0,), {}, Path("runs"))
+            minutes = sum(known.get(run.config.name, table).minutes.get(scale, 0.0) for run in plan.runs())
+            assert expected_minutes(table, scale, words) == pytest.approx(minutes)
 
 
 @pytest.mark.parametrize("name", registry.tables())

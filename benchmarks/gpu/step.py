@@ -86,7 +86,7 @@ class Ours:
 
     def memory(self) -> int:
         """Bytes that the compiled step needs, with state and batch, as counted by the compiler."""
-        found = self.run.memory_analysis()
+        found = self.run.compiled.memory_analysis()
         outputs = found.output_size_in_bytes - found.alias_size_in_bytes
         return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
 

@@ -6,12 +6,13 @@ its own cache, in our layout: if its form keeps ordinary tokens unchanged, it st
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from metajax.core.errors import require
@@ -82,7 +83,22 @@ def prepare(model: LM, decode_window: str = "W+1") -> Ready:
     require(
         decode_window in DECODE_WINDOWS, f"decode_window = {decode_window!r}: {known}, the newest keys that a drawn token sees"
     )
+    if model.unroll >= model.cfg.layers:
+        model = _layers_apart(model)
     return Ready(model, jax.jit(LM.prefix_cache)(model), decode_window)
+
+
+def _layers_apart(model: LM) -> LM:
+    """The model with equal groups of layers no longer stacked. A loop over tokens would copy each layer's weights and cache out of
+    the stack for every token."""
+    apart = jax.tree.map(lambda leaf: leaf, model)  # a new object
+    apart.blocks = nnx.List([jax.tree.map(lambda x, i=i: x[i : i + 1], run) for run, n in _runs(model) for i in range(n)])
+    return apart
+
+
+def _runs(model: LM) -> list[tuple[Any, int]]:
+    """(stacked groups of layers, their number) for each run."""
+    return [(run, len(jax.tree.leaves(run)[0])) for run in model.blocks]
 
 
 def prefill(
@@ -120,7 +136,9 @@ def prefill(
                 kept[name] = Ring.create(values, size)
         return kept
 
-    groups = tuple(group for group, _ in layer_runs(model.cfg, model.meta))
+    groups = [group for group, n in layer_runs(model.cfg, model.meta) for _ in range(n)]
+    firsts = itertools.accumulate((n for _, n in _runs(model)), initial=0)  # the groups of a run are equal
+    groups = tuple(groups[first] for first, _ in zip(firsts, model.blocks, strict=False))
     return model.unembed(x[:, -1:])[:, 0], _by_layer(keep, groups, left)
 
 

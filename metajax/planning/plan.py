@@ -96,7 +96,7 @@ def plan(config: AnyConfig, step: Step, topology: str, dump: Path | None = None,
         found["state"]["frozen"] = _bytes_of(frozen)
     began = time.monotonic()
     try:
-        compiled = program.compile_step(state, planned.batch)
+        compiled = program.compile_step(state, planned.batch).compiled
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table as Grid
-from rich.text import Text
 
 from metajax import registry
 from metajax.config import AnyConfig, Config, config_hash, difference
 from metajax.core.errors import require
 from metajax.core.fields import flatten
-from metajax.core.progress import PROGRAM, Terminal, echo, plain, shown
+from metajax.core.progress import PROGRAM, echo, plain
+from metajax.reporting.lines import console, grid_of, line_of, print_grid
 from metajax.runs.directory import conditions, list_runs, read_config, read_report, readable
 from metajax.runs.files import read_lines
 
-console = Terminal()
 BITS_A_WORD = (
     "entropy in bits; bits/word: saved in coding the words of documents from other origins by the frequencies of words under the same "
     "value, a lower estimate of the information of the field about a word; a value not met before saves nothing"
 )
-
-
-def grid_of(titles: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Grid:
-    """A plain table of single lines. Its first column and names of experiments never wrap, so that they can be copied."""
-    grid = Grid(box=None, pad_edge=False, header_style="bold")
-    for i, title in enumerate(titles):
-        grid.add_column(title, overflow="fold", no_wrap=i == 0 or title == "experiment")
-    for cells in rows:
-        grid.add_row(*(cell if isinstance(cell, Text) else Text(shown(cell, keep="")) for cell in cells))
-    return grid
-
-
-def print_grid(titles: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Print a table of text."""
-    console.print(grid_of(titles, rows))
-
-
-def line_of(bold: str, rest: str = "", style: str = "bold") -> Text:
-    return plain(bold, style).append(shown(rest), "not bold not dim")
-
-
-def duration(minutes: float) -> str:
-    for limit, unit in ((2 * 1440, "d"), (120, "h")):
-        if minutes >= limit:
-            return f"{minutes / (limit / 2):.3g} {unit}"
-    return f"{minutes:.0f} min"
 
 
 def print_experiment(experiment: registry.Experiment, config: AnyConfig) -> None:

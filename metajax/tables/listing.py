@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.padding import Padding
 
 from metajax import registry
 from metajax.config import config_hash
 from metajax.core.progress import PROGRAM, plain
-from metajax.reporting.terminal import console, duration, line_of, print_grid
-from metajax.tables.run import TablePlan, choose_rows, expected_minutes
+from metajax.reporting.lines import console, duration, line_of, print_grid
+from metajax.tables.choice import choose_rows, expected_minutes
+
+if TYPE_CHECKING:
+    from metajax.tables.run import TablePlan
 
 
 def print_list(pattern: str) -> None:

@@ -15,16 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metajax import registry
 from metajax.config import AnyConfig
 from metajax.core.atomic import write_text
-from metajax.core.errors import nearest, require
 from metajax.core.progress import say, warn
 from metajax.core.workers import Inline
 from metajax.registry import Row, Table
 from metajax.runs.directory import FAILURE_LOG, Gone, Place, default_workdir
 from metajax.runs.files import find_readable, write_json
 from metajax.runs.parents import absent_fields, apply_changes, inherited, resolve_parents
+from metajax.tables.choice import choose_rows
 from metajax.tables.formats import csv_text, latex, markdown
 from metajax.tables.results import COMPLETE, PlannedRun, gather, last_failure, record_failure, record_retry
 from metajax.vision.analyses import check_analyses
@@ -98,18 +97,6 @@ class TablePlan:
             write_text(self.folder / name, text(result))
         write_table_page(self.folder, result, self.root)
         return result
-
-
-def choose_rows(table: Table, words: str | None) -> tuple[Row, ...]:
-    """All rows, the core ones ("core"), or those named in a comma-separated list."""
-    if words is None:
-        return table.rows
-    if words == "core":
-        return tuple(row for row in table.rows if row.core)
-    by_name = {row.name: row for row in table.rows}
-    for word in words.split(","):
-        require(word in by_name, f"table {table.name} has no row {word!r}{nearest(word, by_name)}; rows: {', '.join(by_name)}")
-    return tuple(by_name[word] for word in words.split(","))
 
 
 def plan_table(
@@ -192,10 +179,3 @@ def attempt(run: PlannedRun, run_one: RunOne, analyses: Sequence[str], failures:
 def has_runs(result: Mapping[str, Any]) -> bool:
     """Whether any run of the table is complete."""
     return any(run["state"] == COMPLETE for row in result["rows"] for run in row["runs"])
-
-
-def expected_minutes(table: Table, scale: str, words: str | None = None) -> float:
-    """Minutes of one seed: every run once, with the runs that rows start from, as declared by their experiments."""
-    plan = TablePlan(table, scale, choose_rows(table, words), (0,), {}, Path("runs"))
-    known = registry.experiments()
-    return sum(known.get(run.config.name, table).minutes.get(scale, 0.0) for run in plan.runs())

@@ -19,6 +19,7 @@ from metajax.distributed.hosts import is_first
 from metajax.distributed.mesh import HostRows, MeshOption, auto_meshes, make_mesh, row_shards
 from metajax.distributed.rules import batch_sharding, param_shardings
 from metajax.models.lm import LM, param_count
+from metajax.training.compiled import CompiledStep, on_leaves
 from metajax.training.objectives import Batch, Objective, objectives
 from metajax.training.optimizers import make_optimizer, schedule
 from metajax.training.state import State
@@ -124,7 +125,7 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jax.jit(self.fresh_state, out_shardings=shardings)(jax.random.key(self.config.seed))
 
-    @property
+    @cached_property
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
@@ -145,18 +146,19 @@ class Program:
         """The train step, (state, batch, *frozen) -> (state, metrics), not compiled."""
         return partial(train_step, config=self.config, tx=self.tx, rate=self.rate, objective=self.objective)
 
-    def lower_step(self, state: State, batch: Mapping[str, Any]) -> Any:
-        """The train step lowered for these shapes; the state is donated."""
+    def lower_step(self, state: State, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """The train step on leaves (see `on_leaves`) lowered for these shapes; the state is donated."""
         frozen = self.place(self.frozen)
-        of_state, of_frozen = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, frozen))
-        shardings = {"in_shardings": (of_state, self._rows_sharding, *of_frozen), "out_shardings": (of_state, None)}
-        jitted = jax.jit(self.step, donate_argnums=0, keep_unused=bool(frozen), **shardings)  # a plan counts all frozen inputs
+        leaves, held = jax.tree.leaves(state), jax.tree.leaves(frozen)
+        of_state, of_frozen = ([x.sharding for x in arrays] for arrays in (leaves, held))
+        shardings = {"in_shardings": (of_state, self._rows_sharding, of_frozen), "out_shardings": (of_state, self._replicated)}
+        options = {"donate_argnums": 0, "keep_unused": bool(held)}  # a plan counts all frozen inputs
         with jax.set_mesh(self.mesh):
-            return jitted.lower(state, batch, *frozen)
+            return jax.jit(on_leaves(self.step, state, frozen), **options, **shardings).lower(leaves, batch, held)
 
-    def compile_step(self, state: State, batch: Mapping[str, Any]) -> Any:
-        """The train step compiled ahead of time for these shapes; it can never be recompiled."""
-        return self.lower_step(state, batch).compile()
+    def compile_step(self, state: State, batch: Mapping[str, Any]) -> CompiledStep:
+        """The train step compiled ahead of time for these shapes."""
+        return CompiledStep(self.lower_step(state, batch).compile(), jax.tree.structure(state))
 
     @cached_property
     def eval_step(self) -> Any:
@@ -167,7 +169,7 @@ class Program:
     def _spreads(self) -> bool:
         return self.batch_size % (self.config.training.accumulation_steps * row_shards(self.mesh)) == 0
 
-    @property
+    @cached_property
     def _rows_sharding(self) -> NamedSharding:
         return batch_sharding(self.mesh) if self._spreads else self._replicated
 
@@ -187,6 +189,8 @@ class Program:
     def put(self, batch: HostBatch) -> Batch:
         """This host's slice of a batch as global arrays, with rows sharded over the data axes."""
         self.beat()
+        if jax.process_count() == 1:
+            return jax.device_put(self._on_devices(lambda x: x, batch), self._rows_sharding)
         return self._on_devices(partial(jax.make_array_from_process_local_data, self._rows_sharding), batch)
 
     def abstract_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,15 +58,22 @@ def train_step(
     means, grads = _means_and_grads(loss, state.model, batch, config.training.accumulation_steps)
     weights = {name: jnp.maximum(weight, 1) for name, (_, weight) in means.items()}
     grads = jax.tree.map(lambda g: g / weights["loss"], grads)
-    updates, opt_state = tx.update(grads, at_step(state.opt_state, state.step), state.model)
-    model = optax.apply_updates(state.model, updates)
     metrics = {name: total / weights[name] for name, (total, _) in means.items()}
     grad_norm, runtime = jnp.asarray(optax.tree.norm(grads)), config.runtime
     metrics |= {"grad_norm": grad_norm, "learning_rate": jnp.asarray(rate(state.step))}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     good = finite & (grad_norm <= (runtime.max_grad_norm or jnp.inf))
     keep, skips = good & ~state.halted, runtime.on_bad_step == "skip"
-    model, opt_state = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (model, opt_state), (state.model, state.opt_state))
+    before = state.model, state.opt_state
+
+    def update() -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, at_step(state.opt_state, state.step), state.model)
+        return optax.apply_updates(state.model, updates), opt_state
+
+    model, opt_state = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(keep, update, lambda: before),  # a select writes the whole state once more
+        default=lambda: jax.tree.map(lambda a, b: jnp.where(keep, a, b), update(), before),  # fused with the update
+    )
     step, halted = (state.step + 1, state.halted) if skips else (state.step + keep, ~keep)
     return State(model, opt_state, step, halted), metrics | {"finite": finite, "kept": keep}
 

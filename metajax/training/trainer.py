@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -23,6 +22,7 @@ from metajax.runs.directory import RunDirectory
 from metajax.runs.metrics import Loggers, MetricsFile, Nowhere, memory_use
 from metajax.runs.pace import Counts, Goodput, LeftOut, Pace, Phases
 from metajax.training.checkpoints import Checkpoints
+from metajax.training.compiled import CompiledStep, Leaves, Scalars
 from metajax.training.program import HostBatch
 from metajax.training.replay import write_bundle
 from metajax.training.state import State
@@ -78,7 +78,10 @@ class Trainer:
                 state, start = self._open(closing)
             with self.phases.time("compile"), self.goodput.spend("compile"):
                 if start < steps:
+                    say("compiling the train step ...")
                     step_fn = self.program.compile_step(state, self.program.put(self.task.batches[start]))
+            if step_fn is not None:
+                say(f"compiled in {self.phases.seconds['compile']:.1f} s")
             self._open_metrics(closing, start)
             self.goodput.begin_steps(start)
             began = time.monotonic()
@@ -127,9 +130,10 @@ class Trainer:
             self.loggers = Loggers(self.config, self.run.path, start)
             closing.callback(self.loggers.close)
 
-    def _steps(self, state: State, step_fn: Any, start: int) -> State:
+    def _steps(self, state: State, step_fn: CompiledStep, start: int) -> State:
         config, steps = self.config, self.task.steps
-        pending: tuple[int, Any, HostBatch] | None = None
+        pending: tuple[int, Scalars, HostBatch] | None = None
+        self._state_of, leaves, held = step_fn.state, jax.tree.leaves(state), jax.tree.leaves(self.frozen)
         self._pace = Pace(self.task.unit, self.task.counted, hosts=self.program.rows.count)
         title = f"training {config.name} (seed {config.seed})"
         reader = read_batches(self.task.batches, start, config.runtime.workers)
@@ -139,31 +143,33 @@ class Trainer:
             for step, (batch, on_host) in enumerate(stream, start + 1):
                 self._profile(step, start + 1)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch, *self.frozen)
+                    leaves, metrics = step_fn.run(leaves, batch, held)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     self.phases.finish(time.monotonic() - self._pace.since)
                     self.watchdog.begin_steps()
                 if pending is not None:
-                    self._log(*pending, state)
+                    self._log(*pending, leaves)
                 pending = (step, metrics, on_host)
                 self.checkpoints.poll()
                 advance(1)
                 ends = self.preemption.reached(step)
                 saves = step % config.runtime.save_every == 0 or step == steps or self._evaluates(step) or ends
                 if saves or self.task.ends_epoch(step) or self._may_be_the_last_left_out():
-                    self._log(*pending, state)
+                    self._log(*pending, leaves)
                     pending = None
                 if self.task.ends_epoch(step):
-                    self.frozen = self.task.next_epoch(state.model, self.frozen)
+                    self.frozen = self.task.next_epoch(step_fn.state(leaves).model, self.frozen)
+                    held = jax.tree.leaves(self.frozen)
                 if saves:
+                    state = step_fn.state(leaves)
                     with self._pace.paused():
                         self._save(state, self._evaluate(state, step) if self._evaluates(step) else None)
                 if ends:
                     raise self.preemption.end(f"saved at step {step} of {steps}")
                 self.watchdog.beat()
             self._profile(steps + 1, start + 1)
-        return state
+        return step_fn.state(leaves)
 
     def _may_be_the_last_left_out(self) -> bool:
         """Whether a bad step now would stop the run. If so, its metrics are read before a later step changes the state."""
@@ -218,14 +224,14 @@ class Trainer:
         self.goodput.saved(meta["step"])
         self.goodput.write()
 
-    def _log(self, step: int, metrics: Any, batch: HostBatch, state: State) -> None:
+    def _log(self, step: int, metrics: Scalars, batch: HostBatch, leaves: Leaves) -> None:
         """Read a step's metrics. The wait keeps the host at most one step ahead of the devices."""
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = dict(zip(metrics.names, jax.device_get(metrics.values).tolist(), strict=True))
         finite, kept = values.pop("finite"), values.pop("kept")
         self.left_out.add(step, kept)
         runtime = self.config.runtime
         if not kept and (runtime.on_bad_step == "stop" or self.left_out.in_a_row >= runtime.max_skipped):
-            raise NonFinite(self._write_bundle(step, values, batch, state))
+            raise NonFinite(self._write_bundle(step, values, batch, self._state_of(leaves)))
         read = self.task.count(batch)
         if self.program.rows.counts:
             self.counts.update(read)

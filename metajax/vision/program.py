@@ -20,7 +20,7 @@ from metajax.vision.clip.model import CLIP
 from metajax.vision.clip.prompts import ClassTexts
 from metajax.vision.config import ImageConfig, Prompts
 from metajax.vision.contrastive import contrastive_program
-from metajax.vision.data.published import CLASSES
+from metajax.vision.data.names import CLASSES
 from metajax.vision.data.sources import open_images
 from metajax.vision.data.words import WordTokenizer
 from metajax.vision.flops import image_step_flops

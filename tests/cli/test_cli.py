@@ -58,7 +58,8 @@ def test_bare_command_lists_tables_and_experiments(command):
     code, out, _ = command("list")
     assert code == 0 and "rows quickstart/plain  meta_tokens  metadata" in out and "three seeds: cpu" in out
     quick = (
-        "import sys; from metajax.cli.main import main; main([]); assert not {'jax', 'scipy', 'matplotlib'} & set(sys.modules)"
+        "import sys; from metajax.cli.main import main; main([]); "
+        "assert not {'jax', 'numpy', 'PIL', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "quickstart/plain" in done.stdout, done.stderr

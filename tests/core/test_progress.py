@@ -13,7 +13,7 @@ from metajax.cli import main as cli
 from metajax.core import progress
 from metajax.core.progress import Terminal, echo, fail, plain, say, shown, warn
 from metajax.reporting import terminal
-from metajax.reporting.terminal import grid_of
+from metajax.reporting.lines import grid_of
 
 pytestmark = pytest.mark.fault(28)
 NASTY = "a\x1b]0;title\x07b\x1b[2Jc\rd\x08\x7f\x9b31m\u202ereversed\u2066\u200b\ufeff\u2028\U000e0041\ud800"

@@ -157,7 +157,7 @@ def test_memory_agrees_with_the_step_that_runs(tiny_config):
     compiled = planned.program.compile_step(planned.program.abstract_state(), planned.batch)
     state, batch = program.create_state(), program.put(whole_batch(config))
     sizes = {part: sum(x.nbytes for x in jax.tree.leaves(tree)) for part, tree in {"state": state, "batch": batch}.items()}
-    found = memory(compiled, chip_of("v5e:1x1"))
+    found = memory(compiled.compiled, chip_of("v5e:1x1"))
     assert found["arguments"] == sum(sizes.values()) - batch["asks_metadata"].nbytes, "which evaluation alone reads"
     assert found["outputs"] < sizes["batch"] < sizes["state"], "the state comes back in the place of the old one"
     assert found["temporaries"] > 0

@@ -21,8 +21,9 @@ from metajax.registry import ByScale, Column, Published, Row
 from metajax.runs.directory import FAILURE_LOG
 from metajax.runs.files import write_json
 from metajax.runs.parents import resolve_parents
+from metajax.tables.choice import choose_rows, expected_minutes
 from metajax.tables.formats import failures, markdown
-from metajax.tables.run import choose_rows, expected_minutes, plan_table, run_table
+from metajax.tables.run import plan_table, run_table
 from metajax.tables.sweeps import sweep_table, swept
 
 SCORE = "eval.tasks.recall.exact"

@@ -115,8 +115,9 @@ def _run_single(experiment: registry.Experiment, options: argparse.Namespace, ru
 def _run_table(target: registry.Table | registry.Experiment, options: argparse.Namespace, run_one: Any) -> int:
     """Run a table or a sweep, or render it from existing runs; returns 1 if a run failed."""
     from metajax.runs.parents import parse_changes
+    from metajax.tables.choice import choose_rows
     from metajax.tables.formats import failures, markdown
-    from metajax.tables.run import choose_rows, has_runs, plan_table
+    from metajax.tables.run import has_runs, plan_table
     from metajax.tables.sweeps import sweep_table
 
     options.runs_dir = options.workdir or options.runs_dir

@@ -10,7 +10,8 @@ from PIL import Image
 
 from metajax.core.errors import UserError, nearest, require
 from metajax.vision.data.emoji import open_emoji
-from metajax.vision.data.published import NAMES, open_published
+from metajax.vision.data.names import NAMES
+from metajax.vision.data.published import open_published
 from metajax.vision.data.sets import SUFFIXES, ImageSet, Item, image_files, of_files, split_by_hash
 
 KINDS = ("emoji", "digits", "folder", "captions", *NAMES)
