@@ -21,11 +21,11 @@ PARTS = {
             "metajax/data/",
         ),
         ("metajax/data/sources/", "metajax/data/tasks/"),
-        8_050,
+        8_160,
     ),
-    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_360),
-    "vision": (("metajax/vision/",), (), 3_405),
-    "kernels_pallas": (("kernels_pallas/",), (), 3_900),
+    "metajax without vision": (("metajax/",), ("metajax/vision/",), 23_600),
+    "vision": (("metajax/vision/",), (), 3_410),
+    "kernels_pallas": (("kernels_pallas/",), (), 3_980),
 }
 
 

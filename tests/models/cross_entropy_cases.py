@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from kernels_pallas import cross_entropy
 from metajax.distributed.mesh import make_mesh
 from metajax.distributed.rules import partition_spec
-from metajax.models import cross_entropy
 from metajax.models.cross_entropy import MATRIX_AXES, token_scores, weighted_loss
 
 ROWS, LENGTH, WIDTH, VOCABULARY, Z_LOSS = 8, 12, 16, 40, 1e-2

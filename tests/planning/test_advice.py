@@ -131,6 +131,7 @@ def test_the_page_of_a_plan(tmp_path, dump):
     gib = 2**30
     plan = {"name": "x", "scale": "paper", "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 1, "fsdp": 4}, "flops": 1e12}
     plan |= {"fits": True, "compile_seconds": 3.0, "largest_buffers": [], "reads": {"count": 8192, "unit": "tokens"}}
+    plan |= {"products": 4e12, "hbm_bytes": 5_000_000_000}
     plan |= {"kernels": {"causal_conv_forward": 24}, "flops_by_part": {"mlp": 3e7, "head": 1e7}}
     plan |= {"state": {"parameters": gib, "optimizer": gib, "frozen": gib}}
     plan["memory"] = {
