@@ -26,8 +26,9 @@ class Scalars(Mapping[str, Any]):
 
     @classmethod
     def of(cls, scalars: Mapping[str, jax.Array]) -> Scalars:
-        """Pack scalars of float32 or bool; True becomes 1."""
-        return cls(tuple(scalars), jnp.stack([value.astype(jnp.float32) for value in scalars.values()]))
+        """Pack scalars of float32 or bool, sorted by name; True becomes 1."""
+        names = tuple(sorted(scalars))
+        return cls(names, jnp.stack([scalars[name].astype(jnp.float32) for name in names]))
 
     def __getitem__(self, name: str) -> Any:
         return self.values[self.names.index(name)]

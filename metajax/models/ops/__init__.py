@@ -29,7 +29,7 @@ SELECTIVE_SCAN = {"reference": selective_scan_reference, "xla": selective_scan_x
 CAUSAL_CONV = {"reference": causal_conv_reference, "xla": causal_conv_xla, "pallas_tpu": causal_conv_tpu}
 AUTO = {"tpu": "pallas_tpu"}  # platform -> implementation; any other platform takes "xla"
 # Up to this many queries x keys of a row, "auto" is XLA on every platform. At or below one tile the kernel cannot skip any block,
-# and its layout changes cost more than they save (docs/kernels.md, meta_attention). Scan and convolution use XLA for rows of
+# and its layout changes cost about what it saves (docs/kernels.md, meta_attention). Scan and convolution use XLA for rows of
 # one token, because the kernels would pad them to a group of tokens.
 ONE_TILE = 256 * 256
 
