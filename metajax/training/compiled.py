@@ -44,11 +44,11 @@ def on_leaves(step: Callable[..., tuple[State, Mapping[str, jax.Array]]], state:
     """A train step as a function (leaves of the state, batch, leaves of the frozen inputs) -> (leaves of the state, Scalars)."""
     trees = jax.tree.structure(state), jax.tree.structure(frozen)
 
-    def run(leaves: Leaves, batch: Batch, held: Leaves) -> tuple[Leaves, Scalars]:
+    def train_step(leaves: Leaves, batch: Batch, held: Leaves) -> tuple[Leaves, Scalars]:  # the name of the program in dumps
         state, metrics = step(jax.tree.unflatten(trees[0], leaves), batch, *jax.tree.unflatten(trees[1], held))
         return jax.tree.leaves(state), Scalars.of(metrics)
 
-    return run
+    return train_step
 
 
 @dataclass(frozen=True)
