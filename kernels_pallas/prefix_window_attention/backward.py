@@ -4,7 +4,7 @@ All recompute the probabilities from the saved log-sum-exp (FlashAttention-2, Da
 dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO, delta = rowsum(dO O) - d lse.
 
 The one kernel visits by blocks of queries: their dQ is finished when they are left. The dK and dV of each block of keys stay in
-one of `Plan.slots` places of VMEM from the first visit to the last, and then move to HBM. There are as many places as a row has
+one of `Plan.places` parts of VMEM from the first visit to the last, and then move to HBM. There are as many places as a row has
 blocks, or as blocks of a window can be open at once (`open_blocks`). If they do not fit into VMEM, two kernels take over.
 """
 
@@ -46,7 +46,7 @@ def backward(plan: Plan, x: Operands, lse: Array, d_out: Array, delta: Array) ->
     # For a query without keys, lse is set to +inf, which makes its probabilities 0. The cotangent of its -inf may be anything.
     empty = lse == -jnp.inf
     by_query = jnp.where(empty, jnp.inf, lse * LOG2_E), d_out, jnp.where(empty, 0.0, delta)
-    (d_q, *d_metas), d_keys = _by_query(plan, x, by_query, with_keys=plan.slots > 0)
+    (d_q, *d_metas), d_keys = _by_query(plan, x, by_query, with_keys=plan.places > 0)
     d_k, d_v = (jnp.swapaxes(d, 1, 2) for d in d_keys or _by_key(plan, x, by_query))
     d_prefix_k, d_prefix_v = (d.astype(x.k.dtype) for d in d_metas) if d_metas else (None, None)
     return Operands(q=d_q, k=d_k, v=d_v, prefix_k=d_prefix_k, prefix_v=d_prefix_v, lists=None)
@@ -66,7 +66,7 @@ def _by_query(plan: Plan, x: Operands, by_query: tuple[Array, ...], with_keys: b
     if with_keys:
         tables, like = [x.lists.opens, x.lists.closes], _like_keys(x)
         widths = (width, values)
-        sums += [vmem(plan.slots, plan.kv_step, n, plan.block_k) for n in widths]
+        sums += [vmem(plan.places, plan.kv_step, n, plan.block_k) for n in widths]
         sums += [vmem(COPIES, plan.kv_step, n, plan.block_k, dtype=x.k.dtype) for n in widths]
         sums += [pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((COPIES, 2))]
     found = plan.call(
@@ -141,7 +141,7 @@ def _kernel_by_query(plan: Plan, with_keys: bool, visits_ref, first_ref, last_en
         p_KxQ, d_s_KxQ = side.probabilities(tile, h, g, products)
         sum_ref[h, g, :, tile.queries] += dot(k_ref[h, tile.keys], d_s_KxQ, (0, 0))
         if ring is not None:
-            side.add(tile, h, g, p_KxQ, d_s_KxQ, *(ref.at[jax.lax.rem(key, plan.slots)] for ref in ring.sums))
+            side.add(tile, h, g, p_KxQ, d_s_KxQ, *(ref.at[jax.lax.rem(key, plan.places)] for ref in ring.sums))
 
     each_tile(plan, visits_ref[step], BY_QUERY, Mask(first_ref, last_end_ref, end_ref), side.products, finish)
     if ring is not None:
@@ -169,7 +169,7 @@ class _Ring:
         @pl.when(opens)
         def _() -> None:
             for ref in self.sums:
-                ref[jax.lax.rem(key, self.plan.slots)] = jnp.zeros(ref.shape[1:], ref.dtype)
+                ref[jax.lax.rem(key, self.plan.places)] = jnp.zeros(ref.shape[1:], ref.dtype)
 
     def close(self, key: Array, closes: Array, last: Array) -> None:
         """Copies the block if this visit `closes` it; the `last` visit waits for all copies."""
@@ -179,7 +179,7 @@ class _Ring:
         def _() -> None:
             pl.when(closed >= COPIES)(lambda: self._wait(jax.lax.rem(closed, COPIES)))
             for i, factor in enumerate((self.plan.scale, 1.0)):
-                sums = self.sums[i][jax.lax.rem(key, self.plan.slots)]
+                sums = self.sums[i][jax.lax.rem(key, self.plan.places)]
                 self.done[i][jax.lax.rem(closed, COPIES)] = (sums * factor).astype(self.done[i].dtype)
                 self._copy(i, jax.lax.rem(closed, COPIES), key).start()
             self.closed_ref[0] = closed + 1

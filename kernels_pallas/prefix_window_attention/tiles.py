@@ -51,7 +51,7 @@ class Plan:
     border_q: int  # a block that the mask cuts is computed in parts of border_k x border_q, without the hidden ones
     border_k: int
     tile_k: int  # keys of a tile; divides border_k
-    slots: int  # blocks of keys whose gradients stay in VMEM at once; 0: dq and (dk, dv) have a kernel each
+    places: int  # blocks of keys whose gradients stay in VMEM at once; 0: dq and (dk, dv) have a kernel each
     metas: int
     interpret: bool | pltpu.InterpretParams
 

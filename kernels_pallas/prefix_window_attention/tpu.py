@@ -67,13 +67,13 @@ def attention_tpu(
     tiling = tiling_of((q.shape[0], length, keys), (q.shape[2], kv_heads), dtype, offset, window, block_q, block_k, border)
     block_q, block_k = tiling.block_q, tiling.block_k
     metas = 0 if prefix_k is None else prefix_k.shape[0]
-    kv_step, slots = kept(k.shape, v.shape, group, block_k, window)
+    kv_step, places = kept(k.shape, v.shape, group, block_k, window)
     plan = Plan(
         scale=scale,
         kv_heads=kv_heads,
         group=group,
         kv_step=kv_step,
-        slots=slots,
+        places=places,
         metas=metas,
         interpret=interpret,
         **tiling._asdict(),
@@ -135,14 +135,14 @@ def heads_of_a_step(kv_heads: int, group: int) -> int:
 
 
 def kept(keys: tuple[int, ...], values: tuple[int, ...], group: int, block_k: int, window: int | None) -> tuple[int, int]:
-    """(KV heads of a grid step, `Plan.slots`) for k [B, S, KV, D] and v: fewer heads where their gradients fit only then."""
+    """(KV heads of a grid step, `Plan.places`) for k [B, S, KV, D] and v: fewer heads where their gradients fit only then."""
     usual, blocks = heads_of_a_step(keys[2], group), -(-keys[1] // block_k)
-    slots = blocks if window is None else min(blocks, open_blocks(block_k, window))
-    size = 4 * slots * block_k * sum(-(-shape[3] // PACK) * PACK for shape in (keys, values))
+    places = blocks if window is None else min(blocks, open_blocks(block_k, window))
+    size = 4 * places * block_k * sum(-(-shape[3] // PACK) * PACK for shape in (keys, values))
     steps = (n for n in range(usual, 0, -1) if keys[2] % n == 0 and n * size <= RING_BYTES)
     step = next(steps, None)
     # One head's visits of the largest blocks fill VMEM, and are work enough for a step.
-    return (usual if block_k <= 2 * BLOCK else 1, 0) if step is None else (step, slots)
+    return (usual if block_k <= 2 * BLOCK else 1, 0) if step is None else (step, places)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -21,7 +21,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.faults.suite import CONTEXT, Suite, child, corpus_rows
 
-SECONDS, GIBIBYTES = 20.0, 2.0  # that one command may take
+SECONDS, GIBIBYTES = 20.0, 2.0  # of the processor and of memory that one command may take
+PATIENCE = 6 * SECONDS  # after which a command has hung, even on a busy machine
 ARGUMENTS, CHECKPOINTS = 1_500, 400  # how many of them are tried
 
 
@@ -68,11 +69,11 @@ def others(suite: Suite, *command: str) -> int:
 
 def try_case(suite: Suite, case: Case) -> str:
     """The problem with the end of a command; "" if there is none."""
-    log, memory = suite.home / "fuzz.log", CONTEXT.Value("d", 0.0)
+    log, used = suite.home / "fuzz.log", CONTEXT.Array("d", 2)
     log.write_bytes(b"")
-    process = CONTEXT.Process(target=measured, args=(list(case.words), log, memory))
+    process = CONTEXT.Process(target=measured, args=(list(case.words), log, used))
     process.start()
-    process.join(SECONDS)
+    process.join(PATIENCE)
     late = process.is_alive()
     process.kill()
     process.join()
@@ -80,9 +81,12 @@ def try_case(suite: Suite, case: Case) -> str:
     last = (said.strip().splitlines() or ["nothing was said"])[-1][:200]
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     if late:
-        return f"more than {SECONDS:g} s; {last}"
-    if memory.value > GIBIBYTES:
-        return f"{memory.value:.1f} GiB of memory"
+        return f"it hangs; {last}"
+    gibibytes, seconds = used
+    if seconds > SECONDS:
+        return f"{seconds:.0f} s of the processor; {last}"
+    if gibibytes > GIBIBYTES:
+        return f"{gibibytes:.1f} GiB of memory"
     if "Traceback" in said or "panicked" in said:
         return f"a traceback, {last}"
     if code == 0 and case.may_pass:
@@ -90,12 +94,13 @@ def try_case(suite: Suite, case: Case) -> str:
     return "" if code == 2 and len(errors) == 1 else f"exit code {code}, {len(errors)} errors, {last}"
 
 
-def measured(words: list[str], log: Path, memory: Any) -> None:
-    """Run a command line and add its peak memory (GiB) to `memory`."""
+def measured(words: list[str], log: Path, used: Any) -> None:
+    """Run a command line and write its peak memory (GiB) and processor time (s) to `used`."""
     try:
         child(words, log, None)
     finally:
-        memory.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found = resource.getrusage(resource.RUSAGE_SELF)
+        used[:] = found.ru_maxrss / 2**20, found.ru_utime + found.ru_stime
 
 
 # ------------------------------------------------------------------------------------------------------- kinds
