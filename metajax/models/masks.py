@@ -17,7 +17,10 @@ from metajax.core.errors import require
 
 @dataclass(frozen=True)
 class Mask:
-    """Causal attention inside segments, which are runs of equal ids, padding included."""
+    """Causal attention inside segments, which are runs of equal ids, padding included.
+
+    A subclass with another `expiry` leaves `window` None if some keys are visible for longer: implementations rely on it.
+    """
 
     window: int | None = None  # a query sees itself and this many earlier keys; None: all of its segment
 

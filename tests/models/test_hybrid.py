@@ -1,6 +1,7 @@
 """Hybrid layers: counts, the meta prefix as meta tokens before each document, isolation of documents, every fusion, refusals."""
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -102,12 +103,16 @@ def test_rows_of_the_component_ablation_have_the_printed_attention_share():
 # ------------------------------------------------------------------------------------------------- the meta prefix
 
 
+@dataclass(frozen=True)
 class Prefixed(Mask):
-    """The first M keys of a row stay visible to all later tokens."""
+    """The first M keys of a row stay visible to all later tokens, the others for `reach` tokens. A `window` would hide the first."""
+
+    reach: int | None = None
 
     def expiry(self, segment_ids):
         index, real = jnp.arange(segment_ids.shape[1]), segment_ids != 0
-        return jnp.where((index < M) & real, jnp.sum(real, axis=1, keepdims=True), super().expiry(segment_ids))
+        others = Mask(window=self.reach).expiry(segment_ids)
+        return jnp.where((index < M) & real, jnp.sum(real, axis=1, keepdims=True), others)
 
 
 def prepended(model, x):
@@ -117,7 +122,7 @@ def prepended(model, x):
     for run in literal.blocks:
         for layer in run:
             attention = layer.mixer.attention
-            attention.mask = Prefixed(attention.mask.window)
+            attention.mask = Prefixed(reach=attention.mask.window)
     out = jnp.zeros_like(x)
     longest = M + max(map(max, LENGTHS))
     places = [(row, sum(n[:i]), length) for row, n in enumerate(LENGTHS) for i, length in enumerate(n)]

@@ -19,7 +19,7 @@ def made(folder, name, report):
 
 
 def test_runs_on_images_text_and_unfinished_ones(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("metajax.reporting.terminal.console", Console(width=200))
+    monkeypatch.setattr("metajax.reporting.lines.console", Console(width=200))
     registry.load()
     images = {"eval": {"base": {"accuracy": 0.25}}, "parameters": {"total": 12}, "counts": {"images": 320}}
     text = {"eval": {"none": {"bpb": 1.5}, "choice": {"average": 0.5}}, "parameters": {"total": 1000}}
