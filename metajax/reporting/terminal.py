@@ -86,12 +86,8 @@ def print_plan(found: dict[str, Any]) -> None:
 
 def mesh_lines(meshes: Sequence[Mapping[str, Any]]) -> list[str]:
     """What `runtime.mesh=auto` chose and what it rejected, with the costs of each."""
-    costs = [
-        "{mesh}: {state:.2f} GiB of state, {links:.2f} GB sent a step".format(
-            **m | {"state": m["state"] / 2**30, "links": m["links"] / 1e9}
-        )
-        for m in meshes
-    ]
+    line = "{mesh}: {state:,.0f} MiB of state, {links:,.0f} MB sent a step"
+    costs = [line.format(mesh=m["mesh"], state=m["state"] / 2**20, links=m["links"] / 1e6) for m in meshes]
     return [f"runtime.mesh=auto {word} {cost}" for word, cost in zip(("chose", *("rejected",) * len(costs)), costs, strict=False)]
 
 
