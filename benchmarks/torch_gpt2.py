@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """A layer: causal attention, then an MLP, each behind a LayerNorm."""
+    """A layer: causal attention, then an MLP, each after a LayerNorm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -103,7 +103,7 @@ def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
         visits = lists.by_query[: int(lists.count)]
         full, parts = int(jnp.sum(is_full(visits))), _parts(tiling, lists, visits[~is_full(visits)])
     keys, values = ((1, shape.length, shape.kv_heads, width) for width in (shape.key_width, shape.value_width))
-    per_step, slots = kept(keys, values, shape.heads // shape.kv_heads, k, shape.window)
+    per_step, places = kept(keys, values, shape.heads // shape.kv_heads, k, shape.window)
     lines = shape.kv_heads // per_step  # the grid's outer axis repeats the whole list this often
     steps, cut, each = lines * len(visits), lines * (len(visits) - full), q * k // (tiling.border_q * tiling.border_k)
     at_once = min(k, UNROLLED_TILES * tiling.tile_k)
@@ -119,7 +119,7 @@ def ours(op: str, name: str, shape: Shape, passes: str) -> Program:
         zeroed, slight = (when(lines),) if shape.meta else (), when(lines * blocks, slight=True)
         by_query += shape.length * row_q
         of_key, once = when(lines * key_blocks), lines * min(key_blocks, 2)
-        if slots:
+        if places:
             ring = (of_key, when(of_key.times, slight=True), when(lines), loop(once))
             inside = (start, *zeroed, of_key, *tiles, *ring, slight)
             kernels += [Kernel("prefix_window_attention_backward", steps, inside, by_query + shape.length * row_k)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.bench import compiled, report, scan, splash
+from kernels_pallas.bench.hlo import hbm_bytes, product_flops
 from kernels_pallas.bench.programs import Kernel, Program, loop, when
 from kernels_pallas.bench.schedule import read_schedule, xla_cycles
 
@@ -79,6 +80,36 @@ ENTRY %main.5 (a: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]) while(%tuple.1), condition=%condition.1, body=%body.1
 }
 """
+
+
+PRODUCTS = """HloModule jit_f
+
+%sliced (param_0.1: bf16[8,128,256], param_1.1: s32[]) -> bf16[128,256] {
+  %param_0.1 = bf16[8,128,256]{2,1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  %slice.1 = bf16[1,128,256]{2,1,0} dynamic-slice(%param_0.1, %param_1.1), dynamic_slice_sizes={1,128,256}
+  ROOT %bitcast.1 = bf16[128,256]{1,0} bitcast(%slice.1)
+}
+
+ENTRY %main.1 (a: bf16[8,128,256], w: bf16[256,64], i: s32[], x: bf16[16,32,1], k: bf16[8,4,32]) -> f32[128,64] {
+  %a = bf16[8,128,256]{2,1,0} parameter(0)
+  %w = bf16[256,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %x = bf16[16,32,1]{2,1,0:S(1)} parameter(3)
+  %k = bf16[8,4,32]{2,1,0:S(1)} parameter(4)
+  %fusion.1 = bf16[128,256]{1,0} fusion(%a, %i), kind=kLoop, calls=%sliced
+  %copy.1 = bf16[128,256]{1,0:T(8,128)(2,1)S(1)} copy(%fusion.1)
+  %heads.1 = bf16[16,8,4]{2,1,0:S(1)} convolution(%x, %k), window={size=8 pad=7_7 rhs_reversal=1}, dim_labels=bf0_0oi->b0f
+  ROOT %convolution.1 = f32[128,64]{1,0} convolution(%copy.1, %w), dim_labels=bf_io->bf
+}
+"""
+
+
+def test_products_and_traffic_by_hand():
+    """The second product is a batch of 8 written as a dimension of space, and stays on the chip."""
+    assert product_flops(PRODUCTS) == 2 * 128 * 256 * 64 + 2 * 16 * 32 * 4 * 8
+    block, index, weight, result = 2 * 128 * 256, 4, 2 * 256 * 64, 4 * 128 * 64
+    assert hbm_bytes(PRODUCTS) == (block + index + block) + block + (weight + result)
 
 
 def test_estimates_of_a_loop_count_for_each_trip():
